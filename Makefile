@@ -1,0 +1,68 @@
+# Two commands and no other preparation: `make demo`, `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+CORE := .venv-core/bin
+
+.PHONY: demo test quick core lint types smoke check bench bench-peers clean
+
+demo: .venv/.ready
+	@rm -rf .demo && mkdir .demo
+	$(BIN)/polyak average sample_checkpoints --scheme exp --alpha 2 -o .demo/final.h5
+	$(BIN)/polyak evaluate .demo/final.h5 --data blobs
+
+test: .venv/.ready core
+	$(BIN)/python -m pytest
+
+quick: .venv/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
+# The same suite without any extra, where pip picks the newest h5py.
+core: .venv-core/.ready
+	$(CORE)/python -m pytest -m "not slow" --ignore=tests/keras
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.ready
+	$(BIN)/mypy
+
+# The built wheel alone in a clean environment: --help and one average.
+smoke:
+	@rm -rf .smoke && mkdir .smoke
+	$(PYTHON) -m venv .smoke/venv
+	.smoke/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir .smoke .
+	.smoke/venv/bin/python -m pip install --quiet .smoke/polyak-*.whl
+	cd .smoke && venv/bin/polyak --help
+	cd .smoke && venv/bin/polyak average ../sample_checkpoints --scheme linear -o smoke.h5
+	test -s .smoke/smoke.h5
+
+check: lint types test smoke
+
+# Tables, JSON and charts come to .bench/; `bench-peers` first, for mergekit and NCO beside them.
+bench: .venv/.ready
+	$(BIN)/python -m tests.benchmarks compare
+	$(BIN)/python -m tests.benchmarks cold
+	$(BIN)/python -m tests.benchmarks growth
+	$(BIN)/python -m tests.benchmarks startup
+
+bench-peers:
+	$(PYTHON) -m venv .bench/peers/mergekit
+	.bench/peers/mergekit/bin/python -m pip install --quiet torch==2.13.0 mergekit
+	@command -v nces > /dev/null || { test "$$(id -u)" = 0 && apt-get install -y nco; } \
+		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
+
+clean:
+	rm -rf .venv .venv-core .demo .smoke .bench .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
+	@touch $@
+
+.venv-core/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-core
+	$(CORE)/python -m pip install --quiet --upgrade pip
+	$(CORE)/python -m pip install --quiet --editable . --group test
+	@touch $@

@@ -1,0 +1,684 @@
+"""THE TOOL: decide everything from headers (`plan`), then stream the tensors (`run`).
+
+Knows which tensor meets which fate and what to tell about it.  Prints nothing, knows no file
+format and does no arithmetic.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+import numpy as np
+
+from polyak_cli import __version__, checkpoints, engine, formats, schemes
+from polyak_cli.checkpoints import Checkpoint, PassedOver
+from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
+from polyak_cli.formats.chunks import Chunks
+from polyak_cli.tensors import FLOATS, Table, TensorSpec, itemsize
+
+Source = str | os.PathLike[str]
+Progress = Callable[[int], None]
+Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest first
+
+#: Bound on the buffers of the engine; the interpreter with numpy and h5py comes on top.
+MAX_MEMORY = 32 << 20
+OPTIMIZER = "optimizer_weights"
+#: What carries over from the newest checkpoint: types for which an average means nothing.
+_CARRIED = re.compile(r"u?int(8|16|32|64)|bool|enum|string|bitfield|opaque")
+#: BatchNorm's statistics, and what tf_keras's renorm adds to them.
+_STATISTICS = {
+    "moving_mean",
+    "moving_variance",
+    "moving_stddev",
+    "renorm_mean",
+    "renorm_stddev",
+}
+
+
+class Options(TypedDict, total=False):
+    """What `plan` and `average` may be told; every key may be left out."""
+
+    last: int | None  # only the newest so many; an error when there are fewer
+    from_epoch: int | None  # the first epoch that counts
+    to_epoch: int | None  # the last epoch that counts
+    every: int  # every so many-th, counted back from the newest; 1
+    exclude: Sequence[str]  # globs of file names that are not checkpoints
+    best: int | None  # only the best so many by ``monitor``
+    monitor: str | None  # the metric; "val_loss" with ``best``
+    mode: str | None  # "min" or "max"; told by the metric's name
+    log: Source | None  # a Keras CSVLogger file with the metric
+    epoch_pattern: str | None  # a regular expression that finds the epoch in a name
+    scheme: str | None  # "equal" (the default), "linear", "exp", "ema", "power"
+    alpha: float | None  # of exp
+    decay: float | None  # of ema
+    sigma: float | None  # of power
+    coefficients: Sequence[float] | None  # in place of a scheme, oldest first
+    dtype: str | None  # stored float type, one of `tensors.FLOATS`; as in the template
+    optimizer: Literal["drop", "newest"]  # what becomes of the optimizer's state; "drop"
+    include_tensors: Sequence[str]  # globs: average only these
+    exclude_tensors: Sequence[str]  # globs: carry these
+    match: Literal["name", "order"]  # how tensors are paired; "name"
+    allow_nonfinite: bool  # average NaN and infinity too
+    force: bool  # replace an existing output
+    hash: bool  # record each input's SHA-256
+    max_memory: int | None  # bytes for buffers; `MAX_MEMORY`
+    jobs: int | None  # processes that fold; as many as there are processors, at most 8
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do, decided from headers alone."""
+
+    output: Path | None
+    checkpoints: tuple[Checkpoint, ...]  # oldest first; the last one is the template
+    scheme: str
+    parameters: Mapping[str, float]
+    coefficients: tuple[float, ...]  # of the checkpoints, sum 1
+    carried: tuple[str, ...]
+    dropped: tuple[str, ...]
+    passed_over: tuple[PassedOver, ...]
+    notes: tuple[str, ...]
+    bytes_to_read: int
+    bytes_to_write: int
+    memory: int  # bytes: what the process has now and the buffers
+    options: Options
+    tables: tuple[Table, ...] = field(repr=False)
+    averaged_rows: tuple[Row, ...] = field(repr=False)
+    carried_rows: tuple[Row, ...] = field(repr=False)
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """The names of the tensors that are averaged."""
+        return tuple(row[-1].name for row in self.averaged_rows)
+
+    @property
+    def effective_number(self) -> float:
+        """How many equally counted checkpoints would steady the average as much: 1 / sum(c^2)."""
+        return schemes.effective_number(self.coefficients)
+
+    def data(self) -> dict[str, Any]:
+        """Return the plan as what JSON can hold."""
+        return {
+            "output": str(self.output) if self.output else None,
+            "scheme": self.scheme,
+            "parameters": dict(self.parameters),
+            "effective_number": self.effective_number,
+            "checkpoints": [
+                {
+                    "path": str(checkpoint.path),
+                    "name": checkpoint.path.name,
+                    "epoch": checkpoint.epoch,
+                    "metric": checkpoint.metric,
+                    "size": table.identity.size,
+                    "coefficient": coefficient,
+                }
+                for checkpoint, table, coefficient in zip(
+                    self.checkpoints, self.tables, self.coefficients, strict=True
+                )
+            ],
+            "template": str(self.checkpoints[-1].path),
+            "tensors": {
+                fate: {"count": len(names), "names": list(names)}
+                for fate, names in (
+                    ("averaged", self.averaged),
+                    ("carried", self.carried),
+                    ("dropped", self.dropped),
+                )
+            },
+            "bytes_to_read": self.bytes_to_read,
+            "bytes_to_write": self.bytes_to_write,
+            "memory": self.memory,
+            "passed_over": [
+                {"path": str(passed.path), "reason": passed.reason} for passed in self.passed_over
+            ],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run did."""
+
+    output: Path
+    plan: Plan
+    bytes_read: int
+    bytes_written: int  # size of the output
+    seconds: float  # wall clock, from the first byte to the renamed output
+    peak_memory: int  # bytes, of the largest process
+    shares: Mapping[str, float]  # of the workers' time: reading, folding, writing
+    notes: tuple[str, ...]  # the plan's, and what only the bytes could tell
+
+    @property
+    def speed(self) -> float:
+        """Bytes read in a second."""
+        return self.bytes_read / self.seconds if self.seconds else 0.0
+
+    def data(self) -> dict[str, Any]:
+        """Return the report, with its plan, as what JSON can hold."""
+        return self.plan.data() | {
+            "output": str(self.output),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "seconds": self.seconds,
+            "speed": self.speed,
+            "peak_memory": self.peak_memory,
+            "shares": dict(self.shares),
+            "notes": list(self.notes),
+        }
+
+
+def average(
+    sources: Source | Sequence[Source],
+    output: Source,
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> Report:
+    """Average checkpoints into one model file: ``run(plan(...))``.
+
+    Args:
+        sources: directories, globs or files.
+        output: the file to write, ``.h5`` or ``.hdf5``.
+        progress: told the bytes read by every finished piece of work.
+        **options: see `Options`.
+
+    Raises:
+        PolyakError: a leaf of it for whatever the input, the options or the disk do not allow;
+            nothing is written then.
+    """
+    return run(plan(sources, output, **options), progress=progress)
+
+
+def plan(
+    sources: Source | Sequence[Source], output: Source | None = None, **options: Unpack[Options]
+) -> Plan:
+    """Decide what averaging would do, without reading or writing one tensor.
+
+    Args:
+        sources: directories, globs or files.
+        output: the file that would be written; None to leave it open.
+        **options: see `Options`.
+
+    Raises:
+        UsageError: the options contradict one another.
+        CheckpointError: the checkpoints cannot be found, ordered or selected.
+        FormatError: a checkpoint is foreign, damaged or hostile.
+        MismatchError: the checkpoints do not belong to one model.
+        OutputError: the output is in the way or cannot be written.
+    """
+    _check_options(options)
+    selection = _select(sources, options)
+    scheme, coefficients = _coefficients(selection.positions, options)
+    paths = [checkpoint.path for checkpoint in selection.checkpoints]
+    memory = _memory(options)
+    tables = tuple(formats.scan(paths, jobs=memory.jobs))
+    target = Path(output) if output is not None else None
+    if target:
+        inputs = [(table.path, table.identity) for table in tables]
+        formats.check_output(target, inputs, force=options.get("force", False))
+    rows = _match(tables, options.get("match", "name"))
+    averaged, carried = _fates(rows, options)
+    _check_chunks(rows, memory, options)
+    others = tables[-1].others
+    dropped = [n for n in others if _is_optimizer(n)] if _drops(options) else []
+    made = Plan(
+        output=target,
+        checkpoints=selection.checkpoints,
+        scheme=scheme.name,
+        parameters=scheme.parameters,
+        coefficients=coefficients,
+        carried=(*(row[-1].name for row in carried), *(n for n in others if n not in dropped)),
+        dropped=tuple(dropped),
+        passed_over=selection.passed_over,
+        notes=(*selection.notes, *_notes(tables, averaged, carried, options)),
+        bytes_to_read=_bytes_to_read(averaged, carried, coefficients),
+        bytes_to_write=_bytes_to_write(tables[-1], averaged, dropped, options),
+        memory=_peak() + memory.nbytes,
+        options=options,
+        tables=tables,
+        averaged_rows=tuple(averaged),
+        carried_rows=tuple(carried),
+    )
+    if target:
+        formats.check_room(target, made.bytes_to_write)
+    return made
+
+
+def run(plan: Plan, *, progress: Progress | None = None) -> Report:
+    """Do what a plan says.
+
+    Args:
+        plan: of `plan`, with an output.
+        progress: told the bytes read by every finished piece of work.
+
+    Raises:
+        PolyakError: an input is damaged or changed meanwhile, a value is not finite, or the output
+            cannot be written; nothing is left then, and an older output is untouched.
+    """
+    if plan.output is None:
+        raise UsageError("the plan has no output; name the file to write")
+    begun = time.perf_counter()
+    with formats.publish(plan.output, force=plan.options.get("force", False)) as hidden:
+        totals, differing = _write(plan, hidden, progress or (lambda _: None))
+    spent = totals.reading + totals.folding + totals.writing
+    return Report(
+        output=plan.output,
+        plan=plan,
+        bytes_read=totals.bytes_read,
+        bytes_written=plan.output.stat().st_size,
+        seconds=time.perf_counter() - begun,
+        peak_memory=_peak(),
+        shares={
+            part: getattr(totals, part) / spent if spent else 0.0
+            for part in ("reading", "folding", "writing")
+        },
+        notes=(*plan.notes, *differing),
+    )
+
+
+def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals, list[str]]:
+    """Write the whole output under its hidden name; return what that took and what it showed."""
+    options = plan.options
+    inputs = [engine.Input(str(table.path), table.identity) for table in plan.tables]
+    places = formats.lay_out(
+        plan.tables[-1],
+        hidden,
+        averaged={row[-1].location: _dtype(row[-1], options) for row in plan.averaged_rows},
+        dropped=[OPTIMIZER] if _drops(options) else [],
+        provenance=json.dumps(_provenance(plan), separators=(",", ":")),
+    )
+    tensors = (
+        engine.Averaged(
+            row[-1].name,
+            row[-1].size,
+            row[-1].dtype,
+            [engine.Source(_storage(spec), spec.byteorder) for spec in row],
+            [places[row[-1].location]],
+        )
+        for row in plan.averaged_rows
+        if row[-1].size
+    )
+    matrix = np.array([plan.coefficients])
+    work = engine.Fold(inputs, [str(hidden)], matrix, options.get("allow_nonfinite", False))
+    totals = engine.fold(tensors, work, _memory(options), progress)
+    differing = _differing(plan.carried_rows, inputs, options)
+    engine.unchanged(inputs)
+    return totals, differing
+
+
+# --- deciding -------------------------------------------------------------------------------------
+
+
+def _check_options(options: Options) -> None:
+    """Refuse values that no later stage would.
+
+    Raises:
+        UsageError: names the option and what it takes.
+    """
+    choices = {
+        "dtype": (None, *FLOATS),
+        "optimizer": ("drop", "newest"),
+        "match": ("name", "order"),
+    }
+    for key, allowed in choices.items():
+        value = options.get(key, allowed[0])
+        if value not in allowed:
+            named = ", ".join(str(choice) for choice in allowed if choice)
+            raise UsageError(f"--{key} is {shown(value)}; expected one of {named}")
+    for key, least in (("jobs", 1), ("max_memory", 1 << 20)):
+        value = options.get(key)
+        if isinstance(value, int) and value < least:
+            raise UsageError(f"--{key.replace('_', '-')} is {value}; expected at least {least}")
+
+
+def _select(sources: Source | Sequence[Source], options: Options) -> checkpoints.Selection:
+    listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    return checkpoints.select(
+        listed,
+        last=options.get("last"),
+        from_epoch=options.get("from_epoch"),
+        to_epoch=options.get("to_epoch"),
+        every=options.get("every", 1),
+        exclude=options.get("exclude", ()),
+        best=options.get("best"),
+        monitor=options.get("monitor"),
+        mode=options.get("mode"),
+        log=options.get("log"),
+        epoch_pattern=options.get("epoch_pattern"),
+        written_by_us=formats.averages,
+    )
+
+
+def _memory(options: Options) -> engine.Memory:
+    jobs = options.get("jobs") or min(8, _processors())
+    return engine.Memory.within(options.get("max_memory") or MAX_MEMORY, jobs)
+
+
+def _processors() -> int:
+    """Return the processors this process may use, which macOS does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _drops(options: Options) -> bool:
+    return options.get("optimizer", "drop") == "drop"
+
+
+def _is_optimizer(location: str) -> bool:
+    return location.startswith(f"/{OPTIMIZER}/")
+
+
+def _dtype(spec: TensorSpec, options: Options) -> str:
+    return options.get("dtype") or spec.dtype
+
+
+def _storage(spec: TensorSpec) -> Any:
+    if spec.storage is None:  # only strings have none, and those are carried
+        raise AssertionError(f"{spec.name} has no storage")
+    return spec.storage
+
+
+def _match(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
+    """Pair the tensors of all checkpoints with the template's, in the template's order.
+
+    Raises:
+        MismatchError: a tensor is missing, extra, or of another shape or dtype.
+    """
+    template = tables[-1]
+    pair = _by_order if by == "order" else _by_name
+    columns = [list(template.tensors.values())]
+    # From the newest back: the first that differs says which window would still do.
+    for left, table in enumerate(reversed(tables[:-1]), start=1):
+        if table.tensors is template.tensors:  # found to be the same by their very bytes
+            columns.insert(0, columns[-1])
+            continue
+        hint = f"; use --last {left} to average only the newer ones" if left > 1 else ""
+        column = pair(table, template, hint)
+        for ours, theirs in zip(column, columns[-1], strict=True):
+            _check_same(table, ours, template, theirs, hint)
+        columns.insert(0, column)
+    return tuple(zip(*columns, strict=True))
+
+
+def _by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
+    missing = [name for name in template.tensors if name not in table.tensors]
+    extra = [name for name in table.tensors if name not in template.tensors]
+    if (missing or extra) and _renamed(table, template):
+        ours, theirs = next(
+            (a, b) for a, b in zip(table.tensors, template.tensors, strict=True) if a != b
+        )
+        raise MismatchError(
+            f"{shown(table.path)}: tensor '{shown(ours)}' is called '{shown(theirs)}' in "
+            f"{shown(template.path)}; Keras merely numbers layers anew when a model is built "
+            "again in one process. Use --match order to pair tensors by position"
+        )
+    if missing:
+        raise MismatchError(
+            f"{shown(table.path)}: has no tensor '{shown(missing[0])}', but {shown(template.path)} "
+            f"has{_and_more(missing)}. Checkpoints must come from one model{hint}"
+        )
+    if extra:
+        raise MismatchError(
+            f"{shown(table.path)}: has a tensor '{shown(extra[0])}' that {shown(template.path)} "
+            f"has not{_and_more(extra)}. Checkpoints must come from one model{hint}"
+        )
+    return [table.tensors[name] for name in template.tensors]
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" ({len(names) - 1} more such)" if len(names) > 1 else ""
+
+
+def _by_order(table: Table, template: Table, hint: str) -> list[TensorSpec]:
+    column = list(table.tensors.values())
+    if len(column) != len(template.tensors):
+        raise MismatchError(
+            f"{shown(table.path)}: has {len(column)} tensors, but {shown(template.path)} has "
+            f"{len(template.tensors)}. Checkpoints must come from one model{hint}"
+        )
+    for ours, theirs in zip(table.tensors, template.tensors, strict=True):
+        if _plain(ours).rpartition("/")[2] != _plain(theirs).rpartition("/")[2]:
+            raise MismatchError(
+                f"{shown(table.path)}: by order, tensor '{shown(ours)}' would be averaged with "
+                f"'{shown(theirs)}' of {shown(template.path)}; they are not the same tensor"
+            )
+    return column
+
+
+def _plain(name: str) -> str:
+    """Return a name without the numbers that Keras appends to make names unique, and without :0."""
+    return re.sub(r"_\d+(?=/|$)", "", re.sub(r":\d+$", "", name))
+
+
+def _renamed(table: Table, template: Table) -> bool:
+    return [_plain(n) for n in table.tensors] == [_plain(n) for n in template.tensors]
+
+
+def _check_same(
+    table: Table, ours: TensorSpec, template: Table, theirs: TensorSpec, hint: str
+) -> None:
+    for what, one, other in (
+        ("shape", ours.shape, theirs.shape),
+        ("dtype", ours.dtype, theirs.dtype),
+    ):
+        if one != other:
+            raise MismatchError(
+                f"{shown(table.path)}: tensor '{shown(ours.name)}' has {what} {one}, but "
+                f"{shown(template.path)} has {other}. Checkpoints must come from one model{hint}"
+            )
+
+
+def _fates(rows: Sequence[Row], options: Options) -> tuple[list[Row], list[Row]]:
+    """Divide the model's tensors into those to average and those to carry.
+
+    Raises:
+        MismatchError: a tensor can be neither, or nothing is left to average.
+        UsageError: a glob matches nothing.
+    """
+    include, exclude = options.get("include_tensors", ()), options.get("exclude_tensors", ())
+    names = [row[-1].name for row in rows]
+    for option, globs in (("include", include), ("exclude", exclude)):
+        for glob in globs:
+            if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+                raise UsageError(f"--{option}-tensors '{shown(glob)}' matches no tensor")
+    averaged: list[Row] = []
+    carried: list[Row] = []
+    for row in rows:
+        name, dtype = row[-1].name, row[-1].dtype
+        wanted = not include or any(fnmatch.fnmatchcase(name, glob) for glob in include)
+        wanted = wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+        if wanted and dtype in FLOATS:
+            averaged.append(row)
+        elif wanted and not _CARRIED.fullmatch(dtype):
+            raise MismatchError(
+                f"tensor '{shown(name)}' is of type {dtype}, which is not averaged; expected "
+                f"{', '.join(FLOATS)}. Use --exclude-tensors to carry it from the newest"
+            )
+        else:
+            carried.append(row)
+    _refuse_quantised(averaged, carried)
+    if not averaged:
+        raise MismatchError("nothing to average: no float tensor is left to be averaged")
+    return averaged, carried
+
+
+def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row]) -> None:
+    """Refuse int8 kernels with a float scale: carrying one and averaging the other is neither."""
+    scales = {row[-1].name for row in averaged}
+    for row in carried:
+        spec = row[-1]
+        if spec.dtype in ("int8", "uint8") and f"{spec.name}_scale" in scales:
+            raise MismatchError(
+                f"tensor '{shown(spec.name)}' is quantised ({spec.dtype} with a scale); average "
+                "the checkpoints before quantisation"
+            )
+
+
+def _check_chunks(rows: Sequence[Row], memory: engine.Memory, options: Options) -> None:
+    """Refuse chunks that do not fit: HDF5's filters work on whole chunks only."""
+    bound = (options.get("max_memory") or MAX_MEMORY) // memory.jobs // 2
+    for row in rows:
+        for spec in row:
+            if isinstance(spec.storage, Chunks) and spec.storage.chunk_bytes > bound:
+                raise FormatError(
+                    f"tensor '{shown(spec.name)}' is stored in chunks of "
+                    f"{spec.storage.chunk_bytes} bytes, each of which must be held whole; raise "
+                    f"--max-memory above {2 * memory.jobs * spec.storage.chunk_bytes} bytes"
+                )
+
+
+def _coefficients(
+    positions: Sequence[float], options: Options
+) -> tuple[schemes.Choice, tuple[float, ...]]:
+    scheme, custom = options.get("scheme"), options.get("coefficients")
+    alpha, decay, sigma = options.get("alpha"), options.get("decay"), options.get("sigma")
+    choice = schemes.resolve(scheme, alpha=alpha, decay=decay, sigma=sigma, custom=custom)
+    return choice, schemes.coefficients(
+        scheme, positions, alpha=alpha, decay=decay, sigma=sigma, custom=custom
+    )
+
+
+# --- telling --------------------------------------------------------------------------------------
+
+
+def _notes(
+    tables: Sequence[Table], averaged: Sequence[Row], carried: Sequence[Row], options: Options
+) -> list[str]:
+    """Say what a user should know before the run."""
+    notes = [
+        f"{shown(table.path)} is itself an average that polyak wrote"
+        for table in tables
+        if table.average
+    ]
+    if len({table.config for table in tables}) > 1:
+        notes.append(
+            "the model configuration is not the same in all checkpoints; the newest one's is kept"
+        )
+    statistics = [row[-1].name for row in averaged if _leaf(row[-1].name) in _STATISTICS]
+    if statistics:
+        notes.append(
+            f"{len(statistics)} BatchNorm moving statistics are averaged ("
+            f"{_some(statistics)}); they are estimates for each checkpoint, not for the average: "
+            "recalculate them with one pass over training data when the learning rate was high or "
+            "the average scores below its checkpoints"
+        )
+    stored = {_dtype(row[-1], options) for row in averaged}
+    if "bfloat16" in stored:
+        notes.append(
+            "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it opens"
+        )
+    if not _drops(options) and any(_is_optimizer(name) for name in tables[-1].others):
+        notes.append(
+            "optimizer state is the newest checkpoint's: Keras cannot fit() on from an .h5 model "
+            "with optimizer state, and its momentum does not belong to averaged values"
+        )
+    strings = [row[-1].name for row in carried if len({spec.digest for spec in row}) > 1]
+    return notes + [_differs(name) for name in strings]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition("/")[2].partition(":")[0]
+
+
+def _some(names: Sequence[str]) -> str:
+    first = ", ".join(shown(name, 80) for name in names[:3])
+    return first + (", ..." if len(names) > 3 else "")
+
+
+def _differs(name: str) -> str:
+    return f"tensor '{shown(name)}' is not the same in all checkpoints; the newest one's is carried"
+
+
+def _compared(row: Row) -> bool:
+    """Tell whether a carried tensor should be the same everywhere: not where it was asked for."""
+    return row[-1].dtype not in FLOATS and all(spec.storage is not None for spec in row)
+
+
+def _differing(
+    carried: Sequence[Row], inputs: Sequence[engine.Input], options: Options
+) -> list[str]:
+    rows = [(row[-1].name, [_storage(s) for s in row]) for row in carried if _compared(row)]
+    found = engine.differing(rows, inputs, _memory(options))
+    return [_differs(name) for name, _ in rows if name in found]
+
+
+def _bytes_to_read(
+    averaged: Sequence[Row], carried: Sequence[Row], coefficients: Sequence[float]
+) -> int:
+    counted = sum(1 for coefficient in coefficients if coefficient)
+    compared = sum(spec.nbytes for row in carried if _compared(row) for spec in row)
+    return counted * sum(row[-1].nbytes for row in averaged) + compared
+
+
+def _bytes_to_write(
+    template: Table, averaged: Sequence[Row], dropped: Sequence[str], options: Options
+) -> int:
+    change = sum(
+        row[-1].size * (itemsize(_dtype(row[-1], options)) - itemsize(row[-1].dtype))
+        for row in averaged
+    )
+    return template.identity.size + change - sum(template.others[n].nbytes for n in dropped)
+
+
+def _provenance(plan: Plan) -> dict[str, Any]:
+    """Return the record that the output carries: no clock, no folder, so that the bytes repeat."""
+    options = plan.options
+    inputs: list[dict[str, Any]] = [
+        {
+            "name": checkpoint.path.name,
+            "epoch": checkpoint.epoch,
+            "size": table.identity.size,
+            "coefficient": coefficient,
+        }
+        for checkpoint, table, coefficient in zip(
+            plan.checkpoints, plan.tables, plan.coefficients, strict=True
+        )
+    ]
+    if options.get("hash"):
+        for record, table in zip(inputs, plan.tables, strict=True):
+            record["sha256"] = _sha256(table.path)
+    return {
+        "polyak": __version__,
+        "scheme": plan.scheme,
+        "parameters": dict(plan.parameters),
+        "options": {
+            "dtype": options.get("dtype"),
+            "optimizer": options.get("optimizer", "drop"),
+            "match": options.get("match", "name"),
+            "include_tensors": list(options.get("include_tensors", ())),
+            "exclude_tensors": list(options.get("exclude_tensors", ())),
+            "allow_nonfinite": options.get("allow_nonfinite", False),
+        },
+        "inputs": inputs,
+    }
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+
+
+def _peak() -> int:
+    """Return the peak memory of the largest process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage's unit differs
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    try:
+        # Linux's getrusage also counts what the process was before exec: a large caller's size.
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return max(children, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return max(children, int(found[1]) * 1024 if found else 0)

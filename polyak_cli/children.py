@@ -1,0 +1,145 @@
+"""Forked children that report in lines of JSON: a process of one's own for work that needs it.
+
+Reading strangers' headers needs one because libhdf5 may crash; folding needs them because threads
+hand the interpreter's lock to and fro too often.  JSON and never pickles: a child that was taken
+over by what it reads must not be able to run code here.  Knows nothing of the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from polyak_cli.errors import PolyakError
+
+Work = Callable[["Writer"], None]
+
+#: Signals that ask a program to end.
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Writer:
+    """The child's end of the pipe."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def send(self, message: Any) -> None:
+        """Send what JSON can hold."""
+        self.line(json.dumps(message).encode())
+
+    def line(self, line: bytes = b"") -> None:
+        """Send a line; an empty one only says that the child is alive."""
+        view = memoryview(line + b"\n")
+        while view:
+            view = view[os.write(self.descriptor, view) :]
+
+
+class Child:
+    """A process that works and reports; forked at once, and to be reaped or stopped."""
+
+    def __init__(self, work: Work) -> None:
+        self.parent = os.getpid()
+        self.pending = bytearray()
+        self.pipe, writer = os.pipe()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of any thread, those of a caller's framework too; the child runs
+            # only numpy and h5py, whose lock is taken across a fork.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            # A signal between the fork and the next line would run the parent's clean-up in the
+            # child, or lose the child.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+            try:
+                self.pid = os.fork()
+                if self.pid == 0:
+                    os.close(self.pipe)
+                    _run(work, Writer(writer), mask)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(writer)
+
+    def receive(self) -> bool:
+        """Wait for something to read, and return whether there was anything."""
+        received = os.read(self.pipe, 1 << 20)
+        self.pending += received
+        return bool(received)
+
+    def next_line(self) -> bytes | None:
+        """Return the next line already received that is not a mere sign of life."""
+        while (end := self.pending.find(b"\n")) >= 0:
+            line = bytes(self.pending[:end])
+            del self.pending[: end + 1]
+            if line:
+                return line
+        return None
+
+    def reap(self) -> str:
+        """Wait for the end of the child and return how it came: '' if as it should."""
+        os.close(self.pipe)
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        if os.WIFSIGNALED(status):
+            return signal.Signals(os.WTERMSIG(status)).name
+        return f"exit {os.WEXITSTATUS(status)}" if os.WEXITSTATUS(status) else ""
+
+    def stop(self) -> None:
+        """End the child, whatever it is doing."""
+        # A child inherits its parent's other children; they are not its own to end.
+        if self.pid and self.parent == os.getpid():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.reap()
+
+
+def _run(work: Work, writer: Writer, mask: Iterable[int | signal.Signals]) -> NoReturn:
+    """Work, and leave without running the parent's clean-up."""
+    code = 70
+    try:
+        for number in _ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        faulthandler.disable()  # a crash here is one line of the parent's
+        try:
+            work(writer)
+        except Exception as error:
+            writer.send(failure(error))
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """Return the message that tells the parent of an error; what is unexpected is a bug."""
+    if isinstance(error, PolyakError):
+        return {"error": [type(error).__name__, str(error)]}
+    if isinstance(error, OSError) and error.errno:
+        return {"system": [error.errno, error.strerror]}
+    if isinstance(error, MemoryError):
+        return {"memory": True}
+    return {"bug": "".join(traceback.format_exception(error))}
+
+
+def raised(message: dict[str, Any]) -> Exception | None:
+    """Return the error that a message tells of, as it was in the child, if it tells of one."""
+    if "error" in message:
+        kind, text = message["error"]
+        leaf = getattr(importlib.import_module("polyak_cli.errors"), kind, None)
+        known = isinstance(leaf, type) and issubclass(leaf, PolyakError)
+        return leaf(text) if known and leaf else PolyakError(text)
+    if "system" in message:
+        return OSError(*message["system"])
+    if "memory" in message:
+        return MemoryError()
+    if "bug" in message:
+        return RuntimeError(message["bug"])
+    return None

@@ -1,0 +1,747 @@
+"""argv <-> tools: options, rendering, exit codes.
+
+The only module that imports click, prints or exits.  Heavy packages are imported inside the
+commands that need them, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+import click
+
+from polyak_cli import __version__
+from polyak_cli.errors import OutputError, PolyakError, UsageError, shown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from polyak_cli.averaging import Plan, Report
+    from polyak_cli.models import Score
+
+#: Besides these, 128 and the signal's number where one ended the program.
+DONE, ANSWER_IS_NO, USAGE, FAILED = 0, 1, 2, 3
+
+
+# --- click, with what it lacks --------------------------------------------------------------------
+
+
+class GroupedOption(click.Option):
+    """An option that stands under a heading of the help text."""
+
+    def __init__(self, *args: Any, group: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command whose help has headings, and an example that can be pasted."""
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+        kwargs["epilog"] = f"\b\nExample:\n  {example}"
+        kwargs.setdefault("context_settings", {"show_default": True, "max_content_width": 100})
+        super().__init__(*args, **kwargs)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, a section for each group, in the order of declaration."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record and isinstance(parameter, click.Option):
+                sections.setdefault(getattr(parameter, "group", "Help"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class Size(click.ParamType[Any]):
+    """A number of bytes as people write it: 64MB, 1GiB, 1000000."""
+
+    name = "SIZE"
+    units: Mapping[str, int] = {
+        "": 1, "b": 1,
+        "k": 10**3, "kb": 10**3, "kib": 1 << 10,
+        "m": 10**6, "mb": 10**6, "mib": 1 << 20,
+        "g": 10**9, "gb": 10**9, "gib": 1 << 30,
+    }  # fmt: skip
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Return the bytes."""
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower()
+        unit = text.lstrip("0123456789.")
+        try:
+            return int(float(text[: len(text) - len(unit)]) * self.units[unit.strip()])
+        except (KeyError, ValueError, OverflowError):
+            self.fail(f"{shown(value)} is not a size; write it like 64MB or 1GiB", param, ctx)
+
+
+class Numbers(click.ParamType[Any]):
+    """Numbers with commas between them."""
+
+    name = "A,B,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        """Return the numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{shown(value)} is not a list of numbers like 0.5,0.3,0.2", param, ctx)
+
+
+class Gate(click.ParamType[Any]):
+    """A metric and the least value it may have."""
+
+    name = "METRIC=VALUE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, float]:
+        """Return the metric and the value."""
+        if isinstance(value, tuple):
+            return value
+        name, _, number = str(value).partition("=")
+        try:
+            return name.strip(), float(number)
+        except ValueError:
+            self.fail(f"{shown(value)} is not a gate like accuracy=0.8", param, ctx)
+
+
+def _options(group: str, *declared: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[Any], Any]:
+    """Return a decorator that adds options under one heading."""
+
+    def decorate(function: Any) -> Any:
+        for names, settings in reversed(declared):
+            function = click.option(*names, cls=GroupedOption, group=group, **settings)(function)
+        return function
+
+    return decorate
+
+
+def _option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, settings
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+@click.group(context_settings={"max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", prog_name="polyak")
+def cli() -> None:
+    """Average the checkpoints of a training run into one better-behaved model."""
+
+
+CHOOSING = _options(
+    "Choosing checkpoints",
+    _option("--last", type=int, metavar="N", help="Only the N newest.  [default: all]"),
+    _option("--from", "from_epoch", type=int, metavar="EPOCH", help="The first epoch that counts."),
+    _option("--to", "to_epoch", type=int, metavar="EPOCH", help="The last epoch that counts."),
+    _option(
+        "--every",
+        type=int,
+        metavar="K",
+        default=1,
+        help="Every K-th, counted back from the newest; before --last.",
+    ),
+    _option(
+        "--exclude",
+        multiple=True,
+        metavar="GLOB",
+        help="File names that are not checkpoints; may be given again.",
+    ),
+    _option("--best", type=int, metavar="N", help="Only the N best by --monitor, after --last."),
+    _option(
+        "--monitor",
+        metavar="METRIC",
+        help="The metric of --best, from the file names or --log.  [default: val_loss]",
+    ),
+    _option(
+        "--mode",
+        type=click.Choice(["min", "max"]),
+        help="Whether less or more is better.  [default: told by the metric's name]",
+    ),
+    _option("--log", type=click.Path(), metavar="CSV", help="A Keras CSVLogger file for --best."),
+    _option(
+        "--epoch-pattern",
+        metavar="REGEX",
+        help="Finds the epoch in unusual names: its group 'epoch', or its first group.",
+    ),
+)
+
+
+def _scheme_options(function: Any) -> Any:
+    """Add the scheme and its parameters, derived from the registry."""
+    from polyak_cli.schemes import SCHEMES
+
+    declared = [
+        _option(
+            "--scheme",
+            type=click.Choice(list(SCHEMES)),
+            help="The rule that gives coefficients.  [default: equal]",
+        )
+    ]
+    for name, scheme in SCHEMES.items():
+        if scheme.parameter:
+            declared.append(
+                _option(
+                    f"--{scheme.parameter.name}",
+                    type=float,
+                    help=f"Of {name}: {scheme.summary}.  [default: {scheme.parameter.default:g}]",
+                )
+            )
+    declared.append(
+        _option(
+            "--coefficients",
+            type=Numbers(),
+            help="Your own, oldest first, instead of a scheme; they are normalised.",
+        )
+    )
+    return _options("Coefficients", *declared)(function)
+
+
+AVERAGING = _options(
+    "Averaging",
+    _option(
+        "--dtype",
+        type=click.Choice(["float16", "bfloat16", "float32", "float64"]),
+        help="The stored float type.  [default: the checkpoints' own]",
+    ),
+    _option(
+        "--optimizer",
+        type=click.Choice(["drop", "newest"]),
+        default="drop",
+        help="What becomes of the optimizer's state.",
+    ),
+    _option(
+        "--include-tensors",
+        multiple=True,
+        metavar="GLOB",
+        help="Average only these; the others are carried from the newest.",
+    ),
+    _option(
+        "--exclude-tensors",
+        multiple=True,
+        metavar="GLOB",
+        help="Carry these from the newest.",
+    ),
+    _option(
+        "--match",
+        type=click.Choice(["name", "order"]),
+        default="name",
+        help="How tensors are paired; 'order' for layers that Keras numbered anew.",
+    ),
+    _option(
+        "--allow-nonfinite",
+        is_flag=True,
+        help="Average NaN and infinity too, instead of refusing them.",
+    ),
+)
+
+WRITING = _options(
+    "Output",
+    _option("-o", "--output", type=click.Path(), metavar="FILE", help="The file to write."),
+    _option("--force", is_flag=True, help="Replace an existing output."),
+    _option("--hash", is_flag=True, help="Record each input's SHA-256 in the output."),
+    _option("-n", "--dry-run", is_flag=True, help="Show the plan and write nothing."),
+    _option("--json", "as_json", is_flag=True, help="Print plan or report as JSON."),
+    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+    _option("-v", "--verbose", is_flag=True, help="Name every tensor and what becomes of it."),
+)
+
+MACHINE = _options(
+    "Machine",
+    _option(
+        "--max-memory",
+        type=Size(),
+        help="Bound on the buffers, on top of Python and its libraries.  [default: 32MiB]",
+    ),
+    _option("--jobs", type=int, metavar="N", help="Threads.  [default: processors, at most 8]"),
+)
+
+
+@cli.command(
+    cls=Command, example="polyak average ckpts/ --last 10 --scheme exp --alpha 2 -o final.h5"
+)
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=click.Path())
+@CHOOSING
+@_scheme_options
+@AVERAGING
+@WRITING
+@MACHINE
+def average(
+    sources: tuple[str, ...],
+    output: str | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Average checkpoints into one model file.
+
+    SOURCE is a directory or a glob, whose checkpoints are ordered by the epoch in their names, or
+    files one by one, oldest first.
+    """
+    if not output and not dry_run:
+        raise UsageError("--output is missing; name the file to write with -o, or use --dry-run")
+    from polyak_cli import averaging
+
+    plan = averaging.plan(sources, output, **options)
+    if dry_run:
+        _notes(plan.notes, quiet)
+        _result(plan.data(), as_json, quiet, lambda: _plan_lines(plan, verbose))
+        return
+    with _progress("averaging", plan.bytes_to_read, quiet or as_json) as advance:
+        report = averaging.run(plan, progress=advance)
+    _notes(report.notes, quiet)
+    _result(report.data(), as_json, quiet, lambda: _report_lines(report, verbose))
+
+
+@cli.command(
+    cls=Command,
+    short_help="Score model files on data.",
+    example="polyak evaluate final.h5 --data blobs --fail-under accuracy=0.8",
+)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path())
+@_options(
+    "Data",
+    _option(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="blobs, a FILE.npz with x and y, a FILE.csv, or MODULE.py:FUNCTION that returns them.",
+    ),
+    _option(
+        "--split",
+        type=click.Choice(["train", "test"]),
+        help="Which part of the data.  [default: test, where the data are split]",
+    ),
+    _option("--batch-size", type=int, default=256, metavar="N", help="Rows at a time."),
+)
+@_options(
+    "Deciding",
+    _option(
+        "--fail-under",
+        type=Gate(),
+        multiple=True,
+        help="Exit with 1 when any model's metric is less; may be given again.",
+    ),
+    _option(
+        "--trust-code",
+        is_flag=True,
+        help="Run the code that a model file carries (a Lambda layer).",
+    ),
+)
+@_options(
+    "Output",
+    _option("--json", "as_json", is_flag=True, help="Print the scores as JSON."),
+    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+)
+def evaluate(
+    models: tuple[str, ...],
+    data: str,
+    split: str | None,
+    batch_size: int,
+    fail_under: tuple[tuple[str, float], ...],
+    trust_code: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Score model files on data: loss, accuracy and the model's own metrics.
+
+    MODEL is a file, or a directory or glob whose checkpoints are scored oldest first.
+    """
+    from polyak_cli import data as datasets
+    from polyak_cli import models as keras_models
+
+    paths = [path for source in models for path in _model_files(source)]
+    dataset = datasets.load(data)
+    rows = dataset.split(split)
+    scores = list(keras_models.evaluate(paths, rows, batch_size=batch_size, trust_code=trust_code))
+    failures = [line for score in scores for line in _below(score, fail_under)]
+    about = [f"{shown(score.path)}: {note}" for score in scores for note in score.notes]
+    _notes([*dataset.notes, *about], quiet)
+    data_of = {"data": data, "rows": rows.rows, "models": [_score_data(score) for score in scores]}
+    _result(data_of | {"failures": failures}, as_json, quiet, lambda: _score_lines(scores))
+    _print((f"failed: {line}" for line in failures), sys.stderr)
+    return ANSWER_IS_NO if failures else DONE
+
+
+def _model_files(source: str) -> list[Path]:
+    """Return the files that one argument of `evaluate` names."""
+    from pathlib import Path
+
+    if os.path.lexists(source) and not Path(source).is_dir():
+        return [Path(source)]
+    from polyak_cli import checkpoints, formats
+
+    chosen = checkpoints.select([source], written_by_us=formats.averages).checkpoints
+    return [checkpoint.path for checkpoint in chosen]
+
+
+def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
+    """Yield what a model fails by; a metric that is not a number passes nothing."""
+    values = dict(score.metrics) | ({} if score.loss is None else {"loss": score.loss})
+    for metric, least in gates:
+        if metric not in values:
+            raise UsageError(
+                f"--fail-under {shown(metric)}: {shown(score.path)} has no such metric; it has "
+                f"{', '.join(map(shown, values)) or 'none'}"
+            )
+        if not values[metric] >= least:
+            found = f"{shown(metric)} is {values[metric]:.6g}"
+            yield f"{shown(score.path)}: {found}, less than {least:g}"
+
+
+@cli.command(
+    cls=Command,
+    short_help="Train the sample network.",
+    example="polyak train --data blobs -o ckpts --epochs 500 --keep 10",
+)
+@_options(
+    "Training",
+    _option(
+        "--data",
+        type=click.Choice(["blobs"]),
+        default="blobs",
+        help="1,100 points in three overlapping clouds, of which 100 are for training.",
+    ),
+    _option("--epochs", type=int, default=500, metavar="N", help="How many epochs."),
+    _option("--seed", type=int, default=0, metavar="S", help="Of the initial weights and order."),
+    _option("--optimizer", type=click.Choice(["sgd", "adam"]), default="sgd", help="Which."),
+    _option(
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        help="Of the optimizer.  [default: 0.01 for sgd, 0.001 for adam]",
+    ),
+)
+@_options(
+    "Output",
+    _option("-o", "--output", type=click.Path(), required=True, metavar="DIR", help="The folder."),
+    _option("--keep", type=int, default=10, metavar="N", help="Keep the last N checkpoints."),
+    _option(
+        "--plot",
+        type=click.Path(),
+        metavar="FILE",
+        help="Draw the learning curves as .png or .svg.",
+    ),
+    _option("--force", is_flag=True, help="Replace an earlier run in the folder."),
+    _option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+)
+def train(
+    data: str,
+    epochs: int,
+    seed: int,
+    optimizer: str,
+    learning_rate: float | None,
+    output: str,
+    keep: int,
+    plot: str | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Train the sample network and keep a checkpoint of each of the last epochs."""
+    from pathlib import Path
+
+    from polyak_cli import models
+
+    if plot:
+        from polyak_cli import plots
+
+        plots.check(Path(plot))
+    with _progress("training", epochs, quiet or as_json, in_bytes=False) as advance:
+        report = models.train(
+            Path(output),
+            epochs=epochs,
+            keep=keep,
+            seed=seed,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            force=force,
+            progress=lambda _epoch, _metrics: advance(1),
+        )
+    if plot:
+        plots.learning_curves(report.history, Path(plot))
+    last = {name: values[-1] for name, values in report.history.items()}
+    made = {
+        "data": data,
+        "seed": report.seed,
+        "optimizer": report.optimizer,
+        "learning_rate": report.learning_rate,
+        "epochs": epochs,
+        "checkpoints": [str(path) for path in report.checkpoints],
+        "log": str(report.log),
+        "plot": plot,
+        "last": last,
+    }
+    _result(made, as_json, quiet, lambda: _training_lines(made))
+
+
+@cli.command(
+    cls=Command,
+    short_help="Print a shell's completion script.",
+    example='eval "$(polyak completion bash)"',
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that makes a shell complete polyak's commands and options."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise UsageError(f"there is no completion for {shell}")
+    _print([kind(cli, {}, "polyak", "_POLYAK_COMPLETE").source()], sys.stdout)
+
+
+# --- rendering ------------------------------------------------------------------------------------
+
+
+def _result(
+    data: Mapping[str, Any], as_json: bool, quiet: bool, lines: Callable[[], Iterator[str]]
+) -> None:
+    if as_json:
+        import json
+
+        _print([json.dumps(data, indent=2)], sys.stdout)
+    elif not quiet:
+        _print(lines(), sys.stdout)
+
+
+def _notes(notes: Sequence[str], quiet: bool) -> None:
+    if not quiet:
+        _print((f"note: {note}" for note in notes), sys.stderr)
+
+
+def _print(lines: Iterable[str], stream: TextIO) -> None:
+    """Print after the work is done, and see that it arrives."""
+    # A reader who has gone (`| head`) ends us as it ends any filter; nothing is left to clean up.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        for line in lines:
+            print(line, file=stream)
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is still buffered
+        raise OutputError(f"{stream.name}: the result cannot be shown: {error.strerror}") from None
+
+
+def _plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
+    """Yield the plan as lines for a person."""
+    parameters = "".join(f", {name} {value:g}" for name, value in plan.parameters.items())
+    yield f"{len(plan.checkpoints)} checkpoints, {plan.scheme}{parameters}, oldest first:"
+    table = [["checkpoint", "epoch", "coefficient"]]
+    for checkpoint, coefficient in zip(plan.checkpoints, plan.coefficients, strict=True):
+        epoch = "-" if checkpoint.epoch is None else str(checkpoint.epoch)
+        table.append([shown(checkpoint.path.name, 60), epoch, f"{coefficient:.6f}"])
+    yield from _columns(table)
+    yield f"effective number of checkpoints: {plan.effective_number:.2f}"
+    yield (
+        f"tensors: {len(plan.averaged)} averaged, {len(plan.carried)} carried from "
+        f"{shown(plan.checkpoints[-1].path.name)}, {len(plan.dropped)} dropped"
+    )
+    if verbose:
+        yield from _fate_lines(plan)
+    for passed in plan.passed_over:
+        yield f"passed over: {shown(passed.path)} ({passed.reason})"
+    yield (
+        f"to read {_size(plan.bytes_to_read)}, to write {_size(plan.bytes_to_write)}, "
+        f"memory about {_size(plan.memory)}"
+    )
+
+
+def _fate_lines(plan: Plan) -> Iterator[str]:
+    rows = (*plan.averaged_rows, *plan.carried_rows)
+    specs = {row[-1].name: row[-1] for row in rows} | dict(plan.tables[-1].others)
+    for fate, names in (
+        ("averaged", plan.averaged),
+        ("carried", plan.carried),
+        ("dropped", plan.dropped),
+    ):
+        for name in names:
+            spec = specs[name]
+            kind = type(spec.storage).__name__.lower() if spec.storage else "library"
+            shape = "x".join(map(str, spec.shape)) or "scalar"
+            yield f"  {fate} {shown(name)} {spec.dtype} {shape} ({kind})"
+
+
+def _report_lines(report: Report, verbose: bool) -> Iterator[str]:
+    """Yield the report as lines for a person."""
+    yield from _plan_lines(report.plan, verbose)
+    shares = ", ".join(f"{part} {share:.0%}" for part, share in report.shares.items())
+    yield (
+        f"read {_size(report.bytes_read)} in {report.seconds:.2f} s "
+        f"({_size(report.speed)}/s; {shares}), peak memory {_size(report.peak_memory)}"
+    )
+    yield f"wrote {shown(report.output)} ({_size(report.bytes_written)})"
+
+
+def _score_data(score: Score) -> dict[str, Any]:
+    return {
+        "path": str(score.path),
+        "loss": score.loss,
+        "metrics": dict(score.metrics),
+        "rows": score.rows,
+        "notes": list(score.notes),
+    }
+
+
+def _score_lines(scores: Sequence[Score]) -> Iterator[str]:
+    """Yield a row for each model, a column for each metric that any of them has."""
+    metrics = list(dict.fromkeys(name for score in scores for name in score.metrics))
+    table = [["model", "loss", *map(shown, metrics), "rows"]]
+    for score in scores:
+        values = [score.loss, *(score.metrics.get(name) for name in metrics)]
+        cells = ["-" if value is None else f"{value:.6f}" for value in values]
+        table.append([shown(score.path, 60), *cells, str(score.rows)])
+    yield from _columns(table)
+
+
+def _training_lines(made: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"trained {made['epochs']} epochs on {made['data']} with {made['optimizer']}, "
+        f"learning rate {made['learning_rate']:g}, seed {made['seed']}"
+    )
+    yield ", ".join(f"{name} {value:.4f}" for name, value in made["last"].items())
+    names = [path.rpartition(os.sep)[2] for path in made["checkpoints"]]
+    kept = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
+    yield f"kept {kept} and {shown(made['log'])}"
+    if made["plot"]:
+        yield f"drew {shown(made['plot'])}"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Align a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        yield ("  " + "  ".join(cells)).rstrip()
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+@contextmanager
+def _progress(
+    what: str, total: int, silent: bool, *, in_bytes: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar with amount, speed and time left on a terminal; nothing elsewhere."""
+    if silent or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    amount: list[progress.ProgressColumn] = (
+        [progress.DownloadColumn(), progress.TransferSpeedColumn()]
+        if in_bytes
+        else [progress.MofNCompleteColumn()]
+    )
+    bar = progress.Progress(
+        progress.TextColumn(what),
+        progress.BarColumn(),
+        *amount,
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        # No thread of its own: children are forked before the first byte is read.
+        auto_refresh=False,
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+        drawn = 0.0
+
+        def advance(amount: int) -> None:
+            nonlocal drawn
+            bar.update(task, advance=amount)
+            if bar.get_time() - drawn > 0.1:  # seconds; drawing is slow beside folding
+                drawn = bar.get_time()
+                bar.refresh()
+
+        yield advance
+
+
+# --- the way in and out ---------------------------------------------------------------------------
+
+
+class _Terminated(BaseException):
+    """A signal asked the program to end; it is raised so that everything cleans up.
+
+    Ctrl-C too: click would answer a KeyboardInterrupt with an empty line.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _terminate(number: int, _frame: object) -> NoReturn:
+    for other in _SIGNALS:  # the clean-up itself is not to be interrupted
+        signal.signal(other, signal.SIG_IGN)
+    raise _Terminated(number)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    _open_standard_streams()
+    # Nothing here uses BLAS, whose threads would cost memory and stand in the way of a fork.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _terminate)
+    code = _run(arguments)
+    for number in _SIGNALS:  # all is done and said; a late signal would only garble the ending
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Open what the caller closed (``>&-``), or a file opened later would get its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 (open to the end)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run a command and return its exit code; what is no PolyakError keeps its traceback."""
+    try:
+        code = cli.main(args=arguments, prog_name="polyak", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return USAGE
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        where = f"; see {context.command_path} --help" if context else ""
+        return _fail(error.format_message().rstrip(".") + where, USAGE)
+    except UsageError as error:
+        return _fail(str(error), USAGE)
+    except PolyakError as error:
+        return _fail(str(error), FAILED)
+    except _Terminated as ended:
+        interrupted = ended.number == signal.SIGINT
+        how = "interrupted" if interrupted else f"ended by {signal.Signals(ended.number).name}"
+        return _fail(f"{how}; no unfinished file is left", 128 + ended.number)
+    return code if isinstance(code, int) else DONE
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(part.strip() for part in message.splitlines())  # click lists choices in lines
+    print(f"error: {line}", file=sys.stderr)
+    return code

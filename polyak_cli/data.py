@@ -1,0 +1,421 @@
+"""The data sets that ``--data`` names: made blobs, .npz and .csv files, and a user's own function.
+
+Knows rows and labels, no model: what the labels must look like for a loss is decided by `models`.
+A function named as MODULE.py:FUNCTION is the user's own code and is run; nothing else here runs
+code, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import itertools
+import sys
+import traceback
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, UsageError, shown
+from polyak_cli.quiet import hushed
+
+Array: TypeAlias = npt.NDArray[Any]
+#: One array; or several of the same length, by name or by position, for a model with several inputs
+#: or outputs.
+Arrays: TypeAlias = Array | Mapping[str, Array] | tuple[Array, ...]
+
+EXPECTED = "expected blobs, FILE.npz, FILE.csv or MODULE.py:FUNCTION"
+LABEL_COLUMNS = ("label", "target", "class", "y")
+_NPZ_PAIRS = {"": ("x", "y"), "train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
+_WHOLE = ""  # the split of a data set that is not split
+_DAMAGED = (csv.Error, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Some rows: features and the labels that belong to them.
+
+    Attributes:
+        source: how messages call it.
+        features: float, integer or boolean arrays whose first axis is the rows.
+        labels: classes as integers (rows,), one-hot (rows, classes), or numbers to predict.
+    """
+
+    source: str
+    features: Arrays
+    labels: Arrays
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(leaves(self.labels)[0])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dataset:
+    """The rows of one ``--data``, in one piece or split into train and test.
+
+    Attributes:
+        name: as it was asked for.
+        splits: by name; one without a name where the data set is not split.
+        notes: what the user should know, a line each.
+    """
+
+    name: str
+    splits: Mapping[str, Split]
+    notes: tuple[str, ...] = ()
+
+    def split(self, which: str | None = None) -> Split:
+        """Return the rows of a split; by default test, or all rows where there are no splits.
+
+        Raises:
+            UsageError: the data set has no such split.
+        """
+        if which is None:
+            which = "test" if "test" in self.splits else next(iter(self.splits))
+        if which in self.splits:
+            return self.splits[which]
+        if _WHOLE in self.splits:
+            there = "is not split into train and test; leave --split out"
+        else:
+            there = f"has only {' and '.join(self.splits)}"
+        raise UsageError(f"{shown(self.name)}: has no split '{shown(which)}': it {there}")
+
+
+def leaves(arrays: Arrays) -> list[Array]:
+    """Return the arrays, in order, whether there is one or several."""
+    if isinstance(arrays, Mapping):
+        return list(arrays.values())
+    return list(arrays) if isinstance(arrays, tuple) else [arrays]
+
+
+def load(name: str) -> Dataset:
+    """Load the data set that ``--data`` names.
+
+    * ``blobs``: 1,100 points of scikit-learn's ``make_blobs(centers=3, n_features=2, cluster_std=2,
+      random_state=2)``; the first 100 are train, the other 1,000 test.
+    * ``FILE.npz``: arrays ``x`` and ``y``, or ``x_train``, ``y_train``, ``x_test``, ``y_test``.
+    * ``FILE.csv``: a header row, then numbers; separated by comma, semicolon or tab.  The label is
+      the column named label, target, class or y (the first of these), else the last one.
+    * ``MODULE.py:FUNCTION``: called without arguments, returns ``(x, y)`` or ``{"train": (x, y),
+      "test": (x, y)}``; x and y may each be a dict or a tuple of arrays.
+
+    Labels that are text are numbered as classes, in sorted order from 0; a note says so.
+
+    Raises:
+        UsageError: the name is none of these.
+        FormatError: the file does not hold such data, or its parts do not fit together.
+        MissingExtraError: blobs without scikit-learn.
+        PolyakError: no such file, or the user's function failed.
+    """
+    if name == "blobs":
+        return _blobs()
+    suffix = Path(name).suffix.lower()
+    if suffix == ".npz":
+        return _npz(name)
+    if suffix == ".csv":
+        return _csv(name)
+    module, colon, function = name.rpartition(":")
+    if colon and module.lower().endswith(".py") and function.isidentifier():
+        return _function(name, Path(module), function)
+    raise UsageError(f"{shown(name)}: is not a data set; {EXPECTED}")
+
+
+def _blobs() -> Dataset:
+    try:
+        from sklearn.datasets import make_blobs
+    except ImportError:
+        raise MissingExtraError("the data set blobs", "tensorflow") from None
+    points, classes = make_blobs(
+        n_samples=1100, centers=3, n_features=2, cluster_std=2, random_state=2
+    )
+    parts = {"train": slice(100), "test": slice(100, None)}
+    return Dataset(
+        "blobs", {key: Split(f"blobs ({key})", points[k], classes[k]) for key, k in parts.items()}
+    )
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _npz(name: str) -> Dataset:
+    held = _npz_arrays(name)
+    pairs: dict[str, tuple[object, object]] = {}
+    used: set[str] = set()
+    for key, pair in _NPZ_PAIRS.items():
+        present = [part for part in pair if part in held]
+        if len(present) == 1:
+            missing = next(part for part in pair if part not in held)
+            raise FormatError(f"{shown(name)}: holds {present[0]} but no {missing}")
+        if present:
+            pairs[key] = (held[pair[0]], held[pair[1]])
+            used |= {*pair}
+    others = ", ".join(shown(key, 40) for key in held if key not in used)
+    if not pairs or (_WHOLE in pairs and len(pairs) > 1):
+        raise FormatError(
+            f"{shown(name)}: expected arrays x and y, or x_train, y_train, x_test and y_test; "
+            f"found {', '.join(shown(key, 40) for key in held) or 'none'}"
+        )
+    notes = (f"{shown(name)}: arrays not used: {others}",) if others else ()
+    return _dataset(name, pairs, notes)
+
+
+def _npz_arrays(name: str) -> dict[str, Array]:
+    """Read every array of an archive."""
+    # numpy leaves a file that it opened itself open when the archive is damaged.
+    with _readable(name), open(name, "rb") as file:
+        opened = np.load(file, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise FormatError(f"{shown(name)}: is one numpy array, not an .npz archive of several")
+        with opened:
+            return {key: opened[key] for key in opened.files}
+
+
+def _csv(name: str) -> Dataset:
+    with _readable(name), open(name, encoding="utf-8-sig", newline="") as file:
+        first = file.readline()
+        delimiter = max(",;\t", key=first.count)
+        lines = csv.reader(itertools.chain([first], file), delimiter=delimiter)
+        header = [cell.strip() for cell in next(lines, [])]
+        if len(header) < 2 or all(map(_is_number, header)):
+            raise FormatError(
+                f"{shown(name)}: the first line must name at least two columns, found "
+                f"{shown(first.strip(), 80) or 'nothing'!r}"
+            )
+        label = _label_column(header)
+        rows, labels = _csv_rows(name, lines, header, label)
+    features = np.array(rows, np.float64).reshape(len(rows), len(header) - 1)
+    note = f"{shown(name)}: the labels are column '{shown(header[label], 60)}'"
+    return _dataset(name, {_WHOLE: (features, _csv_labels(labels))}, (note,))
+
+
+def _csv_rows(
+    name: str, lines: Iterator[list[str]], header: Sequence[str], label: int
+) -> tuple[list[list[float]], list[str]]:
+    """Read the rows below the header: their features and, as text, their labels."""
+    rows, labels = [], []
+    for number, cells in enumerate(lines, 2):
+        if not cells:
+            continue  # an empty line, as at the end of many files
+        if len(cells) != len(header):
+            raise FormatError(
+                f"{shown(name)}: row {number} has {len(cells)} fields, but the header names "
+                f"{len(header)}"
+            )
+        row = []
+        for column, cell in enumerate(cells):
+            if column == label:
+                continue
+            try:
+                row.append(float(cell))
+            except ValueError:
+                raise FormatError(
+                    f"{shown(name)}: row {number}, column '{shown(header[column], 60)}': expected "
+                    f"a number, found '{shown(cell, 60)}'"
+                ) from None
+        if not cells[label].strip():
+            raise FormatError(f"{shown(name)}: row {number} has no label")
+        rows.append(row)
+        labels.append(cells[label].strip())
+    return rows, labels
+
+
+def _label_column(header: Sequence[str]) -> int:
+    lowered = [cell.lower() for cell in header]
+    return next((lowered.index(n) for n in LABEL_COLUMNS if n in lowered), len(header) - 1)
+
+
+def _csv_labels(labels: Sequence[str]) -> Array:
+    """Return whole numbers as integers, other numbers as floats, text as it is."""
+    if not all(map(_is_number, labels)):
+        return np.array(labels, dtype=str)
+    numbers = np.array([float(label) for label in labels])
+    with np.errstate(invalid="ignore"):
+        whole = numbers.astype(np.int64)
+    return whole if np.array_equal(whole, numbers) else numbers
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn what reading a file can raise into one line.
+
+    Raises:
+        PolyakError: there is no such file, or it cannot be read.
+        FormatError: it is damaged, or something else than its suffix says.
+    """
+    path = Path(name)
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise PolyakError(f"{shown(name)}: is not a regular file; {EXPECTED}")
+    try:
+        yield
+    except (ValueError, EOFError, KeyError, OSError, MemoryError, *_DAMAGED) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise PolyakError(f"{shown(name)}: cannot be read: {error.strerror}") from None
+        raise FormatError(
+            f"{shown(name)}: is damaged or not what its suffix says: {shown(error)}"
+        ) from None
+
+
+# --- the user's own code -------------------------------------------------------------------------
+
+
+def _function(name: str, path: Path, function: str) -> Dataset:
+    if not path.is_file():
+        raise PolyakError(f"{shown(path)}: there is no such file; {EXPECTED}")
+    with _users_code(path, "cannot be loaded"):
+        module = _imported(path)
+    called = getattr(module, function, None)
+    if not callable(called):
+        raise UsageError(f"{shown(path)}: has no function '{shown(function)}'")
+    with _users_code(path, f"{function}() failed"):
+        returned = called()
+    return _dataset(name, _returned_pairs(f"{shown(path)}: {function}()", returned), ())
+
+
+def _imported(path: Path) -> object:
+    """Import the user's file, which may import what lies beside it."""
+    spec = importlib.util.spec_from_file_location(f"polyak_data_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError("it is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+@contextlib.contextmanager
+def _users_code(path: Path, what: str) -> Iterator[None]:
+    """Make an error in the user's code one line that says where it is, keeping the cause."""
+    try:
+        with hushed():  # it may well import a framework
+            yield
+    except (Exception, SystemExit) as error:
+        line = _line_in(path, error)
+        where = f"line {line}: " if line else ""
+        raise PolyakError(
+            f"{shown(path)}: {what}: {where}{type(error).__name__}: {shown(error)}"
+        ) from error
+
+
+def _line_in(path: Path, error: BaseException) -> int | None:
+    """Return the line of the file at which the error arose, the innermost one."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return lines[-1] if lines else None
+
+
+def _returned_pairs(where: str, returned: object) -> dict[str, tuple[object, object]]:
+    expected = 'expected (x, y) or {"train": (x, y), "test": (x, y)}'
+    pairs = returned if isinstance(returned, Mapping) else {_WHOLE: returned}
+    if not pairs or (isinstance(returned, Mapping) and not set(pairs) <= {"train", "test"}):
+        keys = ", ".join(shown(key, 40) for key in pairs) or "none"
+        raise PolyakError(f"{where} returned a dict with the keys {keys}; {expected}")
+    checked = {}
+    for key, pair in pairs.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            what = f"{len(pair)} things" if isinstance(pair, (tuple, list)) else type(pair).__name__
+            raise PolyakError(f"{where} returned {what}; {expected}")
+        checked[str(key)] = (pair[0], pair[1])
+    return checked
+
+
+# --- arrays that fit together --------------------------------------------------------------------
+
+
+def _dataset(
+    name: str, pairs: Mapping[str, tuple[object, object]], notes: Sequence[str]
+) -> Dataset:
+    """Check the pairs of features and labels, and number labels that are text.
+
+    Raises:
+        FormatError: an array is empty, not numeric, or of another length than its partner.
+    """
+    splits = {}
+    for key, (features, labels) in pairs.items():
+        source = f"{shown(name)} ({key})" if key else shown(name)
+        splits[key] = Split(
+            source,
+            _arrays(features, f"{source}: the features"),
+            _arrays(labels, f"{source}: the labels", text=True),
+        )
+        _check_rows(splits[key])
+    return _numbered(Dataset(name, splits, tuple(notes)))
+
+
+def _arrays(given: object, what: str, text: bool = False) -> Arrays:
+    """Return the given as arrays of numbers: a dict by name, a tuple by position, else one."""
+    if isinstance(given, Mapping):
+        return {str(k): _array(v, f"{what} '{shown(k, 60)}'", text) for k, v in given.items()}
+    if isinstance(given, tuple):
+        return tuple(_array(v, f"{what} [{k}]", text) for k, v in enumerate(given))
+    return _array(given, what, text)
+
+
+def _array(given: object, what: str, text: bool) -> Array:
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError) as error:  # ragged lists, objects that are no arrays
+        raise FormatError(f"{what} are not an array: {shown(error)}") from None
+    if text and array.dtype.kind in "US" and array.ndim == 1:
+        return array
+    if array.dtype.kind not in "biuf":
+        raise FormatError(f"{what} have dtype {array.dtype}; expected numbers")
+    if array.ndim == 0:
+        raise FormatError(f"{what} are a single number; expected one row or more")
+    return array
+
+
+def _check_rows(split: Split) -> None:
+    arrays = [*leaves(split.features), *leaves(split.labels)]
+    rows = {len(array) for array in arrays}
+    if not leaves(split.features) or not leaves(split.labels) or rows == {0}:
+        raise FormatError(f"{split.source}: is empty; expected one row or more")
+    if len(rows) > 1:
+        shapes = " and ".join(str(array.shape) for array in arrays)
+        raise FormatError(
+            f"{split.source}: features and labels must have as many rows, found the shapes {shapes}"
+        )
+
+
+def _numbered(dataset: Dataset) -> Dataset:
+    """Number labels that are text, by the sorted names of all splits."""
+    texts = [s.labels for s in dataset.splits.values() if _is_text(s.labels)]
+    if not texts:
+        return dataset
+    if len(texts) < len(dataset.splits):
+        raise FormatError(f"{shown(dataset.name)}: the labels are text in one split only")
+    names = np.unique(np.concatenate([np.asarray(text, dtype=str) for text in texts]))
+    splits = {
+        key: Split(s.source, s.features, np.searchsorted(names, np.asarray(s.labels, dtype=str)))
+        for key, s in dataset.splits.items()
+    }
+    listed = ", ".join(f"{shown(n, 40)} = {k}" for k, n in enumerate(names[:10]))
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    note = f"{shown(dataset.name)}: the labels are text, numbered as classes: {listed}{more}"
+    return Dataset(dataset.name, splits, (*dataset.notes, note))
+
+
+def _is_text(labels: Arrays) -> bool:
+    return isinstance(labels, np.ndarray) and labels.dtype.kind in "US"

@@ -1,0 +1,540 @@
+"""Slabs of many checkpoints -> slabs of one or several outputs, in processes and flat memory.
+
+Knows no format, no scheme and no header: it gets tables of extents and a matrix of coefficients,
+reads by offset, folds in float64 from the oldest checkpoint to the newest, rounds once and writes
+by offset.  Work is divided across slabs, never across checkpoints, so the bytes do not depend on
+the division.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import resource
+import selectors
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from polyak_cli.children import Child, Writer, raised
+from polyak_cli.errors import FormatError, MismatchError, PolyakError, shown
+from polyak_cli.tensors import (
+    Bytes,
+    Float64,
+    Identity,
+    LaidOut,
+    Storage,
+    itemsize,
+    narrow,
+    widen,
+    write_exactly,
+)
+
+#: Elements folded at a time: 256 KiB of float32, with its float64 sum and product within L2.
+PIECE = 1 << 16
+#: Pieces, or slabs of small tensors, that are folded between two messages.
+PIECES, BATCH = 8, 256
+#: Bytes to read from which on it pays to fork.
+SPREAD = 64 << 20
+#: Bytes written between two flushes to the disk.
+FLUSH = 32 << 20
+#: Bytes that one element needs while it is folded: as stored, its float64 and the sum.
+_FOLD_BYTES = 8 + 8 + 8
+
+Progress = Callable[[int], None]
+
+
+class Input(NamedTuple):
+    """One checkpoint, as far as reading its bytes goes."""
+
+    path: str
+    identity: Identity
+
+
+class Source(NamedTuple):
+    """Where one checkpoint keeps one tensor."""
+
+    storage: Storage
+    byteorder: str
+
+
+class Averaged(NamedTuple):
+    """One tensor to average: where all checkpoints keep it and where the outputs want it."""
+
+    name: str
+    size: int
+    dtype: str
+    sources: Sequence[Source]
+    targets: Sequence[LaidOut]
+
+
+class Slab(NamedTuple):
+    """A contiguous part of a tensor, in elements."""
+
+    tensor: Averaged
+    start: int
+    stop: int
+
+
+class Totals(NamedTuple):
+    """What a run did; seconds are summed over the processes."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    reading: float = 0.0
+    folding: float = 0.0
+    writing: float = 0.0
+
+    def plus(self, other: Totals) -> Totals:
+        """Return the sum."""
+        return Totals(
+            self.bytes_read + other.bytes_read,
+            self.bytes_written + other.bytes_written,
+            self.reading + other.reading,
+            self.folding + other.folding,
+            self.writing + other.writing,
+        )
+
+
+class Memory(NamedTuple):
+    """How a bound on the buffers is shared out."""
+
+    jobs: int
+    piece: int  # elements of one tensor folded at a time
+    most: int  # elements at a time where the storage is better read in larger parts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the buffers, at the usual piece."""
+        return self.jobs * self.piece * _FOLD_BYTES
+
+    @classmethod
+    def within(cls, nbytes: int, jobs: int) -> Memory:
+        """Fit the processes and their buffers into a bound; fewer processes before tiny pieces."""
+        jobs = max(1, min(jobs, nbytes // (_FOLD_BYTES * 4096)))
+        most = max(256, nbytes // (_FOLD_BYTES * jobs))
+        return cls(jobs, min(PIECE, most), most)
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """All that a slab's work needs besides the slab: plain values, so that it can be sent."""
+
+    inputs: Sequence[Input]
+    outputs: Sequence[str]
+    coefficients: npt.NDArray[np.float64]  # outputs x checkpoints
+    allow_nonfinite: bool
+
+    def terms(self) -> list[list[tuple[int, float]]]:
+        """Return for each checkpoint the outputs it counts in, and how much.
+
+        0 * inf is nan: a checkpoint that counts nowhere is not even read.
+        """
+        return [
+            [(row, float(c)) for row, c in enumerate(column) if c] for column in self.coefficients.T
+        ]
+
+
+def slabs(tensors: Iterable[Averaged], piece: int, most: int) -> Iterator[Slab]:
+    """Cut tensors into slabs that cover each exactly once.
+
+    Args:
+        tensors: what to cut.
+        piece: elements of a slab.
+        most: elements that a slab may have where the storage is better read in larger parts.
+    """
+    for tensor in tensors:
+        width = itemsize(tensor.dtype)
+        best = max(source.storage.alignment for source in tensor.sources) // width
+        step = piece if best <= 1 else max(1, min(best * max(1, piece // best), most))
+        for start in range(0, tensor.size, step):
+            yield Slab(tensor, start, min(start + step, tensor.size))
+
+
+def batches(work: Iterable[Slab], elements: int) -> Iterator[list[Slab]]:
+    """Gather small slabs, so that a message is not sent for a handful of bytes."""
+    batch: list[Slab] = []
+    total = 0
+    for slab in work:
+        batch.append(slab)
+        total += slab.stop - slab.start
+        if total >= elements or len(batch) >= BATCH:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+def fold(
+    tensors: Iterable[Averaged],
+    work: Fold,
+    memory: Memory,
+    progress: Progress = lambda _: None,
+) -> Totals:
+    """Average all tensors into the outputs.
+
+    Args:
+        tensors: dtype one of `tensors.FLOATS`; every source has the tensor's size.
+        work: inputs, outputs and the matrix of coefficients.
+        memory: processes and pieces.
+        progress: told the bytes read by each finished batch, in this process.
+
+    Raises:
+        FormatError: an input ends early, is damaged, or changed since it was scanned.
+        MismatchError: a value is not finite, or an average does not fit the stored type.
+        OSError: an output cannot be written.
+    """
+    whole = list(tensors)
+    cut = batches(slabs(whole, memory.piece, memory.most), memory.piece * PIECES)
+    nbytes = len(work.inputs) * sum(tensor.size * itemsize(tensor.dtype) for tensor in whole)
+    here = _here(work, cut) if nbytes < SPREAD or memory.jobs == 1 else None
+    total = Totals()
+    with (
+        _opened(work.outputs) as outputs,
+        _Flusher(outputs) as flusher,
+        contextlib.closing(here or _in_children(work, cut, memory.jobs)) as parts,
+    ):
+        for done in parts:
+            total = total.plus(done)
+            flusher.wrote(done.bytes_written)
+            progress(done.bytes_read)
+    return total
+
+
+def _here(work: Fold, cut: Iterable[list[Slab]]) -> Generator[Totals, None, None]:
+    """Fold in this process, yielding what each batch took."""
+    with _Files(work.inputs) as files, _opened(work.outputs) as outputs:
+        worker = _Worker(work, files, outputs)
+        for batch in cut:
+            yield worker.fold(batch)
+
+
+def _in_children(work: Fold, cut: Iterable[list[Slab]], jobs: int) -> Generator[Totals, None, None]:
+    """Fold in several processes, each taking every so many-th batch.
+
+    Two threads are hardly faster than one: numpy lets go of the interpreter's lock for some 20 us
+    at a time, which is less than it takes to wake the one that waits for it.
+    """
+
+    def share(k: int) -> Callable[[Writer], None]:
+        def fold_share(writer: Writer) -> None:
+            for done in _here(work, itertools.islice(cut, k, None, jobs)):
+                writer.send({"done": done})
+
+        return fold_share
+
+    children: list[Child] = []
+    with selectors.DefaultSelector() as selector:
+        try:
+            for k in range(jobs):
+                children.append(Child(share(k)))
+                selector.register(children[-1].pipe, selectors.EVENT_READ, children[-1])
+            while selector.get_map():
+                for key, _ in selector.select():
+                    yield from _received(key.data, selector)
+        finally:
+            for child in children:
+                child.stop()
+
+
+def _received(child: Child, selector: selectors.BaseSelector) -> Iterator[Totals]:
+    """Yield what a child has sent, and let go of one that has ended."""
+    alive = child.receive()
+    while (line := child.next_line()) is not None:
+        message = json.loads(line)
+        error = raised(message)
+        if error:
+            raise error
+        yield Totals(*message["done"])
+    if not alive:
+        selector.unregister(child.pipe)
+        how = child.reap()
+        if how:
+            raise PolyakError(
+                f"a worker was ended from outside ({how}), perhaps because memory ran out; "
+                "use fewer --jobs or less --max-memory"
+            )
+
+
+def differing(
+    tensors: Iterable[tuple[str, Sequence[Storage]]], inputs: Sequence[Input], memory: Memory
+) -> set[str]:
+    """Return the names of those tensors whose bytes are not the same in all checkpoints."""
+    step = memory.piece * 8
+    with _Files(inputs) as files:
+        return {name for name, storages in tensors if not _same(storages, files, step, name)}
+
+
+def _same(storages: Sequence[Storage], files: _Files, step: int, name: str) -> bool:
+    nbytes = storages[0].nbytes
+    if any(storage.nbytes != nbytes for storage in storages):
+        return False
+    for start in range(0, nbytes, step):
+        first, other = (np.empty(min(step, nbytes - start), np.uint8) for _ in range(2))
+        files.read(0, storages[0], start, first, name)
+        for k in range(1, len(storages)):
+            files.read(k, storages[k], start, other, name)
+            if not np.array_equal(first, other):
+                return False
+    return True
+
+
+class _Worker:
+    """Folds slabs one after the other, with buffers that it keeps."""
+
+    def __init__(self, work: Fold, files: _Files, outputs: Sequence[int]) -> None:
+        self.work = work
+        self.files = files
+        self.outputs = outputs
+        self.terms = work.terms()
+        self.clock = _Clock()
+        self._allocate(0)
+
+    def _allocate(self, count: int) -> None:
+        rows = len(self.outputs)
+        self.raw: Bytes = np.empty(count * 8, np.uint8)
+        self.values: Float64 = np.empty(count)
+        self.sums: list[Float64] = [np.empty(count) for _ in range(rows)]
+        # With one output, the values themselves may be overwritten by the product.
+        self.product: Float64 = np.empty(count) if rows > 1 else self.values
+
+    def fold(self, batch: Sequence[Slab]) -> Totals:
+        """Average the slabs into the outputs and return what that took."""
+        self.clock = _Clock()
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            for slab in batch:
+                if slab.stop - slab.start > self.values.size:
+                    self._allocate(slab.stop - slab.start)
+                self._sum(slab)
+                self._store(slab)
+        return self.clock.totals()
+
+    def _sum(self, slab: Slab) -> None:
+        """Compute ``sum_k c_k x_k`` in float64, from the oldest checkpoint to the newest."""
+        count = slab.stop - slab.start
+        values, product = self.values[:count], self.product[:count]
+        sums = [whole[:count] for whole in self.sums]
+        begun = [False] * len(sums)
+        for k, terms in enumerate(self.terms):
+            if not terms:
+                continue
+            self._load(slab, k, values)
+            for row, coefficient in terms:
+                if begun[row]:  # numpy fuses no multiply with an add
+                    np.multiply(values, coefficient, out=product)
+                    np.add(sums[row], product, out=sums[row])
+                else:  # not 0 + c x, which would lose the sign of a negative zero
+                    np.multiply(values, coefficient, out=sums[row])
+                    begun[row] = True
+            self.clock.fold()
+        if not self.work.allow_nonfinite and not all(_finite(row) for row in sums):
+            raise self._culprit(slab, values)
+
+    def _load(self, slab: Slab, k: int, values: Float64) -> None:
+        """Read a slab of checkpoint ``k`` and widen it."""
+        tensor = slab.tensor
+        width = itemsize(tensor.dtype)
+        raw = self.raw[: len(values) * width]
+        source = tensor.sources[k]
+        self.files.read(k, source.storage, slab.start * width, raw, tensor.name)
+        self.clock.read(len(raw))
+        widen(raw, tensor.dtype, source.byteorder, values)
+
+    def _store(self, slab: Slab) -> None:
+        """Round the sums to the stored type and write them."""
+        tensor, count = slab.tensor, slab.stop - slab.start
+        for descriptor, target, whole in zip(self.outputs, tensor.targets, self.sums, strict=True):
+            width = itemsize(target.dtype)
+            raw, row = self.raw[: count * width], whole[:count]
+            narrow(row, target.dtype, target.byteorder, raw)
+            if target.dtype != tensor.dtype and not self.work.allow_nonfinite:
+                stored = self.values[:count]
+                widen(raw, target.dtype, target.byteorder, stored)
+                _check_fits(tensor.name, target.dtype, row, stored)
+            self.clock.fold()
+            write_exactly(descriptor, target.offset + slab.start * width, raw)
+            self.clock.write(len(raw))
+
+    def _culprit(self, slab: Slab, values: Float64) -> MismatchError:
+        """Read the slab again to say which checkpoint holds what is not finite."""
+        name = shown(slab.tensor.name)
+        for k, terms in enumerate(self.terms):
+            if not terms:
+                continue
+            self._load(slab, k, values)
+            where = np.flatnonzero(~np.isfinite(values))
+            if len(where):
+                return MismatchError(
+                    f"{shown(self.work.inputs[k].path)}: tensor '{name}' holds "
+                    f"{values[where[0]]} (element {slab.start + int(where[0])}); expected finite "
+                    "numbers. Leave the checkpoint out with --exclude, or use --allow-nonfinite"
+                )
+        return MismatchError(
+            f"the average of tensor '{name}' overflows float64, though every checkpoint is "
+            "finite; use --allow-nonfinite to write it all the same"
+        )
+
+
+def _finite(values: Float64) -> bool:
+    """Tell whether all values are finite; a finite sum says so at once, and is quick."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.add.reduce(values))) or bool(np.isfinite(values).all())
+
+
+def _check_fits(name: str, dtype: str, row: Float64, stored: Float64) -> None:
+    """Refuse a finite average that the wanted type can only store as infinity."""
+    if not _finite(stored):
+        worst = row[~np.isfinite(stored)][0]
+        raise MismatchError(
+            f"the average of tensor '{shown(name)}' holds {worst:.6g}, which {dtype} cannot "
+            "store; choose a wider --dtype"
+        )
+
+
+class _Flusher:
+    """Sends what is written to the disk while the folding goes on, so that the last fsync is short.
+
+    One flush at a time; an error of the disk is raised where it is noticed.
+    """
+
+    def __init__(self, descriptors: Sequence[int]) -> None:
+        self.descriptors = descriptors
+        self.pool = ThreadPoolExecutor(1)
+        self.flushing: Future[None] | None = None
+        self.waiting = 0
+
+    def __enter__(self) -> _Flusher:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        if self.flushing and kind is None and not self.flushing.cancelled():
+            self.flushing.result()
+
+    def wrote(self, nbytes: int) -> None:
+        """Count bytes written, and start a flush when there are enough and none is running."""
+        self.waiting += nbytes
+        if self.waiting < FLUSH or (self.flushing and not self.flushing.done()):
+            return
+        if self.flushing:
+            self.flushing.result()
+        self.waiting = 0
+        self.flushing = self.pool.submit(self._flush)
+
+    def _flush(self) -> None:
+        for descriptor in self.descriptors:
+            getattr(os, "fdatasync", os.fsync)(descriptor)  # macOS has only fsync
+
+
+class _Clock:
+    """Splits the time into reading, folding and writing."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.bytes_read = self.bytes_written = 0
+        self.reading = self.folding = self.writing = 0.0
+
+    def _lap(self) -> float:
+        last, self.last = self.last, time.perf_counter()
+        return self.last - last
+
+    def read(self, nbytes: int) -> None:
+        """Count the time since the last lap as reading."""
+        self.bytes_read += nbytes
+        self.reading += self._lap()
+
+    def fold(self) -> None:
+        """Count the time since the last lap as folding."""
+        self.folding += self._lap()
+
+    def write(self, nbytes: int) -> None:
+        """Count the time since the last lap as writing."""
+        self.bytes_written += nbytes
+        self.writing += self._lap()
+
+    def totals(self) -> Totals:
+        """Return what was counted."""
+        return Totals(self.bytes_read, self.bytes_written, self.reading, self.folding, self.writing)
+
+
+class _Files:
+    """The inputs, opened when first read, each checked to be the file that was scanned.
+
+    As many stay open as the process may have; the rest are opened for every slab.
+    """
+
+    def __init__(self, inputs: Sequence[Input]) -> None:
+        self.inputs = inputs
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.room = max(0, soft - 64) if soft != resource.RLIM_INFINITY else len(inputs)
+        self.kept: dict[int, int] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self.kept.values():
+            os.close(descriptor)
+
+    def read(self, k: int, storage: Storage, start: int, buffer: Bytes, name: str) -> None:
+        """Fill the buffer from input ``k``, with file and tensor named in every error."""
+        path = self.inputs[k].path
+        try:
+            descriptor = self.kept.get(k)
+            if descriptor is None:
+                descriptor = self._keep(k)
+            if descriptor is not None:
+                storage.read_into(descriptor, start, buffer)
+                return
+            descriptor = self._open(k)
+            try:
+                storage.read_into(descriptor, start, buffer)
+            finally:
+                os.close(descriptor)
+        except FormatError as error:
+            raise FormatError(f"{shown(path)}: tensor '{shown(name)}': {error}") from None
+        except OSError as error:
+            raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+
+    def _keep(self, k: int) -> int | None:
+        """Open an input for the whole run, if there is room for another."""
+        if len(self.kept) < self.room:
+            self.kept[k] = self._open(k)
+        return self.kept.get(k)
+
+    def _open(self, k: int) -> int:
+        path, identity = self.inputs[k]
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if Identity.of(os.fstat(descriptor)) != identity:
+            os.close(descriptor)
+            raise FormatError("the file changed while it was averaged; is training still running?")
+        return descriptor
+
+
+@contextlib.contextmanager
+def _opened(outputs: Sequence[str]) -> Iterator[list[int]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(open(path, "r+b")).fileno() for path in outputs]
+
+
+def unchanged(inputs: Sequence[Input]) -> None:
+    """Check once more that every input is the file that was scanned.
+
+    Raises:
+        FormatError: one was replaced, written to or removed meanwhile.
+    """
+    for path, identity in inputs:
+        with contextlib.suppress(OSError):
+            if Identity.of(Path(path).stat()) == identity:
+                continue
+        raise FormatError(
+            f"{shown(path)}: changed or vanished while it was averaged; is training still running?"
+        )

@@ -1,0 +1,167 @@
+"""Tensors that HDF5 keeps in pieces: decodes chunks without the HDF5 library.
+
+The scan has told where each chunk lies and which filters it went through; from there on it is
+`pread` at checked offsets and zlib, which runs outside every lock.  Knows nothing of headers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from polyak_cli.errors import FormatError
+from polyak_cli.tensors import Bytes, read_exactly
+
+DEFLATE, SHUFFLE, FLETCHER32, LZF = 1, 2, 3, 32000
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """A tensor cut into a grid of chunks, each stored through a pipeline of filters."""
+
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    itemsize: int
+    filters: tuple[int, ...]  # in the order in which they were applied on writing
+    index: dict[tuple[int, ...], tuple[int, int, int]]  # grid position -> offset, bytes, skipped
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def _row_bytes(self) -> int:
+        """Bytes of everything behind one index of the first axis."""
+        return math.prod(self.shape[1:]) * self.itemsize
+
+    @property
+    def alignment(self) -> int:
+        """Bytes of a band of whole chunks, each of which is then decoded once."""
+        return max(1, self.chunk_shape[0] * self._row_bytes)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one decoded chunk."""
+        return math.prod(self.chunk_shape) * self.itemsize
+
+    def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
+        """See `tensors.Storage.read_into`."""
+        stop = start + len(buffer)
+        first, last = start // self._row_bytes, (stop - 1) // self._row_bytes
+        for position in self._positions(first, last):
+            chunk = self._decode(descriptor, position)
+            corner = [p * c for p, c in zip(position, self.chunk_shape, strict=True)]
+            inside = tuple(
+                slice(0, min(c, n - k))
+                for k, c, n in zip(corner, self.chunk_shape, self.shape, strict=True)
+            )
+            self._place(chunk[inside], corner, start, buffer)
+
+    def _positions(self, first: int, last: int) -> Iterator[tuple[int, ...]]:
+        """Yield the grid positions of all chunks that hold rows ``first`` to ``last``."""
+        rows = range(first // self.chunk_shape[0], last // self.chunk_shape[0] + 1)
+        rest = [
+            range(-(-n // c)) for n, c in zip(self.shape[1:], self.chunk_shape[1:], strict=True)
+        ]
+        return itertools.product(rows, *rest)
+
+    def _place(self, chunk: Bytes, corner: list[int], start: int, buffer: Bytes) -> None:
+        """Copy what a chunk, shape (..., itemsize), shares with the bytes wanted."""
+        row, step = corner[0], self._row_bytes
+        if start % step == 0 and len(buffer) % step == 0:
+            band = buffer.reshape(len(buffer) // step, *self.shape[1:], self.itemsize)
+            low = start // step
+            rows = slice(max(row, low), min(row + len(chunk), low + len(band)))
+            there = (
+                slice(rows.start - low, rows.stop - low),
+                *(slice(k, k + n) for k, n in zip(corner[1:], chunk.shape[1:-1], strict=True)),
+            )
+            band[there] = chunk[rows.start - row : rows.stop - row]
+            return
+        # A piece that begins or ends within a row: place element by element.
+        indices = np.ix_(
+            *(np.arange(k, k + n) for k, n in zip(corner, chunk.shape[:-1], strict=True))
+        )
+        flat = np.ravel_multi_index(indices, self.shape).ravel() - start // self.itemsize
+        wanted = buffer.reshape(-1, self.itemsize)
+        shared = (flat >= 0) & (flat < len(wanted))
+        wanted[flat[shared]] = chunk.reshape(-1, self.itemsize)[shared]
+
+    def _decode(self, descriptor: int, position: tuple[int, ...]) -> Bytes:
+        """Return one whole chunk, shape (*chunk_shape, itemsize), with its filters undone."""
+        offset, nbytes, skipped = self.index[position]
+        raw = np.empty(nbytes, np.uint8)
+        read_exactly(descriptor, offset, raw)
+        for k, number in reversed(list(enumerate(self.filters))):
+            if not skipped >> k & 1:
+                raw = self._undo(number, raw)
+        if len(raw) != self.chunk_bytes:
+            raise FormatError(f"a chunk decodes to {len(raw)} bytes, not {self.chunk_bytes}")
+        return raw.reshape(*self.chunk_shape, self.itemsize)
+
+    def _undo(self, number: int, raw: Bytes) -> Bytes:
+        """Undo one filter."""
+        if number == FLETCHER32:
+            return _checked(raw)
+        if number == DEFLATE:
+            return _inflate(raw, self.chunk_bytes + 4)  # a checksum may have been added before
+        if number == LZF:
+            return _unpack_lzf(raw, self.chunk_bytes)
+        body = len(raw) // self.itemsize * self.itemsize
+        shuffled = raw[:body].reshape(self.itemsize, -1)
+        return np.concatenate([np.ascontiguousarray(shuffled.T).ravel(), raw[body:]])
+
+
+def _inflate(raw: Bytes, limit: int) -> Bytes:
+    """Decompress, but never to more than the header allows."""
+    decompressor = zlib.decompressobj()
+    try:
+        data = decompressor.decompress(raw.tobytes(), limit)
+    except zlib.error as error:
+        raise FormatError(f"a gzip-compressed chunk is damaged ({error})") from None
+    if not decompressor.eof:
+        raise FormatError("a gzip-compressed chunk is damaged (it does not end where it should)")
+    return np.frombuffer(data, np.uint8)
+
+
+def _checked(raw: Bytes) -> Bytes:
+    """Verify and remove a Fletcher-32 checksum (HDF5 file format, section III.A.3).
+
+    Sums 16-bit big-endian words modulo 65535; an odd last byte is the upper half of a word.
+    """
+    body, stored = raw[:-4], int.from_bytes(raw[-4:].tobytes(), "little")
+    even = body if len(body) % 2 == 0 else np.append(body, np.uint8(0))
+    words = even.view(">u2").astype(np.uint64)
+    factors = np.arange(len(words), 0, -1, dtype=np.uint64) % 65535
+    low = int(words.sum()) % 65535
+    high = int((words * factors % 65535).sum()) % 65535
+    # Older libraries wrote the halves' bytes swapped; HDF5 itself accepts both.
+    swapped = int.from_bytes(bytes(stored.to_bytes(4, "little")[k] for k in (1, 0, 3, 2)), "little")
+    if not any(
+        (s >> 16) % 65535 == high and (s & 0xFFFF) % 65535 == low for s in (stored, swapped)
+    ):
+        raise FormatError("the checksum of a chunk is wrong: the data are damaged")
+    return body
+
+
+def _unpack_lzf(raw: Bytes, expected: int) -> Bytes:
+    """Let h5py's own LZF work on the bytes, inside a one-chunk file whose header is ours."""
+    import h5py
+
+    with h5py.File("lzf", "w", driver="core", backing_store=False) as file:
+        data = file.create_dataset(
+            "x", (expected,), np.uint8, chunks=(expected,), compression="lzf"
+        )
+        data.id.write_direct_chunk((0,), raw.tobytes())
+        try:
+            unpacked: npt.NDArray[np.uint8] = data[:]
+        except OSError:
+            raise FormatError("an LZF-compressed chunk is damaged") from None
+    return unpacked

@@ -1,0 +1,805 @@
+"""HDF5 files that Keras writes: scanned into a table of tensors, and laid out anew for an output.
+
+`scan`, `lay_out` and `is_average` run in a child of `sandbox`; `table` runs in the parent.  Reads
+whole-model `.h5` of every Keras generation and legacy weights-only `.h5`.  Walks by the names that
+Keras wrote and through hard links only, and never reads a tensor's values: those are `pread` by the
+engine.  Executes nothing of the model configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.formats.chunks import DEFLATE, FLETCHER32, LZF, SHUFFLE, Chunks
+from polyak_cli.tensors import (
+    FLOATS,
+    Extent,
+    Identity,
+    Inline,
+    LaidOut,
+    Storage,
+    Table,
+    TensorSpec,
+    read_exactly,
+    write_exactly,
+)
+
+# A file may name a filter plugin, which libhdf5 would then load and run: this turns plugins off.
+# It is read when the library starts, so it must stand before the import.
+os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
+
+import h5py
+import numpy as np
+from h5py import h5, h5a, h5d, h5f, h5g, h5l, h5o, h5p, h5s, h5t
+
+Alive = Callable[[], None]
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+PROVENANCE = b"polyak_provenance"
+#: What users would call the content, by its first bytes.
+FOREIGN = {
+    b"PK\x03\x04": "a zip archive (.keras, .pt or .npz)",
+    b"\x1f\x8b": "gzip-compressed",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x93NUMPY": "a numpy array",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+}
+#: Filters that this tool does not undo, by the names their users know.
+FILTERS = {
+    4: "szip",
+    5: "nbit",
+    6: "scale-offset",
+    307: "bzip2",
+    32001: "blosc",
+    32004: "lz4",
+    32008: "bitshuffle",
+    32013: "zfp",
+    32015: "zstd",
+    32026: "blosc2",
+}
+_FLOAT_TYPES = [
+    (name, order, h5t.py_create(np.dtype(order + code)))
+    for name, code in FLOATS.items()
+    if name != "bfloat16"
+    for order in "<>"
+]
+_NO_ROOM = rf"errno = ({errno.ENOSPC}|{errno.EFBIG}|{errno.EDQUOT})\b"
+_MAXIMUM_DEPTH = 64
+_SMALL = 1 << 16  # bytes of a tensor whose values may be copied, to be overwritten
+_STEP = 500  # tensors between two signs of life
+
+
+class Scan(NamedTuple):
+    """What to scan: a file, and whether also what is not the model's own."""
+
+    path: str
+    everything: bool
+
+
+class Layout(NamedTuple):
+    """What to lay out: an output like the template, with room for its averaged tensors."""
+
+    template: str
+    output: str
+    averaged: Mapping[str, str]  # location -> dtype to store
+    whole: Mapping[str, Sequence[str]]  # group to copy as it is -> what of it is averaged
+    dropped: Sequence[str]  # groups of the root to leave out
+    provenance: str
+
+
+# --- in the parent --------------------------------------------------------------------------------
+
+
+def table(path: Path, identity: Identity, scanned: Mapping[str, Any]) -> Table:
+    """Build the table of tensors from what `scan` sent as JSON."""
+    return Table(
+        path,
+        identity,
+        {row[0]: _spec(row) for row in scanned["tensors"]},
+        {row[0]: _spec(row) for row in scanned["others"]},
+        scanned["config"],
+        scanned["average"],
+    )
+
+
+def _spec(row: Sequence[Any]) -> TensorSpec:
+    name, shape, dtype, byteorder, location, storage, digest = row
+    return TensorSpec(name, tuple(shape), dtype, byteorder, location, _storage(storage), digest)
+
+
+def _storage(row: Sequence[Any] | None) -> Storage | None:
+    if row is None:
+        return None
+    if row[0] == "extent":
+        return Extent(row[1], row[2])
+    if row[0] == "inline":
+        return Inline(bytes.fromhex(row[1]))
+    _, shape, chunk_shape, itemsize, filters, index = row
+    places = {tuple(position): (offset, size, skip) for position, offset, size, skip in index}
+    return Chunks(tuple(shape), tuple(chunk_shape), itemsize, tuple(filters), places)
+
+
+def whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the groups that a layout may copy as they are, and what is averaged in each.
+
+    Those that hold small tensors only, of unchanged type.  None at all where tensors share their
+    storage: the links between them would be lost.
+    """
+    specs = [*table.tensors.values(), *table.others.values()]
+    offsets = [s.storage.offset for s in specs if isinstance(s.storage, Extent) and s.nbytes]
+    if len(set(offsets)) < len(offsets):
+        return {}
+    groups: dict[str, list[str]] = {}
+    large = set()
+    for spec in table.tensors.values():
+        parts = spec.location.split("/")
+        group = "/".join(parts[: 3 if parts[1] == "model_weights" else 2])
+        held = groups.setdefault(group, [])
+        plain = isinstance(spec.storage, Extent) and spec.nbytes <= _SMALL
+        if not plain or averaged.get(spec.location, spec.dtype) != spec.dtype:
+            large.add(group)
+        elif spec.location in averaged and spec.nbytes:
+            held.append(spec.location)
+    return {group: held for group, held in groups.items() if group not in large}
+
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[Any, int]]:
+    """Yield the root group and the size of the file, with h5py's errors made ours.
+
+    Raises:
+        FormatError: named by path, for everything that a damaged file makes libhdf5 say.
+    """
+    size = _look(path)
+    try:
+        file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY)
+        yield h5o.open(file, b"/"), size
+    except FormatError as error:
+        raise FormatError(f"{shown(path)}: {error}") from None
+    except Exception as error:
+        # h5py raises half a dozen types for a damaged file; what comes from elsewhere is a bug.
+        if not _from_h5py(error):
+            raise
+        full = re.search(_NO_ROOM, str(error))
+        if full:
+            raise OutputError(os.strerror(int(full[1]))) from None
+        raise FormatError(f"{shown(path)}: {_reason(error, size)}") from None
+
+
+def _look(path: str) -> int:
+    """Look before opening (HOSTILE.md rule 1): a regular file that begins like HDF5; its size."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError(f"{shown(path)}: is not a regular file; a checkpoint is one .h5 file")
+        if status.st_size == 0:
+            raise FormatError(f"{shown(path)}: is empty (0 bytes); save it again or leave it out")
+        offset = 0
+        while offset < status.st_size:  # a user block may stand before the signature
+            if os.pread(descriptor, len(SIGNATURE), offset) == SIGNATURE:
+                return status.st_size
+            offset = offset * 2 or 512
+        head = os.pread(descriptor, 32, 0)
+    finally:
+        os.close(descriptor)
+    what = next((name for magic, name in FOREIGN.items() if head.startswith(magic)), None)
+    begins = f"it is {what}" if what else f"it begins with {head[:8]!r}"
+    raise FormatError(f"{shown(path)}: is not an HDF5 file ({begins}); expected a Keras .h5 file")
+
+
+def _from_h5py(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code.co_filename.replace("\\", "/") if trace else ""
+    return "h5py/" in code and not isinstance(error, MemoryError)
+
+
+def _reason(error: Exception, size: int) -> str:
+    """Say in the user's words what libhdf5 means."""
+    text = str(error)
+    if "unable to lock file" in text or "already open for write" in text:
+        return "is still being written by another process; wait until it is closed"
+    if "truncated file" in text:
+        wanted = text.rpartition("stored_eof = ")[2].rstrip(")")
+        return f"is truncated: it has {size} bytes, its header says {shown(wanted)}; save it again"
+    return f"is damaged or not a Keras model file: {shown(text)}"
+
+
+def is_average(path: str, alive: Alive) -> bool:
+    """Tell whether this tool wrote the file; a file that cannot be read it did not."""
+    alive()
+    try:
+        with _opened(path) as (root, _):
+            return bool(h5a.exists(root, PROVENANCE))
+    except FormatError:
+        return False
+
+
+def description(path: str, alive: Alive) -> list[str]:
+    """Return what a file says of its model: what it is, how it was trained, which Keras."""
+    alive()
+    with _opened(path) as (root, _):
+        keys = (b"model_config", b"training_config", b"keras_version")
+        return [_attribute_text(root, key).decode(errors="replace") for key in keys]
+
+
+# --- scanning -------------------------------------------------------------------------------------
+
+
+def scan(request: Scan, alive: Alive) -> dict[str, Any]:
+    """Return the table of a file as JSON: the model's tensors, the others, a digest of the config.
+
+    Raises:
+        FormatError: the file is damaged, hostile, or holds no Keras model; names file and tensor.
+    """
+    with _opened(request.path) as (root, size):
+        reader = _Reader(size, alive)
+        home = _model_group(root)
+        tensors = list(reader.model(home, "/" if home is root else "/model_weights"))
+        others = list(reader.others(root, tensors)) if request.everything else []
+        config = _attribute_text(root, b"model_config")
+        return {
+            "tensors": tensors,
+            "others": others,
+            "config": hashlib.sha256(config).hexdigest() if config else "",
+            "average": bool(h5a.exists(root, PROVENANCE)),
+        }
+
+
+def _model_group(root: Any) -> Any:
+    """Return the group that lists the layers, or say what the file holds instead."""
+    if h5a.exists(root, b"layer_names") or h5a.exists(root, b"layer_names0"):
+        return root  # legacy weights-only: the same layout one level up
+    names = _links(root)
+    if b"model_weights" in names:
+        return _child(root, b"model_weights", "/")
+    if b"layers" in names or b"_layer_checkpoint_dependencies" in names:
+        raise FormatError(
+            "is a Keras weights file (.weights.h5); expected a whole model: save with model.save()"
+        )
+    held = ", ".join(shown(_text(name), 40) for name in names[:5]) or "nothing"
+    raise FormatError(f"holds no Keras model: expected the group 'model_weights', found {held}")
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Walks one file; every tensor becomes a row of JSON."""
+
+    size: int
+    alive: Alive
+    seen: int = 0
+
+    def model(self, home: Any, base: str) -> Iterator[list[Any]]:
+        """Yield the model's tensors in the order in which Keras lists them."""
+        layers = _names(home, b"layer_names", base)
+        if b"top_level_model_weights" in _links(home):
+            layers.append(b"top_level_model_weights")
+        _refuse_twice(layers, "layer", base)
+        for layer in layers:
+            group = _descend(home, layer, base)
+            names = _names(group, b"weight_names", f"{base}/{_text(layer)}")
+            _refuse_twice(names, "weight", _text(layer))
+            cache: dict[bytes, Any] = {b"": group}
+            for name in names:
+                full = f"{_text(layer)}/{_text(name)}"
+                yield self.row(_resolve(cache, name, full), full, f"{base.rstrip('/')}/{full}")
+
+    def others(self, root: Any, tensors: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
+        """Yield every dataset that is not the model's: optimizer state and whatever else."""
+        known = {row[4] for row in tensors}
+        for path, _, dataset in _walk(root, self.alive):
+            for k in range(h5a.get_num_attrs(dataset)):
+                _check_attribute(h5a.open(dataset, index=k), path)
+            if isinstance(dataset, h5d.DatasetID) and path not in known:
+                _properties(dataset, path)
+                kind = _kind(dataset.get_type(), path)
+                offset, nbytes = dataset.get_offset(), dataset.get_storage_size()
+                storage = None if offset is None else ["extent", offset, nbytes]
+                yield [path, _shape(dataset, path), *kind, path, storage, ""]
+
+    def row(self, dataset: Any, name: str, location: str) -> list[Any]:
+        """Describe one of the model's tensors, having refused what must not be read."""
+        self.seen += 1
+        if self.seen % _STEP == 0:
+            self.alive()
+        if not isinstance(dataset, h5d.DatasetID):
+            raise FormatError(f"tensor {_quoted(name)} is a group, not a dataset")
+        properties = _properties(dataset, name)
+        shape = _shape(dataset, name)
+        datatype = dataset.get_type()
+        dtype, byteorder = _kind(datatype, name)
+        if isinstance(datatype, h5t.TypeStringID) and datatype.is_variable_str():
+            digest = self.digest(dataset, shape)
+            return [name, shape, dtype, byteorder, location, None, digest]
+        storage = self.storage(dataset, properties, shape, datatype.get_size(), name)
+        return [name, shape, dtype, byteorder, location, storage, ""]
+
+    def storage(
+        self, dataset: Any, properties: Any, shape: list[int], itemsize: int, name: str
+    ) -> list[Any]:
+        """Return where the values lie, every offset checked against the size of the file."""
+        nbytes = math.prod(shape) * itemsize
+        kind = properties.get_layout()
+        if nbytes == 0:
+            return ["extent", 0, 0]
+        if kind == h5d.COMPACT:
+            raw = np.empty(nbytes, np.uint8)
+            space = h5s.create_simple(tuple(shape))
+            dataset.read(space, space, raw, dataset.get_type())
+            return ["inline", raw.tobytes().hex()]
+        if kind == h5d.CHUNKED:
+            return self.chunks(dataset, properties, shape, itemsize, name)
+        offset = dataset.get_offset()
+        if offset is None:
+            raise FormatError(
+                f"tensor {_quoted(name)} was never written ({nbytes} bytes are missing); "
+                "the file was not saved to its end"
+            )
+        self.inside(offset, nbytes, name)
+        return ["extent", offset, nbytes]
+
+    def chunks(
+        self, dataset: Any, properties: Any, shape: list[int], itemsize: int, name: str
+    ) -> list[Any]:
+        """Return the index of a chunked dataset."""
+        filters = [properties.get_filter(k)[0] for k in range(properties.get_nfilters())]
+        for number in filters:
+            if number not in (DEFLATE, SHUFFLE, FLETCHER32, LZF):
+                what = FILTERS.get(number, "unknown")
+                raise FormatError(
+                    f"tensor {_quoted(name)} is stored through HDF5 filter {number} ({what}), "
+                    "which is not read here; save it uncompressed or with gzip"
+                )
+        chunk_shape = list(properties.get_chunk())
+        wanted = math.prod(-(-n // c) for n, c in zip(shape, chunk_shape, strict=True))
+        found = dataset.get_num_chunks()
+        if found < wanted:
+            raise FormatError(
+                f"tensor {_quoted(name)} was written in part ({found} of {wanted} chunks); "
+                "the file was not saved to its end"
+            )
+        index: list[Any] = []
+
+        def note(info: Any) -> None:
+            position = [k // c for k, c in zip(info.chunk_offset, chunk_shape, strict=True)]
+            self.inside(info.byte_offset, info.size, name)
+            index.append([position, info.byte_offset, info.size, info.filter_mask])
+            if len(index) % _STEP == 0:
+                self.alive()
+
+        dataset.chunk_iter(note)
+        return ["chunks", shape, chunk_shape, itemsize, filters, index]
+
+    def inside(self, offset: int, nbytes: int, name: str) -> None:
+        """Refuse bytes that the file does not have."""
+        if offset + nbytes > self.size:
+            raise FormatError(
+                f"tensor {_quoted(name)} lies outside the file: it needs {offset + nbytes} bytes, "
+                f"the file has {self.size}; it is truncated or damaged"
+            )
+
+    def digest(self, dataset: Any, shape: list[int]) -> str:
+        """Digest variable-length strings, which only libhdf5 can find in the file's heap."""
+        total = hashlib.sha256()
+        values = h5py.Dataset(dataset)
+        step = max(1, 1024 // max(1, math.prod(shape[1:])))
+        rows: Iterator[Any] = (
+            iter([values[()]])
+            if not shape
+            else (values[k : k + step] for k in range(0, shape[0], step))
+        )
+        for row in rows:
+            self.alive()
+            for value in np.ravel(np.asarray(row, dtype=object)):
+                total.update(b"%d:%b" % (len(value), value))
+        return total.hexdigest()
+
+
+def _kind(datatype: Any, name: str) -> tuple[str, str]:
+    """Return the dtype's name and byte order; refuse what points elsewhere."""
+    size = datatype.get_size()
+    order = ">" if _order(datatype) == h5t.ORDER_BE else "<"
+    if isinstance(datatype, h5t.TypeFloatID):
+        for float_name, float_order, known in _FLOAT_TYPES:
+            if datatype.equal(known):
+                return float_name, float_order
+        if size == 2 and datatype.get_fields() == (15, 7, 8, 0, 7) and datatype.get_ebias() == 127:
+            return "bfloat16", order
+        return f"float{8 * size}", order
+    if isinstance(datatype, h5t.TypeIntegerID):
+        sign = "" if datatype.get_sign() == h5t.SGN_2 else "u"
+        return f"{sign}int{8 * size}", order
+    if isinstance(datatype, h5t.TypeEnumID):
+        members = {datatype.get_member_name(k) for k in range(datatype.get_nmembers())}
+        return ("bool" if members == {b"FALSE", b"TRUE"} else "enum"), order
+    if isinstance(datatype, h5t.TypeStringID):
+        return "string", "<"
+    if isinstance(datatype, h5t.TypeOpaqueID):  # how h5py stores bfloat16, without a word of it
+        return ("bfloat16" if size == 2 else "opaque"), "<"
+    if isinstance(datatype, h5t.TypeBitfieldID):
+        return "bitfield", order
+    if isinstance(datatype, h5t.TypeCompoundID) and not _points(datatype):
+        return "compound", "<"
+    raise FormatError(
+        f"tensor {_quoted(name)} is of an HDF5 type that is not carried here "
+        f"({type(datatype).__name__.removeprefix('Type').removesuffix('ID').lower()})"
+    )
+
+
+def _order(datatype: Any) -> int:
+    if isinstance(datatype, h5t.TypeEnumID):
+        return int(datatype.get_super().get_order())
+    if isinstance(datatype, (h5t.TypeFloatID, h5t.TypeIntegerID, h5t.TypeBitfieldID)):
+        return int(datatype.get_order())
+    return int(h5t.ORDER_LE)
+
+
+def _points(datatype: Any) -> bool:
+    """Tell whether values of a compound type lie or point outside of themselves."""
+    members = [datatype.get_member_type(k) for k in range(datatype.get_nmembers())]
+    return any(
+        isinstance(m, (h5t.TypeVlenID, h5t.TypeReferenceID))
+        or (isinstance(m, h5t.TypeStringID) and m.is_variable_str())
+        or (isinstance(m, h5t.TypeCompoundID) and _points(m))
+        for m in members
+    )
+
+
+def _shape(dataset: Any, name: str) -> list[int]:
+    space = dataset.get_space()
+    if space.get_simple_extent_type() == h5s.NULL:
+        raise FormatError(f"tensor {_quoted(name)} has no shape (an empty HDF5 dataspace)")
+    return [int(n) for n in space.get_simple_extent_dims()]
+
+
+def _properties(dataset: Any, name: str) -> Any:
+    """Return how a dataset is stored, having refused values in other files (CVE-2026-1669)."""
+    properties = dataset.get_create_plist()
+    if properties.get_external_count():
+        raise FormatError(f"tensor {_quoted(name)} points to another file (external storage)")
+    if properties.get_layout() == h5d.VIRTUAL:
+        raise FormatError(f"tensor {_quoted(name)} points to other datasets (virtual layout)")
+    return properties
+
+
+# --- names, links and attributes ------------------------------------------------------------------
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _quoted(name: str) -> str:
+    return f"'{shown(name)}'"
+
+
+def _links(group: Any) -> list[bytes]:
+    """Return the names in a group, in the order in which it keeps them."""
+    tracked = group.get_create_plist().get_link_creation_order() & h5p.CRT_ORDER_TRACKED
+    names: list[bytes] = []
+    group.links.iterate(
+        names.append, idx_type=h5.INDEX_CRT_ORDER if tracked else h5.INDEX_NAME, order=h5.ITER_INC
+    )
+    return names
+
+
+def _child(group: Any, name: bytes, where: str) -> Any:
+    """Open what a hard link names; soft and external links lead to places not of this tree."""
+    full = f"{where.rstrip('/')}/{_text(name)}"
+    try:
+        link = group.links.get_info(name)
+    except (KeyError, RuntimeError):
+        if group.links.exists(name):
+            raise
+        raise FormatError(f"{_quoted(full)} is named but does not exist in the file") from None
+    if link.type != h5l.TYPE_HARD:
+        raise FormatError(f"{_quoted(full)} is a soft or external link, which is not followed")
+    return h5o.open(group, name)
+
+
+def _parts(name: bytes, what: str) -> list[bytes]:
+    parts = name.split(b"/")
+    if any(part in (b"", b".", b"..") for part in parts):
+        raise FormatError(f"the name {_quoted(what)} is empty, absolute or relative")
+    return parts
+
+
+def _descend(group: Any, name: bytes, where: str) -> Any:
+    """Open the group of a layer; Keras 2 allowed slashes in its name."""
+    for part in _parts(name, _text(name)):
+        group = _child(group, part, where)
+        where = f"{where.rstrip('/')}/{_text(part)}"
+        if not isinstance(group, h5g.GroupID):
+            raise FormatError(f"{_quoted(where)} is not a group")
+    return group
+
+
+def _resolve(cache: dict[bytes, Any], name: bytes, full: str) -> Any:
+    """Open a weight below its layer, component by component, remembering the groups passed."""
+    parts = _parts(name, full)
+    passed = b""
+    for part in parts[:-1]:
+        group, passed = cache[passed], passed + b"/" + part
+        if passed not in cache:
+            cache[passed] = _child(group, part, full)
+        if not isinstance(cache[passed], h5g.GroupID):
+            raise FormatError(f"tensor {_quoted(full)} lies below something that is not a group")
+    return _child(cache[passed], parts[-1], full.rpartition("/")[0])
+
+
+def _refuse_twice(names: Sequence[bytes], what: str, where: str) -> None:
+    if len(set(names)) != len(names):
+        twice = next(name for k, name in enumerate(names) if name in names[:k])
+        raise FormatError(f"the {what} {_quoted(_text(twice))} is listed twice in {_quoted(where)}")
+
+
+def _names(location: Any, key: bytes, where: str) -> list[bytes]:
+    """Return a list of names, which Keras splits (key0, key1, ...) when it is over 64 KB."""
+    if h5a.exists(location, key):
+        return _strings(location, key, where)
+    names: list[bytes] = []
+    part = 0
+    while h5a.exists(location, key + b"%d" % part):
+        names += _strings(location, key + b"%d" % part, where)
+        part += 1
+    if not part:
+        raise FormatError(f"{_quoted(where)} has no list {_quoted(_text(key))} of its content")
+    return names
+
+
+def _strings(location: Any, key: bytes, where: str) -> list[bytes]:
+    """Read an attribute that must be a list of strings.
+
+    The type is checked first: a damaged one makes libhdf5 crash on reading (HOSTILE.md rule 4).
+    """
+    attribute = h5a.open(location, key)
+    if attribute.get_space().get_simple_extent_type() != h5s.NULL:
+        if attribute.shape == (0,):
+            return []  # Keras writes the empty list as an array of float64
+        if isinstance(attribute.get_type(), h5t.TypeStringID) and len(attribute.shape) == 1:
+            values = np.empty(attribute.shape, attribute.dtype)
+            attribute.read(values)
+            return [value if isinstance(value, bytes) else b"" for value in values.tolist()]
+    raise FormatError(f"{_quoted(_text(key))} of {_quoted(where)} is not a list of names")
+
+
+def _attribute_text(location: Any, key: bytes) -> bytes:
+    """Return the bytes of a string attribute, or b'' where there is none."""
+    if not h5a.exists(location, key):
+        return b""
+    attribute = h5a.open(location, key)
+    if not isinstance(attribute.get_type(), h5t.TypeStringID) or attribute.shape != ():
+        raise FormatError(f"{_quoted(_text(key))} is not a text")
+    value = np.empty((), attribute.dtype)
+    attribute.read(value)
+    content = value.item()
+    return content if isinstance(content, bytes) else b""
+
+
+def _walk(root: Any, alive: Alive, shut: Collection[str] = ()) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (path, parent group, object) for all of the tree, groups before what they hold.
+
+    Args:
+        root: where to begin.
+        alive: told after every group.
+        shut: paths of groups not to enter.
+
+    Raises:
+        FormatError: a soft or external link, a group that is reached twice, or a tree too deep.
+    """
+    waiting = [("", root, 0)]
+    passed: set[tuple[int, int]] = set()
+    while waiting:
+        where, group, depth = waiting.pop()
+        info = h5o.get_info(group)
+        if (info.fileno, info.addr) in passed or depth > _MAXIMUM_DEPTH:
+            raise FormatError(f"the group {_quoted(where)} is linked twice or nested too deep")
+        passed.add((info.fileno, info.addr))
+        alive()
+        below = []
+        for name in _links(group):
+            path = f"{where}/{_text(name)}"
+            child = _child(group, name, where)
+            yield path, group, child
+            if isinstance(child, h5g.GroupID) and path not in shut:
+                below.append((path, child, depth + 1))
+        waiting += reversed(below)
+
+
+# --- laying out -----------------------------------------------------------------------------------
+
+
+def lay_out(request: Layout, alive: Alive) -> dict[str, tuple[int, str, str]]:
+    """Write a file like the template, with room for the averaged tensors, and return their places.
+
+    Everything else - attributes, groups, configuration, carried tensors - is copied.  The file is
+    built anew, not copied and edited: HDF5 leaves what is deleted as dead space.
+
+    Returns:
+        location -> [offset, dtype, byteorder] of every averaged tensor that is not empty.
+    """
+    access = h5p.create(h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5f.CLOSE_STRONG)  # with everything still open in it
+    # What Keras writes through h5py; HDF5 2.0 would start from a newer version by itself.
+    access.set_libver_bounds(h5f.LIBVER_EARLIEST, h5f.LIBVER_LATEST)
+    with _opened(request.template) as (root, _):
+        output = h5f.create(os.fsencode(request.output), h5f.ACC_TRUNC, fapl=access)
+        try:
+            copy = _Copy(request, {"": h5o.open(output, b"/")})
+            copy.attributes(root, copy.groups[""], "/")
+            shut = {*request.whole, *(f"/{name}" for name in request.dropped)}
+            for path, parent, item in _walk(root, alive, shut):
+                copy.item(path, parent, item)
+            copy.provenance()
+        finally:
+            output.close()
+        _move(request, copy.moved, alive)
+        return copy.averaged
+
+
+@dataclass(slots=True)
+class _Copy:
+    """The output that grows while the template's tree is walked."""
+
+    request: Layout
+    groups: dict[str, Any]
+    linked: dict[tuple[int, int], str] = field(default_factory=dict)
+    averaged: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    moved: list[tuple[int, int, int]] = field(default_factory=list)  # from, to, bytes
+
+    def item(self, path: str, parent: Any, item: Any) -> None:
+        """Copy one object of the template, unless it is dropped."""
+        where, _, last = path.rpartition("/")
+        if path[1:] in self.request.dropped:
+            return
+        target, name = self.groups[where], _bytes(last)
+        info = h5o.get_info(item)
+        if info.rc > 1:  # a hard link to what is there already stays one
+            first = self.linked.setdefault((info.fileno, info.addr), path)
+            if first != path:
+                there, _, its_name = first.rpartition("/")
+                target.links.create_hard(name, self.groups[there], _bytes(its_name))
+                return
+        if path in self.request.whole:
+            self.whole(path, parent, target, name)
+        elif isinstance(item, h5g.GroupID):
+            self.groups[path] = self.group(item, target, name, path)
+        elif path in self.request.averaged:
+            wanted = self.request.averaged[path]
+            made, byteorder = self.room(item, target, name, path, wanted)
+            if made.get_offset() is not None:
+                self.averaged[path] = (made.get_offset(), wanted, byteorder)
+        elif _is_large(item, path):
+            made, _ = self.room(item, target, name, path, None)
+            self.moved.append((item.get_offset(), made.get_offset(), item.get_storage_size()))
+        else:
+            h5o.copy(parent, name, target, name)
+
+    def whole(self, path: str, parent: Any, target: Any, name: bytes) -> None:
+        """Let libhdf5 copy a group of small tensors at once, which is ten times as fast."""
+        h5o.copy(parent, name, target, name)
+        for location in self.request.whole[path]:
+            made = h5d.open(self.groups[""], _bytes(location))
+            _, byteorder = _kind(made.get_type(), location)
+            self.averaged[location] = (
+                made.get_offset(),
+                self.request.averaged[location],
+                byteorder,
+            )
+
+    def group(self, source: Any, target: Any, name: bytes, path: str) -> Any:
+        """Create a group like its source."""
+        properties = source.get_create_plist()
+        properties.set_obj_track_times(False)  # the same bytes at any time of day
+        made = h5g.create(target, name, gcpl=properties)
+        self.attributes(source, made, path)
+        return made
+
+    def room(
+        self, source: Any, target: Any, name: bytes, path: str, wanted: str | None
+    ) -> tuple[Any, str]:
+        """Allocate a tensor without filling it: it is written by offset.  None: of its own type."""
+        dtype, byteorder = _kind(source.get_type(), path)
+        datatype = source.get_type()
+        if wanted and wanted != dtype:
+            byteorder = "<"
+            code = "V2" if wanted == "bfloat16" else byteorder + FLOATS[wanted]
+            datatype = h5t.py_create(np.dtype(code))
+        shape = tuple(_shape(source, path))
+        space = h5s.create_simple(shape) if shape else h5s.create(h5s.SCALAR)
+        properties = h5p.create(h5p.DATASET_CREATE)
+        properties.set_layout(h5d.CONTIGUOUS)
+        properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+        properties.set_fill_time(h5d.FILL_TIME_NEVER)
+        properties.set_obj_track_times(False)
+        made = h5d.create(target, name, datatype, space, properties)
+        self.attributes(source, made, path)
+        return made, byteorder
+
+    def attributes(self, source: Any, target: Any, path: str) -> None:
+        """Copy the attributes byte for byte, of types that point nowhere."""
+        for k in range(h5a.get_num_attrs(source)):
+            attribute = h5a.open(source, index=k)
+            if attribute.name == PROVENANCE and path == "/":
+                continue  # the template was an average itself; this one has its own
+            _copy_attribute(attribute, target, path)
+
+    def provenance(self) -> None:
+        """Write down where the average comes from."""
+        datatype = h5t.TypeID.copy(h5t.C_S1)
+        datatype.set_size(h5t.VARIABLE)
+        datatype.set_cset(h5t.CSET_UTF8)
+        made = h5a.create(self.groups[""], PROVENANCE, datatype, h5s.create(h5s.SCALAR))
+        made.write(np.array(self.request.provenance.encode(), dtype=h5py.string_dtype()))
+
+
+def _is_large(item: Any, path: str) -> bool:
+    """Tell whether a carried object is one long run of bytes; refuse values in other files."""
+    if not isinstance(item, h5d.DatasetID):
+        return False
+    _properties(item, path)
+    datatype = item.get_type()
+    in_heap = isinstance(datatype, h5t.TypeStringID) and datatype.is_variable_str()
+    return item.get_offset() is not None and item.get_storage_size() > _SMALL and not in_heap
+
+
+def _move(request: Layout, moved: Sequence[tuple[int, int, int]], alive: Alive) -> None:
+    """Copy large carried tensors by offset: libhdf5 would give no sign of life meanwhile."""
+    buffer = np.empty(1 << 20, np.uint8)
+    with open(request.template, "rb") as source, open(request.output, "r+b") as target:
+        for start, to, nbytes in moved:
+            for done in range(0, nbytes, len(buffer)):
+                piece = buffer[: nbytes - done]
+                read_exactly(source.fileno(), start + done, piece)
+                write_exactly(target.fileno(), to + done, piece)
+                alive()
+
+
+def _copy_attribute(attribute: Any, target: Any, path: str) -> None:
+    _check_attribute(attribute, path)
+    space = attribute.get_space()
+    made = h5a.create(target, attribute.name, attribute.get_type(), space)
+    if space.get_simple_extent_type() != h5s.NULL:
+        values = np.empty(attribute.shape, attribute.dtype)
+        attribute.read(values)
+        made.write(values)
+
+
+def _check_attribute(attribute: Any, path: str) -> None:
+    """Refuse an attribute that points to something else, which a copy would lose."""
+    datatype = attribute.get_type()
+    if isinstance(datatype, (h5t.TypeVlenID, h5t.TypeReferenceID, h5t.TypeCompoundID)):
+        what = type(datatype).__name__.removeprefix("Type").removesuffix("ID").lower()
+        raise FormatError(
+            f"the attribute {_quoted(_text(attribute.name))} of {_quoted(path)} is of a type that "
+            f"is not carried here ({what})"
+        )
+
+
+def laid_out(places: Mapping[str, Sequence[Any]]) -> dict[str, LaidOut]:
+    """Build the places of the averaged tensors from what `lay_out` sent as JSON."""
+    return {location: LaidOut(*place) for location, place in places.items()}

@@ -1,0 +1,98 @@
+"""Pictures: the learning curves of a training run.
+
+The only module that imports matplotlib, inside its functions and without a display.  The same
+numbers give the same file: no dates, no random identifiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown
+
+SUFFIXES = (".png", ".svg")
+_TRAIN, _TEST, _INK = "#0072b2", "#d55e00", "#444444"  # told apart by the colour-blind too
+_STYLE: Any = {  # matplotlib types it as a dict of 300 literal keys
+    "svg.hashsalt": "polyak",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+_UNSTAMPED: Mapping[str, Any] = {".png": {"Software": None}, ".svg": {"Date": None}}
+
+
+def check(path: Path) -> None:
+    """Refuse a name that no picture can be written under, before any work.
+
+    Raises:
+        UsageError: the suffix is neither .png nor .svg.
+        MissingExtraError: matplotlib is not installed.
+        OutputError: there is no such folder.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(
+            f"{shown(path)}: is neither {' nor '.join(SUFFIXES)}; give the plot one of these "
+            "suffixes"
+        )
+    try:
+        import matplotlib  # noqa: F401 - only whether it is there
+    except ImportError:
+        raise MissingExtraError("a plot", "plot") from None
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"{shown(path)}: there is no folder to write it in; create it first")
+
+
+def learning_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw loss and accuracy over the epochs, on the training and on the test points.
+
+    Args:
+        history: metric -> its value after each epoch, counted from 0: loss and accuracy, and
+            val_loss and val_accuracy, as in Keras's history; one that is missing is not drawn.
+        path: the .png or .svg file; replaced if it exists.
+
+    Raises:
+        UsageError: another suffix.
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written.
+    """
+    check(path)
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        for axes, metric, label in zip(
+            figure.subplots(1, 2),
+            ("loss", "accuracy"),
+            ("Loss (categorical cross-entropy)", "Accuracy"),
+            strict=True,
+        ):
+            _curves(axes, history, metric)
+            axes.set(xlabel="Epoch", ylabel=label)
+        suffix = path.suffix.lower()
+        try:
+            figure.savefig(path, format=suffix[1:], dpi=150, metadata=_UNSTAMPED[suffix])
+        except OSError as error:
+            raise OutputError(f"{shown(path)}: cannot be written: {error.strerror}") from error
+
+
+def _curves(axes: Any, history: Mapping[str, Sequence[float]], metric: str) -> None:
+    """Draw one metric, the test points over the training points."""
+    for name, label, colour in ((metric, "train", _TRAIN), (f"val_{metric}", "test", _TEST)):
+        if name in history:
+            axes.plot(range(len(history[name])), history[name], color=colour, lw=1.2, label=label)
+    axes.margins(x=0.02)
+    if axes.lines:
+        # Loss falls and accuracy rises, which leaves these corners free.
+        axes.legend(frameon=False, loc="upper right" if metric == "loss" else "lower right")

@@ -1,0 +1,316 @@
+"""HOW MUCH each checkpoint counts: one small function a scheme, and one place that normalises.
+
+Knows numbers only: how many checkpoints there are and where they stand in the run.  Knows nothing
+of files, of tensors or of the command line, and needs no numpy.
+
+The coefficients are the same to the last bit on every machine.  ``+ - * /`` are exact to the bit
+wherever floats are IEEE 754, but the exp() and pow() of C libraries are not, so those two go
+through `decimal`, and sums through `math.fsum`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from polyak_cli.errors import UsageError, shown
+
+if TYPE_CHECKING:
+    from decimal import Context
+
+#: Significant digits of exp() and pow(): float64 needs 17, the differences of `power` some more.
+_DIGITS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """The one number that a scheme can be given: its option, its default, and what it may be."""
+
+    name: str
+    default: float
+    allowed: Callable[[float], bool]
+    range: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A rule that gives coefficients: its function, and its parameter if it has one.
+
+    ``function(positions, parameter)`` gives the coefficients before normalising, oldest first; a
+    scheme without a parameter is called with 0.0.
+    """
+
+    function: Callable[[Sequence[float], float], list[float]]
+    summary: str
+    parameter: Parameter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A scheme as it is really used: its name (``custom`` too) and the parameters it runs with."""
+
+    name: str
+    parameters: Mapping[str, float]
+
+
+def coefficients(
+    scheme: str | None,
+    positions: Sequence[float],
+    *,
+    alpha: float | None = None,
+    decay: float | None = None,
+    sigma: float | None = None,
+    custom: Sequence[float] | None = None,
+) -> tuple[float, ...]:
+    """Return how much each checkpoint counts.
+
+    Args:
+        scheme: a name in `SCHEMES`; None means equal, or ``custom`` if that is given.
+        positions: one number a checkpoint, oldest first: its distance from the start of the run, in
+            epochs. Only ``power`` looks at the values; they must rise then.
+        alpha: e-folding age of ``exp``, in checkpoints; larger is flatter.
+        decay: factor of ``ema`` for each checkpoint of age.
+        sigma: relative width of ``power``, as a part of the run's length.
+        custom: the coefficients themselves, oldest first, which are only normalised.
+
+    Returns:
+        float64, oldest first, each at least 0, with the sum 1 up to rounding.
+
+    Raises:
+        UsageError: the scheme is unknown, a parameter is out of range or not the scheme's, or the
+            numbers given do not fit the checkpoints.
+    """
+    choice = resolve(scheme, alpha=alpha, decay=decay, sigma=sigma, custom=custom)
+    if not positions:
+        raise UsageError("there are no checkpoints to give coefficients to")
+    if custom is not None:
+        return _normalised(_checked_custom(custom, len(positions)))
+    raw = SCHEMES[choice.name].function(positions, *(choice.parameters.values() or [0.0]))
+    return _normalised(raw)
+
+
+def resolve(
+    scheme: str | None,
+    *,
+    alpha: float | None = None,
+    decay: float | None = None,
+    sigma: float | None = None,
+    custom: Sequence[float] | None = None,
+) -> Choice:
+    """Return the scheme and the parameter value that these arguments mean, defaults filled in.
+
+    Raises:
+        UsageError: as `coefficients`, as far as it can be told without the checkpoints.
+    """
+    given = {
+        name: value
+        for name, value in (("alpha", alpha), ("decay", decay), ("sigma", sigma))
+        if value is not None
+    }
+    if custom is not None and scheme is not None:
+        raise UsageError(
+            f"--coefficients and --scheme {shown(scheme)} exclude each other: give one of them"
+        )
+    name = "custom" if custom is not None else scheme if scheme is not None else "equal"
+    if custom is None and name not in SCHEMES:
+        raise UsageError(f"there is no scheme {shown(name)!r}: choose one of {', '.join(SCHEMES)}")
+    parameter = None if custom is not None else SCHEMES[name].parameter
+    for option in given:
+        if parameter is None or option != parameter.name:
+            raise UsageError(_stray_parameter(option, name))
+    if parameter is None:
+        return Choice(name, {})
+    value = float(given.get(parameter.name, parameter.default))
+    if not parameter.allowed(value):
+        raise UsageError(f"--{parameter.name} is {value}, but must be {parameter.range}")
+    return Choice(name, {parameter.name: value})
+
+
+def effective_number(coefficients: Sequence[float]) -> float:
+    """Return how many equally counted checkpoints would average noise as well: 1 / sum(c^2).
+
+    Args:
+        coefficients: normalised, in any order.
+    """
+    return 1.0 / math.fsum(c * c for c in coefficients)
+
+
+def gamma(sigma: float) -> float:
+    """Return the exponent of the power-function EMA whose relative width is ``sigma``.
+
+    It is the largest real root of x^3 + 7x^2 + (16 - 1/sigma^2)x + (12 - 1/sigma^2) (Karras et al.
+    2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", post-hoc EMA).
+
+    Args:
+        sigma: more than 0, less than 1/sqrt(12).
+
+    Returns:
+        The exponent, at least 0; infinity where it exceeds float64 (sigma below about 1e-308).
+    """
+    # With x = y / sigma the root lies in (0, 1) and no term can overflow.  To the right of it the
+    # cubic rises and is convex, so Newton's steps from y = 1 fall towards it and never jump over.
+    b, c, d = 7.0 * sigma, 16.0 * sigma * sigma - 1.0, (12.0 * sigma * sigma - 1.0) * sigma
+    y = 1.0
+    while True:
+        value = ((y + b) * y + c) * y + d
+        slope = (3.0 * y + 2.0 * b) * y + c
+        lower = y - value / slope
+        if not 0.0 < lower < y:
+            return y / sigma
+        y = lower
+
+
+def equal(positions: Sequence[float], _: float = 0.0) -> list[float]:
+    """1 for each: the plain Polyak-Ruppert average of the checkpoints."""
+    return [1.0] * len(positions)
+
+
+def linear(positions: Sequence[float], _: float = 0.0) -> list[float]:
+    """(N - a) / N for age a: falls evenly to 1/N for the oldest (the Keras tutorial's)."""
+    count = len(positions)
+    return [(count - age) / count for age in _ages(count)]
+
+
+def exp(positions: Sequence[float], alpha: float) -> list[float]:
+    """e^(-(a + 1) / alpha) for age a: falls by e every ``alpha`` checkpoints (the tutorial's)."""
+    # Normalising cancels the factor exp(-1 / alpha) that all have in common.  It is left out where
+    # alpha is so small that it would take every coefficient to 0.
+    first = 1 if alpha >= 0.01 else 0
+    context = _context()
+    return [
+        float(context.exp(context.create_decimal(-(age + first) / alpha)))
+        for age in _ages(len(positions))
+    ]
+
+
+def ema(positions: Sequence[float], decay: float) -> list[float]:
+    """decay^a for age a: the exponential moving average, debiased.
+
+    An average started from the oldest checkpoint would count that one far too much; dividing by the
+    sum of the powers, which normalising does, removes this bias (Kingma & Ba 2015, section 3).
+    Equals ``exp`` with alpha = -1 / ln(decay).
+    """
+    context = _context()
+    factor = context.create_decimal(decay)
+    # 0^0 cannot come up: decay is more than 0.
+    return [float(context.power(factor, age)) for age in _ages(len(positions))]
+
+
+def power(positions: Sequence[float], sigma: float) -> list[float]:
+    """(t_i^(g+1) - t_(i-1)^(g+1)) / t_N^(g+1), with g = gamma(sigma) and t the positions.
+
+    The power-function EMA of a whole run, each checkpoint standing for the stretch since the one
+    before (Karras et al. 2024, as `gamma`).  The stretch of the oldest is as long as the next one,
+    but starts at 0 at the earliest.
+    """
+    _require_rising(positions)
+    if len(positions) == 1:
+        return [1.0]
+    start = max(0.0, positions[0] - (positions[1] - positions[0]))
+    context = _context()
+    exponent = context.add(context.create_decimal(gamma(sigma)), 1)
+    end = context.create_decimal(positions[-1])
+    powers = [
+        context.power(context.divide(context.create_decimal(t), end), exponent)
+        for t in (start, *positions)
+    ]
+    return [float(context.subtract(upper, lower)) for lower, upper in pairwise(powers)]
+
+
+def _ages(count: int) -> range:
+    """The ages of ``count`` checkpoints, oldest first: count - 1 down to 0."""
+    return range(count - 1, -1, -1)
+
+
+def _context() -> Context:
+    # Imported here because equal and linear, and --help, can do without its start-up time.
+    # Its exponents reach so far that exp() and pow() underflow quietly instead of failing.
+    from decimal import MAX_EMAX, MIN_EMIN, ROUND_HALF_EVEN, Context
+
+    return Context(prec=_DIGITS, rounding=ROUND_HALF_EVEN, Emin=MIN_EMIN, Emax=MAX_EMAX)
+
+
+def _normalised(raw: Sequence[float]) -> tuple[float, ...]:
+    # A power of two changes no digit, and keeps the sum of huge custom numbers finite.
+    _, exponent = math.frexp(max(raw))
+    scaled = [math.ldexp(value, -exponent) for value in raw]
+    total = math.fsum(scaled)
+    return tuple(value / total for value in scaled)
+
+
+def _checked_custom(custom: Sequence[float], count: int) -> list[float]:
+    if len(custom) != count:
+        raise UsageError(
+            f"--coefficients has {_numbered(len(custom), 'number')}, but there "
+            f"{'is' if count == 1 else 'are'} {_numbered(count, 'checkpoint')}: "
+            "give one for each, oldest first"
+        )
+    values = [float(value) for value in custom]
+    for place, value in enumerate(values, start=1):
+        if not (math.isfinite(value) and value >= 0.0):
+            raise UsageError(
+                f"--coefficients: number {place} is {value:g}, but each must be finite and at "
+                "least 0"
+            )
+    if not any(values):
+        raise UsageError("--coefficients: all numbers are 0, but at least one must be more")
+    return values
+
+
+def _require_rising(positions: Sequence[float]) -> None:
+    for position in positions:
+        if not (math.isfinite(position) and position > 0.0):
+            raise UsageError(
+                f"--scheme power: a checkpoint stands at position {position:g} of the run, but "
+                "positions must be finite and more than 0"
+            )
+    for earlier, later in pairwise(positions):
+        if not earlier < later:
+            raise UsageError(
+                f"--scheme power: position {later:g} follows {earlier:g}, but positions must rise "
+                "from the oldest checkpoint to the newest"
+            )
+
+
+def _stray_parameter(option: str, name: str) -> str:
+    owner = next(
+        key
+        for key, scheme in SCHEMES.items()
+        if scheme.parameter is not None and scheme.parameter.name == option
+    )
+    chosen = "to --coefficients" if name == "custom" else f"to {name}"
+    return f"--{option} belongs to --scheme {owner}, not {chosen}"
+
+
+def _numbered(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+#: Every scheme by name; the command line's choices, defaults and help come from here.
+SCHEMES: Mapping[str, Scheme] = {
+    "equal": Scheme(equal, "all alike"),
+    "linear": Scheme(linear, "falling evenly with age"),
+    "exp": Scheme(
+        exp,
+        "falling by e every ALPHA checkpoints",
+        Parameter("alpha", 2.0, lambda a: 0.0 < a < math.inf, "more than 0 and finite"),
+    ),
+    "ema": Scheme(
+        ema,
+        "falling by the factor DECAY each checkpoint (debiased)",
+        Parameter("decay", 0.9, lambda d: 0.0 < d <= 1.0, "more than 0 and at most 1"),
+    ),
+    "power": Scheme(
+        power,
+        "power-function EMA of relative width SIGMA",
+        Parameter(
+            "sigma",
+            0.1,
+            lambda s: s > 0.0 and 12.0 * s * s < 1.0,
+            "more than 0 and less than 1/sqrt(12) = 0.288675, where it would be the equal average",
+        ),
+    ),
+}

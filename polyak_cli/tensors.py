@@ -1,0 +1,220 @@
+"""The nouns: a checkpoint is a table of tensors, and a tensor is mostly one run of bytes.
+
+Knows how numbers are stored (`widen`, `narrow`) and how a run of bytes is read.  Knows nothing of
+files' headers, of coefficients or of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from polyak_cli.errors import FormatError
+
+Bytes = npt.NDArray[np.uint8]
+Float64 = npt.NDArray[np.float64]
+
+#: The float types that are averaged, and the numpy type of their bytes (bfloat16 has none).
+FLOATS: Mapping[str, str] = {"float16": "f2", "bfloat16": "u2", "float32": "f4", "float64": "f8"}
+
+
+class Storage(Protocol):
+    """Where the bytes of one tensor lie in its file, in C order."""
+
+    @property
+    def alignment(self) -> int:
+        """Bytes of the piece that is best read at once; 1 where any piece is as good."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+
+    def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
+        """Fill ``buffer`` with the tensor's bytes from byte ``start`` on.
+
+        Raises:
+            FormatError: the bytes are not there or are damaged; the message lacks file and tensor,
+                which the caller knows.
+        """
+
+
+class Extent(NamedTuple):
+    """One run of bytes at an offset of the file; a NamedTuple because there may be millions."""
+
+    offset: int
+    nbytes: int
+
+    @property
+    def alignment(self) -> int:
+        """Any piece is as good as any other."""
+        return 1
+
+    def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
+        """See `Storage.read_into`."""
+        read_exactly(descriptor, self.offset + start, buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Inline:
+    """A few bytes that the file keeps inside its header (HDF5's compact layout)."""
+
+    data: bytes
+
+    @property
+    def alignment(self) -> int:
+        """Any piece is as good as any other."""
+        return 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return len(self.data)
+
+    def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
+        """See `Storage.read_into`."""
+        del descriptor  # the header was read already
+        buffer[:] = np.frombuffer(self.data, np.uint8, len(buffer), start)
+
+
+def read_exactly(descriptor: int, offset: int, buffer: Bytes) -> None:
+    """Fill ``buffer`` from the file's bytes at ``offset``.
+
+    Raises:
+        FormatError: the file ends first.
+    """
+    view = memoryview(buffer.data)
+    while len(view):
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise FormatError(f"the file ends {len(view)} bytes before the tensor does")
+        view, offset = view[count:], offset + count
+
+
+def write_exactly(descriptor: int, offset: int, buffer: Bytes) -> None:
+    """Write all of ``buffer`` at ``offset``."""
+    view = memoryview(buffer.data)
+    while len(view):
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One named array of a checkpoint, as its header describes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # "float32", "bfloat16", "int64", "bool", "string", ...
+    byteorder: str  # "<" or ">"
+    location: str  # the path inside the file
+    storage: Storage | None  # None: only the format's own library can read it
+    digest: str = ""  # of the values, where there is no storage to compare
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values; 0 where only the format's library knows."""
+        return self.storage.nbytes if self.storage else 0
+
+
+class Identity(NamedTuple):
+    """What tells that a path still names the very bytes whose header was scanned."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """Return the identity that `os.stat` or `os.fstat` tells."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The table of tensors of one checkpoint: all that averaging needs to know of its header."""
+
+    path: Path
+    identity: Identity
+    tensors: Mapping[str, TensorSpec]  # the model's own, in the file's order
+    others: Mapping[str, TensorSpec]  # optimizer state and whatever else the file holds
+    config: str  # digest of the model configuration, "" where there is none
+    average: bool  # this tool wrote it
+
+
+class LaidOut(NamedTuple):
+    """Where the values of one averaged tensor belong in an output."""
+
+    offset: int
+    dtype: str
+    byteorder: str
+
+
+def itemsize(dtype: str) -> int:
+    """Return the bytes of one element of a float type."""
+    return int(FLOATS[dtype][1:])
+
+
+def widen(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
+    """Convert stored bytes to float64, exactly; a signalling NaN becomes a quiet one.
+
+    To be called under ``np.errstate(invalid="ignore")``, which is too slow to enter for each slab.
+
+    Args:
+        raw: the stored bytes of n elements.
+        dtype: one of `FLOATS`.
+        byteorder: "<" or ">".
+        out: n float64 elements, overwritten.
+    """
+    stored = raw.view(byteorder + FLOATS[dtype])
+    if dtype == "bfloat16":  # the upper half of a float32
+        stored = np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
+    np.copyto(out, stored)
+
+
+def narrow(values: Float64, dtype: str, byteorder: str, out: Bytes) -> None:
+    """Round float64 to the stored type once, to nearest, ties to even.
+
+    Args:
+        values: n float64 elements.
+        dtype: one of `FLOATS`.
+        byteorder: "<" or ">".
+        out: the stored bytes of n elements, overwritten.
+    """
+    stored = out.view(byteorder + FLOATS[dtype])
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if dtype == "bfloat16":
+            stored[:] = _bfloat16_bits(values)
+        else:
+            np.copyto(stored, values, casting="same_kind")
+
+
+def _bfloat16_bits(values: Float64) -> npt.NDArray[np.uint16]:
+    """Round float64 to bfloat16 once.
+
+    Rounding to float32 first would round twice.  Rounding to float32 *to odd* (toward zero, with
+    the last bit set when inexact) keeps what the second rounding must know: Boldo and Melquiond,
+    "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008.
+    """
+    single = values.astype(np.float32)
+    bits = single.view(np.uint32)
+    wide = single.astype(np.float64)
+    bits -= np.abs(wide) > np.abs(values)  # one step toward zero; infinity becomes the greatest
+    bits |= wide != values
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    # A NaN must not carry into infinity: keep its upper bits and make it quiet.
+    nan = np.isnan(values)
+    rounded[nan] = (bits[nan] >> 16) | 0x40
+    return rounded.astype(np.uint16)

@@ -1,0 +1,93 @@
+"""Runs the command line as a user does: a fresh process, its exit code, its two streams."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polyak_cli
+
+ROOT = Path(polyak_cli.__file__).parents[1]
+SAMPLES = ROOT / "sample_checkpoints"
+#: What starts the program; its arguments follow.
+POLYAK = [sys.executable, "-m", "polyak_cli"]
+#: Variables of the caller that would change what is printed, or when.
+_CALLER = {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TERM", "PYTHONUNBUFFERED"}
+
+Done = subprocess.CompletedProcess[str]
+#: Path below a folder -> its bytes, or what else it is.
+Tree = dict[str, bytes | str]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return an environment in which the package is found from every folder."""
+    kept = {name: value for name, value in os.environ.items() if name not in _CALLER}
+    return kept | {"PYTHONPATH": str(ROOT), "TERM": "xterm"} | more
+
+
+def polyak(
+    *arguments: object, cwd: Path, environ: Mapping[str, str] | None = None, **options: Any
+) -> Done:
+    """Run a command to its end and return exit code, stdout and stderr."""
+    return subprocess.run(
+        [*POLYAK, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**environ or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **options,
+    )
+
+
+def scripted(
+    code: str,
+    *arguments: object,
+    cwd: Path,
+    prepare: Callable[[], None] | None = None,
+) -> Done:
+    """Run a command in a process that first executes some code, as a saboteur would."""
+    return subprocess.run(
+        script(code, *arguments),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        preexec_fn=prepare,
+    )
+
+
+def script(code: str, *arguments: object) -> Sequence[str]:
+    """Return the command of `scripted`."""
+    whole = f"{code}\nimport sys\nfrom polyak_cli.cli import main\nmain(sys.argv[1:])"
+    return [sys.executable, "-c", whole, *map(str, arguments)]
+
+
+def tree(folder: Path) -> Tree:
+    """Return all that a folder holds, hidden files too."""
+    found: Tree = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"link to {path.readlink()}"
+        elif path.is_file():
+            found[name] = path.read_bytes()
+        else:
+            found[name] = "folder"
+    return found
+
+
+def one_line(text: str) -> str:
+    """Return the one line that stderr holds, without ``error: ``."""
+    lines = text.splitlines()
+    assert len(lines) == 1, text
+    assert lines[0].startswith("error: "), text
+    assert text.endswith("\n")
+    return lines[0].removeprefix("error: ")

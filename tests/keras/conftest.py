@@ -1,0 +1,27 @@
+"""What the tests of Keras models share; they are not collected without TensorFlow."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+if find_spec("tensorflow") is None or find_spec("keras") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+#: Warnings of the frameworks about themselves, which the project can do nothing about.
+FRAMEWORKS = [
+    # Keras's variables do not yet know an argument of numpy 2.
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+    # tf_keras warns of the very format that the project is about.
+    "ignore:You are saving your model as an HDF5 file:UserWarning",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let those warnings pass in the tests of this folder."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            for warning in FRAMEWORKS:
+                item.add_marker(pytest.mark.filterwarnings(warning))

@@ -1,0 +1,971 @@
+"""Which files are taken: finding, ordering, restricting and choosing checkpoints by their names."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import socket
+import string
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polyak_cli import checkpoints
+from polyak_cli.checkpoints import Selection, select
+from polyak_cli.errors import CheckpointError, PolyakError, UsageError
+
+quietly = settings(derandomize=True, deadline=None)
+
+#: What a test may call select() with.
+Options = dict[str, Any]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return an empty directory for a run."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+def make(folder: Path, *names: str) -> list[Path]:
+    """Make files of these names, which nobody opens."""
+    paths = [folder / name for name in names]
+    for path in paths:
+        path.write_bytes(b"")
+    return paths
+
+
+def numbered(folder: Path, *epochs: int) -> list[Path]:
+    """Make model_<epoch>.h5 for each epoch."""
+    return make(folder, *(f"model_{epoch}.h5" for epoch in epochs))
+
+
+def names(selection: Selection) -> list[str]:
+    """Return the names of the chosen files, oldest first."""
+    return [one.path.name for one in selection.checkpoints]
+
+
+def epochs(selection: Selection) -> list[int | None]:
+    """Return the epochs of the chosen files, oldest first."""
+    return [one.epoch for one in selection.checkpoints]
+
+
+def reasons(selection: Selection) -> dict[str, str]:
+    """Return what was passed over, by file name."""
+    return {passed.path.name: passed.reason for passed in selection.passed_over}
+
+
+def refusal(*sources: str | Path, **options: Any) -> str:
+    """Return the message of the error that a choice gives, which is one line."""
+    with pytest.raises(PolyakError) as caught:
+        select(sources, **options)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert message.isprintable()
+    return message
+
+
+# ---- names -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("oldest_first", "expected"),
+    [
+        (["model_9.h5", "model_10.h5"], [9, 10]),
+        (["01-0.85.h5", "02-0.80.h5", "10-0.70.h5"], [1, 2, 10]),
+        (["cp-0009.h5", "cp-0010.h5"], [9, 10]),
+        (["model-v2_epoch2.h5", "model-v2_epoch12.h5"], [2, 12]),
+        (["weights.09-0.25.hdf5", "weights.10-0.31.hdf5"], [9, 10]),
+        (["weights.9.0.25.hdf5", "weights.10.0.31.hdf5"], [9, 10]),
+        (["net3.h5", "net12.h5"], [3, 12]),
+        (["epoch=05-val_loss=0.12.h5", "epoch=06-val_loss=1.h5"], [5, 6]),
+        (["epoch=3-step=3400.h5", "epoch=4-step=4000.h5"], [3, 4]),
+        (["step_400.h5", "step_3400.h5"], [400, 3400]),
+        (["1_step400.h5", "1_step3400.h5"], [400, 3400]),
+        (["resnet50_9.h5", "resnet50_10.h5"], [9, 10]),
+        (["vgg16-2023-01-05_ep5.h5", "vgg16-2023-01-05_ep15.h5"], [5, 15]),
+        (["cnn_lr0.001_05.h5", "cnn_lr0.001_06.h5"], [5, 6]),
+        (["model_9_of_500.h5", "model_10_of_500.h5"], [9, 10]),
+        (["epochs500_epoch3.h5", "epochs500_epoch4.h5"], [3, 4]),
+        (["9epochs.h5", "10epochs.h5"], [9, 10]),
+        (["netEpoch9.h5", "netEpoch10.h5"], [9, 10]),
+        (["Ep 9.H5", "Ep 10.HDF5"], [9, 10]),
+        (["acc100_7.h5", "acc85_8.h5"], [7, 8]),
+        (["valacc100_7.h5", "valacc85_8.h5"], [7, 8]),
+        (["9epochs-net_64.h5"], [9]),
+        (["weights-0.25e9.h5", "weights-0.2e10.h5"], [9, 10]),
+        (["née5_1.h5", "née5_2.h5"], [1, 2]),
+        (["f1_05.h5", "f1_06.h5"], [5, 6]),
+        (["model_v1.h5", "model_v2.h5"], [1, 2]),
+        (["model_3.weights.h5", "model_4.weights.h5"], [3, 4]),
+        (["09--0.25.h5", "10-0.25.h5"], [9, 10]),
+        (["9-nan.h5", "10-1.2e-05.h5", "11-inf.h5", "12-1e-05.h5"], [9, 10, 11, 12]),
+        (["0.h5", "1.h5"], [0, 1]),
+        (["эпоха 9.h5", "эпоха 10.h5"], [9, 10]),
+        (["模型٩.h5", "模型١٠.h5"], [9, 10]),
+        (["a (9).h5", "a (10).h5"], [9, 10]),
+        (["a\x1b[1m\n_9.h5", "a\x1b[1m\n_10.h5"], [9, 10]),
+        ([os.fsdecode(b"\xff_9.h5"), os.fsdecode(b"\xff_10.h5")], [9, 10]),
+        (["only_7.h5"], [7]),
+        (["model_7_20230105.h5"], [7]),
+        (["model_7_seed42.h5"], [7]),
+        (["3-f1=0.85.h5"], [3]),
+        (["model_7_of_500.h5"], [7]),
+        (["model_7_version_2.h5"], [7]),
+        (["run3.h5"], [3]),
+    ],
+)
+def test_epochs_are_read_as_people_write_them(
+    run: Path, oldest_first: list[str], expected: list[int]
+) -> None:
+    """A directory is ordered by the epoch in the names, not by the text."""
+    make(run, *oldest_first)
+    selection = select([run])
+    assert names(selection) == oldest_first
+    assert epochs(selection) == expected
+    assert selection.notes == ()
+    assert selection.passed_over == ()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["epoch_3.h5", "epoch_003.h5"], r"epoch_003\.h5 and .*epoch_3\.h5 are both epoch 3"),
+        (["3-0.5.h5", "3-0.4.h5"], r"3-0\.4\.h5 and .*3-0\.5\.h5 are both epoch 3"),
+        (["epoch=0-step=100.h5", "epoch=0-step=200.h5"], "are both epoch 0"),
+        (["best.h5", "model_1.h5"], r"best\.h5: its name holds no whole number.*'best\.h5'"),
+        (["0.85.h5", "0.80.h5"], "holds no whole number"),
+        (["a_1.h5", "a_2.h5", "b_3.h5"], r"a_1\.h5 and .*b_3\.h5 look like .*two runs .2 named"),
+        (["epoch_3.h5", "model_4.h5"], "two runs"),
+        (["model_3.h5", "model_3 (1).h5"], "two runs"),
+        (["run1_3.h5", "run2_4.h5"], "two runs"),
+        (["fold_1.h5", "fold_2.h5"], "two runs"),
+        (["net-v1.2_3.h5", "net-v1.3_4.h5"], "two runs"),
+        (["1_epoch2.h5", "2_epoch3.h5"], "two runs"),
+        (["m_3.h5", "m_4.weights.h5"], "two runs"),
+        (["1_05.h5", "2_06.h5"], "1 and 05 in its name vary .*--epoch-pattern"),
+        (["epoch1_epoch2.h5", "epoch2_epoch3.h5"], "1 and 2 in its name vary"),
+        (["loss_05.h5", "loss_06.h5"], "05 in its name looks like the metric 'loss'"),
+    ],
+)
+def test_an_order_that_is_not_clear_is_refused(run: Path, files: list[str], message: str) -> None:
+    """Nothing is guessed: the error names the files and the way out."""
+    make(run, *files)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        select([run])
+    assert "--epoch-pattern" in str(caught.value)
+
+
+@quietly
+@given(
+    before=st.text(alphabet="modelcnt", min_size=1, max_size=8),
+    joint=st.sampled_from(["", "_", "-", " ", "=", "_epoch", "-ep=", "_E", "."]),
+    width=st.integers(1, 4),
+    after=st.sampled_from(["", "-{:.2f}", "_val_loss={:.3f}", "-{}", "_acc{:.1f}", "-lr{:.0e}"]),
+    found=st.sets(st.integers(0, 20_000), min_size=2, max_size=12),
+    metric=st.floats(-100, 100).filter(lambda value: "." in repr(value)),
+    shuffle=st.randoms(use_true_random=False),
+)
+def test_any_usual_way_of_writing_an_epoch_is_read(
+    before: str,
+    joint: str,
+    width: int,
+    after: str,
+    found: set[int],
+    metric: float,
+    shuffle: random.Random,
+) -> None:
+    """Whatever word, separator, padding and metric stand around it, the epoch is found."""
+    if before.endswith("e") and not joint:
+        before += "x"
+    written = {f"{before}{joint}{e:0{width}d}{after.format(metric)}.h5": e for e in found}
+    given_names = list(written)
+    shuffle.shuffle(given_names)
+    assert checkpoints._epochs([Path(name) for name in given_names]) == [
+        written[name] for name in given_names
+    ]
+
+
+@quietly
+@given(st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=5))
+def test_no_name_makes_the_reader_fail_otherwise(stems: list[str]) -> None:
+    """Whatever the names, there are epochs for all of them or a one-line error."""
+    paths = [Path(f"{stem}.h5") for stem in stems if not set(stem) & {"/", "\0"}]
+    answer: object = None
+    try:
+        answer = len(checkpoints._epochs(paths)) if paths else 0
+    except CheckpointError as error:
+        answer = str(error)
+    assert answer == len(paths) or (isinstance(answer, str) and answer.isprintable())
+
+
+# ---- --epoch-pattern -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"_(\d+)_", r"\d+(?=_)", r"_(?P<epoch>\d+)_(\d+)", r"(\d+)_\d"]
+)
+def test_the_epoch_pattern_says_where_the_epoch_is(run: Path, pattern: str) -> None:
+    """The group epoch, else the first, else the whole match counts; the rest may differ."""
+    make(run, "a_9_77.h5", "b_10_66.h5")
+    assert epochs(select([run], epoch_pattern=pattern)) == [9, 10]
+
+
+def test_the_epoch_pattern_works_for_files_named_one_by_one(run: Path) -> None:
+    """Their order stays as given, and their epochs come from the pattern."""
+    older, newer = make(run, "a_1_5.h5", "a_2_6.h5")
+    assert epochs(select([older, newer], epoch_pattern=r"(\d+)\.h5$")) == [5, 6]
+
+
+def test_the_epoch_pattern_sees_the_whole_file_name(run: Path) -> None:
+    """The example that the error messages give works as it stands."""
+    make(run, "1_05.h5", "2_06.h5")
+    assert r"'(\d+)\.h5$'" in refusal(run)
+    assert epochs(select([run], epoch_pattern=r"(\d+)\.h5$")) == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(", "is no regular expression"),
+        ("a{99999999999999999999}", "is no regular expression"),
+        (r"x(\d+)", r"model_1\.h5: --epoch-pattern .* matches nothing"),
+        (r"(mod)el", "finds 'mod' in its name"),
+        (r"model_(y)?", "finds no epoch in its name"),
+    ],
+)
+def test_an_epoch_pattern_that_finds_no_number_is_refused(
+    run: Path, pattern: str, message: str
+) -> None:
+    """A bad pattern, no match, and a match that is no whole number are errors."""
+    numbered(run, 1)
+    with pytest.raises(PolyakError, match=message):
+        select([run], epoch_pattern=pattern)
+
+
+# ---- what is in a directory ------------------------------------------------------------------
+
+
+def test_what_is_no_checkpoint_is_passed_over_with_a_reason(run: Path) -> None:
+    """Hidden, unfinished and foreign files and subdirectories are told, not silently dropped."""
+    numbered(run, 1)
+    make(run, ".model_2.h5", "model_3.tmp.h5", "model_4.h5.part", "model_5.h5~", "tmp.h5")
+    make(run, "training.csv", "README", "model_6.keras")
+    (run / "logs").mkdir()
+    selection = select([run])
+    assert names(selection) == ["model_1.h5"]
+    assert reasons(selection) == {
+        ".model_2.h5": "hidden",
+        "README": "neither .h5 nor .hdf5",
+        "logs": "a directory",
+        "model_3.tmp.h5": "unfinished, by its name",
+        "model_4.h5.part": "unfinished, by its name",
+        "model_5.h5~": "unfinished, by its name",
+        "model_6.keras": "neither .h5 nor .hdf5",
+        "tmp.h5": "unfinished, by its name",
+        "training.csv": "neither .h5 nor .hdf5",
+    }
+
+
+def test_a_directory_is_not_searched_deeper(run: Path) -> None:
+    """Checkpoints in subdirectories belong to other runs."""
+    numbered(run, 1)
+    (run / "old").mkdir()
+    numbered(run / "old", 2)
+    assert names(select([run])) == ["model_1.h5"]
+
+
+def test_our_own_averages_are_passed_over(run: Path) -> None:
+    """What the caller recognises as written by polyak is not averaged again."""
+    numbered(run, 1, 2)
+    make(run, "final.h5", "notes.txt")
+    asked: list[Path] = []
+
+    def ours(paths: Sequence[Path]) -> list[Path]:
+        asked.extend(paths)
+        return [path for path in paths if path.name == "final.h5"]
+
+    selection = select([run], written_by_us=ours)
+    assert names(selection) == ["model_1.h5", "model_2.h5"]
+    assert reasons(selection)["final.h5"] == "written by polyak"
+    assert sorted(path.name for path in asked) == ["final.h5", "model_1.h5", "model_2.h5"]
+
+
+def test_a_file_named_by_itself_is_meant(run: Path) -> None:
+    """Neither its suffix nor who wrote it keeps a file out that was named by itself."""
+    paths = make(run, "final.h5", "weights.bin", ".hidden.h5", "model.tmp")
+    selection = select(paths, written_by_us=lambda given: given)
+    assert names(selection) == [path.name for path in paths]
+    assert epochs(selection) == [None] * 4
+
+
+@pytest.mark.parametrize("pattern", ["best*", "*/run/best_*", "*[t].h5"])
+def test_exclude_matches_names_and_whole_paths(run: Path, pattern: str) -> None:
+    """An excluded file is passed over, and the reason is the pattern."""
+    numbered(run, 1, 2)
+    make(run, "best_est.h5")
+    selection = select([run], exclude=[pattern])
+    assert names(selection) == ["model_1.h5", "model_2.h5"]
+    assert reasons(selection) == {"best_est.h5": f"--exclude '{pattern}'"}
+    assert selection.notes == ()
+
+
+def test_exclude_holds_for_files_named_one_by_one(run: Path) -> None:
+    """The shell may have expanded the pattern that named them."""
+    paths = [*make(run, "best.h5"), *numbered(run, 1, 2)]
+    assert names(select(paths, exclude=["best*"])) == ["model_1.h5", "model_2.h5"]
+    assert "--exclude matches every file" in refusal(*paths, exclude=["*"])
+
+
+def test_exclude_that_matches_nothing_is_noted(run: Path) -> None:
+    """A pattern that was mistyped does not go unnoticed; matching is by case."""
+    numbered(run, 1)
+    assert select([run], exclude=["Model_1*"]).notes == ("--exclude 'Model_1*' matched nothing",)
+
+
+def test_exclude_gets_round_what_would_be_an_error(run: Path) -> None:
+    """A pipe that is named like a checkpoint can be left out."""
+    numbered(run, 1)
+    os.mkfifo(run / "model_2.h5")
+    assert names(select([run], exclude=["model_2.h5"])) == ["model_1.h5"]
+
+
+# ---- sources ---------------------------------------------------------------------------------
+
+
+def test_an_empty_directory_is_an_error(run: Path) -> None:
+    """The error names the directory and says what was looked for."""
+    message = refusal(run)
+    assert str(run) in message
+    assert "looked for .h5 and .hdf5 files, but found nothing at all" in message
+
+
+def test_a_foreign_directory_is_an_error_that_says_what_was_there(run: Path) -> None:
+    """The error tells the first few files that were passed over, and how many more."""
+    make(run, *(f"{letter}.txt" for letter in "abcde"))
+    assert "a.txt (neither .h5 nor .hdf5), b.txt" in refusal(run)
+    assert refusal(run).endswith("and 2 more")
+
+
+def test_each_directory_must_hold_a_checkpoint(tmp_path: Path, run: Path) -> None:
+    """One that has none is an error even if another one has some."""
+    numbered(run, 1)
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refusal(run, tmp_path / "empty")
+
+
+def test_a_directory_of_our_averages_only_is_an_error(run: Path) -> None:
+    """Nothing is left to average there."""
+    make(run, "final.h5")
+    assert "final.h5 (written by polyak)" in refusal(run, written_by_us=lambda given: given)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere", "nowhere: there is no such file or directory"),
+        ("nowhere/*.h5", "no file matches this pattern"),
+        ("", "is no path"),
+        ("a\0b", "is no path"),
+        ("x" * 5000, "cannot be used"),
+        ("file.h5/", "cannot be used: Not a directory"),
+        ("no\x1b]31mwhere", r"no\\x1b\]31mwhere: there is no such"),
+    ],
+)
+def test_a_source_that_is_not_there_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    """The error names it, in one printable line."""
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path, "file.h5")
+    with pytest.raises(CheckpointError, match=message):
+        select([source])
+    refusal(source)
+
+
+def test_a_single_string_is_one_source(run: Path) -> None:
+    """It is not taken for a sequence of one-letter paths."""
+    numbered(run, 1)
+    assert names(select(str(run))) == ["model_1.h5"]
+
+
+def test_no_sources_are_a_usage_error() -> None:
+    """An unset variable does not mean the current directory."""
+    with pytest.raises(UsageError, match="no checkpoints named"):
+        select([])
+
+
+def test_a_directory_that_cannot_be_listed_is_an_error(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says why, as the system does."""
+
+    def denied(path: str) -> Iterator[os.DirEntry[str]]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert "cannot be listed: Permission denied" in refusal(run)
+
+
+def test_a_pattern_is_ordered_like_a_directory(run: Path) -> None:
+    """What it matches is sifted and ordered by epoch."""
+    numbered(run, 9, 10)
+    make(run, "model_11.txt", "other_1.h5")
+    selection = select([f"{run}/model_*"])
+    assert epochs(selection) == [9, 10]
+    assert reasons(selection) == {"model_11.txt": "neither .h5 nor .hdf5"}
+
+
+def test_a_name_with_brackets_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    """A directory called run[1] is that directory."""
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    numbered(folder, 1)
+    assert names(select([folder])) == ["model_1.h5"]
+    (tmp_path / "link[1].h5").symlink_to("gone.h5")
+    assert "link to a file that is gone" in refusal(tmp_path / "link[1].h5")
+
+
+def test_the_advice_to_exclude_works_for_any_name(run: Path) -> None:
+    """Brackets in a name are written so that the pattern means them."""
+    make(run, "best[x].h5", "model_1.h5")
+    pattern = "best[[]x].h5"
+    assert f"--exclude '{pattern}'" in refusal(run)
+    assert names(select([run], exclude=[pattern])) == ["model_1.h5"]
+
+
+def test_files_keep_the_order_given(run: Path) -> None:
+    """Named one by one, the first is the oldest, whatever its epoch; a note says so."""
+    ten, nine = numbered(run, 10, 9)
+    selection = select([ten, nine])
+    assert epochs(selection) == [10, 9]
+    (note,) = selection.notes
+    assert f"{ten} (epoch 10) stands before {nine} (epoch 9), and {nine} counts as" in note
+    assert selection.positions == (1.0, 2.0)
+
+
+def test_files_in_order_need_no_note(run: Path) -> None:
+    """Rising epochs, and files without any, are as they should be."""
+    paths = [*make(run, "first.h5"), *numbered(run, 9, 10), *make(run, "final.h5")]
+    selection = select(paths)
+    assert epochs(selection) == [None, 9, 10, None]
+    assert selection.notes == ()
+
+
+def test_files_beside_a_directory_are_ordered_with_it(tmp_path: Path, run: Path) -> None:
+    """As soon as one source is a directory, all are ordered by epoch."""
+    numbered(run, 9, 11)
+    (ten,) = numbered(tmp_path, 10)
+    assert epochs(select([ten, run])) == [9, 10, 11]
+    assert epochs(select([run, ten])) == [9, 10, 11]
+
+
+# ---- what is no regular file -----------------------------------------------------------------
+
+
+def link_to_itself(path: Path) -> None:
+    """Make a symbolic link that leads to itself."""
+    path.symlink_to(path.name)
+
+
+def dangling_link(path: Path) -> None:
+    """Make a symbolic link to nothing."""
+    path.symlink_to("gone.h5")
+
+
+def named_socket(path: Path) -> None:
+    """Make a socket, by a short path because the system limits its length."""
+    with socket.socket(socket.AF_UNIX) as made:
+        here = Path.cwd()
+        os.chdir(path.parent)
+        try:
+            made.bind(path.name)
+        finally:
+            os.chdir(here)
+
+
+def device_link(path: Path) -> None:
+    """Make a link to a device that never ends."""
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("put", "kind"),
+    [
+        (Path.mkdir, "a directory"),
+        (os.mkfifo, "a named pipe"),
+        (named_socket, "a socket"),
+        (device_link, "a character device"),
+        (link_to_itself, "a symbolic link that leads back to itself"),
+        (dangling_link, "a symbolic link to a file that is gone"),
+    ],
+)
+def test_what_is_named_like_a_checkpoint_but_is_no_file_is_an_error(
+    run: Path, put: Callable[[Path], None], kind: str
+) -> None:
+    """It is named, not opened; a pipe would hold the program up for ever."""
+    numbered(run, 1)
+    odd = run / "model_2.h5"
+    put(odd)
+    assert f"{odd} is {kind}" in refusal(run)
+    assert "--exclude 'model_2.h5'" in refusal(run)
+    if put is not Path.mkdir:
+        assert f"{odd} is {kind}" in refusal(odd)
+
+
+def test_an_empty_file_is_left_to_those_who_read_it(run: Path) -> None:
+    """Zero bytes are no reason to drop a checkpoint silently."""
+    (path,) = numbered(run, 1)
+    assert path.stat().st_size == 0
+    assert names(select([run])) == ["model_1.h5"]
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
+def test_one_file_under_two_names_is_an_error(run: Path, link: str) -> None:
+    """A link would count a checkpoint twice; the error says which to exclude."""
+    (path,) = numbered(run, 1)
+    other = run / "latest_2.h5"
+    other.symlink_to(path.name) if link == "symbolic" else other.hardlink_to(path)
+    message = refusal(run)
+    assert str(path) in message
+    assert str(other) in message
+    assert "one and the same file" in message
+    if link == "symbolic":
+        assert "--exclude 'latest_2.h5'" in message
+        assert names(select([run], exclude=["latest_2.h5"])) == ["model_1.h5"]
+
+
+def test_one_file_named_twice_is_an_error(run: Path) -> None:
+    """So is a file that is also in a directory given."""
+    (path,) = numbered(run, 1)
+    assert "is given twice" in refusal(path, path)
+    assert "is given twice" in refusal(run, path)
+
+
+def test_the_advice_leaves_out_one_of_two_equal_names(tmp_path: Path, run: Path) -> None:
+    """Two links of one name in two directories are told apart by their whole paths."""
+    (path,) = numbered(run, 1)
+    other = tmp_path / "model_1.h5"
+    other.symlink_to(path)
+    assert f"--exclude '{other}'" in refusal(path, other)
+    assert [one.path for one in select([path, other], exclude=[str(other)]).checkpoints] == [path]
+
+
+# ---- restrictions ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        ({"last": 3}, [8, 9, 10]),
+        ({"last": 10}, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        ({"from_epoch": 9}, [9, 10]),
+        ({"to_epoch": 2}, [1, 2]),
+        ({"from_epoch": 3, "to_epoch": 3}, [3]),
+        ({"from_epoch": 0, "to_epoch": 99}, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        ({"every": 4}, [2, 6, 10]),
+        ({"every": 99}, [10]),
+        ({"every": 3, "last": 2}, [7, 10]),
+        ({"to_epoch": 9, "every": 3, "last": 2}, [6, 9]),
+        ({"exclude": ["model_10.h5"], "every": 3, "last": 2}, [6, 9]),
+    ],
+)
+def test_restrictions_apply_in_their_order(
+    run: Path, options: Options, expected: list[int]
+) -> None:
+    """First exclude, then from and to, then every (back from the newest), then last."""
+    numbered(run, *range(1, 11))
+    assert epochs(select([run], **options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"last": 4}, "--last 4, but there are only 3 checkpoints (epochs 1 to 3)"),
+        ({"last": 2, "from_epoch": 3}, "only 1 checkpoint (epoch 3) after the other options"),
+        ({"from_epoch": 4}, "--from 4: no checkpoint has such an epoch; there are 3 checkpoints"),
+        ({"from_epoch": -5, "to_epoch": 0}, "--from -5 --to 0: no checkpoint"),
+    ],
+)
+def test_fewer_than_asked_are_an_error(run: Path, options: Options, message: str) -> None:
+    """Ten never quietly become seven; the error says how many there are."""
+    numbered(run, 1, 2, 3)
+    with pytest.raises(CheckpointError):
+        select([run], **options)
+    assert message in refusal(run, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"last": 0}, "--last is 0, but must be at least 1"),
+        ({"every": 0}, "--every is 0"),
+        ({"best": -1}, "--best is -1"),
+        ({"from_epoch": 3, "to_epoch": 2}, "--from 3 is after --to 2"),
+        ({"monitor": "val_loss"}, "--monitor is for choosing by metric: give --best N too"),
+        ({"mode": "min"}, "--mode is for"),
+        ({"log": "training.csv"}, "--log is for"),
+        ({"best": 1, "mode": "low"}, "--mode is 'low', but must be min or max"),
+        ({"best": 1, "monitor": " "}, "--monitor is empty"),
+        ({"best": 1, "monitor": "lr"}, "--monitor lr: its name does not tell"),
+    ],
+)
+def test_arguments_that_contradict_are_refused(run: Path, options: Options, message: str) -> None:
+    """They are usage errors, before any file is looked at."""
+    with pytest.raises(UsageError):
+        select([run], **options)
+    assert message in refusal(run, **options)
+
+
+def test_from_and_to_need_epochs(run: Path) -> None:
+    """A file without a number in its name cannot be told to lie within."""
+    paths = [*make(run, "first.h5"), *numbered(run, 2)]
+    assert "first.h5: --from and --to needs the epoch" in refusal(*paths, to_epoch=2)
+
+
+def test_positions_are_epochs_counted_from_one(run: Path) -> None:
+    """The position of a checkpoint is how far into the run it was saved."""
+    numbered(run, 2, 5, 9)
+    assert select([run], last=2).positions == (5.0, 9.0)
+
+
+def test_positions_of_a_run_that_counts_from_zero_are_one_more(run: Path) -> None:
+    """An epoch 0 anywhere in the run, chosen or not, moves all of them."""
+    numbered(run, 0, 5, 9)
+    assert select([run], last=2).positions == (6.0, 10.0)
+    assert select([run]).positions == (1.0, 6.0, 10.0)
+
+
+def test_positions_without_epochs_are_counted(run: Path) -> None:
+    """Files that do not all tell an epoch stand at 1, 2, 3."""
+    assert select([*numbered(run, 7), *make(run, "final.h5")]).positions == (1.0, 2.0)
+
+
+@quietly
+@given(
+    found=st.sets(st.integers(0, 60), min_size=1),
+    first=st.none() | st.integers(0, 60),
+    final=st.none() | st.integers(0, 60),
+    every=st.integers(1, 7),
+    last=st.none() | st.integers(1, 10),
+)
+def test_restrictions_equal_plain_list_arithmetic(
+    found: set[int], first: int | None, final: int | None, every: int, last: int | None
+) -> None:
+    """The chosen epochs are those of a list comprehension, or there is an error."""
+    ordered = [checkpoints.Checkpoint(Path(f"{e}.h5"), e, None) for e in sorted(found)]
+    inside = [e for e in sorted(found) if (first or 0) <= e <= (60 if final is None else final)]
+    expected = [e for i, e in enumerate(inside) if (len(inside) - 1 - i) % every == 0]
+    try:
+        within = checkpoints._within(ordered, first, final)
+        chosen = checkpoints._newest(within[::-1][::every][::-1], last, len(ordered))
+    except CheckpointError:
+        assert not expected or len(expected) < (last or 0)
+    else:
+        assert [one.epoch for one in chosen] == expected[-(last or 0) :]
+
+
+# ---- the best, by name -----------------------------------------------------------------------
+
+
+def test_the_best_are_chosen_by_the_metric_in_the_names(run: Path) -> None:
+    """The lowest losses are taken, and stay in order of epoch."""
+    make(run, "01-0.85.h5", "02-0.30.h5", "03-0.70.h5", "04-0.20.h5")
+    selection = select([run], best=3)
+    assert epochs(selection) == [2, 3, 4]
+    assert [one.metric for one in selection.checkpoints] == [0.30, 0.70, 0.20]
+    assert selection.positions == (2.0, 3.0, 4.0)
+
+
+def test_the_highest_are_best_where_more_is_better(run: Path) -> None:
+    """An accuracy is maximised without being told, and --mode turns it round."""
+    make(run, "1_val_acc0.7.h5", "2_val_acc0.9.h5", "3_val_acc0.8.h5")
+    assert epochs(select([run], best=1, monitor="val_acc")) == [2]
+    assert epochs(select([run], best=1, monitor="val_accuracy")) == [2]
+    assert epochs(select([run], best=1, monitor="val_acc", mode="min")) == [1]
+
+
+def test_ties_go_to_the_newer_one(run: Path) -> None:
+    """Of two equal metrics, the later epoch is taken."""
+    make(run, "1-0.5.h5", "2-0.5.h5", "3-0.5.h5")
+    assert epochs(select([run], best=2)) == [2, 3]
+
+
+def test_best_is_applied_to_what_the_other_options_leave(run: Path) -> None:
+    """With --last 2, the best epoch of all may be out of the question."""
+    make(run, "1-0.1.h5", "2-0.5.h5", "3-0.6.h5")
+    assert epochs(select([run], best=1, last=2)) == [2]
+
+
+def test_a_metric_that_is_no_number_is_never_best(run: Path) -> None:
+    """NaN and infinity are not usable, and fewer than N usable ones are an error."""
+    make(run, "1-nan.h5", "2-0.5.h5", "3-inf.h5")
+    assert epochs(select([run], best=1)) == [2]
+    message = refusal(run, best=2)
+    assert "--best 2: there is only 1 checkpoint (epoch 2) to choose from, and 2 more" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "monitor", "expected"),
+    [
+        ("weights.10-0.25.h5", "val_loss", 0.25),
+        ("weights.10.0.25.h5", "val_loss", 0.25),
+        ("model-0.25-10.h5", "val_loss", 0.25),
+        ("10--0.25.h5", "val_loss", -0.25),
+        ("10_-1.5e-05.h5", "val_loss", -1.5e-05),
+        ("10-loss=0.5-val_loss=0.25.h5", "val_loss", 0.25),
+        ("10-loss=0.5-val_loss=0.25.h5", "loss", 0.5),
+        ("10-val_loss=0.25-loss=0.5.h5", "val_loss", 0.25),
+        ("10-val_loss=-1.h5", "val_loss", -1.0),
+        ("10-valLoss0.25.h5", "val_loss", 0.25),
+        ("10-valloss0.25.h5", "val_loss", 0.25),
+        ("10_acc85.h5", "accuracy", 85.0),
+        ("10-f1_0.85.h5", "f1", 0.85),
+        ("cnn_lr0.001_10-0.25.h5", "val_loss", 0.25),
+        ("net-v1.2_10-0.25.h5", "val_loss", 0.25),
+    ],
+)
+def test_the_metric_is_read_from_a_name(
+    run: Path, name: str, monitor: str, expected: float
+) -> None:
+    """A number named like the metric is taken, else the only decimal that has no name."""
+    make(run, name)
+    (one,) = select([run], best=1, monitor=monitor).checkpoints
+    assert (one.epoch, one.metric) == (10, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "monitor", "found"),
+    [
+        ("model_10.h5", "val_loss", "no such number"),
+        ("10-0.25-0.85.h5", "val_loss", "the numbers 0.25, 0.85 without a name"),
+        ("10-val_loss=0.25.h5", "loss", "no such number"),
+        ("10-loss=0.25.h5", "val_loss", "no such number"),
+        ("10-f1_0.85.h5", "auc", "no such number"),
+        ("10-lr0.001.h5", "val_loss", "no such number"),
+    ],
+)
+def test_a_metric_that_is_not_in_a_name_is_an_error(
+    run: Path, name: str, monitor: str, found: str
+) -> None:
+    """Another metric's number is not taken for it; the error says what was found."""
+    make(run, name)
+    message = refusal(run, best=1, monitor=monitor)
+    assert f"looked in its name for {monitor}, but found {found}" in message
+    assert "--log" in message
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode"),
+    [
+        *[(name, "min") for name in ("loss", "val_loss", "mean_squared_error", "val_mae", "ppl")],
+        *[(name, "min") for name in ("binary_crossentropy", "kl_divergence", "head_1_loss")],
+        *[(name, "max") for name in ("acc", "val_accuracy", "auc_1", "mean_io_u", "IoU", "mAP50")],
+        *[(name, "max") for name in ("r2", "f1", "val_f1_score", "precision_2", "dice")],
+        *[(name, None) for name in ("lr", "cosine_similarity", "neg_mean_squared_error", "_", "é")],
+    ],
+)
+def test_the_mode_is_told_from_the_name_of_the_metric(monitor: str, mode: str | None) -> None:
+    """Losses and errors are minimised, scores maximised, and anything else asked for."""
+    assert checkpoints._better(monitor) == mode
+
+
+# ---- the best, by log ------------------------------------------------------------------------
+
+
+def write_log(folder: Path, losses: Sequence[float | str], first: int = 0) -> Path:
+    """Write a log as CSVLogger does: epochs from 0, columns sorted, lines that end in CRLF."""
+    rows = [f"{first + row},0.5,{loss}" for row, loss in enumerate(losses)]
+    path = folder / "training.csv"
+    path.write_text("\r\n".join(["epoch,accuracy,val_loss", *rows, ""]), newline="")
+    return path
+
+
+def test_names_from_one_belong_to_rows_from_zero(run: Path) -> None:
+    """ModelCheckpoint's file 3 is CSVLogger's row 2; a note says so."""
+    numbered(run, 1, 2, 3)
+    log = write_log(run, [0.5, 0.1, 0.3])
+    selection = select([run], best=1, log=log)
+    assert epochs(selection) == [2]
+    assert [one.metric for one in selection.checkpoints] == [0.1]
+    (note,) = selection.notes
+    assert (
+        f"the row of epoch 2 is taken for {run / 'model_3.h5'} (as the newest file is one" in note
+    )
+
+
+def test_names_from_zero_belong_to_rows_from_zero(run: Path) -> None:
+    """An epoch 0 among the files, even one that is not chosen, settles it."""
+    numbered(run, 0, 1, 2)
+    log = write_log(run, [0.5, 0.1, 0.3, 0.9])
+    assert epochs(select([run], best=1, log=log, last=2)) == [1]
+
+
+def test_the_newest_file_and_the_last_row_settle_the_alignment(run: Path) -> None:
+    """Files 490 to 499 of a run of 500 rows count from 0."""
+    numbered(run, 497, 498, 499)
+    selection = select([run], best=1, log=write_log(run, [1.0] * 498 + [0.1, 0.3]))
+    assert epochs(selection) == [498]
+    assert "the same number" in selection.notes[0]
+
+
+def test_the_metric_in_the_names_settles_the_alignment(run: Path) -> None:
+    """Where the rounded values fit one way only, that way is taken, whatever the last row."""
+    make(run, "01-0.51.h5", "02-0.10.h5", "03-0.32.h5")
+    log = write_log(run, [9.0, 0.5149, 0.1, 0.32])
+    selection = select([run], best=1, log=log)
+    assert [one.metric for one in selection.checkpoints] == [0.1]
+    assert "file names agrees" in selection.notes[0]
+    assert "the row of epoch 3 is taken" in selection.notes[0]
+
+
+def test_an_alignment_that_nothing_settles_is_noted(run: Path) -> None:
+    """Files that were kept only when better end long before the log does: Keras' way is taken."""
+    numbered(run, 2, 3)
+    selection = select([run], best=1, log=write_log(run, [0.9, 0.5, 0.1, 0.05, 0.2]))
+    assert epochs(selection) == [3]
+    assert [one.metric for one in selection.checkpoints] == [0.1]
+    assert "check that this fits" in selection.notes[0]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_any_separator_of_the_logger_is_read(run: Path, separator: str) -> None:
+    """CSVLogger can be told to write semicolons or tabs."""
+    numbered(run, 1, 2)
+    log = write_log(run, [0.5, 0.4])
+    log.write_text("\ufeff" + log.read_text().replace(",", separator), encoding="utf-8")
+    assert epochs(select([run], best=1, log=log)) == [2]
+
+
+def test_a_run_that_was_started_again_counts_with_its_later_rows(run: Path) -> None:
+    """In append mode, header and epochs repeat and columns may move; the later row is meant."""
+    numbered(run, 1, 2, 3)
+    log = write_log(run, [0.1, 0.2, 0.9])
+    log.write_text(log.read_text() + "\nepoch,val_loss\n1,0.8\n2,0.05\n")
+    selection = select([run], best=2, log=log)
+    assert epochs(selection) == [1, 3]
+    assert [one.metric for one in selection.checkpoints] == [0.1, 0.05]
+
+
+def test_a_value_that_was_not_computed_is_not_usable(run: Path) -> None:
+    """CSVLogger writes NA for it."""
+    numbered(run, 1, 2, 3)
+    log = write_log(run, ["NA", 0.5, ""])
+    assert epochs(select([run], best=1, log=log)) == [2]
+    assert "2 more whose val_loss is no finite number" in refusal(run, best=2, log=log)
+
+
+def test_a_last_row_that_is_being_written_is_noted(run: Path) -> None:
+    """The trainer may not have finished it; it is left out, and a note says so."""
+    numbered(run, 1, 2)
+    log = write_log(run, [0.5, 0.4])
+    log.write_text(log.read_text() + "2,0.")
+    assert "row 4, the last, is incomplete" in select([run], best=1, log=log).notes[0]
+    log.write_text(log.read_text() + "\n3,0.5,0.4\n")
+    assert "row 4 has fewer cells than the header" in refusal(run, best=1, log=log)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epoch,accuracy\n0,1\n", "no column 'val_loss': choose --monitor from epoch, accuracy"),
+        ("a,b\n0,1\n", "its first row has no column 'epoch'"),
+        ("epoch,val_loss\n", "the log has no rows"),
+        ("", "the log has no rows"),
+        ("epoch,val_loss\nx,1\n", "row 2: the epoch is 'x'"),
+        ("epoch,val_loss\n0,x\n", "row 2: the metric is 'x'"),
+        ("epoch,val_loss\n0,1\n", "there is no row for"),
+        ("epoch,val_loss\n5,1\n", "the rows are epochs 5 to 5"),
+        ("epoch,val_loss\n0," + "1" * 200_000, "the log cannot be read"),
+        ("\0\x89HDF\udcff\n\0", "its first row has no column"),
+    ],
+)
+def test_a_log_that_does_not_serve_is_an_error(run: Path, content: str, message: str) -> None:
+    """The error names the log and says what is missing."""
+    numbered(run, 1, 2)
+    log = run / "training.csv"
+    log.write_text(content, errors="surrogateescape")
+    assert message in refusal(run, best=1, log=log)
+    assert str(log) in refusal(run, best=1, log=log)
+
+
+def test_a_log_that_is_no_file_is_an_error(run: Path) -> None:
+    """A pipe is not opened, and a missing file is named."""
+    numbered(run, 1)
+    os.mkfifo(run / "pipe.csv")
+    assert "is no regular file" in refusal(run, best=1, log=run / "pipe.csv")
+    assert "does not exist" in refusal(run, best=1, log=run / "gone.csv")
+    assert "is no path" in refusal(run, best=1, log="a\0b")
+
+
+def test_a_log_needs_epochs(run: Path) -> None:
+    """A file without a number in its name has no row."""
+    paths = [*numbered(run, 1), *make(run, "final.h5")]
+    log = write_log(run, [0.5])
+    assert "final.h5: --log needs the epoch" in refusal(*paths, best=1, log=log)
+
+
+def test_a_spreadsheet_may_have_touched_the_log(run: Path) -> None:
+    """An epoch of 1.0 and spaces around the cells are read."""
+    numbered(run, 1, 2)
+    (run / "training.csv").write_text('epoch , "val_loss"\n0.0, 0.5\n1.0, 0.4\n')
+    assert epochs(select([run], best=1, log=run / "training.csv")) == [2]
+
+
+@quietly
+@given(
+    losses=st.lists(st.floats(0.001, 99), min_size=2, max_size=30),
+    digits=st.sampled_from([".2f", ".4f", ".3e", ""]),
+    start=st.sampled_from([0, 1]),
+)
+def test_rounded_metrics_agree_with_the_rows_they_come_from(
+    losses: list[float], digits: str, start: int
+) -> None:
+    """Whatever the rounding, the true alignment is never ruled out."""
+    files = [
+        checkpoints.Checkpoint(Path(f"{row + start:02d}-{loss:{digits}}.h5"), row + start, None)
+        for row, loss in enumerate(losses)
+    ]
+    log = checkpoints._Log("log", dict(enumerate(losses)), len(losses) - 1, ())
+    if all("." in f"{loss:{digits}}" for loss in losses):
+        assert checkpoints._agrees(files, start, "val_loss", log)
+
+
+# ---- at large --------------------------------------------------------------------------------
+
+
+def test_ten_thousand_files_cost_one_look_each(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A huge directory is listed once, and each candidate's status asked for once."""
+    for epoch in range(10_000):
+        os.close(os.open(run / f"model_{epoch}-0.{epoch}.h5", os.O_CREAT))
+    looks = 0
+    real = Path.stat
+
+    def counted(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        nonlocal looks
+        looks += 1
+        return real(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", counted)
+    selection = select([run], last=2)
+    assert epochs(selection) == [9_998, 9_999]
+    assert looks == 10_000
+
+
+def test_the_order_does_not_depend_on_how_the_system_lists(run: Path) -> None:
+    """Names made in any order give one order, and the passed over are sorted too."""
+    shuffled = list(string.ascii_lowercase)
+    random.Random(2).shuffle(shuffled)
+    make(run, *(f"{letter}.txt" for letter in shuffled))
+    numbered(run, 3, 1, 2)
+    selection = select([run])
+    assert epochs(selection) == [1, 2, 3]
+    assert [passed.path.stem for passed in selection.passed_over] == sorted(shuffled)
+    assert math.isclose(sum(selection.positions), 6.0)

@@ -1,0 +1,206 @@
+"""Slabs, workers and memory: how the work is divided changes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from polyak_cli import engine
+from polyak_cli.errors import FormatError, MismatchError, PolyakError
+from polyak_cli.tensors import Bytes, Extent, Identity, LaidOut
+
+
+def tensor(size: int, offset: int = 0, count: int = 1) -> engine.Averaged:
+    """Return a float32 tensor that all checkpoints keep at one place."""
+    sources = [engine.Source(Extent(offset, size * 4), "<")] * count
+    return engine.Averaged("x", size, "float32", sources, [LaidOut(offset, "float32", "<")])
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.integers(1, 1000), max_size=20), st.integers(1, 300))
+def test_slabs_cover_each_tensor_exactly_once(sizes: list[int], piece: int) -> None:
+    """No element is folded twice or left out, and no slab is larger than a piece."""
+    tensors = [tensor(size) for size in sizes]
+    cut = list(engine.slabs(tensors, piece, piece))
+    for one in tensors:
+        spans = [(s.start, s.stop) for s in cut if s.tensor is one]
+        covered = [k for start, stop in spans for k in range(start, stop)]
+        assert covered == list(range(one.size))
+    assert all(s.stop - s.start <= piece for s in cut)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=50), st.integers(1, 100))
+def test_batches_lose_no_slab(sizes: list[int], elements: int) -> None:
+    """Gathering slabs keeps each of them, in order."""
+    cut = [engine.Slab(tensor(size), 0, size) for size in sizes]
+    assert [slab for batch in engine.batches(cut, elements) for slab in batch] == cut
+
+
+def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[engine.Input]:
+    """Write raw files, which are as good as any format to the engine."""
+    inputs = []
+    for k, array in enumerate(arrays):
+        path = folder / f"{k}.raw"
+        path.write_bytes(array.tobytes())
+        inputs.append(engine.Input(str(path), Identity.of(path.stat())))
+    return inputs
+
+
+@pytest.fixture(autouse=True, params=["here", "in children"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with the work done here, and with it divided among children."""
+    monkeypatch.setattr(engine, "SPREAD", 0 if request.param == "in children" else 1 << 40)
+
+
+def run(
+    folder: Path,
+    arrays: Sequence[np.ndarray],
+    coefficients: npt.ArrayLike,
+    memory: engine.Memory,
+    allow_nonfinite: bool = False,
+) -> list[np.ndarray]:
+    """Fold whole files into as many outputs as there are rows."""
+    inputs = write_inputs(folder, arrays)
+    size = arrays[0].size
+    outputs = [folder / f"out{row}" for row in range(len(np.array(coefficients)))]
+    for output in outputs:
+        output.write_bytes(b"")
+    sources = [engine.Source(Extent(0, size * 4), "<")] * len(arrays)
+    targets = [LaidOut(0, "float32", "<")] * len(outputs)
+    work = engine.Fold(inputs, [str(o) for o in outputs], np.array(coefficients), allow_nonfinite)
+    engine.fold([engine.Averaged("x", size, "float32", sources, targets)], work, memory)
+    return [np.fromfile(output, np.float32) for output in outputs]
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the fixture changes nothing
+)
+@given(st.integers(1, 5), st.integers(1, 4000), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_workers_and_pieces_change_no_bit(
+    tmp_path_factory: pytest.TempPathFactory, jobs: int, piece: int, count: int, seed: int
+) -> None:
+    """Any division of the work gives the bits of the fold over whole arrays."""
+    rng = np.random.default_rng(seed)
+    arrays = [rng.normal(size=5000).astype(np.float32) for _ in range(count)]
+    coefficients = rng.random(count)
+    total = np.zeros(5000)
+    for k, array in enumerate(arrays):
+        term = coefficients[k] * array.astype(np.float64)
+        total = term if k == 0 else total + term
+    folder = tmp_path_factory.mktemp("run")
+    (out,) = run(folder, arrays, [coefficients], engine.Memory(jobs, piece, piece))
+    assert out.tobytes() == total.astype(np.float32).tobytes()
+
+
+def test_several_outputs_come_from_one_reading(tmp_path: Path) -> None:
+    """A matrix of coefficients gives a row's own average in each output."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=1000).astype(np.float32) for _ in range(3)]
+    matrix = [[1.0, 0.0, 0.0], [0.25, 0.25, 0.5], [0.0, 0.5, 0.5]]
+    outs = run(tmp_path, arrays, matrix, engine.Memory(2, 300, 300))
+    for row, out in zip(matrix, outs, strict=True):
+        expected = sum(c * a.astype(np.float64) for c, a in zip(row, arrays, strict=True) if c)
+        assert out.tobytes() == np.asarray(expected).astype(np.float32).tobytes()
+
+
+def test_a_coefficient_of_zero_is_not_even_read(tmp_path: Path) -> None:
+    """NaN and infinity in a checkpoint that does not count leave no trace."""
+    arrays = [np.array([np.nan, np.inf], np.float32), np.array([1, 2], np.float32)]
+    (out,) = run(tmp_path, arrays, [[0.0, 1.0]], engine.Memory(1, 10, 10))
+    assert out.tolist() == [1.0, 2.0]
+
+
+def test_a_nan_is_named_with_file_tensor_and_element(tmp_path: Path) -> None:
+    """What is not finite is refused, and the message says where it stands."""
+    arrays = [np.zeros(1000, np.float32), np.zeros(1000, np.float32)]
+    arrays[1][777] = np.nan
+    with pytest.raises(MismatchError, match=r"1\.raw: tensor 'x' holds nan \(element 777\)"):
+        run(tmp_path, arrays, [[0.5, 0.5]], engine.Memory(1, 100, 100))
+
+
+def test_nonfinite_values_are_averaged_where_they_are_allowed(tmp_path: Path) -> None:
+    """With leave, infinity and NaN go through the arithmetic like any number."""
+    arrays = [np.array([np.inf, 1], np.float32), np.array([1, np.nan], np.float32)]
+    (out,) = run(tmp_path, arrays, [[0.5, 0.5]], engine.Memory(1, 10, 10), allow_nonfinite=True)
+    assert np.isposinf(out[0])
+    assert np.isnan(out[1])
+
+
+def test_great_float64_values_are_no_false_alarm() -> None:
+    """Finite values whose sum overflows are still told to be finite."""
+    assert engine._finite(np.full(10, 1e308))
+    assert not engine._finite(np.array([1.0, np.inf]))
+    assert not engine._finite(np.array([np.inf, -np.inf]))
+
+
+def test_an_input_that_ends_early_is_named(tmp_path: Path) -> None:
+    """A short read is an error with file and tensor, not zeros."""
+    inputs = write_inputs(tmp_path, [np.zeros(10, np.float32)])
+    (tmp_path / "out").write_bytes(b"")
+    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    with pytest.raises(FormatError, match=r"0\.raw: tensor 'x': the file ends 40 bytes before"):
+        engine.fold([tensor(20)], work, engine.Memory(1, 100, 100))
+
+
+def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
+    """A file that is not the one whose header was scanned is not read."""
+    inputs = write_inputs(tmp_path, [np.zeros(10, np.float32)])
+    (tmp_path / "new").write_bytes(b"\0" * 40)
+    (tmp_path / "new").replace(inputs[0].path)
+    (tmp_path / "out").write_bytes(b"")
+    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    with pytest.raises(FormatError, match="changed"):
+        engine.fold([tensor(10)], work, engine.Memory(1, 100, 100))
+    with pytest.raises(FormatError, match="changed or vanished"):
+        engine.unchanged(inputs)
+
+
+def test_more_inputs_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit among the open files is opened for each slab, with the same result."""
+    monkeypatch.setattr("resource.getrlimit", lambda _: (66, 66))
+    arrays = [np.full(1000, k, np.float32) for k in range(8)]
+    before = len(os.listdir("/proc/self/fd"))
+    (out,) = run(tmp_path, arrays, [[0.125] * 8], engine.Memory(3, 100, 100))
+    assert out.tolist() == [3.5] * 1000
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(1 << 20, 1 << 34), st.integers(1, 256))
+def test_the_bound_on_memory_is_kept(nbytes: int, jobs: int) -> None:
+    """Threads times their buffers stay within what was allowed, however many were asked for."""
+    memory = engine.Memory.within(nbytes, jobs)
+    assert 1 <= memory.jobs <= jobs
+    assert memory.nbytes <= nbytes
+    assert memory.jobs * memory.most * 24 <= nbytes
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
+    """When the system ends a worker, the run ends with an error, not with half an output."""
+    arrays = [np.zeros(1000, np.float32)]
+
+    class Killing(Extent):
+        def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
+            del descriptor, start, buffer
+            os.kill(os.getpid(), 9)
+
+    if engine.SPREAD:
+        return  # here it would be this very process
+    inputs = write_inputs(tmp_path, arrays)
+    (tmp_path / "out").write_bytes(b"")
+    source = engine.Source(Killing(0, 4000), "<")
+    doomed = engine.Averaged("x", 1000, "float32", [source], [LaidOut(0, "float32", "<")])
+    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    with pytest.raises(PolyakError, match=r"a worker was ended from outside \(SIGKILL\)"):
+        engine.fold([doomed], work, engine.Memory(2, 100, 100))

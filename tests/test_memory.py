@@ -1,0 +1,216 @@
+"""Peak memory, measured: flat in the size of a model, of a tensor, and in their number.
+
+Each run is measured by a small process of its own: a process counts as its peak what it inherits
+from the one that started it, and a test runner is a large one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.command import POLYAK, environment
+from tests.oracle import Model, naive_average, read_model, same_bits, write_model
+
+pytestmark = pytest.mark.slow
+
+MEGABYTE = 10**6
+LIMIT = 100 * MEGABYTE
+#: What two runs of the same kind may differ by: the allocator and the threads' timing.
+FLAT = 8 * MEGABYTE
+#: Elements compared at a time.
+STRIDE = 1 << 22
+
+MEASURE = """
+import json, os, sys
+pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+unit = 1 if sys.platform == "darwin" else 1024
+print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_maxrss * unit]), file=sys.stderr)
+"""
+
+
+class Measured(NamedTuple):
+    """One run of the program."""
+
+    peak: int  # bytes, of the program or its largest child, whichever is more
+    coefficients: list[float]
+
+
+def measure(sources: Path, output: Path, *options: str) -> Measured:
+    """Average a folder in a fresh process and return its peak memory."""
+    command = [*POLYAK, "average", str(sources), "-o", str(output), "--json", "-q", *options]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *command],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    code, peak = json.loads(done.stderr.splitlines()[-1])
+    assert code == 0, done.stderr
+    report = json.loads(done.stdout)
+    # The report tells the truth, as far as it can before its own last allocations.
+    assert abs(report["peak_memory"] - peak) < FLAT
+    return Measured(peak, [checkpoint["coefficient"] for checkpoint in report["checkpoints"]])
+
+
+def write_large(path: Path, tensors: int, elements: int, seed: int) -> Path:
+    """Write a checkpoint of large float32 tensors: values here and there, and holes between.
+
+    What is not written reads as zeros and takes no disk, so that gigabytes are made in no time.
+    """
+    empty = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    empty.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    empty.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    write_model(path, {})
+    with h5py.File(path, "r+") as file:
+        names = [f"layer_{k}" for k in range(tensors)]
+        file["model_weights"].attrs["layer_names"] = [name.encode() for name in names]
+        for name in names:
+            group = file["model_weights"].create_group(name)
+            group.attrs["weight_names"] = [b"kernel"]
+            space = h5py.h5s.create_simple((elements // 1024, 1024))
+            h5py.h5d.create(group.id, b"kernel", h5py.h5t.IEEE_F32LE, space, dcpl=empty)
+        extents = list(_extents(file, tensors))
+    rng = np.random.default_rng(seed)
+    with open(path, "r+b") as raw:
+        for offset in extents:
+            for start in range(0, elements, elements // 8):
+                count = min(1 << 16, elements // 8)
+                raw.seek(offset + 4 * start)
+                raw.write(rng.normal(size=count).astype("<f4").tobytes())
+    return path
+
+
+def _extents(file: h5py.File, tensors: int) -> Iterator[int]:
+    for k in range(tensors):
+        yield file[f"model_weights/layer_{k}/kernel"].id.get_offset()
+
+
+def _read(path: Path, name: str, start: int, count: int) -> npt.NDArray[np.float32]:
+    with h5py.File(path) as file:
+        offset = file[name].id.get_offset()
+    return np.fromfile(path, "<f4", count, offset=offset + 4 * start)
+
+
+def check_stream(
+    paths: Sequence[Path], output: Path, coefficients: Sequence[float], tensors: int, elements: int
+) -> None:
+    """Compare the output bit for bit with the sum of pieces, oldest first, in float64."""
+    for k in range(tensors):
+        name = f"model_weights/layer_{k}/kernel"
+        for start in range(0, elements, STRIDE):
+            count = min(STRIDE, elements - start)
+            total = np.zeros(count)
+            for path, coefficient in zip(paths, coefficients, strict=True):
+                total += np.float64(coefficient) * _read(path, name, start, count).astype("f8")
+            found = _read(output, name, start, count)
+            assert found.tobytes() == total.astype("<f4").tobytes()
+
+
+def average_large(folder: Path, count: int, tensors: int, elements: int, *options: str) -> int:
+    """Write a run, average it, check the bits, take all away and return the peak."""
+    sources, output = folder / f"run_{count}_{elements}", folder / f"{count}_{elements}.h5"
+    sources.mkdir()
+    paths = [
+        write_large(sources / f"model_{k}.h5", tensors, elements, seed=k) for k in range(count)
+    ]
+    measured = measure(sources, output, "--scheme", "exp", *options)
+    check_stream(paths, output, measured.coefficients, tensors, elements)
+    for path in [*paths, output]:
+        path.unlink()
+    return measured.peak
+
+
+def test_memory_is_the_same_for_small_and_large_models(tmp_path: Path) -> None:
+    """Ten files of 4 MB and ten of 400 MB: at most 100 MB, and no more for the larger."""
+    small = average_large(tmp_path, 10, 10, 100 * 1024)  # 10 x 410 kB = 4.1 MB a file
+    large = average_large(tmp_path, 10, 10, 10_000 * 1024)  # 10 x 41 MB = 410 MB a file
+    assert small <= LIMIT
+    assert large <= LIMIT
+    assert abs(large - small) <= FLAT
+
+
+def test_memory_is_the_same_for_one_tensor_of_2_gb(tmp_path: Path) -> None:
+    """A tensor larger than any buffer streams through."""
+    small = average_large(tmp_path, 2, 1, 1 << 20)  # 4 MiB
+    large = average_large(tmp_path, 2, 1, 1 << 29)  # 2 GiB
+    assert large <= LIMIT
+    assert abs(large - small) <= FLAT
+
+
+def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path: Path) -> None:
+    """Two checkpoints or sixty."""
+    few = average_large(tmp_path, 2, 4, 1 << 20)
+    many = average_large(tmp_path, 60, 4, 1 << 20)
+    assert many <= LIMIT
+    assert abs(many - few) <= FLAT
+
+
+@pytest.mark.parametrize("jobs", ["1", "8", "64"])
+def test_memory_stays_below_the_limit_with_any_number_of_threads(tmp_path: Path, jobs: str) -> None:
+    """Threads share one bound."""
+    assert average_large(tmp_path, 3, 2, 1 << 22, "--jobs", jobs) <= LIMIT
+
+
+def test_a_smaller_bound_costs_less(tmp_path: Path) -> None:
+    """--max-memory moves the peak, and not one bit of the result (which is compared each time)."""
+    least = average_large(tmp_path, 3, 2, 1 << 22, "--max-memory", "1MiB", "--jobs", "8")
+    most = average_large(tmp_path, 3, 2, 1 << 21, "--max-memory", "32MiB", "--jobs", "8")
+    assert least + 4 * MEGABYTE < most <= LIMIT
+
+
+def test_memory_stays_below_the_limit_with_compressed_checkpoints(tmp_path: Path) -> None:
+    """What has to be inflated is inflated chunk by chunk."""
+    sources = tmp_path / "run"
+    sources.mkdir()
+    tile = np.random.default_rng(0).normal(size=1 << 10).astype(np.float32)
+    values = np.resize(tile, (8192, 1024))  # 34 MB
+    paths = [
+        write_model(
+            sources / f"model_{k}.h5",
+            {"dense": {"kernel": values * np.float32(k)}},
+            storage={"chunks": (256, 256), "compression": "gzip", "shuffle": True},
+        )
+        for k in range(3)
+    ]
+    measured = measure(sources, tmp_path / "o.h5")
+    assert measured.peak <= LIMIT
+    expected = naive_average(paths, measured.coefficients)
+    assert same_bits(read_model(tmp_path / "o.h5"), expected)
+
+
+def test_memory_does_not_grow_with_carried_tensors(tmp_path: Path) -> None:
+    """A large table that is copied from the newest, and compared, is streamed too."""
+    sources = tmp_path / "run"
+    sources.mkdir()
+    table = np.arange(40_000_000, dtype=np.int32)  # 160 MB
+    for k in range(2):
+        layers: Model = {
+            "lookup": {"table": table},
+            "dense": {"kernel": np.ones((4, 4), np.float32)},
+        }
+        write_model(sources / f"model_{k}.h5", layers)
+    assert measure(sources, tmp_path / "o.h5").peak <= LIMIT
+    assert np.array_equal(read_model(tmp_path / "o.h5")["model_weights/lookup/table"], table)
+
+
+def test_the_measuring_sees_what_is_used() -> None:
+    """A process that does take 300 MB is found out."""
+    hungry = [sys.executable, "-c", "x = bytearray(b'x') * 300_000_000"]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *hungry], capture_output=True, text=True, check=True
+    )
+    code, peak = json.loads(done.stderr)
+    assert code == 0
+    assert 300 * MEGABYTE < peak < 350 * MEGABYTE

@@ -1,0 +1,99 @@
+"""The README tells the truth: its examples run, and what it says of the command line is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from polyak_cli.cli import cli
+from polyak_cli.schemes import SCHEMES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+HAS_KERAS = importlib.util.find_spec("tensorflow") is not None
+
+
+def blocks(language: str) -> list[str]:
+    """Return the README's code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def without_keras(script: str) -> str:
+    """Leave out the commands that need an extra which is not installed here."""
+    lines = script.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith(("polyak evaluate", "polyak tr")))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with the sample checkpoints, as a clone has them."""
+    shutil.copytree(ROOT / "sample_checkpoints", tmp_path / "sample_checkpoints")
+    return tmp_path
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Run a command as a user would, who has polyak on the PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_are_shell_and_python_examples() -> None:
+    """The tests below do not run over nothing."""
+    assert len(blocks("sh")) >= 2
+    assert len(blocks("python")) == 1
+
+
+@pytest.mark.parametrize("script", blocks("sh"), ids=lambda s: s.split("\n", 1)[0][:40])
+def test_shell_examples_run(folder: Path, script: str) -> None:
+    """Every shell block runs to its end, every command with exit code 0, and writes its outputs."""
+    script = script if HAS_KERAS else without_keras(script)
+    run(["bash", "-euc", script], folder)
+    outputs = re.findall(r"-o (\S+\.h5)", re.sub(r"#.*", "", script))
+    assert outputs
+    assert all((folder / name).stat().st_size > 10_000 for name in outputs)
+
+
+def test_the_python_example_runs_and_prints_what_it_says(folder: Path) -> None:
+    """The API's example works as it stands."""
+    shutil.copytree(folder / "sample_checkpoints", folder / "ckpts")
+    printed = run([sys.executable, "-c", blocks("python")[0]], folder)
+    assert "model_495.h5" in printed
+    assert (folder / "from_python.h5").exists()
+
+
+def test_every_command_and_scheme_is_in_the_readme() -> None:
+    """Nothing that the program can do is left out of its tables."""
+    for name in cli.commands:
+        assert f"`polyak {name}" in README
+    for name in SCHEMES:
+        assert f"`{name}" in README
+
+
+def test_every_option_the_readme_names_exists() -> None:
+    """An option that was renamed or removed does not live on in the text."""
+    known = {
+        option
+        for command in cli.commands.values()
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for option in parameter.opts
+    }
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert named - known <= {"--help"}

@@ -1,0 +1,358 @@
+"""How much each checkpoint counts, against numbers and formulas worked out without the package."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from polyak_cli import schemes
+from polyak_cli.errors import UsageError
+from polyak_cli.schemes import SCHEMES, coefficients, effective_number, gamma, resolve
+
+quietly = settings(derandomize=True, deadline=None)
+counts = st.integers(1, 300)
+alphas = st.floats(min_value=5e-324, max_value=1.7e308)
+decays = st.floats(min_value=5e-324, max_value=1.0)
+sigmas = st.floats(min_value=5e-324, max_value=0.2886)
+
+
+def run_of(count: int) -> list[float]:
+    """Return the positions of a run's first epochs."""
+    return [float(epoch) for epoch in range(1, count + 1)]
+
+
+def newest_first(
+    scheme: str, *, alpha: float | None = None, decay: float | None = None
+) -> list[float]:
+    """Return the coefficients of ten checkpoints, as the tables print them."""
+    return list(reversed(coefficients(scheme, run_of(10), alpha=alpha, decay=decay)))
+
+
+def test_equal_counts_each_alike() -> None:
+    """Ten checkpoints count 0.1 each."""
+    assert newest_first("equal") == [0.1] * 10
+
+
+def test_linear_gives_the_numbers_of_the_tutorial() -> None:
+    """Linear coefficients fall evenly from 0.181818 to 0.018182."""
+    expected = [
+        *(0.181818, 0.163636, 0.145455, 0.127273, 0.109091),
+        *(0.090909, 0.072727, 0.054545, 0.036364, 0.018182),
+    ]
+    assert newest_first("linear") == pytest.approx(expected, abs=1e-6)
+
+
+def test_exp_gives_the_numbers_of_the_tutorial() -> None:
+    """With alpha 2 the newest of ten counts 0.396139 and the oldest 0.004401."""
+    expected = [
+        *(0.396139, 0.240270, 0.145731, 0.088390, 0.053612),
+        *(0.032517, 0.019723, 0.011962, 0.007256, 0.004401),
+    ]
+    assert newest_first("exp", alpha=2.0) == pytest.approx(expected, abs=1e-6)
+
+
+def test_ema_is_debiased() -> None:
+    """The oldest of ten does not count 0.91 at decay 0.99, but its fair share."""
+    result = newest_first("ema", decay=0.99)
+    assert result[0] == pytest.approx(1 / sum(0.99**age for age in range(10)), abs=1e-12)
+    assert result[9] == pytest.approx(result[0] * 0.99**9, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "expected"),
+    [(0.05, 16.972199), (0.10, 6.937204), (0.15, 3.557869), (0.20, 1.826214), (0.25, 0.719824)],
+)
+def test_gamma_gives_the_published_exponents(sigma: float, expected: float) -> None:
+    """The five widths have the exponents of the design's table."""
+    assert gamma(sigma) == pytest.approx(expected, abs=1e-6)
+
+
+@quietly
+@given(st.floats(min_value=1e-3, max_value=0.2886))
+def test_gamma_is_the_largest_root_that_numpy_finds(sigma: float) -> None:
+    """The exponent agrees with the roots of the cubic as an eigenvalue solver gives them."""
+    inverse = 1.0 / sigma**2
+    roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
+    largest = max(root.real for root in roots if abs(root.imag) < 1e-6 * abs(root))
+    assert gamma(sigma) == pytest.approx(largest, rel=1e-9, abs=1e-9)
+
+
+def test_power_takes_the_positions_in_the_run_into_account() -> None:
+    """Checkpoints 490, 495 and 500 count by the stretch of the run that each stands for."""
+    exponent = gamma(0.1) + 1.0
+    raw = [
+        490**exponent - 485**exponent,
+        495**exponent - 490**exponent,
+        500**exponent - 495**exponent,
+    ]
+    expected = [value / math.fsum(raw) for value in raw]
+    assert coefficients("power", [490, 495, 500], sigma=0.1) == pytest.approx(expected, rel=1e-11)
+
+
+@quietly
+@given(counts, st.floats(min_value=0.01, max_value=0.2886))
+def test_power_equals_its_formula(count: int, sigma: float) -> None:
+    """For epochs 1 to N the coefficients are the formula's, which begins at 0."""
+    exponent = gamma(sigma) + 1.0
+    ends = (np.arange(count + 1) / count) ** exponent
+    expected = np.diff(ends)
+    assert coefficients("power", run_of(count), sigma=sigma) == pytest.approx(
+        expected.tolist(), rel=1e-9, abs=1e-300
+    )
+
+
+def test_power_does_not_reach_back_before_the_start_of_the_run() -> None:
+    """The stretch of the oldest checkpoint is cut off where the run began."""
+    exponent = gamma(0.2) + 1.0
+    raw = [2.0**exponent, 9.0**exponent - 2.0**exponent]
+    assert coefficients("power", [2, 9], sigma=0.2) == pytest.approx(
+        [value / 9.0**exponent for value in raw], rel=1e-12
+    )
+
+
+def test_power_of_one_checkpoint_is_that_checkpoint() -> None:
+    """A single checkpoint counts 1, wherever it stands."""
+    assert coefficients("power", [490.0], sigma=0.1) == (1.0,)
+
+
+def test_power_at_its_widest_is_the_equal_average() -> None:
+    """Towards sigma = 1/sqrt(12) the coefficients become equal."""
+    widest = math.nextafter(1 / math.sqrt(12), 0.0) - 1e-12
+    assert coefficients("power", run_of(5), sigma=widest) == pytest.approx([0.2] * 5, abs=1e-9)
+
+
+@pytest.mark.parametrize("positions", [[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [1.0, math.nan]])
+def test_power_refuses_positions_that_do_not_rise(positions: list[float]) -> None:
+    """Positions that stand still, fall, or begin before the run are an error."""
+    with pytest.raises(UsageError, match=r"--scheme power: .*position"):
+        coefficients("power", positions, sigma=0.1)
+
+
+@quietly
+@given(counts)
+def test_linear_is_exact_to_a_bit_or_two(count: int) -> None:
+    """Each coefficient is 2(N - a) / (N(N + 1)), worked out in fractions."""
+    expected = [Fraction(2 * (place + 1), count * (count + 1)) for place in range(count)]
+    got = coefficients("linear", run_of(count))
+    assert got == pytest.approx([float(value) for value in expected], rel=1e-15)
+
+
+@quietly
+@given(counts, st.floats(min_value=0.01, max_value=1e6))
+def test_exp_equals_its_formula(count: int, alpha: float) -> None:
+    """The coefficients are exp(-(a + 1) / alpha) over their sum."""
+    raw = [math.exp(-(age + 1) / alpha) for age in reversed(range(count))]
+    expected = [value / math.fsum(raw) for value in raw]
+    # Below the smallest normal number a float has fewer digits, and the oracle's are cut first.
+    assert coefficients("exp", run_of(count), alpha=alpha) == pytest.approx(
+        expected, rel=1e-14, abs=1e-250
+    )
+
+
+def test_a_tiny_alpha_leaves_the_newest_alone() -> None:
+    """With alpha 0.001 the newest counts 1 instead of 0/0."""
+    assert newest_first("exp", alpha=0.001) == [1.0] + [0.0] * 9
+
+
+@quietly
+@given(counts, st.floats(min_value=0.05, max_value=0.999))
+def test_ema_equals_exp_with_the_matching_alpha(count: int, decay: float) -> None:
+    """A decay is an alpha of -1 / ln(decay)."""
+    alpha = -1.0 / math.log(decay)
+    assert coefficients("ema", run_of(count), decay=decay) == pytest.approx(
+        coefficients("exp", run_of(count), alpha=alpha), rel=1e-10, abs=1e-200
+    )
+
+
+def sound(values: Sequence[float], falling: bool = True) -> None:
+    """Assert what holds for all coefficients."""
+    assert all(math.isfinite(value) and value >= 0.0 for value in values)
+    assert abs(math.fsum(values) - 1.0) <= 1e-15 * len(values)
+    if falling:
+        assert list(values) == sorted(values)
+
+
+@quietly
+@given(counts)
+def test_schemes_without_parameter_are_sound(count: int) -> None:
+    """Equal and linear are finite, sum to 1 and never rise with age."""
+    sound(coefficients("equal", run_of(count)))
+    sound(coefficients("linear", run_of(count)))
+
+
+@quietly
+@given(counts, alphas, decays)
+@example(10, 5e-324, 5e-324)
+@example(10, 1.7e308, 1.0)
+@example(10, 0.01, 0.5)
+@example(10, math.nextafter(0.01, 0.0), 0.5)
+def test_exp_and_ema_are_sound_for_any_parameter(count: int, alpha: float, decay: float) -> None:
+    """However small or large the parameter: finite, sum 1, never rising with age."""
+    sound(coefficients("exp", run_of(count), alpha=alpha))
+    sound(coefficients("ema", run_of(count), decay=decay))
+
+
+@quietly
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=60, unique=True), sigmas)
+@example([1, 2, 3], 5e-324)
+@example([1, 2, 3], 1e-200)
+def test_power_is_sound_for_any_positions_and_width(epochs: list[int], sigma: float) -> None:
+    """However narrow the average and uneven the epochs: finite, at least 0, sum 1."""
+    positions = [float(epoch) for epoch in sorted(epochs)]
+    sound(coefficients("power", positions, sigma=sigma), falling=False)
+
+
+@quietly
+@given(st.lists(st.floats(min_value=0.0, max_value=1.7e308), min_size=1, max_size=50).filter(any))
+@example([1e308, 1e308, 1e308])
+@example([5e-324, 0.0])
+def test_custom_numbers_are_only_normalised(numbers: list[float]) -> None:
+    """What is given is divided by its sum, exactly, however huge or tiny it is."""
+    result = coefficients(None, run_of(len(numbers)), custom=numbers)
+    sound(result, falling=False)
+    total = sum(Fraction(number) for number in numbers)
+    expected = [float(Fraction(number) / total) for number in numbers]
+    assert result == pytest.approx(expected, rel=1e-14, abs=1e-300)
+
+
+def test_custom_keeps_the_order_oldest_first() -> None:
+    """The first number belongs to the oldest checkpoint."""
+    assert coefficients(None, run_of(3), custom=[0, 1, 3]) == (0.0, 0.25, 0.75)
+
+
+def test_custom_numbers_must_fit_the_checkpoints() -> None:
+    """Two numbers for three checkpoints are an error that tells both counts."""
+    with pytest.raises(UsageError, match="2 numbers, but there are 3 checkpoints"):
+        coefficients(None, run_of(3), custom=[1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "found"),
+    [
+        ([1.0, -0.5], "number 2 is -0.5"),
+        ([math.nan, 1.0], "number 1 is nan"),
+        ([1.0, math.inf], "number 2 is inf"),
+        ([0.0, 0.0], "all numbers are 0"),
+    ],
+)
+def test_custom_numbers_that_cannot_be_used_are_refused(numbers: list[float], found: str) -> None:
+    """Negative, NaN, infinite, and nothing but zeros are errors that say which number it is."""
+    with pytest.raises(UsageError, match=found):
+        coefficients(None, run_of(2), custom=numbers)
+
+
+def test_custom_and_a_scheme_exclude_each_other() -> None:
+    """A scheme chosen beside one's own coefficients is an error that names both."""
+    with pytest.raises(UsageError, match="--coefficients and --scheme exp exclude each other"):
+        coefficients("exp", run_of(1), custom=[1.0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: resolve("linear", alpha=2.0), "--alpha belongs to --scheme exp, not to linear"),
+        (lambda: resolve(None, sigma=0.1), "--sigma belongs to --scheme power, not to equal"),
+        (lambda: resolve("exp", decay=0.9), "--decay belongs to --scheme ema, not to exp"),
+        (lambda: resolve("ema", alpha=2.0, decay=0.9), "--alpha belongs to --scheme exp"),
+        (lambda: resolve(None, alpha=2.0, custom=[1.0]), "exp, not to --coefficients"),
+    ],
+)
+def test_a_parameter_of_another_scheme_is_refused(call: Callable[[], object], message: str) -> None:
+    """The error names the parameter, its scheme, and the one that was chosen."""
+    with pytest.raises(UsageError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("option", "call", "values"),
+    [
+        ("alpha", lambda v: resolve("exp", alpha=v), [0.0, -1.0, math.inf, math.nan]),
+        ("decay", lambda v: resolve("ema", decay=v), [0.0, -0.5, 1.0000001, math.nan]),
+        ("sigma", lambda v: resolve("power", sigma=v), [0.0, -0.1, 0.3, math.inf, math.nan]),
+        ("sigma", lambda v: resolve("power", sigma=v), [1 / math.sqrt(12)]),
+    ],
+)
+def test_a_parameter_out_of_range_is_refused(
+    option: str, call: Callable[[float], object], values: list[float]
+) -> None:
+    """The error names the parameter and what it may be."""
+    for value in values:
+        with pytest.raises(UsageError, match=rf"^--{option} is .*, but must be more than 0"):
+            call(value)
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    """The error lists the schemes there are; custom is no name to choose."""
+    for name in ("best", "custom"):
+        with pytest.raises(UsageError, match="choose one of equal, linear, exp, ema, power"):
+            coefficients(name, run_of(2))
+
+
+def test_no_checkpoints_are_refused() -> None:
+    """There are no coefficients of nothing."""
+    with pytest.raises(UsageError, match="no checkpoints"):
+        coefficients("equal", [])
+
+
+def test_the_parameter_really_used_can_be_told() -> None:
+    """A default is filled in, so that plan and provenance can record it."""
+    assert resolve("exp").parameters == {"alpha": 2.0}
+    assert resolve("ema").parameters == {"decay": 0.9}
+    assert resolve("power", sigma=0.2).parameters == {"sigma": 0.2}
+    assert (resolve(None).name, resolve(None).parameters) == ("equal", {})
+    assert resolve(None, custom=[1.0]).name == "custom"
+    assert coefficients("exp", run_of(4)) == coefficients("exp", run_of(4), alpha=2.0)
+
+
+def test_the_registry_describes_each_scheme() -> None:
+    """Each scheme has a summary, and a default that it allows itself."""
+    assert list(SCHEMES) == ["equal", "linear", "exp", "ema", "power"]
+    for scheme in SCHEMES.values():
+        assert scheme.summary
+        if scheme.parameter is not None:
+            assert scheme.parameter.allowed(scheme.parameter.default)
+
+
+def test_the_effective_number_counts_equal_checkpoints() -> None:
+    """Ten equal checkpoints are ten, one alone is one, and a zero adds nothing."""
+    assert effective_number([0.1] * 10) == pytest.approx(10.0)
+    assert effective_number([1.0, 0.0]) == 1.0
+    assert effective_number(coefficients("exp", run_of(10), alpha=2.0)) == pytest.approx(
+        1 / sum(value**2 for value in newest_first("exp", alpha=2.0))
+    )
+
+
+def test_the_bits_are_the_same_on_any_machine() -> None:
+    """These numbers to the last bit were worked out in whole-number arithmetic, not by libm."""
+    raw = [rounded_exp(Fraction(-(age + 1), 2)) for age in reversed(range(10))]
+    total = math.fsum(raw)
+    assert list(coefficients("exp", run_of(10), alpha=2.0)) == [value / total for value in raw]
+
+
+def rounded_exp(argument: Fraction) -> float:
+    """Return e^argument, correctly rounded, by the series in exact fractions."""
+    term = result = Fraction(1)
+    for order in range(1, 80):
+        term *= argument / order
+        result += term
+    return float(result)
+
+
+def test_schemes_import_neither_numpy_nor_decimal() -> None:
+    """The registry, which --help shows, costs no start-up time."""
+    code = (
+        "import sys, json; import polyak_cli.schemes;"
+        "print(json.dumps([name in sys.modules for name in ('numpy', 'decimal', '_decimal')]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert json.loads(done.stdout) == [False, False, False]
+    assert schemes.__doc__

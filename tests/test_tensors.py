@@ -1,0 +1,99 @@
+"""How numbers are stored: widening is exact, narrowing rounds once, to nearest, ties to even."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polyak_cli.tensors import FLOATS, narrow, widen
+from tests.oracle import nearest_bfloat16
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False, width=64)
+
+
+def stored(values: npt.ArrayLike, dtype: str, byteorder: str = "<") -> npt.NDArray[np.uint8]:
+    """Return what `narrow` writes."""
+    array = np.array(values, np.float64)
+    out = np.empty(array.size * int(FLOATS[dtype][1:]), np.uint8)
+    narrow(array, dtype, byteorder, out)
+    return out
+
+
+@settings(derandomize=True, deadline=None, max_examples=500)
+@given(
+    st.one_of(
+        FINITE,
+        st.floats(-1e5, 1e5),
+        # Values just beside the middle between two bfloat16, where rounding twice goes wrong.
+        st.builds(
+            lambda bits, nudge: (
+                float(np.array([(bits << 16) | 0x8000], np.uint32).view(np.float32)[0])
+                * (1 + nudge * 2.0**-50)
+            ),
+            st.integers(0, 0x7F7F),
+            st.integers(-3, 3),
+        ),
+    )
+)
+def test_bfloat16_is_the_nearest_by_exact_fractions(value: float) -> None:
+    """A float64 becomes the nearest bfloat16, ties to even, having been rounded only once."""
+    assert stored([value], "bfloat16").view(np.uint16)[0] == nearest_bfloat16(value)
+
+
+def test_bfloat16_beside_a_tie_is_not_rounded_twice() -> None:
+    """A value a hair above the middle goes up, though as a float32 it would be the middle."""
+    hair_above = 1 + 2.0**-8 + 2.0**-40
+    assert stored([hair_above], "bfloat16").view(np.uint16)[0] == 0x3F81
+    assert stored([1 + 2.0**-8], "bfloat16").view(np.uint16)[0] == 0x3F80
+
+
+def test_bfloat16_keeps_nan_and_infinity_apart() -> None:
+    """NaN stays NaN, infinity stays infinity, and what is too great becomes infinity."""
+    bits = stored([np.nan, np.inf, -np.inf, 1e300, -0.0], "bfloat16").view(np.uint16)
+    assert np.isnan(np.array([int(bits[0]) << 16], np.uint32).view(np.float32)[0])
+    assert bits[1:].tolist() == [0x7F80, 0xFF80, 0x7F80, 0x8000]
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(FINITE, min_size=1, max_size=20), st.sampled_from(["float16", "float32"]))
+def test_float16_and_float32_round_like_numpy(values: list[float], dtype: str) -> None:
+    """One rounding from float64, as numpy's own conversion does it."""
+    with np.errstate(over="ignore"):
+        expected = np.array(values).astype(dtype)
+    assert stored(values, dtype).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_every_stored_value_survives_widening_and_narrowing(dtype: str, byteorder: str) -> None:
+    """All 65,536 patterns (or as many random ones) come back, NaN as NaN."""
+    width = int(FLOATS[dtype][1:])
+    rng = np.random.default_rng(0)
+    raw = (
+        np.arange(65536, dtype=f"{byteorder}u2").view(np.uint8)
+        if width == 2
+        else rng.integers(0, 256, 65536 * width, np.uint8)
+    )
+    values = np.empty(65536)
+    with np.errstate(invalid="ignore"):
+        widen(raw, dtype, byteorder, values)
+    again = np.empty_like(raw)
+    narrow(values, dtype, byteorder, again)
+    number = ~np.isnan(values)
+    before, after = (a.reshape(-1, width) for a in (raw, again))
+    assert np.array_equal(before[number], after[number])
+    with np.errstate(invalid="ignore"):
+        widen(again, dtype, byteorder, values)
+    assert np.isnan(values[~number]).all()
+
+
+def test_widening_bfloat16_takes_it_for_the_upper_half_of_a_float32() -> None:
+    """0x3FC0 is 1.5, in either byte order."""
+    for byteorder in "<>":
+        values = np.empty(1)
+        raw = np.array([0x3FC0], f"{byteorder}u2").view(np.uint8)
+        widen(raw, "bfloat16", byteorder, values)
+        assert values[0] == 1.5
