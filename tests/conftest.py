@@ -1,0 +1,16 @@
+"""What every test may rely on, however the test run was started."""
+
+from __future__ import annotations
+
+import signal
+
+
+def pytest_configure() -> None:
+    """Answer signals as at a terminal.
+
+    Behind ``nohup`` or ``&`` some are ignored, and the programs under test would inherit that.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            answer = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, answer)
