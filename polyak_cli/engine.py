@@ -27,13 +27,18 @@ import numpy.typing as npt
 from polyak_cli.children import Child, Writer, raised
 from polyak_cli.errors import FormatError, MismatchError, PolyakError, shown
 from polyak_cli.tensors import (
+    PAGE,
     Bytes,
+    Extent,
     Float64,
     Identity,
     LaidOut,
     Storage,
+    clashes,
+    expect,
     itemsize,
     narrow,
+    page_aligned,
     widen,
     write_exactly,
 )
@@ -44,10 +49,16 @@ PIECE = 1 << 16
 PIECES, BATCH = 8, 256
 #: Bytes to read from which on it pays to fork.
 SPREAD = 64 << 20
+#: Bytes of a slab from which on it pays to have it fetched ahead; the system does so for less.
+AHEAD = 1 << 16
+#: Bytes a second that one process gets from the page cache only: fetching ahead is in vain there.
+FAST = 2e9
 #: Bytes written between two flushes to the disk.
 FLUSH = 32 << 20
 #: Bytes that one element needs while it is folded: as stored, its float64 and the sum.
 _FOLD_BYTES = 8 + 8 + 8
+#: Bytes by which a buffer is moved where the system would copy slowly; see `tensors.clashes`.
+_DODGE = PAGE // 2
 
 Progress = Callable[[int], None]
 
@@ -213,8 +224,22 @@ def _here(work: Fold, cut: Iterable[list[Slab]]) -> Generator[Totals, None, None
     """Fold in this process, yielding what each batch took."""
     with _Files(work.inputs) as files, _opened(work.outputs) as outputs:
         worker = _Worker(work, files, outputs)
-        for batch in cut:
+        for batch in _one_ahead(cut, worker.expect):
             yield worker.fold(batch)
+
+
+def _one_ahead(
+    cut: Iterable[list[Slab]], expect: Callable[[list[Slab]], None]
+) -> Iterator[list[Slab]]:
+    """Yield each batch when the next one has been announced: it is fetched meanwhile."""
+    waiting: list[Slab] = []
+    for batch in cut:
+        expect(batch)
+        if waiting:
+            yield waiting
+        waiting = batch
+    if waiting:
+        yield waiting
 
 
 def _in_children(work: Fold, cut: Iterable[list[Slab]], jobs: int) -> Generator[Totals, None, None]:
@@ -299,12 +324,25 @@ class _Worker:
         self._allocate(0)
 
     def _allocate(self, count: int) -> None:
-        rows = len(self.outputs)
-        self.raw: Bytes = np.empty(count * 8, np.uint8)
-        self.values: Float64 = np.empty(count)
-        self.sums: list[Float64] = [np.empty(count) for _ in range(rows)]
+        def floats() -> Float64:
+            return page_aligned(count * 8).view(np.float64)
+
+        self.raw: Bytes = page_aligned(count * 8 + _DODGE)
+        self.values = floats()
+        self.sums = [floats() for _ in self.outputs]
         # With one output, the values themselves may be overwritten by the product.
-        self.product: Float64 = np.empty(count) if rows > 1 else self.values
+        self.product = floats() if len(self.outputs) > 1 else self.values
+
+    def _buffer(self, nbytes: int, distance: int) -> Bytes:
+        """Return a buffer for stored values.
+
+        Args:
+            nbytes: its length.
+            distance: how far, modulo a page, a page lies behind where the system copies from, or
+                ahead of where it copies to.
+        """
+        start = _DODGE if clashes(distance) else 0
+        return self.raw[start : start + nbytes]
 
     def fold(self, batch: Sequence[Slab]) -> Totals:
         """Average the slabs into the outputs and return what that took."""
@@ -316,6 +354,18 @@ class _Worker:
                 self._sum(slab)
                 self._store(slab)
         return self.clock.totals()
+
+    def expect(self, batch: Sequence[Slab]) -> None:
+        """Have what a batch needs fetched from the disk, if the last one came from there."""
+        if self.clock.bytes_read >= FAST * self.clock.reading:
+            return
+        for slab in batch:
+            width = itemsize(slab.tensor.dtype)
+            start, stop = slab.start * width, slab.stop * width
+            if stop - start >= AHEAD:
+                for k, terms in enumerate(self.terms):
+                    if terms:
+                        self.files.expect(k, slab.tensor.sources[k].storage, start, stop)
 
     def _sum(self, slab: Slab) -> None:
         """Compute ``sum_k c_k x_k`` in float64, from the oldest checkpoint to the newest."""
@@ -342,8 +392,9 @@ class _Worker:
         """Read a slab of checkpoint ``k`` and widen it."""
         tensor = slab.tensor
         width = itemsize(tensor.dtype)
-        raw = self.raw[: len(values) * width]
         source = tensor.sources[k]
+        offset = source.storage.offset if isinstance(source.storage, Extent) else 0
+        raw = self._buffer(len(values) * width, -offset - slab.start * width)
         self.files.read(k, source.storage, slab.start * width, raw, tensor.name)
         self.clock.read(len(raw))
         widen(raw, tensor.dtype, source.byteorder, values)
@@ -353,14 +404,15 @@ class _Worker:
         tensor, count = slab.tensor, slab.stop - slab.start
         for descriptor, target, whole in zip(self.outputs, tensor.targets, self.sums, strict=True):
             width = itemsize(target.dtype)
-            raw, row = self.raw[: count * width], whole[:count]
+            row, offset = whole[:count], target.offset + slab.start * width
+            raw = self._buffer(count * width, offset)
             narrow(row, target.dtype, target.byteorder, raw)
             if target.dtype != tensor.dtype and not self.work.allow_nonfinite:
                 stored = self.values[:count]
                 widen(raw, target.dtype, target.byteorder, stored)
                 _check_fits(tensor.name, target.dtype, row, stored)
             self.clock.fold()
-            write_exactly(descriptor, target.offset + slab.start * width, raw)
+            write_exactly(descriptor, offset, raw)
             self.clock.write(len(raw))
 
     def _culprit(self, slab: Slab, values: Float64) -> MismatchError:
@@ -503,6 +555,16 @@ class _Files:
             raise FormatError(f"{shown(path)}: tensor '{shown(name)}': {error}") from None
         except OSError as error:
             raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+
+    def expect(self, k: int, storage: Storage, start: int, stop: int) -> None:
+        """Have bytes of input ``k`` fetched, if it is one that stays open."""
+        with contextlib.suppress(OSError, FormatError):  # reading them will say what is wrong
+            descriptor = self.kept.get(k)
+            if descriptor is None:
+                descriptor = self._keep(k)
+            if descriptor is not None:
+                for offset, nbytes in storage.runs(start, stop):
+                    expect(descriptor, offset, nbytes)
 
     def _keep(self, k: int) -> int | None:
         """Open an input for the whole run, if there is room for another."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -21,6 +21,8 @@ from polyak_cli.errors import FormatError
 Bytes = npt.NDArray[np.uint8]
 Float64 = npt.NDArray[np.float64]
 
+#: Bytes of a page of memory.
+PAGE = 4096
 #: The float types that are averaged, and the numpy type of their bytes (bfloat16 has none).
 FLOATS: Mapping[str, str] = {"float16": "f2", "bfloat16": "u2", "float32": "f4", "float64": "f8"}
 
@@ -35,6 +37,9 @@ class Storage(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
+
+    def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
+        """Yield offset and length of each run of the file that `read_into` will read."""
 
     def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
         """Fill ``buffer`` with the tensor's bytes from byte ``start`` on.
@@ -55,6 +60,10 @@ class Extent(NamedTuple):
     def alignment(self) -> int:
         """Any piece is as good as any other."""
         return 1
+
+    def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
+        """See `Storage.runs`."""
+        return ((self.offset + start, stop - start),)
 
     def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
         """See `Storage.read_into`."""
@@ -77,10 +86,32 @@ class Inline:
         """Bytes of the whole tensor."""
         return len(self.data)
 
+    def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
+        """See `Storage.runs`; the header was read already."""
+        del start, stop
+        return ()
+
     def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
         """See `Storage.read_into`."""
         del descriptor  # the header was read already
         buffer[:] = np.frombuffer(self.data, np.uint8, len(buffer), start)
+
+
+def page_aligned(nbytes: int) -> Bytes:
+    """Return bytes that begin at a page of memory; their content is undefined."""
+    whole = np.empty(nbytes + PAGE, np.uint8)
+    start = -whole.ctypes.data % PAGE
+    return whole[start : start + nbytes]
+
+
+def clashes(distance: int) -> bool:
+    """Tell whether the system copies slowly to a place so many bytes behind where it copies from.
+
+    On AMD's Zen processors ``rep movsb``, with which Linux copies between page cache and buffers,
+    is four times slower where the target lies 1 to 63 bytes behind the source, modulo a page.
+    `np.empty` and `bytearray` begin 16 bytes behind a page, and tensors anywhere in their files.
+    """
+    return 0 < distance % PAGE < 64
 
 
 def read_exactly(descriptor: int, offset: int, buffer: Bytes) -> None:
@@ -95,6 +126,12 @@ def read_exactly(descriptor: int, offset: int, buffer: Bytes) -> None:
         if count == 0:
             raise FormatError(f"the file ends {len(view)} bytes before the tensor does")
         view, offset = view[count:], offset + count
+
+
+def expect(descriptor: int, offset: int, nbytes: int) -> None:
+    """Have the system fetch bytes that will be read soon, without waiting for them."""
+    if hasattr(os, "posix_fadvise"):  # macOS has none, and reads ahead by itself
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def write_exactly(descriptor: int, offset: int, buffer: Bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -204,3 +205,57 @@ def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
     work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(PolyakError, match=r"a worker was ended from outside \(SIGKILL\)"):
         engine.fold([doomed], work, engine.Memory(2, 100, 100))
+
+
+@pytest.mark.parametrize("offset", [0, 4, 16, 60, 64, 2048, 4032, 4036, 4080, 4092, 4097, 4099])
+def test_where_a_tensor_lies_in_its_file_changes_nothing(tmp_path: Path, offset: int) -> None:
+    """Buffers are moved where the system would copy slowly; the bits are the same."""
+    rng = np.random.default_rng(offset)
+    arrays = [rng.normal(size=3000).astype(np.float32) for _ in range(3)]
+    padding = np.zeros(offset, np.uint8)
+    inputs = write_inputs(
+        tmp_path, [np.concatenate([padding, array.view(np.uint8)]) for array in arrays]
+    )
+    (tmp_path / "out").write_bytes(b"")
+    sources = [engine.Source(Extent(offset, 12_000), "<")] * 3
+    tensor = engine.Averaged("x", 3000, "float32", sources, [LaidOut(offset, "float32", "<")])
+    coefficients = np.array([[0.5, 0.3, 0.2]])
+    work = engine.Fold(inputs, [str(tmp_path / "out")], coefficients, False)
+    engine.fold([tensor], work, engine.Memory(2, 1000, 1000))
+    wide = [array.astype(np.float64) for array in arrays]
+    expected = ((0.5 * wide[0] + 0.3 * wide[1]) + 0.2 * wide[2]).astype(np.float32)
+    assert (tmp_path / "out").read_bytes() == bytes(offset) + expected.tobytes()
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_what_will_be_read_next_is_fetched_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    """From a slow disk, all but the first slabs are announced before they are read, each once."""
+    monkeypatch.setattr(engine, "SPREAD", 1 << 40)
+    monkeypatch.setattr(engine, "FAST", math.inf if slow else 0.0)
+    events: list[tuple[str, int, int]] = []
+    real = os.preadv
+
+    def announced(descriptor: int, offset: int, nbytes: int, _advice: int) -> None:
+        events.append(("announced", descriptor, offset))
+        assert nbytes <= engine.PIECE * 4
+
+    def read(descriptor: int, buffers: Sequence[Bytes], offset: int) -> int:
+        events.append(("read", descriptor, offset))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "posix_fadvise", announced)
+    monkeypatch.setattr(os, "preadv", read)
+    arrays = [np.ones(engine.PIECE * 40, np.float32)] * 2
+    run(tmp_path, arrays, [[0.5, 0.5]], engine.Memory.within(1 << 25, 1))
+    reads = [event for event in events if event[0] == "read"]
+    assert len(reads) == 80
+    if not slow:  # from memory, that would be in vain
+        assert events == reads
+        return
+    # How slow the disk is shows with the first batch, while the second one is at hand already.
+    for _, descriptor, offset in reads[2 * 2 * engine.PIECES :]:
+        announcement = events.index(("announced", descriptor, offset))
+        assert announcement < events.index(("read", descriptor, offset))
+    assert len(set(events)) == len(events)

@@ -51,11 +51,15 @@ class Chunks:
         """Bytes of one decoded chunk."""
         return math.prod(self.chunk_shape) * self.itemsize
 
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """See `tensors.Storage.runs`."""
+        for position in self._positions(start, stop):
+            offset, nbytes, _ = self.index[position]
+            yield offset, nbytes
+
     def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
         """See `tensors.Storage.read_into`."""
-        stop = start + len(buffer)
-        first, last = start // self._row_bytes, (stop - 1) // self._row_bytes
-        for position in self._positions(first, last):
+        for position in self._positions(start, start + len(buffer)):
             chunk = self._decode(descriptor, position)
             corner = [p * c for p, c in zip(position, self.chunk_shape, strict=True)]
             inside = tuple(
@@ -64,8 +68,9 @@ class Chunks:
             )
             self._place(chunk[inside], corner, start, buffer)
 
-    def _positions(self, first: int, last: int) -> Iterator[tuple[int, ...]]:
-        """Yield the grid positions of all chunks that hold rows ``first`` to ``last``."""
+    def _positions(self, start: int, stop: int) -> Iterator[tuple[int, ...]]:
+        """Yield the grid positions of all chunks that hold rows of these bytes."""
+        first, last = start // self._row_bytes, (stop - 1) // self._row_bytes
         rows = range(first // self.chunk_shape[0], last // self.chunk_shape[0] + 1)
         rest = [
             range(-(-n // c)) for n, c in zip(self.shape[1:], self.chunk_shape[1:], strict=True)

@@ -5,6 +5,7 @@ A script of its own, so that nothing but the standard library is started; comput
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 import threading
@@ -16,13 +17,21 @@ _PORTION = 64 << 20
 _THREADS = 2
 
 
+def _buffer() -> memoryview:
+    """Return memory that begins at a page: a bytearray begins 16 bytes behind one.
+
+    Some processors then copy from the page cache four times slower, and it would be no floor.
+    """
+    return memoryview(mmap.mmap(-1, _BUFFER))
+
+
 def read(portions: list[tuple[str, int, int]]) -> None:
     """Read portions of files until none is left.
 
     Args:
         portions: path, first byte, and the byte after the last; shared by all threads.
     """
-    buffer = bytearray(_BUFFER)
+    buffer = _buffer()
     while portions:
         try:
             path, start, stop = portions.pop()
@@ -32,13 +41,13 @@ def read(portions: list[tuple[str, int, int]]) -> None:
         os.lseek(descriptor, start, os.SEEK_SET)
         left = stop - start
         while left > 0:
-            left -= os.readv(descriptor, [memoryview(buffer)[:left]]) or left
+            left -= os.readv(descriptor, [buffer[:left]]) or left
         os.close(descriptor)
 
 
 def write(path: str, nbytes: int) -> None:
     """Write a file of some size and wait until the disk has it."""
-    buffer = memoryview(bytes(_BUFFER))
+    buffer = _buffer()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     while nbytes:
         nbytes -= os.write(descriptor, buffer[:nbytes])
