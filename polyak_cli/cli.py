@@ -10,6 +10,7 @@ import atexit
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -569,9 +570,11 @@ def _fate_lines(plan: Plan) -> Iterator[str]:
     ):
         for name in names:
             spec = specs[name]
-            kind = type(spec.storage).__name__.lower() if spec.storage else "library"
+            way = spec.storage.way if spec.storage else "HDF5 library"
             shape = "x".join(map(str, spec.shape)) or "scalar"
-            yield f"  {fate} {shown(name)} {spec.dtype} {shape} ({kind})"
+            yield f"  {fate} {shown(name)} {spec.dtype} {shape} ({way})"
+    ways = Counter(s.storage.way for row in plan.averaged_rows for s in row if s.storage)
+    yield "read by " + "; ".join(f"{way} (tensors: {n})" for way, n in ways.items())
 
 
 def _report_lines(report: Report, verbose: bool) -> Iterator[str]:

@@ -31,6 +31,10 @@ class Storage(Protocol):
     """Where the bytes of one tensor lie in its file, in C order."""
 
     @property
+    def way(self) -> str:
+        """How it is read, and why so where that is slow: told to a user who asks."""
+
+    @property
     def alignment(self) -> int:
         """Bytes of the piece that is best read at once; 1 where any piece is as good."""
 
@@ -57,6 +61,11 @@ class Extent(NamedTuple):
     nbytes: int
 
     @property
+    def way(self) -> str:
+        """See `Storage.way`."""
+        return "extent"
+
+    @property
     def alignment(self) -> int:
         """Any piece is as good as any other."""
         return 1
@@ -75,6 +84,11 @@ class Inline:
     """A few bytes that the file keeps inside its header (HDF5's compact layout)."""
 
     data: bytes
+
+    @property
+    def way(self) -> str:
+        """See `Storage.way`."""
+        return "header: stored inside it"
 
     @property
     def alignment(self) -> int:

@@ -619,6 +619,7 @@ def test_verbose_names_every_tensor(run_folder: Path) -> None:
     assert "  averaged dense/sequential/dense/kernel float32 2x25 (extent)\n" in text
     assert "  dropped /optimizer_weights/sgd/iteration int64 scalar (extent)\n" in text
     assert len(re.findall(r"^  (averaged|carried|dropped) ", text, re.MULTILINE)) == 10
+    assert re.search(r"^read by extent \(tensors: \d+\)$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("arguments", [["-n", "-v"], ["-n", "--json"], ["-o", "o.h5", "-v"]])

@@ -19,6 +19,7 @@ from polyak_cli.errors import FormatError
 from polyak_cli.tensors import Bytes, read_exactly
 
 DEFLATE, SHUFFLE, FLETCHER32, LZF = 1, 2, 3, 32000
+NAMES = {DEFLATE: "gzip", SHUFFLE: "shuffle", FLETCHER32: "fletcher32", LZF: "lzf"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,12 @@ class Chunks:
     itemsize: int
     filters: tuple[int, ...]  # in the order in which they were applied on writing
     index: dict[tuple[int, ...], tuple[int, int, int]]  # grid position -> offset, bytes, skipped
+
+    @property
+    def way(self) -> str:
+        """See `tensors.Storage.way`."""
+        filters = ", ".join(NAMES[number] for number in self.filters) or "no filter"
+        return f"slow reader: in chunks, {filters}"
 
     @property
     def nbytes(self) -> int:
