@@ -540,9 +540,7 @@ class _Files:
         """Fill the buffer from input ``k``, with file and tensor named in every error."""
         path = self.inputs[k].path
         try:
-            descriptor = self.kept.get(k)
-            if descriptor is None:
-                descriptor = self._keep(k)
+            descriptor = self._keep(k)
             if descriptor is not None:
                 storage.read_into(descriptor, start, buffer)
                 return
@@ -559,18 +557,17 @@ class _Files:
     def expect(self, k: int, storage: Storage, start: int, stop: int) -> None:
         """Have bytes of input ``k`` fetched, if it is one that stays open."""
         with contextlib.suppress(OSError, FormatError):  # reading them will say what is wrong
-            descriptor = self.kept.get(k)
-            if descriptor is None:
-                descriptor = self._keep(k)
+            descriptor = self._keep(k)
             if descriptor is not None:
                 for offset, nbytes in storage.runs(start, stop):
                     expect(descriptor, offset, nbytes)
 
     def _keep(self, k: int) -> int | None:
-        """Open an input for the whole run, if there is room for another."""
-        if len(self.kept) < self.room:
-            self.kept[k] = self._open(k)
-        return self.kept.get(k)
+        """Return an input that is open for the whole run, if there is room for another."""
+        descriptor = self.kept.get(k)
+        if descriptor is None and len(self.kept) < self.room:
+            descriptor = self.kept[k] = self._open(k)
+        return descriptor
 
     def _open(self, k: int) -> int:
         path, identity = self.inputs[k]

@@ -590,3 +590,12 @@ def test_no_process_outlives_a_crash_in_a_header(run_folder: Path) -> None:
     assert process.returncode == 143
     one_line(err)
     assert gone(process.pid)
+
+
+def test_exit_handlers_run_and_what_was_printed_arrives(run_folder: Path) -> None:
+    """The program ends without taking the interpreter apart, but not before its last duties."""
+    code = "import atexit; atexit.register(print, 'the last word')"
+    done = scripted(code, "average", "ckpts", "-n", cwd=run_folder)
+    assert done.returncode == 0
+    assert done.stdout.startswith("3 checkpoints")
+    assert done.stdout.endswith("the last word\n")

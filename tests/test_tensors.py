@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak_cli.tensors import FLOATS, narrow, widen
+from polyak_cli.tensors import FLOATS, narrow, page_aligned, widen
 from tests.oracle import nearest_bfloat16
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=64)
@@ -97,3 +97,11 @@ def test_widening_bfloat16_takes_it_for_the_upper_half_of_a_float32() -> None:
         raw = np.array([0x3FC0], f"{byteorder}u2").view(np.uint8)
         widen(raw, "bfloat16", byteorder, values)
         assert values[0] == 1.5
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 100_000, 1 << 22])
+def test_buffers_begin_at_a_page(nbytes: int) -> None:
+    """Wherever the allocator puts them, and with all the bytes asked for."""
+    buffers = [page_aligned(nbytes) for _ in range(5)]
+    assert [len(buffer) for buffer in buffers] == [nbytes] * 5
+    assert all(buffer.ctypes.data % 4096 == 0 for buffer in buffers if nbytes)

@@ -19,7 +19,8 @@ from polyak_cli.errors import FormatError
 from polyak_cli.tensors import Bytes, read_exactly
 
 DEFLATE, SHUFFLE, FLETCHER32, LZF = 1, 2, 3, 32000
-NAMES = {DEFLATE: "gzip", SHUFFLE: "shuffle", FLETCHER32: "fletcher32", LZF: "lzf"}
+#: The filters that are undone here, by the names their users know.
+UNDONE = {DEFLATE: "gzip", SHUFFLE: "shuffle", FLETCHER32: "fletcher32", LZF: "lzf"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Chunks:
     @property
     def way(self) -> str:
         """See `tensors.Storage.way`."""
-        filters = ", ".join(NAMES[number] for number in self.filters) or "no filter"
+        filters = ", ".join(UNDONE[number] for number in self.filters) or "no filter"
         return f"slow reader: in chunks, {filters}"
 
     @property

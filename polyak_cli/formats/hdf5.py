@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, OutputError, shown
-from polyak_cli.formats.chunks import DEFLATE, FLETCHER32, LZF, SHUFFLE, Chunks
+from polyak_cli.formats.chunks import UNDONE, Chunks
 from polyak_cli.tensors import (
     FLOATS,
     Extent,
@@ -364,7 +364,7 @@ class _Reader:
         """Return the index of a chunked dataset."""
         filters = [properties.get_filter(k)[0] for k in range(properties.get_nfilters())]
         for number in filters:
-            if number not in (DEFLATE, SHUFFLE, FLETCHER32, LZF):
+            if number not in UNDONE:
                 what = FILTERS.get(number, "unknown")
                 raise FormatError(
                     f"tensor {_quoted(name)} is stored through HDF5 filter {number} ({what}), "
