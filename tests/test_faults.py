@@ -106,6 +106,19 @@ def gone(group: int) -> bool:
     return False
 
 
+def answers(process: int) -> bool:
+    """Tell whether a process has set its handlers; before that, a signal meets Python's start-up.
+
+    SIGHUP is the last that `cli.main` sets, and Python itself sets none for it.
+    """
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:  # it has just ended
+        return False
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGHUP - 1) & 1)
+
+
 # --- signals at random moments --------------------------------------------------------------------
 
 
@@ -120,7 +133,6 @@ class Trial:
         self.random = random.Random(seed)
         self.number = self.random.choice(signals)
         self.expected = big.average
-        begun = time.monotonic()
         self.process = subprocess.Popen(
             [*POLYAK, "average", "ckpts", "--force", "--jobs", "1", "-q", "-o", self.output],
             cwd=big.folder,
@@ -135,8 +147,9 @@ class Trial:
                 time.sleep(0.001)
             time.sleep(self.random.uniform(0, big.seconds / 2))
         else:
-            moment = begun + self.random.uniform(0, 1.5 * big.seconds)
-            time.sleep(max(0.0, moment - time.monotonic()))
+            while self.process.poll() is None and not answers(self.process.pid):
+                time.sleep(0.001)
+            time.sleep(self.random.uniform(0, big.seconds))
         self._send()
         self.out, self.err = self.process.communicate(timeout=60)
 
