@@ -22,8 +22,8 @@ from polyak_cli.errors import PolyakError
 
 Work = Callable[["Writer"], None]
 
-#: Signals that ask a program to end.
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Signals that ask a program to end, and the one by which `cli` asks again.
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 
 
 class Writer:

@@ -699,6 +699,16 @@ def _terminate(number: int, _frame: object) -> NoReturn:
     raise _Terminated(number)
 
 
+def _ask_again(lost: sys.UnraisableHookArgs) -> None:
+    """Raise soon what Python dropped, as it does in destructors and weak references' callbacks."""
+    if not isinstance(lost.exc_value, _Terminated):
+        sys.__unraisablehook__(lost)
+        return
+    number = lost.exc_value.number
+    signal.signal(signal.SIGALRM, lambda _number, frame: _terminate(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, 0.001)  # seconds; dropped once more, it comes once more
+
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -710,8 +720,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _terminate)
+    sys.unraisablehook = _ask_again
     code = _run(arguments)
-    for number in _SIGNALS:  # all is done and said; a late signal would only garble the ending
+    for number in (
+        *_SIGNALS,
+        signal.SIGALRM,
+    ):  # all is done and said; a late signal would only garble the ending
         signal.signal(number, signal.SIG_IGN)
     _leave(code)
 

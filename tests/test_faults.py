@@ -298,6 +298,26 @@ def test_a_signal_while_a_child_is_forked_is_answered_once(run_folder: Path) -> 
     assert os.listdir(run_folder) == ["ckpts"]
 
 
+def test_a_signal_that_python_drops_is_answered_all_the_same(run_folder: Path) -> None:
+    """What a handler raises in a destructor is lost; the program does not run on as if unasked."""
+    code = (
+        "import os, signal, time, polyak_cli.formats as module\nreal = module.lay_out\n"
+        "class Last:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0)\n"  # here the handler runs
+        "def lay_out(*arguments, **options):\n"
+        "    Last()\n"
+        "    time.sleep(0.1)\n"
+        "    return real(*arguments, **options)\n"
+        "module.lay_out = lay_out\n"
+    )
+    done = scripted(code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
+    assert done.returncode == 143
+    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
+    assert os.listdir(run_folder) == ["ckpts"]
+
+
 def test_what_is_ignored_stays_ignored(run_folder: Path) -> None:
     """Under nohup, or behind & in a script, neither the program nor its children end."""
     code = (
