@@ -25,7 +25,7 @@ from polyak_cli import __version__, checkpoints, engine, formats, schemes
 from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
 from polyak_cli.formats.chunks import Chunks
-from polyak_cli.tensors import FLOATS, Table, TensorSpec, itemsize
+from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, itemsize
 
 Source = str | os.PathLike[str]
 Progress = Callable[[int], None]
@@ -33,7 +33,6 @@ Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest fir
 
 #: Bound on the buffers of the engine; the interpreter with numpy and h5py comes on top.
 MAX_MEMORY = 32 << 20
-OPTIMIZER = "optimizer_weights"
 #: What carries over from the newest checkpoint: types for which an average means nothing.
 _CARRIED = re.compile(r"u?int(8|16|32|64)|bool|enum|string|bitfield|opaque")
 #: BatchNorm's statistics, and what tf_keras's renorm adds to them.
@@ -120,7 +119,7 @@ class Plan:
                     "name": checkpoint.path.name,
                     "epoch": checkpoint.epoch,
                     "metric": checkpoint.metric,
-                    "size": table.identity.size,
+                    "size": table.size,
                     "coefficient": coefficient,
                 }
                 for checkpoint, table, coefficient in zip(
@@ -225,13 +224,12 @@ def plan(
     tables = tuple(formats.scan(paths, jobs=memory.jobs))
     target = Path(output) if output is not None else None
     if target:
-        inputs = [(table.path, table.identity) for table in tables]
-        formats.check_output(target, inputs, force=options.get("force", False))
+        formats.check_output(target, tables, force=options.get("force", False))
     rows = _match(tables, options.get("match", "name"))
     averaged, carried = _fates(rows, options)
     _check_chunks(rows, memory, options)
     others = tables[-1].others
-    dropped = [n for n in others if _is_optimizer(n)] if _drops(options) else []
+    dropped = [n for n in others if n in tables[-1].optimizer] if _drops(options) else []
     made = Plan(
         output=target,
         checkpoints=selection.checkpoints,
@@ -290,12 +288,12 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
 def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals, list[str]]:
     """Write the whole output under its hidden name; return what that took and what it showed."""
     options = plan.options
-    inputs = [engine.Input(str(table.path), table.identity) for table in plan.tables]
-    places = formats.lay_out(
+    inputs = [file for table in plan.tables for file in table.files]
+    room = formats.lay_out(
         plan.tables[-1],
         hidden,
         averaged={row[-1].location: _dtype(row[-1], options) for row in plan.averaged_rows},
-        dropped=[OPTIMIZER] if _drops(options) else [],
+        drop_optimizer=_drops(options),
         provenance=json.dumps(_provenance(plan), separators=(",", ":")),
     )
     tensors = (
@@ -303,16 +301,17 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
             row[-1].name,
             row[-1].size,
             row[-1].dtype,
-            [engine.Source(_storage(spec), spec.byteorder) for spec in row],
-            [places[row[-1].location]],
+            _sources(plan.tables, row),
+            [room.places[row[-1].location]],
         )
         for row in plan.averaged_rows
         if row[-1].size
     )
     matrix = np.array([plan.coefficients])
-    work = engine.Fold(inputs, [str(hidden)], matrix, options.get("allow_nonfinite", False))
+    work = engine.Fold(inputs, room.files, matrix, options.get("allow_nonfinite", False))
     totals = engine.fold(tensors, work, _memory(options), progress)
-    differing = _differing(plan.carried_rows, inputs, options)
+    room.seal()
+    differing = _differing(plan, inputs)
     engine.unchanged(inputs)
     return totals, differing
 
@@ -374,18 +373,20 @@ def _drops(options: Options) -> bool:
     return options.get("optimizer", "drop") == "drop"
 
 
-def _is_optimizer(location: str) -> bool:
-    return location.startswith(f"/{OPTIMIZER}/")
-
-
 def _dtype(spec: TensorSpec, options: Options) -> str:
     return options.get("dtype") or spec.dtype
 
 
-def _storage(spec: TensorSpec) -> Any:
-    if spec.storage is None:  # only strings have none, and those are carried
-        raise AssertionError(f"{spec.name} has no storage")
-    return spec.storage
+def _sources(tables: Sequence[Table], row: Row) -> list[engine.Source]:
+    """Return where every checkpoint keeps a tensor; files are numbered across tables."""
+    sources = []
+    first = 0
+    for table, spec in zip(tables, row, strict=True):
+        if spec.storage is None:  # only strings have none, and those are carried
+            raise AssertionError(f"{spec.name} has no storage")
+        sources.append(engine.Source(spec.storage, spec.byteorder, first + spec.file))
+        first += len(table.files)
+    return sources
 
 
 def _match(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
@@ -577,7 +578,7 @@ def _notes(
         notes.append(
             "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it opens"
         )
-    if not _drops(options) and any(_is_optimizer(name) for name in tables[-1].others):
+    if not _drops(options) and tables[-1].optimizer:
         notes.append(
             "optimizer state is the newest checkpoint's: Keras cannot fit() on from an .h5 model "
             "with optimizer state, and its momentum does not belong to averaged values"
@@ -604,11 +605,9 @@ def _compared(row: Row) -> bool:
     return row[-1].dtype not in FLOATS and all(spec.storage is not None for spec in row)
 
 
-def _differing(
-    carried: Sequence[Row], inputs: Sequence[engine.Input], options: Options
-) -> list[str]:
-    rows = [(row[-1].name, [_storage(s) for s in row]) for row in carried if _compared(row)]
-    found = engine.differing(rows, inputs, _memory(options))
+def _differing(plan: Plan, inputs: Sequence[File]) -> list[str]:
+    rows = [(r[-1].name, _sources(plan.tables, r)) for r in plan.carried_rows if _compared(r)]
+    found = engine.differing(rows, inputs, _memory(plan.options))
     return [_differs(name) for name, _ in rows if name in found]
 
 
@@ -627,7 +626,7 @@ def _bytes_to_write(
         row[-1].size * (itemsize(_dtype(row[-1], options)) - itemsize(row[-1].dtype))
         for row in averaged
     )
-    return template.identity.size + change - sum(template.others[n].nbytes for n in dropped)
+    return template.size + change - sum(template.others[n].nbytes for n in dropped)
 
 
 def _provenance(plan: Plan) -> dict[str, Any]:
@@ -637,7 +636,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
         {
             "name": checkpoint.path.name,
             "epoch": checkpoint.epoch,
-            "size": table.identity.size,
+            "size": table.size,
             "coefficient": coefficient,
         }
         for checkpoint, table, coefficient in zip(
@@ -646,7 +645,8 @@ def _provenance(plan: Plan) -> dict[str, Any]:
     ]
     if options.get("hash"):
         for record, table in zip(inputs, plan.tables, strict=True):
-            record["sha256"] = _sha256(table.path)
+            digests = [_sha256(Path(file.path)) for file in table.files]
+            record["sha256"] = digests[0] if len(digests) == 1 else digests
     return {
         "polyak": __version__,
         "scheme": plan.scheme,

@@ -30,6 +30,7 @@ from polyak_cli.tensors import (
     PAGE,
     Bytes,
     Extent,
+    File,
     Float64,
     Identity,
     LaidOut,
@@ -63,18 +64,12 @@ _DODGE = PAGE // 2
 Progress = Callable[[int], None]
 
 
-class Input(NamedTuple):
-    """One checkpoint, as far as reading its bytes goes."""
-
-    path: str
-    identity: Identity
-
-
 class Source(NamedTuple):
     """Where one checkpoint keeps one tensor."""
 
     storage: Storage
     byteorder: str
+    file: int  # in which of the inputs
 
 
 class Averaged(NamedTuple):
@@ -139,13 +134,13 @@ class Memory(NamedTuple):
 class Fold:
     """All that a slab's work needs besides the slab: plain values, so that it can be sent."""
 
-    inputs: Sequence[Input]
-    outputs: Sequence[str]
-    coefficients: npt.NDArray[np.float64]  # outputs x checkpoints
+    inputs: Sequence[File]  # of all checkpoints
+    outputs: Sequence[str]  # the files of all averages
+    coefficients: npt.NDArray[np.float64]  # averages x checkpoints
     allow_nonfinite: bool
 
     def terms(self) -> list[list[tuple[int, float]]]:
-        """Return for each checkpoint the outputs it counts in, and how much.
+        """Return for each checkpoint the averages it counts in, and how much.
 
         0 * inf is nan: a checkpoint that counts nowhere is not even read.
         """
@@ -205,7 +200,7 @@ def fold(
     """
     whole = list(tensors)
     cut = batches(slabs(whole, memory.piece, memory.most), memory.piece * PIECES)
-    nbytes = len(work.inputs) * sum(tensor.size * itemsize(tensor.dtype) for tensor in whole)
+    nbytes = sum(t.size * itemsize(t.dtype) * len(t.sources) for t in whole)
     here = _here(work, cut) if nbytes < SPREAD or memory.jobs == 1 else None
     total = Totals()
     with (
@@ -290,23 +285,23 @@ def _received(child: Child, selector: selectors.BaseSelector) -> Iterator[Totals
 
 
 def differing(
-    tensors: Iterable[tuple[str, Sequence[Storage]]], inputs: Sequence[Input], memory: Memory
+    tensors: Iterable[tuple[str, Sequence[Source]]], inputs: Sequence[File], memory: Memory
 ) -> set[str]:
     """Return the names of those tensors whose bytes are not the same in all checkpoints."""
     step = memory.piece * 8
     with _Files(inputs) as files:
-        return {name for name, storages in tensors if not _same(storages, files, step, name)}
+        return {name for name, sources in tensors if not _same(sources, files, step, name)}
 
 
-def _same(storages: Sequence[Storage], files: _Files, step: int, name: str) -> bool:
-    nbytes = storages[0].nbytes
-    if any(storage.nbytes != nbytes for storage in storages):
+def _same(sources: Sequence[Source], files: _Files, step: int, name: str) -> bool:
+    nbytes = sources[0].storage.nbytes
+    if any(source.storage.nbytes != nbytes for source in sources):
         return False
     for start in range(0, nbytes, step):
         first, other = (np.empty(min(step, nbytes - start), np.uint8) for _ in range(2))
-        files.read(0, storages[0], start, first, name)
-        for k in range(1, len(storages)):
-            files.read(k, storages[k], start, other, name)
+        files.read(sources[0], start, first, name)
+        for source in sources[1:]:
+            files.read(source, start, other, name)
             if not np.array_equal(first, other):
                 return False
     return True
@@ -329,9 +324,9 @@ class _Worker:
 
         self.raw: Bytes = page_aligned(count * 8 + _DODGE)
         self.values = floats()
-        self.sums = [floats() for _ in self.outputs]
-        # With one output, the values themselves may be overwritten by the product.
-        self.product = floats() if len(self.outputs) > 1 else self.values
+        self.sums = [floats() for _ in self.work.coefficients]
+        # With one average, the values themselves may be overwritten by the product.
+        self.product = floats() if len(self.sums) > 1 else self.values
 
     def _buffer(self, nbytes: int, distance: int) -> Bytes:
         """Return a buffer for stored values.
@@ -365,7 +360,7 @@ class _Worker:
             if stop - start >= AHEAD:
                 for k, terms in enumerate(self.terms):
                     if terms:
-                        self.files.expect(k, slab.tensor.sources[k].storage, start, stop)
+                        self.files.expect(slab.tensor.sources[k], start, stop)
 
     def _sum(self, slab: Slab) -> None:
         """Compute ``sum_k c_k x_k`` in float64, from the oldest checkpoint to the newest."""
@@ -395,14 +390,14 @@ class _Worker:
         source = tensor.sources[k]
         offset = source.storage.offset if isinstance(source.storage, Extent) else 0
         raw = self._buffer(len(values) * width, -offset - slab.start * width)
-        self.files.read(k, source.storage, slab.start * width, raw, tensor.name)
+        self.files.read(source, slab.start * width, raw, tensor.name)
         self.clock.read(len(raw))
         widen(raw, tensor.dtype, source.byteorder, values)
 
     def _store(self, slab: Slab) -> None:
         """Round the sums to the stored type and write them."""
         tensor, count = slab.tensor, slab.stop - slab.start
-        for descriptor, target, whole in zip(self.outputs, tensor.targets, self.sums, strict=True):
+        for target, whole in zip(tensor.targets, self.sums, strict=True):
             width = itemsize(target.dtype)
             row, offset = whole[:count], target.offset + slab.start * width
             raw = self._buffer(count * width, offset)
@@ -412,7 +407,7 @@ class _Worker:
                 widen(raw, target.dtype, target.byteorder, stored)
                 _check_fits(tensor.name, target.dtype, row, stored)
             self.clock.fold()
-            write_exactly(descriptor, offset, raw)
+            write_exactly(self.outputs[target.file], offset, raw)
             self.clock.write(len(raw))
 
     def _culprit(self, slab: Slab, values: Float64) -> MismatchError:
@@ -424,8 +419,9 @@ class _Worker:
             self._load(slab, k, values)
             where = np.flatnonzero(~np.isfinite(values))
             if len(where):
+                path = self.work.inputs[slab.tensor.sources[k].file].path
                 return MismatchError(
-                    f"{shown(self.work.inputs[k].path)}: tensor '{name}' holds "
+                    f"{shown(path)}: tensor '{name}' holds "
                     f"{values[where[0]]} (element {slab.start + int(where[0])}); expected finite "
                     "numbers. Leave the checkpoint out with --exclude, or use --allow-nonfinite"
                 )
@@ -523,7 +519,7 @@ class _Files:
     As many stay open as the process may have; the rest are opened for every slab.
     """
 
-    def __init__(self, inputs: Sequence[Input]) -> None:
+    def __init__(self, inputs: Sequence[File]) -> None:
         self.inputs = inputs
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.room = max(0, soft - 64) if soft != resource.RLIM_INFINITY else len(inputs)
@@ -536,17 +532,17 @@ class _Files:
         for descriptor in self.kept.values():
             os.close(descriptor)
 
-    def read(self, k: int, storage: Storage, start: int, buffer: Bytes, name: str) -> None:
-        """Fill the buffer from input ``k``, with file and tensor named in every error."""
-        path = self.inputs[k].path
+    def read(self, source: Source, start: int, buffer: Bytes, name: str) -> None:
+        """Fill the buffer from a tensor, with file and tensor named in every error."""
+        path = self.inputs[source.file].path
         try:
-            descriptor = self._keep(k)
+            descriptor = self._keep(source.file)
             if descriptor is not None:
-                storage.read_into(descriptor, start, buffer)
+                source.storage.read_into(descriptor, start, buffer)
                 return
-            descriptor = self._open(k)
+            descriptor = self._open(source.file)
             try:
-                storage.read_into(descriptor, start, buffer)
+                source.storage.read_into(descriptor, start, buffer)
             finally:
                 os.close(descriptor)
         except FormatError as error:
@@ -554,12 +550,12 @@ class _Files:
         except OSError as error:
             raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
 
-    def expect(self, k: int, storage: Storage, start: int, stop: int) -> None:
-        """Have bytes of input ``k`` fetched, if it is one that stays open."""
+    def expect(self, source: Source, start: int, stop: int) -> None:
+        """Have bytes of a tensor fetched, if its file is one that stays open."""
         with contextlib.suppress(OSError, FormatError):  # reading them will say what is wrong
-            descriptor = self._keep(k)
+            descriptor = self._keep(source.file)
             if descriptor is not None:
-                for offset, nbytes in storage.runs(start, stop):
+                for offset, nbytes in source.storage.runs(start, stop):
                     expect(descriptor, offset, nbytes)
 
     def _keep(self, k: int) -> int | None:
@@ -584,7 +580,7 @@ def _opened(outputs: Sequence[str]) -> Iterator[list[int]]:
         yield [stack.enter_context(open(path, "r+b")).fileno() for path in outputs]
 
 
-def unchanged(inputs: Sequence[Input]) -> None:
+def unchanged(inputs: Sequence[File]) -> None:
     """Check once more that every input is the file that was scanned.
 
     Raises:

@@ -143,7 +143,7 @@ def _described_hdf5(paths: Sequence[Path]) -> Iterator[_Description]:
                 f"{shown(path)}: holds weights only, no architecture; expected a whole model: "
                 "save it with model.save()"
             )
-        if path.suffix not in formats.SUFFIXES:
+        if path.suffix not in formats.module("hdf5").SUFFIXES:
             raise FormatError(
                 f"{shown(path)}: is an HDF5 file, which Keras opens only by the suffix .h5 or "
                 ".hdf5; rename it"

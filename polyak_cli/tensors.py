@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from polyak_cli.errors import FormatError
 
 Bytes = npt.NDArray[np.uint8]
 Float64 = npt.NDArray[np.float64]
+#: Says "still alive" to whoever waits for a header's reader; see `formats.sandbox`.
+Alive = Callable[[], None]
 
 #: Bytes of a page of memory.
 PAGE = 4096
@@ -167,6 +169,7 @@ class TensorSpec:
     location: str  # the path inside the file
     storage: Storage | None  # None: only the format's own library can read it
     digest: str = ""  # of the values, where there is no storage to compare
+    file: int = 0  # in which of the checkpoint's files
 
     @property
     def size(self) -> int:
@@ -193,16 +196,30 @@ class Identity(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+class File(NamedTuple):
+    """One file of a checkpoint, as it was when its header was scanned."""
+
+    path: str
+    identity: Identity
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The table of tensors of one checkpoint: all that averaging needs to know of its header."""
+    """The table of tensors of one checkpoint: all that averaging needs to know of its headers."""
 
-    path: Path
-    identity: Identity
+    path: Path  # as the user names it
+    format: str  # the name of its module in `formats`
+    files: tuple[File, ...]  # all that hold its tensors; mostly one
     tensors: Mapping[str, TensorSpec]  # the model's own, in the file's order
     others: Mapping[str, TensorSpec]  # optimizer state and whatever else the file holds
+    optimizer: frozenset[str]  # those of the others that are optimizer state
     config: str  # digest of the model configuration, "" where there is none
     average: bool  # this tool wrote it
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.identity.size for file in self.files)
 
 
 class LaidOut(NamedTuple):
@@ -211,6 +228,61 @@ class LaidOut(NamedTuple):
     offset: int
     dtype: str
     byteorder: str
+    file: int = 0  # in which of the output's files
+
+
+class Scan(NamedTuple):
+    """What to scan: a checkpoint, and whether also what is not the model's own."""
+
+    path: str
+    everything: bool
+
+
+class Layout(NamedTuple):
+    """What to lay out: an output like the template, with room for its averaged tensors."""
+
+    template: Table
+    output: str  # the hidden path to write
+    averaged: Mapping[str, str]  # location -> dtype to store
+    drop_optimizer: bool
+    provenance: str  # the record to write into it, as JSON
+
+
+class Format(Protocol):
+    """What a module of `formats` offers for one way of storing checkpoints.
+
+    `scan`, `lay_out` and `is_average` run in a child of `formats.sandbox`, call ``alive`` every few
+    hundred tensors and return what JSON can hold.
+    """
+
+    NAME: str  # as its users call it
+    SUFFIXES: tuple[str, ...]  # what an output of it may be called
+
+    def scan(self, request: Scan, alive: Alive) -> dict[str, Any]:
+        """Read a header.
+
+        Returns:
+            ``tensors`` and ``others``, rows of [name, shape, dtype, byteorder, location, storage,
+            digest, file] where the last two may be left out; ``optimizer``, names among the others;
+            ``config``, ``average``; and ``files``, [path, identity] each, where there are several.
+
+        Raises:
+            FormatError: the file is damaged, hostile or holds no model; names file and tensor.
+        """
+
+    def lay_out(self, request: Layout, alive: Alive) -> dict[str, Any]:
+        """Write all of an output but its averaged tensors.
+
+        Returns:
+            ``places``: location -> [offset, dtype, byteorder, file] of every averaged tensor that
+            is not empty; and whatever `seal` wants to know.
+        """
+
+    def seal(self, output: str, laid_out: Mapping[str, Any]) -> None:
+        """Finish an output whose tensors are written: checksums."""
+
+    def is_average(self, path: str, alive: Alive) -> bool:
+        """Tell whether this tool wrote the file; a file that cannot be read it did not."""
 
 
 def itemsize(dtype: str) -> int:

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from polyak_cli import engine
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
-from polyak_cli.tensors import Bytes, Extent, Identity, LaidOut
+from polyak_cli.tensors import Bytes, Extent, File, Identity, LaidOut
 
 
 def tensor(size: int, offset: int = 0, count: int = 1) -> engine.Averaged:
     """Return a float32 tensor that all checkpoints keep at one place."""
-    sources = [engine.Source(Extent(offset, size * 4), "<")] * count
+    sources = [engine.Source(Extent(offset, size * 4), "<", k) for k in range(count)]
     return engine.Averaged("x", size, "float32", sources, [LaidOut(offset, "float32", "<")])
 
 
@@ -46,13 +46,13 @@ def test_batches_lose_no_slab(sizes: list[int], elements: int) -> None:
     assert [slab for batch in engine.batches(cut, elements) for slab in batch] == cut
 
 
-def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[engine.Input]:
+def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
     """Write raw files, which are as good as any format to the engine."""
     inputs = []
     for k, array in enumerate(arrays):
         path = folder / f"{k}.raw"
         path.write_bytes(array.tobytes())
-        inputs.append(engine.Input(str(path), Identity.of(path.stat())))
+        inputs.append(File(str(path), Identity.of(path.stat())))
     return inputs
 
 
@@ -75,8 +75,8 @@ def run(
     outputs = [folder / f"out{row}" for row in range(len(np.array(coefficients)))]
     for output in outputs:
         output.write_bytes(b"")
-    sources = [engine.Source(Extent(0, size * 4), "<")] * len(arrays)
-    targets = [LaidOut(0, "float32", "<")] * len(outputs)
+    sources = [engine.Source(Extent(0, size * 4), "<", k) for k in range(len(arrays))]
+    targets = [LaidOut(0, "float32", "<", row) for row in range(len(outputs))]
     work = engine.Fold(inputs, [str(o) for o in outputs], np.array(coefficients), allow_nonfinite)
     engine.fold([engine.Averaged("x", size, "float32", sources, targets)], work, memory)
     return [np.fromfile(output, np.float32) for output in outputs]
@@ -201,7 +201,7 @@ def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
         return  # here it would be this very process
     inputs = write_inputs(tmp_path, arrays)
     (tmp_path / "out").write_bytes(b"")
-    source = engine.Source(Killing(0, 4000), "<")
+    source = engine.Source(Killing(0, 4000), "<", 0)
     doomed = engine.Averaged("x", 1000, "float32", [source], [LaidOut(0, "float32", "<")])
     work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(PolyakError, match=r"a worker was ended from outside \(SIGKILL\)"):
@@ -235,7 +235,7 @@ def test_where_a_tensor_lies_in_its_file_changes_nothing(
         tmp_path, [np.concatenate([padding, array.view(np.uint8)]) for array in arrays]
     )
     (tmp_path / "out").write_bytes(b"")
-    sources = [engine.Source(Extent(offset, 12_000), "<")] * 3
+    sources = [engine.Source(Extent(offset, 12_000), "<", k) for k in range(3)]
     tensor = engine.Averaged("x", 3000, "float32", sources, [LaidOut(offset, "float32", "<")])
     coefficients = np.array([[0.5, 0.3, 0.2]])
     work = engine.Fold(inputs, [str(tmp_path / "out")], coefficients, False)

@@ -454,9 +454,7 @@ def test_a_child_that_waits_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -
 # --- laying out -----------------------------------------------------------------------------------
 
 
-def lay_out(
-    template: Path, output: Path, dropped: tuple[str, ...] = (), dtype: str | None = None
-) -> Path:
+def lay_out(template: Path, output: Path, *, drop: bool = False, dtype: str | None = None) -> Path:
     """Lay out an output with room for all float tensors, which stay unwritten."""
     table = scan(template)
     averaged = {
@@ -464,7 +462,7 @@ def lay_out(
         for spec in table.tensors.values()
         if "float" in spec.dtype
     }
-    formats.lay_out(table, output, averaged=averaged, dropped=dropped, provenance="{}")
+    formats.lay_out(table, output, averaged=averaged, drop_optimizer=drop, provenance="{}")
     return output
 
 
@@ -510,7 +508,7 @@ def test_what_is_dropped_leaves_no_dead_space(tmp_path: Path) -> None:
     with_state = write_model(tmp_path / "b.h5", layers, optimizer=state)
     outputs = [
         lay_out(without, tmp_path / "oa.h5"),
-        lay_out(with_state, tmp_path / "ob.h5", dropped=("optimizer_weights",)),
+        lay_out(with_state, tmp_path / "ob.h5", drop=True),
     ]
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
     assert b"momentum" not in outputs[1].read_bytes()
@@ -608,7 +606,7 @@ def test_an_output_that_is_an_input_is_refused_through_links(tmp_path: Path) -> 
     os.link(path, tmp_path / "hard.h5")
     for name in ("m.h5", "soft.h5", "hard.h5"):
         with pytest.raises(OutputError, match="is the checkpoint"):
-            formats.check_output(tmp_path / name, [(path, table.identity)], force=True)
+            formats.check_output(tmp_path / name, [table], force=True)
 
 
 def test_no_room_is_told_before_the_work(tmp_path: Path) -> None:
@@ -643,7 +641,9 @@ def test_checkpoints_that_differ_in_values_share_one_scan(tmp_path: Path) -> Non
     tables = formats.scan(paths)
     assert all(table.tensors is tables[-1].tensors for table in tables)
     assert [table.path for table in tables] == paths
-    assert [table.identity.inode for table in tables] == [path.stat().st_ino for path in paths]
+    assert [table.files[0].identity.inode for table in tables] == [
+        path.stat().st_ino for path in paths
+    ]
     assert [read(table, "d/k") for table in tables] == [(KERNEL + k).tobytes() for k in range(3)]
 
 

@@ -8,17 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-from polyak_cli.errors import OutputError, PolyakError, shown
-from polyak_cli.tensors import Identity, LaidOut, Table
+from polyak_cli.errors import MismatchError, OutputError, PolyakError, shown
+from polyak_cli.formats.detection import detect
+from polyak_cli.tensors import (
+    Alive,
+    Extent,
+    File,
+    Format,
+    Identity,
+    Inline,
+    LaidOut,
+    Layout,
+    Scan,
+    Storage,
+    Table,
+    TensorSpec,
+)
 
-#: What Keras opens as HDF5; it goes by the suffix, and it is case-sensitive.
-SUFFIXES = (".h5", ".hdf5")
+
+def module(name: str) -> Format:
+    """Return the module of a format, imported when it is first needed."""
+    return cast(Format, importlib.import_module(f"polyak_cli.formats.{name}"))
 
 
 def scan(paths: Sequence[Path], *, jobs: int = 1) -> list[Table]:
@@ -32,35 +50,50 @@ def scan(paths: Sequence[Path], *, jobs: int = 1) -> list[Table]:
 
     Raises:
         FormatError: a file is foreign, damaged, hostile, or still being written.
+        MismatchError: they are not of one format.
     """
     from polyak_cli.formats.twins import is_twin
 
     if not paths:
         return []
-    files = [(path, _identity(path)) for path in paths]
-    (template,) = _scanned(files[-1:], 1, everything=True)
-    twins = [is_twin(template, *file) for file in files[:-1]]
+    files = [File(str(path), _identity(path)) for path in paths]
+    name = _common_format(paths)
+    (template,) = _scanned(name, files[-1:], 1, everything=True)
+    twins = [is_twin(template, file) for file in files[:-1]]
     others = [file for file, twin in zip(files, twins, strict=False) if not twin]
-    scanned = iter(_scanned(others, jobs, everything=False))
+    scanned = iter(_scanned(name, others, jobs, everything=False))
     return [
-        replace(template, path=path, identity=identity) if twin else next(scanned)
-        for (path, identity), twin in zip(files, [*twins, True], strict=True)
+        replace(template, path=Path(file.path), files=(file,)) if twin else next(scanned)
+        for file, twin in zip(files, [*twins, True], strict=True)
     ]
 
 
-def _scanned(files: Sequence[tuple[Path, Identity]], jobs: int, *, everything: bool) -> list[Table]:
-    """Scan files in children; the first that cannot be read is raised."""
-    from polyak_cli.formats import hdf5, sandbox
+def _common_format(paths: Sequence[Path]) -> str:
+    """Return the format of all checkpoints, told by what they hold and not by their names."""
+    name = detect(paths[-1])
+    for path in paths[:-1]:
+        other = detect(path)
+        if other != name:
+            raise MismatchError(
+                f"{shown(path)}: is a {module(other).NAME} file, but {shown(paths[-1])} is "
+                f"{module(name).NAME}; the checkpoints of one average must be of one format"
+            )
+    return name
 
-    names = [str(path) for path, _ in files]
-    requests = [hdf5.Scan(name, everything) for name in names]
+
+def _scanned(name: str, files: Sequence[File], jobs: int, *, everything: bool) -> list[Table]:
+    """Scan files in children; the first that cannot be read is raised."""
+    from polyak_cli.formats import sandbox
+
+    names = [file.path for file in files]
+    requests = [Scan(path, everything) for path in names]
     tables = []
     children = max(1, min(jobs, len(files)))
-    with contextlib.closing(sandbox.each(hdf5.scan, requests, names, children)) as outcomes:
-        for (path, identity), outcome in zip(files, outcomes, strict=True):
+    with contextlib.closing(sandbox.each(module(name).scan, requests, names, children)) as outcomes:
+        for file, outcome in zip(files, outcomes, strict=True):
             if isinstance(outcome, PolyakError):
                 raise outcome
-            tables.append(hdf5.table(path, identity, outcome))
+            tables.append(_table(name, file, outcome))
     return tables
 
 
@@ -69,6 +102,48 @@ def _identity(path: Path) -> Identity:
         return Identity.of(path.stat())
     except OSError as error:
         raise PolyakError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+
+
+def _table(name: str, file: File, scanned: Mapping[str, Any]) -> Table:
+    """Build the table of tensors from what `Format.scan` sent as JSON."""
+    return Table(
+        path=Path(file.path),
+        format=name,
+        files=(file,),
+        tensors={row[0]: _spec(*row) for row in scanned["tensors"]},
+        others={row[0]: _spec(*row) for row in scanned["others"]},
+        optimizer=frozenset(scanned["optimizer"]),
+        config=scanned["config"],
+        average=scanned["average"],
+    )
+
+
+def _spec(
+    name: str,
+    shape: Sequence[int],
+    dtype: str,
+    byteorder: str,
+    location: str,
+    storage: Sequence[Any] | None,
+    digest: str = "",
+    file: int = 0,
+) -> TensorSpec:
+    """Build one row of a table."""
+    where = _storage(*storage) if storage else None
+    return TensorSpec(name, tuple(shape), dtype, byteorder, location, where, digest, file)
+
+
+def _storage(kind: str, *row: Any) -> Storage:
+    """Build what says where a tensor lies, from what came as JSON."""
+    if kind == "extent":
+        return Extent(*row)
+    if kind == "inline":
+        return Inline(bytes.fromhex(row[0]))
+    from polyak_cli.formats.chunks import Chunks
+
+    shape, chunk_shape, itemsize, filters, index = row
+    places = {tuple(position): (offset, size, skip) for position, offset, size, skip in index}
+    return Chunks(tuple(shape), tuple(chunk_shape), itemsize, tuple(filters), places)
 
 
 def descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
@@ -92,10 +167,33 @@ def descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
 
 def averages(paths: Sequence[Path], *, jobs: int = 1) -> Collection[Path]:
     """Return those of the files that this tool wrote."""
-    from polyak_cli.formats import hdf5, sandbox
+    from polyak_cli.formats import sandbox
 
-    outcomes = sandbox.each(hdf5.is_average, [str(p) for p in paths], [str(p) for p in paths], jobs)
-    return {path for path, ours in zip(paths, outcomes, strict=True) if ours is True}
+    known = [(path, name) for path in paths if (name := _detected(path))]
+    names = [str(path) for path, _ in known]
+    requests = [(module(name), str(path)) for path, name in known]
+    outcomes = sandbox.each(_is_average, requests, names, jobs)
+    return {path for (path, _), ours in zip(known, outcomes, strict=True) if ours is True}
+
+
+def _detected(path: Path) -> str:
+    """Return the format of a file, '' where it has none that is known here."""
+    with contextlib.suppress(PolyakError):
+        return detect(path)
+    return ""
+
+
+def _is_average(request: tuple[Format, str], alive: Alive) -> bool:
+    form, path = request
+    return form.is_average(path, alive)
+
+
+class Room(NamedTuple):
+    """An output that is written but for its averaged tensors."""
+
+    files: Sequence[str]
+    places: Mapping[str, LaidOut]  # location in the template -> where to write
+    seal: Callable[[], None]  # to be called when they are written
 
 
 def lay_out(
@@ -103,35 +201,36 @@ def lay_out(
     output: Path,
     *,
     averaged: Mapping[str, str],
-    dropped: Sequence[str],
+    drop_optimizer: bool,
     provenance: str,
-) -> dict[str, LaidOut]:
-    """Write all of the output but its averaged tensors, and return where those belong.
+) -> Room:
+    """Write all of the output but its averaged tensors.
 
     Args:
         template: the checkpoint that it will be like.
         output: the file to write; overwritten.
-        averaged: location in the file -> dtype to store.
-        dropped: what to leave out, as names of the file's root.
+        averaged: location in the template -> dtype to store.
+        drop_optimizer: leave its state out.
         provenance: the record to write into it, as JSON.
 
     Raises:
         FormatError: the template cannot be copied safely.
         OSError: there is no room.
     """
-    from polyak_cli.formats import hdf5, sandbox
+    from polyak_cli.formats import sandbox
 
-    path, whole = str(template.path), hdf5.whole_groups(template, averaged)
-    request = hdf5.Layout(path, str(output), averaged, whole, dropped, provenance)
-    (outcome,) = sandbox.each(hdf5.lay_out, [request], [path])
+    form = module(template.format)
+    request = Layout(template, str(output), averaged, drop_optimizer, provenance)
+    (outcome,) = sandbox.each(form.lay_out, [request], [str(template.path)])
     if isinstance(outcome, OutputError):  # `publish` knows by what name to tell it
         raise OSError(errno.ENOSPC, str(outcome))
     if isinstance(outcome, PolyakError):
         raise outcome
-    return hdf5.laid_out(outcome)
+    places = {location: LaidOut(*place) for location, place in outcome["places"].items()}
+    return Room([str(output)], places, lambda: form.seal(str(output), outcome))
 
 
-def check_output(output: Path, inputs: Sequence[tuple[Path, Identity]], *, force: bool) -> None:
+def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
     """Refuse, before any work, an output that could not or must not be written.
 
     Raises:
@@ -140,9 +239,11 @@ def check_output(output: Path, inputs: Sequence[tuple[Path, Identity]], *, force
     name = shown(output)
     if output.is_dir():
         raise OutputError(f"{name}: is a folder; name the file to write in it")
-    if output.suffix not in SUFFIXES:
+    form = module(tables[-1].format)
+    if not output.name.endswith(form.SUFFIXES):
         raise OutputError(
-            f"{name}: Keras opens an HDF5 model only as .h5 or .hdf5; give the output that suffix"
+            f"{name}: the checkpoints are {form.NAME}, which is opened only as "
+            f"{' or '.join(form.SUFFIXES)}; give the output that suffix"
         )
     folder = output.resolve().parent
     if not folder.is_dir():
@@ -152,15 +253,15 @@ def check_output(output: Path, inputs: Sequence[tuple[Path, Identity]], *, force
     if not os.path.lexists(output):
         return
     if output.exists():
-        _check_existing(output, inputs)
+        _check_existing(output, tables)
     if not force:
         raise OutputError(f"{name}: already exists; use --force to replace it")
 
 
-def _check_existing(output: Path, inputs: Sequence[tuple[Path, Identity]]) -> None:
+def _check_existing(output: Path, tables: Sequence[Table]) -> None:
     """Refuse to replace an input or what is no file, --force or not."""
     status = output.stat()
-    for path, identity in inputs:
+    for path, identity in (file for table in tables for file in table.files):
         if (status.st_dev, status.st_ino) == (identity.device, identity.inode):
             raise OutputError(
                 f"{shown(output)}: is the checkpoint {shown(path)} itself; name another output"

@@ -1,9 +1,8 @@
 """HDF5 files that Keras writes: scanned into a table of tensors, and laid out anew for an output.
 
-`scan`, `lay_out` and `is_average` run in a child of `sandbox`; `table` runs in the parent.  Reads
-whole-model `.h5` of every Keras generation and legacy weights-only `.h5`.  Walks by the names that
-Keras wrote and through hard links only, and never reads a tensor's values: those are `pread` by the
-engine.  Executes nothing of the model configuration.
+Reads whole-model `.h5` of every Keras generation and legacy weights-only `.h5`.  Walks by the names
+that Keras wrote and through hard links only, and never reads a tensor's values: those are `pread`
+by the engine.  Executes nothing of the model configuration.  Runs in a child of `sandbox`.
 """
 
 from __future__ import annotations
@@ -15,22 +14,19 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from polyak_cli.errors import FormatError, OutputError, shown
-from polyak_cli.formats.chunks import UNDONE, Chunks
+from polyak_cli.formats.chunks import UNDONE
 from polyak_cli.tensors import (
     FLOATS,
+    Alive,
     Extent,
-    Identity,
-    Inline,
-    LaidOut,
-    Storage,
+    Layout,
+    Scan,
     Table,
-    TensorSpec,
     read_exactly,
     write_exactly,
 )
@@ -43,10 +39,12 @@ import h5py
 import numpy as np
 from h5py import h5, h5a, h5d, h5f, h5g, h5l, h5o, h5p, h5s, h5t
 
-Alive = Callable[[], None]
-
+NAME = "Keras HDF5"
+#: What Keras opens as HDF5; it goes by the suffix, and it is case-sensitive.
+SUFFIXES = (".h5", ".hdf5")
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 PROVENANCE = b"polyak_provenance"
+OPTIMIZER = "/optimizer_weights"
 #: What users would call the content, by its first bytes.
 FOREIGN = {
     b"PK\x03\x04": "a zip archive (.keras, .pt or .npz)",
@@ -79,80 +77,6 @@ _NO_ROOM = rf"errno = ({errno.ENOSPC}|{errno.EFBIG}|{errno.EDQUOT})\b"
 _MAXIMUM_DEPTH = 64
 _SMALL = 1 << 16  # bytes of a tensor whose values may be copied, to be overwritten
 _STEP = 500  # tensors between two signs of life
-
-
-class Scan(NamedTuple):
-    """What to scan: a file, and whether also what is not the model's own."""
-
-    path: str
-    everything: bool
-
-
-class Layout(NamedTuple):
-    """What to lay out: an output like the template, with room for its averaged tensors."""
-
-    template: str
-    output: str
-    averaged: Mapping[str, str]  # location -> dtype to store
-    whole: Mapping[str, Sequence[str]]  # group to copy as it is -> what of it is averaged
-    dropped: Sequence[str]  # groups of the root to leave out
-    provenance: str
-
-
-# --- in the parent --------------------------------------------------------------------------------
-
-
-def table(path: Path, identity: Identity, scanned: Mapping[str, Any]) -> Table:
-    """Build the table of tensors from what `scan` sent as JSON."""
-    return Table(
-        path,
-        identity,
-        {row[0]: _spec(row) for row in scanned["tensors"]},
-        {row[0]: _spec(row) for row in scanned["others"]},
-        scanned["config"],
-        scanned["average"],
-    )
-
-
-def _spec(row: Sequence[Any]) -> TensorSpec:
-    name, shape, dtype, byteorder, location, storage, digest = row
-    return TensorSpec(name, tuple(shape), dtype, byteorder, location, _storage(storage), digest)
-
-
-def _storage(row: Sequence[Any] | None) -> Storage | None:
-    if row is None:
-        return None
-    if row[0] == "extent":
-        return Extent(row[1], row[2])
-    if row[0] == "inline":
-        return Inline(bytes.fromhex(row[1]))
-    _, shape, chunk_shape, itemsize, filters, index = row
-    places = {tuple(position): (offset, size, skip) for position, offset, size, skip in index}
-    return Chunks(tuple(shape), tuple(chunk_shape), itemsize, tuple(filters), places)
-
-
-def whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return the groups that a layout may copy as they are, and what is averaged in each.
-
-    Those that hold small tensors only, of unchanged type.  None at all where tensors share their
-    storage: the links between them would be lost.
-    """
-    specs = [*table.tensors.values(), *table.others.values()]
-    offsets = [s.storage.offset for s in specs if isinstance(s.storage, Extent) and s.nbytes]
-    if len(set(offsets)) < len(offsets):
-        return {}
-    groups: dict[str, list[str]] = {}
-    large = set()
-    for spec in table.tensors.values():
-        parts = spec.location.split("/")
-        group = "/".join(parts[: 3 if parts[1] == "model_weights" else 2])
-        held = groups.setdefault(group, [])
-        plain = isinstance(spec.storage, Extent) and spec.nbytes <= _SMALL
-        if not plain or averaged.get(spec.location, spec.dtype) != spec.dtype:
-            large.add(group)
-        elif spec.location in averaged and spec.nbytes:
-            held.append(spec.location)
-    return {group: held for group, held in groups.items() if group not in large}
 
 
 # --- opening --------------------------------------------------------------------------------------
@@ -261,6 +185,7 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
         return {
             "tensors": tensors,
             "others": others,
+            "optimizer": [row[0] for row in others if row[0].startswith(f"{OPTIMIZER}/")],
             "config": hashlib.sha256(config).hexdigest() if config else "",
             "average": bool(h5a.exists(root, PROVENANCE)),
         }
@@ -633,32 +558,59 @@ def _walk(root: Any, alive: Alive, shut: Collection[str] = ()) -> Iterator[tuple
 # --- laying out -----------------------------------------------------------------------------------
 
 
-def lay_out(request: Layout, alive: Alive) -> dict[str, tuple[int, str, str]]:
-    """Write a file like the template, with room for the averaged tensors, and return their places.
+def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.lay_out`.
 
-    Everything else - attributes, groups, configuration, carried tensors - is copied.  The file is
-    built anew, not copied and edited: HDF5 leaves what is deleted as dead space.
-
-    Returns:
-        location -> [offset, dtype, byteorder] of every averaged tensor that is not empty.
+    Attributes, groups, configuration and carried tensors are copied.  The file is built anew, not
+    copied and edited: HDF5 leaves what is deleted as dead space.
     """
     access = h5p.create(h5p.FILE_ACCESS)
     access.set_fclose_degree(h5f.CLOSE_STRONG)  # with everything still open in it
     # What Keras writes through h5py; HDF5 2.0 would start from a newer version by itself.
     access.set_libver_bounds(h5f.LIBVER_EARLIEST, h5f.LIBVER_LATEST)
-    with _opened(request.template) as (root, _):
+    (template,) = request.template.files
+    whole = _whole_groups(request.template, request.averaged)
+    shut = {*whole, OPTIMIZER} if request.drop_optimizer else {*whole}
+    with _opened(template.path) as (root, _):
         output = h5f.create(os.fsencode(request.output), h5f.ACC_TRUNC, fapl=access)
         try:
-            copy = _Copy(request, {"": h5o.open(output, b"/")})
+            copy = _Copy(request, whole, {"": h5o.open(output, b"/")})
             copy.attributes(root, copy.groups[""], "/")
-            shut = {*request.whole, *(f"/{name}" for name in request.dropped)}
             for path, parent, item in _walk(root, alive, shut):
                 copy.item(path, parent, item)
             copy.provenance()
         finally:
             output.close()
-        _move(request, copy.moved, alive)
-        return copy.averaged
+        _move(template.path, request.output, copy.moved, alive)
+        return {"places": copy.averaged}
+
+
+def seal(output: str, laid_out: Mapping[str, Any]) -> None:
+    """See `tensors.Format.seal`; Keras's HDF5 files have no checksums."""
+
+
+def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the groups that may be copied as they are, and what is averaged in each.
+
+    Those that hold small tensors only, of unchanged type.  None at all where tensors share their
+    storage: the links between them would be lost.
+    """
+    specs = [*table.tensors.values(), *table.others.values()]
+    offsets = [s.storage.offset for s in specs if isinstance(s.storage, Extent) and s.nbytes]
+    if len(set(offsets)) < len(offsets):
+        return {}
+    groups: dict[str, list[str]] = {}
+    large = set()
+    for spec in table.tensors.values():
+        parts = spec.location.split("/")
+        group = "/".join(parts[: 3 if parts[1] == "model_weights" else 2])
+        held = groups.setdefault(group, [])
+        plain = isinstance(spec.storage, Extent) and spec.nbytes <= _SMALL
+        if not plain or averaged.get(spec.location, spec.dtype) != spec.dtype:
+            large.add(group)
+        elif spec.location in averaged and spec.nbytes:
+            held.append(spec.location)
+    return {group: held for group, held in groups.items() if group not in large}
 
 
 @dataclass(slots=True)
@@ -666,6 +618,7 @@ class _Copy:
     """The output that grows while the template's tree is walked."""
 
     request: Layout
+    whole: Mapping[str, Sequence[str]]  # group to copy as it is -> what of it is averaged
     groups: dict[str, Any]
     linked: dict[tuple[int, int], str] = field(default_factory=dict)
     averaged: dict[str, tuple[int, str, str]] = field(default_factory=dict)
@@ -674,7 +627,7 @@ class _Copy:
     def item(self, path: str, parent: Any, item: Any) -> None:
         """Copy one object of the template, unless it is dropped."""
         where, _, last = path.rpartition("/")
-        if path[1:] in self.request.dropped:
+        if path == OPTIMIZER and self.request.drop_optimizer:
             return
         target, name = self.groups[where], _bytes(last)
         info = h5o.get_info(item)
@@ -684,8 +637,8 @@ class _Copy:
                 there, _, its_name = first.rpartition("/")
                 target.links.create_hard(name, self.groups[there], _bytes(its_name))
                 return
-        if path in self.request.whole:
-            self.whole(path, parent, target, name)
+        if path in self.whole:
+            self.copy_whole(path, parent, target, name)
         elif isinstance(item, h5g.GroupID):
             self.groups[path] = self.group(item, target, name, path)
         elif path in self.request.averaged:
@@ -699,10 +652,10 @@ class _Copy:
         else:
             h5o.copy(parent, name, target, name)
 
-    def whole(self, path: str, parent: Any, target: Any, name: bytes) -> None:
+    def copy_whole(self, path: str, parent: Any, target: Any, name: bytes) -> None:
         """Let libhdf5 copy a group of small tensors at once, which is ten times as fast."""
         h5o.copy(parent, name, target, name)
-        for location in self.request.whole[path]:
+        for location in self.whole[path]:
             made = h5d.open(self.groups[""], _bytes(location))
             _, byteorder = _kind(made.get_type(), location)
             self.averaged[location] = (
@@ -767,10 +720,10 @@ def _is_large(item: Any, path: str) -> bool:
     return item.get_offset() is not None and item.get_storage_size() > _SMALL and not in_heap
 
 
-def _move(request: Layout, moved: Sequence[tuple[int, int, int]], alive: Alive) -> None:
+def _move(template: str, output: str, moved: Sequence[tuple[int, int, int]], alive: Alive) -> None:
     """Copy large carried tensors by offset: libhdf5 would give no sign of life meanwhile."""
     buffer = np.empty(1 << 20, np.uint8)
-    with open(request.template, "rb") as source, open(request.output, "r+b") as target:
+    with open(template, "rb") as source, open(output, "r+b") as target:
         for start, to, nbytes in moved:
             for done in range(0, nbytes, len(buffer)):
                 piece = buffer[: nbytes - done]
@@ -798,8 +751,3 @@ def _check_attribute(attribute: Any, path: str) -> None:
             f"the attribute {_quoted(_text(attribute.name))} of {_quoted(path)} is of a type that "
             f"is not carried here ({what})"
         )
-
-
-def laid_out(places: Mapping[str, Sequence[Any]]) -> dict[str, LaidOut]:
-    """Build the places of the averaged tensors from what `lay_out` sent as JSON."""
-    return {location: LaidOut(*place) for location, place in places.items()}

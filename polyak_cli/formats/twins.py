@@ -11,38 +11,37 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.errors import FormatError
-from polyak_cli.tensors import Extent, Identity, Table, read_exactly
+from polyak_cli.tensors import Extent, File, Identity, Table, read_exactly
 
 #: Bytes compared at a time; shorter tensors are read along and their differences looked up.
 _STEP = 1 << 18
 
 
-def is_twin(table: Table, path: Path, identity: Identity) -> bool:
+def is_twin(table: Table, file: File) -> bool:
     """Tell whether a file equals the one of ``table`` in every byte outside of its tensors.
 
     False too for whatever cannot be read or is still being written: a scan will say why.
     """
-    if identity.size != table.identity.size:
+    template, size = table.files[0], file.identity.size
+    if len(table.files) > 1 or size != template.identity.size:
         return False
     extents = _extents(table)
     try:
-        with _opened(path, identity) as one, _opened(table.path, table.identity) as other:
+        with _opened(*file) as one, _opened(*template) as other:
             return all(
-                _same(one, other, start, stop, extents)
-                for start, stop in _regions(extents, identity.size)
+                _same(one, other, start, stop, extents) for start, stop in _regions(extents, size)
             )
     except (OSError, FormatError):
         return False
 
 
 @contextlib.contextmanager
-def _opened(path: Path, identity: Identity) -> Iterator[int]:
+def _opened(path: str, identity: Identity) -> Iterator[int]:
     """Open the file that was meant, unless somebody holds it locked for writing."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
