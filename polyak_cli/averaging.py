@@ -289,6 +289,7 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     """Write the whole output under its hidden name; return what that took and what it showed."""
     options = plan.options
     inputs = [file for table in plan.tables for file in table.files]
+    formats.check(plan.tables, jobs=_memory(options).jobs)
     room = formats.lay_out(
         plan.tables[-1],
         hidden,
@@ -471,6 +472,7 @@ def _check_same(
     for what, one, other in (
         ("shape", ours.shape, theirs.shape),
         ("dtype", ours.dtype, theirs.dtype),
+        ("arrangement", ours.arrangement or "C order", theirs.arrangement or "C order"),
     ):
         if one != other:
             raise MismatchError(

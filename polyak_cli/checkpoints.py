@@ -197,7 +197,14 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 # ---- finding -------------------------------------------------------------------------------------
 
-_SUFFIXES = (".h5", ".hdf5")
+#: How files end that are taken for checkpoints in a directory, by kind; what a file really is, its
+#: content tells later.  The first that fits counts.
+_KINDS_OF_FILE = {
+    ".weights.h5": ".weights.h5",
+    ".h5": ".h5",
+    ".hdf5": ".h5",
+    ".npz": ".npz",
+}
 
 #: Parts of a name, between dots, by which programs mark a file that they have not finished.
 _UNFINISHED = _each("tmp temp part partial incomplete unfinished crdownload download swp swo lock")
@@ -236,6 +243,9 @@ def _find(
         paths, listed = _expanded(source)
         as_given = as_given and not listed
         kept, passed = _sifted(paths, listed, exclude, unmatched)
+        if listed:
+            kept, others = _one_kind(source, kept)
+            passed += others
         files = [(path, _identity(path)) for path in kept]
         if listed:
             ours = set(written_by_us([path for path, _ in files])) if files else set()
@@ -317,9 +327,36 @@ def _no_checkpoint(path: Path) -> str | None:
         return "hidden"
     if name.endswith("~") or not _UNFINISHED.isdisjoint(name.split(".")):
         return "unfinished, by its name"
-    if not name.endswith(_SUFFIXES):
-        return "a directory" if path.is_dir() else f"neither {' nor '.join(_SUFFIXES)}"
+    if not _kind(path):
+        return "a directory" if path.is_dir() else "not named like a checkpoint"
     return None
+
+
+def _kind(path: Path) -> str:
+    """Return of what kind a file is by its name, '' where it is not named like a checkpoint."""
+    name = path.name.casefold()
+    return next((kind for end, kind in _KINDS_OF_FILE.items() if name.endswith(end)), "")
+
+
+def _one_kind(source: _StrPath, paths: Sequence[Path]) -> tuple[list[Path], list[PassedOver]]:
+    """Part a directory's checkpoints from single files of other kinds, such as a data set.
+
+    Raises:
+        CheckpointError: there are several of more than one kind, or one of each.
+    """
+    kinds = Counter(_kind(path) for path in paths)
+    common = [kind for kind, count in kinds.items() if count > 1] or list(kinds)
+    if len(common) > 1:
+        one, other = sorted(common)[:2]
+        raise CheckpointError(
+            f"{shown(os.fspath(source))}: holds {kinds[one]} {one} and {kinds[other]} {other} "
+            "files, which are not of one run; leave one kind out, for instance with "
+            f"--exclude '*{max(one, other, key=len)}'"
+        )
+    kept = [path for path in paths if _kind(path) in common]
+    reason = f"the only {{}} file among {kinds[common[0]]} {common[0]}" if common else ""
+    passed = [PassedOver(p, reason.format(_kind(p))) for p in paths if _kind(p) not in common]
+    return kept, passed
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -364,9 +401,8 @@ def _leave_out(path: Path, whole: bool = False) -> str:
 
 
 def _nothing_in(source: _StrPath, passed: Sequence[PassedOver]) -> str:
-    text = (
-        f"{shown(os.fspath(source))}: there is no checkpoint here: looked for .h5 and .hdf5 files"
-    )
+    ends = ", ".join(_KINDS_OF_FILE)
+    text = f"{shown(os.fspath(source))}: there is no checkpoint here: looked for files in {ends}"
     if not passed:
         return f"{text}, but found nothing at all"
     some = ", ".join(f"{shown(one.path.name, 60)} ({one.reason})" for one in passed[:3])

@@ -170,6 +170,7 @@ class TensorSpec:
     storage: Storage | None  # None: only the format's own library can read it
     digest: str = ""  # of the values, where there is no storage to compare
     file: int = 0  # in which of the checkpoint's files
+    arrangement: str = ""  # of the elements, where that is not C order; told to the user
 
     @property
     def size(self) -> int:
@@ -251,20 +252,22 @@ class Layout(NamedTuple):
 class Format(Protocol):
     """What a module of `formats` offers for one way of storing checkpoints.
 
-    `scan`, `lay_out` and `is_average` run in a child of `formats.sandbox`, call ``alive`` every few
-    hundred tensors and return what JSON can hold.
+    All but `seal` run in a child of `formats.sandbox`, call ``alive`` every few hundred tensors and
+    return what JSON can hold.
     """
 
     NAME: str  # as its users call it
     SUFFIXES: tuple[str, ...]  # what an output of it may be called
+    CHECKED: bool  # its files hold checksums of their tensors
 
     def scan(self, request: Scan, alive: Alive) -> dict[str, Any]:
         """Read a header.
 
         Returns:
             ``tensors`` and ``others``, rows of [name, shape, dtype, byteorder, location, storage,
-            digest, file] where the last two may be left out; ``optimizer``, names among the others;
-            ``config``, ``average``; and ``files``, [path, identity] each, where there are several.
+            digest, file, arrangement] where the last three may be left out; ``optimizer``, names
+            among the others; ``config``, ``average``; and ``files``, [path, identity] each, where
+            there are several.
 
         Raises:
             FormatError: the file is damaged, hostile or holds no model; names file and tensor.
@@ -276,6 +279,13 @@ class Format(Protocol):
         Returns:
             ``places``: location -> [offset, dtype, byteorder, file] of every averaged tensor that
             is not empty; and whatever `seal` wants to know.
+        """
+
+    def check(self, path: str, alive: Alive) -> None:
+        """Compare the tensors with their checksums, where the format has such.
+
+        Raises:
+            FormatError: one is wrong; names file and tensor.
         """
 
     def seal(self, output: str, laid_out: Mapping[str, Any]) -> None:

@@ -148,7 +148,6 @@ def test_epochs_are_read_as_people_write_them(
         (["fold_1.h5", "fold_2.h5"], "two runs"),
         (["net-v1.2_3.h5", "net-v1.3_4.h5"], "two runs"),
         (["1_epoch2.h5", "2_epoch3.h5"], "two runs"),
-        (["m_3.h5", "m_4.weights.h5"], "two runs"),
         (["1_05.h5", "2_06.h5"], "1 and 05 in its name vary .*--epoch-pattern"),
         (["epoch1_epoch2.h5", "epoch2_epoch3.h5"], "1 and 2 in its name vary"),
         (["loss_05.h5", "loss_06.h5"], "05 in its name looks like the metric 'loss'"),
@@ -160,6 +159,28 @@ def test_an_order_that_is_not_clear_is_refused(run: Path, files: list[str], mess
     with pytest.raises(CheckpointError, match=message) as caught:
         select([run])
     assert "--epoch-pattern" in str(caught.value)
+
+
+WEIGHTS = ["a_3.weights.h5", "a_4.weights.h5"]
+
+
+@pytest.mark.parametrize("files", [["m_3.h5", "m_4.weights.h5"], ["a_1.h5", "a_2.h5", *WEIGHTS]])
+def test_two_kinds_of_files_are_refused(run: Path, files: list[str]) -> None:
+    """Which of them is the run is not guessed; the error says how to leave one out."""
+    make(run, *files)
+    with pytest.raises(CheckpointError, match=r"\.h5 and \d \.weights\.h5 files") as caught:
+        select([run])
+    assert "--exclude '*.weights.h5'" in str(caught.value)
+    chosen = select([run], exclude=["*.weights.h5"]).checkpoints
+    assert [checkpoint.path.name for checkpoint in chosen] == files[: len(chosen)]
+
+
+def test_a_lone_file_of_another_kind_is_passed_over(run: Path) -> None:
+    """A data set beside the checkpoints is told of and does not disturb."""
+    make(run, "m_1.h5", "m_2.hdf5", "data.npz")
+    selection = select([run])
+    assert len(selection.checkpoints) == 2
+    assert reasons(selection) == {"data.npz": "the only .npz file among 2 .h5"}
 
 
 @quietly
@@ -262,14 +283,14 @@ def test_what_is_no_checkpoint_is_passed_over_with_a_reason(run: Path) -> None:
     assert names(selection) == ["model_1.h5"]
     assert reasons(selection) == {
         ".model_2.h5": "hidden",
-        "README": "neither .h5 nor .hdf5",
+        "README": "not named like a checkpoint",
         "logs": "a directory",
         "model_3.tmp.h5": "unfinished, by its name",
         "model_4.h5.part": "unfinished, by its name",
         "model_5.h5~": "unfinished, by its name",
-        "model_6.keras": "neither .h5 nor .hdf5",
+        "model_6.keras": "not named like a checkpoint",
         "tmp.h5": "unfinished, by its name",
-        "training.csv": "neither .h5 nor .hdf5",
+        "training.csv": "not named like a checkpoint",
     }
 
 
@@ -343,13 +364,13 @@ def test_an_empty_directory_is_an_error(run: Path) -> None:
     """The error names the directory and says what was looked for."""
     message = refusal(run)
     assert str(run) in message
-    assert "looked for .h5 and .hdf5 files, but found nothing at all" in message
+    assert "looked for files in .weights.h5, .h5, .hdf5, .npz, but found nothing at all" in message
 
 
 def test_a_foreign_directory_is_an_error_that_says_what_was_there(run: Path) -> None:
     """The error tells the first few files that were passed over, and how many more."""
     make(run, *(f"{letter}.txt" for letter in "abcde"))
-    assert "a.txt (neither .h5 nor .hdf5), b.txt" in refusal(run)
+    assert "a.txt (not named like a checkpoint), b.txt" in refusal(run)
     assert refusal(run).endswith("and 2 more")
 
 
@@ -419,7 +440,7 @@ def test_a_pattern_is_ordered_like_a_directory(run: Path) -> None:
     make(run, "model_11.txt", "other_1.h5")
     selection = select([f"{run}/model_*"])
     assert epochs(selection) == [9, 10]
-    assert reasons(selection) == {"model_11.txt": "neither .h5 nor .hdf5"}
+    assert reasons(selection) == {"model_11.txt": "not named like a checkpoint"}
 
 
 def test_a_name_with_brackets_that_exists_is_no_pattern(tmp_path: Path) -> None:

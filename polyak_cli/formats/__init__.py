@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from polyak_cli.errors import MismatchError, OutputError, PolyakError, shown
+from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, shown
 from polyak_cli.formats.detection import detect
 from polyak_cli.tensors import (
     Alive,
@@ -106,11 +106,14 @@ def _identity(path: Path) -> Identity:
 
 def _table(name: str, file: File, scanned: Mapping[str, Any]) -> Table:
     """Build the table of tensors from what `Format.scan` sent as JSON."""
+    tensors = {row[0]: _spec(*row) for row in scanned["tensors"]}
+    if len(tensors) < len(scanned["tensors"]):
+        raise FormatError(f"{shown(file.path)}: two of its tensors have the same name")
     return Table(
         path=Path(file.path),
         format=name,
         files=(file,),
-        tensors={row[0]: _spec(*row) for row in scanned["tensors"]},
+        tensors=tensors,
         others={row[0]: _spec(*row) for row in scanned["others"]},
         optimizer=frozenset(scanned["optimizer"]),
         config=scanned["config"],
@@ -125,12 +128,11 @@ def _spec(
     byteorder: str,
     location: str,
     storage: Sequence[Any] | None,
-    digest: str = "",
-    file: int = 0,
+    *rest: Any,
 ) -> TensorSpec:
     """Build one row of a table."""
     where = _storage(*storage) if storage else None
-    return TensorSpec(name, tuple(shape), dtype, byteorder, location, where, digest, file)
+    return TensorSpec(name, tuple(shape), dtype, byteorder, location, where, *rest)
 
 
 def _storage(kind: str, *row: Any) -> Storage:
@@ -139,6 +141,10 @@ def _storage(kind: str, *row: Any) -> Storage:
         return Extent(*row)
     if kind == "inline":
         return Inline(bytes.fromhex(row[0]))
+    if kind == "deflated":
+        from polyak_cli.formats.zips import Deflated
+
+        return Deflated(*row)
     from polyak_cli.formats.chunks import Chunks
 
     shape, chunk_shape, itemsize, filters, index = row
@@ -174,6 +180,25 @@ def averages(paths: Sequence[Path], *, jobs: int = 1) -> Collection[Path]:
     requests = [(module(name), str(path)) for path, name in known]
     outcomes = sandbox.each(_is_average, requests, names, jobs)
     return {path for (path, _), ours in zip(known, outcomes, strict=True) if ours is True}
+
+
+def check(tables: Sequence[Table], *, jobs: int) -> None:
+    """Compare the tensors of checkpoints with the checksums that their files hold, if they do.
+
+    Raises:
+        FormatError: one is wrong; names file and tensor.
+    """
+    from polyak_cli.formats import sandbox
+
+    form = module(tables[-1].format)
+    if form.CHECKED:
+        names = [str(table.path) for table in tables]
+        with contextlib.closing(
+            sandbox.each(form.check, names, names, min(jobs, len(names)))
+        ) as outcomes:
+            for outcome in outcomes:
+                if isinstance(outcome, PolyakError):
+                    raise outcome
 
 
 def _detected(path: Path) -> str:

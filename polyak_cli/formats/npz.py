@@ -1,0 +1,168 @@
+"""Numpy's `.npz`: a zip archive with one `.npy` file a tensor, stored or deflated.
+
+Arrays of Python objects are pickles, and are refused.  Knows the header of `.npy` through numpy's
+own reader of it.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.formats import zips
+from polyak_cli.tensors import FLOATS, Alive, Layout, Scan, itemsize
+
+NAME = "numpy .npz"
+SUFFIXES = (".npz",)
+CHECKED = True
+#: Marks this tool's record, compressed, in the archive's comment: a member would be one more array
+#: to whoever loads them all.
+MARK = b"polyak_provenance "
+#: Bytes of a .npy header that are looked at; numpy allows 10,000 characters of it.
+_HEAD = 1 << 14
+_ALIGNMENT = 64  # of the values, as numpy's own header pads
+
+
+def scan(request: Scan, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.scan`."""
+    with zips.opened(request.path) as (file, members, comment):
+        rows = []
+        for member in members:
+            alive()
+            rows.append(_row(file, member))
+    return {
+        "tensors": rows,
+        "others": [],
+        "optimizer": [],
+        "config": "",
+        "average": comment.startswith(MARK),
+    }
+
+
+def _row(file: BinaryIO, member: zips.Member) -> list[Any]:
+    """Describe a member."""
+    if not member.name.endswith(".npy"):
+        return [member.name, [member.nbytes], "opaque", "<", member.name, _storage(member, 0)]
+    name = member.name.removesuffix(".npy")
+    try:
+        dtype, shape, fortran, start = _header(zips.head(file, member, _HEAD))
+    except ValueError as error:
+        raise FormatError(f"tensor '{shown(name)}' has no .npy header ({shown(error)})") from None
+    if dtype.hasobject:
+        raise FormatError(f"tensor '{shown(name)}' is a pickle of objects, which is not opened")
+    nbytes = dtype.itemsize * int(np.prod(shape, dtype=object))
+    if start + nbytes != member.nbytes:
+        raise FormatError(
+            f"tensor '{shown(name)}' has {member.nbytes - start} bytes; "
+            f"expected {nbytes} for {dtype} of shape {shape}"
+        )
+    order = ">" if dtype.str.startswith(">") else "<"
+    arrangement = "Fortran order" if fortran else ""
+    where = _storage(member, start) if nbytes else ["extent", 0, 0]
+    return [name, shape, _kind(dtype), order, member.name, where, "", 0, arrangement]
+
+
+def _header(head: bytes) -> tuple[np.dtype[Any], list[int], bool, int]:
+    """Read dtype, shape, whether in Fortran order, and where the values begin.
+
+    Raises:
+        ValueError: it is damaged, or of a version that is not written for plain arrays.
+    """
+    stream = io.BytesIO(head)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    version = np.lib.format.read_magic(stream)
+    if version not in readers:
+        raise ValueError(f"version {version}")
+    shape, fortran, dtype = readers[version](stream)
+    if any(n < 0 for n in shape):
+        raise ValueError(f"shape {shape}")
+    # One dimension has one order, and none has none.
+    return dtype, list(shape), fortran and len(shape) > 1, stream.tell()
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    """Return the dtype's name as tables have it."""
+    if dtype.kind in "SU":
+        return "string"
+    if dtype.kind == "V":
+        # numpy writes a type that it does not know, such as JAX's bfloat16, as bare bytes.
+        plain = "bfloat16" if dtype.itemsize == 2 else "opaque"
+        return "compound" if dtype.names else plain
+    return dtype.name
+
+
+def _storage(member: zips.Member, start: int) -> list[Any]:
+    if member.method == zips.STORED:
+        return ["extent", member.offset + start, member.nbytes - start]
+    return ["deflated", member.offset, member.stored, start, member.nbytes - start]
+
+
+def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.lay_out`."""
+    comment = MARK + zlib.compress(request.provenance.encode())
+    if len(comment) > 0xFFFF:
+        raise FormatError("so many checkpoints cannot be named in one .npz; average fewer of them")
+    specs = {spec.location: spec for spec in request.template.tensors.values()}
+    places = {}
+    with (
+        zips.opened(request.template.files[0].path) as (file, members, _),
+        zips.Archive(request.output, comment) as archive,
+    ):
+        for member in members:
+            alive()
+            wanted = request.averaged.get(member.name)
+            if wanted is None:
+                archive.copy(file, member, alive, _ALIGNMENT)
+                continue
+            spec = specs[member.name]
+            head = _new_header(zips.head(file, member, _HEAD), wanted, spec.dtype)
+            nbytes = spec.size * itemsize(wanted)
+            offset = archive.room(member.name, len(head) + nbytes, _ALIGNMENT)
+            archive.write(offset, head)
+            if spec.size:
+                order = spec.byteorder if wanted == spec.dtype else "<"
+                places[member.name] = (offset + len(head), wanted, order)
+        return {"places": places, "archive": archive.state()}
+
+
+def _new_header(head: bytes, wanted: str, stored: str) -> bytes:
+    """Return a .npy header for another type, or as it is for the same."""
+    _, shape, fortran, end = _header(head)
+    if wanted == stored:
+        return head[:end]
+    stream = io.BytesIO()
+    described = {
+        "descr": "|V2" if wanted == "bfloat16" else "<" + FLOATS[wanted],
+        "fortran_order": fortran,
+        "shape": tuple(shape),
+    }
+    np.lib.format.write_array_header_1_0(stream, described)
+    return stream.getvalue()
+
+
+def seal(output: str, laid_out: Mapping[str, Any]) -> None:
+    """See `tensors.Format.seal`."""
+    zips.seal(output, laid_out["archive"])
+
+
+def check(path: str, alive: Alive) -> None:
+    """See `tensors.Format.check`."""
+    zips.check(path, alive)
+
+
+def is_average(path: str, alive: Alive) -> bool:
+    """See `tensors.Format.is_average`."""
+    alive()
+    try:
+        with zips.opened(path) as (_, _, comment):
+            return comment.startswith(MARK)
+    except FormatError:
+        return False

@@ -1,0 +1,390 @@
+"""Zip archives as several formats use them: members at checked offsets, and room for new ones.
+
+Python's own `zipfile` reads and writes the list of members.  What it cannot do is here: refuse what
+means harm, say where a member's bytes lie, and leave room for bytes that are written later by
+offset.  Knows nothing of what the members hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.tensors import Alive, Bytes, Identity, read_exactly
+
+STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+#: Bytes of a member that may be read into memory: lists, configurations, pickles.
+WHOLE = 64 << 20
+#: Deflate cannot do better than 1032 to 1; what claims so, or is large and near it, is a bomb.
+RATIO, LARGE = 1032, 256 << 20
+_LOCAL = struct.Struct("<4s5H3L2H")
+_STEP = 1 << 20
+_ENCRYPTED, _UTF8 = 0x1, 0x800
+
+
+class Member(NamedTuple):
+    """One file of an archive."""
+
+    name: str
+    offset: int  # of its bytes in the archive
+    stored: int  # bytes there
+    nbytes: int  # bytes of its content
+    method: int  # STORED or DEFLATED
+    crc: int
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[tuple[BinaryIO, list[Member], bytes]]:
+    """Yield an archive, open, with its members in the order of their bytes, and its comment.
+
+    Raises:
+        FormatError: the archive is damaged or means harm; names file and member.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+    with open(descriptor, "rb") as file:
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError("is not a regular file")
+            members, comment = _listed(file, status.st_size)
+            yield file, members, comment
+        except FormatError as error:
+            raise FormatError(f"{shown(path)}: {error}") from None
+
+
+def _listed(file: BinaryIO, size: int) -> tuple[list[Member], bytes]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos, comment = archive.infolist(), archive.comment
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
+        raise FormatError(
+            f"is truncated or no zip archive ({shown(error)}); save it again"
+        ) from None
+    names = [info.filename for info in infos]
+    if len(set(names)) < len(names):
+        twice = next(name for k, name in enumerate(names) if name in names[:k])
+        raise FormatError(f"the member '{shown(twice)}' is there twice")
+    members = [_checked(file, info, size) for info in infos if not info.is_dir()]
+    members.sort(key=lambda member: member.offset)
+    for one, other in itertools.pairwise(members):
+        if one.offset + one.stored > other.offset:
+            raise FormatError(f"the members '{shown(one.name)}' and '{shown(other.name)}' overlap")
+    return members, comment
+
+
+def _checked(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> Member:
+    """Return a member, having refused what must not be read."""
+    name = f"the member '{shown(info.filename)}'"
+    # zipfile cuts a name at a NUL, under which another name might hide.
+    if info.filename != info.orig_filename:
+        raise FormatError(f"{name} has a name that programs read differently")
+    if re.search(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:", info.filename):
+        raise FormatError(f"{name} has a path that leads out of the archive")
+    if info.flag_bits & _ENCRYPTED:
+        raise FormatError(f"{name} is encrypted")
+    if info.create_system == 3 and stat.S_ISLNK(info.external_attr >> 16):
+        raise FormatError(f"{name} is a symbolic link")
+    if info.compress_type not in (STORED, DEFLATED):
+        raise FormatError(f"{name} is compressed by method {info.compress_type}; expected deflate")
+    if info.compress_type == STORED and info.compress_size != info.file_size:
+        raise FormatError(f"{name} is stored, but its two sizes differ")
+    ratio = info.file_size / max(1, info.compress_size)
+    if ratio > RATIO or (info.file_size > LARGE and ratio > RATIO / 4):
+        raise FormatError(
+            f"{name} claims {info.file_size} bytes in {info.compress_size}: a decompression bomb"
+        )
+    head = _at(file, info.header_offset, _LOCAL.size, name)
+    signature, *_, name_length, extra_length = _LOCAL.unpack(head)
+    written = _at(file, info.header_offset + _LOCAL.size, name_length, name)
+    encoding = "utf-8" if info.flag_bits & _UTF8 else "cp437"
+    if signature != b"PK\x03\x04" or written != info.orig_filename.encode(encoding, "replace"):
+        raise FormatError(f"{name} has another name where it lies than in the archive's list")
+    offset = info.header_offset + _LOCAL.size + name_length + extra_length
+    if offset + info.compress_size > size:
+        raise FormatError(f"{name} lies outside the file; it is truncated or damaged")
+    return Member(
+        info.filename, offset, info.compress_size, info.file_size, info.compress_type, info.CRC
+    )
+
+
+def _at(file: BinaryIO, offset: int, nbytes: int, name: str) -> bytes:
+    data = os.pread(file.fileno(), nbytes, offset)
+    if offset < 0 or len(data) < nbytes:
+        raise FormatError(f"{name} lies outside the file; it is truncated or damaged")
+    return data
+
+
+def whole(file: BinaryIO, member: Member) -> bytes:
+    """Return a member's content, checked.
+
+    Raises:
+        FormatError: it is damaged, or too large to be held in memory.
+    """
+    if member.nbytes > WHOLE:
+        raise FormatError(
+            f"the member '{shown(member.name)}' has {member.nbytes} bytes; expected at most {WHOLE}"
+        )
+    return b"".join(pieces(file, member))
+
+
+def head(file: BinaryIO, member: Member, nbytes: int) -> bytes:
+    """Return the first bytes of a member's content, which are not checked, or all where it is less.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    nbytes = min(nbytes, member.nbytes)
+    if member.method == STORED:
+        return os.pread(file.fileno(), nbytes, member.offset)
+    return _Stream(file.fileno(), member.offset, member.stored).take(nbytes)
+
+
+def pieces(file: BinaryIO, member: Member) -> Iterator[bytes]:
+    """Yield a member's content, of which length and checksum are checked at its end.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    crc = done = 0
+    for piece in _inflated(file, member) if member.method == DEFLATED else _plain(file, member):
+        crc, done = zlib.crc32(piece, crc), done + len(piece)
+        yield piece
+    if (crc, done) != (member.crc, member.nbytes):
+        raise FormatError(
+            f"the checksum of the member '{shown(member.name)}' is wrong: the data are damaged"
+        )
+
+
+def _plain(file: BinaryIO, member: Member) -> Iterator[bytes]:
+    for done in range(0, member.stored, _STEP):
+        yield os.pread(file.fileno(), min(_STEP, member.stored - done), member.offset + done)
+
+
+def _inflated(file: BinaryIO, member: Member) -> Iterator[bytes]:
+    stream = _Stream(file.fileno(), member.offset, member.stored)
+    while stream.position < member.nbytes:
+        yield stream.take(min(_STEP, member.nbytes - stream.position))
+
+
+def check(path: str, alive: Alive) -> None:
+    """Check the checksums of all members.
+
+    Raises:
+        FormatError: one is wrong; names file and member.
+    """
+    with opened(path) as (file, members, _):
+        for member in members:
+            for _piece in pieces(file, member):
+                alive()
+
+
+class _Stream:
+    """A deflated member that is read from its beginning."""
+
+    def __init__(self, descriptor: int, offset: int, stored: int) -> None:
+        self.descriptor = descriptor
+        self.offset = offset
+        self.left = stored
+        self.position = 0
+        self.decompressor = zlib.decompressobj(-zlib.MAX_WBITS)
+
+    def take(self, nbytes: int) -> bytes:
+        """Return the next bytes of the content.
+
+        Raises:
+            FormatError: there are not so many.
+        """
+        taken = []
+        wanted = nbytes
+        try:
+            while wanted:
+                data = self.decompressor.unconsumed_tail or self._more()
+                piece = self.decompressor.decompress(data, wanted)
+                if not piece and not data:
+                    raise FormatError("a deflated member ends before its content does")
+                taken.append(piece)
+                wanted -= len(piece)
+        except zlib.error as error:
+            raise FormatError(f"a deflated member is damaged ({error})") from None
+        self.position += nbytes
+        return b"".join(taken)
+
+    def _more(self) -> bytes:
+        if self.decompressor.eof:
+            return b""
+        data = os.pread(self.descriptor, min(_STEP >> 4, self.left), self.offset)
+        self.offset, self.left = self.offset + len(data), self.left - len(data)
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class Deflated:
+    """A tensor inside a deflated member: read forwards only, so best in the order of the file."""
+
+    offset: int  # of the member's bytes in the file
+    stored: int  # bytes there
+    start: int  # of the tensor in the member's content
+    nbytes: int
+
+    @property
+    def way(self) -> str:
+        """See `tensors.Storage.way`."""
+        return "slow reader: in a deflated zip member"
+
+    @property
+    def alignment(self) -> int:
+        """Any piece is as good as any other: what lies between is inflated all the same."""
+        return 1
+
+    def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
+        """See `tensors.Storage.runs`; where the bytes lie is known only to who reads them."""
+        del start, stop
+        return ()
+
+    def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
+        """See `tensors.Storage.read_into`."""
+        wanted = self.start + start
+        key = (*Identity.of(os.fstat(descriptor)), self.offset)  # descriptors are used again
+        stream = _streams.pop(key, None)
+        if stream is None or stream.position > wanted:
+            stream = _Stream(descriptor, self.offset, self.stored)
+        stream.descriptor = descriptor
+        while stream.position < wanted:
+            stream.take(min(_STEP, wanted - stream.position))
+        buffer[:] = np.frombuffer(stream.take(len(buffer)), np.uint8)
+        _streams[key] = stream
+        while len(_streams) > _KEPT:
+            del _streams[next(iter(_streams))]
+
+
+#: Where reading stopped in deflated members, by file and offset, the last used at the end.
+_streams: dict[tuple[int, ...], _Stream] = {}
+_KEPT = 256  # some 100 KB each
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+class Archive:
+    """A new archive whose large members are written later, by offset.
+
+    The list of members at its end needs their checksums, and is written by `seal`.
+    """
+
+    def __init__(self, path: str, comment: bytes = b"") -> None:
+        self.file = open(path, "r+b")  # noqa: SIM115 (closed by __exit__)
+        self.comment = comment
+        self.end = 0
+        self.listed: list[list[Any]] = []
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.truncate(self.end)
+        self.file.close()
+
+    def room(self, name: str, nbytes: int, alignment: int = 1) -> int:
+        """Leave room for a stored member and return the offset of its bytes."""
+        return self._begin(name, nbytes, nbytes, STORED, None, alignment)
+
+    def add(self, name: str, content: bytes) -> None:
+        """Write a small stored member."""
+        offset = self._begin(name, len(content), len(content), STORED, zlib.crc32(content), 1)
+        os.pwrite(self.file.fileno(), content, offset)
+
+    def copy(self, source: BinaryIO, member: Member, alive: Alive, alignment: int = 1) -> None:
+        """Copy a member of another archive as it is stored there."""
+        _, offset, stored, nbytes, method, crc = member
+        target = self._begin(member.name, stored, nbytes, method, crc, alignment)
+        for done in range(0, stored, _STEP):
+            piece = np.empty(min(_STEP, stored - done), np.uint8)
+            read_exactly(source.fileno(), offset + done, piece)
+            os.pwrite(self.file.fileno(), piece.data, target + done)
+            alive()
+
+    def write(self, offset: int, content: bytes) -> None:
+        """Write into a room."""
+        os.pwrite(self.file.fileno(), content, offset)
+
+    def _begin(
+        self, name: str, stored: int, nbytes: int, method: int, crc: int | None, alignment: int
+    ) -> int:
+        """Write a local header, and return the offset behind it."""
+        row = (name, self.end, stored, nbytes, method, crc)
+        padding = None
+        if alignment > 1:
+            bare = _info(*row, padding=0).FileHeader()
+            padding = -(self.end + len(bare)) % alignment
+        head = _info(*row, padding=padding).FileHeader()
+        os.pwrite(self.file.fileno(), head, self.end)
+        offset = self.end + len(head)
+        self.listed.append([*row, offset])
+        self.end = offset + stored
+        return offset
+
+    def state(self) -> list[Any]:
+        """Return what `seal` wants to know, as JSON can hold it."""
+        return [self.end, self.comment.hex(), self.listed]
+
+
+def _info(
+    name: str,
+    header_offset: int,
+    stored: int,
+    nbytes: int,
+    method: int,
+    crc: int | None,
+    padding: int | None = None,
+) -> zipfile.ZipInfo:
+    """Describe a member to `zipfile`, with no clock in it, so that the bytes repeat."""
+    info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    info.header_offset, info.compress_type, info.CRC = header_offset, method, crc or 0
+    info.compress_size, info.file_size = stored, nbytes
+    info.create_system, info.external_attr = 3, 0o600 << 16
+    if padding is not None:  # "FB": PyTorch's own mark of a field that only moves what follows
+        info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    return info
+
+
+def seal(path: str, state: Sequence[Any]) -> None:
+    """Compute the checksums that are missing and write the list of members."""
+    end, comment, listed = state
+    with open(path, "r+b") as file:
+        file.seek(end)
+        with zipfile.ZipFile(file, "w") as archive:  # writes where the file stands
+            for name, header, stored, nbytes, method, crc, offset in listed:
+                found = crc
+                if crc is None:
+                    found = _crc(file.fileno(), offset, nbytes)
+                    os.pwrite(file.fileno(), struct.pack("<L", found), header + 14)
+                archive.filelist.append(_info(name, header, stored, nbytes, method, found))
+            archive.comment = bytes.fromhex(comment)
+
+
+def _crc(descriptor: int, offset: int, nbytes: int) -> int:
+    crc = 0
+    buffer = np.empty(min(_STEP, nbytes), np.uint8)
+    for done in range(0, nbytes, _STEP):
+        piece = buffer[: nbytes - done]
+        read_exactly(descriptor, offset + done, piece)
+        crc = zlib.crc32(piece.data, crc)
+    return crc

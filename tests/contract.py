@@ -1,0 +1,204 @@
+"""What every format must keep: its tests inherit `Contract` and say how files are written and read.
+
+Both by the format's own library, never by the package: a mistake in our writing could hide behind
+the matching mistake in our reading.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from polyak_cli import average, engine
+from polyak_cli.averaging import Options
+from polyak_cli.errors import FormatError, MismatchError, PolyakError
+from tests.oracle import Array
+
+Tensors = dict[str, Array]
+
+SCHEMES: list[Options] = [
+    {"scheme": "exp", "alpha": 2},
+    {"coefficients": [5, 0, 0.25, 3]},
+]
+
+
+def naive(models: Sequence[Tensors], coefficients: Sequence[float]) -> Tensors:
+    """Average the floats of whole models in float64, oldest first; keep the rest of the newest."""
+    result = dict(models[-1])
+    for name, newest in models[-1].items():
+        if newest.dtype.kind != "f":
+            continue
+        total: npt.NDArray[np.float64] | None = None
+        for model, coefficient in zip(models, coefficients, strict=True):
+            if coefficient:
+                term = np.float64(coefficient) * model[name].astype(np.float64)
+                total = term if total is None else total + term
+        result[name] = np.asarray(total).astype(newest.dtype)
+    return result
+
+
+def assert_same(found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
+    """Compare names, types, shapes and bits."""
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype, name
+        assert found[name].shape == values.shape, name
+        assert found[name].tobytes() == values.tobytes(), name
+
+
+class Contract(abc.ABC):
+    """Tests that every format runs."""
+
+    suffix: ClassVar[str]  # of its files
+    dtypes: ClassVar[Sequence[str]] = ("float16", "float32", "float64")
+    converts: ClassVar[bool] = True  # --dtype may change the stored type
+
+    @abc.abstractmethod
+    def write(self, path: Path, tensors: Tensors) -> None:
+        """Write a checkpoint, in the order of the tensors, by the format's own library."""
+
+    @abc.abstractmethod
+    def read(self, path: Path) -> Tensors:
+        """Read all tensors of a file, by the names of `write`, by the format's own library."""
+
+    def tensors(self, seed: int, dtype: str = "float32") -> Tensors:
+        """Return the tensors of one checkpoint."""
+        rng = np.random.default_rng(seed)
+
+        def values(*shape: int) -> Array:
+            return np.asarray(rng.normal(size=shape)).astype(dtype)
+
+        return {
+            "kernel": values(33, 17),
+            "bias": values(17),
+            "scale": values(),
+            "count": np.array(7, np.int64),
+            "table": np.arange(5, dtype=np.int32),
+        }
+
+    def write_run(
+        self, folder: Path, count: int = 4, dtype: str = "float32"
+    ) -> tuple[list[Path], list[Tensors]]:
+        """Write the checkpoints of a run; return them, and what is in them, oldest first."""
+        folder.mkdir(exist_ok=True)
+        paths = [folder / f"model_{k}{self.suffix}" for k in range(1, count + 1)]
+        models = [self.tensors(seed, dtype) for seed in range(count)]
+        for path, tensors in zip(paths, models, strict=True):
+            self.write(path, tensors)
+        return paths, models
+
+    @pytest.mark.parametrize("options", SCHEMES, ids=["exp", "own"])
+    def test_bit_for_bit(self, tmp_path: Path, options: Options) -> None:
+        """The result is the whole-model float64 average, rounded once, in every float type."""
+        for dtype in self.dtypes:
+            folder = tmp_path / dtype
+            _, models = self.write_run(folder, dtype=dtype)
+            output = tmp_path / f"{dtype}{self.suffix}"
+            report = average(folder, output, **options)
+            assert_same(self.read(output), naive(models, report.plan.coefficients))
+
+    def test_processes_change_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Several children and tiny pieces write the very bytes that one process writes."""
+        self.write_run(tmp_path / "run")
+        one, other = tmp_path / f"one{self.suffix}", tmp_path / f"other{self.suffix}"
+        average(tmp_path / "run", one, jobs=1)
+        monkeypatch.setattr(engine, "SPREAD", 0)
+        monkeypatch.setattr(engine, "PIECE", 100)
+        average(tmp_path / "run", other, jobs=3)
+        assert content(one) == content(other)
+
+    def test_one_checkpoint_averages_to_itself(self, tmp_path: Path) -> None:
+        """Every tensor of the newest is there with its own bits."""
+        paths, models = self.write_run(tmp_path / "run", 1)
+        average(paths, tmp_path / f"o{self.suffix}")
+        assert_same(self.read(tmp_path / f"o{self.suffix}"), models[0])
+
+    def test_what_it_wrote_is_recognised(self, tmp_path: Path) -> None:
+        """An average beside its checkpoints is not one of them the next time."""
+        self.write_run(tmp_path / "run")
+        average(tmp_path / "run", tmp_path / f"run/model_5{self.suffix}")
+        report = average(tmp_path / "run", tmp_path / f"o{self.suffix}")
+        assert len(report.plan.checkpoints) == 4
+        assert [p.reason for p in report.plan.passed_over] == ["written by polyak"]
+
+    def test_an_average_of_averages_is_like_its_template(self, tmp_path: Path) -> None:
+        """What this tool wrote it can read, and its record is the newer one's alone."""
+        paths, models = self.write_run(tmp_path / "run", 2)
+        output = tmp_path / f"o{self.suffix}"
+        average(paths, output)
+        again = tmp_path / f"again{self.suffix}"
+        report = average([output], again)
+        assert_same(self.read(again), naive(models, [0.5, 0.5]))
+        assert any("is itself an average" in note for note in report.notes)
+
+    def test_another_type_is_stored_where_it_is_asked_for(self, tmp_path: Path) -> None:
+        """--dtype rounds the float64 average to that type, once."""
+        if not self.converts:
+            pytest.skip("this format keeps the types of its template")
+        paths, models = self.write_run(tmp_path / "run", 2)
+        for dtype in ("float16", "float64"):
+            output = tmp_path / f"{dtype}{self.suffix}"
+            average(paths, output, dtype=dtype)
+            wide = [{n: v.astype(np.float64) for n, v in m.items()} for m in models]
+            for name, values in naive(wide, [0.5, 0.5]).items():
+                if models[0][name].dtype.kind == "f":
+                    assert self.read(output)[name].tobytes() == values.astype(dtype).tobytes()
+
+    def test_what_is_not_finite_is_named(self, tmp_path: Path) -> None:
+        """A NaN is an error that names file and tensor."""
+        paths, models = self.write_run(tmp_path / "run")
+        models[1]["bias"][3] = np.nan
+        self.write(paths[1], models[1])
+        with pytest.raises(MismatchError, match=r"model_2.*bias.*nan.*element 3"):
+            average(paths, tmp_path / f"o{self.suffix}")
+        assert os.listdir(tmp_path) == ["run"]
+
+    @pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
+    def test_checkpoints_of_another_model_are_refused(self, tmp_path: Path, change: str) -> None:
+        """A tensor missing, extra, or of another shape or type is named, with its file."""
+        paths, models = self.write_run(tmp_path / "run")
+        changes: dict[str, Callable[[Any], Any]] = {
+            "missing": lambda tensors: tensors.pop("bias"),
+            "extra": lambda tensors: tensors.update(more=tensors["bias"]),
+            "shape": lambda tensors: tensors.update(bias=tensors["bias"][:-1].copy()),
+            "dtype": lambda tensors: tensors.update(bias=tensors["bias"].astype(np.float64)),
+        }
+        changes[change](models[1])
+        self.write(paths[1], models[1])
+        with pytest.raises(MismatchError, match=r"model_2.*(bias|more|tensors)"):
+            average(paths, tmp_path / f"o{self.suffix}")
+        assert os.listdir(tmp_path) == ["run"]
+
+    def test_a_truncated_file_is_refused_wherever_it_ends(self, tmp_path: Path) -> None:
+        """No traceback, no output: an error that names the file."""
+        paths, _ = self.write_run(tmp_path / "run", 2)
+        whole = paths[0].read_bytes()
+        for length in {0, 1, 7, len(whole) - 1, *range(8, len(whole), max(1, len(whole) // 40))}:
+            paths[0].write_bytes(whole[:length])
+            with pytest.raises(PolyakError, match="model_1"):
+                average(paths, tmp_path / f"o{self.suffix}")
+        assert os.listdir(tmp_path) == ["run"]
+
+    def test_a_mixture_of_formats_is_refused(self, tmp_path: Path) -> None:
+        """The sources of one average are of one format, told by what they hold."""
+        paths, _ = self.write_run(tmp_path / "run", 2)
+        other = tmp_path / f"run/other{self.suffix}"
+        other.write_bytes(b"neither this nor that")
+        with pytest.raises((FormatError, MismatchError), match="other"):
+            average([other, *paths], tmp_path / f"o{self.suffix}")
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Return the bytes of a file, or of all files of a folder."""
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
