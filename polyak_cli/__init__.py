@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from polyak_cli.averaging import Options, Plan, Report, average, plan, run
     from polyak_cli.checkpoints import Checkpoint, Selection, select
+    from polyak_cli.differences import Differences, Distances, diff, distances
     from polyak_cli.errors import PolyakError
+    from polyak_cli.inspection import Inspection, inspect
     from polyak_cli.schemes import coefficients, effective_number
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
+    "Differences",
+    "Distances",
+    "Inspection",
     "Options",
     "Plan",
     "PolyakError",
@@ -29,7 +34,10 @@ __all__ = [
     "__version__",
     "average",
     "coefficients",
+    "diff",
+    "distances",
     "effective_number",
+    "inspect",
     "plan",
     "run",
     "select",
@@ -37,6 +45,9 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "checkpoints",
+    "Differences": "differences",
+    "Distances": "differences",
+    "Inspection": "inspection",
     "Options": "averaging",
     "Plan": "averaging",
     "PolyakError": "errors",
@@ -44,7 +55,10 @@ _HOMES = {
     "Selection": "checkpoints",
     "average": "averaging",
     "coefficients": "schemes",
+    "diff": "differences",
+    "distances": "differences",
     "effective_number": "schemes",
+    "inspect": "inspection",
     "plan": "averaging",
     "run": "averaging",
     "select": "checkpoints",

@@ -25,16 +25,14 @@ from polyak_cli import __version__, checkpoints, engine, formats, schemes
 from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
 from polyak_cli.formats.chunks import Chunks
-from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, itemsize
+from polyak_cli.matching import Row, match, sources_of
+from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, is_carried, itemsize
 
 Source = str | os.PathLike[str]
 Progress = Callable[[int], None]
-Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest first
 
 #: Bound on the buffers of the engine; the interpreter with numpy and h5py comes on top.
 MAX_MEMORY = 32 << 20
-#: What carries over from the newest checkpoint: types for which an average means nothing.
-_CARRIED = re.compile(r"u?int(8|16|32|64)|bool|enum|string|bitfield|opaque")
 #: BatchNorm's statistics, and what tf_keras's renorm adds to them.
 _STATISTICS = {
     "moving_mean",
@@ -225,7 +223,7 @@ def plan(
     target = Path(output) if output is not None else None
     if target:
         formats.check_output(target, tables, force=options.get("force", False))
-    rows = _match(tables, options.get("match", "name"))
+    rows = match(tables, options.get("match", "name"))
     averaged, carried = _fates(rows, options)
     _check_chunks(rows, memory, options)
     others = tables[-1].others
@@ -302,7 +300,7 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
             row[-1].name,
             row[-1].size,
             row[-1].dtype,
-            _sources(plan.tables, row),
+            sources_of(plan.tables, row),
             [room.places[row[-1].location]],
         )
         for row in plan.averaged_rows
@@ -378,109 +376,6 @@ def _dtype(spec: TensorSpec, options: Options) -> str:
     return options.get("dtype") or spec.dtype
 
 
-def _sources(tables: Sequence[Table], row: Row) -> list[engine.Source]:
-    """Return where every checkpoint keeps a tensor; files are numbered across tables."""
-    sources = []
-    first = 0
-    for table, spec in zip(tables, row, strict=True):
-        if spec.storage is None:  # only strings have none, and those are carried
-            raise AssertionError(f"{spec.name} has no storage")
-        sources.append(engine.Source(spec.storage, spec.byteorder, first + spec.file))
-        first += len(table.files)
-    return sources
-
-
-def _match(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
-    """Pair the tensors of all checkpoints with the template's, in the template's order.
-
-    Raises:
-        MismatchError: a tensor is missing, extra, or of another shape or dtype.
-    """
-    template = tables[-1]
-    pair = _by_order if by == "order" else _by_name
-    columns = [list(template.tensors.values())]
-    # From the newest back: the first that differs says which window would still do.
-    for left, table in enumerate(reversed(tables[:-1]), start=1):
-        if table.tensors is template.tensors:  # found to be the same by their very bytes
-            columns.insert(0, columns[-1])
-            continue
-        hint = f"; use --last {left} to average only the newer ones" if left > 1 else ""
-        column = pair(table, template, hint)
-        for ours, theirs in zip(column, columns[-1], strict=True):
-            _check_same(table, ours, template, theirs, hint)
-        columns.insert(0, column)
-    return tuple(zip(*columns, strict=True))
-
-
-def _by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
-    missing = [name for name in template.tensors if name not in table.tensors]
-    extra = [name for name in table.tensors if name not in template.tensors]
-    if (missing or extra) and _renamed(table, template):
-        ours, theirs = next(
-            (a, b) for a, b in zip(table.tensors, template.tensors, strict=True) if a != b
-        )
-        raise MismatchError(
-            f"{shown(table.path)}: tensor '{shown(ours)}' is called '{shown(theirs)}' in "
-            f"{shown(template.path)}; Keras merely numbers layers anew when a model is built "
-            "again in one process. Use --match order to pair tensors by position"
-        )
-    if missing:
-        raise MismatchError(
-            f"{shown(table.path)}: has no tensor '{shown(missing[0])}', but {shown(template.path)} "
-            f"has{_and_more(missing)}. Checkpoints must come from one model{hint}"
-        )
-    if extra:
-        raise MismatchError(
-            f"{shown(table.path)}: has a tensor '{shown(extra[0])}' that {shown(template.path)} "
-            f"has not{_and_more(extra)}. Checkpoints must come from one model{hint}"
-        )
-    return [table.tensors[name] for name in template.tensors]
-
-
-def _and_more(names: Sequence[str]) -> str:
-    return f" ({len(names) - 1} more such)" if len(names) > 1 else ""
-
-
-def _by_order(table: Table, template: Table, hint: str) -> list[TensorSpec]:
-    column = list(table.tensors.values())
-    if len(column) != len(template.tensors):
-        raise MismatchError(
-            f"{shown(table.path)}: has {len(column)} tensors, but {shown(template.path)} has "
-            f"{len(template.tensors)}. Checkpoints must come from one model{hint}"
-        )
-    for ours, theirs in zip(table.tensors, template.tensors, strict=True):
-        if _plain(ours).rpartition("/")[2] != _plain(theirs).rpartition("/")[2]:
-            raise MismatchError(
-                f"{shown(table.path)}: by order, tensor '{shown(ours)}' would be averaged with "
-                f"'{shown(theirs)}' of {shown(template.path)}; they are not the same tensor"
-            )
-    return column
-
-
-def _plain(name: str) -> str:
-    """Return a name without the numbers that Keras appends to make names unique, and without :0."""
-    return re.sub(r"_\d+(?=/|$)", "", re.sub(r":\d+$", "", name))
-
-
-def _renamed(table: Table, template: Table) -> bool:
-    return [_plain(n) for n in table.tensors] == [_plain(n) for n in template.tensors]
-
-
-def _check_same(
-    table: Table, ours: TensorSpec, template: Table, theirs: TensorSpec, hint: str
-) -> None:
-    for what, one, other in (
-        ("shape", ours.shape, theirs.shape),
-        ("dtype", ours.dtype, theirs.dtype),
-        ("arrangement", ours.arrangement or "C order", theirs.arrangement or "C order"),
-    ):
-        if one != other:
-            raise MismatchError(
-                f"{shown(table.path)}: tensor '{shown(ours.name)}' has {what} {one}, but "
-                f"{shown(template.path)} has {other}. Checkpoints must come from one model{hint}"
-            )
-
-
 def _fates(rows: Sequence[Row], options: Options) -> tuple[list[Row], list[Row]]:
     """Divide the model's tensors into those to average and those to carry.
 
@@ -502,7 +397,7 @@ def _fates(rows: Sequence[Row], options: Options) -> tuple[list[Row], list[Row]]
         wanted = wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
         if wanted and dtype in FLOATS:
             averaged.append(row)
-        elif wanted and not _CARRIED.fullmatch(dtype):
+        elif wanted and not is_carried(dtype):
             raise MismatchError(
                 f"tensor '{shown(name)}' is of type {dtype}, which is not averaged; expected "
                 f"{', '.join(FLOATS)}. Use --exclude-tensors to carry it from the newest"
@@ -608,7 +503,7 @@ def _compared(row: Row) -> bool:
 
 
 def _differing(plan: Plan, inputs: Sequence[File]) -> list[str]:
-    rows = [(r[-1].name, _sources(plan.tables, r)) for r in plan.carried_rows if _compared(r)]
+    rows = [(r[-1].name, sources_of(plan.tables, r)) for r in plan.carried_rows if _compared(r)]
     found = engine.differing(rows, inputs, _memory(plan.options))
     return [_differs(name) for name, _ in rows if name in found]
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polyak_cli.averaging import Plan, Report
+    from polyak_cli.differences import Differences, Distances
+    from polyak_cli.inspection import Inspection
     from polyak_cli.models import Score
 
 #: Besides these, 128 and the signal's number where one ended the program.
@@ -263,7 +265,7 @@ MACHINE = _options(
         type=Size(),
         help="Bound on the buffers, on top of Python and its libraries.  [default: 32MiB]",
     ),
-    _option("--jobs", type=int, metavar="N", help="Threads.  [default: processors, at most 8]"),
+    _option("--jobs", type=int, metavar="N", help="Processes.  [default: processors, at most 8]"),
 )
 
 
@@ -399,6 +401,146 @@ def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
         if not values[metric] >= least:
             found = f"{shown(metric)} is {values[metric]:.6g}"
             yield f"{shown(score.path)}: {found}, less than {least:g}"
+
+
+@cli.command(
+    cls=Command,
+    short_help="Show what is inside checkpoints.",
+    example="polyak inspect final.h5 --stats",
+)
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path())
+@_options(
+    "Output",
+    _option(
+        "--stats",
+        is_flag=True,
+        help="Read every value: norm, least, greatest, and how many are not finite.",
+    ),
+    _option("--json", "as_json", is_flag=True, help="Print it as JSON."),
+)
+def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
+    """Show format, version, provenance and the table of tensors of each checkpoint.
+
+    The fate of a tensor is what averaging does with it unless told otherwise.
+    """
+    from pathlib import Path
+
+    from polyak_cli import inspection
+
+    found = list(inspection.inspect([Path(file) for file in files], statistics=stats))
+    data = {"checkpoints": [one.data() for one in found]}
+    _result(data, as_json, False, lambda: (line for one in found for line in _inside_lines(one)))
+
+
+@cli.command(
+    cls=Command,
+    short_help="Show how far checkpoints are apart.",
+    example="polyak diff ckpts/model_09.h5 ckpts/model_10.h5 --rtol 1e-3",
+)
+@click.argument("sources", nargs=-1, required=True, metavar="A B | DIR", type=click.Path())
+@_options(
+    "Two files",
+    _option("--rtol", type=float, metavar="R", help="Equal within R times the value in A.  [0]"),
+    _option("--atol", type=float, metavar="T", help="Equal within T.  [default: 0]"),
+)
+@_options(
+    "A run",
+    _option("--last", type=int, metavar="N", help="Only the N newest.  [default: all]"),
+    _option(
+        "--exclude",
+        multiple=True,
+        metavar="GLOB",
+        help="File names that are not checkpoints; may be given again.",
+    ),
+    _option(
+        "--match",
+        type=click.Choice(["name", "order"]),
+        help="How tensors are paired.  [default: name]",
+    ),
+    _option(
+        "--plot", type=click.Path(), metavar="FILE", help="Draw the distances as .png or .svg."
+    ),
+)
+@_options(
+    "Output",
+    _option("--json", "as_json", is_flag=True, help="Print it as JSON."),
+    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+    _option("-v", "--verbose", is_flag=True, help="Show every tensor, not only the worst."),
+)
+def diff(
+    sources: tuple[str, ...],
+    rtol: float | None,
+    atol: float | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **of_a_run: Any,
+) -> int:
+    """Show how far checkpoints are apart.
+
+    A and B are two checkpoint files: relative distance, largest difference and cosine of each
+    tensor, the worst first; exit 0 when all are equal within the tolerances, 1 when not.
+
+    DIR is a directory, a glob, or three files or more: the distance from each checkpoint to the
+    next, and of each to the average of all, to see which is the odd one out.
+    """
+    from pathlib import Path
+
+    given = [f"--{name}" for name, value in of_a_run.items() if value]
+    if len(sources) == 2 and all(Path(source).is_file() for source in sources):
+        if given:
+            raise UsageError(f"{given[0]} belongs to a run, not to two files")
+        return _diff_files(sources, rtol or 0.0, atol or 0.0, as_json, quiet, verbose)
+    if rtol is not None or atol is not None:
+        raise UsageError("--rtol and --atol belong to two files, not to a run")
+    return _diff_run(sources, of_a_run, as_json, quiet)
+
+
+def _diff_files(
+    sources: Sequence[str], rtol: float, atol: float, as_json: bool, quiet: bool, verbose: bool
+) -> int:
+    from pathlib import Path
+
+    from polyak_cli import differences
+
+    one, other = map(Path, sources)
+    found = differences.diff(one, other, rtol=rtol, atol=atol)
+    _result(found.data(), as_json, quiet, lambda: _difference_lines(found, verbose))
+    return DONE if found.equal else ANSWER_IS_NO
+
+
+def _diff_run(
+    sources: Sequence[str], options: Mapping[str, Any], as_json: bool, quiet: bool
+) -> int:
+    from pathlib import Path
+
+    from polyak_cli import checkpoints, differences, formats
+
+    plot = options["plot"]
+    if plot:
+        from polyak_cli import plots
+
+        plots.check(Path(plot))
+    selection = checkpoints.select(
+        sources,
+        last=options["last"],
+        exclude=options["exclude"],
+        written_by_us=formats.averages,
+    )
+    found = differences.distances(selection, by=options["match"] or "name")
+    if plot:
+        plots.distances(
+            [_label(row.path, row.epoch) for row in found.checkpoints],
+            [row.to_previous for row in found.checkpoints],
+            [row.to_average for row in found.checkpoints],
+            Path(plot),
+        )
+    _result(found.data(), as_json, quiet, lambda: _distance_lines(found))
+    return DONE
+
+
+def _label(path: Path, epoch: int | None) -> str:
+    return shown(path.stem, 20) if epoch is None else str(epoch)
 
 
 @cli.command(
@@ -586,6 +728,64 @@ def _report_lines(report: Report, verbose: bool) -> Iterator[str]:
         f"({_size(report.speed)}/s; {shares}), peak memory {_size(report.peak_memory)}"
     )
     yield f"wrote {shown(report.output)} ({_size(report.bytes_written)})"
+
+
+def _inside_lines(one: Inspection) -> Iterator[str]:
+    """Yield what is inside a checkpoint."""
+    from polyak_cli.inspection import stored
+
+    about = "".join(f", {key} {shown(text, 40)}" for key, text in one.data()["about"].items())
+    yield (
+        f"{shown(one.table.path)}: {one.format}{about}, {one.parameters:,} parameters, "
+        f"{_size(one.table.size)}"
+    )
+    table = [["tensor", "dtype", "shape", "bytes", "stored", "fate"]]
+    measured = any(tensor.statistics for tensor in one.tensors)
+    if measured:
+        table[0] += ["norm", "least", "greatest", "not finite"]
+    for spec, fate, statistics in one.tensors:
+        shape = "x".join(map(str, spec.shape)) or "scalar"
+        row = [shown(spec.name, 80), spec.dtype, shape, str(spec.nbytes), stored(spec), fate]
+        if measured:
+            row += ["-" if v is None else f"{v:.6g}" for v in statistics or [None] * 4]
+        table.append(row)
+    yield from _columns(table)
+    record = one.provenance
+    if isinstance(record, dict) and isinstance(record.get("inputs"), list):
+        names = ", ".join(shown(each.get("name"), 60) for each in record["inputs"])
+        yield (
+            f"an average by polyak {shown(record.get('polyak'))}, scheme "
+            f"{shown(record.get('scheme'))}, of {len(record['inputs'])} checkpoints: {names}"
+        )
+
+
+def _difference_lines(found: Differences, verbose: bool) -> Iterator[str]:
+    """Yield the tensors of two files, the worst first."""
+    table = [["tensor", "relative", "largest", "cosine", ""]]
+    most = len(found.tensors) if verbose else 20
+    for tensor in found.tensors[:most]:
+        cosine = "-" if tensor.cosine is None else f"{tensor.cosine:.6f}"
+        equal = "equal" if tensor.equal else "differs"
+        numbers = [f"{tensor.relative:.3e}", f"{tensor.largest:.3e}", cosine, equal]
+        table.append([shown(tensor.name, 80), *numbers])
+    yield from _columns(table)
+    if len(found.tensors) > most:
+        yield f"and {len(found.tensors) - most} tensors more; see them with -v"
+    yield from found.apart
+    differing = sum(not tensor.equal for tensor in found.tensors) + len(found.apart)
+    yield "equal" if found.equal else f"{differing} tensors differ"
+
+
+def _distance_lines(found: Distances) -> Iterator[str]:
+    """Yield the checkpoints of a run, and how far each is from others."""
+    table = [["checkpoint", "epoch", "to previous", "to average", ""]]
+    for path, epoch, to_previous, to_average, odd in found.checkpoints:
+        step = "-" if to_previous is None else f"{to_previous:.3e}"
+        number = "-" if epoch is None else str(epoch)
+        far = f"{to_average:.3e}"
+        table.append([shown(path.name, 60), number, step, far, "odd one out" if odd else ""])
+    yield from _columns(table)
+    yield f"distances relative to the norm of the average, over {found.tensors} float tensors"
 
 
 def _score_data(score: Score) -> dict[str, Any]:

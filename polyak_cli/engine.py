@@ -39,6 +39,7 @@ from polyak_cli.tensors import (
     expect,
     itemsize,
     narrow,
+    numbers,
     page_aligned,
     widen,
     write_exactly,
@@ -305,6 +306,43 @@ def _same(sources: Sequence[Source], files: _Files, step: int, name: str) -> boo
             if not np.array_equal(first, other):
                 return False
     return True
+
+
+class Compared(NamedTuple):
+    """One tensor of numbers, where each of several checkpoints keeps it."""
+
+    name: str
+    size: int
+    dtypes: Sequence[str]  # of each source
+    sources: Sequence[Source]
+
+
+def values(
+    tensors: Iterable[Compared], inputs: Sequence[File], memory: Memory
+) -> Iterator[tuple[Compared, list[Float64]]]:
+    """Yield every slab of every tensor as each checkpoint has it, in float64 and in flat memory.
+
+    Args:
+        tensors: of types that `tensors.numbers` knows; empty ones are passed over.
+        inputs: the files of all checkpoints.
+        memory: bounds the buffers, which are used again: a slab is gone when the next one comes.
+
+    Raises:
+        FormatError: an input ends early, is damaged, or changed since it was scanned.
+    """
+    with _Files(inputs) as files:
+        for tensor in tensors:
+            count = max(1, memory.most // (1 + len(tensor.sources)))
+            raw = np.empty(min(tensor.size, count) * 8, np.uint8)
+            buffers = [np.empty(min(tensor.size, count)) for _ in tensor.sources]
+            for start in range(0, tensor.size, count):
+                slab = [buffer[: tensor.size - start] for buffer in buffers]
+                for source, dtype, out in zip(tensor.sources, tensor.dtypes, slab, strict=True):
+                    width = source.storage.nbytes // tensor.size
+                    piece = raw[: out.size * width]
+                    files.read(source, start * width, piece, tensor.name)
+                    numbers(piece, dtype, source.byteorder, out)
+                yield tensor, slab
 
 
 class _Worker:

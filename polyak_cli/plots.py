@@ -1,4 +1,4 @@
-"""Pictures: the learning curves of a training run.
+"""Pictures: the learning curves of a training run, and how far its checkpoints are apart.
 
 The only module that imports matplotlib, inside its functions and without a display.  The same
 numbers give the same file: no dates, no random identifiers.
@@ -6,6 +6,7 @@ numbers give the same file: no dates, no random identifiers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,53 @@ def learning_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
         ):
             _curves(axes, history, metric)
             axes.set(xlabel="Epoch", ylabel=label)
-        suffix = path.suffix.lower()
-        try:
-            figure.savefig(path, format=suffix[1:], dpi=150, metadata=_UNSTAMPED[suffix])
-        except OSError as error:
-            raise OutputError(f"{shown(path)}: cannot be written: {error.strerror}") from error
+        _save(figure, path)
+
+
+def distances(
+    labels: Sequence[str],
+    to_previous: Sequence[float | None],
+    to_average: Sequence[float],
+    path: Path,
+) -> None:
+    """Draw how far each checkpoint of a run is from the one before and from the average.
+
+    Args:
+        labels: of the checkpoints, oldest first.
+        to_previous: relative to the norm of the average; None for the oldest.
+        to_average: the same, to the average.
+        path: the .png or .svg file; replaced if it exists.
+
+    Raises:
+        UsageError: another suffix.
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written.
+    """
+    check(path)
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    places = range(len(labels))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(places, to_average, "o-", color=_TEST, lw=1.2, ms=4, label="to the average")
+        steps = [math.nan if step is None else step for step in to_previous]
+        axes.plot(places, steps, "s-", color=_TRAIN, lw=1.2, ms=4, label="to the one before")
+        shown_places = places[:: -(-len(labels) // 20)]  # more labels would overlap
+        axes.set_xticks(shown_places, [labels[k] for k in shown_places])
+        axes.set(xlabel="Checkpoint", ylabel="Relative distance")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    suffix = path.suffix.lower()
+    try:
+        figure.savefig(path, format=suffix[1:], dpi=150, metadata=_UNSTAMPED[suffix])
+    except OSError as error:
+        raise OutputError(f"{shown(path)}: cannot be written: {error.strerror}") from error
 
 
 def _curves(axes: Any, history: Mapping[str, Sequence[float]], metric: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -216,6 +216,7 @@ class Table:
     optimizer: frozenset[str]  # those of the others that are optimizer state
     config: str  # digest of the model configuration, "" where there is none
     average: bool  # this tool wrote it
+    about: Mapping[str, str] = field(default_factory=dict)  # what else it says of itself
 
     @property
     def size(self) -> int:
@@ -266,8 +267,9 @@ class Format(Protocol):
         Returns:
             ``tensors`` and ``others``, rows of [name, shape, dtype, byteorder, location, storage,
             digest, file, arrangement] where the last three may be left out; ``optimizer``, names
-            among the others; ``config``, ``average``; and ``files``, [path, identity] each, where
-            there are several.
+            among the others; ``config``, ``average``; ``about``, texts that it holds about itself,
+            with ``provenance`` among them, where everything is asked for; and ``files``, [path,
+            identity] each, where there are several.
 
         Raises:
             FormatError: the file is damaged, hostile or holds no model; names file and tensor.
@@ -295,6 +297,19 @@ class Format(Protocol):
         """Tell whether this tool wrote the file; a file that cannot be read it did not."""
 
 
+def is_carried(dtype: str) -> bool:
+    """Tell whether a tensor carries over from the newest checkpoint: an average means nothing."""
+    return dtype in (*WHOLE_NUMBERS, "enum", "string", "bitfield", "opaque")
+
+
+def is_numeric(spec: TensorSpec) -> bool:
+    """Tell whether `numbers` can read all values of a tensor."""
+    code = {**FLOATS, **WHOLE_NUMBERS}.get(spec.dtype)
+    return (
+        code is not None and spec.storage is not None and spec.nbytes == spec.size * int(code[1:])
+    )
+
+
 def itemsize(dtype: str) -> int:
     """Return the bytes of one element of a float type."""
     return int(FLOATS[dtype][1:])
@@ -315,6 +330,28 @@ def widen(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
     if dtype == "bfloat16":  # the upper half of a float32
         stored = np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
     np.copyto(out, stored)
+
+
+#: Types that are compared and measured as numbers, though they are not averaged.
+WHOLE_NUMBERS: Mapping[str, str] = {
+    "bool": "u1",
+    **{f"{sign}int{8 * n}": f"{sign[:1] or 'i'}{n}" for sign in ("", "u") for n in (1, 2, 4, 8)},
+}
+
+
+def numbers(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
+    """Convert the stored bytes of any number to float64; integers beyond 2^53 are rounded.
+
+    Args:
+        raw: the stored bytes of n elements.
+        dtype: one of `FLOATS` or of `WHOLE_NUMBERS`.
+        byteorder: "<" or ">".
+        out: n float64 elements, overwritten.
+    """
+    if dtype in WHOLE_NUMBERS:
+        np.copyto(out, raw.view(byteorder + WHOLE_NUMBERS[dtype]), casting="unsafe")
+    else:
+        widen(raw, dtype, byteorder, out)
 
 
 def narrow(values: Float64, dtype: str, byteorder: str, out: Bytes) -> None:

@@ -13,19 +13,24 @@ PACKAGE = Path(polyak_cli.__file__).parent
 
 #: Module -> what of the package it may import at all, inside functions too.
 ALLOWED = {
-    "__init__": {"averaging", "checkpoints", "errors", "schemes"},
+    "__init__": {"averaging", "checkpoints", "differences", "errors", "inspection", "schemes"},
     "__main__": {"cli"},
     "cli": {
         "averaging",
         "checkpoints",
         "data",
+        "differences",
         "errors",
         "formats",
+        "inspection",
         "models",
         "plots",
         "schemes",
     },
-    "averaging": {"checkpoints", "engine", "errors", "formats", "schemes", "tensors"},
+    "averaging": {"checkpoints", "engine", "errors", "formats", "matching", "schemes", "tensors"},
+    "differences": {"checkpoints", "engine", "errors", "formats", "matching", "tensors"},
+    "inspection": {"engine", "errors", "formats", "matching", "tensors"},
+    "matching": {"engine", "errors", "tensors"},
     "models": {"data", "errors", "formats", "quiet"},
     "data": {"errors", "quiet"},
     "quiet": set(),

@@ -189,7 +189,15 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
             "optimizer": [row[0] for row in others if row[0].startswith(f"{OPTIMIZER}/")],
             "config": hashlib.sha256(config).hexdigest() if config else "",
             "average": bool(h5a.exists(root, PROVENANCE)),
+            "about": _about(root) if request.everything else {},
         }
+
+
+def _about(root: Any) -> dict[str, str]:
+    """Return the short texts in which a file says what it is."""
+    keys = {"keras_version": b"keras_version", "backend": b"backend", "provenance": PROVENANCE}
+    texts = {name: _attribute_text(root, key) for name, key in keys.items()}
+    return {name: text.decode(errors="replace") for name, text in texts.items() if text}
 
 
 def _model_group(root: Any) -> Any:

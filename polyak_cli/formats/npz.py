@@ -41,7 +41,19 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
         "optimizer": [],
         "config": "",
         "average": comment.startswith(MARK),
+        "about": _about(comment),
     }
+
+
+def _about(comment: bytes) -> dict[str, str]:
+    """Return this tool's record, if it wrote the archive."""
+    if not comment.startswith(MARK):
+        return {}
+    try:
+        record = zlib.decompressobj().decompress(comment.removeprefix(MARK), zips.WHOLE)
+    except zlib.error as error:
+        raise FormatError(f"its record of provenance is damaged ({error})") from None
+    return {"provenance": record.decode(errors="replace")}
 
 
 def _row(file: BinaryIO, member: zips.Member) -> list[Any]:

@@ -1,0 +1,118 @@
+"""WHICH tensors belong together: pairs those of several checkpoints by name or by order.
+
+Knows how Keras names layers, and why two checkpoints of one model may not agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from polyak_cli.engine import Source
+from polyak_cli.errors import MismatchError, shown
+from polyak_cli.tensors import Table, TensorSpec
+
+Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest first
+
+
+def match(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
+    """Pair the tensors of all checkpoints with the template's, in the template's order.
+
+    Raises:
+        MismatchError: a tensor is missing, extra, or of another shape or dtype.
+    """
+    template = tables[-1]
+    pair = _by_order if by == "order" else _by_name
+    columns = [list(template.tensors.values())]
+    # From the newest back: the first that differs says which window would still do.
+    for left, table in enumerate(reversed(tables[:-1]), start=1):
+        if table.tensors is template.tensors:  # found to be the same by their very bytes
+            columns.insert(0, columns[-1])
+            continue
+        hint = f"; use --last {left} to average only the newer ones" if left > 1 else ""
+        column = pair(table, template, hint)
+        for ours, theirs in zip(column, columns[-1], strict=True):
+            _check_same(table, ours, template, theirs, hint)
+        columns.insert(0, column)
+    return tuple(zip(*columns, strict=True))
+
+
+def _by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
+    missing = [name for name in template.tensors if name not in table.tensors]
+    extra = [name for name in table.tensors if name not in template.tensors]
+    if (missing or extra) and _renamed(table, template):
+        ours, theirs = next(
+            (a, b) for a, b in zip(table.tensors, template.tensors, strict=True) if a != b
+        )
+        raise MismatchError(
+            f"{shown(table.path)}: tensor '{shown(ours)}' is called '{shown(theirs)}' in "
+            f"{shown(template.path)}; Keras merely numbers layers anew when a model is built "
+            "again in one process. Use --match order to pair tensors by position"
+        )
+    if missing:
+        raise MismatchError(
+            f"{shown(table.path)}: has no tensor '{shown(missing[0])}', but {shown(template.path)} "
+            f"has{_and_more(missing)}. Checkpoints must come from one model{hint}"
+        )
+    if extra:
+        raise MismatchError(
+            f"{shown(table.path)}: has a tensor '{shown(extra[0])}' that {shown(template.path)} "
+            f"has not{_and_more(extra)}. Checkpoints must come from one model{hint}"
+        )
+    return [table.tensors[name] for name in template.tensors]
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" ({len(names) - 1} more such)" if len(names) > 1 else ""
+
+
+def _by_order(table: Table, template: Table, hint: str) -> list[TensorSpec]:
+    column = list(table.tensors.values())
+    if len(column) != len(template.tensors):
+        raise MismatchError(
+            f"{shown(table.path)}: has {len(column)} tensors, but {shown(template.path)} has "
+            f"{len(template.tensors)}. Checkpoints must come from one model{hint}"
+        )
+    for ours, theirs in zip(table.tensors, template.tensors, strict=True):
+        if _plain(ours).rpartition("/")[2] != _plain(theirs).rpartition("/")[2]:
+            raise MismatchError(
+                f"{shown(table.path)}: by order, tensor '{shown(ours)}' would be averaged with "
+                f"'{shown(theirs)}' of {shown(template.path)}; they are not the same tensor"
+            )
+    return column
+
+
+def _plain(name: str) -> str:
+    """Return a name without the numbers that Keras appends to make names unique, and without :0."""
+    return re.sub(r"_\d+(?=/|$)", "", re.sub(r":\d+$", "", name))
+
+
+def _renamed(table: Table, template: Table) -> bool:
+    return [_plain(n) for n in table.tensors] == [_plain(n) for n in template.tensors]
+
+
+def _check_same(
+    table: Table, ours: TensorSpec, template: Table, theirs: TensorSpec, hint: str
+) -> None:
+    for what, one, other in (
+        ("shape", ours.shape, theirs.shape),
+        ("dtype", ours.dtype, theirs.dtype),
+        ("arrangement", ours.arrangement or "C order", theirs.arrangement or "C order"),
+    ):
+        if one != other:
+            raise MismatchError(
+                f"{shown(table.path)}: tensor '{shown(ours.name)}' has {what} {one}, but "
+                f"{shown(template.path)} has {other}. Checkpoints must come from one model{hint}"
+            )
+
+
+def sources_of(tables: Sequence[Table], row: Row) -> list[Source]:
+    """Return where every checkpoint keeps a tensor; files are numbered across tables."""
+    sources = []
+    first = 0
+    for table, spec in zip(tables, row, strict=True):
+        if spec.storage is None:  # only strings have none, and those are carried
+            raise AssertionError(f"{spec.name} has no storage")
+        sources.append(Source(spec.storage, spec.byteorder, first + spec.file))
+        first += len(table.files)
+    return sources
