@@ -440,7 +440,7 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
 @click.argument("sources", nargs=-1, required=True, metavar="A B | DIR", type=click.Path())
 @_options(
     "Two files",
-    _option("--rtol", type=float, metavar="R", help="Equal within R times the value in A.  [0]"),
+    _option("--rtol", type=float, metavar="R", help="Equal within R times A.  [default: 0]"),
     _option("--atol", type=float, metavar="T", help="Equal within T.  [default: 0]"),
 )
 @_options(

@@ -75,6 +75,8 @@ HEADINGS = {
         "Help",
     ],
     "evaluate": ["Data", "Deciding", "Output", "Help"],
+    "inspect": ["Output", "Help"],
+    "diff": ["Two files", "A run", "Output", "Help"],
     "train": ["Training", "Output", "Help"],
     "completion": ["Help"],
 }
