@@ -24,7 +24,6 @@ import numpy as np
 from polyak_cli import __version__, checkpoints, engine, formats, schemes
 from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
-from polyak_cli.formats.chunks import Chunks
 from polyak_cli.matching import Row, match, sources_of
 from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, is_carried, itemsize
 
@@ -427,11 +426,11 @@ def _check_chunks(rows: Sequence[Row], memory: engine.Memory, options: Options) 
     bound = (options.get("max_memory") or MAX_MEMORY) // memory.jobs // 2
     for row in rows:
         for spec in row:
-            if isinstance(spec.storage, Chunks) and spec.storage.chunk_bytes > bound:
+            if spec.storage and spec.storage.held > bound:
                 raise FormatError(
-                    f"tensor '{shown(spec.name)}' is stored in chunks of "
-                    f"{spec.storage.chunk_bytes} bytes, each of which must be held whole; raise "
-                    f"--max-memory above {2 * memory.jobs * spec.storage.chunk_bytes} bytes"
+                    f"tensor '{shown(spec.name)}' is stored in chunks of {spec.storage.held} "
+                    "bytes, each of which must be held whole; raise --max-memory above "
+                    f"{2 * memory.jobs * spec.storage.held} bytes"
                 )
 
 

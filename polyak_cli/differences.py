@@ -125,6 +125,7 @@ def _values(
     tensors = (
         Compared(row[0].name, row[0].size, [s.dtype for s in row], sources_of(tables, row))
         for row in rows
+        if row[0].size
     )
     with np.errstate(invalid="ignore", over="ignore"):
         yield from engine.values(tensors, _files(tables), Memory.within(_MEMORY, 1))

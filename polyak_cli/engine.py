@@ -323,7 +323,7 @@ def values(
     """Yield every slab of every tensor as each checkpoint has it, in float64 and in flat memory.
 
     Args:
-        tensors: of types that `tensors.numbers` knows; empty ones are passed over.
+        tensors: of types that `tensors.numbers` knows, and not empty.
         inputs: the files of all checkpoints.
         memory: bounds the buffers, which are used again: a slab is gone when the next one comes.
 
@@ -332,9 +332,15 @@ def values(
     """
     with _Files(inputs) as files:
         for tensor in tensors:
-            count = max(1, memory.most // (1 + len(tensor.sources)))
-            raw = np.empty(min(tensor.size, count) * 8, np.uint8)
-            buffers = [np.empty(min(tensor.size, count)) for _ in tensor.sources]
+            _check_held(tensor, inputs, memory)
+            count = min(tensor.size, max(1, memory.most // (1 + len(tensor.sources))))
+            # Whole bands of chunks where they fit, or chunks would be decoded again and again.
+            band = max(
+                s.storage.alignment * tensor.size // s.storage.nbytes for s in tensor.sources
+            )
+            count -= count % band if 0 < band < count < tensor.size else 0
+            raw = np.empty(count * 8, np.uint8)
+            buffers = [np.empty(count) for _ in tensor.sources]
             for start in range(0, tensor.size, count):
                 slab = [buffer[: tensor.size - start] for buffer in buffers]
                 for source, dtype, out in zip(tensor.sources, tensor.dtypes, slab, strict=True):
@@ -343,6 +349,17 @@ def values(
                     files.read(source, start * width, piece, tensor.name)
                     numbers(piece, dtype, source.byteorder, out)
                 yield tensor, slab
+
+
+def _check_held(tensor: Compared, inputs: Sequence[File], memory: Memory) -> None:
+    """Refuse what cannot be read within the bound."""
+    for source in tensor.sources:
+        if source.storage.held > memory.most * _FOLD_BYTES:
+            raise FormatError(
+                f"{shown(inputs[source.file].path)}: tensor '{shown(tensor.name)}' is stored in "
+                f"chunks of {source.storage.held} bytes, each of which must be held whole; "
+                f"expected at most {memory.most * _FOLD_BYTES}"
+            )
 
 
 class _Worker:

@@ -20,7 +20,7 @@ from polyak_cli.matching import sources_of
 from polyak_cli.tensors import FLOATS, Table, TensorSpec, is_carried, is_numeric
 
 #: Bound on the buffers.
-_MEMORY = 8 << 20
+_MEMORY = 16 << 20
 
 
 class Statistics(NamedTuple):

@@ -59,6 +59,13 @@ def _by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
             f"{shown(table.path)}: has a tensor '{shown(extra[0])}' that {shown(template.path)} "
             f"has not{_and_more(extra)}. Checkpoints must come from one model{hint}"
         )
+    for ours, theirs in zip(table.order, template.order, strict=False):
+        if ours != theirs:
+            raise MismatchError(
+                f"{shown(table.path)}: has the layer '{shown(ours)}' where {shown(template.path)} "
+                f"has '{shown(theirs)}'; Keras loads layers by their position, so they must be in "
+                f"one order. Checkpoints must come from one model{hint}"
+            )
     return [table.tensors[name] for name in template.tensors]
 
 

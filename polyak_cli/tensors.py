@@ -44,6 +44,10 @@ class Storage(Protocol):
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
 
+    @property
+    def held(self) -> int:
+        """Bytes that must be in memory at once to read any of it; 1 where it is read by offset."""
+
     def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
         """Yield offset and length of each run of the file that `read_into` will read."""
 
@@ -70,6 +74,11 @@ class Extent(NamedTuple):
     @property
     def alignment(self) -> int:
         """Any piece is as good as any other."""
+        return 1
+
+    @property
+    def held(self) -> int:
+        """See `Storage.held`."""
         return 1
 
     def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
@@ -101,6 +110,11 @@ class Inline:
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
         return len(self.data)
+
+    @property
+    def held(self) -> int:
+        """See `Storage.held`."""
+        return 1
 
     def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
         """See `Storage.runs`; the header was read already."""
@@ -217,6 +231,7 @@ class Table:
     config: str  # digest of the model configuration, "" where there is none
     average: bool  # this tool wrote it
     about: Mapping[str, str] = field(default_factory=dict)  # what else it says of itself
+    order: tuple[str, ...] = ()  # of its layers, where loading goes by their position
 
     @property
     def size(self) -> int:
@@ -268,8 +283,9 @@ class Format(Protocol):
             ``tensors`` and ``others``, rows of [name, shape, dtype, byteorder, location, storage,
             digest, file, arrangement] where the last three may be left out; ``optimizer``, names
             among the others; ``config``, ``average``; ``about``, texts that it holds about itself,
-            with ``provenance`` among them, where everything is asked for; and ``files``, [path,
-            identity] each, where there are several.
+            with ``provenance`` among them, where everything is asked for; ``order``, the layers in
+            their order, where loading goes by position; and ``files``, [path, identity] each, where
+            there are several.
 
         Raises:
             FormatError: the file is damaged, hostile or holds no model; names file and tensor.

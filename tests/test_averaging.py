@@ -738,3 +738,21 @@ def test_the_sample_checkpoints_equal_the_naive_average(tmp_path: Path) -> None:
     assert [c.path.name for c in report.plan.checkpoints] == names
     expected = naive_average([folder / name for name in names], report.plan.coefficients)
     assert same_bits(tensors(tmp_path / "final.h5"), expected)
+
+
+def test_one_tensor_under_two_names_is_averaged_under_each(tmp_path: Path) -> None:
+    """Linked in the newest, apart in the older: each name has its own average."""
+    one, other = np.ones(3, np.float32), np.full(3, 5, np.float32)
+    paths = [
+        write_model(tmp_path / "m_1.h5", {"d": {"k": one}, "e": {"k": other}}),
+        write_model(tmp_path / "m_2.h5", {"d": {"k": one}, "e": {"k": one}}),
+    ]
+    with h5py.File(paths[1], "r+") as file:
+        del file["model_weights/e/k"]
+        file["model_weights/e/k"] = file["model_weights/d/k"]
+        file["alias"] = file["model_weights/d/k"]  # HDF5 lists it before the tensor
+    average(paths, tmp_path / "o.h5")
+    with h5py.File(tmp_path / "o.h5") as file:
+        assert file["model_weights/d/k"][:].tolist() == [1, 1, 1]
+        assert file["model_weights/e/k"][:].tolist() == [3, 3, 3]
+        assert file["alias"] == file["model_weights/d/k"]

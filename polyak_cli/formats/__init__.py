@@ -119,6 +119,7 @@ def _table(name: str, file: File, scanned: Mapping[str, Any]) -> Table:
         config=scanned["config"],
         average=scanned["average"],
         about=scanned.get("about", {}),
+        order=tuple(scanned.get("order", ())),
     )
 
 

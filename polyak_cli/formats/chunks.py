@@ -55,8 +55,8 @@ class Chunks:
         return max(1, self.chunk_shape[0] * self._row_bytes)
 
     @property
-    def chunk_bytes(self) -> int:
-        """Bytes of one decoded chunk."""
+    def held(self) -> int:
+        """Bytes of one decoded chunk: filters work on whole chunks only."""
         return math.prod(self.chunk_shape) * self.itemsize
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -77,13 +77,15 @@ class Chunks:
             self._place(chunk[inside], corner, start, buffer)
 
     def _positions(self, start: int, stop: int) -> Iterator[tuple[int, ...]]:
-        """Yield the grid positions of all chunks that hold rows of these bytes."""
-        first, last = start // self._row_bytes, (stop - 1) // self._row_bytes
-        rows = range(first // self.chunk_shape[0], last // self.chunk_shape[0] + 1)
-        rest = [
-            range(-(-n // c)) for n, c in zip(self.shape[1:], self.chunk_shape[1:], strict=True)
-        ]
-        return itertools.product(rows, *rest)
+        """Yield the grid positions of all chunks that may hold some of these bytes."""
+        first = np.unravel_index(start // self.itemsize, self.shape)
+        last = np.unravel_index((stop - 1) // self.itemsize, self.shape)
+        ranges = []
+        within = True  # one index of all axes before
+        for one, other, c, n in zip(first, last, self.chunk_shape, self.shape, strict=True):
+            ranges.append(range(one // c, other // c + 1) if within else range(-(-n // c)))
+            within = within and one == other
+        return itertools.product(*ranges)
 
     def _place(self, chunk: Bytes, corner: list[int], start: int, buffer: Bytes) -> None:
         """Copy what a chunk, shape (..., itemsize), shares with the bytes wanted."""
@@ -115,8 +117,8 @@ class Chunks:
         for k, number in reversed(list(enumerate(self.filters))):
             if not skipped >> k & 1:
                 raw = self._undo(number, raw)
-        if len(raw) != self.chunk_bytes:
-            raise FormatError(f"a chunk decodes to {len(raw)} bytes, not {self.chunk_bytes}")
+        if len(raw) != self.held:
+            raise FormatError(f"a chunk decodes to {len(raw)} bytes, not {self.held}")
         return raw.reshape(*self.chunk_shape, self.itemsize)
 
     def _undo(self, number: int, raw: Bytes) -> Bytes:
@@ -124,9 +126,9 @@ class Chunks:
         if number == FLETCHER32:
             return _checked(raw)
         if number == DEFLATE:
-            return _inflate(raw, self.chunk_bytes + 4)  # a checksum may have been added before
+            return _inflate(raw, self.held + 4)  # a checksum may have been added before
         if number == LZF:
-            return _unpack_lzf(raw, self.chunk_bytes)
+            return _unpack_lzf(raw, self.held)
         body = len(raw) // self.itemsize * self.itemsize
         shuffled = raw[:body].reshape(self.itemsize, -1)
         return np.concatenate([np.ascontiguousarray(shuffled.T).ravel(), raw[body:]])

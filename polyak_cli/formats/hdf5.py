@@ -190,6 +190,7 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
             "config": hashlib.sha256(config).hexdigest() if config else "",
             "average": bool(h5a.exists(root, PROVENANCE)),
             "about": _about(root) if request.everything else {},
+            "order": reader.layers,
         }
 
 
@@ -222,6 +223,7 @@ class _Reader:
     size: int
     alive: Alive
     seen: int = 0
+    layers: list[str] = field(default_factory=list)  # those that have tensors, as Keras loads them
 
     def model(self, home: Any, base: str) -> Iterator[list[Any]]:
         """Yield the model's tensors in the order in which Keras lists them."""
@@ -233,6 +235,8 @@ class _Reader:
             group = _descend(home, layer, base)
             names = _names(group, b"weight_names", f"{base}/{_text(layer)}")
             _refuse_twice(names, "weight", _text(layer))
+            if names:
+                self.layers.append(_text(layer))
             cache: dict[bytes, Any] = {b"": group}
             for name in names:
                 full = f"{_text(layer)}/{_text(name)}"
@@ -587,6 +591,7 @@ def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
             copy.attributes(root, copy.groups[""], "/")
             for path, parent, item in _walk(root, alive, shut):
                 copy.item(path, parent, item)
+            copy.links()
             copy.provenance()
         finally:
             output.close()
@@ -633,23 +638,41 @@ class _Copy:
     request: Layout
     whole: Mapping[str, Sequence[str]]  # group to copy as it is -> what of it is averaged
     groups: dict[str, Any]
-    linked: dict[tuple[int, int], str] = field(default_factory=dict)
+    linked: list[tuple[str, Any, Any]] = field(default_factory=list)  # what has several names
+    places: dict[tuple[int, int], str] = field(default_factory=dict)  # where it is by now
     averaged: dict[str, tuple[int, str, str]] = field(default_factory=dict)
     moved: list[tuple[int, int, int]] = field(default_factory=list)  # from, to, bytes
 
     def item(self, path: str, parent: Any, item: Any) -> None:
         """Copy one object of the template, unless it is dropped."""
-        where, _, last = path.rpartition("/")
         if path == OPTIMIZER and self.request.drop_optimizer:
             return
-        target, name = self.groups[where], _bytes(last)
         info = h5o.get_info(item)
-        if info.rc > 1:  # a hard link to what is there already stays one
-            first = self.linked.setdefault((info.fileno, info.addr), path)
-            if first != path:
-                there, _, its_name = first.rpartition("/")
-                target.links.create_hard(name, self.groups[there], _bytes(its_name))
+        if info.rc > 1 and isinstance(item, h5d.DatasetID):
+            # Two averaged names of one tensor part: an older checkpoint may keep them apart.
+            if path not in self.request.averaged:
+                self.linked.append((path, parent, item))
                 return
+            self.places.setdefault((info.fileno, info.addr), path)
+        self.make(path, parent, item)
+
+    def links(self) -> None:
+        """Copy what has several names, once; its other names are hard links again."""
+        for path, parent, item in self.linked:
+            info = h5o.get_info(item)
+            first = self.places.setdefault((info.fileno, info.addr), path)
+            if first == path:
+                self.make(path, parent, item)
+                continue
+            where, _, last = path.rpartition("/")
+            there, _, its_name = first.rpartition("/")
+            target = self.groups[where]
+            target.links.create_hard(_bytes(last), self.groups[there], _bytes(its_name))
+
+    def make(self, path: str, parent: Any, item: Any) -> None:
+        """Create one object like the template's."""
+        where, _, last = path.rpartition("/")
+        target, name = self.groups[where], _bytes(last)
         if path in self.whole:
             self.copy_whole(path, parent, target, name)
         elif isinstance(item, h5g.GroupID):

@@ -254,6 +254,11 @@ class Deflated:
         """Any piece is as good as any other: what lies between is inflated all the same."""
         return 1
 
+    @property
+    def held(self) -> int:
+        """See `tensors.Storage.held`."""
+        return 1
+
     def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
         """See `tensors.Storage.runs`; where the bytes lie is known only to who reads them."""
         del start, stop

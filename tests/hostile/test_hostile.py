@@ -1,0 +1,175 @@
+"""Whatever a stranger's file holds: an average, or one line that names it; never anything else."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from polyak_cli import average, diff, inspect
+from polyak_cli.errors import MismatchError, PolyakError
+from tests.command import one_line, polyak, tree
+from tests.hostile import cases
+from tests.oracle import naive_average, read_model, write_model
+
+CONFIG = (
+    '{"class_name": "Lambda", "config": {"function": "__import__(\'os\').system(\'touch x\')"}}'
+)
+
+
+def refusal(paths: list[Path], output: Path) -> str:
+    """Return the one line with which averaging is refused; nothing is left."""
+    with pytest.raises(PolyakError) as caught:
+        average(paths, output)
+    message = str(caught.value)
+    assert message.isprintable()  # one line, and nothing that moves a terminal's cursor
+    assert len(message) < 2000
+    assert not output.exists()
+    return message
+
+
+@pytest.mark.parametrize("name", cases.HDF5)
+def test_hdf5(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each case alone, as the older and as the newer of two checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    case = cases.HDF5[name]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for k in (1, 2):
+        case.make(folder / f"m_{k}.h5")
+    paths = [folder / "m_1.h5", folder / "m_2.h5"]
+    before = tree(tmp_path)
+    if case.message:
+        message = refusal(paths, tmp_path / "o.h5")
+        assert re.search(case.message, message), message
+        assert re.search(r"m_[12]\.h5|^tensor '|^nothing to average", message), message
+        assert tree(tmp_path) == before
+    else:
+        average(paths, tmp_path / "o.h5")
+        found, expected = read_model(tmp_path / "o.h5"), naive_average(paths, [0.5, 0.5])
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        # The oracle names what has two names once.
+        assert found.keys() - expected.keys() <= {"model_weights/e/x"}
+
+
+@pytest.mark.parametrize("name", cases.HDF5)
+def test_hdf5_looked_into(tmp_path: Path, name: str) -> None:
+    """`inspect` and `diff` read the same files under the same rules."""
+    case = cases.HDF5[name]
+    path = tmp_path / "m.h5"
+    case.make(path)
+    for message in (
+        looked(lambda: list(inspect([path], statistics=True))),
+        looked(lambda: diff(path, path)),
+    ):
+        assert message == "" or case.message, message
+        assert message == "" or (message.isprintable() and "m.h5" in message), message
+
+
+def looked(look: Callable[[], object]) -> str:
+    """Return the error of looking into a file, if there is one."""
+    try:
+        look()
+    except PolyakError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", cases.NO_FILES)
+def test_what_is_no_file(tmp_path: Path, name: str) -> None:
+    """Pipes, sockets, devices, folders and lost links, in a directory and named by themselves."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    cases.plain(folder / "m_1.h5")
+    cases.NO_FILES[name].make(folder / "m_2.h5")
+    for sources in ([folder], [folder / "m_1.h5", folder / "m_2.h5"]):
+        with pytest.raises(PolyakError, match=rf"(?s)m_2\.h5.*{cases.NO_FILES[name].message}"):
+            average(sources, tmp_path / "o.h5")
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_nothing_is_read_from_the_machine(tmp_path: Path) -> None:
+    """CVE-2026-1669: a tensor said to lie in another file never gives its bytes."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"24 bytes that are secret")
+    for k in (1, 2):
+        write_model(tmp_path / f"m_{k}.h5", {"d": {"k": cases.KERNEL}})
+        with h5py.File(tmp_path / f"m_{k}.h5", "r+") as file:
+            del file["model_weights/d/k"]
+            where = [(str(secret), 0, 24)]
+            file["model_weights/d"].create_dataset("k", (2, 3), "f4", external=where)
+    message = refusal([tmp_path / "m_1.h5", tmp_path / "m_2.h5"], tmp_path / "o.h5")
+    assert "points to another file" in message
+
+
+def test_no_code_of_a_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CVE-2025-9905 and CVE-2025-1550: the configuration is text, which is copied and no more."""
+    monkeypatch.chdir(tmp_path)
+    for k in (1, 2):
+        write_model(tmp_path / f"m_{k}.h5", {"d": {"k": cases.KERNEL}}, config=CONFIG)
+    average([tmp_path / "m_1.h5", tmp_path / "m_2.h5"], tmp_path / "o.h5")
+    list(inspect([tmp_path / "o.h5"], statistics=True))
+    assert diff(tmp_path / "m_1.h5", tmp_path / "o.h5").equal
+    assert sorted(os.listdir(tmp_path)) == ["m_1.h5", "m_2.h5", "o.h5"]
+    with h5py.File(tmp_path / "o.h5") as file:
+        assert file.attrs["model_config"] == CONFIG
+
+
+@pytest.mark.parametrize("name", ["an exabyte that is not there (CVE-2026-0897)", "a soft link"])
+def test_the_command_line_says_so_in_one_line(tmp_path: Path, name: str) -> None:
+    """Exit 3, one line that names the file, no output, no traceback; in flat memory."""
+    cases.HDF5[name].make(tmp_path / "m_1.h5")
+    for command in (["average", "m_1.h5", "-o", "o.h5"], ["inspect", "m_1.h5"]):
+        done = polyak(*command, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert one_line(done.stderr).startswith("m_1.h5: ")
+    assert os.listdir(tmp_path) == ["m_1.h5"]
+
+
+def test_layers_in_another_order_are_refused(tmp_path: Path) -> None:
+    """The same names in another order are another model: Keras loads layers by position."""
+    one, other = {"d": {"k": cases.KERNEL}}, {"e": {"k": cases.KERNEL}}
+    write_model(tmp_path / "m_1.h5", other | one)
+    write_model(tmp_path / "m_2.h5", one | other)
+    with pytest.raises(MismatchError, match=r"m_1.*layer 'e' where .*m_2.h5 has 'd'.*position"):
+        average([tmp_path / "m_1.h5", tmp_path / "m_2.h5"], tmp_path / "o.h5")
+
+
+def test_weights_of_a_layer_may_be_listed_in_another_order(tmp_path: Path) -> None:
+    """Freezing a layer between epochs changes the order of the list, not the names."""
+    one, other = np.ones(3, np.float32), np.zeros(3, np.float32)
+    write_model(tmp_path / "m_1.h5", {"n": {"a": one, "b": other}})
+    write_model(tmp_path / "m_2.h5", {"n": {"b": other, "a": one}})
+    average([tmp_path / "m_1.h5", tmp_path / "m_2.h5"], tmp_path / "o.h5")
+    found = read_model(tmp_path / "o.h5")
+    assert found["model_weights/n/a"].tolist() == [1, 1, 1]
+    assert found["model_weights/n/b"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_truncation_at_any_byte(tmp_path: Path) -> None:
+    """A file that ends anywhere before its end is refused, by name."""
+    cases.plain(tmp_path / "m_2.h5")
+    whole = (tmp_path / "m_2.h5").read_bytes()
+    path = tmp_path / "m_1.h5"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert "m_1.h5" in refusal([path, tmp_path / "m_2.h5"], tmp_path / "o.h5")
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
+    """Permissions are told as they are; root may read everything."""
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    cases.plain(folder / "m_1.h5").chmod(0)
+    with pytest.raises(PolyakError, match=r"m_1\.h5.*Permission denied"):
+        average([folder], tmp_path / "o.h5")
+    assert stat.S_IMODE((folder / "m_1.h5").stat().st_mode) == 0
