@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -216,6 +216,10 @@ class Table:
     optimizer: frozenset[str]  # those of the others that are optimizer state
     config: str  # digest of the model configuration, "" where there is none
     average: bool  # this tool wrote it
+    statistics: frozenset[str] = frozenset()  # BatchNorm's, where their names do not tell
+    slots: Mapping[str, Sequence[str]] = field(default_factory=dict)  # EMA -> of which tensors
+    suffixes: tuple[str, ...] = ()  # what a file like it may be called, if not as its format
+    cautions: Mapping[str, str] = field(default_factory=dict)  # what to tell: see `Format.scan`
 
     @property
     def size(self) -> int:
@@ -267,7 +271,10 @@ class Format(Protocol):
             ``tensors`` and ``others``, rows of [name, shape, dtype, byteorder, location, storage,
             digest, file, arrangement] where the last three may be left out; ``optimizer``, names
             among the others; ``config``, ``average``; and ``files``, [path, identity] each, where
-            there are several.
+            there are several.  Where there are such, ``statistics``, names of BatchNorm's moving
+            statistics; ``slots``, EMA among the optimizer's -> the tensors that it may be of;
+            ``suffixes`` of this very layout; and ``cautions``, what a user should know who stores a
+            dtype, keeps the "optimizer", or wants the "ema" that a file has not.
 
         Raises:
             FormatError: the file is damaged, hostile or holds no model; names file and tensor.
