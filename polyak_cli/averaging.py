@@ -21,7 +21,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
-from polyak_cli import __version__, checkpoints, engine, formats, schemes
+from polyak_cli import __version__, checkpoints, ema, engine, formats, schemes
 from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
 from polyak_cli.matching import Row, match, sources_of
@@ -65,6 +65,7 @@ class Options(TypedDict, total=False):
     include_tensors: Sequence[str]  # globs: average only these
     exclude_tensors: Sequence[str]  # globs: carry these
     match: Literal["name", "order"]  # how tensors are paired; "name"
+    use_ema: bool  # take the EMAs that the optimizer keeps in place of the model's own tensors
     allow_nonfinite: bool  # average NaN and infinity too
     force: bool  # replace an existing output
     hash: bool  # record each input's SHA-256
@@ -218,11 +219,13 @@ def plan(
     scheme, coefficients = _coefficients(selection.positions, options)
     paths = [checkpoint.path for checkpoint in selection.checkpoints]
     memory = _memory(options)
-    tables = tuple(formats.scan(paths, jobs=memory.jobs))
+    use_ema = options.get("use_ema", False)
+    tables = tuple(formats.scan(paths, jobs=memory.jobs, everything=use_ema))
     target = Path(output) if output is not None else None
     if target:
         formats.check_output(target, tables, force=options.get("force", False))
-    rows = match(tables, options.get("match", "name"))
+    taken, without = ema.in_place(tables) if use_ema else (tables, [])
+    rows = match(taken, options.get("match", "name"))
     averaged, carried = _fates(rows, options)
     _check_chunks(rows, memory, options)
     others = tables[-1].others
@@ -236,7 +239,7 @@ def plan(
         carried=(*(row[-1].name for row in carried), *(n for n in others if n not in dropped)),
         dropped=tuple(dropped),
         passed_over=selection.passed_over,
-        notes=(*selection.notes, *_notes(tables, averaged, carried, options)),
+        notes=(*selection.notes, *_notes(tables, averaged, carried, options), *_no_ema(without)),
         bytes_to_read=_bytes_to_read(averaged, carried, coefficients),
         bytes_to_write=_bytes_to_write(tables[-1], averaged, dropped, options),
         memory=_peak() + memory.nbytes,
@@ -411,13 +414,17 @@ def _fates(rows: Sequence[Row], options: Options) -> tuple[list[Row], list[Row]]
 
 def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row]) -> None:
     """Refuse int8 kernels with a float scale: carrying one and averaging the other is neither."""
-    scales = {row[-1].name for row in averaged}
+    names = {row[-1].name for row in averaged}
+    numbered = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2].isdigit()}
     for row in carried:
         spec = row[-1]
-        if spec.dtype in ("int8", "uint8") and f"{spec.name}_scale" in scales:
+        folder, _, last = spec.name.rpartition("/")
+        nameless = last.isdigit() and spec.shape and folder in numbered  # in a weights file
+        if spec.dtype in ("int8", "uint8") and (nameless or f"{spec.name}_scale" in names):
             raise MismatchError(
                 f"tensor '{shown(spec.name)}' is quantised ({spec.dtype} with a scale); average "
-                "the checkpoints before quantisation"
+                "the checkpoints before quantisation, or carry all of its layer with "
+                "--exclude-tensors"
             )
 
 
@@ -461,7 +468,8 @@ def _notes(
         notes.append(
             "the model configuration is not the same in all checkpoints; the newest one's is kept"
         )
-    statistics = [row[-1].name for row in averaged if _leaf(row[-1].name) in _STATISTICS]
+    names = [row[-1].name for row in averaged]
+    statistics = [n for n in names if _leaf(n) in _STATISTICS or n in tables[-1].statistics]
     if statistics:
         notes.append(
             f"{len(statistics)} BatchNorm moving statistics are averaged ("
@@ -470,17 +478,20 @@ def _notes(
             "the average scores below its checkpoints"
         )
     stored = {_dtype(row[-1], options) for row in averaged}
-    if "bfloat16" in stored:
-        notes.append(
-            "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it opens"
-        )
     if not _drops(options) and tables[-1].optimizer:
-        notes.append(
-            "optimizer state is the newest checkpoint's: Keras cannot fit() on from an .h5 model "
-            "with optimizer state, and its momentum does not belong to averaged values"
-        )
+        stored.add("optimizer")
+    notes += [text for key, text in tables[-1].cautions.items() if key in stored]
     strings = [row[-1].name for row in carried if len({spec.digest for spec in row}) > 1]
     return notes + [_differs(name) for name in strings]
+
+
+def _no_ema(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        f"{len(names)} float tensors have no EMA in the optimizer's state, as what is not trained; "
+        f"their own values are averaged ({_some(names)})"
+    ]
 
 
 def _leaf(name: str) -> str:
@@ -551,6 +562,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
             "dtype": options.get("dtype"),
             "optimizer": options.get("optimizer", "drop"),
             "match": options.get("match", "name"),
+            "use_ema": options.get("use_ema", False),
             "include_tensors": list(options.get("include_tensors", ())),
             "exclude_tensors": list(options.get("exclude_tensors", ())),
             "allow_nonfinite": options.get("allow_nonfinite", False),

@@ -201,10 +201,14 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 #: content tells later.  The first that fits counts.
 _KINDS_OF_FILE = {
     ".weights.h5": ".weights.h5",
+    ".weights.json": ".weights.json",
     ".h5": ".h5",
     ".hdf5": ".h5",
     ".npz": ".npz",
 }
+
+#: One of the files that a sharded save of Keras consists of, beside the .weights.json.
+_SHARD = re.compile(r"(.+)_[0-9]{5,}\.weights\.h5")
 
 #: Parts of a name, between dots, by which programs mark a file that they have not finished.
 _UNFINISHED = _each("tmp temp part partial incomplete unfinished crdownload download swp swo lock")
@@ -308,7 +312,7 @@ def _sifted(
             unmatched.pop(pattern, None)
         reason = f"--exclude '{shown(matching[0])}'" if matching else None
         if reason is None and listed:
-            reason = _no_checkpoint(path)
+            reason = _no_checkpoint(path) or _part(path)
         if reason is None:
             kept.append(path)
         else:
@@ -330,6 +334,13 @@ def _no_checkpoint(path: Path) -> str | None:
     if not _kind(path):
         return "a directory" if path.is_dir() else "not named like a checkpoint"
     return None
+
+
+def _part(path: Path) -> str | None:
+    """Return of what a file is one part, by its name and what lies beside it, or None."""
+    match = _SHARD.fullmatch(path.name)
+    whole = path.with_name(f"{match[1]}.weights.json") if match else None
+    return f"a part of {shown(whole.name)}" if whole and whole.is_file() else None
 
 
 def _kind(path: Path) -> str:
@@ -436,7 +447,7 @@ _SETTINGS = _each(
     "lr wd rate dropout alpha beta gamma momentum decay tau temp temperature width eps ema"
 )
 
-_SUFFIX = re.compile(r"\.(?:h5|hdf5|he5|hd5)$", re.IGNORECASE)
+_SUFFIX = re.compile(r"\.(?:h5|hdf5|he5|hd5|json)$", re.IGNORECASE)
 
 # A minus is a sign only where it cannot be the dash between two fields: after "=", or after another
 # dash and before a decimal.  An exponent has a sign, as Python writes it: in "0.25e12" it is epoch

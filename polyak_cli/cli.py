@@ -241,6 +241,11 @@ AVERAGING = _options(
         help="How tensors are paired; 'order' for layers that Keras numbered anew.",
     ),
     _option(
+        "--use-ema",
+        is_flag=True,
+        help="Take the EMA that Keras keeps in the optimizer's state (use_ema=True).",
+    ),
+    _option(
         "--allow-nonfinite",
         is_flag=True,
         help="Average NaN and infinity too, instead of refusing them.",

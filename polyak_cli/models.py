@@ -137,12 +137,13 @@ def _described_hdf5(paths: Sequence[Path]) -> Iterator[_Description]:
     from polyak_cli import formats
 
     tables = formats.scan(paths, jobs=4)
-    for path, table, texts in zip(paths, tables, formats.descriptions(paths), strict=True):
+    for table in tables:
         if not table.config:
             raise FormatError(
-                f"{shown(path)}: holds weights only, no architecture; expected a whole model: "
-                "save it with model.save()"
+                f"{shown(table.path)}: holds weights only, no architecture; expected a whole "
+                "model: save it with model.save()"
             )
+    for path, texts in zip(paths, formats.descriptions(paths), strict=True):
         if path.suffix not in formats.module("hdf5").SUFFIXES:
             raise FormatError(
                 f"{shown(path)}: is an HDF5 file, which Keras opens only by the suffix .h5 or "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -232,6 +232,10 @@ class Table:
     average: bool  # this tool wrote it
     about: Mapping[str, str] = field(default_factory=dict)  # what else it says of itself
     order: tuple[str, ...] = ()  # of its layers, where loading goes by their position
+    statistics: frozenset[str] = frozenset()  # BatchNorm's, where their names do not tell
+    slots: Mapping[str, Sequence[str]] = field(default_factory=dict)  # EMA -> of which tensors
+    suffixes: tuple[str, ...] = ()  # what a file like it may be called, if not as its format
+    cautions: Mapping[str, str] = field(default_factory=dict)  # what to tell: see `Format.scan`
 
     @property
     def size(self) -> int:
@@ -282,10 +286,13 @@ class Format(Protocol):
         Returns:
             ``tensors`` and ``others``, rows of [name, shape, dtype, byteorder, location, storage,
             digest, file, arrangement] where the last three may be left out; ``optimizer``, names
-            among the others; ``config``, ``average``; ``about``, texts that it holds about itself,
+            among the others; ``config``, ``average``; and ``files``, [path, identity] each, where
+            there are several.  Where there are such, ``about``, texts that it holds about itself,
             with ``provenance`` among them, where everything is asked for; ``order``, the layers in
-            their order, where loading goes by position; and ``files``, [path, identity] each, where
-            there are several.
+            their order, where loading goes by position; ``statistics``, names of BatchNorm's moving
+            statistics; ``slots``, EMA among the optimizer's -> the tensors that it may be of;
+            ``suffixes`` of this very layout; and ``cautions``, what a user should know who stores a
+            dtype, keeps the "optimizer", or wants the "ema" that a file has not.
 
         Raises:
             FormatError: the file is damaged, hostile or holds no model; names file and tensor.

@@ -367,12 +367,12 @@ def test_a_file_that_is_still_written(tmp_path: Path) -> None:
     assert list(scan(path).tensors) == ["d/k"]
 
 
-def test_a_weights_file_is_told_from_a_model(tmp_path: Path) -> None:
-    """Keras 3's .weights.h5 has another layout, and the message says which file is wanted."""
+def test_an_empty_weights_file_is_told_from_a_model(tmp_path: Path) -> None:
+    """Keras 3's .weights.h5 has another layout, and the message says that nothing is in it."""
     path = tmp_path / "m.weights.h5"
     with h5py.File(path, "w") as file:
         file.create_group("layers/dense/vars")
-    with pytest.raises(FormatError, match=r"is a Keras weights file"):
+    with pytest.raises(FormatError, match=r"is a Keras weights file that holds no tensor"):
         scan(path)
 
 

@@ -39,7 +39,7 @@ def module(name: str) -> Format:
     return cast(Format, importlib.import_module(f"polyak_cli.formats.{name}"))
 
 
-def scan(paths: Sequence[Path], *, jobs: int = 1) -> list[Table]:
+def scan(paths: Sequence[Path], *, jobs: int = 1, everything: bool = False) -> list[Table]:
     """Return the table of tensors of each checkpoint, in order.
 
     A checkpoint that differs from the template in its tensors' values only shares its table.
@@ -47,6 +47,7 @@ def scan(paths: Sequence[Path], *, jobs: int = 1) -> list[Table]:
     Args:
         paths: the checkpoints; the last one is the template, of which everything is listed.
         jobs: children that scan at a time.
+        everything: list what is not the model's own of the other checkpoints too.
 
     Raises:
         FormatError: a file is foreign, damaged, hostile, or still being written.
@@ -61,11 +62,12 @@ def scan(paths: Sequence[Path], *, jobs: int = 1) -> list[Table]:
     (template,) = _scanned(name, files[-1:], 1, everything=True)
     twins = [is_twin(template, file) for file in files[:-1]]
     others = [file for file, twin in zip(files, twins, strict=False) if not twin]
-    scanned = iter(_scanned(name, others, jobs, everything=False))
-    return [
+    scanned = iter(_scanned(name, others, jobs, everything=everything))
+    older = [
         replace(template, path=Path(file.path), files=(file,)) if twin else next(scanned)
-        for file, twin in zip(files, [*twins, True], strict=True)
+        for file, twin in zip(files, twins, strict=False)
     ]
+    return [*older, template]
 
 
 def _common_format(paths: Sequence[Path]) -> str:
@@ -109,10 +111,11 @@ def _table(name: str, file: File, scanned: Mapping[str, Any]) -> Table:
     tensors = {row[0]: _spec(*row) for row in scanned["tensors"]}
     if len(tensors) < len(scanned["tensors"]):
         raise FormatError(f"{shown(file.path)}: two of its tensors have the same name")
+    files = [File(path, Identity(*identity)) for path, identity in scanned.get("files", ())]
     return Table(
         path=Path(file.path),
         format=name,
-        files=(file,),
+        files=tuple(files) or (file,),
         tensors=tensors,
         others={row[0]: _spec(*row) for row in scanned["others"]},
         optimizer=frozenset(scanned["optimizer"]),
@@ -120,6 +123,10 @@ def _table(name: str, file: File, scanned: Mapping[str, Any]) -> Table:
         average=scanned["average"],
         about=scanned.get("about", {}),
         order=tuple(scanned.get("order", ())),
+        statistics=frozenset(scanned.get("statistics", ())),
+        slots=scanned.get("slots", {}),
+        suffixes=tuple(scanned.get("suffixes", ())),
+        cautions=scanned.get("cautions", {}),
     )
 
 
@@ -267,10 +274,11 @@ def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
     if output.is_dir():
         raise OutputError(f"{name}: is a folder; name the file to write in it")
     form = module(tables[-1].format)
-    if not output.name.endswith(form.SUFFIXES):
+    suffixes = tables[-1].suffixes or form.SUFFIXES
+    if not output.name.endswith(suffixes):
         raise OutputError(
             f"{name}: the checkpoints are {form.NAME}, which is opened only as "
-            f"{' or '.join(form.SUFFIXES)}; give the output that suffix"
+            f"{' or '.join(suffixes)}; give the output that suffix"
         )
     folder = output.resolve().parent
     if not folder.is_dir():

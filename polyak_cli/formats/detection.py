@@ -12,6 +12,8 @@ from pathlib import Path
 
 #: Bytes of a zip archive's end in which its list of members is looked for.
 _TAIL = 1 << 20
+#: Bytes of a JSON file in which it must say what it lists.
+_HEAD = 1 << 16
 _LISTED = b"PK\x01\x02"
 
 
@@ -35,6 +37,10 @@ def _file(descriptor: int, size: int) -> str:
     head = os.pread(descriptor, 16, 0)
     if head.startswith(b"PK\x03\x04"):
         return _archive(descriptor, size)
+    if head.lstrip().startswith(b"{"):
+        listed = os.pread(descriptor, _HEAD, 0)
+        if b'"weight_map"' in listed and b'.weights.h5"' in listed:
+            return "weights_json"
     return "hdf5"
 
 

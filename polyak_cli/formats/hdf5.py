@@ -1,8 +1,9 @@
 """HDF5 files that Keras writes: scanned into a table of tensors, and laid out anew for an output.
 
-Reads whole-model `.h5` of every Keras generation and legacy weights-only `.h5`.  Walks by the names
-that Keras wrote and through hard links only, and never reads a tensor's values: those are `pread`
-by the engine.  Executes nothing of the model configuration.  Runs in a child of `sandbox`.
+Reads whole-model `.h5` of every Keras generation, legacy weights-only `.h5`, and `.weights.h5`.
+Walks by the names that Keras wrote and through hard links only, and never reads a tensor's values:
+those are `pread` by the engine.  Executes nothing of the model configuration.  Runs in a child of
+`sandbox`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.errors import FormatError, OutputError, PolyakError, shown
+from polyak_cli.formats import keras_names
 from polyak_cli.formats.chunks import UNDONE
 from polyak_cli.tensors import (
     FLOATS,
@@ -42,10 +44,25 @@ from h5py import h5, h5a, h5d, h5f, h5g, h5l, h5o, h5p, h5s, h5t
 NAME = "Keras HDF5"
 #: What Keras opens as HDF5; it goes by the suffix, and it is case-sensitive.
 SUFFIXES = (".h5", ".hdf5")
+WEIGHTS_SUFFIX = ".weights.h5"
 CHECKED = False
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 PROVENANCE = b"polyak_provenance"
 OPTIMIZER = "/optimizer_weights"
+#: By this attribute Keras 3 knows bfloat16 in a weights file, where it stands as two bare bytes.
+DTYPE = b"dtype"
+WHOLE_CAUTIONS = {
+    "bfloat16": "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it "
+    "opens",
+    "optimizer": "optimizer state is the newest checkpoint's: Keras cannot fit() on from an .h5 "
+    "model with optimizer state, and its momentum does not belong to averaged values",
+}
+WEIGHTS_CAUTIONS = {
+    "optimizer": "optimizer state is the newest checkpoint's: its momentum does not belong to "
+    "averaged values",
+    "ema": "a weights file numbers the optimizer's variables without saying which are EMA slots "
+    "and of what; save whole models with model.save('....h5')",
+}
 #: What users would call the content, by its first bytes.
 FOREIGN = {
     b"PK\x03\x04": "a zip archive (.keras, .pt or .npz)",
@@ -91,14 +108,22 @@ def _opened(path: str) -> Iterator[tuple[Any, int]]:
         FormatError: named by path, for everything that a damaged file makes libhdf5 say.
     """
     size = _look(path)
-    try:
+    with _explained(path, size):
         file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY)
-        yield h5o.open(file, b"/"), size
-    except FormatError as error:
-        raise FormatError(f"{shown(path)}: {error}") from None
+        try:
+            yield h5o.open(file, b"/"), size
+        except FormatError as error:
+            raise FormatError(f"{shown(path)}: {error}") from None
+
+
+@contextlib.contextmanager
+def _explained(path: str, size: int) -> Iterator[None]:
+    """Say what h5py's errors mean to the user."""
+    try:
+        yield
     except Exception as error:
         # h5py raises half a dozen types for a damaged file; what comes from elsewhere is a bug.
-        if not _from_h5py(error):
+        if isinstance(error, PolyakError) or not _from_h5py(error):
             raise
         full = re.search(_NO_ROOM, str(error))
         if full:
@@ -180,17 +205,25 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
     with _opened(request.path) as (root, size):
         reader = _Reader(size, alive)
         home = _model_group(root)
+        if home is None:
+            found = _weights(root, reader, request.everything)
+            if not found["tensors"]:
+                raise FormatError(_no_model(root))
+            return weights_table(found)
         tensors = list(reader.model(home, "/" if home is root else "/model_weights"))
         others = list(reader.others(root, tensors)) if request.everything else []
+        state = [row[0] for row in others if row[0].startswith(f"{OPTIMIZER}/")]
         config = _attribute_text(root, b"model_config")
         return {
             "tensors": tensors,
             "others": others,
-            "optimizer": [row[0] for row in others if row[0].startswith(f"{OPTIMIZER}/")],
+            "optimizer": state,
             "config": hashlib.sha256(config).hexdigest() if config else "",
             "average": bool(h5a.exists(root, PROVENANCE)),
             "about": _about(root) if request.everything else {},
             "order": reader.layers,
+            "slots": keras_names.slots(reader.variables, state),
+            "cautions": WHOLE_CAUTIONS,
         }
 
 
@@ -202,18 +235,63 @@ def _about(root: Any) -> dict[str, str]:
 
 
 def _model_group(root: Any) -> Any:
-    """Return the group that lists the layers, or say what the file holds instead."""
+    """Return the group that lists the layers, or None for a weights file, which has no lists."""
     if h5a.exists(root, b"layer_names") or h5a.exists(root, b"layer_names0"):
         return root  # legacy weights-only: the same layout one level up
-    names = _links(root)
-    if b"model_weights" in names:
+    if b"model_weights" in _links(root):
         return _child(root, b"model_weights", "/")
-    if b"layers" in names or b"_layer_checkpoint_dependencies" in names:
-        raise FormatError(
-            "is a Keras weights file (.weights.h5); expected a whole model: save with model.save()"
-        )
+    return None
+
+
+def _no_model(root: Any) -> str:
+    names = _links(root)
+    if {b"vars", b"layers", b"_layer_checkpoint_dependencies"} & {*names}:
+        return "is a Keras weights file that holds no tensor of a model"
     held = ", ".join(shown(_text(name), 40) for name in names[:5]) or "nothing"
-    raise FormatError(f"holds no Keras model: expected the group 'model_weights', found {held}")
+    return f"holds no Keras model: expected the group 'model_weights', found {held}"
+
+
+def weights(path: str, alive: Alive, *, everything: bool) -> dict[str, Any]:
+    """Read a weights file, or a part of one; `weights_table` makes a table of it.
+
+    Raises:
+        FormatError: the file is damaged or hostile; names file and tensor.
+    """
+    with _opened(path) as (root, size):
+        return _weights(root, _Reader(size, alive), everything)
+
+
+def _weights(root: Any, reader: _Reader, everything: bool) -> dict[str, Any]:
+    tensors = list(reader.weights(root))
+    return {
+        "tensors": tensors,
+        "others": list(reader.others(root, tensors)) if everything else [],
+        "labels": reader.labels,
+        "average": bool(h5a.exists(root, PROVENANCE)),
+    }
+
+
+def weights_table(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table of a weights file, as `scan` does, from what `weights` found."""
+    rows = {row[4]: row for row in found["tensors"]}
+    aside = keras_names.optimizers({place: (row[2], row[1]) for place, row in rows.items()})
+    groups = tuple(f"{group}/" for group in aside)
+    own = sorted((p for p in rows if not p.startswith(groups)), key=keras_names.in_order)
+    others = found["others"] + [
+        [place, *row[1:]] for place, row in rows.items() if place.startswith(groups)
+    ]
+    optimizer = ("/optimizer/", *groups)
+    moving = keras_names.statistics(own, found["labels"])
+    return {
+        "tensors": [rows[place] for place in own],
+        "others": others,
+        "optimizer": [row[0] for row in others if row[0].startswith(optimizer)],
+        "config": "",
+        "average": found["average"],
+        "statistics": [rows[place][0] for place in moving],
+        "suffixes": [WEIGHTS_SUFFIX],
+        "cautions": WEIGHTS_CAUTIONS,
+    }
 
 
 @dataclass(slots=True)
@@ -224,6 +302,8 @@ class _Reader:
     alive: Alive
     seen: int = 0
     layers: list[str] = field(default_factory=list)  # those that have tensors, as Keras loads them
+    variables: dict[str, str] = field(default_factory=dict)  # of a model: tensor -> variable's path
+    labels: dict[str, str] = field(default_factory=dict)  # of weights: group -> layer's name
 
     def model(self, home: Any, base: str) -> Iterator[list[Any]]:
         """Yield the model's tensors in the order in which Keras lists them."""
@@ -240,7 +320,19 @@ class _Reader:
             cache: dict[bytes, Any] = {b"": group}
             for name in names:
                 full = f"{_text(layer)}/{_text(name)}"
+                self.variables[full] = _text(name)
                 yield self.row(_resolve(cache, name, full), full, f"{base.rstrip('/')}/{full}")
+
+    def weights(self, root: Any) -> Iterator[list[Any]]:
+        """Yield the tensors of a weights file, which lists none of them."""
+        for path, _, item in _walk(root, self.alive, keras_names.ASIDE):
+            if isinstance(item, h5d.DatasetID) and keras_names.is_variable(path):
+                row = self.row(item, path.removeprefix("/"), path)
+                if row[2] == "bfloat16" and _attribute_text(item, DTYPE) not in (b"", b"bfloat16"):
+                    row[2] = "opaque"
+                yield row
+            elif isinstance(item, h5g.GroupID) and path.endswith("/vars"):
+                self.labels[path] = _attribute_text(item, b"name").decode(errors="replace")
 
     def others(self, root: Any, tensors: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
         """Yield every dataset that is not the model's: optimizer state and whatever else."""
@@ -577,26 +669,33 @@ def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
     Attributes, groups, configuration and carried tensors are copied.  The file is built anew, not
     copied and edited: HDF5 leaves what is deleted as dead space.
     """
+    (template,) = request.template.files
+    return merge(request, [template.path], alive)
+
+
+def merge(request: Layout, paths: Sequence[str], alive: Alive) -> dict[str, Any]:
+    """Lay out one file like several that share a tree: the parts of a weights file."""
     access = h5p.create(h5p.FILE_ACCESS)
     access.set_fclose_degree(h5f.CLOSE_STRONG)  # with everything still open in it
     # What Keras writes through h5py; HDF5 2.0 would start from a newer version by itself.
     access.set_libver_bounds(h5f.LIBVER_EARLIEST, h5f.LIBVER_LATEST)
-    (template,) = request.template.files
-    whole = _whole_groups(request.template, request.averaged)
-    shut = {*whole, OPTIMIZER} if request.drop_optimizer else {*whole}
-    with _opened(template.path) as (root, _):
+    moved = {}
+    with _explained(paths[-1], 0):
         output = h5f.create(os.fsencode(request.output), h5f.ACC_TRUNC, fapl=access)
         try:
-            copy = _Copy(request, whole, {"": h5o.open(output, b"/")})
-            copy.attributes(root, copy.groups[""], "/")
-            for path, parent, item in _walk(root, alive, shut):
-                copy.item(path, parent, item)
-            copy.links()
+            copy = _Copy(request, {"": h5o.open(output, b"/")})
+            if len(paths) == 1:
+                copy.whole = _whole_groups(request.template, request.averaged)
+            for path in paths:
+                with _opened(path) as (root, _):
+                    copy.tree(root, alive)
+                moved[path], copy.moved = copy.moved, []
             copy.provenance()
         finally:
             output.close()
-        _move(template.path, request.output, copy.moved, alive)
-        return {"places": copy.averaged}
+    for path, runs in moved.items():
+        _move(path, request.output, runs, alive)
+    return {"places": copy.averaged}
 
 
 def check(path: str, alive: Alive) -> None:
@@ -621,7 +720,8 @@ def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[s
     large = set()
     for spec in table.tensors.values():
         parts = spec.location.split("/")
-        group = "/".join(parts[: 3 if parts[1] == "model_weights" else 2])
+        depth = 3 if parts[1] == "model_weights" else 2
+        group = "/".join(parts[: -1 if _is_weights(table) else depth])
         held = groups.setdefault(group, [])
         plain = isinstance(spec.storage, Extent) and spec.nbytes <= _SMALL
         if not plain or averaged.get(spec.location, spec.dtype) != spec.dtype:
@@ -631,21 +731,51 @@ def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[s
     return {group: held for group, held in groups.items() if group not in large}
 
 
+def _is_weights(table: Table) -> bool:
+    return table.suffixes == (WEIGHTS_SUFFIX,)
+
+
+def _optimizers(table: Table) -> set[str]:
+    """Return the groups that hold the optimizer's state."""
+    if not _is_weights(table):
+        return {OPTIMIZER}
+    return {"/optimizer", *(keras_names.optimizer_of(name) for name in table.optimizer)}
+
+
 @dataclass(slots=True)
 class _Copy:
     """The output that grows while the template's tree is walked."""
 
     request: Layout
-    whole: Mapping[str, Sequence[str]]  # group to copy as it is -> what of it is averaged
     groups: dict[str, Any]
     linked: list[tuple[str, Any, Any]] = field(default_factory=list)  # what has several names
     places: dict[tuple[int, int], str] = field(default_factory=dict)  # where it is by now
+    dropped: Collection[str] = ()
+    whole: Mapping[str, Sequence[str]] = field(default_factory=dict)  # see `_whole_groups`
     averaged: dict[str, tuple[int, str, str]] = field(default_factory=dict)
     moved: list[tuple[int, int, int]] = field(default_factory=list)  # from, to, bytes
 
+    def __post_init__(self) -> None:
+        if self.request.drop_optimizer:
+            self.dropped = _optimizers(self.request.template)
+
+    def tree(self, root: Any, alive: Alive) -> None:
+        """Copy a template, or one part of it."""
+        self.linked.clear()
+        self.places.clear()
+        self.attributes(root, self.groups[""], "/")
+        for path, parent, item in _walk(root, alive, {*self.whole, *self.dropped}):
+            self.item(path, parent, item)
+        self.links()
+
     def item(self, path: str, parent: Any, item: Any) -> None:
         """Copy one object of the template, unless it is dropped."""
-        if path == OPTIMIZER and self.request.drop_optimizer:
+        if path in self.dropped:
+            return
+        if path in self.groups:  # an earlier part has it too
+            if not isinstance(item, h5g.GroupID):
+                raise FormatError(f"tensor {_quoted(path)} is a group in another part")
+            self.attributes(item, self.groups[path], path)
             return
         info = h5o.get_info(item)
         if info.rc > 1 and isinstance(item, h5d.DatasetID):
@@ -727,6 +857,8 @@ class _Copy:
         properties.set_obj_track_times(False)
         made = h5d.create(target, name, datatype, space, properties)
         self.attributes(source, made, path)
+        if wanted and wanted != dtype and _is_weights(self.request.template):
+            _say_dtype(made, wanted)
         return made, byteorder
 
     def attributes(self, source: Any, target: Any, path: str) -> None:
@@ -735,15 +867,29 @@ class _Copy:
             attribute = h5a.open(source, index=k)
             if attribute.name == PROVENANCE and path == "/":
                 continue  # the template was an average itself; this one has its own
+            if h5a.exists(target, attribute.name):
+                continue  # of an earlier part
             _copy_attribute(attribute, target, path)
 
     def provenance(self) -> None:
         """Write down where the average comes from."""
-        datatype = h5t.TypeID.copy(h5t.C_S1)
-        datatype.set_size(h5t.VARIABLE)
-        datatype.set_cset(h5t.CSET_UTF8)
-        made = h5a.create(self.groups[""], PROVENANCE, datatype, h5s.create(h5s.SCALAR))
-        made.write(np.array(self.request.provenance.encode(), dtype=h5py.string_dtype()))
+        _write_text(self.groups[""], PROVENANCE, self.request.provenance)
+
+
+def _say_dtype(dataset: Any, dtype: str) -> None:
+    """Have Keras know a type that changed to or from bfloat16."""
+    if h5a.exists(dataset, DTYPE):
+        h5a.delete(dataset, DTYPE)
+    if dtype == "bfloat16":
+        _write_text(dataset, DTYPE, dtype)
+
+
+def _write_text(target: Any, key: bytes, text: str) -> None:
+    datatype = h5t.TypeID.copy(h5t.C_S1)
+    datatype.set_size(h5t.VARIABLE)
+    datatype.set_cset(h5t.CSET_UTF8)
+    made = h5a.create(target, key, datatype, h5s.create(h5s.SCALAR))
+    made.write(np.array(text.encode(), dtype=h5py.string_dtype()))
 
 
 def _is_large(item: Any, path: str) -> bool:

@@ -1,0 +1,74 @@
+"""The EMA that an optimizer keeps of a model's tensors, to be taken in their place.
+
+Keras keeps it in the optimizer's state (``use_ema=True``).  A tensor that is not trained has none,
+such as BatchNorm's statistics, and stays what it is.  Reads nothing but tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from polyak_cli.errors import MismatchError, shown
+from polyak_cli.tensors import FLOATS, Table, TensorSpec
+
+
+def in_place(tables: Sequence[Table]) -> tuple[list[Table], list[str]]:
+    """Return the tables with EMAs in place of tensors, and the names of those that have none.
+
+    Args:
+        tables: of all checkpoints, with what is not the model's own; the last is the template.
+
+    Raises:
+        MismatchError: a checkpoint has no EMA, or not of the tensors of which the template has, or
+            one of which it cannot be told whose it is; names file and tensor.
+    """
+    found: dict[int, Mapping[str, TensorSpec]] = {}
+    for table in tables:
+        if id(table.tensors) not in found:  # twins share their tensors
+            found[id(table.tensors)] = _ema(table)
+    wanted = found[id(tables[-1].tensors)]
+    for table in tables:
+        differing = sorted(found[id(table.tensors)].keys() ^ wanted.keys())
+        if differing:
+            raise MismatchError(
+                f"{shown(table.path)} and {shown(tables[-1].path)}: only one of them has an EMA of "
+                f"tensor '{shown(differing[0])}'; average checkpoints of one run"
+            )
+    merged = {id(t.tensors): {**t.tensors, **found[id(t.tensors)]} for t in tables}
+    template = tables[-1].tensors.values()
+    without = [s.name for s in template if s.dtype in FLOATS and s.name not in wanted]
+    return [replace(table, tensors=merged[id(table.tensors)]) for table in tables], without
+
+
+def _ema(table: Table) -> dict[str, TensorSpec]:
+    """Return the EMA of each tensor that has one, described as the tensor is."""
+    if not table.slots:
+        why = table.cautions.get("ema", "the run was not trained with use_ema=True and saved whole")
+        raise MismatchError(f"{shown(table.path)}: has no EMA slots that could be taken: {why}")
+    found: dict[str, TensorSpec] = {}
+    for slot, tensors in table.slots.items():
+        if len(tensors) != 1 or tensors[0] in found:
+            whose = f"{len(tensors)} tensors" if len(tensors) != 1 else "a tensor that has another"
+            raise MismatchError(
+                f"{shown(table.path)}: the EMA slot '{shown(slot)}' fits {whose}; expected exactly "
+                "one slot of one tensor, told by its name"
+            )
+        found[tensors[0]] = _described(table, table.others[slot], table.tensors[tensors[0]])
+    return found
+
+
+def _described(table: Table, slot: TensorSpec, tensor: TensorSpec) -> TensorSpec:
+    """Return the tensor with the slot's values; its place in an output stays its own."""
+    if (slot.shape, slot.dtype) != (tensor.shape, tensor.dtype):
+        raise MismatchError(
+            f"{shown(table.path)}: the EMA slot '{shown(slot.name)}' has shape {slot.shape} and "
+            f"dtype {slot.dtype}, but tensor '{shown(tensor.name)}' has {tensor.shape} and "
+            f"{tensor.dtype}"
+        )
+    if slot.storage is None or slot.storage.nbytes != tensor.nbytes:
+        raise MismatchError(
+            f"{shown(table.path)}: the EMA slot '{shown(slot.name)}' was never written or is not "
+            "stored in one piece, as Keras does"
+        )
+    return replace(tensor, storage=slot.storage, byteorder=slot.byteorder, file=slot.file)

@@ -1,0 +1,105 @@
+"""What the names in Keras's weights files mean: the tensors in them have numbers only.
+
+Keras 3 stores the variables of each layer as ``.../vars/0``, ``1``, ... in a tree of class or
+attribute names.  Reads no file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+#: Groups at the top that hold no tensors of the model; metrics are those of tf_keras.
+ASIDE = frozenset({"/optimizer", "/metrics"})
+#: A layer's class or attribute that is a BatchNorm by its name, such as sync_batch_normalization_1.
+_BATCH_NORM = re.compile(r"(.*_)?(bn|batch_?norm(alization)?)(_?\d+)*", re.IGNORECASE)
+_OPTIMIZER = re.compile(r"(?:.*/)?[^/]*optimizer(?:_\d+)?(?=/)", re.IGNORECASE)
+_EMA = "_average"
+_OLDER_EMA = re.compile(r"/optimizer_weights/[^/]+/average/(.*)")
+
+
+def in_order(path: str) -> list[tuple[int, str]]:
+    """Return what sorts paths as a reader counts: dense_2 before dense_10, 2 before 10."""
+    return [
+        (int(digits), "") if digits else (-1, text)
+        for part in path.split("/")
+        for text, digits in [*re.findall(r"([^0-9]+)|([0-9]{1,18})", part), ("", "")]
+    ]
+
+
+def is_aside(path: str) -> bool:
+    """Tell whether a path lies in a group that holds no tensors of the model."""
+    return path.startswith(tuple(f"{group}/" for group in ASIDE))
+
+
+def is_variable(path: str) -> bool:
+    """Tell whether a dataset is one of the model's tensors, by where it lies."""
+    return "vars" in path.split("/")[1:-1] and not is_aside(path)
+
+
+def optimizers(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> set[str]:
+    """Return the groups that hold optimizers which a model has as its own attributes.
+
+    Each of Keras's optimizers saves the number of its iteration first, an integer scalar.
+
+    Args:
+        tensors: location -> dtype and shape.
+    """
+    groups = {match[0] for path in tensors if (match := _OPTIMIZER.match(path))}
+    first = {group: tensors.get(f"{group}/vars/0", ("", ())) for group in groups}
+    return {g for g, (dtype, shape) in first.items() if dtype.startswith("int") and not shape}
+
+
+def optimizer_of(location: str) -> str:
+    """Return the group of the optimizer to which a tensor belongs."""
+    match = _OPTIMIZER.match(location)
+    return match[0] if match else ""
+
+
+def statistics(locations: Iterable[str], labels: Mapping[str, str]) -> list[str]:
+    """Return the moving statistics of BatchNorm layers among tensors.
+
+    A layer saves gamma and beta, where it has them, before mean and variance; renorm has more of
+    them behind.  A layer that is known by an attribute's name is told by its label alone.
+
+    Args:
+        locations: of the tensors.
+        labels: group of variables -> the name of its layer, which only newer files have.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for location in locations:
+        groups[location.rpartition("/")[0]].append(location)
+    found = []
+    for group, held in groups.items():
+        layer = group.removesuffix("/vars").rpartition("/")[2]
+        if any(_BATCH_NORM.fullmatch(name) for name in (layer, labels.get(group, ""))):
+            held.sort(key=in_order)
+            found += held[-2:] if len(held) < 5 else held[2:]
+    return found
+
+
+def slots(paths: Mapping[str, str], state: Iterable[str]) -> dict[str, list[str]]:
+    """Return where an optimizer keeps an EMA, and of which tensors that may be.
+
+    Keras calls the slot of ``sequential/dense/kernel`` ``sgd/sequential_dense_kernel_average``, and
+    tf_keras that of ``dense/kernel:0`` ``SGD/average/dense/kernel:0``.
+
+    Args:
+        paths: tensor -> the path of its variable.
+        state: names of the optimizer's tensors.
+    """
+    flat: dict[str, list[str]] = defaultdict(list)
+    for tensor, path in paths.items():
+        flat[_flat(path)].append(tensor)
+    found = {}
+    for slot in state:
+        older = _OLDER_EMA.fullmatch(slot)
+        name = f"{_flat(older[1])}{_EMA}" if older else _flat(slot.rpartition("/")[2])
+        if name.endswith(_EMA):
+            found[slot] = flat.get(name.removesuffix(_EMA), [])
+    return found
+
+
+def _flat(path: str) -> str:
+    return re.sub(r":\d+$", "", path).replace("/", "_")

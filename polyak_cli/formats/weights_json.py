@@ -1,0 +1,136 @@
+"""Keras 3's sharded weights: `x.weights.json` and the `x_00000.weights.h5` ... that it names.
+
+Keras writes them by ``save_weights("x.weights.json", max_shard_size=...)``; a group of variables
+may begin in one shard and end in the next.  The output is a single `.weights.h5`, which Keras opens
+just as well and in which nothing is lost.  Knows the JSON; the shards are those of `hdf5`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.formats import hdf5, keras_names
+from polyak_cli.formats.zips import WHOLE
+from polyak_cli.tensors import Alive, Identity, Layout, Scan
+
+NAME = "sharded Keras weights"
+SUFFIXES = (hdf5.WEIGHTS_SUFFIX,)
+CHECKED = False
+
+
+def scan(request: Scan, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.scan`."""
+    index = Path(request.path)
+    files = [[request.path, list(Identity.of(index.stat()))]]
+    found: dict[str, Any] = {"tensors": [], "others": [], "labels": {}, "average": False}
+    for shard, groups in _shards(index).items():
+        path = index.parent / shard
+        files.append([str(path), list(_identity(index, path))])
+        part = hdf5.weights(str(path), alive, everything=request.everything)
+        for rows in (part["tensors"], part["others"]):
+            for row in rows:
+                row[7:] = [len(files) - 1]
+        found["tensors"] += part["tensors"]
+        found["others"] += part["others"]
+        found["labels"] |= {k: label for k, label in part["labels"].items() if label}
+        _check_groups(part, groups, path, request.everything)
+    _check_once(found["tensors"], index)
+    return hdf5.weights_table(found) | {"files": files}
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+    """Return the shards that the JSON names, each with the groups that it should hold."""
+    shards: dict[str, list[str]] = {}
+    for group, names in _weight_map(index):
+        for name in names:
+            if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+                raise FormatError(
+                    f"{shown(index)}: names the shard '{shown(name)}'; expected the bare name of a "
+                    "file beside it"
+                )
+            shards.setdefault(name, []).append(group)
+    return shards
+
+
+def _weight_map(index: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each group and the shards in which it lies."""
+    try:
+        with open(index, "rb") as file:
+            content = file.read(WHOLE + 1)
+        if len(content) > WHOLE:
+            raise FormatError(f"{shown(index)}: is larger than {WHOLE} bytes; expected a short map")
+        weight_map = json.loads(content)["weight_map"]
+    except OSError as error:
+        raise FormatError(f"{shown(index)}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        weight_map = None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{shown(index)}: is damaged: expected JSON with a weight_map of shards")
+    for group, names in weight_map.items():
+        listed = names if isinstance(names, list) else [names]
+        if not listed or not all(isinstance(name, str) for name in listed):
+            raise FormatError(
+                f"{shown(index)}: the weight_map of '{shown(group)}' is not the name of a shard, "
+                "nor a list of such"
+            )
+        yield group, listed
+
+
+def _identity(index: Path, shard: Path) -> Identity:
+    """Return which file a shard is; a link may lead to one that was not meant."""
+    try:
+        status = os.lstat(shard)
+    except OSError as error:
+        raise FormatError(
+            f"{shown(index)}: its shard {shown(shard.name)} cannot be read: {error.strerror}"
+        ) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(
+            f"{shown(index)}: its shard {shown(shard.name)} is a link or no regular file"
+        )
+    return Identity.of(status)
+
+
+def _check_groups(part: Mapping[str, Any], groups: list[str], path: Path, everything: bool) -> None:
+    """Refuse a shard that lacks what the JSON says of it: another save may have replaced it."""
+    held = {row[4].rpartition("/")[0] for row in (*part["tensors"], *part["others"])}
+    for group in groups:
+        if group not in held and (everything or not keras_names.is_aside(group)):
+            raise FormatError(
+                f"{shown(path)}: has no tensor in '{shown(group)}', where its .json says there is; "
+                "it is of another save"
+            )
+
+
+def _check_once(rows: list[list[Any]], index: Path) -> None:
+    """Refuse a tensor that two shards hold."""
+    seen: set[str] = set()
+    for row in rows:
+        if row[0] in seen:
+            raise FormatError(f"{shown(index)}: two of its shards hold tensor '{shown(row[0])}'")
+        seen.add(row[0])
+
+
+def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.lay_out`."""
+    return hdf5.merge(request, [file.path for file in request.template.files[1:]], alive)
+
+
+def check(path: str, alive: Alive) -> None:
+    """See `tensors.Format.check`; what Keras writes has no checksums."""
+
+
+def seal(output: str, laid_out: Mapping[str, Any]) -> None:
+    """See `tensors.Format.seal`; nothing is left to do."""
+
+
+def is_average(path: str, alive: Alive) -> bool:
+    """Tell whether this tool wrote the file: its output is a single file, never such."""
+    del path, alive
+    return False
