@@ -43,52 +43,100 @@ _STATISTICS = {
 
 
 class Options(TypedDict, total=False):
-    """What `plan` and `average` may be told; every key may be left out."""
+    """What `plan` and `average` may be told; every key may be left out.
 
-    last: int | None  # only the newest so many; an error when there are fewer
-    from_epoch: int | None  # the first epoch that counts
-    to_epoch: int | None  # the last epoch that counts
-    every: int  # every so many-th, counted back from the newest; 1
-    exclude: Sequence[str]  # globs of file names that are not checkpoints
-    best: int | None  # only the best so many by ``monitor``
-    monitor: str | None  # the metric; "val_loss" with ``best``
-    mode: str | None  # "min" or "max"; told by the metric's name
-    log: Source | None  # a Keras CSVLogger file with the metric
-    epoch_pattern: str | None  # a regular expression that finds the epoch in a name
-    scheme: str | None  # "equal" (the default), "linear", "exp", "ema", "power"
-    alpha: float | None  # of exp
-    decay: float | None  # of ema
-    sigma: float | None  # of power
-    coefficients: Sequence[float] | None  # in place of a scheme, oldest first
-    dtype: str | None  # stored float type, one of `tensors.FLOATS`; as in the template
-    optimizer: Literal["drop", "newest"]  # what becomes of the optimizer's state; "drop"
-    include_tensors: Sequence[str]  # globs: average only these
-    exclude_tensors: Sequence[str]  # globs: carry these
-    match: Literal["name", "order"]  # how tensors are paired; "name"
-    use_ema: bool  # take the EMAs that the optimizer keeps in place of the model's own tensors
-    allow_nonfinite: bool  # average NaN and infinity too
-    force: bool  # replace an existing output
-    hash: bool  # record each input's SHA-256
-    max_memory: int | None  # bytes for buffers; `MAX_MEMORY`
-    jobs: int | None  # processes that fold; as many as there are processors, at most 8
+    Attributes:
+        last: only the newest so many; an error when there are fewer.
+        from_epoch: the first epoch that counts.
+        to_epoch: the last epoch that counts.
+        every: every so many-th, counted back from the newest; 1.
+        exclude: globs of file names that are not checkpoints.
+        best: only the best so many by ``monitor``.
+        monitor: the metric; "val_loss" with ``best``.
+        mode: "min" or "max"; told by the metric's name.
+        log: a Keras CSVLogger file with the metric.
+        epoch_pattern: a regular expression that finds the epoch in a name.
+        scheme: "equal" (the default), "linear", "exp", "ema", "power".
+        alpha: of exp.
+        decay: of ema.
+        sigma: of power.
+        coefficients: in place of a scheme, oldest first.
+        dtype: stored float type, one of `tensors.FLOATS`; as in the template.
+        optimizer: what becomes of the optimizer's state; "drop".
+        include_tensors: globs: average only these.
+        exclude_tensors: globs: carry these.
+        match: how tensors are paired; "name".
+        use_ema: take the EMAs that the optimizer keeps in place of the model's own tensors.
+        allow_nonfinite: average NaN and infinity too.
+        force: replace an existing output.
+        hash: record each input's SHA-256.
+        max_memory: bytes for buffers; `MAX_MEMORY`.
+        jobs: processes that fold; as many as there are processors, at most 8.
+    """
+
+    last: int | None
+    from_epoch: int | None
+    to_epoch: int | None
+    every: int
+    exclude: Sequence[str]
+    best: int | None
+    monitor: str | None
+    mode: str | None
+    log: Source | None
+    epoch_pattern: str | None
+    scheme: str | None
+    alpha: float | None
+    decay: float | None
+    sigma: float | None
+    coefficients: Sequence[float] | None
+    dtype: str | None
+    optimizer: Literal["drop", "newest"]
+    include_tensors: Sequence[str]
+    exclude_tensors: Sequence[str]
+    match: Literal["name", "order"]
+    use_ema: bool
+    allow_nonfinite: bool
+    force: bool
+    hash: bool
+    max_memory: int | None
+    jobs: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will do, decided from headers alone."""
+    """What a run will do, decided from headers alone.
+
+    Attributes:
+        output: the file to write, if one was named.
+        checkpoints: oldest first; the last one is the template.
+        scheme: its name; "custom" for coefficients of one's own.
+        parameters: of the scheme, such as alpha.
+        coefficients: one a checkpoint, sum 1.
+        carried: names of the tensors that are the template's.
+        dropped: names of what is left out.
+        passed_over: what in a directory was not taken for a checkpoint, and why.
+        notes: what a user should know before the run.
+        bytes_to_read: of tensors, in all checkpoints that count.
+        bytes_to_write: about the size of the output.
+        memory: bytes, what the process has now and the buffers.
+        options: as they were given.
+        tables: of the checkpoints.
+        averaged_rows: the tensors to average as each checkpoint has them.
+        carried_rows: those to carry.
+    """
 
     output: Path | None
-    checkpoints: tuple[Checkpoint, ...]  # oldest first; the last one is the template
+    checkpoints: tuple[Checkpoint, ...]
     scheme: str
     parameters: Mapping[str, float]
-    coefficients: tuple[float, ...]  # of the checkpoints, sum 1
+    coefficients: tuple[float, ...]
     carried: tuple[str, ...]
     dropped: tuple[str, ...]
     passed_over: tuple[PassedOver, ...]
     notes: tuple[str, ...]
     bytes_to_read: int
     bytes_to_write: int
-    memory: int  # bytes: what the process has now and the buffers
+    memory: int
     options: Options
     tables: tuple[Table, ...] = field(repr=False)
     averaged_rows: tuple[Row, ...] = field(repr=False)
@@ -145,16 +193,27 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a run did."""
+    """What a run did.
+
+    Attributes:
+        output: the file that was written.
+        plan: what was to be done.
+        bytes_read: of tensors; checksums that a format keeps are computed besides.
+        bytes_written: the size of the output.
+        seconds: wall clock, from the first byte to the renamed output.
+        peak_memory: bytes, of the largest process.
+        shares: of the workers' time: "reading", "folding", "writing"; sum 1.
+        notes: the plan's, and what only the bytes could tell.
+    """
 
     output: Path
     plan: Plan
     bytes_read: int
-    bytes_written: int  # size of the output
-    seconds: float  # wall clock, from the first byte to the renamed output
-    peak_memory: int  # bytes, of the largest process
-    shares: Mapping[str, float]  # of the workers' time: reading, folding, writing
-    notes: tuple[str, ...]  # the plan's, and what only the bytes could tell
+    bytes_written: int
+    seconds: float
+    peak_memory: int
+    shares: Mapping[str, float]
+    notes: tuple[str, ...]
 
     @property
     def speed(self) -> float:
@@ -183,6 +242,9 @@ def average(
     **options: Unpack[Options],
 ) -> Report:
     """Average checkpoints into one model file: ``run(plan(...))``.
+
+    Averaging the iterates of stochastic gradient descent: Polyak and Juditsky, "Acceleration of
+    stochastic approximation by averaging", 1992; in the form of the schemes of `schemes`.
 
     Args:
         sources: directories, globs or files.
@@ -226,8 +288,8 @@ def plan(
         formats.check_output(target, tables, force=options.get("force", False))
     taken, without = ema.in_place(tables) if use_ema else (tables, [])
     rows = match(taken, options.get("match", "name"))
-    averaged, carried = _fates(rows, options)
-    _check_chunks(rows, memory, options)
+    averaged, carried = _fates(rows, options, shown(tables[-1].path))
+    _check_chunks(tables, rows, memory, options)
     others = tables[-1].others
     dropped = [n for n in others if n in tables[-1].optimizer] if _drops(options) else []
     made = Plan(
@@ -312,9 +374,9 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     work = engine.Fold(inputs, room.files, matrix, options.get("allow_nonfinite", False))
     totals = engine.fold(tensors, work, _memory(options), progress)
     room.seal()
-    differing = _differing(plan, inputs)
+    compared, differing = _differing(plan, inputs, progress)
     engine.unchanged(inputs)
-    return totals, differing
+    return totals.plus(compared), differing
 
 
 # --- deciding -------------------------------------------------------------------------------------
@@ -326,6 +388,15 @@ def _check_options(options: Options) -> None:
     Raises:
         UsageError: names the option and what it takes.
     """
+    unknown = options.keys() - Options.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}; see Options")
+    for key in ("exclude", "include_tensors", "exclude_tensors"):
+        if isinstance(options.get(key), str):  # a sequence too: of its letters
+            raise UsageError(f"{key} is one text; expected a list of globs")
+    for key in ("last", "from_epoch", "to_epoch", "every", "best", "jobs", "max_memory"):
+        if not isinstance(options.get(key), (int, np.integer, type(None))):
+            raise UsageError(f"{key} is {options.get(key)!r}; expected a whole number")
     choices = {
         "dtype": (None, *FLOATS),
         "optimizer": ("drop", "newest"),
@@ -378,7 +449,7 @@ def _dtype(spec: TensorSpec, options: Options) -> str:
     return options.get("dtype") or spec.dtype
 
 
-def _fates(rows: Sequence[Row], options: Options) -> tuple[list[Row], list[Row]]:
+def _fates(rows: Sequence[Row], options: Options, where: str) -> tuple[list[Row], list[Row]]:
     """Divide the model's tensors into those to average and those to carry.
 
     Raises:
@@ -401,18 +472,20 @@ def _fates(rows: Sequence[Row], options: Options) -> tuple[list[Row], list[Row]]
             averaged.append(row)
         elif wanted and not is_carried(dtype):
             raise MismatchError(
-                f"tensor '{shown(name)}' is of type {dtype}, which is not averaged; expected "
-                f"{', '.join(FLOATS)}. Use --exclude-tensors to carry it from the newest"
+                f"{where}: tensor '{shown(name)}' is of type {dtype}, which is not averaged; "
+                f"expected {', '.join(FLOATS)}. Use --exclude-tensors to carry it from the newest"
             )
         else:
             carried.append(row)
-    _refuse_quantised(averaged, carried)
+    _refuse_quantised(averaged, carried, where)
     if not averaged:
-        raise MismatchError("nothing to average: no float tensor is left to be averaged")
+        raise MismatchError(
+            f"{where}: nothing to average; expected a float tensor that no option leaves out"
+        )
     return averaged, carried
 
 
-def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row]) -> None:
+def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row], where: str) -> None:
     """Refuse int8 kernels with a float scale: carrying one and averaging the other is neither."""
     names = {row[-1].name for row in averaged}
     numbered = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2].isdigit()}
@@ -422,22 +495,24 @@ def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row]) -> None:
         nameless = last.isdigit() and spec.shape and folder in numbered  # in a weights file
         if spec.dtype in ("int8", "uint8") and (nameless or f"{spec.name}_scale" in names):
             raise MismatchError(
-                f"tensor '{shown(spec.name)}' is quantised ({spec.dtype} with a scale); average "
-                "the checkpoints before quantisation, or carry all of its layer with "
+                f"{where}: tensor '{shown(spec.name)}' is quantised ({spec.dtype} with a scale); "
+                "average the checkpoints before quantisation, or carry all of its layer with "
                 "--exclude-tensors"
             )
 
 
-def _check_chunks(rows: Sequence[Row], memory: engine.Memory, options: Options) -> None:
+def _check_chunks(
+    tables: Sequence[Table], rows: Sequence[Row], memory: engine.Memory, options: Options
+) -> None:
     """Refuse chunks that do not fit: HDF5's filters work on whole chunks only."""
     bound = (options.get("max_memory") or MAX_MEMORY) // memory.jobs // 2
     for row in rows:
-        for spec in row:
+        for table, spec in zip(tables, row, strict=True):
             if spec.storage and spec.storage.held > bound:
                 raise FormatError(
-                    f"tensor '{shown(spec.name)}' is stored in chunks of {spec.storage.held} "
-                    "bytes, each of which must be held whole; raise --max-memory above "
-                    f"{2 * memory.jobs * spec.storage.held} bytes"
+                    f"{shown(table.path)}: tensor '{shown(spec.name)}' is stored in chunks of "
+                    f"{spec.storage.held} bytes, each of which must be held whole; raise "
+                    f"--max-memory above {2 * memory.jobs * spec.storage.held} bytes"
                 )
 
 
@@ -512,10 +587,13 @@ def _compared(row: Row) -> bool:
     return row[-1].dtype not in FLOATS and all(spec.storage is not None for spec in row)
 
 
-def _differing(plan: Plan, inputs: Sequence[File]) -> list[str]:
+def _differing(
+    plan: Plan, inputs: Sequence[File], progress: Progress
+) -> tuple[engine.Totals, list[str]]:
+    """Compare what is carried and should be the same everywhere."""
     rows = [(r[-1].name, sources_of(plan.tables, r)) for r in plan.carried_rows if _compared(r)]
-    found = engine.differing(rows, inputs, _memory(plan.options))
-    return [_differs(name) for name, _ in rows if name in found]
+    found, totals = engine.differing(rows, inputs, _memory(plan.options), progress)
+    return totals, [_differs(name) for name, _ in rows if name in found]
 
 
 def _bytes_to_read(

@@ -105,7 +105,7 @@ def _paired(tables: Sequence[Table]) -> tuple[list[Row], list[str]]:
         elif a.storage and b.storage:
             others.append((a, b))
     pairs = [(row[0].name, sources_of(tables, row)) for row in others]
-    unequal = engine.differing(pairs, _files(tables), Memory.within(_MEMORY, 1))
+    unequal, _ = engine.differing(pairs, _files(tables), Memory.within(_MEMORY, 1))
     apart += [f"'{shown(name)}' is not the same" for name in unequal]
     return rows, sorted(apart)
 

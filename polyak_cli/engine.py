@@ -286,26 +286,41 @@ def _received(child: Child, selector: selectors.BaseSelector) -> Iterator[Totals
 
 
 def differing(
-    tensors: Iterable[tuple[str, Sequence[Source]]], inputs: Sequence[File], memory: Memory
-) -> set[str]:
-    """Return the names of those tensors whose bytes are not the same in all checkpoints."""
+    tensors: Iterable[tuple[str, Sequence[Source]]],
+    inputs: Sequence[File],
+    memory: Memory,
+    progress: Progress = lambda _: None,
+) -> tuple[set[str], Totals]:
+    """Return the names of tensors whose bytes are not the same everywhere, and what that took."""
     step = memory.piece * 8
+    found = set()
+    clock = _Clock()
     with _Files(inputs) as files:
-        return {name for name, sources in tensors if not _same(sources, files, step, name)}
+        for name, sources in tensors:
+            for read, same in _compared(sources, files, step, name):
+                clock.read(read)
+                progress(read)
+                if not same:
+                    found.add(name)
+                    break
+    return found, clock.totals()
 
 
-def _same(sources: Sequence[Source], files: _Files, step: int, name: str) -> bool:
+def _compared(
+    sources: Sequence[Source], files: _Files, step: int, name: str
+) -> Iterator[tuple[int, bool]]:
+    """Yield the bytes of each piece read, and whether it is the same as the first source's."""
     nbytes = sources[0].storage.nbytes
     if any(source.storage.nbytes != nbytes for source in sources):
-        return False
+        yield 0, False
+        return
     for start in range(0, nbytes, step):
         first, other = (np.empty(min(step, nbytes - start), np.uint8) for _ in range(2))
         files.read(sources[0], start, first, name)
+        yield len(first), True
         for source in sources[1:]:
             files.read(source, start, other, name)
-            if not np.array_equal(first, other):
-                return False
-    return True
+            yield len(other), np.array_equal(first, other)
 
 
 class Compared(NamedTuple):

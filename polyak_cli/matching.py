@@ -80,6 +80,12 @@ def _by_order(table: Table, template: Table, hint: str) -> list[TensorSpec]:
             f"{shown(table.path)}: has {len(column)} tensors, but {shown(template.path)} has "
             f"{len(template.tensors)}. Checkpoints must come from one model{hint}"
         )
+    moved = next((a for a, b in zip(table.tensors, template.tensors, strict=True) if a != b), None)
+    if moved and table.tensors.keys() == template.tensors.keys():
+        raise MismatchError(
+            f"{shown(table.path)}: has the very names of {shown(template.path)} in another order, "
+            f"from '{shown(moved)}' on; pair them by name, without --match order"
+        )
     for ours, theirs in zip(table.tensors, template.tensors, strict=True):
         if _plain(ours).rpartition("/")[2] != _plain(theirs).rpartition("/")[2]:
             raise MismatchError(

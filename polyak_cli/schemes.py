@@ -133,7 +133,10 @@ def effective_number(coefficients: Sequence[float]) -> float:
     """Return how many equally counted checkpoints would average noise as well: 1 / sum(c^2).
 
     Args:
-        coefficients: normalised, in any order.
+        coefficients: normalised, in any order, not none at all.
+
+    Raises:
+        ZeroDivisionError: there are none, or all are zero.
     """
     return 1.0 / math.fsum(c * c for c in coefficients)
 

@@ -532,7 +532,8 @@ def test_the_report_tells_what_was_done(tmp_path: Path) -> None:
     write_run(tmp_path)
     told: list[int] = []
     report = average(tmp_path, tmp_path / "o.h5", progress=told.append)
-    assert sum(told) == report.bytes_read == 4 * 4 * (33 * 17 + 17 + 17 * 5 + 1)
+    averaged, compared = 4 * (33 * 17 + 17 + 17 * 5 + 1), 8 + 5 * 4 + 2
+    assert sum(told) == report.bytes_read == 4 * (averaged + compared)
     assert report.bytes_written == (tmp_path / "o.h5").stat().st_size
     assert report.seconds > 0
     assert report.speed == report.bytes_read / report.seconds
@@ -756,3 +757,43 @@ def test_one_tensor_under_two_names_is_averaged_under_each(tmp_path: Path) -> No
         assert file["model_weights/d/k"][:].tolist() == [1, 1, 1]
         assert file["model_weights/e/k"][:].tolist() == [3, 3, 3]
         assert file["alias"] == file["model_weights/d/k"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scheem": "exp"}, TypeError, "there is no option scheem"),
+        ({"include_tensors": "*kernel"}, UsageError, "is one text; expected a list of globs"),
+        ({"exclude": "a*"}, UsageError, "is one text"),
+        ({"max_memory": "64MB"}, UsageError, "max_memory is '64MB'; expected a whole number"),
+        ({"last": "2"}, UsageError, "last is '2'; expected a whole number"),
+    ],
+)
+def test_options_of_a_wrong_name_or_type_are_refused(
+    tmp_path: Path, options: Any, error: type[Exception], message: str
+) -> None:
+    """A misspelt option is a bug of the caller's; nothing is read as what it is not."""
+    write_run(tmp_path, 2)
+    with pytest.raises(error, match=message):
+        plan(tmp_path, **options)
+
+
+def test_what_is_only_compared_is_read_too(tmp_path: Path) -> None:
+    """Plan, progress and report count carried tensors, whose difference is looked for."""
+    layers: Any = {"d": {"k": np.ones(7, np.float32), "n": np.arange(100_000)}}
+    paths = [write_model(tmp_path / f"m_{k}.h5", layers) for k in range(3)]
+    seen: list[int] = []
+    report = average(paths, tmp_path / "o.h5", progress=seen.append)
+    assert report.plan.bytes_to_read == 3 * (7 * 4 + 100_000 * 8)
+    assert report.bytes_read == sum(seen) == report.plan.bytes_to_read
+
+
+def test_match_order_does_not_part_what_has_one_name(tmp_path: Path) -> None:
+    """Names that are all there in another order are paired by name, or not at all."""
+    one, other = {"a": {"k": np.ones(3)}}, {"b": {"k": np.ones(3)}}
+    paths = [
+        write_model(tmp_path / "m_1.h5", one | other),
+        write_model(tmp_path / "m_2.h5", other | one),
+    ]
+    with pytest.raises(MismatchError, match=r"m_1.*very names of .*m_2.* order, from 'a/k' on"):
+        average(paths, tmp_path / "o.h5", match="order")
