@@ -35,11 +35,13 @@ Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest fir
 MAX_MEMORY = 32 << 20
 #: What carries over from the newest checkpoint: types for which an average means nothing.
 _CARRIED = re.compile(r"u?int(8|16|32|64)|bool|enum|string|bitfield|opaque")
-#: BatchNorm's statistics, and what tf_keras's renorm adds to them.
+#: BatchNorm's statistics, as Keras, tf_keras's renorm and PyTorch call them.
 _STATISTICS = {
     "moving_mean",
     "moving_variance",
     "moving_stddev",
+    "running_mean",
+    "running_var",
     "renorm_mean",
     "renorm_stddev",
 }
@@ -227,9 +229,10 @@ def plan(
         formats.check_output(target, tables, force=options.get("force", False))
     rows = _match(tables, options.get("match", "name"))
     averaged, carried = _fates(rows, options)
+    _check_types(tables[-1], averaged, options)
     _check_chunks(rows, memory, options)
     others = tables[-1].others
-    dropped = [n for n in others if n in tables[-1].optimizer] if _drops(options) else []
+    dropped = [n for n in others if n in tables[-1].optimizer] if _drops(tables, options) else []
     made = Plan(
         output=target,
         checkpoints=selection.checkpoints,
@@ -294,7 +297,7 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
         plan.tables[-1],
         hidden,
         averaged={row[-1].location: _dtype(row[-1], options) for row in plan.averaged_rows},
-        drop_optimizer=_drops(options),
+        drop_optimizer=_drops(plan.tables, options),
         provenance=json.dumps(_provenance(plan), separators=(",", ":")),
     )
     tensors = (
@@ -370,8 +373,8 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _drops(options: Options) -> bool:
-    return options.get("optimizer", "drop") == "drop"
+def _drops(tables: Sequence[Table], options: Options) -> bool:
+    return options.get("optimizer", "drop") == "drop" and not tables[-1].fixed
 
 
 def _dtype(spec: TensorSpec, options: Options) -> str:
@@ -527,6 +530,17 @@ def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row]) -> None:
             )
 
 
+def _check_types(template: Table, averaged: Sequence[Row], options: Options) -> None:
+    """Refuse another type where the files cannot have it."""
+    for spec in (row[-1] for row in averaged if template.fixed):
+        if _dtype(spec, options) != spec.dtype:
+            raise UsageError(
+                f"--dtype {options.get('dtype')}: {shown(template.path)} keeps the types it has, "
+                f"and tensor '{shown(spec.name)}' is {spec.dtype}; leave --dtype out and convert "
+                "the output"
+            )
+
+
 def _check_chunks(rows: Sequence[Row], memory: engine.Memory, options: Options) -> None:
     """Refuse chunks that do not fit: HDF5's filters work on whole chunks only."""
     bound = (options.get("max_memory") or MAX_MEMORY) // memory.jobs // 2
@@ -576,11 +590,16 @@ def _notes(
             "the average scores below its checkpoints"
         )
     stored = {_dtype(row[-1], options) for row in averaged}
-    if "bfloat16" in stored:
+    if "bfloat16" in stored and tables[-1].format == "hdf5":
         notes.append(
             "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it opens"
         )
-    if not _drops(options) and tables[-1].optimizer:
+    if tables[-1].fixed and tables[-1].optimizer:
+        notes.append(
+            "optimizer state is the newest checkpoint's: such a file keeps it even where it is to "
+            "be dropped, and it does not belong to averaged values"
+        )
+    elif not _drops(tables, options) and tables[-1].optimizer:
         notes.append(
             "optimizer state is the newest checkpoint's: Keras cannot fit() on from an .h5 model "
             "with optimizer state, and its momentum does not belong to averaged values"
@@ -590,7 +609,7 @@ def _notes(
 
 
 def _leaf(name: str) -> str:
-    return name.rpartition("/")[2].partition(":")[0]
+    return re.split(r"[/.]", name)[-1].partition(":")[0]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -603,8 +622,13 @@ def _differs(name: str) -> str:
 
 
 def _compared(row: Row) -> bool:
-    """Tell whether a carried tensor should be the same everywhere: not where it was asked for."""
-    return row[-1].dtype not in FLOATS and all(spec.storage is not None for spec in row)
+    """Tell whether a carried tensor should be the same everywhere.
+
+    Not where it was asked for, and PyTorch's BatchNorm counts its batches.
+    """
+    spec = row[-1]
+    counts = spec.dtype in FLOATS or _leaf(spec.name) == "num_batches_tracked"
+    return not counts and all(spec.storage is not None for spec in row)
 
 
 def _differing(plan: Plan, inputs: Sequence[File]) -> list[str]:
@@ -655,7 +679,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
         "parameters": dict(plan.parameters),
         "options": {
             "dtype": options.get("dtype"),
-            "optimizer": options.get("optimizer", "drop"),
+            "optimizer": "drop" if _drops(plan.tables, options) else "newest",
             "match": options.get("match", "name"),
             "include_tensors": list(options.get("include_tensors", ())),
             "exclude_tensors": list(options.get("exclude_tensors", ())),

@@ -204,6 +204,10 @@ _KINDS_OF_FILE = {
     ".h5": ".h5",
     ".hdf5": ".h5",
     ".npz": ".npz",
+    ".pt": ".pt",
+    ".pth": ".pth",
+    ".bin": ".bin",
+    ".ckpt": ".ckpt",
 }
 
 #: Parts of a name, between dots, by which programs mark a file that they have not finished.

@@ -118,6 +118,7 @@ def _table(name: str, file: File, scanned: Mapping[str, Any]) -> Table:
         optimizer=frozenset(scanned["optimizer"]),
         config=scanned["config"],
         average=scanned["average"],
+        fixed=scanned.get("fixed", False),
     )
 
 

@@ -374,13 +374,14 @@ def seal(path: str, state: Sequence[Any]) -> None:
             for name, header, stored, nbytes, method, crc, offset in listed:
                 found = crc
                 if crc is None:
-                    found = _crc(file.fileno(), offset, nbytes)
+                    found = checksum(file.fileno(), offset, nbytes)
                     os.pwrite(file.fileno(), struct.pack("<L", found), header + 14)
                 archive.filelist.append(_info(name, header, stored, nbytes, method, found))
             archive.comment = bytes.fromhex(comment)
 
 
-def _crc(descriptor: int, offset: int, nbytes: int) -> int:
+def checksum(descriptor: int, offset: int, nbytes: int) -> int:
+    """Return the checksum of bytes of a file as zip archives have it."""
     crc = 0
     buffer = np.empty(min(_STEP, nbytes), np.uint8)
     for done in range(0, nbytes, _STEP):
