@@ -8,7 +8,8 @@ stands.  Python's own unpickler has no part in this: `pickletools` only cuts the
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
@@ -133,19 +134,33 @@ def read(content: bytes, alive: Alive) -> Any:
         FormatError: it is damaged, too large, or names what no state dict needs.
     """
     machine = _Machine()
-    try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+    with warnings.catch_warnings():
+        # `pickletools` warns of texts whose escapes are none: those are refused below.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for count, (opcode, argument) in enumerate(_opcodes(content)):
             if count % _STEP == 0:
                 alive()
                 if count >= MOST:
                     raise FormatError(f"its pickle has more than {MOST} opcodes")
-            action = _ACTIONS.get(opcode.name)
+            action = _ACTIONS.get(opcode)
             if action is None:
-                _damaged(f"it has the opcode {opcode.name}, which torch.save does not write")
+                _damaged(f"it has the opcode {opcode}, which torch.save does not write")
             action(machine, argument)
+    return machine.pop()
+
+
+def _opcodes(content: bytes) -> Iterator[tuple[str, Any]]:
+    """Yield each opcode's name and argument."""
+    try:
+        for opcode, argument, place in pickletools.genops(content):
+            if opcode.name in ("GLOBAL", "INST"):
+                # `pickletools` undoes escapes in names, which no unpickler does.
+                written = str(argument).replace(" ", "\n", 1).encode() + b"\n"
+                if not content.startswith(written, (place or 0) + 1):
+                    _damaged(f"programs read the name '{shown(argument)}' differently")
+            yield opcode.name, argument
     except ValueError as error:  # what `genops` says of bytes that are no opcode
         _damaged(shown(error))
-    return machine.pop()
 
 
 def _damaged(what: str) -> Never:

@@ -33,7 +33,7 @@ CHECKED = True
 PROVENANCE = "polyak_provenance"
 #: What programs keep beside a model in one file: of the run, not of the model.
 _OPTIMIZER = re.compile(
-    r"(\w+_)?(optim(izer)?s?|(lr_?)?schedulers?|scaler|amp)(_states?)?(_dicts?)?"
+    r"(\w+_)?(opt(im(izer)?)?s?|(lr_?)?sched(uler)?s?|scaler|amp)(_?[A-Z0-9])?(_states?)?(_dicts?)?"
 )
 _OF_THE_RUN = {"callbacks", "loops"}  # PyTorch Lightning's
 _MAXIMUM_DEPTH = 64
