@@ -291,6 +291,31 @@ def test_archives_that_torch_save_did_not_write_are_refused(tmp_path: Path) -> N
         average([tmp_path / "m.pt"], tmp_path / "o.pt")
 
 
+@pytest.mark.parametrize("moved", [1, 10**9])
+def test_members_before_the_file_are_refused(tmp_path: Path, moved: int) -> None:
+    """An end record that moves the list of members moves them to where no file is."""
+    path = archive(tmp_path / "m.pt", X, _0=ONE)
+    content = bytearray(path.read_bytes())
+    place = len(content) - 22 + 16  # of the offset of the list
+    struct.pack_into("<L", content, place, struct.unpack_from("<L", content, place)[0] + moved)
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=r"'archive/data.pkl' lies outside the file"):
+        average([path], tmp_path / "o.pt")
+
+
+def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    """Python's zipfile cannot even tell whether that is a directory."""
+    path = archive(tmp_path / "m.pt", X, _0=ONE)
+    content = path.read_bytes()
+    last = content.rindex(b"PK\x01\x02")
+    nameless = bytearray(content[last:])
+    size = struct.unpack_from("<H", nameless, 28)[0]
+    struct.pack_into("<3H", nameless, 28, 0, 0, size)  # what was its name is its comment
+    path.write_bytes(content[:last] + nameless)
+    with pytest.raises(FormatError, match=r"m.pt: .*has another name where it lies"):
+        average([path], tmp_path / "o.pt")
+
+
 def test_a_bare_pickle_is_never_opened(tmp_path: Path) -> None:
     """Files of before PyTorch 1.6 are pickles without an archive."""
     for protocol in (2, 4):

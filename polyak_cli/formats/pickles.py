@@ -192,7 +192,7 @@ class _Machine:
     def top(self, kind: type[Any]) -> Any:
         """Return the last value, which must be of a kind."""
         if not self.stack or not isinstance(self.stack[-1], kind):
-            _damaged("it fills or keeps what is not there")
+            _damaged("it fills what cannot be filled")
         return self.stack[-1]
 
     def mark(self) -> None:
@@ -200,7 +200,9 @@ class _Machine:
         self.stack = []
 
     def put(self, index: int) -> None:
-        self.memo[index] = self.top(object)
+        if not self.stack:
+            _damaged("it keeps what is not there")
+        self.memo[index] = self.stack[-1]
 
     def fetch(self, index: int) -> None:
         if index not in self.memo:
@@ -336,8 +338,9 @@ def _with_attributes(arguments: tuple[Any, ...]) -> Tensor:
 
 def _numbers(values: tuple[Any, ...]) -> tuple[int, ...]:
     """Return sizes, which are whole numbers that a file could have."""
-    if not all(type(value) is int and 0 <= value < 1 << 63 for value in values):
-        _damaged("it has a size that is none")
+    for value in values:
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            _damaged("it has a size that is none")
     return values
 
 
