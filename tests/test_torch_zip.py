@@ -263,6 +263,13 @@ def test_bombs_cost_little(tmp_path: Path, bomb: bytes) -> None:
         assert stored(tmp_path / "o.pt", "0").tobytes() == ONE.tobytes()
 
 
+def test_keys_of_any_kind_are_passed_by(tmp_path: Path) -> None:
+    """Keys that Python could not hash, or only by overflowing its stack, are never hashed."""
+    odd = number(1) + b"\x85" * 100_000 + b"N" + b"]N" + b"}N" + tensor("0", 6) + b"N"
+    path = archive(tmp_path / "m.pt", b"}(" + odd + text("x") + tensor("0", 6) + b"u", _0=ONE)
+    assert average([path], tmp_path / "o.pt").plan.averaged == ("x",)
+
+
 def test_a_pickle_has_a_bounded_number_of_opcodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than any state dict is not read to its end."""
     monkeypatch.setattr(pickles, "MOST", 5000)

@@ -130,7 +130,7 @@ class _Table:
 
     def fill(self, root: Any, alive: Alive) -> None:
         """Add the storages of all tensors that the pickle's root leads to."""
-        if isinstance(root, Pairs) and {key for key, _ in root.items} == {"state", "param_groups"}:
+        if isinstance(root, Pairs) and [key for key, _ in root.items] == ["state", "param_groups"]:
             raise FormatError("is the state of an optimizer; expected a model's state dict")
         views: dict[str, list[tuple[tuple[str, ...], Tensor | Stored]]] = {}
         for count, (path, value) in enumerate(_walk(root, (), set())):
