@@ -2,15 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CORE := .venv-core/bin
+TORCH := .venv-torch/bin
 
-.PHONY: demo test quick core lint types smoke check bench bench-peers clean
+.PHONY: demo test quick core torch lint types smoke check bench bench-peers clean
 
 demo: .venv/.ready
 	@rm -rf .demo && mkdir .demo
 	$(BIN)/polyak average sample_checkpoints --scheme exp --alpha 2 -o .demo/final.h5
 	$(BIN)/polyak evaluate .demo/final.h5 --data blobs
 
-test: .venv/.ready core
+test: .venv/.ready core torch
 	$(BIN)/python -m pytest
 
 quick: .venv/.ready
@@ -18,7 +19,11 @@ quick: .venv/.ready
 
 # The same suite without any extra, where pip picks the newest h5py.
 core: .venv-core/.ready
-	$(CORE)/python -m pytest -m "not slow" --ignore=tests/keras
+	$(CORE)/python -m pytest -m "not slow" --ignore=tests/keras --ignore=tests/torch
+
+# What PyTorch writes and loads, in an environment of its own beside TensorFlow's.
+torch: .venv-torch/.ready
+	$(TORCH)/python -m pytest tests/torch
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -53,7 +58,7 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf .venv .venv-core .demo .smoke .bench .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-core .venv-torch .demo .smoke .bench .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -65,4 +70,10 @@ clean:
 	$(PYTHON) -m venv .venv-core
 	$(CORE)/python -m pip install --quiet --upgrade pip
 	$(CORE)/python -m pip install --quiet --editable . --group test
+	@touch $@
+
+.venv-torch/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-torch
+	$(TORCH)/python -m pip install --quiet --upgrade pip
+	$(TORCH)/python -m pip install --quiet --editable . --group torch
 	@touch $@

@@ -32,11 +32,13 @@ Progress = Callable[[int], None]
 
 #: Bound on the buffers of the engine; the interpreter with numpy and h5py comes on top.
 MAX_MEMORY = 32 << 20
-#: BatchNorm's statistics, and what tf_keras's renorm adds to them.
+#: BatchNorm's statistics, as Keras, tf_keras's renorm and PyTorch call them.
 _STATISTICS = {
     "moving_mean",
     "moving_variance",
     "moving_stddev",
+    "running_mean",
+    "running_var",
     "renorm_mean",
     "renorm_stddev",
 }
@@ -289,9 +291,10 @@ def plan(
     taken, without = ema.in_place(tables) if use_ema else (tables, [])
     rows = match(taken, options.get("match", "name"))
     averaged, carried = _fates(rows, options, shown(tables[-1].path))
+    _check_types(tables[-1], averaged, options)
     _check_chunks(tables, rows, memory, options)
     others = tables[-1].others
-    dropped = [n for n in others if n in tables[-1].optimizer] if _drops(options) else []
+    dropped = [n for n in others if n in tables[-1].optimizer] if _drops(tables, options) else []
     made = Plan(
         output=target,
         checkpoints=selection.checkpoints,
@@ -356,7 +359,7 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
         plan.tables[-1],
         hidden,
         averaged={row[-1].location: _dtype(row[-1], options) for row in plan.averaged_rows},
-        drop_optimizer=_drops(options),
+        drop_optimizer=_drops(plan.tables, options),
         provenance=json.dumps(_provenance(plan), separators=(",", ":")),
     )
     tensors = (
@@ -441,8 +444,8 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _drops(options: Options) -> bool:
-    return options.get("optimizer", "drop") == "drop"
+def _drops(tables: Sequence[Table], options: Options) -> bool:
+    return options.get("optimizer", "drop") == "drop" and not tables[-1].fixed
 
 
 def _dtype(spec: TensorSpec, options: Options) -> str:
@@ -501,6 +504,17 @@ def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row], where: st
             )
 
 
+def _check_types(template: Table, averaged: Sequence[Row], options: Options) -> None:
+    """Refuse another type where the files cannot have it."""
+    for spec in (row[-1] for row in averaged if template.fixed):
+        if _dtype(spec, options) != spec.dtype:
+            raise UsageError(
+                f"--dtype {options.get('dtype')}: {shown(template.path)} keeps the types it has, "
+                f"and tensor '{shown(spec.name)}' is {spec.dtype}; leave --dtype out and convert "
+                "the output"
+            )
+
+
 def _check_chunks(
     tables: Sequence[Table], rows: Sequence[Row], memory: engine.Memory, options: Options
 ) -> None:
@@ -553,7 +567,7 @@ def _notes(
             "the average scores below its checkpoints"
         )
     stored = {_dtype(row[-1], options) for row in averaged}
-    if not _drops(options) and tables[-1].optimizer:
+    if not _drops(tables, options) and tables[-1].optimizer:
         stored.add("optimizer")
     notes += [text for key, text in tables[-1].cautions.items() if key in stored]
     strings = [row[-1].name for row in carried if len({spec.digest for spec in row}) > 1]
@@ -570,7 +584,7 @@ def _no_ema(names: Sequence[str]) -> list[str]:
 
 
 def _leaf(name: str) -> str:
-    return name.rpartition("/")[2].partition(":")[0]
+    return re.split(r"[/.]", name)[-1].partition(":")[0]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -583,8 +597,13 @@ def _differs(name: str) -> str:
 
 
 def _compared(row: Row) -> bool:
-    """Tell whether a carried tensor should be the same everywhere: not where it was asked for."""
-    return row[-1].dtype not in FLOATS and all(spec.storage is not None for spec in row)
+    """Tell whether a carried tensor should be the same everywhere.
+
+    Not where it was asked for, and PyTorch's BatchNorm counts its batches.
+    """
+    spec = row[-1]
+    counts = spec.dtype in FLOATS or _leaf(spec.name) == "num_batches_tracked"
+    return not counts and all(spec.storage is not None for spec in row)
 
 
 def _differing(
@@ -638,7 +657,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
         "parameters": dict(plan.parameters),
         "options": {
             "dtype": options.get("dtype"),
-            "optimizer": options.get("optimizer", "drop"),
+            "optimizer": "drop" if _drops(plan.tables, options) else "newest",
             "match": options.get("match", "name"),
             "use_ema": options.get("use_ema", False),
             "include_tensors": list(options.get("include_tensors", ())),

@@ -205,6 +205,10 @@ _KINDS_OF_FILE = {
     ".h5": ".h5",
     ".hdf5": ".h5",
     ".npz": ".npz",
+    ".pt": ".pt",
+    ".pth": ".pth",
+    ".bin": ".bin",
+    ".ckpt": ".ckpt",
 }
 
 #: One of the files that a sharded save of Keras consists of, beside the .weights.json.

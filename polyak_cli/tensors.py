@@ -236,6 +236,7 @@ class Table:
     slots: Mapping[str, Sequence[str]] = field(default_factory=dict)  # EMA -> of which tensors
     suffixes: tuple[str, ...] = ()  # what a file like it may be called, if not as its format
     cautions: Mapping[str, str] = field(default_factory=dict)  # what to tell: see `Format.scan`
+    fixed: bool = False  # its average must keep its types and its optimizer state
 
     @property
     def size(self) -> int:
@@ -291,8 +292,9 @@ class Format(Protocol):
             with ``provenance`` among them, where everything is asked for; ``order``, the layers in
             their order, where loading goes by position; ``statistics``, names of BatchNorm's moving
             statistics; ``slots``, EMA among the optimizer's -> the tensors that it may be of;
-            ``suffixes`` of this very layout; and ``cautions``, what a user should know who stores a
-            dtype, keeps the "optimizer", or wants the "ema" that a file has not.
+            ``suffixes`` of this very layout; ``fixed``, that types and optimizer state must stay;
+            and ``cautions``, what a user should know who stores a dtype, keeps the "optimizer", or
+            wants the "ema" that a file has not.
 
         Raises:
             FormatError: the file is damaged, hostile or holds no model; names file and tensor.

@@ -364,7 +364,7 @@ def test_an_empty_directory_is_an_error(run: Path) -> None:
     """The error names the directory and says what was looked for."""
     message = refusal(run)
     assert str(run) in message
-    assert "looked for files in .weights.h5, .weights.json, .h5, .hdf5" in message
+    assert "looked for files in .weights.h5, .weights.json, .h5, .hdf5, .npz" in message
     assert "but found nothing at all" in message
 
 

@@ -127,6 +127,7 @@ def _table(name: str, file: File, scanned: Mapping[str, Any]) -> Table:
         slots=scanned.get("slots", {}),
         suffixes=tuple(scanned.get("suffixes", ())),
         cautions=scanned.get("cautions", {}),
+        fixed=scanned.get("fixed", False),
     )
 
 

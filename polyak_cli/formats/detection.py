@@ -6,6 +6,7 @@ Reads a few bytes of regular files, by offset.  Knows how files begin and end, a
 from __future__ import annotations
 
 import os
+import re
 import stat
 import struct
 from pathlib import Path
@@ -41,6 +42,9 @@ def _file(descriptor: int, size: int) -> str:
         listed = os.pread(descriptor, _HEAD, 0)
         if b'"weight_map"' in listed and b'.weights.h5"' in listed:
             return "weights_json"
+    # A pickle, or the tar archive that torch.save wrote first: not opened, which torch_zip tells.
+    if re.match(rb"\x80[\x02-\x05]", head) or os.pread(descriptor, 5, 257) == b"ustar":
+        return "torch_zip"
     return "hdf5"
 
 
@@ -49,6 +53,8 @@ def _archive(descriptor: int, size: int) -> str:
     names = _names(os.pread(descriptor, _TAIL, max(0, size - _TAIL)))
     if any(name.endswith(b".npy") for name in names):
         return "npz"
+    if any(re.search(rb"/data(\.pkl|/\d+)$", name) for name in names):
+        return "torch_zip"
     return "hdf5"
 
 

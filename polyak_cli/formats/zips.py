@@ -82,7 +82,7 @@ def _listed(file: BinaryIO, size: int) -> tuple[list[Member], bytes]:
     if len(set(names)) < len(names):
         twice = next(name for k, name in enumerate(names) if name in names[:k])
         raise FormatError(f"the member '{shown(twice)}' is there twice")
-    members = [_checked(file, info, size) for info in infos if not info.is_dir()]
+    members = [_checked(file, info, size) for info in infos if info.filename[-1:] != "/"]
     members.sort(key=lambda member: member.offset)
     for one, other in itertools.pairwise(members):
         if one.offset + one.stored > other.offset:
@@ -126,8 +126,9 @@ def _checked(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> Member:
 
 
 def _at(file: BinaryIO, offset: int, nbytes: int, name: str) -> bytes:
-    data = os.pread(file.fileno(), nbytes, offset)
-    if offset < 0 or len(data) < nbytes:
+    # The list may place a member anywhere, also where no file can be read.
+    data = os.pread(file.fileno(), nbytes, offset) if 0 <= offset < 1 << 62 else b""
+    if len(data) < nbytes:
         raise FormatError(f"{name} lies outside the file; it is truncated or damaged")
     return data
 
@@ -379,13 +380,14 @@ def seal(path: str, state: Sequence[Any]) -> None:
             for name, header, stored, nbytes, method, crc, offset in listed:
                 found = crc
                 if crc is None:
-                    found = _crc(file.fileno(), offset, nbytes)
+                    found = checksum(file.fileno(), offset, nbytes)
                     os.pwrite(file.fileno(), struct.pack("<L", found), header + 14)
                 archive.filelist.append(_info(name, header, stored, nbytes, method, found))
             archive.comment = bytes.fromhex(comment)
 
 
-def _crc(descriptor: int, offset: int, nbytes: int) -> int:
+def checksum(descriptor: int, offset: int, nbytes: int) -> int:
+    """Return the checksum of bytes of a file as zip archives have it."""
     crc = 0
     buffer = np.empty(min(_STEP, nbytes), np.uint8)
     for done in range(0, nbytes, _STEP):

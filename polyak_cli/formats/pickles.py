@@ -1,0 +1,390 @@
+"""The pickle of a state dict, read into inert values: nothing is imported, called or executed.
+
+An interpreter of the opcodes that `torch.save` writes.  A global becomes its bare name, a call
+becomes a note of what was to be called, and a name that no state dict needs is refused, wherever it
+stands.  Python's own unpickler has no part in this: `pickletools` only cuts the bytes into opcodes.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Never
+
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.tensors import Alive
+
+#: Opcodes of a pickle; 100,000 tensors need some three millions.
+MOST = 10_000_000
+#: The types of storages and of tensors, and the bytes of an element.
+SIZES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "uint8": 1,
+    "bool": 1,
+}
+_DIMENSIONS = 64  # as numpy has them
+_STEP = 1000  # opcodes between two signs of life
+_STORAGES = {
+    "torch.DoubleStorage": "float64",
+    "torch.FloatStorage": "float32",
+    "torch.HalfStorage": "float16",
+    "torch.BFloat16Storage": "bfloat16",
+    "torch.ComplexDoubleStorage": "complex128",
+    "torch.ComplexFloatStorage": "complex64",
+    "torch.LongStorage": "int64",
+    "torch.IntStorage": "int32",
+    "torch.ShortStorage": "int16",
+    "torch.CharStorage": "int8",
+    "torch.ByteStorage": "uint8",
+    "torch.BoolStorage": "bool",
+    "torch.UntypedStorage": "uint8",
+    "torch.storage.UntypedStorage": "uint8",
+}
+#: What may be named but is not called; tensors with attributes name their own class.
+_CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
+_NAMED = {f"torch.{dtype}" for dtype in SIZES} | _CLASSES
+#: What may be called and holds no tensors: it is carried, so that its result does not matter.
+_PLAIN = {
+    "_codecs.encode",
+    "builtins.bytearray",
+    "builtins.complex",
+    "builtins.set",
+    "collections.Counter",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray.scalar",
+    "numpy.dtype",
+    "torch.Size",
+    "torch.device",
+}
+#: Tensors that are not one run of plain numbers: the name begins so -> what to tell.
+_OTHER_TENSORS = {
+    "torch._utils._rebuild_qtensor": "a quantised tensor; average the checkpoints before that",
+    "torch._utils._rebuild_sparse": "a sparse tensor; save it .to_dense()",
+    "torch._utils._rebuild_nested": "a nested tensor; save its parts",
+    "torch._utils._rebuild_": "a tensor that is not stored in plain form",
+    "torch.Q": "a quantised tensor; average the checkpoints before that",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A storage: elements of one type in a member of the archive."""
+
+    key: str
+    dtype: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A view of a storage, in elements."""
+
+    storage: Stored
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A global that was named; it is never looked up."""
+
+    full: str
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """Whatever else a call makes."""
+
+    of: str
+
+
+@dataclass(slots=True, eq=False)
+class Pairs:
+    """A dictionary, as pairs: a stranger's keys are neither hashed nor compared."""
+
+    items: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+def read(content: bytes, alive: Alive) -> Any:
+    """Return what a pickle holds: plain values, lists, tuples and the inert classes above.
+
+    Raises:
+        FormatError: it is damaged, too large, or names what no state dict needs.
+    """
+    machine = _Machine()
+    with warnings.catch_warnings():
+        # `pickletools` warns of texts whose escapes are none: those are refused below.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for count, (opcode, argument) in enumerate(_opcodes(content)):
+            if count % _STEP == 0:
+                alive()
+                if count >= MOST:
+                    raise FormatError(f"its pickle has more than {MOST} opcodes")
+            action = _ACTIONS.get(opcode)
+            if action is None:
+                _damaged(f"it has the opcode {opcode}, which torch.save does not write")
+            action(machine, argument)
+    return machine.pop()
+
+
+def _opcodes(content: bytes) -> Iterator[tuple[str, Any]]:
+    """Yield each opcode's name and argument."""
+    try:
+        for opcode, argument, place in pickletools.genops(content):
+            if opcode.name in ("GLOBAL", "INST"):
+                # `pickletools` undoes escapes in names, which no unpickler does.
+                written = str(argument).replace(" ", "\n", 1).encode() + b"\n"
+                if not content.startswith(written, (place or 0) + 1):
+                    _damaged(f"programs read the name '{shown(argument)}' differently")
+            yield opcode.name, argument
+    except ValueError as error:  # what `genops` says of bytes that are no opcode
+        _damaged(shown(error))
+
+
+def _damaged(what: str) -> Never:
+    raise FormatError(f"its pickle is damaged or hostile: {what}")
+
+
+class _Machine:
+    """The stack of the pickle machine; every method but the first four does one opcode."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []  # the stacks under each mark
+        self.memo: dict[int, Any] = {}
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        if not self.stack:
+            _damaged("it takes a value where there is none")
+        return self.stack.pop()
+
+    def pop_mark(self) -> list[Any]:
+        if not self.below:
+            _damaged("it lacks a mark")
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def top(self, kind: type[Any]) -> Any:
+        """Return the last value, which must be of a kind."""
+        if not self.stack or not isinstance(self.stack[-1], kind):
+            _damaged("it fills what cannot be filled")
+        return self.stack[-1]
+
+    def mark(self) -> None:
+        self.below.append(self.stack)
+        self.stack = []
+
+    def put(self, index: int) -> None:
+        if not self.stack:
+            _damaged("it keeps what is not there")
+        self.memo[index] = self.stack[-1]
+
+    def fetch(self, index: int) -> None:
+        if index not in self.memo:
+            _damaged("it refers to what was not there")
+        self.push(self.memo[index])
+
+    def pack(self, count: int) -> None:
+        items = [self.pop() for _ in range(count)]
+        self.push(tuple(reversed(items)))
+
+    def extend(self, items: list[Any]) -> None:
+        self.top(list).extend(items)
+
+    def fill(self, items: list[Any]) -> None:
+        if len(items) % 2:
+            _damaged("it has a key without a value")
+        self.top(Pairs).items.extend(zip(items[::2], items[1::2], strict=True))
+
+    def name(self, text: str) -> None:
+        """Take a global, in one text with a space between module and name."""
+        self.push(_known(text.replace(" ", ".", 1)))
+
+    def stack_name(self) -> None:
+        """Take a global as protocol 4 writes it."""
+        name, module = self.pop(), self.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            _damaged("it names what is no text")
+        self.name(f"{module} {name}")
+
+    def instance(self, text: str) -> None:
+        """Refuse an opcode of long ago, naming what it would make."""
+        _damaged(f"it would make a '{_known(text.replace(' ', '.', 1)).full}'")
+
+    def call(self) -> None:
+        arguments, function = self.pop(), self.pop()
+        if not isinstance(function, Name) or not isinstance(arguments, tuple):
+            _damaged("it calls what is no function")
+        self.push(_called(function.full, arguments))
+
+    def build(self) -> None:
+        """Give an object its attributes: a state dict has its `_metadata` so."""
+        state, made = self.pop(), self.top(object)
+        if isinstance(made, Pairs):
+            made.items.append(("__dict__", state))
+        elif made != Object("numpy.dtype"):
+            _damaged("it gives attributes to what has none")
+
+    def stored(self) -> None:
+        """Take a persistent id, by which `torch.save` names storages and nothing else."""
+        match self.pop():
+            case ("storage", Name(full), str(key), str(), int(size)) if full in _STORAGES:
+                self.push(Stored(key, _STORAGES[full], _numbers((size,))[0]))
+            case _:
+                _damaged("it has a persistent id that is no storage as torch.save names them")
+
+
+def _known(full: str) -> Name:
+    """Return a name that a state dict may need; protocol 2 calls builtins as Python 2 did."""
+    full = full.replace("__builtin__.", "builtins.", 1)
+    if full in _STORAGES or full in _NAMED or full in _PLAIN or full in _MADE:
+        return Name(full)
+    what = next((why for start, why in _OTHER_TENSORS.items() if full.startswith(start)), None)
+    if what:
+        raise FormatError(f"holds {what} ({shown(full)})")
+    raise FormatError(
+        f"its pickle names '{shown(full)}', which no state dict needs and which is never run; "
+        "save model.state_dict() without other objects"
+    )
+
+
+def _called(full: str, arguments: tuple[Any, ...]) -> Any:
+    """Return what stands for the result of a call."""
+    if full in _PLAIN:
+        return Object(full)
+    if full not in _MADE:
+        _damaged(f"it calls '{full}'")
+    return _MADE[full](arguments)
+
+
+def _dictionary(arguments: tuple[Any, ...]) -> Pairs:
+    if arguments:
+        _damaged("it makes a dictionary otherwise than torch.save does")
+    return Pairs()
+
+
+def _tensor(arguments: tuple[Any, ...]) -> Tensor:
+    """Note what `torch._utils._rebuild_tensor_v2` would make."""
+    match arguments:
+        case (Stored() as stored, offset, tuple(shape), tuple(stride), *rest) if (
+            len(shape) == len(stride) <= _DIMENSIONS
+        ):
+            _refuse_lazy(rest[2:])
+            (first,) = _numbers((offset,))
+            return Tensor(stored, first, _numbers(shape), _numbers(stride), stored.dtype)
+    _damaged("it has a tensor that is no view of a storage")
+
+
+def _typed_tensor(arguments: tuple[Any, ...]) -> Tensor:
+    """Note what `_rebuild_tensor_v3` would: for types that have no storages of their own."""
+    match arguments:
+        case (*plain, Name(full)) | (*plain, Name(full), Pairs()) if full.startswith("torch."):
+            dtype = full.removeprefix("torch.")
+            if dtype in SIZES:
+                _refuse_lazy(arguments[7:])
+                return replace(_tensor(tuple(plain)), dtype=dtype)
+    _damaged("it has a tensor of no type")
+
+
+def _refuse_lazy(metadata: Sequence[Any]) -> None:
+    """Refuse views that are negated or conjugated when they are read."""
+    if any(not isinstance(found, Pairs) or found.items for found in metadata):
+        raise FormatError("holds a tensor that is lazily negated or conjugated; save it .clone()d")
+
+
+def _parameter(arguments: tuple[Any, ...]) -> Tensor:
+    """Note what `_rebuild_parameter` would make of a tensor; its attributes hold no tensors."""
+    match arguments:
+        case (Tensor() as tensor, *_):
+            return tensor
+    _damaged("it has a parameter that is no tensor")
+
+
+def _with_attributes(arguments: tuple[Any, ...]) -> Tensor:
+    """Note what `_rebuild_from_type_v2` would make: a plain tensor that was given attributes."""
+    match arguments:
+        case (Name(full), Name(kind), tuple(plain), _) if kind in _CLASSES:
+            if full in _MADE and full != _FROM_TYPE:
+                made = _MADE[full](plain)
+                if isinstance(made, Tensor):
+                    return made
+    _damaged("it has a tensor of a class of its own")
+
+
+def _numbers(values: tuple[Any, ...]) -> tuple[int, ...]:
+    """Return sizes, which are whole numbers that a file could have."""
+    for value in values:
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            _damaged("it has a size that is none")
+    return values
+
+
+_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
+_MADE: Mapping[str, Callable[[tuple[Any, ...]], Any]] = {
+    "collections.OrderedDict": _dictionary,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _typed_tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    _FROM_TYPE: _with_attributes,
+}
+_Action = Callable[[_Machine, Any], None]
+_ACTIONS: Mapping[str, _Action] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda *_: None),
+    "MARK": lambda machine, _: machine.mark(),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINSTRING"), _Machine.push),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES"), _Machine.push),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_SET": lambda machine, _: machine.push([]),
+    "EMPTY_DICT": lambda machine, _: machine.push(Pairs()),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_mark())),
+    "TUPLE1": lambda machine, _: machine.pack(1),
+    "TUPLE2": lambda machine, _: machine.pack(2),
+    "TUPLE3": lambda machine, _: machine.pack(3),
+    "APPEND": lambda machine, _: machine.extend([machine.pop()]),
+    "APPENDS": lambda machine, _: machine.extend(machine.pop_mark()),
+    "ADDITEMS": lambda machine, _: machine.extend(machine.pop_mark()),
+    "SETITEM": lambda machine, _: machine.fill([machine.pop(), machine.pop()][::-1]),
+    "SETITEMS": lambda machine, _: machine.fill(machine.pop_mark()),
+    "BINPUT": _Machine.put,
+    "LONG_BINPUT": _Machine.put,
+    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo)),
+    "BINGET": _Machine.fetch,
+    "LONG_BINGET": _Machine.fetch,
+    "GLOBAL": lambda machine, text: machine.name(text.replace(" ", ".", 1)),
+    "STACK_GLOBAL": lambda machine, _: machine.stack_name(),
+    "INST": _Machine.instance,
+    "REDUCE": lambda machine, _: machine.call(),
+    "BUILD": lambda machine, _: machine.build(),
+    "BINPERSID": lambda machine, _: machine.stored(),
+}

@@ -1,0 +1,355 @@
+"""PyTorch's `.pt`: a zip archive of a pickle and of one member for each storage.
+
+The pickle says how tensors lie in storages; a storage is averaged as a whole, which averages every
+view of it.  The output is the template byte for byte but for averaged storages, their checksums and
+this tool's record, since PyTorch finds storages by where its own writer would have put them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+import os
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.formats import pickles, zips
+from polyak_cli.formats.pickles import SIZES, Pairs, Stored, Tensor
+from polyak_cli.tensors import Alive, Layout, Scan, read_exactly, write_exactly
+
+NAME = "PyTorch"
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+CHECKED = True
+#: The member that holds this tool's record; PyTorch looks for members by name and ignores others.
+PROVENANCE = "polyak_provenance"
+#: What programs keep beside a model in one file: of the run, not of the model.
+_OPTIMIZER = re.compile(
+    r"(\w+_)?(opt(im(izer)?)?s?|(lr_?)?sched(uler)?s?|scaler|amp)(_?[A-Z0-9])?(_states?)?(_dicts?)?"
+)
+_OF_THE_RUN = {"callbacks", "loops"}  # PyTorch Lightning's
+_MAXIMUM_DEPTH = 64
+_STEP = 1 << 20
+
+#: What a user should know; see `tensors.Format.scan`.
+CAUTIONS = {
+    "optimizer": "optimizer state is the newest checkpoint's: such a file keeps it even where it "
+    "is to be dropped, and it does not belong to averaged values"
+}
+
+Named = tuple[str, Tensor | Stored]
+
+
+# --- scanning -------------------------------------------------------------------------------------
+
+
+def scan(request: Scan, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.scan`."""
+    _refuse_bare(request.path)
+    with zips.opened(request.path) as (file, members, _):
+        records = _records(members)
+        table = _Table(records, _byteorder(file, records))
+        table.fill(pickles.read(zips.whole(file, records["data.pkl"]), alive), alive)
+        if request.everything:
+            table.leftover()
+        return {
+            "tensors": table.tensors,
+            "others": table.others if request.everything else [],
+            "optimizer": table.optimizer,
+            "config": "",
+            "average": PROVENANCE in records,
+            "about": _about(file, records) if request.everything else {},
+            "fixed": True,
+            "cautions": CAUTIONS,
+        }
+
+
+def _refuse_bare(path: str) -> None:
+    """Say what to do with the files that `torch.save` wrote before 1.6."""
+    with contextlib.suppress(OSError):  # `zips.opened` tells
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            head = os.pread(descriptor, 2, 0)
+        finally:
+            os.close(descriptor)
+        if not head.startswith(b"PK"):
+            raise FormatError(
+                f"{shown(path)}: is a bare pickle or tar archive, as torch.save wrote before 1.6, "
+                "which is not opened; torch.load it where it can be trusted and torch.save it again"
+            )
+
+
+def _records(members: Sequence[zips.Member]) -> dict[str, zips.Member]:
+    """Return the members by their names within the one folder that `torch.save` puts them in."""
+    folders = {member.name.partition("/")[0] for member in members}
+    if len(folders) > 1:
+        one, other = sorted(folders)[:2]
+        raise FormatError(
+            f"has the folders '{shown(one)}' and '{shown(other)}'; torch.save writes one"
+        )
+    records = {member.name.partition("/")[2]: member for member in members}
+    if "constants.pkl" in records or any(name.startswith("code/") for name in records):
+        raise FormatError(
+            "is a TorchScript archive, which holds code; torch.save model.state_dict() instead"
+        )
+    if "data.pkl" not in records:
+        raise FormatError("has no member data.pkl; it was not written by torch.save")
+    if not any(member.crc for member in members):
+        raise FormatError(
+            "was written without checksums (torch.serialization.set_crc32_options); save it with"
+        )
+    return records
+
+
+def _about(file: BinaryIO, records: Mapping[str, zips.Member]) -> dict[str, str]:
+    """Return this tool's record, if it wrote the archive."""
+    if PROVENANCE not in records:
+        return {}
+    return {"provenance": zips.whole(file, records[PROVENANCE]).decode(errors="replace")}
+
+
+def _byteorder(file: BinaryIO, records: Mapping[str, zips.Member]) -> str:
+    if "byteorder" not in records:
+        return "<"  # what PyTorch takes for granted too
+    text = zips.whole(file, records["byteorder"])
+    if text not in (b"little", b"big"):
+        raise FormatError(f"has the byte order {shown(text[:20])}; expected little or big")
+    return "<" if text == b"little" else ">"
+
+
+@dataclass(slots=True)
+class _Table:
+    """The rows of a checkpoint: one for each storage, named by the first tensor on it."""
+
+    records: Mapping[str, zips.Member]
+    byteorder: str
+    tensors: list[list[Any]] = field(default_factory=list)
+    others: list[list[Any]] = field(default_factory=list)
+    optimizer: list[str] = field(default_factory=list)
+
+    def fill(self, root: Any, alive: Alive) -> None:
+        """Add the storages of all tensors that the pickle's root leads to."""
+        if isinstance(root, Pairs) and [key for key, _ in root.items] == ["state", "param_groups"]:
+            raise FormatError("is the state of an optimizer; expected a model's state dict")
+        views: dict[str, list[tuple[tuple[str, ...], Tensor | Stored]]] = {}
+        for count, (path, value) in enumerate(_walk(root, (), set())):
+            if count % 500 == 0:
+                alive()
+            key = value.key if isinstance(value, Stored) else value.storage.key
+            views.setdefault(key, []).append((path, value))
+        for found in views.values():
+            own = [view for view in found if _is_own(view[0])]
+            row = self.row([("/".join(path) or "tensor", value) for path, value in own or found])
+            (self.tensors if own else self.others).append(row)
+            if not own and _OPTIMIZER.fullmatch(found[0][0][0]):
+                self.optimizer.append(row[0])
+
+    def row(self, named: Sequence[Named]) -> list[Any]:
+        """Describe a storage."""
+        name, first = named[0]
+        stored = first if isinstance(first, Stored) else first.storage
+        views = [_view(value) for _, value in named]
+        if any(view.storage != stored or view.dtype != views[0].dtype for view in views):
+            raise FormatError(f"tensor '{shown(name)}' shares its storage with one of another type")
+        member = self.member(stored, name)
+        dtype = views[0].dtype
+        size = member.nbytes // SIZES[dtype]
+        for (its, _), view in zip(named, views, strict=True):
+            _check_inside(its, view, size)
+        whole = math.prod(views[0].shape) == size
+        shape = views[0].shape if whole else (size,)
+        plain = len(named) == 1 and whole and _is_plain(views[0])
+        arrangement = "" if plain else _arrangement(named, views, size)
+        storage = ["extent", member.offset if size else 0, member.nbytes]
+        place = [self.byteorder, member.name, storage, "", 0, arrangement]
+        return [name, list(shape), dtype, *place]
+
+    def member(self, stored: Stored, name: str) -> zips.Member:
+        """Return where a storage lies, having compared the two places that tell its size."""
+        member = self.records.get(f"data/{stored.key}")
+        if member is None:
+            raise FormatError(
+                f"tensor '{shown(name)}' lies in the storage '{shown(stored.key)}', "
+                "which the archive lacks"
+            )
+        expected = stored.size * SIZES[stored.dtype]
+        if member.nbytes != expected:
+            raise FormatError(
+                f"tensor '{shown(name)}' lies in a storage of {member.nbytes} bytes; "
+                f"expected {expected}"
+            )
+        if member.method != zips.STORED:
+            raise FormatError(
+                f"tensor '{shown(name)}' is deflated, which torch.save does not do; save it again"
+            )
+        return member
+
+    def leftover(self) -> None:
+        """Add the storages that no dictionary leads to: attributes of tensors have some."""
+        known = {row[4] for row in (*self.tensors, *self.others)}
+        for record, member in self.records.items():
+            if record.startswith("data/") and member.name not in known:
+                storage = ["extent", member.offset, member.nbytes]
+                self.others.append(
+                    [member.name, [member.nbytes], "opaque", "<", member.name, storage]
+                )
+
+
+def _walk(
+    value: Any, path: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[tuple[str, ...], Tensor | Stored]]:
+    """Yield all tensors and where they are; what is there twice is entered once."""
+    if isinstance(value, (Tensor, Stored)):
+        yield path, value
+    elif isinstance(value, (Pairs, list, tuple)) and id(value) not in seen:
+        seen.add(id(value))
+        if len(path) == _MAXIMUM_DEPTH:
+            raise FormatError(f"its dictionaries are nested more than {_MAXIMUM_DEPTH} deep")
+        for key, item in value.items if isinstance(value, Pairs) else enumerate(value):
+            plain = isinstance(key, (str, int, float, bool, type(None)))
+            yield from _walk(item, (*path, str(key) if plain else "?"), seen)
+
+
+def _is_own(path: Sequence[str]) -> bool:
+    """Tell a model's own tensors from those of the run, which stand in dictionaries beside it."""
+    return len(path) < 2 or not (_OPTIMIZER.fullmatch(path[0]) or path[0] in _OF_THE_RUN)
+
+
+def _view(value: Tensor | Stored) -> Tensor:
+    """Return a bare storage as a view of itself."""
+    if isinstance(value, Tensor):
+        return value
+    return Tensor(value, 0, (value.size,), (1,), value.dtype)
+
+
+def _check_inside(name: str, view: Tensor, size: int) -> None:
+    last = view.offset + sum(
+        (n - 1) * step for n, step in zip(view.shape, view.stride, strict=True)
+    )
+    if 0 not in view.shape and last >= size:
+        raise FormatError(
+            f"tensor '{shown(name)}' reaches element {last} of a storage of {size}; it is damaged"
+        )
+
+
+def _is_plain(view: Tensor) -> bool:
+    """Tell whether a view of a whole storage is in C order."""
+    expected = 1
+    for n, step in zip(reversed(view.shape), reversed(view.stride), strict=True):
+        if n > 1 and step != expected:
+            return False
+        expected *= n
+    return True
+
+
+def _arrangement(named: Sequence[Named], views: Sequence[Tensor], size: int) -> str:
+    """Tell how tensors lie in a storage, so that it differs where they do."""
+    parts = [
+        f"{name} {view.shape} from {view.offset} by {view.stride}"
+        for (name, _), view in zip(named, views, strict=True)
+    ]
+    text = f"{size} elements viewed as {'; '.join(parts)}"
+    told = shown(text)
+    if told != text:
+        told += f" (SHA-256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
+    return told
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.lay_out`."""
+    specs = {spec.location: spec for spec in request.template.tensors.values()}
+    with zips.opened(request.template.files[0].path) as (file, members, _):
+        rooms = [m for m in members if m.name in request.averaged and m.nbytes]
+        _copy_around(file, request.output, rooms, alive)
+        return {
+            "places": {
+                m.name: (m.offset, specs[m.name].dtype, specs[m.name].byteorder) for m in rooms
+            },
+            "checksums": _checksums(file, rooms),
+            "record": f"{members[0].name.partition('/')[0]}/{PROVENANCE}",
+            "provenance": request.provenance,
+        }
+
+
+def _copy_around(source: BinaryIO, output: str, rooms: Sequence[zips.Member], alive: Alive) -> None:
+    """Copy the template but for the bytes of averaged storages."""
+    size = os.fstat(source.fileno()).st_size
+    bounds = [0, *itertools.chain(*((m.offset, m.offset + m.stored) for m in rooms)), size]
+    buffer = np.empty(_STEP, np.uint8)
+    with open(output, "r+b") as target:
+        target.truncate(size)
+        for start, stop in zip(bounds[::2], bounds[1::2], strict=True):
+            for place in range(start, stop, _STEP):
+                piece = buffer[: stop - place]
+                read_exactly(source.fileno(), place, piece)
+                write_exactly(target.fileno(), place, piece)
+                alive()
+
+
+def _checksums(file: BinaryIO, rooms: Sequence[zips.Member]) -> list[list[Any]]:
+    """Return name, offset and bytes of each averaged storage, and where its checksum stands.
+
+    That is behind it where the writer did not know it before (bit 3, APPNOTE 4.3.9), with or
+    without a signature.
+    """
+    with zipfile.ZipFile(file) as archive:
+        infos = {info.filename: info for info in archive.infolist()}
+    found = []
+    for member in rooms:
+        info, place = infos[member.name], member.offset + member.stored
+        if not info.flag_bits & 0x8:
+            place = info.header_offset + 14
+        elif os.pread(file.fileno(), 4, place) == b"PK\x07\x08":
+            place += 4
+        if os.pread(file.fileno(), 4, place) != struct.pack("<L", member.crc):
+            raise FormatError(f"the member '{shown(member.name)}' has two different checksums")
+        found.append([member.name, member.offset, member.nbytes, place])
+    return found
+
+
+def seal(output: str, laid_out: Mapping[str, Any]) -> None:
+    """See `tensors.Format.seal`."""
+    with open(output, "r+b") as file, zipfile.ZipFile(file, "a") as archive:
+        for name, offset, nbytes, place in laid_out["checksums"]:
+            info = archive.getinfo(name)
+            info.CRC = zips.checksum(file.fileno(), offset, nbytes)
+            os.pwrite(file.fileno(), struct.pack("<L", info.CRC), place)
+        _drop(archive, laid_out["record"])
+        info = zipfile.ZipInfo(laid_out["record"], (1980, 1, 1, 0, 0, 0))
+        info.create_system = 3
+        archive.writestr(info, laid_out["provenance"])
+
+
+def _drop(archive: zipfile.ZipFile, name: str) -> None:
+    """Take the record of an average that was the template out of the list, and out of the way."""
+    old = archive.NameToInfo.pop(name, None)
+    if old:
+        archive.filelist.remove(old)
+        if all(info.header_offset < old.header_offset for info in archive.filelist):
+            archive.start_dir = old.header_offset  # where `zipfile` appends
+
+
+def check(path: str, alive: Alive) -> None:
+    """See `tensors.Format.check`."""
+    zips.check(path, alive)
+
+
+def is_average(path: str, alive: Alive) -> bool:
+    """See `tensors.Format.is_average`."""
+    alive()
+    try:
+        with zips.opened(path) as (_, members, _):
+            return any(member.name.partition("/")[2] == PROVENANCE for member in members)
+    except FormatError:
+        return False
