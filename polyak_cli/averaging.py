@@ -227,9 +227,10 @@ def plan(
         formats.check_output(target, tables, force=options.get("force", False))
     rows = _match(tables, options.get("match", "name"))
     averaged, carried = _fates(rows, options)
+    _check_types(tables[-1], averaged, options)
     _check_chunks(rows, memory, options)
     others = tables[-1].others
-    dropped = [n for n in others if n in tables[-1].optimizer] if _drops(options) else []
+    dropped = [n for n in others if n in tables[-1].optimizer] if _drops(tables, options) else []
     made = Plan(
         output=target,
         checkpoints=selection.checkpoints,
@@ -268,13 +269,13 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         raise UsageError("the plan has no output; name the file to write")
     begun = time.perf_counter()
     with formats.publish(plan.output, force=plan.options.get("force", False)) as hidden:
-        totals, differing = _write(plan, hidden, progress or (lambda _: None))
+        totals, nbytes, differing = _write(plan, hidden, progress or (lambda _: None))
     spent = totals.reading + totals.folding + totals.writing
     return Report(
         output=plan.output,
         plan=plan,
         bytes_read=totals.bytes_read,
-        bytes_written=plan.output.stat().st_size,
+        bytes_written=nbytes,
         seconds=time.perf_counter() - begun,
         peak_memory=_peak(),
         shares={
@@ -285,8 +286,8 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     )
 
 
-def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals, list[str]]:
-    """Write the whole output under its hidden name; return what that took and what it showed."""
+def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals, int, list[str]]:
+    """Write the whole output under its hidden name; return what that took, its size and notes."""
     options = plan.options
     inputs = [file for table in plan.tables for file in table.files]
     formats.check(plan.tables, jobs=_memory(options).jobs)
@@ -294,7 +295,7 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
         plan.tables[-1],
         hidden,
         averaged={row[-1].location: _dtype(row[-1], options) for row in plan.averaged_rows},
-        drop_optimizer=_drops(options),
+        drop_optimizer=_drops(plan.tables, options),
         provenance=json.dumps(_provenance(plan), separators=(",", ":")),
     )
     tensors = (
@@ -314,7 +315,7 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     room.seal()
     differing = _differing(plan, inputs)
     engine.unchanged(inputs)
-    return totals, differing
+    return totals, sum(Path(file).stat().st_size for file in room.files), differing
 
 
 # --- deciding -------------------------------------------------------------------------------------
@@ -370,8 +371,8 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _drops(options: Options) -> bool:
-    return options.get("optimizer", "drop") == "drop"
+def _drops(tables: Sequence[Table], options: Options) -> bool:
+    return options.get("optimizer", "drop") == "drop" and not tables[-1].fixed
 
 
 def _dtype(spec: TensorSpec, options: Options) -> str:
@@ -527,6 +528,17 @@ def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row]) -> None:
             )
 
 
+def _check_types(template: Table, averaged: Sequence[Row], options: Options) -> None:
+    """Refuse another type where the files cannot have it."""
+    for spec in (row[-1] for row in averaged if template.fixed):
+        if _dtype(spec, options) != spec.dtype:
+            raise UsageError(
+                f"--dtype {options.get('dtype')}: {shown(template.path)} keeps the types it has, "
+                f"and tensor '{shown(spec.name)}' is {spec.dtype}; leave --dtype out and convert "
+                "the output"
+            )
+
+
 def _check_chunks(rows: Sequence[Row], memory: engine.Memory, options: Options) -> None:
     """Refuse chunks that do not fit: HDF5's filters work on whole chunks only."""
     bound = (options.get("max_memory") or MAX_MEMORY) // memory.jobs // 2
@@ -576,11 +588,16 @@ def _notes(
             "the average scores below its checkpoints"
         )
     stored = {_dtype(row[-1], options) for row in averaged}
-    if "bfloat16" in stored:
+    if "bfloat16" in stored and tables[-1].format == "hdf5":
         notes.append(
             "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it opens"
         )
-    if not _drops(options) and tables[-1].optimizer:
+    if tables[-1].fixed and tables[-1].optimizer:
+        notes.append(
+            "optimizer state is the newest checkpoint's: such a file keeps it even where it is to "
+            "be dropped, and it does not belong to averaged values"
+        )
+    elif not _drops(tables, options) and tables[-1].optimizer:
         notes.append(
             "optimizer state is the newest checkpoint's: Keras cannot fit() on from an .h5 model "
             "with optimizer state, and its momentum does not belong to averaged values"
@@ -655,7 +672,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
         "parameters": dict(plan.parameters),
         "options": {
             "dtype": options.get("dtype"),
-            "optimizer": options.get("optimizer", "drop"),
+            "optimizer": "drop" if _drops(plan.tables, options) else "newest",
             "match": options.get("match", "name"),
             "include_tensors": list(options.get("include_tensors", ())),
             "exclude_tensors": list(options.get("exclude_tensors", ())),

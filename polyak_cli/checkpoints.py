@@ -204,7 +204,10 @@ _KINDS_OF_FILE = {
     ".h5": ".h5",
     ".hdf5": ".h5",
     ".npz": ".npz",
+    ".index": ".index",
 }
+#: What belongs to TensorFlow's checkpoints, each of which goes by its .index file.
+_PARTS = re.compile(r"(?P<shard>.*\.data-\d{5}-of-\d{5})|checkpoint|.*\.ckpt(-\d+)?\.meta")
 
 #: Parts of a name, between dots, by which programs mark a file that they have not finished.
 _UNFINISHED = _each("tmp temp part partial incomplete unfinished crdownload download swp swo lock")
@@ -275,6 +278,9 @@ def _expanded(source: _StrPath) -> tuple[list[Path], bool]:
     except OSError as error:
         if glob.has_magic(text) and not os.path.lexists(text):
             return _matches(text), True
+        # TensorFlow names a checkpoint by what its files' names begin with.
+        if error.errno == errno.ENOENT and os.path.isfile(f"{text}.index"):  # noqa: PTH113 - as above
+            return [Path(f"{text}.index")], False
         raise CheckpointError(_unusable(Path(text), error)) from error
     if not stat.S_ISDIR(mode):
         return [Path(text)], False
@@ -327,6 +333,10 @@ def _no_checkpoint(path: Path) -> str | None:
         return "hidden"
     if name.endswith("~") or not _UNFINISHED.isdisjoint(name.split(".")):
         return "unfinished, by its name"
+    part = _PARTS.fullmatch(name)
+    if part and path.is_file():
+        what = "a data shard" if part["shard"] else "a list or graph"
+        return f"{what} of TensorFlow's, whose checkpoints are the .index files"
     if not _kind(path):
         return "a directory" if path.is_dir() else "not named like a checkpoint"
     return None

@@ -216,6 +216,7 @@ class Table:
     optimizer: frozenset[str]  # those of the others that are optimizer state
     config: str  # digest of the model configuration, "" where there is none
     average: bool  # this tool wrote it
+    fixed: bool = False  # its average must keep its types and its optimizer state
 
     @property
     def size(self) -> int:
@@ -266,8 +267,8 @@ class Format(Protocol):
         Returns:
             ``tensors`` and ``others``, rows of [name, shape, dtype, byteorder, location, storage,
             digest, file, arrangement] where the last three may be left out; ``optimizer``, names
-            among the others; ``config``, ``average``; and ``files``, [path, identity] each, where
-            there are several.
+            among the others; ``config``, ``average``; ``fixed`` where it is; and ``files``, [path,
+            identity] each, where there are several.
 
         Raises:
             FormatError: the file is damaged, hostile or holds no model; names file and tensor.
@@ -278,7 +279,8 @@ class Format(Protocol):
 
         Returns:
             ``places``: location -> [offset, dtype, byteorder, file] of every averaged tensor that
-            is not empty; and whatever `seal` wants to know.
+            is not empty; ``files`` where there are several, the others called like the output with
+            something appended (see `formats.publish`); and whatever `seal` wants to know.
         """
 
     def check(self, path: str, alive: Alive) -> None:

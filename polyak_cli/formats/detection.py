@@ -6,6 +6,7 @@ Reads a few bytes of regular files, by offset.  Knows how files begin and end, a
 from __future__ import annotations
 
 import os
+import re
 import stat
 import struct
 from pathlib import Path
@@ -13,6 +14,10 @@ from pathlib import Path
 #: Bytes of a zip archive's end in which its list of members is looked for.
 _TAIL = 1 << 20
 _LISTED = b"PK\x01\x02"
+#: How LevelDB's tables end, and how that of a TensorFlow checkpoint begins, whose first entry has
+#: no key and a protocol buffer that starts with the number of shards.
+_TABLE = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
+_BUNDLE = re.compile(rb"\0\0[\x02-\x20]\x08[\x01-\xff]", re.DOTALL)
 
 
 def detect(path: Path) -> str:
@@ -35,6 +40,8 @@ def _file(descriptor: int, size: int) -> str:
     head = os.pread(descriptor, 16, 0)
     if head.startswith(b"PK\x03\x04"):
         return _archive(descriptor, size)
+    if _BUNDLE.match(head) or os.pread(descriptor, 8, max(0, size - 8)) == _TABLE:
+        return "tf_bundle"
     return "hdf5"
 
 
