@@ -206,8 +206,8 @@ _KINDS_OF_FILE = {
     ".npz": ".npz",
     ".index": ".index",
 }
-#: What belongs to TensorFlow's checkpoints, each of which goes by its .index file.
-_PARTS = re.compile(r"(?P<shard>.*\.data-\d{5}-of-\d{5})|checkpoint|.*\.ckpt(-\d+)?\.meta")
+#: What lies beside TensorFlow's checkpoints, each of which goes by its .index file.
+_SHARD = re.compile(r"(.+)\.data-\d{5}-of-\d{5}", re.DOTALL)
 
 #: Parts of a name, between dots, by which programs mark a file that they have not finished.
 _UNFINISHED = _each("tmp temp part partial incomplete unfinished crdownload download swp swo lock")
@@ -245,6 +245,8 @@ def _find(
     for source in sources:
         paths, listed = _expanded(source)
         as_given = as_given and not listed
+        if listed:
+            paths = [path for path in paths if not _is_part(path)]
         kept, passed = _sifted(paths, listed, exclude, unmatched)
         if listed:
             kept, others = _one_kind(source, kept)
@@ -326,6 +328,12 @@ def _matched(path: Path, pattern: str) -> bool:
     return fnmatch.fnmatchcase(path.name, pattern) or fnmatch.fnmatchcase(str(path), pattern)
 
 
+def _is_part(path: Path) -> bool:
+    """Tell whether a file belongs to a checkpoint that goes by another file's name."""
+    shard = _SHARD.fullmatch(path.name)
+    return shard is not None and path.with_name(f"{shard[1]}.index").is_file()
+
+
 def _no_checkpoint(path: Path) -> str | None:
     """Return why something in a directory is no checkpoint by its name, or None."""
     name = path.name.casefold()
@@ -333,10 +341,10 @@ def _no_checkpoint(path: Path) -> str | None:
         return "hidden"
     if name.endswith("~") or not _UNFINISHED.isdisjoint(name.split(".")):
         return "unfinished, by its name"
-    part = _PARTS.fullmatch(name)
-    if part and path.is_file():
-        what = "a data shard" if part["shard"] else "a list or graph"
-        return f"{what} of TensorFlow's, whose checkpoints are the .index files"
+    if name == "checkpoint" and path.is_file():
+        return "TensorFlow's list of checkpoints"
+    if _SHARD.fullmatch(name):
+        return "a data shard of a TensorFlow checkpoint whose .index is not here"
     if not _kind(path):
         return "a directory" if path.is_dir() else "not named like a checkpoint"
     return None
