@@ -24,6 +24,7 @@ RELATION = (5685, 1362, 426)
 _KEPT = RELATION[0]  # words to which any message is reduced
 _SHIFTS = (_KEPT - RELATION[1], _KEPT - RELATION[2], _KEPT)
 _STEP = 1 << 16  # words read at a time
+_HEAD = 4  # bytes of a message that are inverted to begin with
 _SMALL = 1 << 10  # bytes from which on numpy pays
 
 
@@ -71,15 +72,18 @@ def _bytewise(data: bytes) -> int:
 
 def _streamed(read: Callable[[int, Bytes], None], nbytes: int, alive: Alive) -> int:
     """Return the checksum of what ``read`` puts into buffers, each given with where it begins."""
-    words = np.zeros(_KEPT + min(_STEP, -(-nbytes // 8)), np.uint64)  # leading zeros are neutral
+    step = _STEP * 8
+    most = min(nbytes, step + _HEAD)
+    words = np.zeros(_KEPT + -(-most // 8), np.uint64)  # leading zeros are neutral
     done = 0
     while done < nbytes:
-        count = (nbytes - done) % (_STEP * 8) or _STEP * 8  # the first piece may be the short one
+        count = (nbytes - done) % step  # only the first piece may be of an odd length
+        count += step if count < _HEAD else 0
         end = _KEPT + -(-count // 8)
         piece = words.view(np.uint8)[end * 8 - count : end * 8]
         read(done, piece)
         if not done:
-            piece[:4] ^= 0xFF
+            piece[:_HEAD] ^= 0xFF
         _fold(words[:end])
         words[:_KEPT] = words[end - _KEPT : end].copy()
         done += count
