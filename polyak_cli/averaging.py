@@ -333,13 +333,13 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         raise UsageError("the plan has no output; name the file to write")
     begun = time.perf_counter()
     with formats.publish(plan.output, force=plan.options.get("force", False)) as hidden:
-        totals, differing = _write(plan, hidden, progress or (lambda _: None))
+        totals, nbytes, differing = _write(plan, hidden, progress or (lambda _: None))
     spent = totals.reading + totals.folding + totals.writing
     return Report(
         output=plan.output,
         plan=plan,
         bytes_read=totals.bytes_read,
-        bytes_written=plan.output.stat().st_size,
+        bytes_written=nbytes,
         seconds=time.perf_counter() - begun,
         peak_memory=_peak(),
         shares={
@@ -350,8 +350,8 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     )
 
 
-def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals, list[str]]:
-    """Write the whole output under its hidden name; return what that took and what it showed."""
+def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals, int, list[str]]:
+    """Write the whole output under its hidden name; return what that took, its size and notes."""
     options = plan.options
     inputs = [file for table in plan.tables for file in table.files]
     formats.check(plan.tables, jobs=_memory(options).jobs)
@@ -379,7 +379,7 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     room.seal()
     compared, differing = _differing(plan, inputs, progress)
     engine.unchanged(inputs)
-    return totals.plus(compared), differing
+    return totals.plus(compared), sum(Path(f).stat().st_size for f in room.files), differing
 
 
 # --- deciding -------------------------------------------------------------------------------------

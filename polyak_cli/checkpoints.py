@@ -209,8 +209,10 @@ _KINDS_OF_FILE = {
     ".pth": ".pth",
     ".bin": ".bin",
     ".ckpt": ".ckpt",
+    ".index": ".index",
 }
-
+#: What lies beside TensorFlow's checkpoints, each of which goes by its .index file.
+_DATA = re.compile(r"(.+)\.data-\d{5}-of-\d{5}", re.DOTALL)
 #: One of the files that a sharded save of Keras consists of, beside the .weights.json.
 _SHARD = re.compile(r"(.+)_[0-9]{5,}\.weights\.h5")
 
@@ -250,6 +252,8 @@ def _find(
     for source in sources:
         paths, listed = _expanded(source)
         as_given = as_given and not listed
+        if listed:
+            paths = [path for path in paths if not _is_part(path)]
         kept, passed = _sifted(paths, listed, exclude, unmatched)
         if listed:
             kept, others = _one_kind(source, kept)
@@ -283,6 +287,9 @@ def _expanded(source: _StrPath) -> tuple[list[Path], bool]:
     except OSError as error:
         if glob.has_magic(text) and not os.path.lexists(text):
             return _matches(text), True
+        # TensorFlow names a checkpoint by what its files' names begin with.
+        if error.errno == errno.ENOENT and os.path.isfile(f"{text}.index"):  # noqa: PTH113 - as above
+            return [Path(f"{text}.index")], False
         raise CheckpointError(_unusable(Path(text), error)) from error
     if not stat.S_ISDIR(mode):
         return [Path(text)], False
@@ -328,6 +335,12 @@ def _matched(path: Path, pattern: str) -> bool:
     return fnmatch.fnmatchcase(path.name, pattern) or fnmatch.fnmatchcase(str(path), pattern)
 
 
+def _is_part(path: Path) -> bool:
+    """Tell whether a file belongs to a checkpoint that goes by another file's name."""
+    shard = _DATA.fullmatch(path.name)
+    return shard is not None and path.with_name(f"{shard[1]}.index").is_file()
+
+
 def _no_checkpoint(path: Path) -> str | None:
     """Return why something in a directory is no checkpoint by its name, or None."""
     name = path.name.casefold()
@@ -335,6 +348,10 @@ def _no_checkpoint(path: Path) -> str | None:
         return "hidden"
     if name.endswith("~") or not _UNFINISHED.isdisjoint(name.split(".")):
         return "unfinished, by its name"
+    if name == "checkpoint" and path.is_file():
+        return "TensorFlow's list of checkpoints"
+    if _DATA.fullmatch(name):
+        return "a data shard of a TensorFlow checkpoint whose .index is not here"
     if not _kind(path):
         return "a directory" if path.is_dir() else "not named like a checkpoint"
     return None

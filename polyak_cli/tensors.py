@@ -237,6 +237,7 @@ class Table:
     suffixes: tuple[str, ...] = ()  # what a file like it may be called, if not as its format
     cautions: Mapping[str, str] = field(default_factory=dict)  # what to tell: see `Format.scan`
     fixed: bool = False  # its average must keep its types and its optimizer state
+    tails: tuple[str, ...] = ()  # of the files that its average needs, in place of the suffix
 
     @property
     def size(self) -> int:
@@ -293,7 +294,8 @@ class Format(Protocol):
             their order, where loading goes by position; ``statistics``, names of BatchNorm's moving
             statistics; ``slots``, EMA among the optimizer's -> the tensors that it may be of;
             ``suffixes`` of this very layout; ``fixed``, that types and optimizer state must stay;
-            and ``cautions``, what a user should know who stores a dtype, keeps the "optimizer", or
+            ``tails``, of the further files that an output has, in place of its suffix; and
+            ``cautions``, what a user should know who stores a dtype, keeps the "optimizer", or
             wants the "ema" that a file has not.
 
         Raises:
@@ -305,7 +307,8 @@ class Format(Protocol):
 
         Returns:
             ``places``: location -> [offset, dtype, byteorder, file] of every averaged tensor that
-            is not empty; and whatever `seal` wants to know.
+            is not empty; ``files`` where there are several, the others called like the output with
+            something appended (see `formats.publish`); and whatever `seal` wants to know.
         """
 
     def check(self, path: str, alive: Alive) -> None:

@@ -128,6 +128,7 @@ def _table(name: str, file: File, scanned: Mapping[str, Any]) -> Table:
         suffixes=tuple(scanned.get("suffixes", ())),
         cautions=scanned.get("cautions", {}),
         fixed=scanned.get("fixed", False),
+        tails=tuple(scanned.get("tails", ())),
     )
 
 
@@ -262,7 +263,8 @@ def lay_out(
     if isinstance(outcome, PolyakError):
         raise outcome
     places = {location: LaidOut(*place) for location, place in outcome["places"].items()}
-    return Room([str(output)], places, lambda: form.seal(str(output), outcome))
+    files = outcome.get("files", [str(output)])
+    return Room(files, places, lambda: form.seal(str(output), outcome))
 
 
 def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
@@ -286,12 +288,29 @@ def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
         raise OutputError(f"{name}: there is no folder {shown(folder)}; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{name}: the folder {shown(folder)} is not writable")
+    for further in _further(output, tables[-1]):
+        if os.path.lexists(further) and not force:
+            raise OutputError(f"{shown(further)}: already exists; use --force to replace it")
     if not os.path.lexists(output):
         return
     if output.exists():
         _check_existing(output, tables)
     if not force:
         raise OutputError(f"{name}: already exists; use --force to replace it")
+
+
+def _further(output: Path, template: Table) -> list[Path]:
+    """Return the files that an output consists of besides the one that is named.
+
+    Raises:
+        OutputError: the name is a link, beside whose target they would not be found.
+    """
+    further = [_beside(output, tail) for tail in template.tails]
+    if further and output.is_symlink():
+        raise OutputError(
+            f"{shown(output)}: is a link, and the output has several files; name the place itself"
+        )
+    return further
 
 
 def _check_existing(output: Path, tables: Sequence[Table]) -> None:
@@ -329,6 +348,12 @@ def publish(output: Path, *, force: bool) -> Iterator[Path]:
     hidden file is gone and what had the name before is untouched.  A link is followed, so that
     what it points to is replaced.
 
+    Further files of a format that needs several are called like the hidden one with something
+    appended, which takes the place of the output's suffix in the end.  They get their names before
+    the output itself does, so that whoever sees it sees all of it.  Only where ``force`` replaces
+    an older output of several files, there is an instant, and after a loss of power perhaps a
+    state, in which the older one's first file stands beside the new ones.
+
     Raises:
         OutputError: it cannot be written, or appeared meanwhile and ``force`` is not given.
     """
@@ -338,21 +363,38 @@ def publish(output: Path, *, force: bool) -> Iterator[Path]:
         with open(hidden, "xb"):  # the user's umask gives its mode, as for any new file
             pass
         yield hidden
-        _sync(hidden)
+        further = [path for path in _written(hidden) if path != hidden]
+        named = {path: _beside(final, path.name[len(hidden.name) :]) for path in further}
+        named[hidden] = final
+        for path in named:
+            _sync(path)
         if force:
-            if final.exists():
-                hidden.chmod(final.stat().st_mode & 0o7777)
-            hidden.replace(final)
+            _replace(named)
         else:
-            _rename_new(hidden, final)
+            _rename_new(named)
         _sync(final.parent)
     except OSError as error:
         raise OutputError(_unwritable(output, error)) from error
     finally:
         try:
-            hidden.unlink(missing_ok=True)
+            _remove(hidden)
         finally:  # an interrupt may fall into the line above; the next one is ignored by then
-            hidden.unlink(missing_ok=True)
+            _remove(hidden)
+
+
+def _written(hidden: Path) -> list[Path]:
+    """Return all files of an output that has not got its name yet."""
+    return [hidden, *sorted(hidden.parent.glob(f"{hidden.name}.*"))]
+
+
+def _remove(hidden: Path) -> None:
+    for path in _written(hidden):
+        path.unlink(missing_ok=True)
+
+
+def _beside(output: Path, tail: str) -> Path:
+    """Return what a further file of an output is called."""
+    return output.with_name(output.stem + tail)
 
 
 def _sync(path: Path) -> None:
@@ -363,8 +405,28 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _rename_new(hidden: Path, final: Path) -> None:
-    """Give the file its name, unless another has taken it since it was checked."""
+def _replace(named: Mapping[Path, Path]) -> None:
+    """Give files their names, whatever had them before."""
+    for hidden, final in named.items():
+        if final.exists():
+            hidden.chmod(final.stat().st_mode & 0o7777)
+        hidden.replace(final)
+
+
+def _rename_new(named: Mapping[Path, Path]) -> None:
+    """Give files their names, unless another has taken one since they were checked."""
+    try:
+        for hidden, final in named.items():
+            _link(hidden, final)
+    except BaseException:  # all or nothing, an interrupt too
+        for hidden, final in named.items():
+            if not hidden.exists() or (final.exists() and final.samefile(hidden)):
+                final.unlink(missing_ok=True)
+        raise
+
+
+def _link(hidden: Path, final: Path) -> None:
+    """Give one file its name; the hidden one may stay beside it."""
     try:
         os.link(hidden, final)  # fails where the name exists; rename would replace
     except FileExistsError:

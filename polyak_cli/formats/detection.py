@@ -16,6 +16,10 @@ _TAIL = 1 << 20
 #: Bytes of a JSON file in which it must say what it lists.
 _HEAD = 1 << 16
 _LISTED = b"PK\x01\x02"
+#: How LevelDB's tables end, and how that of a TensorFlow checkpoint begins, whose first entry has
+#: no key and a protocol buffer that starts with the number of shards.
+_TABLE = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
+_BUNDLE = re.compile(rb"\0\0[\x02-\x20]\x08[\x01-\xff]", re.DOTALL)
 
 
 def detect(path: Path) -> str:
@@ -45,6 +49,8 @@ def _file(descriptor: int, size: int) -> str:
     # A pickle, or the tar archive that torch.save wrote first: not opened, which torch_zip tells.
     if re.match(rb"\x80[\x02-\x05]", head) or os.pread(descriptor, 5, 257) == b"ustar":
         return "torch_zip"
+    if _BUNDLE.match(head) or os.pread(descriptor, 8, max(0, size - 8)) == _TABLE:
+        return "tf_bundle"
     return "hdf5"
 
 

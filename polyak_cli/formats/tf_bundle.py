@@ -1,0 +1,527 @@
+"""TensorFlow's checkpoints: an `.index` file, and data shards beside it that hold the values.
+
+The index is a sorted table (`sstables`) from keys to protocol buffers: see tensor_bundle.proto in
+TensorFlow's sources.  Reads what `tf.train.Checkpoint`, `Model.save_weights` and the Saver of
+TensorFlow 1 write.  Knows which keys are optimizer state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import re
+import stat
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.formats import crc32c, sstables
+from polyak_cli.formats.sstables import Pair, from_number, varint
+from polyak_cli.formats.zips import WHOLE
+from polyak_cli.tensors import Alive, Identity, Layout, Scan, read_exactly, write_exactly
+
+NAME = "TensorFlow checkpoint"
+SUFFIXES = (".index",)
+CHECKED = True
+#: A block of metadata, which TensorFlow never looks for: a key would be one more variable.
+PROVENANCE = b"polyak_provenance"
+#: TensorFlow's numbers of types: name and bytes of an element, 0 where that varies.
+TYPES = {
+    1: ("float32", 4),
+    2: ("float64", 8),
+    3: ("int32", 4),
+    4: ("uint8", 1),
+    5: ("int16", 2),
+    6: ("int8", 1),
+    7: ("string", 0),
+    8: ("complex64", 8),
+    9: ("int64", 8),
+    10: ("bool", 1),
+    11: ("qint8", 1),
+    12: ("quint8", 1),
+    13: ("qint32", 4),
+    14: ("bfloat16", 2),
+    15: ("qint16", 2),
+    16: ("quint16", 2),
+    17: ("uint16", 2),
+    18: ("complex128", 16),
+    19: ("float16", 2),
+    20: ("opaque", 0),  # a resource
+    21: ("opaque", 0),  # a variant
+    22: ("uint32", 4),
+    23: ("uint64", 8),
+    24: ("float8_e5m2", 1),
+    25: ("float8_e4m3fn", 1),
+}
+_DTYPE, _SHAPE, _SHARD, _OFFSET, _SIZE, _CRC, _SLICES = range(1, 8)  # fields of an entry
+_MAXIMUM_RANK = 254  # TensorFlow's own
+_STEP = 1 << 20
+_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+_VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
+_COUNTERS = re.compile(r"(.*/)?save_counter|(.*/)?keras_api/metrics/.*")
+_OPTIMIZER = re.compile(r"(?:^|_)optimizers?(?:_|$)", re.IGNORECASE)
+#: What an optimizer has beside its count of steps, as `iter` alone may be anybody's.
+_SETTINGS = ("decay", "learning_rate", "beta_1", "momentum", "rho")
+#: How the Saver's files call what TensorFlow 1 keeps below a variable, and what has no variable.
+_SLOTS = re.compile(
+    r"(Adam|Momentum|RMSProp|Adagrad|AdagradDA|Adadelta|Ftrl|ExponentialMovingAverage|LAMB\w*|"
+    r"adam_[mv]|lamb_[mv]|slot_v[cr]?|slot_m|[mv]|vhat|rms|mg|momentum|accumulator|linear)(_\d+)?"
+)
+_POWERS = re.compile(r"(.*/)?beta[12]_power(_\d+)?")
+
+
+class _Entry(NamedTuple):
+    """One tensor, or one part of a partitioned variable, as the index describes it."""
+
+    key: bytes
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    nbytes: int
+    crc: int
+    parts: bool  # no values here: the variable's parts are entries of their own
+
+    @property
+    def location(self) -> str:
+        """The key, as JSON can hold it."""
+        return _text(self.key)
+
+
+class _Bundle(NamedTuple):
+    """One checkpoint, its shards open."""
+
+    pairs: list[Pair]
+    entries: list[_Entry]  # those that have values
+    byteorder: str
+    paths: list[str]  # the index, then the shards
+    descriptors: list[int]
+    identities: list[Identity]
+    average: bool
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[_Bundle]:
+    """Yield a checkpoint with every extent checked.
+
+    Raises:
+        FormatError: it is damaged, hostile or not complete; names the file.
+    """
+    with contextlib.ExitStack() as stack:
+        descriptor, identity = _open(path, stack)
+        try:
+            if not path.endswith(SUFFIXES):
+                raise FormatError("is a TensorFlow index; expected it to be called NAME.index")
+            pairs, meta = _table(descriptor, identity.size)
+            shards, byteorder = _header(pairs[0] if pairs else (b"?", b""))
+            entries = [_entry(key, value) for key, value in pairs[1:]]
+        except FormatError as error:
+            raise FormatError(f"{shown(path)}: {error}") from None
+        paths, descriptors, identities = [path], [descriptor], [identity]
+        for k in range(shards):
+            paths.append(f"{path.removesuffix('.index')}{_tail(k, shards)}")
+            descriptor, identity = _open(paths[-1], stack)
+            descriptors.append(descriptor)
+            identities.append(identity)
+        entries = [entry for entry in entries if not entry.parts]
+        _check_extents(entries, paths, [identity.size for identity in identities])
+        average = PROVENANCE in meta
+        yield _Bundle(pairs, entries, byteorder, paths, descriptors, identities, average)
+
+
+def _open(path: str, stack: contextlib.ExitStack) -> tuple[int, Identity]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise FormatError(
+            f"{shown(path)}: is missing; a TensorFlow checkpoint is its .index and all its data "
+            "shards, copy them together"
+        ) from None
+    except OSError as error:
+        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+    stack.callback(os.close, descriptor)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(f"{shown(path)}: is not a regular file")
+    return descriptor, Identity.of(status)
+
+
+def _tail(shard: int, shards: int) -> str:
+    """Return how the name of a shard ends."""
+    return f".data-{shard:05d}-of-{shards:05d}"
+
+
+def _table(descriptor: int, size: int) -> tuple[list[Pair], dict[bytes, bytes]]:
+    if size > WHOLE:
+        raise FormatError(f"has {size} bytes; expected an index of at most {WHOLE}")
+    data = np.empty(size, np.uint8)
+    read_exactly(descriptor, 0, data)
+    return sstables.read(data.tobytes())
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+    """Yield number, value and stored bytes of each field of a protocol buffer.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    place = 0
+    while place < len(message):
+        start = place
+        tag, place = varint(message, place)
+        value: int | bytes
+        if tag & 7 == 0:
+            value, place = varint(message, place)
+        elif tag & 7 in (1, 5):
+            start_value, place = place, place + (8 if tag & 7 == 1 else 4)
+            value = int.from_bytes(message[start_value:place], "little")
+        elif tag & 7 == 2:
+            length, start_value = varint(message, place)
+            place = start_value + length
+            value = message[start_value:place]
+        else:
+            raise FormatError(f"a field has wire type {tag & 7}, which is not used here")
+        if place > len(message):
+            raise FormatError("a field is cut off")
+        yield tag >> 3, value, message[start:place]
+
+
+def _number(value: int | bytes) -> int:
+    """Return a field that must be a number.
+
+    Raises:
+        FormatError: it is something else, or negative.
+    """
+    if isinstance(value, bytes) or value >= 1 << 63:
+        raise FormatError("a field that should be a number from 0 on is not")
+    return value
+
+
+def _message(value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        raise FormatError("a field that should be a message is a number")
+    return value
+
+
+def _header(pair: Pair) -> tuple[int, str]:
+    """Return the number of shards and the byte order, which the entry without a key tells.
+
+    Raises:
+        FormatError: there is none, or it is of a later version.
+    """
+    key, value = pair
+    if key:
+        raise FormatError("is a sorted table, but not the index of a TensorFlow checkpoint")
+    header = {number: field for number, field, _ in _fields(value)}
+    version = {number: field for number, field, _ in _fields(_message(header.get(3, b"")))}
+    least = _number(version.get(2, 0))
+    if least > 1:
+        raise FormatError(f"wants a reader of version {least}; expected at most 1")
+    return _number(header.get(1, 0)), ">" if _number(header.get(2, 0)) else "<"
+
+
+def _entry(key: bytes, value: bytes) -> _Entry:
+    """Read an entry.
+
+    Raises:
+        FormatError: it contradicts itself; names the tensor.
+    """
+    name = _name(key)
+    try:
+        fields = {number: field for number, field, _ in _fields(value)}
+        code, shard, offset, nbytes, crc = (
+            _number(fields.get(number, 0)) for number in (_DTYPE, _SHARD, _OFFSET, _SIZE, _CRC)
+        )
+        shape = _shape(_message(fields.get(_SHAPE, b"")))
+        if code not in TYPES:
+            raise FormatError(f"is of TensorFlow's type {code}, which is not known here")
+        dtype, width = TYPES[code]
+        parts = _SLICES in fields
+        expected = math.prod(shape) * width
+        if width and not parts and nbytes != expected:
+            raise FormatError(
+                f"has {nbytes} bytes; expected {expected} for {dtype} of shape {shape}"
+            )
+    except FormatError as error:
+        raise FormatError(f"tensor '{shown(name)}': {error}") from None
+    return _Entry(key, name, dtype, shape, shard, offset, nbytes, crc, parts)
+
+
+def _shape(message: bytes) -> tuple[int, ...]:
+    """Read a TensorShapeProto."""
+    shape = []
+    for number, value, _ in _fields(message):
+        if number == 2:
+            size = {k: field for k, field, _ in _fields(_message(value))}.get(1, 0)
+            shape.append(_number(size))
+    if len(shape) > _MAXIMUM_RANK:
+        raise FormatError(f"has {len(shape)} dimensions; expected at most {_MAXIMUM_RANK}")
+    return tuple(shape)
+
+
+def _check_extents(entries: list[_Entry], paths: Sequence[str], sizes: Sequence[int]) -> None:
+    """Refuse values that their shard does not have, or that lie over one another."""
+    for entry in entries:
+        if entry.shard >= len(paths) - 1:
+            raise FormatError(
+                f"{shown(paths[0])}: tensor '{shown(entry.name)}' lies in shard {entry.shard} of "
+                f"{len(paths) - 1}; the index is damaged"
+            )
+        end, size = entry.offset + entry.nbytes, sizes[1 + entry.shard]
+        if end > size:
+            raise FormatError(
+                f"{shown(paths[1 + entry.shard])}: tensor '{shown(entry.name)}' lies outside the "
+                f"file: it needs {end} bytes, the file has {size}; it is truncated or damaged"
+            )
+    filled = sorted((e for e in entries if e.nbytes), key=lambda e: (e.shard, e.offset))
+    for one, other in itertools.pairwise(filled):
+        if one.shard == other.shard and one.offset + one.nbytes > other.offset:
+            raise FormatError(
+                f"{shown(paths[0])}: the tensors '{shown(one.name)}' and '{shown(other.name)}' "
+                "overlap; the index is damaged"
+            )
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def _text(key: bytes) -> str:
+    return key.decode(errors="surrogateescape")
+
+
+def _name(key: bytes) -> str:
+    """Return what users call a tensor."""
+    name = _text(key).removesuffix(_VALUE)
+    if key.startswith(b"\0"):
+        with contextlib.suppress(FormatError):
+            return _part_name(key)
+    return name
+
+
+def _part_name(key: bytes) -> str:
+    """Return variable and place of a part, from TensorFlow's "ordered code" of them.
+
+    Raises:
+        FormatError: it is something else.
+    """
+    end = key.find(b"\0\1")  # of the variable, in which zeros are escaped otherwise
+    place = end + 3
+    if end < 0 or key[end + 2 : place] != b"\1":  # then the number of dimensions, in one byte
+        raise FormatError("no part")
+    rank, place = key[place] if place < len(key) else 0, place + 1
+    spans = []
+    for _ in range(rank):
+        start, place = _ordered(key, place)
+        length, place = _ordered(key, place)
+        spans.append(":" if length < 0 else f"{start}:{start + length}")
+    return f"{_text(key[1:end])}[{', '.join(spans)}]"
+
+
+def _ordered(key: bytes, place: int) -> tuple[int, int]:
+    """Read a signed number: as many ones as it has bytes, and the rest; -1 is the only negative."""
+    if key[place : place + 1] == b"\x7f":
+        return -1, place + 1
+    first = key[place] if place < len(key) else 0
+    ones = 8 - (first ^ 0xFF).bit_length()
+    if not 0 < ones < 8:
+        raise FormatError("no part")
+    digits = int.from_bytes(key[place : place + ones], "big")
+    return digits & (1 << 7 * ones - 1) - 1, place + ones
+
+
+def _sorted_out(entries: Sequence[_Entry]) -> tuple[set[str], set[str]]:
+    """Return the names of optimizer state, and of what else is not the model's own."""
+    names = {entry.name for entry in entries}
+    homes = _homes(names)
+    tracked = any(entry.name == _GRAPH for entry in entries)
+    of_optimizer = _tracked_state if tracked else _saved_state
+    optimizer = {name for name in names if of_optimizer(name, names, homes)}
+    # Such as the keys of a lookup table, which have no fixed order.
+    attributes = {
+        entry.name
+        for entry in entries
+        if "/.ATTRIBUTES/" in entry.location and not entry.location.endswith(_VALUE)
+    }
+    rest = {name for name in names if name == _GRAPH or _COUNTERS.fullmatch(name)} | attributes
+    return optimizer, rest - optimizer
+
+
+def _homes(names: Collection[str]) -> set[str]:
+    """Return the paths that are optimizers by what lies in them."""
+    homes = set()
+    for name in names:
+        home, _, leaf = name.rpartition("/")
+        if home and (
+            leaf == "_iterations"
+            or (leaf == "iter" and any(f"{home}/{setting}" in names for setting in _SETTINGS))
+        ):
+            homes.add(home)
+    return homes
+
+
+def _tracked_state(name: str, names: Collection[str], homes: Collection[str]) -> bool:
+    """Tell optimizer state in a checkpoint of objects."""
+    del names
+    steps = name.split("/")
+    # TensorFlow names a variable by the shortest way to it.  Keras 3's optimizers lead to the
+    # model's own variables, and from tf.train.Checkpoint(model=..., optimizer=...) sooner.
+    if "_trainable_variables" in steps:
+        return False
+    return (
+        ".OPTIMIZER_SLOT" in steps
+        or any(_OPTIMIZER.search(step) for step in steps[:-1])
+        or _below(name, homes)
+    )
+
+
+def _saved_state(name: str, names: Collection[str], homes: Collection[str]) -> bool:
+    """Tell optimizer state in a checkpoint of names, such as the Saver of TensorFlow 1 writes."""
+    whole, bracket, part = name.partition("[")
+    variable, _, leaf = whole.rpartition("/")
+    slot = _SLOTS.fullmatch(leaf) and f"{variable}{bracket}{part}" in names
+    return bool(slot or _POWERS.fullmatch(name)) or _below(name, homes)
+
+
+def _below(name: str, homes: Collection[str]) -> bool:
+    return any(name[: match.start()] in homes for match in re.finditer("/", name))
+
+
+# --- the format -----------------------------------------------------------------------------------
+
+
+#: What a user should know; see `tensors.Format.scan`.
+CAUTIONS = {
+    "optimizer": "optimizer state is the newest checkpoint's: such a file keeps it even where it "
+    "is to be dropped, and it does not belong to averaged values"
+}
+
+
+def scan(request: Scan, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.scan`."""
+    alive()
+    with _opened(request.path) as bundle:
+        alive()
+        optimizer, rest = _sorted_out(bundle.entries)
+        tensors: list[Any] = []
+        others: list[Any] = []
+        for entry in bundle.entries:
+            where = ["extent", entry.offset, entry.nbytes]
+            kind = (entry.shape, entry.dtype, bundle.byteorder)
+            row = [entry.name, *kind, entry.location, where, "", 1 + entry.shard]
+            (others if entry.name in optimizer or entry.name in rest else tensors).append(row)
+        return {
+            "tensors": tensors,
+            "others": others if request.everything else [],
+            "optimizer": sorted(optimizer),
+            "config": "",
+            "average": bundle.average,
+            "fixed": True,  # Checkpoint.restore wants every slot that the graph of objects lists
+            "tails": [f".data-{path.rpartition('.data-')[2]}" for path in bundle.paths[1:]],
+            "cautions": CAUTIONS,
+            "files": list(zip(bundle.paths, bundle.identities, strict=True)),
+        }
+
+
+def check(path: str, alive: Alive) -> None:
+    """See `tensors.Format.check`; of the model's own tensors, as no others are read."""
+    with _opened(path) as bundle:
+        optimizer, rest = _sorted_out(bundle.entries)
+        for entry in bundle.entries:
+            alive()
+            # Of what varies in length, the checksum is not that of the bytes.
+            if entry.name in optimizer or entry.name in rest or entry.dtype in ("string", "opaque"):
+                continue
+            descriptor = bundle.descriptors[1 + entry.shard]
+            crc = crc32c.of_file(descriptor, entry.offset, entry.nbytes, alive)
+            if crc32c.masked(crc) != entry.crc:
+                raise FormatError(
+                    f"{shown(bundle.paths[1 + entry.shard])}: tensor '{shown(entry.name)}' has a "
+                    "wrong checksum: the data are damaged"
+                )
+
+
+def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.lay_out`."""
+    places = {}
+    with _opened(request.template.files[0].path) as bundle:
+        shards = len(bundle.paths) - 1
+        files = [request.output, *(f"{request.output}{_tail(k, shards)}" for k in range(shards))]
+        holes: list[list[tuple[int, int]]] = [[] for _ in files]
+        for entry in bundle.entries:
+            if entry.nbytes and entry.location in request.averaged:
+                file = 1 + entry.shard
+                places[entry.location] = (entry.offset, entry.dtype, bundle.byteorder, file)
+                holes[file].append((entry.offset, entry.offset + entry.nbytes))
+        for k in range(1, len(files)):
+            size = bundle.identities[k].size
+            _copy(bundle.descriptors[k], files[k], size, sorted(holes[k]), alive)
+        table = sstables.written(bundle.pairs, {PROVENANCE: request.provenance.encode()})
+        with open(request.output, "r+b") as file_object:
+            file_object.write(table)
+        return {"places": places, "files": files}
+
+
+def _copy(
+    source: int, path: str, size: int, holes: Sequence[tuple[int, int]], alive: Alive
+) -> None:
+    """Copy a shard, but for what will be overwritten."""
+    with open(path, "xb") as target:
+        target.truncate(size)
+        start = 0
+        for low, high in (*holes, (size, size)):
+            for offset in range(start, low, _STEP):
+                piece = np.empty(min(_STEP, low - offset), np.uint8)
+                read_exactly(source, offset, piece)
+                write_exactly(target.fileno(), offset, piece)
+                alive()
+            start = high
+
+
+def seal(output: str, laid_out: Mapping[str, Any]) -> None:
+    """See `tensors.Format.seal`; the index that `lay_out` wrote has the template's checksums."""
+    checksums = {}
+    with contextlib.ExitStack() as stack:
+        shards = [stack.enter_context(open(path, "rb")) for path in laid_out["files"][1:]]
+        index = stack.enter_context(open(output, "r+b"))
+        pairs, meta = sstables.read(index.read())
+        entries = {_text(key): _entry(key, value) for key, value in pairs[1:]}
+        for location in laid_out["places"]:
+            entry = entries[location]
+            descriptor = shards[entry.shard].fileno()
+            crc = crc32c.of_file(descriptor, entry.offset, entry.nbytes)
+            checksums[entry.key] = crc32c.masked(crc)
+        sealed = [
+            (key, _with_checksum(value, checksums[key]) if key in checksums else value)
+            for key, value in pairs
+        ]
+        index.seek(0)
+        index.truncate()
+        index.write(sstables.written(sealed, meta))
+
+
+def _with_checksum(value: bytes, crc: int) -> bytes:
+    """Return an entry with another checksum."""
+    # Its fields in order, as TensorFlow compares some by their bytes; a zero is left out.
+    fields = [(number, raw) for number, _, raw in _fields(value) if number != _CRC]
+    if crc:
+        fields.append((_CRC, from_number(_CRC << 3 | 5) + crc.to_bytes(4, "little")))
+    return b"".join(raw for _, raw in sorted(fields, key=lambda field: field[0]))
+
+
+def is_average(path: str, alive: Alive) -> bool:
+    """See `tensors.Format.is_average`."""
+    alive()
+    try:
+        with contextlib.ExitStack() as stack:
+            descriptor, identity = _open(path, stack)
+            return PROVENANCE in _table(descriptor, identity.size)[1]
+    except FormatError:
+        return False
