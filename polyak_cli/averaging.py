@@ -25,6 +25,7 @@ from polyak_cli import __version__, checkpoints, ema, engine, formats, schemes
 from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
 from polyak_cli.formats.chunks import Chunks
+from polyak_cli.formats.zips import Deflated
 from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, itemsize
 
 Source = str | os.PathLike[str]
@@ -308,7 +309,7 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
             _sources(plan.tables, row),
             [room.places[row[-1].location]],
         )
-        for row in plan.averaged_rows
+        for row in sorted(plan.averaged_rows, key=_place)
         if row[-1].size
     )
     matrix = np.array([plan.coefficients])
@@ -318,6 +319,14 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     differing = _differing(plan, inputs)
     engine.unchanged(inputs)
     return totals, differing
+
+
+def _place(row: Row) -> tuple[int, int, int]:
+    """Return what sorts tensors as they are read best: a deflated member forwards only."""
+    spec = row[-1]
+    if isinstance(spec.storage, Deflated):
+        return spec.file, spec.storage.offset, spec.storage.start
+    return 0, 0, 0
 
 
 # --- deciding -------------------------------------------------------------------------------------
