@@ -1,0 +1,227 @@
+"""Keras itself loads the averages of weights that it saved, and of the EMA of its optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from polyak_cli import average, plan
+from tests.oracle import Array
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(size=(32, 6)).astype("float32")
+LABELS = RNG.normal(size=(32, 2)).astype("float32")
+
+
+class Subclassed(keras.Model):  # type: ignore[misc] # Keras has no types
+    """Layers as attributes, in lists and below one another, and a variable of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = layers.Dense(5)
+        self.bn = layers.BatchNormalization()
+        self.blocks = [layers.Dense(4), [layers.Dense(4), sequential()]]
+        self.own = self.add_weight(shape=(2,), name="own")
+        self.seen = self.add_weight(shape=(), dtype="int32", trainable=False, name="seen")
+
+    def call(self, rows: Any) -> Any:
+        """Use all of them."""
+        rows = self.bn(self.first(rows))
+        return self.blocks[1][1](self.blocks[1][0](self.blocks[0](rows))) + self.own
+
+
+def sequential() -> Any:
+    """More than ten variables' worth of optimizer state, statistics, and a layer without any."""
+    hidden = [layers.Dense(4, "relu"), layers.BatchNormalization(), layers.Dropout(0.1)]
+    return keras.Sequential([*hidden, layers.Dense(2)])
+
+
+def functional() -> Any:
+    """A nested model, one layer used twice."""
+    rows = keras.Input((6,))
+    shared = layers.Dense(6)
+    inner = keras.Sequential([keras.Input((6,)), layers.Dense(3), layers.BatchNormalization()])
+    return keras.Model(rows, layers.Dense(2)(inner(shared(shared(rows)))))
+
+
+def recurrent() -> Any:
+    """A cell below its layer, and a wrapper that stores a kernel twice."""
+    steps = layers.Reshape((3, 2))
+    dense = layers.SpectralNormalization(layers.Dense(2))
+    return keras.Sequential([keras.Input((6,)), steps, layers.LSTM(4), dense])
+
+
+@pytest.fixture(autouse=True)
+def _policy() -> Any:
+    """Leave no policy behind."""
+    before = keras.config.dtype_policy()
+    yield
+    keras.config.set_dtype_policy(before)
+
+
+def save_epochs(
+    model: Any, folder: Path, save: Callable[[Any, Path], None], optimizer: Any = "adam"
+) -> list[list[Array]]:
+    """Train a model, save it after each of three epochs, and return its weights of each."""
+    folder.mkdir()
+    model.compile(optimizer, "mean_squared_error", run_eagerly=True)
+    weights = []
+    for epoch in range(3):
+        model.fit(ROWS, LABELS, verbose=0)
+        save(model, folder / f"model_{epoch}")
+        weights.append([np.asarray(value) for value in model.get_weights()])
+    return weights
+
+
+def mean(columns: Sequence[Sequence[Array]], coefficients: Sequence[float]) -> list[Array]:
+    """Return the float64 averages, rounded to the type of each; integers are the newest's."""
+    found = []
+    for column in zip(*columns, strict=True):
+        total: Any = 0.0
+        for values, coefficient in zip(column, coefficients, strict=True):
+            total = total + coefficient * np.asarray(values, np.float64)
+        newest = column[-1]
+        rounded = total if newest.dtype.kind != "i" else newest
+        found.append(np.asarray(rounded).astype(newest.dtype))
+    return found
+
+
+def assert_weights(model: Any, expected: Sequence[Array]) -> None:
+    """Compare bits."""
+    found = [np.asarray(value) for value in model.get_weights()]
+    assert [value.dtype for value in found] == [value.dtype for value in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+
+
+def save_weights(model: Any, path: Path) -> None:
+    """Save in one file."""
+    model.save_weights(f"{path}.weights.h5")
+
+
+def save_shards(model: Any, path: Path) -> None:
+    """Save in several files of at most 300 bytes of values each."""
+    model.save_weights(f"{path}.weights.json", max_shard_size=300 / 1024**3)
+
+
+@pytest.mark.parametrize("save", [save_weights, save_shards])
+@pytest.mark.parametrize(
+    ("build", "policy", "statistics"),
+    [
+        (sequential, "float32", 2),
+        (functional, "float32", 2),
+        (Subclassed, "float32", 4),
+        (recurrent, "float32", 0),
+        (sequential, "mixed_float16", 2),
+        (sequential, "float16", 2),
+        (sequential, "bfloat16", 2),
+    ],
+)
+def test_keras_loads_the_average_of_weights(
+    tmp_path: Path, build: Any, policy: str, statistics: int, save: Any
+) -> None:
+    """Every weight has the very bits of the naive average, in a model that was built anew."""
+    keras.config.set_dtype_policy(policy)
+    model = build()
+    weights = save_epochs(model, tmp_path / "run", save)
+    report = average(tmp_path / "run", tmp_path / "o.weights.h5", scheme="exp", alpha=2)
+    again = build()
+    again(ROWS)
+    again.load_weights(tmp_path / "o.weights.h5")
+    assert_weights(again, mean(weights, report.plan.coefficients))
+    assert len(report.plan.tables[-1].statistics) == statistics
+
+
+def test_training_goes_on_from_averaged_weights(tmp_path: Path) -> None:
+    """With the newest optimizer state where that was asked for."""
+    model = sequential()
+    weights = save_epochs(model, tmp_path / "run", save_weights)
+    average(tmp_path / "run", tmp_path / "o.weights.h5", optimizer="newest")
+    before = [np.asarray(variable) for variable in model.optimizer.variables]
+    model.fit(ROWS, LABELS, verbose=0)
+    model.load_weights(tmp_path / "o.weights.h5")
+    for ours, theirs in zip(model.optimizer.variables, before, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), theirs)
+    assert_weights(model, mean(weights, [1 / 3] * 3))
+    model.fit(ROWS, LABELS, verbose=0)
+
+
+def test_weights_of_tf_keras(tmp_path: Path) -> None:
+    """Its metrics are carried, never averaged."""
+    tf_keras = pytest.importorskip("tf_keras")
+
+    def build() -> Any:
+        hidden = [tf_keras.layers.Dense(4, input_shape=(6,)), tf_keras.layers.BatchNormalization()]
+        return tf_keras.Sequential([*hidden, tf_keras.layers.Dense(2)])
+
+    weights = save_epochs(build(), tmp_path / "run", save_weights)
+    report = average(tmp_path / "run", tmp_path / "o.weights.h5")
+    assert set(report.plan.carried) == {"/metrics/mean/vars/0", "/metrics/mean/vars/1"}
+    again = build()
+    again.load_weights(tmp_path / "o.weights.h5")
+    assert_weights(again, mean(weights, report.plan.coefficients))
+
+
+def test_shards_in_a_directory_belong_to_their_json(tmp_path: Path) -> None:
+    """The epochs are counted by the .weights.json files."""
+    save_epochs(sequential(), tmp_path / "run", save_shards)
+    made = plan(tmp_path / "run")
+    assert [checkpoint.path.name for checkpoint in made.checkpoints] == [
+        f"model_{epoch}.weights.json" for epoch in range(3)
+    ]
+    assert len(made.passed_over) == len(list((tmp_path / "run").glob("*.weights.h5"))) >= 6
+
+
+def save_whole(model: Any, path: Path) -> None:
+    """Save a whole model."""
+    model.save(f"{path}.h5")
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_the_ema_of_the_optimizer_is_taken(tmp_path: Path, policy: str) -> None:
+    """One checkpoint gives what Keras's own `finalize_variable_values` would make of the model."""
+    keras.config.set_dtype_policy(policy)
+    model = functional()
+    optimizer = keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5)
+    save_epochs(model, tmp_path / "run", save_whole, optimizer)
+    average(tmp_path / "run", tmp_path / "o.h5", use_ema=True, last=1)
+    optimizer.finalize_variable_values(model.trainable_variables)
+    opened = keras.models.load_model(tmp_path / "o.h5", compile=False)
+    assert_weights(opened, [np.asarray(value) for value in model.get_weights()])
+
+
+def test_the_emas_of_checkpoints_are_averaged(tmp_path: Path) -> None:
+    """Each trained tensor is the mean of its slots, each other that of itself."""
+    model = sequential()
+    emas = []
+
+    def save(model: Any, path: Path) -> None:
+        save_whole(model, path)
+        slots = [v for v in model.optimizer.variables if v.path.endswith("_average")]
+        of = dict(zip([v.path for v in model.trainable_variables], slots, strict=True))
+        emas.append([np.asarray(of.get(v.path, v)) for v in model.weights])
+
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9, use_ema=True)
+    save_epochs(model, tmp_path / "run", save, optimizer)
+    report = average(tmp_path / "run", tmp_path / "o.h5", use_ema=True)
+    opened = keras.models.load_model(tmp_path / "o.h5", compile=False)
+    assert_weights(opened, mean(emas, report.plan.coefficients))
+
+
+def test_the_ema_of_tf_keras_is_taken(tmp_path: Path) -> None:
+    """Its slots have names of another kind."""
+    tf_keras = pytest.importorskip("tf_keras")
+    hidden = [tf_keras.layers.Dense(4, input_shape=(6,)), tf_keras.layers.BatchNormalization()]
+    model = tf_keras.Sequential([*hidden, tf_keras.layers.Dense(2)])
+    optimizer = tf_keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
+    save_epochs(model, tmp_path / "run", save_whole, optimizer)
+    average(tmp_path / "run", tmp_path / "o.h5", use_ema=True, last=1)
+    optimizer.finalize_variable_values(model.trainable_variables)
+    opened = tf_keras.models.load_model(tmp_path / "o.h5", compile=False)
+    assert_weights(opened, [np.asarray(value) for value in model.get_weights()])

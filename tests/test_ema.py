@@ -1,0 +1,107 @@
+"""--use-ema: what Keras's optimizers keep in place of a model's own tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from polyak_cli import average
+from polyak_cli.errors import MismatchError
+from tests.oracle import Array, read_model, write_model
+
+SLOTS = {"sgd/m_d_kernel_average": "m/d/kernel", "sgd/m_d_bias_average": "m/d/bias"}
+
+
+def write_run(folder: Path, **changes: Array | None) -> tuple[list[Path], list[dict[str, Array]]]:
+    """Write two models with EMA slots; return them and the slots of each.
+
+    Args:
+        folder: where.
+        **changes: slots of the first model that are others, or none.
+    """
+    rng = np.random.default_rng(0)
+    paths, slots = [], []
+    for k in range(2):
+        values = {n: rng.normal(size=s).astype("f4") for n, s in (("kernel", (3, 4)), ("bias", 4))}
+        slot: dict[str, Any] = {n: rng.normal(size=values[n[8:-8]].shape) for n in SLOTS}
+        state = {n: v.astype("f4") for n, v in slot.items()} | {"sgd/iteration": np.array(k)}
+        if k == 0:
+            state = {n: v for n, v in (state | changes).items() if v is not None}
+        layers = {
+            "d": {f"m/d/{name}": array for name, array in values.items()},
+            "n": {"m/n/moving_mean": np.full(4, k, "f4")},
+        }
+        paths.append(write_model(folder / f"m_{k}.h5", layers, optimizer=state))
+        slots.append(state)
+    return paths, slots
+
+
+def test_the_slots_are_averaged_in_place_of_the_tensors(tmp_path: Path) -> None:
+    """What has no slot keeps its own values and is named; the record says what was taken."""
+    paths, slots = write_run(tmp_path)
+    report = average(paths, tmp_path / "o.h5", use_ema=True)
+    found = read_model(tmp_path / "o.h5")
+    assert not [name for name in found if name.startswith("optimizer_weights")]
+    for slot, path in SLOTS.items():
+        mean = (0.5 * slots[0][slot].astype("f8") + 0.5 * slots[1][slot].astype("f8")).astype("f4")
+        assert found[f"model_weights/d/{path}"].tobytes() == mean.tobytes()
+    assert found["model_weights/n/m/n/moving_mean"].tolist() == [0.5] * 4
+    assert any("1 float tensors have no EMA" in note for note in report.notes)
+    with h5py.File(tmp_path / "o.h5") as file:
+        assert '"use_ema":true' in file.attrs["polyak_provenance"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_checkpoint_gives_its_ema(tmp_path: Path, dtype: str) -> None:
+    """In the type that was asked for."""
+    paths, slots = write_run(tmp_path)
+    average(paths[1:], tmp_path / "o.h5", use_ema=True, dtype=dtype)
+    found = read_model(tmp_path / "o.h5")
+    for slot, path in SLOTS.items():
+        expected = slots[1][slot].astype(dtype)
+        assert found[f"model_weights/d/{path}"].tobytes() == expected.tobytes()
+
+
+KERNEL, BIAS = SLOTS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({KERNEL: None, BIAS: None}, r"m_0\.h5: has no EMA slots .*use_ema=True"),
+        ({BIAS: None}, r"m_0\.h5 and .*m_1\.h5: only one of them .* 'd/m/d/bias'"),
+        ({"sgd/gone_average": np.ones(3, "f4")}, r"m_0\.h5: .*gone_average' fits 0 tensors"),
+        ({f"b/{BIAS}": np.ones(4, "f4")}, r"m_0\.h5: .* fits a tensor that has another"),
+        ({BIAS: np.ones(3, "f4")}, r"m_0\.h5: .*m_d_bias_average' has shape \(3,\)"),
+        ({BIAS: np.ones(4, "f8")}, r"m_0\.h5: .*m_d_bias_average' has .* dtype float64"),
+    ],
+)
+def test_slots_that_cannot_be_taken_are_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """None, of other tensors than the newest's, of nothing, of another shape or type."""
+    paths, _ = write_run(tmp_path, **changes)
+    with pytest.raises(MismatchError, match=message):
+        average(paths, tmp_path / "o.h5", use_ema=True)
+
+
+def test_a_slot_that_was_never_written_is_refused(tmp_path: Path) -> None:
+    """HDF5 would read it as zeros."""
+    paths, _ = write_run(tmp_path, **{BIAS: None})
+    with h5py.File(paths[0], "r+") as file:
+        file["optimizer_weights"].create_dataset(BIAS, (4,), "f4")
+    with pytest.raises(MismatchError, match=r"m_d_bias_average' was never written"):
+        average(paths, tmp_path / "o.h5", use_ema=True)
+
+
+def test_a_weights_file_says_why_it_cannot(tmp_path: Path) -> None:
+    """Its optimizer's variables have numbers, not names."""
+    path = tmp_path / "m.weights.h5"
+    with h5py.File(path, "w") as file:
+        file["d/vars/0"] = file["optimizer/vars/2"] = np.ones(3, "f4")
+    with pytest.raises(MismatchError, match=r"numbers the optimizer's variables"):
+        average([path], tmp_path / "o.weights.h5", use_ema=True)
