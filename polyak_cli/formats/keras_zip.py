@@ -80,16 +80,18 @@ def _inner(file: BinaryIO, member: zips.Member, alive: Alive) -> Iterator[Window
     if member.method == zips.STORED:
         yield Window(member.name, file.fileno(), member.offset, member.nbytes)
         return
-    with tempfile.TemporaryFile(buffering=0) as copy:
+    with contextlib.ExitStack() as stack:
         try:
+            copy = stack.enter_context(tempfile.TemporaryFile())
             for piece in zips.pieces(file, member):
                 copy.write(piece)
                 alive()
+            copy.flush()
         except OSError as error:
             raise FormatError(
-                f"its {member.name} is deflated, and cannot be inflated into "
-                f"{shown(tempfile.gettempdir())} ({error.strerror}): it takes {member.nbytes} "
-                "bytes there; set TMPDIR to a folder with room"
+                f"its {member.name} is deflated and takes {member.nbytes} bytes of a temporary "
+                f"file for its header, which cannot be written ({error.strerror}); set TMPDIR to a "
+                "folder with room"
             ) from None
         yield Window(member.name, copy.fileno(), 0, member.nbytes)
 
