@@ -23,6 +23,7 @@ from polyak_cli import average
 from polyak_cli.errors import FormatError, MismatchError
 from polyak_cli.formats import zips
 from polyak_cli.formats.windows import Window
+from tests.command import scripted
 from tests.contract import Contract, Tensors, assert_same, naive
 
 VOCABULARY = "assets/layers/lookup/vocabulary.txt"
@@ -47,7 +48,7 @@ def members(tensors: Tensors) -> dict[str, bytes]:
         "metadata.json": b'{"keras_version": "3.15.1", "date_saved": "2026-01-01@00:00:00"}',
         "config.json": b'{"class_name": "Sequential", "config": {"name": "model"}}',
         "model.weights.h5": write_weights(tensors),
-        VOCABULARY: "eins\nzwei\n".encode(),
+        VOCABULARY: b"eins\nzwei\n",
     }
 
 
@@ -337,6 +338,17 @@ def test_a_deflated_archive_needs_a_temporary_folder(
         average(paths, tmp_path / "o.keras")
 
 
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    """An output that may not grow, as on a full disk, is one line, and nothing is left."""
+    write_pair(tmp_path)
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+    done = scripted(code, "average", "m_1.keras", "m_2.keras", "-o", "o.keras", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "o.keras: no room to write it" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["m_1.keras", "m_2.keras"]
+
+
 def test_a_window_keeps_errors_from_the_library(tmp_path: Path) -> None:
     """What cannot be written is told afterwards; what is not there reads as zeros."""
     path = tmp_path / "f"
@@ -347,6 +359,7 @@ def test_a_window_keeps_errors_from_the_library(tmp_path: Path) -> None:
         window.seek(3)
         assert window.readinto(memoryview(buffer)) == 8
         assert buffer == b"56" + bytes(6)
+        window = Window("f", file.fileno(), 2)
         access = h5p.create(h5p.FILE_ACCESS)
         access.set_fileobj_driver(h5fd.fileobj_driver, window)
         with h5py.File(h5f.create(b"f", h5f.ACC_TRUNC, fapl=access)) as inner:

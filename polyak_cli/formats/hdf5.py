@@ -718,8 +718,8 @@ def merge(
             copy.provenance()
         finally:
             made.close()
-    if output and output.error:
-        raise output.error
+            if output and output.error:  # whatever else it led to
+                raise output.error
     for path, runs in moved.items():
         _move(path, output or request.output, runs, alive)
     return {"places": copy.averaged}

@@ -9,6 +9,8 @@ import contextlib
 import io
 import os
 
+import numpy as np
+
 
 class Window:
     """Bytes of an open file from an offset on, as h5py's driver for file-like objects wants them.
@@ -58,7 +60,7 @@ class Window:
                 if not count:
                     break
                 done += count
-        view[done:] = bytes(len(view) - done)
+        np.frombuffer(view, np.uint8)[done:] = 0  # in place: a header may ask for much
         self.position += len(view)
         return len(view)
 
@@ -68,9 +70,7 @@ class Window:
         done = 0
         try:
             while done < len(view):
-                done += os.pwrite(
-                    self.descriptor, view[done:], self.offset + self.position + done
-                )
+                done += os.pwrite(self.descriptor, view[done:], self.offset + self.position + done)
         except OSError as error:
             self.error = self.error or error
         self.position += len(view)

@@ -82,7 +82,7 @@ def _listed(file: BinaryIO, size: int) -> tuple[list[Member], bytes]:
     if len(set(names)) < len(names):
         twice = next(name for k, name in enumerate(names) if name in names[:k])
         raise FormatError(f"the member '{shown(twice)}' is there twice")
-    members = [_checked(file, info, size) for info in infos if not info.is_dir()]
+    members = [_checked(file, info, size) for info in infos if not info.filename.endswith("/")]
     members.sort(key=lambda member: member.offset)
     for one, other in itertools.pairwise(members):
         if one.offset + one.stored > other.offset:
@@ -126,8 +126,9 @@ def _checked(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> Member:
 
 
 def _at(file: BinaryIO, offset: int, nbytes: int, name: str) -> bytes:
-    data = os.pread(file.fileno(), nbytes, offset)
-    if offset < 0 or len(data) < nbytes:
+    possible = 0 <= offset < 1 << 62  # the list may say anything below 1 << 64, or less than none
+    data = os.pread(file.fileno(), nbytes, offset) if possible else b""
+    if not possible or len(data) < nbytes:
         raise FormatError(f"{name} lies outside the file; it is truncated or damaged")
     return data
 
