@@ -370,7 +370,7 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
             sources_of(plan.tables, row),
             [room.places[row[-1].location]],
         )
-        for row in plan.averaged_rows
+        for row in sorted(plan.averaged_rows, key=_place)
         if row[-1].size
     )
     matrix = np.array([plan.coefficients])
@@ -380,6 +380,13 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     compared, differing = _differing(plan, inputs, progress)
     engine.unchanged(inputs)
     return totals.plus(compared), sum(Path(f).stat().st_size for f in room.files), differing
+
+
+def _place(row: Row) -> tuple[int, int, int]:
+    """Return what sorts tensors as they lie, which is how they are read best."""
+    spec = row[-1]
+    offset, start = (getattr(spec.storage, key, 0) for key in ("offset", "start"))
+    return spec.file, offset, start
 
 
 # --- deciding -------------------------------------------------------------------------------------

@@ -204,6 +204,7 @@ _KINDS_OF_FILE = {
     ".weights.json": ".weights.json",
     ".h5": ".h5",
     ".hdf5": ".h5",
+    ".keras": ".keras",
     ".npz": ".npz",
     ".pt": ".pt",
     ".pth": ".pth",
@@ -468,7 +469,7 @@ _SETTINGS = _each(
     "lr wd rate dropout alpha beta gamma momentum decay tau temp temperature width eps ema"
 )
 
-_SUFFIX = re.compile(r"\.(?:h5|hdf5|he5|hd5|json)$", re.IGNORECASE)
+_SUFFIX = re.compile(r"\.(?:h5|hdf5|he5|hd5|json|keras)$", re.IGNORECASE)
 
 # A minus is a sign only where it cannot be the dash between two fields: after "=", or after another
 # dash and before a decimal.  An exponent has a sign, as Python writes it: in "0.25e12" it is epoch

@@ -15,6 +15,9 @@ from pathlib import Path
 _TAIL = 1 << 20
 #: Bytes of a JSON file in which it must say what it lists.
 _HEAD = 1 << 16
+#: Members of a .keras archive; one from which the weights are missing is one all the same.
+_KERAS_WEIGHTS = {b"model.weights.h5", b"model.weights.npz"}
+_KERAS_TEXTS = {b"config.json", b"metadata.json"}
 _LISTED = b"PK\x01\x02"
 #: How LevelDB's tables end, and how that of a TensorFlow checkpoint begins, whose first entry has
 #: no key and a protocol buffer that starts with the number of shards.
@@ -57,6 +60,8 @@ def _file(descriptor: int, size: int) -> str:
 def _archive(descriptor: int, size: int) -> str:
     """Tell the formats that are zip archives by their members' names."""
     names = _names(os.pread(descriptor, _TAIL, max(0, size - _TAIL)))
+    if names & _KERAS_WEIGHTS or names >= _KERAS_TEXTS:
+        return "keras_zip"
     if any(name.endswith(b".npy") for name in names):
         return "npz"
     if any(re.search(rb"/data(\.pkl|/\d+)$", name) for name in names):

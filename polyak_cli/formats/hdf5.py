@@ -22,6 +22,7 @@ from typing import Any
 from polyak_cli.errors import FormatError, OutputError, PolyakError, shown
 from polyak_cli.formats import keras_names
 from polyak_cli.formats.chunks import UNDONE
+from polyak_cli.formats.windows import Window
 from polyak_cli.tensors import (
     FLOATS,
     Alive,
@@ -39,7 +40,10 @@ os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
 
 import h5py
 import numpy as np
-from h5py import h5, h5a, h5d, h5f, h5g, h5l, h5o, h5p, h5s, h5t
+from h5py import h5, h5a, h5d, h5f, h5fd, h5g, h5l, h5o, h5p, h5s, h5t
+
+#: A file, or a part of one.
+Place = str | Window
 
 NAME = "Keras HDF5"
 #: What Keras opens as HDF5; it goes by the suffix, and it is case-sensitive.
@@ -92,6 +96,7 @@ _FLOAT_TYPES = [
     for order in "<>"
 ]
 _NO_ROOM = rf"errno = ({errno.ENOSPC}|{errno.EFBIG}|{errno.EDQUOT})\b"
+_NAMELESS = b"window"  # what libhdf5 calls a file that has no path
 _MAXIMUM_DEPTH = 64
 _SMALL = 1 << 16  # bytes of a tensor whose values may be copied, to be overwritten
 _STEP = 500  # tensors between two signs of life
@@ -101,7 +106,7 @@ _STEP = 500  # tensors between two signs of life
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple[Any, int]]:
+def _opened(path: Place) -> Iterator[tuple[Any, int]]:
     """Yield the root group and the size of the file, with h5py's errors made ours.
 
     Raises:
@@ -109,15 +114,29 @@ def _opened(path: str) -> Iterator[tuple[Any, int]]:
     """
     size = _look(path)
     with _explained(path, size):
-        file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY)
+        if isinstance(path, Window):
+            file = h5f.open(_NAMELESS, h5f.ACC_RDONLY, fapl=_access(path))
+        else:
+            file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY)
         try:
             yield h5o.open(file, b"/"), size
         except FormatError as error:
             raise FormatError(f"{shown(path)}: {error}") from None
 
 
+def _access(path: Place) -> Any:
+    """Return how a file is opened that is laid out, or that is a part of another."""
+    access = h5p.create(h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5f.CLOSE_STRONG)  # with everything still open in it
+    # What Keras writes through h5py; HDF5 2.0 would start from a newer version by itself.
+    access.set_libver_bounds(h5f.LIBVER_EARLIEST, h5f.LIBVER_LATEST)
+    if isinstance(path, Window):
+        access.set_fileobj_driver(h5fd.fileobj_driver, path)
+    return access
+
+
 @contextlib.contextmanager
-def _explained(path: str, size: int) -> Iterator[None]:
+def _explained(path: Place, size: int) -> Iterator[None]:
     """Say what h5py's errors mean to the user."""
     try:
         yield
@@ -131,8 +150,11 @@ def _explained(path: str, size: int) -> Iterator[None]:
         raise FormatError(f"{shown(path)}: {_reason(error, size)}") from None
 
 
-def _look(path: str) -> int:
+def _look(path: Place) -> int:
     """Look before opening (HOSTILE.md rule 1): a regular file that begins like HDF5; its size."""
+    if isinstance(path, Window):
+        _check_signature(path, path.descriptor, path.offset, path.size)
+        return path.size
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -143,14 +165,20 @@ def _look(path: str) -> int:
             raise FormatError(f"{shown(path)}: is not a regular file; a checkpoint is one .h5 file")
         if status.st_size == 0:
             raise FormatError(f"{shown(path)}: is empty (0 bytes); save it again or leave it out")
-        offset = 0
-        while offset < status.st_size:  # a user block may stand before the signature
-            if os.pread(descriptor, len(SIGNATURE), offset) == SIGNATURE:
-                return status.st_size
-            offset = offset * 2 or 512
-        head = os.pread(descriptor, 32, 0)
+        _check_signature(path, descriptor, 0, status.st_size)
+        return status.st_size
     finally:
         os.close(descriptor)
+
+
+def _check_signature(path: Place, descriptor: int, start: int, size: int) -> None:
+    """Refuse what does not begin like HDF5."""
+    offset = 0
+    while offset < size:  # a user block may stand before the signature
+        if os.pread(descriptor, len(SIGNATURE), start + offset) == SIGNATURE:
+            return
+        offset = offset * 2 or 512
+    head = os.pread(descriptor, min(32, size), start)
     what = next((name for magic, name in FOREIGN.items() if head.startswith(magic)), None)
     begins = f"it is {what}" if what else f"it begins with {head[:8]!r}"
     raise FormatError(f"{shown(path)}: is not an HDF5 file ({begins}); expected a Keras .h5 file")
@@ -175,7 +203,7 @@ def _reason(error: Exception, size: int) -> str:
     return f"is damaged or not a Keras model file: {shown(text)}"
 
 
-def is_average(path: str, alive: Alive) -> bool:
+def is_average(path: Place, alive: Alive) -> bool:
     """Tell whether this tool wrote the file; a file that cannot be read it did not."""
     alive()
     try:
@@ -251,7 +279,7 @@ def _no_model(root: Any) -> str:
     return f"holds no Keras model: expected the group 'model_weights', found {held}"
 
 
-def weights(path: str, alive: Alive, *, everything: bool) -> dict[str, Any]:
+def weights(path: Place, alive: Alive, *, everything: bool) -> dict[str, Any]:
     """Read a weights file, or a part of one; `weights_table` makes a table of it.
 
     Raises:
@@ -673,17 +701,26 @@ def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
     return merge(request, [template.path], alive)
 
 
-def merge(request: Layout, paths: Sequence[str], alive: Alive) -> dict[str, Any]:
-    """Lay out one file like several that share a tree: the parts of a weights file."""
-    access = h5p.create(h5p.FILE_ACCESS)
-    access.set_fclose_degree(h5f.CLOSE_STRONG)  # with everything still open in it
-    # What Keras writes through h5py; HDF5 2.0 would start from a newer version by itself.
-    access.set_libver_bounds(h5f.LIBVER_EARLIEST, h5f.LIBVER_LATEST)
+def merge(
+    request: Layout, paths: Sequence[Place], alive: Alive, output: Window | None = None
+) -> dict[str, Any]:
+    """Lay out one file like several that share a tree: the parts of a weights file.
+
+    Args:
+        request: what to lay out.
+        paths: the parts.
+        alive: told now and then.
+        output: where to write; None for a file of its own.  Offsets count from its beginning.
+
+    Raises:
+        OSError: there is no room in the window.
+    """
     moved = {}
+    name = _NAMELESS if output else os.fsencode(request.output)
     with _explained(paths[-1], 0):
-        output = h5f.create(os.fsencode(request.output), h5f.ACC_TRUNC, fapl=access)
+        made = h5f.create(name, h5f.ACC_TRUNC, fapl=_access(output or request.output))
         try:
-            copy = _Copy(request, {"": h5o.open(output, b"/")})
+            copy = _Copy(request, {"": h5o.open(made, b"/")})
             if len(paths) == 1:
                 copy.whole = _whole_groups(request.template, request.averaged)
             for path in paths:
@@ -692,9 +729,11 @@ def merge(request: Layout, paths: Sequence[str], alive: Alive) -> dict[str, Any]
                 moved[path], copy.moved = copy.moved, []
             copy.provenance()
         finally:
-            output.close()
+            made.close()
+            if output and output.error:  # whatever else it led to
+                raise output.error
     for path, runs in moved.items():
-        _move(path, request.output, runs, alive)
+        _move(path, output or request.output, runs, alive)
     return {"places": copy.averaged}
 
 
@@ -902,16 +941,28 @@ def _is_large(item: Any, path: str) -> bool:
     return item.get_offset() is not None and item.get_storage_size() > _SMALL and not in_heap
 
 
-def _move(template: str, output: str, moved: Sequence[tuple[int, int, int]], alive: Alive) -> None:
+def _move(
+    template: Place, output: Place, moved: Sequence[tuple[int, int, int]], alive: Alive
+) -> None:
     """Copy large carried tensors by offset: libhdf5 would give no sign of life meanwhile."""
     buffer = np.empty(1 << 20, np.uint8)
-    with open(template, "rb") as source, open(output, "r+b") as target:
+    with _bytes_of(template, "rb") as source, _bytes_of(output, "r+b") as target:
         for start, to, nbytes in moved:
             for done in range(0, nbytes, len(buffer)):
                 piece = buffer[: nbytes - done]
-                read_exactly(source.fileno(), start + done, piece)
-                write_exactly(target.fileno(), to + done, piece)
+                read_exactly(source.descriptor, source.offset + start + done, piece)
+                write_exactly(target.descriptor, target.offset + to + done, piece)
                 alive()
+
+
+@contextlib.contextmanager
+def _bytes_of(path: Place, mode: str) -> Iterator[Window]:
+    """Yield a file, or the part of one, for reading and writing by offset."""
+    if isinstance(path, Window):
+        yield path
+        return
+    with open(path, mode) as file:
+        yield Window(path, file.fileno(), 0)
 
 
 def _copy_attribute(attribute: Any, target: Any, path: str) -> None:

@@ -312,6 +312,16 @@ class Archive:
         """Leave room for a stored member and return the offset of its bytes."""
         return self._begin(name, nbytes, nbytes, STORED, None, alignment)
 
+    def begin(self, name: str, alignment: int) -> int:
+        """Return where the bytes of a stored member may begin whose size `finish` will tell."""
+        longest = _info(name, self.end, 1 << 32, 1 << 32, STORED, None, padding=0).FileHeader()
+        return -(-(self.end + len(longest)) // alignment) * alignment
+
+    def finish(self, name: str, offset: int, nbytes: int) -> None:
+        """List the member that was written at the offset that `begin` gave."""
+        bare = _info(name, self.end, nbytes, nbytes, STORED, None, padding=0).FileHeader()
+        self._header(name, nbytes, nbytes, STORED, None, offset - self.end - len(bare))
+
     def add(self, name: str, content: bytes) -> None:
         """Write a small stored member."""
         offset = self._begin(name, len(content), len(content), STORED, zlib.crc32(content), 1)
@@ -334,12 +344,18 @@ class Archive:
     def _begin(
         self, name: str, stored: int, nbytes: int, method: int, crc: int | None, alignment: int
     ) -> int:
-        """Write a local header, and return the offset behind it."""
-        row = (name, self.end, stored, nbytes, method, crc)
+        """Write a local header, and return the offset behind it, aligned."""
         padding = None
         if alignment > 1:
-            bare = _info(*row, padding=0).FileHeader()
+            bare = _info(name, self.end, stored, nbytes, method, crc, padding=0).FileHeader()
             padding = -(self.end + len(bare)) % alignment
+        return self._header(name, stored, nbytes, method, crc, padding)
+
+    def _header(
+        self, name: str, stored: int, nbytes: int, method: int, crc: int | None, padding: int | None
+    ) -> int:
+        """Write a local header, and return the offset behind it."""
+        row = (name, self.end, stored, nbytes, method, crc)
         head = _info(*row, padding=padding).FileHeader()
         os.pwrite(self.file.fileno(), head, self.end)
         offset = self.end + len(head)

@@ -1,0 +1,190 @@
+"""Keras 3's `.keras`: a zip archive of the model's configuration, its weights file and its assets.
+
+The weights file is HDF5, and is read and laid out where it lies in the archive.  Where it is
+deflated, it is inflated into a temporary file that has no name, for its header alone.  Executes
+nothing of the configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, BinaryIO
+
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.formats import hdf5, zips
+from polyak_cli.formats.windows import Window
+from polyak_cli.tensors import Alive, Extent, Layout, Scan, TensorSpec
+
+NAME = "Keras .keras"
+SUFFIXES = (".keras",)
+CHECKED = True
+CONFIG, WEIGHTS, PICKLED = "config.json", "model.weights.h5", "model.weights.npz"
+_ALIGNMENT = 64  # of the weights file in the archive
+
+
+def scan(request: Scan, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.scan`."""
+    with zips.opened(request.path) as (file, members, _):
+        config, weights = _parts(members)
+        digest = _digest(zips.whole(file, config))
+        with _inner(file, weights, alive) as window:
+            found = hdf5.weights(window, alive, everything=request.everything)
+        if not found["tensors"]:
+            raise FormatError(f"its {WEIGHTS} holds no tensor of a Keras model")
+        table = hdf5.weights_table(found)
+        for row in (*table["tensors"], *table["others"]):
+            row[5] = _in_archive(row[5], weights, row[0])
+        return table | {"config": digest, "suffixes": []}
+
+
+def _parts(members: Sequence[zips.Member]) -> tuple[zips.Member, zips.Member]:
+    """Return the members that hold the configuration and the weights."""
+    named = {member.name: member for member in members}
+    if WEIGHTS not in named and PICKLED in named:
+        raise FormatError(
+            f"its weights are pickles ({PICKLED}), which are not opened; save it with model.save()"
+        )
+    for name in (CONFIG, WEIGHTS):
+        if name not in named:
+            raise FormatError(f"has no member '{name}'; expected a whole Keras model")
+    return named[CONFIG], named[WEIGHTS]
+
+
+def _digest(config: bytes) -> str:
+    """Digest the configuration of the model, without what differs from save to save.
+
+    That is how it is trained - the learning rate falls - and numbers of objects in memory.
+    """
+
+    def lasting(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in pairs if key != "shared_object_id"}
+
+    try:
+        parsed = json.loads(config, object_pairs_hook=lasting)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"its {CONFIG} is damaged: {shown(error)}") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(f"its {CONFIG} is damaged: it is not a JSON object")
+    parsed.pop("compile_config", None)
+    return hashlib.sha256(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _inner(file: BinaryIO, member: zips.Member, alive: Alive) -> Iterator[Window]:
+    """Yield the weights file, open for reading; one that was deflated has been checked then."""
+    if member.method == zips.STORED:
+        yield Window(member.name, file.fileno(), member.offset, member.nbytes)
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            copy = stack.enter_context(tempfile.TemporaryFile())
+            for piece in zips.pieces(file, member):
+                copy.write(piece)
+                alive()
+            copy.flush()
+        except OSError as error:
+            raise FormatError(
+                f"its {member.name} is deflated and takes {member.nbytes} bytes of a temporary "
+                f"file for its header, which cannot be written ({error.strerror}); set TMPDIR to a "
+                "folder with room"
+            ) from None
+        yield Window(member.name, copy.fileno(), 0, member.nbytes)
+
+
+def _in_archive(storage: list[Any] | None, member: zips.Member, name: str) -> list[Any] | None:
+    """Return where a tensor lies in the archive that lies so in the weights file."""
+    if storage is None or storage[0] == "inline" or storage == ["extent", 0, 0]:
+        return storage
+    kind, *row = storage
+    deflated = member.method != zips.STORED
+    if kind == "extent" and deflated:
+        return ["deflated", member.offset, member.stored, *row]
+    if kind == "extent":
+        return [kind, member.offset + row[0], row[1]]
+    if deflated:
+        raise FormatError(
+            f"tensor '{shown(name)}' is stored in chunks inside a deflated member, which is not "
+            "read here; save it with model.save()"
+        )
+    *grid, index = row
+    shifted = [[place, member.offset + offset, *rest] for place, offset, *rest in index]
+    return [kind, *grid, shifted]
+
+
+def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.lay_out`.
+
+    The record of where the average comes from is in the weights file: one member more and Keras
+    would unpack the whole archive, in search of assets.
+    """
+    (template,) = request.template.files
+    with (
+        zips.opened(template.path) as (file, members, comment),
+        zips.Archive(request.output, comment) as archive,
+    ):
+        _, weights = _parts(members)
+        for member in members:
+            if member is not weights:
+                archive.copy(file, member, alive)
+        offset = archive.begin(WEIGHTS, _ALIGNMENT)
+        target = Window(request.output, archive.file.fileno(), offset)
+        with _inner(file, weights, alive) as source:
+            places = hdf5.merge(_inside(request), [source], alive, target)["places"]
+        archive.finish(WEIGHTS, offset, target.size)
+        return {
+            "places": {where: [offset + start, *rest] for where, (start, *rest) in places.items()},
+            "archive": archive.state(),
+        }
+
+
+def _inside(request: Layout) -> Layout:
+    """Return the request as it would be for the weights file alone."""
+
+    def inside(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        return {
+            name: replace(spec, storage=Extent(spec.storage.start, spec.storage.nbytes))
+            if isinstance(spec.storage, zips.Deflated)
+            else spec
+            for name, spec in specs.items()
+        }
+
+    template = request.template
+    table = replace(
+        template,
+        tensors=inside(template.tensors),
+        others=inside(template.others),
+        suffixes=(hdf5.WEIGHTS_SUFFIX,),
+    )
+    return request._replace(template=table)
+
+
+def seal(output: str, laid_out: Mapping[str, Any]) -> None:
+    """See `tensors.Format.seal`."""
+    zips.seal(output, laid_out["archive"])
+
+
+def check(path: str, alive: Alive) -> None:
+    """See `tensors.Format.check`; deflated weights were compared when they were scanned."""
+    with zips.opened(path) as (file, members, _):
+        for member in members:
+            if member.name != WEIGHTS or member.method == zips.STORED:
+                for _piece in zips.pieces(file, member):
+                    alive()
+
+
+def is_average(path: str, alive: Alive) -> bool:
+    """See `tensors.Format.is_average`; this tool never deflates."""
+    try:
+        with zips.opened(path) as (file, members, _):
+            _, weights = _parts(members)
+            if weights.method != zips.STORED:
+                return False
+            with _inner(file, weights, alive) as window:
+                return hdf5.is_average(window, alive)
+    except FormatError:
+        return False
