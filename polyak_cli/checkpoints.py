@@ -15,7 +15,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
@@ -112,8 +112,7 @@ def select(
     if from_epoch is not None and to_epoch is not None and from_epoch > to_epoch:
         raise UsageError(f"--from {from_epoch} is after --to {to_epoch}: nothing lies between them")
     pattern = None if epoch_pattern is None else _compiled(epoch_pattern)
-    # A single string is a sequence of strings too: of its letters.
-    pool = _find([sources] if isinstance(sources, str) else sources, exclude, written_by_us)
+    pool = _find(_several(sources), exclude, written_by_us)
     ordered, notes = _ordered(pool, pattern)
     spaced = _within(ordered, from_epoch, to_epoch)[::-1][::every][::-1]
     chosen = _newest(spaced, last, len(ordered))
@@ -126,6 +125,41 @@ def select(
         notes=(*pool.notes, *notes),
         positions=_positions(chosen, ordered),
     )
+
+
+def model_files(sources: Sequence[_StrPath]) -> tuple[list[Path], list[PassedOver]]:
+    """Find every whole model that the sources name, to look at each by itself.
+
+    Unlike `select`, this takes what lies together for no run: averages stand beside epochs, and a
+    name needs no number.
+
+    Args:
+        sources: directories (not searched deeper), patterns with ``* ? [``, and files, which are
+            taken whatever their names.
+
+    Returns:
+        The files, source by source, those of a directory or a pattern ordered by epoch where all
+        their names tell one, else by name, numbers by their value; and what was passed over.
+
+    Raises:
+        UsageError: no sources are named.
+        CheckpointError: a source is not there, cannot be listed, or holds no model.
+    """
+    found: list[Path] = []
+    passed_over: list[PassedOver] = []
+    for source in _several(sources):
+        if os.path.lexists(source) and not Path(source).is_dir():
+            found.append(Path(source))
+            continue
+        paths, _ = _expanded(source)
+        reasons = {path: _why_not(path, _KINDS_OF_MODEL, "whole model") for path in paths}
+        passed = [PassedOver(path, reason) for path, reason in reasons.items() if reason]
+        models = [path for path, reason in reasons.items() if not reason]
+        if not models:
+            raise CheckpointError(_nothing_in(source, passed, "model", _KINDS_OF_MODEL))
+        found += _by_epoch_or_name(models)
+        passed_over += passed
+    return found, passed_over
 
 
 # ---- arguments -----------------------------------------------------------------------------------
@@ -217,6 +251,9 @@ _DATA = re.compile(r"(.+)\.data-\d{5}-of-\d{5}", re.DOTALL)
 #: One of the files that a sharded save of Keras consists of, beside the .weights.json.
 _SHARD = re.compile(r"(.+)_[0-9]{5,}\.weights\.h5")
 
+#: The same for models with their architecture, which weights alone are not.
+_KINDS_OF_MODEL = {".weights.h5": "", ".h5": ".h5", ".hdf5": ".h5", ".keras": ".keras"}
+
 #: Parts of a name, between dots, by which programs mark a file that they have not finished.
 _UNFINISHED = _each("tmp temp part partial incomplete unfinished crdownload download swp swo lock")
 
@@ -244,8 +281,6 @@ def _find(
     exclude: Sequence[str],
     written_by_us: Callable[[Sequence[Path]], Collection[Path]],
 ) -> _Pool:
-    if not sources:
-        raise UsageError("no checkpoints named: give a directory, a pattern or files")
     found: dict[tuple[int, int], Path] = {}
     passed_over: list[PassedOver] = []
     unmatched = dict.fromkeys(exclude)
@@ -275,6 +310,14 @@ def _find(
         raise CheckpointError("no checkpoint is left: --exclude matches every file that was named")
     notes = tuple(f"--exclude '{shown(pattern)}' matched nothing" for pattern in unmatched)
     return _Pool(tuple(found.values()), as_given, tuple(passed_over), notes)
+
+
+def _several(sources: _StrPath | Sequence[_StrPath]) -> Sequence[_StrPath]:
+    """Return the sources as several; a single string is a sequence of strings too, its letters."""
+    sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    if not sources:
+        raise UsageError("no checkpoints named: give a directory, a pattern or files")
+    return sources
 
 
 def _expanded(source: _StrPath) -> tuple[list[Path], bool]:
@@ -324,7 +367,7 @@ def _sifted(
             unmatched.pop(pattern, None)
         reason = f"--exclude '{shown(matching[0])}'" if matching else None
         if reason is None and listed:
-            reason = _no_checkpoint(path) or _part(path)
+            reason = _why_not(path, _KINDS_OF_FILE, "checkpoint")
         if reason is None:
             kept.append(path)
         else:
@@ -342,8 +385,8 @@ def _is_part(path: Path) -> bool:
     return shard is not None and path.with_name(f"{shard[1]}.index").is_file()
 
 
-def _no_checkpoint(path: Path) -> str | None:
-    """Return why something in a directory is no checkpoint by its name, or None."""
+def _why_not(path: Path, kinds: Mapping[str, str], what: str) -> str | None:
+    """Return why something in a directory is by its name not what is looked for, or None."""
     name = path.name.casefold()
     if name.startswith("."):
         return "hidden"
@@ -353,22 +396,17 @@ def _no_checkpoint(path: Path) -> str | None:
         return "TensorFlow's list of checkpoints"
     if _DATA.fullmatch(name):
         return "a data shard of a TensorFlow checkpoint whose .index is not here"
-    if not _kind(path):
-        return "a directory" if path.is_dir() else "not named like a checkpoint"
-    return None
-
-
-def _part(path: Path) -> str | None:
-    """Return of what a file is one part, by its name and what lies beside it, or None."""
-    match = _SHARD.fullmatch(path.name)
-    whole = path.with_name(f"{match[1]}.weights.json") if match else None
+    if not _kind(path, kinds):
+        return "a directory" if path.is_dir() else f"not named like a {what}"
+    shard = _SHARD.fullmatch(path.name)
+    whole = path.with_name(f"{shard[1]}.weights.json") if shard else None
     return f"a part of {shown(whole.name)}" if whole and whole.is_file() else None
 
 
-def _kind(path: Path) -> str:
-    """Return of what kind a file is by its name, '' where it is not named like a checkpoint."""
+def _kind(path: Path, kinds: Mapping[str, str] = _KINDS_OF_FILE) -> str:
+    """Return of which of the kinds a file is by its name, '' where it is of none."""
     name = path.name.casefold()
-    return next((kind for end, kind in _KINDS_OF_FILE.items() if name.endswith(end)), "")
+    return next((kind for end, kind in kinds.items() if name.endswith(end)), "")
 
 
 def _one_kind(source: _StrPath, paths: Sequence[Path]) -> tuple[list[Path], list[PassedOver]]:
@@ -433,9 +471,14 @@ def _leave_out(path: Path, whole: bool = False) -> str:
     return f"leave it out with --exclude '{shown(glob.escape(str(path) if whole else path.name))}'"
 
 
-def _nothing_in(source: _StrPath, passed: Sequence[PassedOver]) -> str:
-    ends = ", ".join(_KINDS_OF_FILE)
-    text = f"{shown(os.fspath(source))}: there is no checkpoint here: looked for files in {ends}"
+def _nothing_in(
+    source: _StrPath,
+    passed: Sequence[PassedOver],
+    what: str = "checkpoint",
+    kinds: Mapping[str, str] = _KINDS_OF_FILE,
+) -> str:
+    ends = ", ".join(end for end, kind in kinds.items() if kind)
+    text = f"{shown(os.fspath(source))}: there is no {what} here: looked for files in {ends}"
     if not passed:
         return f"{text}, but found nothing at all"
     some = ", ".join(f"{shown(one.path.name, 60)} ({one.reason})" for one in passed[:3])
@@ -594,6 +637,23 @@ def _ordered(pool: _Pool, pattern: re.Pattern[str] | None) -> tuple[list[Checkpo
                 f"leave one out with --exclude, or {_SAY_WHERE}"
             )
     return found, []
+
+
+def _by_epoch_or_name(paths: Sequence[Path]) -> list[Path]:
+    """Return files in the order of their epochs, or of their names where that is not clear."""
+    try:
+        epochs = dict(zip(paths, _epochs(paths), strict=True))
+    except CheckpointError:
+        epochs = {}
+    if len(set(epochs.values())) == len(paths):
+        return sorted(paths, key=lambda path: epochs[path])
+    return sorted(paths, key=_with_numbers)
+
+
+def _with_numbers(path: Path) -> list[str | int]:
+    """Return a key that sorts model_9 before model_10."""
+    parts = re.split(r"(\d+)", str(path))  # text and digits in turn, text first
+    return [int(part) if place % 2 else part.casefold() for place, part in enumerate(parts)]
 
 
 def _matched_epoch(path: Path, pattern: re.Pattern[str]) -> int:

@@ -7,6 +7,7 @@ commands that need them, so that ``--help`` is quick.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polyak_cli.averaging import Plan, Report
+    from polyak_cli.checkpoints import PassedOver
     from polyak_cli.differences import Differences, Distances
     from polyak_cli.inspection import Inspection
     from polyak_cli.models import Score
@@ -43,11 +45,15 @@ class GroupedOption(click.Option):
         self.group = group
 
 
+#: How a help text ends.
+_EXAMPLE = "\b\nExample:\n  {}"
+
+
 class Command(click.Command):
     """A command whose help has headings, and an example that can be pasted."""
 
     def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
-        kwargs["epilog"] = f"\b\nExample:\n  {example}"
+        kwargs["epilog"] = _EXAMPLE.format(example)
         kwargs.setdefault("context_settings", {"show_default": True, "max_content_width": 100})
         super().__init__(*args, **kwargs)
 
@@ -112,9 +118,12 @@ class Gate(click.ParamType[Any]):
             return value
         name, _, number = str(value).partition("=")
         try:
-            return name.strip(), float(number)
+            least = float(number)
         except ValueError:
+            least = math.nan
+        if not name.strip() or not math.isfinite(least):
             self.fail(f"{shown(value)} is not a gate like accuracy=0.8", param, ctx)
+        return name.strip(), least
 
 
 def _options(group: str, *declared: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[Any], Any]:
@@ -135,7 +144,10 @@ def _option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, An
 # --- the commands ---------------------------------------------------------------------------------
 
 
-@click.group(context_settings={"max_content_width": 100})
+@click.group(
+    context_settings={"max_content_width": 100},
+    epilog=_EXAMPLE.format("polyak average ckpts/ --last 10 -o final.h5"),
+)
 @click.version_option(__version__, "-V", "--version", prog_name="polyak")
 def cli() -> None:
     """Average the checkpoints of a training run into one better-behaved model."""
@@ -339,7 +351,8 @@ def average(
         "--fail-under",
         type=Gate(),
         multiple=True,
-        help="Exit with 1 when any model's metric is less; may be given again.",
+        help="Exit with 1 when any model's metric is less, or its loss or metric is not finite; "
+        "may be given again.",
     ),
     _option(
         "--trust-code",
@@ -364,48 +377,51 @@ def evaluate(
 ) -> int:
     """Score model files on data: loss, accuracy and the model's own metrics.
 
-    MODEL is a file, or a directory or glob whose checkpoints are scored oldest first.
+    MODEL is a file, or a directory or glob, of which every model file is scored: by epoch where
+    all names tell one, else by name.
     """
+    from polyak_cli import checkpoints
     from polyak_cli import data as datasets
     from polyak_cli import models as keras_models
+    from polyak_cli.quiet import prints_on_stderr
 
-    paths = [path for source in models for path in _model_files(source)]
-    dataset = datasets.load(data)
-    rows = dataset.split(split)
-    scores = list(keras_models.evaluate(paths, rows, batch_size=batch_size, trust_code=trust_code))
+    paths, passed_over = checkpoints.model_files(models)
+    with prints_on_stderr():
+        dataset = datasets.load(data)
+        rows = dataset.split(split)
+        scores = [*keras_models.evaluate(paths, rows, batch_size=batch_size, trust_code=trust_code)]
     failures = [line for score in scores for line in _below(score, fail_under)]
     about = [f"{shown(score.path)}: {note}" for score in scores for note in score.notes]
-    _notes([*dataset.notes, *about], quiet)
-    data_of = {"data": data, "rows": rows.rows, "models": [_score_data(score) for score in scores]}
-    _result(data_of | {"failures": failures}, as_json, quiet, lambda: _score_lines(scores))
+    _notes([*map(_passed_over, passed_over), *dataset.notes, *about], quiet)
+    found = {
+        "data": data,
+        "rows": rows.rows,
+        "models": [_score_data(score) for score in scores],
+        "passed_over": [{"path": str(one.path), "reason": one.reason} for one in passed_over],
+        "failures": failures,
+    }
+    _result(found, as_json, quiet, lambda: _score_lines(scores))
     _print((f"failed: {line}" for line in failures), sys.stderr)
     return ANSWER_IS_NO if failures else DONE
 
 
-def _model_files(source: str) -> list[Path]:
-    """Return the files that one argument of `evaluate` names."""
-    from pathlib import Path
-
-    if os.path.lexists(source) and not Path(source).is_dir():
-        return [Path(source)]
-    from polyak_cli import checkpoints, formats
-
-    chosen = checkpoints.select([source], written_by_us=formats.averages).checkpoints
-    return [checkpoint.path for checkpoint in chosen]
-
-
 def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
-    """Yield what a model fails by; a metric that is not a number passes nothing."""
+    """Yield what a model fails by; one whose loss is not finite passes no gate."""
     values = dict(score.metrics) | ({} if score.loss is None else {"loss": score.loss})
+    loss = values.get("loss", 0.0)
     for metric, least in gates:
         if metric not in values:
             raise UsageError(
                 f"--fail-under {shown(metric)}: {shown(score.path)} has no such metric; it has "
                 f"{', '.join(map(shown, values)) or 'none'}"
             )
-        if not values[metric] >= least:
-            found = f"{shown(metric)} is {values[metric]:.6g}"
-            yield f"{shown(score.path)}: {found}, less than {least:g}"
+        found = f"{shown(score.path)}: {shown(metric)} is {values[metric]!r}"
+        if not math.isfinite(values[metric]):
+            yield f"{found}, not a finite number"
+        elif values[metric] < least:
+            yield f"{found}, less than {least!r}"
+        elif not math.isfinite(loss):
+            yield f"{found}, but the loss is {loss!r}, not a finite number"
 
 
 @cli.command(
@@ -660,9 +676,22 @@ def _result(
     if as_json:
         import json
 
-        _print([json.dumps(data, indent=2)], sys.stdout)
+        _print([json.dumps(_finite(data), indent=2, allow_nan=False)], sys.stdout)
     elif not quiet:
         _print(lines(), sys.stdout)
+
+
+def _finite(data: Any) -> Any:
+    """Return data with None for every number that JSON has no word for: NaN and infinity."""
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _passed_over(one: PassedOver) -> str:
+    return f"passed over: {shown(one.path)} ({one.reason})"
 
 
 def _notes(notes: Sequence[str], quiet: bool) -> None:
@@ -699,8 +728,7 @@ def _plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
     )
     if verbose:
         yield from _fate_lines(plan)
-    for passed in plan.passed_over:
-        yield f"passed over: {shown(passed.path)} ({passed.reason})"
+    yield from map(_passed_over, plan.passed_over)
     yield (
         f"to read {_size(plan.bytes_to_read)}, to write {_size(plan.bytes_to_write)}, "
         f"memory about {_size(plan.memory)}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import re
 import warnings
 import zipfile
@@ -39,6 +40,7 @@ LEARNING_RATES = {"sgd": 0.01, "adam": 0.001}
 MOMENTUM = 0.9
 BATCH_SIZE = 32
 _LONGEST_CONFIG = 64 << 20  # bytes of a config.json
+_StrPath = str | os.PathLike[str]
 
 
 def _require_keras(command: str) -> None:
@@ -79,10 +81,10 @@ class Score:
 
     Attributes:
         path: the model file.
-        loss: as Keras computes it, with the loss the file was trained with; None where it is not
-            known.
-        metrics: name -> value, the model's own; and accuracy, the share of rows classified right,
-            where labels are classes.
+        loss: as Keras computes it, the mean over the rows of the loss the file was trained with, in
+            that loss's own unit (nats for a cross-entropy); None where it is not known.
+        metrics: name -> value, the model's own; and accuracy, the share of rows classified right, 0
+            to 1, where labels are classes.
         rows: how many were scored.
         notes: what the user should know, a line each.
     """
@@ -95,7 +97,7 @@ class Score:
 
 
 def evaluate(
-    paths: Sequence[Path],
+    paths: _StrPath | Sequence[_StrPath],
     rows: data.Split,
     *,
     batch_size: int = 256,
@@ -107,23 +109,35 @@ def evaluate(
     the iterator comes to it.  Labels are given to each loss as it wants them: classes as integers
     or one-hot.
 
+    >>> rows = Split("my rows", x, y)                                     # doctest: +SKIP
+    >>> [score.metrics["accuracy"] for score in evaluate("final.h5", rows)]  # doctest: +SKIP
+
     Args:
-        paths: whole-model ``.h5``, ``.hdf5`` or ``.keras`` files.
-        rows: features and labels, such as ``data.load("blobs").split("test")``.
+        paths: whole-model ``.h5``, ``.hdf5`` or ``.keras`` files, or one of them; those of a folder
+            are found by ``model_files``.
+        rows: features, one array (rows, ...) for each input of the model, and labels, one for each
+            output: classes (rows,) from 0, one-hot (rows, classes), or numbers to predict
+            (rows, ...).  ``polyak_cli.data.load("blobs").split("test")`` gives those of ``--data``.
         batch_size: rows at a time; changes the speed, and the results only by rounding.
         trust_code: run the code that a file carries in a Lambda layer.
+
+    Returns:
+        An iterator with a score for each file, in the order given.
 
     Raises:
         UsageError: the batch size is out of range.
         MissingExtraError: keras or tensorflow is not installed.
         FormatError: a file is damaged or foreign, or holds weights without an architecture.
-        MismatchError: the rows do not fit the model.
-        PolyakError: Keras is too old, or cannot load a model; a model carries code.
+        MismatchError: the rows do not fit the model; raised when the iterator comes to it.
+        PolyakError: Keras is too old, or cannot load a model, or the model carries code; the last
+            two are raised when the iterator comes to it.
     """
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is out of range; expected 1 or more")
     _require_keras("polyak evaluate")
-    files = [Path(path) for path in paths]
+    # A single string is a sequence of strings too: of its letters.
+    several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    files = [Path(path) for path in several]
     hdf5 = [path for path in files if path.suffix != ".keras" or not _is_zip(path)]
     described = dict(zip(hdf5, _described_hdf5(hdf5), strict=True))
     for path in files:
@@ -662,7 +676,8 @@ class TrainReport:
         checkpoints: the model files kept, oldest first.
         log: what Keras's CSVLogger wrote.
         history: metric -> its value after each epoch: loss and accuracy on the training points, and
-            with val_ before the name on the test points.
+            with val_ before the name on the test points.  Loss is the mean cross-entropy of a point
+            in nats, accuracy the share of points classified right, 0 to 1.
         seed: of the initial weights and the order of the points.
         optimizer: sgd or adam.
         learning_rate: of the optimizer.
@@ -678,7 +693,7 @@ class TrainReport:
 
 
 def train(
-    out: Path,
+    out: _StrPath,
     *,
     epochs: int = 500,
     keep: int = 10,
@@ -702,13 +717,18 @@ def train(
         optimizer: sgd, with momentum 0.9, or adam.
         learning_rate: by default 0.01 for sgd, 0.001 for adam.
         force: replace an earlier run's ``model_*.h5`` in the folder, which are removed first.
-        progress: called after each epoch with its number and its metrics.
+        progress: called after each epoch with its number, from 0, and its metrics, named as in the
+            history.
+
+    Returns:
+        What was written where, and the history.
 
     Raises:
         UsageError: a number is out of range.
         MissingExtraError: keras, tensorflow or scikit-learn is not installed.
         OutputError: the folder has checkpoints and ``force`` is not given, or cannot be written.
     """
+    out = Path(out)
     rate = _learning_rate(optimizer, learning_rate)
     _check_run(epochs, keep, seed)
     earlier = _earlier_checkpoints(out)

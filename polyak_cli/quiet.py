@@ -1,6 +1,7 @@
 """Keeping a framework's chatter off the user's terminal.
 
-Knows descriptors and log levels, no framework.  Silences what C++ code writes to descriptor 2 and
+Knows descriptors and log levels, no framework.  Keeps what a user's own code prints apart from the
+program's results.  Silences what C++ code writes to descriptor 2 and
 what TensorFlow's Python loggers say below an error; Python's own standard error, warnings and
 exceptions keep their way to the terminal.
 """
@@ -38,6 +39,24 @@ def hushed() -> Iterator[Callable[[], str]]:
         with contextlib.suppress(OSError):  # descriptor 2 may be closed: then nothing is shown
             stack.enter_context(_held_back(held))
         yield lambda: _last_line(held)
+
+
+@contextlib.contextmanager
+def prints_on_stderr() -> Iterator[None]:
+    """Lead descriptor 1 to where descriptor 2 leads while the block runs.
+
+    So what others' code prints, in Python, in C or in a child process, does not mix with the
+    results on standard output.  Outside of `hushed`, which would hold it back.
+    """
+    sys.stdout.flush()
+    outside = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(outside, 1)
+        os.close(outside)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,16 @@ PACKAGE = Path(polyak_cli.__file__).parent
 
 #: Module -> what of the package it may import at all, inside functions too.
 ALLOWED = {
-    "__init__": {"averaging", "checkpoints", "differences", "errors", "inspection", "schemes"},
+    "__init__": {
+        "averaging",
+        "checkpoints",
+        "data",
+        "differences",
+        "errors",
+        "inspection",
+        "models",
+        "schemes",
+    },
     "__main__": {"cli"},
     "cli": {
         "averaging",
@@ -25,6 +34,7 @@ ALLOWED = {
         "inspection",
         "models",
         "plots",
+        "quiet",
         "schemes",
     },
     "averaging": {

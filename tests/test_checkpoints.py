@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import socket
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyak_cli import checkpoints
-from polyak_cli.checkpoints import Selection, select
+from polyak_cli.checkpoints import Selection, model_files, select
 from polyak_cli.errors import CheckpointError, PolyakError, UsageError
 
 quietly = settings(derandomize=True, deadline=None)
@@ -991,3 +992,75 @@ def test_the_order_does_not_depend_on_how_the_system_lists(run: Path) -> None:
     assert epochs(selection) == [1, 2, 3]
     assert [passed.path.stem for passed in selection.passed_over] == sorted(shuffled)
     assert math.isclose(sum(selection.positions), 6.0)
+
+
+# ---- models to look at, each by itself -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "in_order",
+    [
+        ["best.h5", "last.h5"],
+        ["model_9.h5", "model_10.h5"],
+        ["b-9-0.7.h5", "b-10-0.1.h5"],
+        ["z_epoch2_a.h5", "z_epoch10_a.h5"],
+        ["average.h5", "model_9.h5", "model_10.h5"],
+        ["model_9.h5", "model_9.keras", "model_10.hdf5"],
+        ["run2_epoch_1.h5", "run10_epoch_1.h5"],
+        ["A2.h5", "a10.h5"],
+        ["2021.h5"],
+    ],
+)
+def test_every_model_is_found_whatever_the_names(run: Path, in_order: list[str]) -> None:
+    """By epoch where all names tell one, else by name as people count; and so for a pattern."""
+    make(run, *reversed(in_order))
+    for source in (run, f"{run}/*"):
+        files, passed_over = model_files([source])
+        assert [path.name for path in files] == in_order
+        assert passed_over == []
+
+
+def test_the_order_is_of_epochs_even_where_names_would_have_another(run: Path) -> None:
+    """A metric that stands before the epoch does not order the files."""
+    make(run, "acc0.9_epoch1.h5", "acc0.1_epoch2.h5")
+    files, _ = model_files([run])
+    assert [path.name for path in files] == ["acc0.9_epoch1.h5", "acc0.1_epoch2.h5"]
+
+
+def test_what_is_no_model_is_passed_over_with_a_reason(run: Path) -> None:
+    """Hidden, unfinished and foreign files, weights alone and directories are told, each once."""
+    make(run, "model_1.h5", "data.npz", "m.weights.h5", "training.csv", ".m.h5", "m.tmp.h5")
+    (run / "logs").mkdir()
+    files, passed_over = model_files([run])
+    assert [path.name for path in files] == ["model_1.h5"]
+    assert {passed.path.name: passed.reason for passed in passed_over} == {
+        ".m.h5": "hidden",
+        "data.npz": "not named like a whole model",
+        "logs": "a directory",
+        "m.tmp.h5": "unfinished, by its name",
+        "m.weights.h5": "not named like a whole model",
+        "training.csv": "not named like a whole model",
+    }
+
+
+def test_a_named_file_is_a_model_whatever_its_name_and_sources_keep_their_order(run: Path) -> None:
+    """Files and directories come as they are named; a single one needs no list."""
+    make(run, "z.npz", ".hidden.h5", "a.h5")
+    files, _ = model_files([run / "z.npz", run, run / ".hidden.h5"])
+    assert [path.name for path in files] == ["z.npz", "a.h5", ".hidden.h5"]
+    assert model_files(run)[0] == model_files(str(run))[0] == [run / "a.h5"]
+
+
+def test_a_place_without_a_model_is_an_error_that_says_what_was_there(run: Path) -> None:
+    """Nothing there, nothing that fits, no such path and no path at all."""
+    make(run, "data.npz")
+    for source, message in (
+        (run, "there is no model here: looked for files in .h5, .hdf5, .keras, passed over data"),
+        (run / "none", "there is no such file or directory"),
+        (f"{run}/*.h5", "no file matches this pattern"),
+        ("", "is no path"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            model_files([source])
+    with pytest.raises(UsageError):
+        model_files([])

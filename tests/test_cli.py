@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pty
 import re
@@ -25,7 +26,9 @@ import numpy as np
 import pytest
 
 import polyak_cli
-from polyak_cli.cli import cli
+from polyak_cli.cli import _below, _finite, cli
+from polyak_cli.errors import UsageError
+from polyak_cli.models import Score
 from polyak_cli.schemes import SCHEMES
 from tests.command import (
     POLYAK,
@@ -137,10 +140,20 @@ def test_the_example_of_average_runs(run_folder: Path) -> None:
 
 def test_the_first_help_names_every_command_in_full(tmp_path: Path) -> None:
     """Each command has a summary that fits its line."""
-    text = succeeded(polyak("--help", cwd=tmp_path))
+    text = succeeded(polyak("--help", cwd=tmp_path)).partition("Example:")[0]
     listed = re.findall(r"^  (\w+) +(\S.*)$", text.partition("Commands:")[2], re.MULTILINE)
     assert [name for name, _ in listed] == COMMANDS
     assert all(summary.endswith(".") and "..." not in summary for _, summary in listed)
+
+
+def test_the_first_help_ends_with_an_example_that_runs(run_folder: Path) -> None:
+    """It can be pasted where the checkpoints are in ckpts/, and names the first thing to do."""
+    lines = succeeded(polyak("--help", cwd=run_folder)).splitlines()
+    assert lines[-2].strip() == "Example:"
+    program, *arguments = shlex.split(lines[-1])
+    assert (program, arguments[0]) == ("polyak", "average")
+    assert polyak(*arguments, cwd=run_folder).returncode == 0
+    assert (run_folder / "final.h5").is_file()
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["-V"], ["--help"], ["average", "--help"]])
@@ -246,6 +259,10 @@ USAGE = {
     "no data": (["evaluate", "m.h5"], "Missing option '--data'"),
     "no model": (["evaluate", "--data", "blobs"], "Missing argument 'MODEL...'"),
     "no gate": (["evaluate", "m.h5", "--data", "blobs", "--fail-under", "good"], "good"),
+    **{
+        f"gate {gate}": (["evaluate", "m.h5", "--data", "blobs", "--fail-under", gate], gate)
+        for gate in ("accuracy=nan", "accuracy=inf", "loss=-inf", "=0.8", "accuracy=")
+    },
     "no folder": (["train"], "Missing option '-o'"),
 }
 
@@ -1012,6 +1029,48 @@ def test_sources_and_outputs_complete_as_files(words: str, tmp_path: Path) -> No
     environ = {"_POLYAK_COMPLETE": "bash_complete", "COMP_WORDS": words}
     done = polyak(cwd=tmp_path, environ=environ | {"COMP_CWORD": str(len(words.split()) - 1)})
     assert done.stdout.startswith("file,")
+
+
+# --- gates and numbers that are none --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "least", "told"),
+    [
+        (0.5, 0.8, 0.8, []),
+        (None, 0.8, 0.8, []),
+        (0.5, 0.807, 0.80701, ["m.h5: accuracy is 0.807, less than 0.80701"]),
+        (0.5, 0.8069999, 0.807, ["m.h5: accuracy is 0.8069999, less than 0.807"]),
+        (0.5, math.nan, 0.1, ["m.h5: accuracy is nan, not a finite number"]),
+        (0.5, math.inf, 0.1, ["m.h5: accuracy is inf, not a finite number"]),
+        (math.nan, 0.9, 0.1, ["m.h5: accuracy is 0.9, but the loss is nan, not a finite number"]),
+        (math.inf, 0.9, 0.1, ["m.h5: accuracy is 0.9, but the loss is inf, not a finite number"]),
+    ],
+)
+def test_a_gate_lets_pass_what_is_enough_and_finite(
+    loss: float | None, accuracy: float, least: float, told: list[str]
+) -> None:
+    """A loss that is no number passes no gate, and two numbers that differ are shown differing."""
+    score = Score(Path("m.h5"), loss, {"accuracy": accuracy}, 10)
+    assert list(_below(score, [("accuracy", least)])) == told
+
+
+def test_a_gate_on_the_loss_is_of_the_loss() -> None:
+    """It is told once when it is not finite, and a metric that is not there is a usage error."""
+    score = Score(Path("m.h5"), math.nan, {}, 10)
+    assert list(_below(score, [("loss", 0.1)])) == ["m.h5: loss is nan, not a finite number"]
+    with pytest.raises(UsageError, match="has no such metric; it has loss"):
+        list(_below(score, [("accuracy", 0.1)]))
+
+
+def test_json_has_null_where_a_number_is_none() -> None:
+    """At any depth; what is finite, text or a truth value stays as it is."""
+    numbers = {"a": [math.nan, 1.5, (math.inf, 2)], "b": {"c": -math.inf, "d": True}, "e": "nan"}
+    assert _finite(numbers) == {
+        "a": [None, 1.5, [None, 2]],
+        "b": {"c": None, "d": True},
+        "e": "nan",
+    }
 
 
 # --- missing packages, and bugs -------------------------------------------------------------------

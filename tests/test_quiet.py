@@ -6,7 +6,10 @@ import sys
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter, whose standard error is descriptor 2 itself."""
-    script = f"import logging, os, sys, warnings\nfrom polyak_cli.quiet import hushed\n{code}"
+    imports = (
+        "import logging, os, sys, warnings\nfrom polyak_cli.quiet import hushed, prints_on_stderr"
+    )
+    script = f"{imports}\n{code}"
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
@@ -64,3 +67,17 @@ def test_a_closed_standard_error_is_no_reason_to_fail() -> None:
     """Where descriptor 2 is closed there is nothing to hold back."""
     done = run("os.close(2)\nwith hushed() as held_back:\n    print(repr(held_back()))")
     assert done.stdout == "''\n"
+
+
+def test_what_others_print_goes_to_standard_error() -> None:
+    """Python, C and child processes alike, inside `hushed` too; before and after it is stdout."""
+    done = run(
+        "print('before')\n"
+        "try:\n"
+        "    with prints_on_stderr():\n"
+        "        with hushed(): print('printed'); os.write(2, b'chatter\\n')\n"
+        "        os.system('echo child'); os.write(1, b'written\\n'); 1 / 0\n"
+        "except ZeroDivisionError: print('after')\n"
+    )
+    assert done.stdout == "before\nafter\n"
+    assert sorted(done.stderr.splitlines()) == ["child", "printed", "written"]

@@ -1,0 +1,76 @@
+"""The package as Python code meets it: what it exports, and that it keeps silent."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import polyak_cli
+from polyak_cli import errors
+from tests.command import SAMPLES
+
+
+def test_every_name_can_be_had_and_none_is_a_module_s() -> None:
+    """What is exported exists, also after every module was imported, which would hide its name."""
+    modules = {module.name for module in pkgutil.iter_modules(polyak_cli.__path__)}
+    assert not modules & set(polyak_cli.__all__)
+    for module in modules - {"__main__"}:
+        importlib.import_module(f"polyak_cli.{module}")
+    for name in polyak_cli.__all__:
+        assert not inspect.ismodule(getattr(polyak_cli, name)), name
+
+
+def test_every_error_and_every_command_with_a_result_is_exported() -> None:
+    """Who calls the package can catch each kind of error by its name."""
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
+    assert "FormatError" in kinds
+    assert kinds | {"average", "diff", "evaluate", "inspect", "train"} <= set(polyak_cli.__all__)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "train", "plan", "average", "inspect", "diff"])
+def test_the_documentation_tells_arguments_and_errors(name: str) -> None:
+    """Every parameter, and what is raised."""
+    function = getattr(polyak_cli, name)
+    text = inspect.getdoc(function) or ""
+    assert "Raises:" in text
+    for parameter in inspect.signature(function).parameters:
+        assert parameter in text, parameter
+
+
+def test_a_name_that_is_not_exported_is_an_attribute_error() -> None:
+    """As of any module."""
+    with pytest.raises(AttributeError, match="no attribute 'avarage'"):
+        polyak_cli.avarage  # noqa: B018 - looking is the test
+
+
+def test_importing_names_of_evaluation_loads_no_framework() -> None:
+    """Not even numpy, until a name is used; and no framework before the work begins."""
+    code = (
+        "import sys, polyak_cli; a = 'numpy' in sys.modules; polyak_cli.evaluate, polyak_cli.Split"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(a, {{'keras', 'tensorflow'}} & {{*sys.modules}})"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False set()\n"
+
+
+def test_the_calls_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Plan, average, inspect, diff and distances give their results to the caller alone."""
+    made = polyak_cli.plan(SAMPLES, scheme="exp", alpha=2)
+    assert len(made.checkpoints) == 10
+    output = tmp_path / "final.h5"
+    assert polyak_cli.average(SAMPLES, output, last=3).bytes_written == output.stat().st_size
+    (found,) = polyak_cli.inspect([output], statistics=True)
+    assert found.parameters > 0
+    assert not polyak_cli.diff(output, SAMPLES / "model_499.h5").equal
+    assert len(polyak_cli.distances(polyak_cli.select([SAMPLES])).checkpoints) == 10
+    assert tuple(capfd.readouterr()) == ("", "")
