@@ -206,7 +206,7 @@ def plan(
 
     Args:
         sources: directories, globs or files.
-        output: the file that would be written; None to leave it open.
+        output: the file or folder that would be written; None to leave it open.
         **options: see `Options`.
 
     Raises:
@@ -219,7 +219,7 @@ def plan(
     _check_options(options)
     selection = _select(sources, options)
     scheme, coefficients = _coefficients(selection.positions, options)
-    paths = [checkpoint.path for checkpoint in selection.checkpoints]
+    paths = [checkpoints.file_of(checkpoint.path) for checkpoint in selection.checkpoints]
     memory = _memory(options)
     tables = tuple(formats.scan(paths, jobs=memory.jobs))
     target = Path(output) if output is not None else None
@@ -228,6 +228,8 @@ def plan(
     rows = _match(tables, options.get("match", "name"))
     averaged, carried = _fates(rows, options)
     _check_chunks(rows, memory, options)
+    stored = _stored(averaged, options)
+    formats.check_conversion(target, tables[-1], averaged=stored, drop_optimizer=_drops(options))
     others = tables[-1].others
     dropped = [n for n in others if n in tables[-1].optimizer] if _drops(options) else []
     made = Plan(
@@ -267,14 +269,16 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     if plan.output is None:
         raise UsageError("the plan has no output; name the file to write")
     begun = time.perf_counter()
-    with formats.publish(plan.output, force=plan.options.get("force", False)) as hidden:
-        totals, differing = _write(plan, hidden, progress or (lambda _: None))
+    force = plan.options.get("force", False)
+    folder = formats.is_folder(plan.output, plan.tables[-1])
+    with formats.publish(plan.output, force=force, folder=folder) as hidden:
+        totals, nbytes, differing = _write(plan, hidden, progress or (lambda _: None))
     spent = totals.reading + totals.folding + totals.writing
     return Report(
         output=plan.output,
         plan=plan,
         bytes_read=totals.bytes_read,
-        bytes_written=plan.output.stat().st_size,
+        bytes_written=nbytes,
         seconds=time.perf_counter() - begun,
         peak_memory=_peak(),
         shares={
@@ -285,16 +289,17 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     )
 
 
-def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals, list[str]]:
-    """Write the whole output under its hidden name; return what that took and what it showed."""
+def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals, int, list[str]]:
+    """Write the whole output under its hidden name; return what that took, its size and notes."""
     options = plan.options
     inputs = [file for table in plan.tables for file in table.files]
     formats.check(plan.tables, jobs=_memory(options).jobs)
     room = formats.lay_out(
         plan.tables[-1],
         hidden,
-        averaged={row[-1].location: _dtype(row[-1], options) for row in plan.averaged_rows},
+        averaged=_stored(plan.averaged_rows, options),
         drop_optimizer=_drops(options),
+        name=formats.target(plan.output, plan.tables[-1]),
         provenance=json.dumps(_provenance(plan), separators=(",", ":")),
     )
     tensors = (
@@ -314,7 +319,7 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     room.seal()
     differing = _differing(plan, inputs)
     engine.unchanged(inputs)
-    return totals, differing
+    return totals, sum(Path(file).stat().st_size for file in room.files), differing
 
 
 # --- deciding -------------------------------------------------------------------------------------
@@ -376,6 +381,11 @@ def _drops(options: Options) -> bool:
 
 def _dtype(spec: TensorSpec, options: Options) -> str:
     return options.get("dtype") or spec.dtype
+
+
+def _stored(averaged: Iterable[Row], options: Options) -> dict[str, str]:
+    """Return where in the template each averaged tensor lies, and the type to store."""
+    return {row[-1].location: _dtype(row[-1], options) for row in averaged}
 
 
 def _sources(tables: Sequence[Table], row: Row) -> list[engine.Source]:
@@ -516,11 +526,12 @@ def _fates(rows: Sequence[Row], options: Options) -> tuple[list[Row], list[Row]]
 
 
 def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row]) -> None:
-    """Refuse int8 kernels with a float scale: carrying one and averaging the other is neither."""
+    """Refuse kernels of 8 bits with a float scale: the two mean nothing but together."""
     scales = {row[-1].name for row in averaged}
-    for row in carried:
+    for row in (*averaged, *carried):
         spec = row[-1]
-        if spec.dtype in ("int8", "uint8") and f"{spec.name}_scale" in scales:
+        narrow = spec.dtype in ("int8", "uint8") or spec.dtype.startswith("float8")
+        if narrow and not scales.isdisjoint((f"{spec.name}_scale", f"{spec.name}_scale_inv")):
             raise MismatchError(
                 f"tensor '{shown(spec.name)}' is quantised ({spec.dtype} with a scale); average "
                 "the checkpoints before quantisation"
@@ -576,7 +587,7 @@ def _notes(
             "the average scores below its checkpoints"
         )
     stored = {_dtype(row[-1], options) for row in averaged}
-    if "bfloat16" in stored:
+    if "bfloat16" in stored and tables[-1].format == "hdf5":
         notes.append(
             "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it opens"
         )

@@ -28,7 +28,7 @@ _StrPath = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One saved model file of a run, with what was read about it.
+    """One saved model file of a run, or a folder that is one, with what was read about it.
 
     ``epoch`` is None for a file that was named by itself and has no number in its name; ``metric``
     is None unless the best checkpoints were asked for.
@@ -86,7 +86,8 @@ def select(
     ``last``, ``best``.
 
     Args:
-        sources: directories (not searched deeper), patterns with ``* ? [``, and files. Files alone
+        sources: directories (not searched deeper, but for folders that are one checkpoint each, as
+            Transformers saves them), patterns with ``* ? [``, and files. Files alone
             keep the order given, oldest first; with a directory or a pattern among the sources, all
             are ordered by the epoch in their names.
         last: how many of the newest to take; never fewer.
@@ -204,7 +205,21 @@ _KINDS_OF_FILE = {
     ".h5": ".h5",
     ".hdf5": ".h5",
     ".npz": ".npz",
+    ".safetensors": ".safetensors",
+    ".safetensors.index.json": ".safetensors.index.json",
 }
+#: The kind of a folder that is one checkpoint, and the files that make it such: it is opened by the
+#: one that it has.
+_FOLDER = "checkpoint folders"
+_OPENERS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+#: One of the files of which a sharded checkpoint consists, beside its index.
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors", re.IGNORECASE | re.DOTALL)
 
 #: Parts of a name, between dots, by which programs mark a file that they have not finished.
 _UNFINISHED = _each("tmp temp part partial incomplete unfinished crdownload download swp swo lock")
@@ -248,7 +263,8 @@ def _find(
             passed += others
         files = [(path, _identity(path)) for path in kept]
         if listed:
-            ours = set(written_by_us([path for path, _ in files])) if files else set()
+            opened = {file_of(path): path for path, _ in files}
+            ours = {opened[file] for file in written_by_us(list(opened))} if files else set()
             passed += [PassedOver(path, "written by polyak") for path, _ in files if path in ours]
             files = [(path, identity) for path, identity in files if path not in ours]
             if not files:
@@ -277,18 +293,52 @@ def _expanded(source: _StrPath) -> tuple[list[Path], bool]:
             return _matches(text), True
         raise CheckpointError(_unusable(Path(text), error)) from error
     if not stat.S_ISDIR(mode):
-        return [Path(text)], False
+        return [_whole(Path(text))], False
     try:
         with os.scandir(text) as entries:
-            return [Path(text, name) for name in sorted(entry.name for entry in entries)], True
+            listed = [Path(text, name) for name in sorted(entry.name for entry in entries)]
+        # Beside the checkpoints of a run, its final model may lie in the very folder.
+        if _openers(Path(text)) and not any(_openers(path) for path in listed):
+            folder = Path(text)
+            return [folder if folder.name not in ("", "..") else folder.resolve()], False
+        return listed, True
     except OSError as error:
         raise CheckpointError(
             f"{shown(text)}: the directory cannot be listed: {error.strerror}"
         ) from error
 
 
+def file_of(path: Path) -> Path:
+    """Return the file by which a checkpoint is opened: itself, or one in a folder that is one.
+
+    Raises:
+        CheckpointError: the folder has several such files.
+    """
+    found = _openers(path)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{shown(path)}: holds {shown(found[0].name)} and {shown(found[1].name)}, either of "
+            "which could be the checkpoint; move one away"
+        )
+    return found[0] if found else path
+
+
+def _openers(path: Path) -> list[Path]:
+    """Return the files by which a folder could be opened as one checkpoint."""
+    return [path / name for name in _OPENERS if (path / name).is_file()] if path.is_dir() else []
+
+
+def _whole(path: Path) -> Path:
+    """Return the folder that a file stands for, as it has the epoch in its name; else the file."""
+    known = path.name in _OPENERS and path.parent.name not in ("", "..")
+    return path.parent if known and _openers(path.parent) == [path] else path
+
+
 def _matches(pattern: str) -> list[Path]:
-    paths = sorted(Path(match) for match in glob.glob(pattern))  # noqa: PTH207 - may be absolute
+    paths = sorted(
+        _whole(Path(match))
+        for match in glob.glob(pattern)  # noqa: PTH207 - may be absolute
+    )
     if not paths:
         raise CheckpointError(
             f"{shown(pattern)}: no file matches this pattern, and nothing has that very name"
@@ -325,8 +375,10 @@ def _no_checkpoint(path: Path) -> str | None:
     name = path.name.casefold()
     if name.startswith("."):
         return "hidden"
-    if name.endswith("~") or not _UNFINISHED.isdisjoint(name.split(".")):
+    if name.endswith("~") or not _UNFINISHED.isdisjoint(re.split(r"[.]|(?<=^tmp)-", name)):
         return "unfinished, by its name"
+    if _SHARD.fullmatch(name):
+        return "one shard of several, which belong to an index"
     if not _kind(path):
         return "a directory" if path.is_dir() else "not named like a checkpoint"
     return None
@@ -335,7 +387,8 @@ def _no_checkpoint(path: Path) -> str | None:
 def _kind(path: Path) -> str:
     """Return of what kind a file is by its name, '' where it is not named like a checkpoint."""
     name = path.name.casefold()
-    return next((kind for end, kind in _KINDS_OF_FILE.items() if name.endswith(end)), "")
+    kind = next((kind for end, kind in _KINDS_OF_FILE.items() if name.endswith(end)), "")
+    return kind or (_FOLDER if _openers(path) else "")
 
 
 def _one_kind(source: _StrPath, paths: Sequence[Path]) -> tuple[list[Path], list[PassedOver]]:
@@ -348,14 +401,19 @@ def _one_kind(source: _StrPath, paths: Sequence[Path]) -> tuple[list[Path], list
     common = [kind for kind, count in kinds.items() if count > 1] or list(kinds)
     if len(common) > 1:
         one, other = sorted(common)[:2]
+        files = "" if other == _FOLDER else " files"  # a folder's kind is the last, as sorted
         raise CheckpointError(
-            f"{shown(os.fspath(source))}: holds {kinds[one]} {one} and {kinds[other]} {other} "
-            "files, which are not of one run; leave one kind out, for instance with "
-            f"--exclude '*{max(one, other, key=len)}'"
+            f"{shown(os.fspath(source))}: holds {kinds[one]} {one} and {kinds[other]} {other}"
+            f"{files}, which are not of one run; leave one kind out, for instance with "
+            f"--exclude '*{max({one, other} - {_FOLDER}, key=len)}'"
         )
     kept = [path for path in paths if _kind(path) in common]
-    reason = f"the only {{}} file among {kinds[common[0]]} {common[0]}" if common else ""
-    passed = [PassedOver(p, reason.format(_kind(p))) for p in paths if _kind(p) not in common]
+    reason = f"the only {{}} among {kinds[common[0]]} {common[0]}" if common else ""
+    others = [(path, _kind(path)) for path in paths if _kind(path) not in common]
+    passed = [
+        PassedOver(path, reason.format("folder" if kind == _FOLDER else f"{kind} file"))
+        for path, kind in others
+    ]
     return kept, passed
 
 
@@ -366,7 +424,7 @@ def _identity(path: Path) -> tuple[int, int]:
         CheckpointError: it is anything else.
     """
     try:
-        status = path.stat()
+        status = file_of(path).stat()
     except OSError as error:
         raise CheckpointError(_unusable(path, error)) from error
     if stat.S_ISREG(status.st_mode):

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, shown
+from polyak_cli.formats import folders
 from polyak_cli.formats.detection import detect
 from polyak_cli.tensors import (
+    COMMON,
     Alive,
     Extent,
     File,
@@ -62,10 +64,11 @@ def scan(paths: Sequence[Path], *, jobs: int = 1) -> list[Table]:
     twins = [is_twin(template, file) for file in files[:-1]]
     others = [file for file, twin in zip(files, twins, strict=False) if not twin]
     scanned = iter(_scanned(name, others, jobs, everything=False))
-    return [
+    tables = [
         replace(template, path=Path(file.path), files=(file,)) if twin else next(scanned)
-        for file, twin in zip(files, [*twins, True], strict=True)
+        for file, twin in zip(files, twins, strict=False)
     ]
+    return [*tables, template]
 
 
 def _common_format(paths: Sequence[Path]) -> str:
@@ -112,7 +115,7 @@ def _table(name: str, file: File, scanned: Mapping[str, Any]) -> Table:
     return Table(
         path=Path(file.path),
         format=name,
-        files=(file,),
+        files=tuple(File(path, Identity(*row)) for path, row in scanned.get("files", [file])),
         tensors=tensors,
         others={row[0]: _spec(*row) for row in scanned["others"]},
         optimizer=frozenset(scanned["optimizer"]),
@@ -221,6 +224,77 @@ class Room(NamedTuple):
     seal: Callable[[], None]  # to be called when they are written
 
 
+#: Suffix of an output -> the format to which checkpoints of others are converted.
+_TARGETS = {".safetensors": "safetensors", ".npz": "npz"}
+
+
+def target(output: Path | None, template: Table) -> str:
+    """Return the format of an output: the template's, unless its suffix is that of another."""
+    form = module(template.format)
+    if output and not output.name.endswith(form.SUFFIXES) and hasattr(form, "texts"):
+        return _TARGETS.get(output.suffix, template.format)
+    return template.format
+
+
+def is_folder(output: Path, template: Table) -> bool:
+    """Tell whether an output is to be a folder: named without suffix, for several files."""
+    folder = getattr(module(template.format), "FOLDER", False)
+    return folder and len(template.files) > 1 and not output.suffix
+
+
+def check_conversion(
+    output: Path | None, template: Table, *, averaged: Mapping[str, str], drop_optimizer: bool
+) -> None:
+    """Refuse, before any work, an output whose format cannot hold what is to be in it.
+
+    Args:
+        output: the file or folder that will be written; None for one of the template's format.
+        template: the checkpoint that it will be like.
+        averaged: location in the template -> dtype to store.
+        drop_optimizer: leave its state out.
+
+    Raises:
+        OutputError: what would be lost.
+    """
+    from polyak_cli.formats import sandbox
+
+    name = target(output, template)
+    for dtype in set(averaged.values()) - getattr(module(name), "TYPES", COMMON):
+        raise OutputError(
+            f"{shown(output or template.path)}: is {module(name).NAME}, which has no type {dtype}; "
+            "choose another --dtype, or safetensors for the output"
+        )
+    merged = output and len(template.files) > 1 and not is_folder(output, template)
+    if not output or (name == template.format and not (merged and hasattr(module(name), "texts"))):
+        return
+    request = Layout(template, "", averaged, drop_optimizer, "")
+    (outcome,) = sandbox.each(_refuse, [(name, request)], [str(template.path)])
+    if isinstance(outcome, OutputError):
+        raise OutputError(f"{shown(output)}: {shown(template.path)} {outcome}")
+    if isinstance(outcome, PolyakError):
+        raise outcome
+
+
+def _refuse(request: tuple[str, Layout], alive: Alive) -> None:
+    """Refuse, in a child, what cannot be converted or merged."""
+    from polyak_cli.formats import conversion
+
+    name, layout = request
+    said = cast(conversion.Source, module(layout.template.format)).texts(layout.template, alive)
+    if name != layout.template.format:
+        conversion.refuse(layout)
+        cast(conversion.Target, module(name)).refuse(layout, said)
+
+
+def _convert(request: tuple[str, Layout], alive: Alive) -> dict[str, Any]:
+    """Lay out, in a child, an output of another format than its template's."""
+    from polyak_cli.formats import conversion
+
+    name, layout = request
+    said = cast(conversion.Source, module(layout.template.format)).texts(layout.template, alive)
+    return cast(conversion.Target, module(name)).convert(layout, said, alive)
+
+
 def lay_out(
     template: Table,
     output: Path,
@@ -228,6 +302,7 @@ def lay_out(
     averaged: Mapping[str, str],
     drop_optimizer: bool,
     provenance: str,
+    name: str = "",
 ) -> Room:
     """Write all of the output but its averaged tensors.
 
@@ -237,6 +312,7 @@ def lay_out(
         averaged: location in the template -> dtype to store.
         drop_optimizer: leave its state out.
         provenance: the record to write into it, as JSON.
+        name: its format, see `target`; "" for the template's.
 
     Raises:
         FormatError: the template cannot be copied safely.
@@ -244,15 +320,20 @@ def lay_out(
     """
     from polyak_cli.formats import sandbox
 
-    form = module(template.format)
+    form = module(name or template.format)
     request = Layout(template, str(output), averaged, drop_optimizer, provenance)
-    (outcome,) = sandbox.each(form.lay_out, [request], [str(template.path)])
+    if name in ("", template.format):
+        outcomes = sandbox.each(form.lay_out, [request], [str(template.path)])
+    else:
+        outcomes = sandbox.each(_convert, [(name, request)], [str(template.path)])
+    (outcome,) = outcomes
     if isinstance(outcome, OutputError):  # `publish` knows by what name to tell it
         raise OSError(errno.ENOSPC, str(outcome))
     if isinstance(outcome, PolyakError):
         raise outcome
     places = {location: LaidOut(*place) for location, place in outcome["places"].items()}
-    return Room([str(output)], places, lambda: form.seal(str(output), outcome))
+    files = outcome.get("files", [str(output)])
+    return Room(files, places, lambda: form.seal(str(output), outcome))
 
 
 def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
@@ -262,10 +343,11 @@ def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
         OutputError: what is in the way, and what to do.
     """
     name = shown(output)
-    if output.is_dir():
+    folder_wanted = is_folder(output, tables[-1])
+    if output.is_dir() and not folder_wanted:
         raise OutputError(f"{name}: is a folder; name the file to write in it")
-    form = module(tables[-1].format)
-    if not output.name.endswith(form.SUFFIXES):
+    form = module(target(output, tables[-1]))
+    if not folder_wanted and not output.name.endswith(form.SUFFIXES):
         raise OutputError(
             f"{name}: the checkpoints are {form.NAME}, which is opened only as "
             f"{' or '.join(form.SUFFIXES)}; give the output that suffix"
@@ -276,6 +358,10 @@ def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{name}: the folder {shown(folder)} is not writable")
     if not os.path.lexists(output):
+        return
+    if folder_wanted and output.exists():
+        inputs = [file for table in tables for file in table.files]
+        folders.check(output, inputs, force=force)
         return
     if output.exists():
         _check_existing(output, tables)
@@ -311,7 +397,7 @@ def check_room(output: Path, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def publish(output: Path, *, force: bool) -> Iterator[Path]:
+def publish(output: Path, *, force: bool, folder: bool = False) -> Iterator[Path]:
     """Yield a hidden path beside ``output`` that takes its name when the block ends well.
 
     The file is synced, renamed, and its folder synced.  On any exception - an interrupt too - the
@@ -322,19 +408,26 @@ def publish(output: Path, *, force: bool) -> Iterator[Path]:
         OutputError: it cannot be written, or appeared meanwhile and ``force`` is not given.
     """
     final = output.resolve()
+    if folder:
+        try:
+            with folders.publish(final, force=force) as hidden:
+                yield hidden
+        except OSError as error:
+            raise OutputError(_unwritable(output, error)) from error
+        return
     hidden = final.parent / f".polyak-{os.getpid()}-{secrets.token_hex(4)}.partial"
     try:
         with open(hidden, "xb"):  # the user's umask gives its mode, as for any new file
             pass
         yield hidden
-        _sync(hidden)
+        folders.sync(hidden)
         if force:
             if final.exists():
                 hidden.chmod(final.stat().st_mode & 0o7777)
             hidden.replace(final)
         else:
             _rename_new(hidden, final)
-        _sync(final.parent)
+        folders.sync(final.parent)
     except OSError as error:
         raise OutputError(_unwritable(output, error)) from error
     finally:
@@ -342,14 +435,6 @@ def publish(output: Path, *, force: bool) -> Iterator[Path]:
             hidden.unlink(missing_ok=True)
         finally:  # an interrupt may fall into the line above; the next one is ignored by then
             hidden.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _rename_new(hidden: Path, final: Path) -> None:
@@ -366,7 +451,7 @@ def _rename_new(hidden: Path, final: Path) -> None:
 
 def _unwritable(output: Path, error: OSError) -> str:
     name = shown(output)
-    if error.errno == errno.EEXIST:
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
         return f"{name}: already exists; use --force to replace it"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{name}: no room to write it ({error.strerror}); make room or write elsewhere"

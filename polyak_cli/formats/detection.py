@@ -6,12 +6,15 @@ Reads a few bytes of regular files, by offset.  Knows how files begin and end, a
 from __future__ import annotations
 
 import os
+import re
 import stat
 import struct
 from pathlib import Path
 
 #: Bytes of a zip archive's end in which its list of members is looked for.
 _TAIL = 1 << 20
+#: Bytes of both ends of a JSON file in which it must say what it lists.
+_ENDS = 1 << 16
 _LISTED = b"PK\x01\x02"
 
 
@@ -35,6 +38,13 @@ def _file(descriptor: int, size: int) -> str:
     head = os.pread(descriptor, 16, 0)
     if head.startswith(b"PK\x03\x04"):
         return _archive(descriptor, size)
+    # The length of a header and its first brace; or an index, of which the map may come first.
+    if re.match(rb".{5}\0{3}\{", head, re.DOTALL):
+        return "safetensors"
+    if head.startswith(b"{"):
+        ends = os.pread(descriptor, _ENDS, 0) + os.pread(descriptor, _ENDS, max(0, size - _ENDS))
+        if b'"weight_map"' in ends and b'.safetensors"' in ends:
+            return "safetensors"
     return "hdf5"
 
 
