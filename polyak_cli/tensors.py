@@ -380,7 +380,8 @@ def _bfloat16_bits(values: Float64) -> npt.NDArray[np.uint16]:
 def _float8_bits(values: Float64, dtype: str) -> npt.NDArray[np.uint8]:
     """Round float64 to a float8 once: to bfloat16 to odd, which has bits enough, and by a table."""
     bits = _odd_bits(values)
-    return np.take(_float8_codes(dtype), (bits >> 16) | ((bits & 0xFFFF) != 0))
+    codes: Bytes = _float8_codes(dtype)[(bits >> 16) | ((bits & 0xFFFF) != 0)]
+    return codes
 
 
 @functools.cache

@@ -60,6 +60,11 @@ class Contract(abc.ABC):
     dtypes: ClassVar[Sequence[str]] = ("float16", "float32", "float64")
     converts: ClassVar[bool] = True  # --dtype may change the stored type
 
+    @property
+    def result(self) -> str:
+        """Suffix of an output."""
+        return self.suffix
+
     @abc.abstractmethod
     def write(self, path: Path, tensors: Tensors) -> None:
         """Write a checkpoint, in the order of the tensors, by the format's own library."""
@@ -100,7 +105,7 @@ class Contract(abc.ABC):
         for dtype in self.dtypes:
             folder = tmp_path / dtype
             _, models = self.write_run(folder, dtype=dtype)
-            output = tmp_path / f"{dtype}{self.suffix}"
+            output = tmp_path / f"{dtype}{self.result}"
             report = average(folder, output, **options)
             assert_same(self.read(output), naive(models, report.plan.coefficients))
 
@@ -109,7 +114,7 @@ class Contract(abc.ABC):
     ) -> None:
         """Several children and tiny pieces write the very bytes that one process writes."""
         self.write_run(tmp_path / "run")
-        one, other = tmp_path / f"one{self.suffix}", tmp_path / f"other{self.suffix}"
+        one, other = tmp_path / f"one{self.result}", tmp_path / f"other{self.result}"
         average(tmp_path / "run", one, jobs=1)
         monkeypatch.setattr(engine, "SPREAD", 0)
         monkeypatch.setattr(engine, "PIECE", 100)
@@ -119,23 +124,23 @@ class Contract(abc.ABC):
     def test_one_checkpoint_averages_to_itself(self, tmp_path: Path) -> None:
         """Every tensor of the newest is there with its own bits."""
         paths, models = self.write_run(tmp_path / "run", 1)
-        average(paths, tmp_path / f"o{self.suffix}")
-        assert_same(self.read(tmp_path / f"o{self.suffix}"), models[0])
+        average(paths, tmp_path / f"o{self.result}")
+        assert_same(self.read(tmp_path / f"o{self.result}"), models[0])
 
     def test_what_it_wrote_is_recognised(self, tmp_path: Path) -> None:
         """An average beside its checkpoints is not one of them the next time."""
         self.write_run(tmp_path / "run")
-        average(tmp_path / "run", tmp_path / f"run/model_5{self.suffix}")
-        report = average(tmp_path / "run", tmp_path / f"o{self.suffix}")
+        average(tmp_path / "run", tmp_path / f"run/model_5{self.result}")
+        report = average(tmp_path / "run", tmp_path / f"o{self.result}")
         assert len(report.plan.checkpoints) == 4
         assert [p.reason for p in report.plan.passed_over] == ["written by polyak"]
 
     def test_an_average_of_averages_is_like_its_template(self, tmp_path: Path) -> None:
         """What this tool wrote it can read, and its record is the newer one's alone."""
         paths, models = self.write_run(tmp_path / "run", 2)
-        output = tmp_path / f"o{self.suffix}"
+        output = tmp_path / f"o{self.result}"
         average(paths, output)
-        again = tmp_path / f"again{self.suffix}"
+        again = tmp_path / f"again{self.result}"
         report = average([output], again)
         assert_same(self.read(again), naive(models, [0.5, 0.5]))
         assert any("is itself an average" in note for note in report.notes)
@@ -146,7 +151,7 @@ class Contract(abc.ABC):
             pytest.skip("this format keeps the types of its template")
         paths, models = self.write_run(tmp_path / "run", 2)
         for dtype in ("float16", "float64"):
-            output = tmp_path / f"{dtype}{self.suffix}"
+            output = tmp_path / f"{dtype}{self.result}"
             average(paths, output, dtype=dtype)
             wide = [{n: v.astype(np.float64) for n, v in m.items()} for m in models]
             for name, values in naive(wide, [0.5, 0.5]).items():
@@ -159,7 +164,7 @@ class Contract(abc.ABC):
         models[1]["bias"][3] = np.nan
         self.write(paths[1], models[1])
         with pytest.raises(MismatchError, match=r"model_2.*bias.*nan.*element 3"):
-            average(paths, tmp_path / f"o{self.suffix}")
+            average(paths, tmp_path / f"o{self.result}")
         assert os.listdir(tmp_path) == ["run"]
 
     @pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
@@ -175,7 +180,7 @@ class Contract(abc.ABC):
         changes[change](models[1])
         self.write(paths[1], models[1])
         with pytest.raises(MismatchError, match=r"model_2.*(bias|more|tensors)"):
-            average(paths, tmp_path / f"o{self.suffix}")
+            average(paths, tmp_path / f"o{self.result}")
         assert os.listdir(tmp_path) == ["run"]
 
     def test_a_truncated_file_is_refused_wherever_it_ends(self, tmp_path: Path) -> None:
@@ -185,7 +190,7 @@ class Contract(abc.ABC):
         for length in {0, 1, 7, len(whole) - 1, *range(8, len(whole), max(1, len(whole) // 40))}:
             paths[0].write_bytes(whole[:length])
             with pytest.raises(PolyakError, match="model_1"):
-                average(paths, tmp_path / f"o{self.suffix}")
+                average(paths, tmp_path / f"o{self.result}")
         assert os.listdir(tmp_path) == ["run"]
 
     def test_a_mixture_of_formats_is_refused(self, tmp_path: Path) -> None:
@@ -194,7 +199,7 @@ class Contract(abc.ABC):
         other = tmp_path / f"run/other{self.suffix}"
         other.write_bytes(b"neither this nor that")
         with pytest.raises((FormatError, MismatchError), match="other"):
-            average([other, *paths], tmp_path / f"o{self.suffix}")
+            average([other, *paths], tmp_path / f"o{self.result}")
 
 
 def content(path: Path) -> dict[str, bytes]:

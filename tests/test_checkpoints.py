@@ -364,7 +364,8 @@ def test_an_empty_directory_is_an_error(run: Path) -> None:
     """The error names the directory and says what was looked for."""
     message = refusal(run)
     assert str(run) in message
-    assert "looked for files in .weights.h5, .h5, .hdf5, .npz, but found nothing at all" in message
+    assert "looked for files in .weights.h5, .h5, .hdf5, .npz, " in message
+    assert ".safetensors.index.json, but found nothing at all" in message
 
 
 def test_a_foreign_directory_is_an_error_that_says_what_was_there(run: Path) -> None:

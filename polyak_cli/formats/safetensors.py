@@ -124,8 +124,9 @@ def _rows(header: _Header, number: int) -> Iterable[list[Any]]:
 
 
 def _begins_like_json(path: str) -> bool:
-    """Tell an index from a file of tensors, which begins with the length of its header."""
-    return _content(path, 1, 0)[1] == b"{"
+    """Tell an index from a file of tensors, which begins with a length that may look like a "{"."""
+    head = _content(path, 9, 0)[1]
+    return head.startswith(b"{") and not head.endswith(b"\0\0\0{")
 
 
 def _content(path: str, most: int, offset: int) -> tuple[os.stat_result, bytes]:
