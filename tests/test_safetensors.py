@@ -142,6 +142,15 @@ def test_a_file_in_an_order_of_its_own_keeps_it(tmp_path: Path) -> None:
     assert load_file(tmp_path / "o.safetensors")["b"].tolist() == [1.5, 1.5]
 
 
+def test_a_length_that_looks_like_json_does_not_confuse(tmp_path: Path) -> None:
+    """A header of 123 bytes, which some writers do not pad, makes a file begin with a brace."""
+    said = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(123)
+    path = put(tmp_path / "m_1.safetensors", said, np.array(3, "<f4").tobytes())
+    assert path.read_bytes().startswith(b"{")
+    average(path, tmp_path / "o.safetensors")
+    assert load_file(tmp_path / "o.safetensors")["x"].tolist() == [3]
+
+
 def put(path: Path, said: object, data: bytes = b"") -> Path:
     """Write a file with any header."""
     text = said if isinstance(said, bytes) else json.dumps(said).encode()
@@ -370,6 +379,27 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, folder_before: boo
         average(paths, output, force=True)
     assert (content(output) if folder_before else {}) == before
     assert len(os.listdir(tmp_path)) == 2 + folder_before
+
+
+def test_an_older_folder_comes_back_when_the_swap_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is moved aside first; if the new one cannot take its name, it gets its own again."""
+    paths, _ = write_pair(tmp_path)
+    output = tmp_path / "averaged"
+    average(paths[:1], output)
+    before, rename = content(output), Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OutputError, match="averaged: cannot be written: Input/output error"):
+        average(paths, output, force=True)
+    assert content(output) == before
+    assert sorted(os.listdir(tmp_path)) == ["averaged", "checkpoint-0", "checkpoint-1"]
 
 
 def test_the_types_of_shards_change_with_their_index(tmp_path: Path) -> None:
