@@ -268,7 +268,7 @@ def plan(
 
     Args:
         sources: directories, globs or files.
-        output: the file that would be written; None to leave it open.
+        output: the file or folder that would be written; None to leave it open.
         **options: see `Options`.
 
     Raises:
@@ -281,7 +281,7 @@ def plan(
     _check_options(options)
     selection = _select(sources, options)
     scheme, coefficients = _coefficients(selection.positions, options)
-    paths = [checkpoint.path for checkpoint in selection.checkpoints]
+    paths = [checkpoints.file_of(checkpoint.path) for checkpoint in selection.checkpoints]
     memory = _memory(options)
     use_ema = options.get("use_ema", False)
     tables = tuple(formats.scan(paths, jobs=memory.jobs, everything=use_ema))
@@ -293,6 +293,9 @@ def plan(
     averaged, carried = _fates(rows, options, shown(tables[-1].path))
     _check_types(tables[-1], averaged, options)
     _check_chunks(tables, rows, memory, options)
+    stored = _stored(averaged, options)
+    drop = _drops(tables, options)
+    formats.check_conversion(target, tables[-1], averaged=stored, drop_optimizer=drop)
     others = tables[-1].others
     dropped = [n for n in others if n in tables[-1].optimizer] if _drops(tables, options) else []
     made = Plan(
@@ -332,7 +335,9 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     if plan.output is None:
         raise UsageError("the plan has no output; name the file to write")
     begun = time.perf_counter()
-    with formats.publish(plan.output, force=plan.options.get("force", False)) as hidden:
+    force = plan.options.get("force", False)
+    folder = formats.is_folder(plan.output, plan.tables[-1])
+    with formats.publish(plan.output, force=force, folder=folder) as hidden:
         totals, nbytes, differing = _write(plan, hidden, progress or (lambda _: None))
     spent = totals.reading + totals.folding + totals.writing
     return Report(
@@ -358,8 +363,9 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     room = formats.lay_out(
         plan.tables[-1],
         hidden,
-        averaged={row[-1].location: _dtype(row[-1], options) for row in plan.averaged_rows},
+        averaged=_stored(plan.averaged_rows, options),
         drop_optimizer=_drops(plan.tables, options),
+        name=formats.target(plan.output, plan.tables[-1]),
         provenance=json.dumps(_provenance(plan), separators=(",", ":")),
     )
     tensors = (
@@ -459,6 +465,11 @@ def _dtype(spec: TensorSpec, options: Options) -> str:
     return options.get("dtype") or spec.dtype
 
 
+def _stored(averaged: Iterable[Row], options: Options) -> dict[str, str]:
+    """Return where in the template each averaged tensor lies, and the type to store."""
+    return {row[-1].location: _dtype(row[-1], options) for row in averaged}
+
+
 def _fates(rows: Sequence[Row], options: Options, where: str) -> tuple[list[Row], list[Row]]:
     """Divide the model's tensors into those to average and those to carry.
 
@@ -496,14 +507,16 @@ def _fates(rows: Sequence[Row], options: Options, where: str) -> tuple[list[Row]
 
 
 def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row], where: str) -> None:
-    """Refuse int8 kernels with a float scale: carrying one and averaging the other is neither."""
+    """Refuse kernels of 8 bits with a float scale: the two mean nothing but together."""
     names = {row[-1].name for row in averaged}
     numbered = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2].isdigit()}
-    for row in carried:
+    for row in (*averaged, *carried):
         spec = row[-1]
         folder, _, last = spec.name.rpartition("/")
-        nameless = last.isdigit() and spec.shape and folder in numbered  # in a weights file
-        if spec.dtype in ("int8", "uint8") and (nameless or f"{spec.name}_scale" in names):
+        narrow = spec.dtype in ("int8", "uint8")
+        nameless = narrow and last.isdigit() and spec.shape and folder in numbered  # weights files
+        scaled = not names.isdisjoint((f"{spec.name}_scale", f"{spec.name}_scale_inv"))
+        if nameless or (scaled and (narrow or spec.dtype.startswith("float8"))):
             raise MismatchError(
                 f"{where}: tensor '{shown(spec.name)}' is quantised ({spec.dtype} with a scale); "
                 "average the checkpoints before quantisation, or carry all of its layer with "

@@ -28,7 +28,7 @@ _StrPath = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One saved model file of a run, with what was read about it.
+    """One saved model file of a run, or a folder that is one, with what was read about it.
 
     ``epoch`` is None for a file that was named by itself and has no number in its name; ``metric``
     is None unless the best checkpoints were asked for.
@@ -86,7 +86,8 @@ def select(
     ``last``, ``best``.
 
     Args:
-        sources: directories (not searched deeper), patterns with ``* ? [``, and files. Files alone
+        sources: directories (not searched deeper, but for folders that are one checkpoint each, as
+            Transformers saves them), patterns with ``* ? [``, and files. Files alone
             keep the order given, oldest first; with a directory or a pattern among the sources, all
             are ordered by the epoch in their names.
         last: how many of the newest to take; never fewer.
@@ -245,11 +246,25 @@ _KINDS_OF_FILE = {
     ".bin": ".bin",
     ".ckpt": ".ckpt",
     ".index": ".index",
+    ".safetensors": ".safetensors",
+    ".safetensors.index.json": ".safetensors.index.json",
 }
+#: The kind of a folder that is one checkpoint, and the files that make it such: it is opened by the
+#: one that it has.
+_FOLDER = "checkpoint folders"
+_OPENERS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
 #: What lies beside TensorFlow's checkpoints, each of which goes by its .index file.
 _DATA = re.compile(r"(.+)\.data-\d{5}-of-\d{5}", re.DOTALL)
 #: One of the files that a sharded save of Keras consists of, beside the .weights.json.
 _SHARD = re.compile(r"(.+)_[0-9]{5,}\.weights\.h5")
+#: One of the files of which a sharded safetensors checkpoint consists, beside its index.
+_PIECE = re.compile(r".*-\d{5}-of-\d{5}\.safetensors", re.IGNORECASE | re.DOTALL)
 
 #: The same for models with their architecture, which weights alone are not.
 _KINDS_OF_MODEL = {".weights.h5": "", ".h5": ".h5", ".hdf5": ".h5", ".keras": ".keras"}
@@ -296,7 +311,8 @@ def _find(
             passed += others
         files = [(path, _identity(path)) for path in kept]
         if listed:
-            ours = set(written_by_us([path for path, _ in files])) if files else set()
+            opened = {file_of(path): path for path, _ in files}
+            ours = {opened[file] for file in written_by_us(list(opened))} if files else set()
             passed += [PassedOver(path, "written by polyak") for path, _ in files if path in ours]
             files = [(path, identity) for path, identity in files if path not in ours]
             if not files:
@@ -336,18 +352,52 @@ def _expanded(source: _StrPath) -> tuple[list[Path], bool]:
             return [Path(f"{text}.index")], False
         raise CheckpointError(_unusable(Path(text), error)) from error
     if not stat.S_ISDIR(mode):
-        return [Path(text)], False
+        return [_whole(Path(text))], False
     try:
         with os.scandir(text) as entries:
-            return [Path(text, name) for name in sorted(entry.name for entry in entries)], True
+            listed = [Path(text, name) for name in sorted(entry.name for entry in entries)]
+        # Beside the checkpoints of a run, its final model may lie in the very folder.
+        if _openers(Path(text)) and not any(_openers(path) for path in listed):
+            folder = Path(text)
+            return [folder if folder.name not in ("", "..") else folder.resolve()], False
+        return listed, True
     except OSError as error:
         raise CheckpointError(
             f"{shown(text)}: the directory cannot be listed: {error.strerror}"
         ) from error
 
 
+def file_of(path: Path) -> Path:
+    """Return the file by which a checkpoint is opened: itself, or one in a folder that is one.
+
+    Raises:
+        CheckpointError: the folder has several such files.
+    """
+    found = _openers(path)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{shown(path)}: holds {shown(found[0].name)} and {shown(found[1].name)}, either of "
+            "which could be the checkpoint; move one away"
+        )
+    return found[0] if found else path
+
+
+def _openers(path: Path) -> list[Path]:
+    """Return the files by which a folder could be opened as one checkpoint."""
+    return [path / name for name in _OPENERS if (path / name).is_file()] if path.is_dir() else []
+
+
+def _whole(path: Path) -> Path:
+    """Return the folder that a file stands for, as it has the epoch in its name; else the file."""
+    known = path.name in _OPENERS and path.parent.name not in ("", "..")
+    return path.parent if known and _openers(path.parent) == [path] else path
+
+
 def _matches(pattern: str) -> list[Path]:
-    paths = sorted(Path(match) for match in glob.glob(pattern))  # noqa: PTH207 - may be absolute
+    paths = sorted(
+        _whole(Path(match))
+        for match in glob.glob(pattern)  # noqa: PTH207 - may be absolute
+    )
     if not paths:
         raise CheckpointError(
             f"{shown(pattern)}: no file matches this pattern, and nothing has that very name"
@@ -390,12 +440,14 @@ def _why_not(path: Path, kinds: Mapping[str, str], what: str) -> str | None:
     name = path.name.casefold()
     if name.startswith("."):
         return "hidden"
-    if name.endswith("~") or not _UNFINISHED.isdisjoint(name.split(".")):
+    if name.endswith("~") or not _UNFINISHED.isdisjoint(re.split(r"[.]|(?<=^tmp)-", name)):
         return "unfinished, by its name"
     if name == "checkpoint" and path.is_file():
         return "TensorFlow's list of checkpoints"
     if _DATA.fullmatch(name):
         return "a data shard of a TensorFlow checkpoint whose .index is not here"
+    if _PIECE.fullmatch(name):
+        return "one shard of several, which belong to an index"
     if not _kind(path, kinds):
         return "a directory" if path.is_dir() else f"not named like a {what}"
     shard = _SHARD.fullmatch(path.name)
@@ -406,7 +458,8 @@ def _why_not(path: Path, kinds: Mapping[str, str], what: str) -> str | None:
 def _kind(path: Path, kinds: Mapping[str, str] = _KINDS_OF_FILE) -> str:
     """Return of which of the kinds a file is by its name, '' where it is of none."""
     name = path.name.casefold()
-    return next((kind for end, kind in kinds.items() if name.endswith(end)), "")
+    kind = next((kind for end, kind in kinds.items() if name.endswith(end)), "")
+    return kind or (_FOLDER if kinds is _KINDS_OF_FILE and _openers(path) else "")
 
 
 def _one_kind(source: _StrPath, paths: Sequence[Path]) -> tuple[list[Path], list[PassedOver]]:
@@ -419,14 +472,19 @@ def _one_kind(source: _StrPath, paths: Sequence[Path]) -> tuple[list[Path], list
     common = [kind for kind, count in kinds.items() if count > 1] or list(kinds)
     if len(common) > 1:
         one, other = sorted(common)[:2]
+        files = "" if other == _FOLDER else " files"  # a folder's kind is the last, as sorted
         raise CheckpointError(
-            f"{shown(os.fspath(source))}: holds {kinds[one]} {one} and {kinds[other]} {other} "
-            "files, which are not of one run; leave one kind out, for instance with "
-            f"--exclude '*{max(one, other, key=len)}'"
+            f"{shown(os.fspath(source))}: holds {kinds[one]} {one} and {kinds[other]} {other}"
+            f"{files}, which are not of one run; leave one kind out, for instance with "
+            f"--exclude '*{max({one, other} - {_FOLDER}, key=len)}'"
         )
     kept = [path for path in paths if _kind(path) in common]
-    reason = f"the only {{}} file among {kinds[common[0]]} {common[0]}" if common else ""
-    passed = [PassedOver(p, reason.format(_kind(p))) for p in paths if _kind(p) not in common]
+    reason = f"the only {{}} among {kinds[common[0]]} {common[0]}" if common else ""
+    others = [(path, _kind(path)) for path in paths if _kind(path) not in common]
+    passed = [
+        PassedOver(path, reason.format("folder" if kind == _FOLDER else f"{kind} file"))
+        for path, kind in others
+    ]
     return kept, passed
 
 
@@ -437,7 +495,7 @@ def _identity(path: Path) -> tuple[int, int]:
         CheckpointError: it is anything else.
     """
     try:
-        status = path.stat()
+        status = file_of(path).stat()
     except OSError as error:
         raise CheckpointError(_unusable(path, error)) from error
     if stat.S_ISREG(status.st_mode):

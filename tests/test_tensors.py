@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -55,6 +56,51 @@ def test_bfloat16_keeps_nan_and_infinity_apart() -> None:
     bits = stored([np.nan, np.inf, -np.inf, 1e300, -0.0], "bfloat16").view(np.uint16)
     assert np.isnan(np.array([int(bits[0]) << 16], np.uint32).view(np.float32)[0])
     assert bits[1:].tolist() == [0x7F80, 0xFF80, 0x7F80, 0x8000]
+
+
+FLOAT8 = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_float8_means_what_ml_dtypes_says(dtype: str) -> None:
+    """All 256 codes, NaN, infinity and subnormals among them."""
+    raw = np.arange(256, dtype=np.uint8)
+    values = np.empty(256)
+    widen(raw, dtype, "<", values)
+    assert np.array_equal(values, raw.view(FLOAT8[dtype]).astype(np.float64), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_float8_rounds_to_the_nearest_once(dtype: str) -> None:
+    """Ties, in the middle of every two neighbours, go to even; a hair beside one they do not.
+
+    ml_dtypes rounds float32 once, but float64 to float32 first: a hair is lost on it.
+    """
+    known = np.arange(256, dtype=np.uint8).view(FLOAT8[dtype]).astype(np.float64)
+    finite = np.unique(known[np.isfinite(known)])
+    middles = (finite[:-1] + finite[1:]) / 2
+    rng = np.random.default_rng(0)
+    others = rng.normal(size=20_000) * 10.0 ** rng.uniform(-8, 6, 20_000)
+    single = np.concatenate([middles, finite, others, [1e30, np.inf, np.nan, -0.0]])
+    single = np.concatenate([single, -single]).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = single.astype(FLOAT8[dtype])
+    assert stored(single, dtype).tobytes() == expected.tobytes()
+    for beyond, nearest in ((np.inf, finite[1:]), (-np.inf, finite[:-1])):
+        found = stored(np.nextafter(middles, beyond), dtype).view(FLOAT8[dtype])
+        assert found.astype(np.float64).tolist() == nearest.tolist()
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_float8_overflows_where_the_next_number_would_be(dtype: str) -> None:
+    """To infinity, or to NaN where there is none; from half a step above the greatest on."""
+    greatest, step, over = (448, 32, np.nan) if "fn" in dtype else (57344, 8192, np.inf)
+    limit = greatest + step / 2
+    # In E4M3FN the greatest number is even, in E5M2 it is odd: a tie goes down, or up.
+    tie = greatest if "fn" in dtype else over
+    values = [np.nextafter(limit, 0), limit, np.nextafter(limit, np.inf), 1e300, -np.inf]
+    found = stored(values, dtype).view(FLOAT8[dtype]).astype(np.float64)
+    assert np.array_equal(found, [greatest, tie, over, over, -over], equal_nan=True)
 
 
 @settings(derandomize=True, deadline=None)

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, shown
+from polyak_cli.formats import folders
 from polyak_cli.formats.detection import detect
 from polyak_cli.tensors import (
+    COMMON,
     Alive,
     Extent,
     File,
@@ -232,6 +234,77 @@ class Room(NamedTuple):
     seal: Callable[[], None]  # to be called when they are written
 
 
+#: Suffix of an output -> the format to which checkpoints of others are converted.
+_TARGETS = {".safetensors": "safetensors", ".npz": "npz"}
+
+
+def target(output: Path | None, template: Table) -> str:
+    """Return the format of an output: the template's, unless its suffix is that of another."""
+    form = module(template.format)
+    if output and not output.name.endswith(form.SUFFIXES) and hasattr(form, "texts"):
+        return _TARGETS.get(output.suffix, template.format)
+    return template.format
+
+
+def is_folder(output: Path, template: Table) -> bool:
+    """Tell whether an output is to be a folder: named without suffix, for several files."""
+    folder = getattr(module(template.format), "FOLDER", False)
+    return folder and len(template.files) > 1 and not output.suffix
+
+
+def check_conversion(
+    output: Path | None, template: Table, *, averaged: Mapping[str, str], drop_optimizer: bool
+) -> None:
+    """Refuse, before any work, an output whose format cannot hold what is to be in it.
+
+    Args:
+        output: the file or folder that will be written; None for one of the template's format.
+        template: the checkpoint that it will be like.
+        averaged: location in the template -> dtype to store.
+        drop_optimizer: leave its state out.
+
+    Raises:
+        OutputError: what would be lost.
+    """
+    from polyak_cli.formats import sandbox
+
+    name = target(output, template)
+    for dtype in set(averaged.values()) - getattr(module(name), "TYPES", COMMON):
+        raise OutputError(
+            f"{shown(output or template.path)}: is {module(name).NAME}, which has no type {dtype}; "
+            "choose another --dtype, or safetensors for the output"
+        )
+    merged = output and len(template.files) > 1 and not is_folder(output, template)
+    if not output or (name == template.format and not (merged and hasattr(module(name), "texts"))):
+        return
+    request = Layout(template, "", averaged, drop_optimizer, "")
+    (outcome,) = sandbox.each(_refuse, [(name, request)], [str(template.path)])
+    if isinstance(outcome, OutputError):
+        raise OutputError(f"{shown(output)}: {shown(template.path)} {outcome}")
+    if isinstance(outcome, PolyakError):
+        raise outcome
+
+
+def _refuse(request: tuple[str, Layout], alive: Alive) -> None:
+    """Refuse, in a child, what cannot be converted or merged."""
+    from polyak_cli.formats import conversion
+
+    name, layout = request
+    said = cast(conversion.Source, module(layout.template.format)).texts(layout.template, alive)
+    if name != layout.template.format:
+        conversion.refuse(layout)
+        cast(conversion.Target, module(name)).refuse(layout, said)
+
+
+def _convert(request: tuple[str, Layout], alive: Alive) -> dict[str, Any]:
+    """Lay out, in a child, an output of another format than its template's."""
+    from polyak_cli.formats import conversion
+
+    name, layout = request
+    said = cast(conversion.Source, module(layout.template.format)).texts(layout.template, alive)
+    return cast(conversion.Target, module(name)).convert(layout, said, alive)
+
+
 def lay_out(
     template: Table,
     output: Path,
@@ -239,6 +312,7 @@ def lay_out(
     averaged: Mapping[str, str],
     drop_optimizer: bool,
     provenance: str,
+    name: str = "",
 ) -> Room:
     """Write all of the output but its averaged tensors.
 
@@ -248,6 +322,7 @@ def lay_out(
         averaged: location in the template -> dtype to store.
         drop_optimizer: leave its state out.
         provenance: the record to write into it, as JSON.
+        name: its format, see `target`; "" for the template's.
 
     Raises:
         FormatError: the template cannot be copied safely.
@@ -255,9 +330,13 @@ def lay_out(
     """
     from polyak_cli.formats import sandbox
 
-    form = module(template.format)
+    form = module(name or template.format)
     request = Layout(template, str(output), averaged, drop_optimizer, provenance)
-    (outcome,) = sandbox.each(form.lay_out, [request], [str(template.path)])
+    if name in ("", template.format):
+        outcomes = sandbox.each(form.lay_out, [request], [str(template.path)])
+    else:
+        outcomes = sandbox.each(_convert, [(name, request)], [str(template.path)])
+    (outcome,) = outcomes
     if isinstance(outcome, OutputError):  # `publish` knows by what name to tell it
         raise OSError(errno.ENOSPC, str(outcome))
     if isinstance(outcome, PolyakError):
@@ -274,11 +353,13 @@ def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
         OutputError: what is in the way, and what to do.
     """
     name = shown(output)
-    if output.is_dir():
+    folder_wanted = is_folder(output, tables[-1])
+    if output.is_dir() and not folder_wanted:
         raise OutputError(f"{name}: is a folder; name the file to write in it")
-    form = module(tables[-1].format)
-    suffixes = tables[-1].suffixes or form.SUFFIXES
-    if not output.name.endswith(suffixes):
+    named = target(output, tables[-1])
+    form = module(named)
+    suffixes = (named == tables[-1].format and tables[-1].suffixes) or form.SUFFIXES
+    if not folder_wanted and not output.name.endswith(suffixes):
         raise OutputError(
             f"{name}: the checkpoints are {form.NAME}, which is opened only as "
             f"{' or '.join(suffixes)}; give the output that suffix"
@@ -292,6 +373,10 @@ def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
         if os.path.lexists(further) and not force:
             raise OutputError(f"{shown(further)}: already exists; use --force to replace it")
     if not os.path.lexists(output):
+        return
+    if folder_wanted and output.exists():
+        inputs = [file for table in tables for file in table.files]
+        folders.check(output, inputs, force=force)
         return
     if output.exists():
         _check_existing(output, tables)
@@ -341,7 +426,7 @@ def check_room(output: Path, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def publish(output: Path, *, force: bool) -> Iterator[Path]:
+def publish(output: Path, *, force: bool, folder: bool = False) -> Iterator[Path]:
     """Yield a hidden path beside ``output`` that takes its name when the block ends well.
 
     The file is synced, renamed, and its folder synced.  On any exception - an interrupt too - the
@@ -358,6 +443,13 @@ def publish(output: Path, *, force: bool) -> Iterator[Path]:
         OutputError: it cannot be written, or appeared meanwhile and ``force`` is not given.
     """
     final = output.resolve()
+    if folder:
+        try:
+            with folders.publish(final, force=force) as hidden:
+                yield hidden
+        except OSError as error:
+            raise OutputError(_unwritable(output, error)) from error
+        return
     hidden = final.parent / f".polyak-{os.getpid()}-{secrets.token_hex(4)}.partial"
     try:
         with open(hidden, "xb"):  # the user's umask gives its mode, as for any new file
@@ -367,12 +459,12 @@ def publish(output: Path, *, force: bool) -> Iterator[Path]:
         named = {path: _beside(final, path.name[len(hidden.name) :]) for path in further}
         named[hidden] = final
         for path in named:
-            _sync(path)
+            folders.sync(path)
         if force:
             _replace(named)
         else:
             _rename_new(named)
-        _sync(final.parent)
+        folders.sync(final.parent)
     except OSError as error:
         raise OutputError(_unwritable(output, error)) from error
     finally:
@@ -395,14 +487,6 @@ def _remove(hidden: Path) -> None:
 def _beside(output: Path, tail: str) -> Path:
     """Return what a further file of an output is called."""
     return output.with_name(output.stem + tail)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _replace(named: Mapping[Path, Path]) -> None:
@@ -439,7 +523,7 @@ def _link(hidden: Path, final: Path) -> None:
 
 def _unwritable(output: Path, error: OSError) -> str:
     name = shown(output)
-    if error.errno == errno.EEXIST:
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
         return f"{name}: already exists; use --force to replace it"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{name}: no room to write it ({error.strerror}); make room or write elsewhere"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 #: Bytes of a zip archive's end in which its list of members is looked for.
 _TAIL = 1 << 20
-#: Bytes of a JSON file in which it must say what it lists.
-_HEAD = 1 << 16
+#: Bytes of both ends of a JSON file in which it must say what it lists.
+_ENDS = 1 << 16
 #: Members of a .keras archive; one from which the weights are missing is one all the same.
 _KERAS_WEIGHTS = {b"model.weights.h5", b"model.weights.npz"}
 _KERAS_TEXTS = {b"config.json", b"metadata.json"}
@@ -45,10 +45,15 @@ def _file(descriptor: int, size: int) -> str:
     head = os.pread(descriptor, 16, 0)
     if head.startswith(b"PK\x03\x04"):
         return _archive(descriptor, size)
-    if head.lstrip().startswith(b"{"):
-        listed = os.pread(descriptor, _HEAD, 0)
-        if b'"weight_map"' in listed and b'.weights.h5"' in listed:
+    if head.lstrip().startswith(b"{"):  # an index of shards, of which the map may come first
+        ends = os.pread(descriptor, _ENDS, 0) + os.pread(descriptor, _ENDS, max(0, size - _ENDS))
+        if b'"weight_map"' in ends and b'.weights.h5"' in ends:
             return "weights_json"
+        if b'"weight_map"' in ends and b'.safetensors"' in ends:
+            return "safetensors"
+    # The length of a header and its first brace.
+    if re.match(rb".{5}\0{3}\{", head, re.DOTALL):
+        return "safetensors"
     # A pickle, or the tar archive that torch.save wrote first: not opened, which torch_zip tells.
     if re.match(rb"\x80[\x02-\x05]", head) or os.pread(descriptor, 5, 257) == b"ustar":
         return "torch_zip"

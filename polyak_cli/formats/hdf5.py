@@ -92,9 +92,13 @@ FILTERS = {
 _FLOAT_TYPES = [
     (name, order, h5t.py_create(np.dtype(order + code)))
     for name, code in FLOATS.items()
-    if name != "bfloat16"
+    if code.startswith("f")
     for order in "<>"
 ]
+#: Attributes that say what tensors there are, and of which type: any format says that in its way.
+_LISTS = re.compile(
+    rb".*@(layer_names|weight_names)\d*|@polyak_provenance|.*/vars@name|.*/\d+@dtype", re.DOTALL
+)
 _NO_ROOM = rf"errno = ({errno.ENOSPC}|{errno.EFBIG}|{errno.EDQUOT})\b"
 _NAMELESS = b"window"  # what libhdf5 calls a file that has no path
 _MAXIMUM_DEPTH = 64
@@ -219,6 +223,28 @@ def description(path: str, alive: Alive) -> list[str]:
     with _opened(path) as (root, _):
         keys = (b"model_config", b"training_config", b"keras_version")
         return [_attribute_text(root, key).decode(errors="replace") for key in keys]
+
+
+def texts(table: Table, alive: Alive) -> dict[str, str]:
+    """See `conversion.Source.texts`; what only lists the names of tensors is not among them."""
+    said: dict[str, str] = {}
+    with _opened(table.files[0].path) as (root, _):
+        below = ((path, item) for path, _, item in _walk(root, alive, {OPTIMIZER}))
+        for path, item in (("", root), *below):
+            for k in range(h5a.get_num_attrs(item)):
+                attribute = h5a.open(item, index=k)
+                if _LISTS.fullmatch(b"%b@%b" % (_bytes(path), attribute.name)):
+                    continue
+                name = _text(attribute.name)
+                if not isinstance(attribute.get_type(), h5t.TypeStringID) or attribute.shape != ():
+                    raise OutputError(
+                        f"the attribute '{shown(name)}' of '{shown(path or '/')}', which is not a "
+                        "text, would be lost"
+                    )
+                text = _text(_attribute_text(item, attribute.name))
+                if said.get(name) != text:  # Keras repeats some in /model_weights
+                    said[f"{path[1:]}/{name}" if path else name] = text
+    return said
 
 
 # --- scanning -------------------------------------------------------------------------------------

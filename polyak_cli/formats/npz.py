@@ -7,15 +7,16 @@ own reader of it.
 from __future__ import annotations
 
 import io
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats import zips
-from polyak_cli.tensors import FLOATS, Alive, Layout, Scan, itemsize
+from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.formats import conversion, zips
+from polyak_cli.tensors import FLOATS, Alive, Layout, Scan, Table, itemsize
 
 NAME = "numpy .npz"
 SUFFIXES = (".npz",)
@@ -26,6 +27,10 @@ MARK = b"polyak_provenance "
 #: Bytes of a .npy header that are looked at; numpy allows 10,000 characters of it.
 _HEAD = 1 << 14
 _ALIGNMENT = 64  # of the values, as numpy's own header pads
+#: Types of other formats that numpy has too.
+_TYPES = re.compile(r"u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|bool")
+#: What a safetensors file says by which framework it was written, which is of no use here.
+_IDLE = {"format"}
 
 
 def scan(request: Scan, alive: Alive) -> dict[str, Any]:
@@ -119,14 +124,11 @@ def _storage(member: zips.Member, start: int) -> list[Any]:
 
 def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
     """See `tensors.Format.lay_out`."""
-    comment = MARK + zlib.compress(request.provenance.encode())
-    if len(comment) > 0xFFFF:
-        raise FormatError("so many checkpoints cannot be named in one .npz; average fewer of them")
     specs = {spec.location: spec for spec in request.template.tensors.values()}
     places = {}
     with (
         zips.opened(request.template.files[0].path) as (file, members, _),
-        zips.Archive(request.output, comment) as archive,
+        zips.Archive(request.output, _comment(request.provenance)) as archive,
     ):
         for member in members:
             alive()
@@ -145,17 +147,25 @@ def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
         return {"places": places, "archive": archive.state()}
 
 
+def _comment(provenance: str) -> bytes:
+    comment = MARK + zlib.compress(provenance.encode())
+    if len(comment) > 0xFFFF:
+        raise FormatError("so many checkpoints cannot be named in one .npz; average fewer of them")
+    return comment
+
+
 def _new_header(head: bytes, wanted: str, stored: str) -> bytes:
     """Return a .npy header for another type, or as it is for the same."""
     _, shape, fortran, end = _header(head)
     if wanted == stored:
         return head[:end]
+    return _described("|V2" if wanted == "bfloat16" else "<" + FLOATS[wanted], shape, fortran)
+
+
+def _described(descr: str, shape: Sequence[int], fortran: bool) -> bytes:
+    """Return a .npy header."""
     stream = io.BytesIO()
-    described = {
-        "descr": "|V2" if wanted == "bfloat16" else "<" + FLOATS[wanted],
-        "fortran_order": fortran,
-        "shape": tuple(shape),
-    }
+    described = {"descr": descr, "fortran_order": fortran, "shape": tuple(shape)}
     np.lib.format.write_array_header_1_0(stream, described)
     return stream.getvalue()
 
@@ -178,3 +188,58 @@ def is_average(path: str, alive: Alive) -> bool:
             return comment.startswith(MARK)
     except FormatError:
         return False
+
+
+# --- from and to other formats --------------------------------------------------------------------
+
+
+def texts(table: Table, alive: Alive) -> dict[str, str]:
+    """See `conversion.Source.texts`."""
+    alive()
+    with zips.opened(table.files[0].path) as (_, _, comment):
+        if not comment or comment.startswith(MARK):
+            return {}
+        return {"comment": comment.decode("utf-8", "surrogateescape")}
+
+
+def refuse(request: Layout, said: Mapping[str, str]) -> None:
+    """See `conversion.Target.refuse`."""
+    for key in said:
+        if key not in _IDLE:
+            raise OutputError(
+                f"'{shown(key)}' would be lost: .npz holds names and arrays, and no texts"
+            )
+    for spec in request.template.tensors.values():
+        wanted = request.averaged.get(spec.location, spec.dtype)
+        if not _TYPES.fullmatch(wanted):
+            raise OutputError(
+                f"tensor '{shown(spec.name)}' is of type {wanted}, which numpy has not"
+                + ("; choose another --dtype" if wanted in FLOATS else "")
+            )
+        if re.search(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:|\0", spec.name):
+            raise OutputError(
+                f"tensor '{shown(spec.name)}' has a name that leads out of a zip archive"
+            )
+
+
+def convert(request: Layout, said: Mapping[str, str], alive: Alive) -> dict[str, Any]:
+    """See `conversion.Target.convert`; stored, as np.savez does it."""
+    del said
+    places = {}
+    with (
+        conversion.Carrier(request.template, alive) as carrier,
+        zips.Archive(request.output, _comment(request.provenance)) as archive,
+    ):
+        for spec in request.template.tensors.values():
+            alive()
+            wanted = request.averaged.get(spec.location)
+            dtype = np.dtype(wanted or spec.dtype)
+            head = _described(dtype.newbyteorder("<").str, spec.shape, fortran=False)
+            nbytes = spec.size * dtype.itemsize
+            offset = archive.room(f"{spec.name}.npy", len(head) + nbytes, _ALIGNMENT)
+            archive.write(offset, head)
+            if wanted is None:
+                carrier.carry(spec, archive.file.fileno(), offset + len(head))
+            elif spec.size:
+                places[spec.location] = (offset + len(head), wanted, "<")
+        return {"places": places, "archive": archive.state()}

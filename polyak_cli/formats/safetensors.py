@@ -1,0 +1,500 @@
+"""safetensors: a header of JSON and behind it the tensors, in one file or in shards with an index.
+
+The format's own library tells no offsets, so the header is read here: eight bytes of length, and
+JSON.  What that library refuses is refused, and what it writes is written in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.formats import conversion
+from polyak_cli.formats.zips import WHOLE
+from polyak_cli.tensors import FLOATS, Alive, Identity, Layout, Scan, Table, TensorSpec
+
+NAME = "safetensors"
+SUFFIXES = (".safetensors",)
+CHECKED = False
+TYPES = frozenset(FLOATS)
+#: An output may be a folder that is sharded like the template.
+FOLDER = True
+PROVENANCE = "polyak_provenance"
+_METADATA = "__metadata__"
+#: Dtype in the header -> as tables have it, and the bits of an element.  In the library's order: it
+#: writes the last ones first, so that every tensor is aligned.
+_TYPES: Mapping[str, tuple[str, int]] = {
+    "BOOL": ("bool", 8),
+    "F4": ("float4_e2m1fn", 4),
+    "F6_E2M3": ("float6_e2m3fn", 6),
+    "F6_E3M2": ("float6_e3m2fn", 6),
+    "U8": ("uint8", 8),
+    "I8": ("int8", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
+    "I16": ("int16", 16),
+    "U16": ("uint16", 16),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "I32": ("int32", 32),
+    "U32": ("uint32", 32),
+    "F32": ("float32", 32),
+    "C64": ("complex64", 64),
+    "F64": ("float64", 64),
+    "I64": ("int64", 64),
+    "U64": ("uint64", 64),
+}
+_CODES = {ours: code for code, (ours, _) in _TYPES.items()}
+_RANKS = {code: rank for rank, code in enumerate(_TYPES)}
+_KEYS = {"dtype", "shape", "data_offsets"}
+#: The library's own bound on a header, and numpy's and PyTorch's on dimensions.
+_LONGEST, _DEEPEST = 100_000_000, 64
+#: What the index of a sharded checkpoint says that follows from its tensors.
+_SIZE = "total_size"
+_INDEX = ".safetensors.index.json"
+
+
+class _Entry(NamedTuple):
+    """One tensor in a header; the offsets count from the header's end."""
+
+    name: str
+    code: str  # its dtype, one of `_TYPES`
+    shape: Sequence[int]
+    start: int
+    stop: int
+
+
+class _Header(NamedTuple):
+    """What one file says."""
+
+    path: str
+    identity: Identity
+    metadata: Mapping[str, str]
+    entries: Sequence[_Entry]  # in its order
+    data: int  # offset of the tensors in the file
+
+
+class _Index(NamedTuple):
+    """What the index of a sharded checkpoint says."""
+
+    identity: Identity
+    content: Mapping[str, Any]
+    shards: Mapping[str, set[str]]  # file name -> the tensors that should be in it
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def scan(request: Scan, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.scan`."""
+    files: list[list[Any]] = []
+    if _begins_like_json(request.path):
+        index = _index(request.path, alive)
+        headers = _shards(request.path, index, alive)
+        files = [[header.path, list(header.identity)] for header in headers]
+        files.append([request.path, list(index.identity)])
+    else:
+        headers = [_header(request.path, alive)]
+        files = [[request.path, list(headers[0].identity)]]
+    return {
+        "tensors": [row for number, header in enumerate(headers) for row in _rows(header, number)],
+        "others": [],
+        "optimizer": [],
+        "config": "",
+        "average": any(PROVENANCE in header.metadata for header in headers),
+        "files": files,
+    }
+
+
+def _rows(header: _Header, number: int) -> Iterable[list[Any]]:
+    for name, code, shape, start, stop in header.entries:
+        where = ["extent", header.data + start, stop - start]
+        yield [name, shape, _TYPES[code][0], "<", name, where, "", number]
+
+
+def _begins_like_json(path: str) -> bool:
+    """Tell an index from a file of tensors, which begins with a length that may look like a "{"."""
+    head = _content(path, 9, 0)[1]
+    return head.startswith(b"{") and not head.endswith(b"\0\0\0{")
+
+
+def _content(path: str, most: int, offset: int) -> tuple[os.stat_result, bytes]:
+    """Return what the system says of a regular file, and its bytes from an offset on.
+
+    Links are followed: the cache in which models from a hub are kept consists of them.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError(f"{shown(path)}: is not a regular file")
+            return status, _read(descriptor, most, offset)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+
+
+def _read(descriptor: int, most: int, offset: int) -> bytes:
+    """Read as much as there is; a single pread ends at 2 GiB, or where a signal comes."""
+    parts = []
+    while most and (part := os.pread(descriptor, most, offset)):
+        parts.append(part)
+        most, offset = most - len(part), offset + len(part)
+    return b"".join(parts)
+
+
+def _header(path: str, alive: Alive) -> _Header:
+    """Read what a file of tensors says, and refuse what the format's library would refuse."""
+    status, head = _content(path, 8, 0)
+    length = int.from_bytes(head, "little")
+    try:
+        if len(head) < 8 or 8 + length > status.st_size:
+            raise FormatError(
+                f"has {status.st_size} bytes, which is less than its header needs; it is truncated "
+                "or no safetensors file"
+            )
+        if length > _LONGEST:
+            raise FormatError(f"claims a header of {length} bytes; expected at most {_LONGEST}")
+        content = _object(_content(path, length, 8)[1], alive)
+        metadata = _metadata(content.pop(_METADATA, {}))
+        entries = [_entry(name, said) for name, said in content.items()]
+        _check_extents(entries, status.st_size - 8 - length)
+    except FormatError as error:
+        raise FormatError(f"{shown(path)}: {error}") from None
+    return _Header(path, Identity.of(status), metadata, entries, 8 + length)
+
+
+def _object(raw: bytes, alive: Alive) -> dict[str, Any]:
+    """Parse a JSON object in which no key may stand twice: programs would read it differently."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        alive()
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+            raise FormatError(f"names '{shown(twice)}' twice in its header")
+        return made
+
+    try:
+        if not raw.startswith(b"{"):
+            raise ValueError("it does not begin with a brace")
+        parsed = json.loads(raw.decode(), object_pairs_hook=once)
+        if re.search(rb"\\u[dD][89a-fA-F]", raw):  # perhaps half of a character, not to be written
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"is damaged: its header is not JSON ({shown(error)})") from None
+    return dict(parsed)
+
+
+def _metadata(said: Any) -> dict[str, str]:
+    if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
+        raise FormatError(f"is damaged: its {_METADATA} is not a list of texts by name")
+    return said
+
+
+def _entry(name: str, said: Any) -> _Entry:
+    """Check one tensor of a header by itself."""
+    if not isinstance(said, dict) or set(said) != _KEYS:
+        raise FormatError(
+            f"tensor '{shown(name)}' is not described by dtype, shape and data_offsets alone"
+        )
+    code, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
+    if not isinstance(code, str) or code not in _TYPES:
+        raise FormatError(f"tensor '{shown(name)}' is of an unknown type, {shown(code, 40)}")
+    if not _counts(shape) or len(shape) > _DEEPEST:
+        raise FormatError(f"tensor '{shown(name)}' has no shape, but {shown(shape, 40)}")
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FormatError(f"tensor '{shown(name)}' has no data_offsets, but {shown(offsets, 40)}")
+    bits = _TYPES[code][1]
+    for dimension in shape:
+        bits *= dimension
+    start, stop = offsets
+    if bits != 8 * (stop - start):
+        raise FormatError(
+            f"tensor '{shown(name)}' has {stop - start} bytes; expected {bits / 8:.16g} for {code} "
+            f"of shape {shown(shape, 100)}"
+        )
+    return _Entry(name, code, shape, start, stop)
+
+
+def _counts(numbers: Any) -> bool:
+    """Tell whether something is a list of what can be counted or addressed."""
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
+
+
+def _check_extents(entries: Sequence[_Entry], nbytes: int) -> None:
+    """Refuse tensors that overlap, leave holes, or do not end where the file does."""
+    ordered = sorted(entries, key=lambda entry: (entry.start, entry.stop))
+    for one, other in pairwise([_Entry("", "", (), 0, 0), *ordered]):
+        if other.start < one.stop:
+            raise FormatError(f"the tensors '{shown(one.name)}' and '{shown(other.name)}' overlap")
+        if other.start > one.stop:
+            raise FormatError(
+                f"there are {other.start - one.stop} bytes before tensor '{shown(other.name)}' "
+                "that belong to none"
+            )
+    end = ordered[-1].stop if ordered else 0
+    if end > nbytes:
+        raise FormatError(
+            f"tensor '{shown(ordered[-1].name)}' lies outside the file: {end - nbytes} bytes are "
+            "missing; it is truncated or damaged"
+        )
+    if end < nbytes:
+        raise FormatError(f"{nbytes - end} bytes at its end belong to no tensor; it is damaged")
+
+
+def _index(path: str, alive: Alive) -> _Index:
+    """Read which shards there are, and which tensors should be in each."""
+    status, raw = _content(path, WHOLE + 1, 0)
+    try:
+        if len(raw) > WHOLE:
+            raise FormatError(f"has {status.st_size} bytes; expected at most {WHOLE}")
+        content = _object(raw, alive)
+        listed = content.get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise FormatError("has no weight_map that says which tensor is in which shard")
+        if not isinstance(content.setdefault("metadata", {}), dict):
+            raise FormatError("is damaged: its metadata are not an object")
+        shards: dict[str, set[str]] = {}
+        for tensor, name in listed.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+                raise FormatError(
+                    f"keeps tensor '{shown(tensor)}' in the shard '{shown(name)}'; expected the "
+                    "bare name of a .safetensors file beside it"
+                )
+            shards.setdefault(name, set()).add(tensor)
+    except FormatError as error:
+        raise FormatError(f"{shown(path)}: {error}") from None
+    return _Index(Identity.of(status), content, shards)
+
+
+def _shards(path: str, index: _Index, alive: Alive) -> list[_Header]:
+    """Read the shards, which must hold the very tensors that the index says."""
+    headers = []
+    for name, wanted in sorted(index.shards.items()):
+        header = _header(str(Path(path).with_name(name)), alive)
+        held = {entry.name for entry in header.entries}
+        for tensor in sorted(wanted - held)[:1]:
+            raise FormatError(
+                f"{shown(header.path)}: has no tensor '{shown(tensor)}', which {shown(path)} says "
+                "is in it; they are not of one save"
+            )
+        for tensor in sorted(held - wanted)[:1]:
+            others = [other for other in index.shards if tensor in index.shards[other]]
+            says = f"is in {shown(others[0])}" if others else "is nowhere"
+            raise FormatError(
+                f"{shown(header.path)}: has a tensor '{shown(tensor)}', which {shown(path)} says "
+                f"{says}; they are not of one save"
+            )
+        headers.append(header)
+    return headers
+
+
+def texts(table: Table, alive: Alive) -> dict[str, str]:
+    """Return what a checkpoint says besides its tensors."""
+    return _merged([_header(file.path, alive) for file in _tensor_files(table)])
+
+
+def _tensor_files(table: Table) -> Sequence[Any]:
+    """Return the files of a checkpoint without its index, which is the last of several."""
+    return table.files[:-1] if len(table.files) > 1 else table.files
+
+
+def _merged(headers: Sequence[_Header]) -> dict[str, str]:
+    """Return the metadata of several files as one's."""
+    merged: dict[str, str] = {}
+    for header in headers:
+        for key, text in header.metadata.items():
+            if key != PROVENANCE and merged.setdefault(key, text) != text:
+                raise OutputError(
+                    f"the shards have different texts '{shown(key)}' in their {_METADATA}, of "
+                    "which one file can keep only one; name a folder as the output"
+                )
+    return merged
+
+
+def check(path: str, alive: Alive) -> None:
+    """See `tensors.Format.check`; the format has no checksums."""
+
+
+def is_average(path: str, alive: Alive) -> bool:
+    """See `tensors.Format.is_average`."""
+    try:
+        if _begins_like_json(path):
+            first = min(_index(path, alive).shards)
+            path = str(Path(path).with_name(first))
+        return PROVENANCE in _header(path, alive).metadata
+    except FormatError:
+        return False
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+class _Output(NamedTuple):
+    """One file to write."""
+
+    path: str
+    metadata: Mapping[str, str]
+    entries: Sequence[_Entry]
+
+
+def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.lay_out`: one file, or a folder with the template's shards."""
+    files = _tensor_files(request.template)
+    headers = [_header(file.path, alive) for file in files]
+    for header, file in zip(headers, files, strict=True):
+        conversion.require_same(header.path, header.identity, file.identity)
+    if not Path(request.output).is_dir():
+        entries = [entry for header in headers for entry in header.entries]
+        moved = len(headers) > 1
+        merged = _merged(headers) if moved else headers[0].metadata
+        made = [_Output(request.output, merged, _changed(entries, request, moved=moved))]
+        return _written(request, made, alive)
+    folder = Path(request.output)
+    made = [
+        _Output(
+            str(folder / Path(header.path).name),
+            header.metadata,
+            _changed(header.entries, request, moved=False),
+        )
+        for header in headers
+    ]
+    laid_out = _written(request, made, alive)
+    return laid_out | {"files": [*(one.path for one in made), _new_index(request, made, alive)]}
+
+
+def _new_index(request: Layout, made: Sequence[_Output], alive: Alive) -> str:
+    """Write the template's index for an output whose tensors may have another type."""
+    source = request.template.files[-1].path
+    content = dict(_index(source, alive).content)
+    name = Path(source).name
+    total = sum(entry.stop - entry.start for one in made for entry in one.entries)
+    content["metadata"] = content["metadata"] | {_SIZE: total}
+    target = Path(request.output, name if name.endswith(_INDEX) else f"model{_INDEX}")
+    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return str(target)
+
+
+def _changed(entries: Sequence[_Entry], request: Layout, *, moved: bool) -> Sequence[_Entry]:
+    """Return entries with the types of the output, and new offsets where they are needed."""
+    changed = [
+        entry._replace(code=_CODES[request.averaged[entry.name]])
+        if entry.name in request.averaged
+        else entry
+        for entry in entries
+    ]
+    return _in_a_row(changed) if moved or changed != list(entries) else entries
+
+
+def _in_a_row(entries: Sequence[_Entry]) -> list[_Entry]:
+    """Give tensors their offsets, the widest types first: so each is aligned."""
+    placed = []
+    end = 0
+    for entry in sorted(entries, key=lambda entry: -_RANKS[entry.code]):
+        nbytes = _nbytes(entry.code, entry.shape)
+        placed.append(entry._replace(start=end, stop=end + nbytes))
+        end += nbytes
+    return placed
+
+
+def _nbytes(code: str, shape: Sequence[int]) -> int:
+    bits = _TYPES[code][1]
+    for dimension in shape:
+        bits *= dimension
+    return bits // 8
+
+
+def _written(request: Layout, made: Sequence[_Output], alive: Alive) -> dict[str, Any]:
+    """Write headers and carried tensors, and return where the averaged ones belong."""
+    specs = request.template.tensors
+    places = {}
+    with conversion.Carrier(request.template, alive) as carrier:
+        for number, one in enumerate(made):
+            head = _head(one, request.provenance)
+            with open(one.path, "wb") as file:
+                file.write(head)
+                file.truncate(len(head) + max((entry.stop for entry in one.entries), default=0))
+                file.flush()
+                for entry in one.entries:
+                    alive()
+                    spec, offset = specs[entry.name], len(head) + entry.start
+                    wanted = request.averaged.get(spec.location)
+                    if wanted is None:
+                        carrier.carry(spec, file.fileno(), offset)
+                    elif spec.size:
+                        places[spec.location] = (offset, wanted, "<", number)
+    return {"places": places}
+
+
+def _head(one: _Output, provenance: str) -> bytes:
+    """Return a header with its length, padded as the library does it."""
+    metadata = {key: text for key, text in one.metadata.items() if key != PROVENANCE}
+    content: dict[str, Any] = {_METADATA: metadata | {PROVENANCE: provenance}}
+    for name, code, shape, start, stop in one.entries:
+        content[name] = {"dtype": code, "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > _LONGEST:
+        raise FormatError(
+            f"the header of the output would have {len(text)} bytes, and {_LONGEST} is the most; "
+            "average fewer checkpoints"
+        )
+    return len(text).to_bytes(8, "little") + text
+
+
+def seal(output: str, laid_out: Mapping[str, Any]) -> None:
+    """See `tensors.Format.seal`; nothing is left to do."""
+
+
+# --- from another format --------------------------------------------------------------------------
+
+
+def refuse(request: Layout, said: Mapping[str, str]) -> None:
+    """See `conversion.Target.refuse`."""
+    for key in (_METADATA, PROVENANCE):
+        if key in request.template.tensors or key in said:
+            raise OutputError(f"has something called '{key}', which safetensors keeps for itself")
+    for spec in request.template.tensors.values():
+        code = _CODES.get(request.averaged.get(spec.location, spec.dtype), "")
+        carried = spec.location not in request.averaged
+        if not code or (carried and spec.nbytes != _nbytes(code, spec.shape)):
+            raise OutputError(
+                f"tensor '{shown(spec.name)}' is of type {spec.dtype}, which safetensors has not"
+            )
+        _refuse_half_characters(spec.name)
+    for key, text in said.items():
+        _refuse_half_characters(key)
+        _refuse_half_characters(text)
+
+
+def _refuse_half_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise OutputError(f"'{shown(text)}' is not UTF-8, which safetensors requires") from None
+
+
+def convert(request: Layout, said: Mapping[str, str], alive: Alive) -> dict[str, Any]:
+    """See `conversion.Target.convert`; in the order in which the library would write it."""
+
+    def entry(spec: TensorSpec) -> _Entry:
+        code = _CODES[request.averaged.get(spec.location, spec.dtype)]
+        return _Entry(spec.name, code, list(spec.shape), 0, 0)
+
+    specs = request.template.tensors
+    entries = _in_a_row([entry(specs[name]) for name in sorted(specs)])
+    return _written(request, [_Output(request.output, said, entries)], alive)

@@ -1,0 +1,155 @@
+"""Outputs of another format than their checkpoints': nothing is lost, or it is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save, save_file
+
+from polyak_cli import average, plan
+from polyak_cli.averaging import Options
+from polyak_cli.errors import OutputError
+from tests.contract import Tensors, assert_same, naive
+from tests.oracle import Array, write_model
+
+
+def layers(seed: int) -> dict[str, dict[str, Array]]:
+    """Return the tensors of a Keras model."""
+    rng = np.random.default_rng(seed)
+    return {
+        "dense": {
+            "dense/kernel:0": rng.normal(size=(33, 17)).astype(np.float32),
+            "dense/bias:0": rng.normal(size=17).astype(np.float16),
+        },
+        "count": {"seen": np.array(7, np.int64), "big": np.arange(9, dtype=">i4")},
+        "a": {"mask": np.array([True, False, True]), "wide": rng.normal(size=5)},
+        "none": {},
+    }
+
+
+def flat(model: dict[str, dict[str, Array]]) -> Tensors:
+    """Return the tensors by the names that tables give them."""
+    return {f"{layer}/{name}": values for layer in model for name, values in model[layer].items()}
+
+
+def write_run(folder: Path) -> list[Tensors]:
+    """Write two Keras models; return what is in them, little-endian."""
+    folder.mkdir()
+    models = [layers(seed) for seed in range(2)]
+    for k, model in enumerate(models):
+        write_model(folder / f"m_{k}.h5", model, optimizer={"adam/m": np.ones(4, np.float32)})
+    return [
+        {name: np.asarray(v).astype(v.dtype.newbyteorder("<")) for name, v in flat(model).items()}
+        for model in models
+    ]
+
+
+def test_h5_becomes_what_the_library_itself_would_write(tmp_path: Path) -> None:
+    """Byte for byte but for the metadata, in which every text of the Keras file is kept."""
+    models = write_run(tmp_path / "run")
+    output = tmp_path / "o.safetensors"
+    average(tmp_path / "run", output)
+    with safe_open(output, "np") as file:
+        said = file.metadata()
+    with h5py.File(tmp_path / "run/m_1.h5") as file:
+        for key in ("backend", "keras_version", "model_config"):
+            text = file.attrs[key]
+            assert said.pop(key) == (text.decode() if isinstance(text, bytes) else text)
+    assert list(said) == ["polyak_provenance"]
+    expected = save(naive(models, [0.5, 0.5]), {})
+    found = output.read_bytes()
+    length, known = (int.from_bytes(raw[:8], "little") for raw in (found, expected))
+    assert found[8 + length :] == expected[8 + known :]
+    assert found[8 : 8 + length].partition(b'"},')[2].strip() == (
+        expected[8 : 8 + known].partition(b"{},")[2].strip()
+    )
+
+
+def test_npz_becomes_safetensors_and_comes_back(tmp_path: Path) -> None:
+    """Stored and deflated, big-endian or not; through both, every array is the very same."""
+    models = [flat(layers(seed)) for seed in range(2)]
+    np.savez(tmp_path / "m_1.npz", **models[0])  # type: ignore[arg-type] # as in test_npz
+    np.savez_compressed(tmp_path / "m_2.npz", **models[1])  # type: ignore[arg-type] # as above
+    average([tmp_path / "m_1.npz", tmp_path / "m_2.npz"], tmp_path / "o.safetensors")
+    expected = naive(models, [0.5, 0.5])
+    expected["count/big"] = expected["count/big"].astype("<i4")
+    assert_same(load_file(tmp_path / "o.safetensors"), expected)
+    average(tmp_path / "o.safetensors", tmp_path / "back.npz")
+    with np.load(tmp_path / "back.npz") as archive:
+        assert_same(dict(archive), expected)
+
+
+def test_legacy_weights_become_npz(tmp_path: Path) -> None:
+    """A file without texts is nothing but names and arrays."""
+    path = tmp_path / "w_1.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [b"dense"]
+        file.create_group("dense").attrs["weight_names"] = [b"kernel"]
+        file["dense"].create_dataset("kernel", data=np.arange(6.0), chunks=(2,), compression="gzip")
+    average(path, tmp_path / "o.npz", dtype="float32")
+    with np.load(tmp_path / "o.npz") as archive:
+        assert_same(dict(archive), {"dense/kernel": np.arange(6, dtype=np.float32)})
+
+
+def refused(tmp_path: Path, source: Path, output: str, message: str, **options: object) -> None:
+    """Expect a plan, which the dry run shows too, to be refused and nothing to be written."""
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(OutputError, match=message):
+        plan(source, tmp_path / output, **Options(**options))  # type: ignore[typeddict-item] # any
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_what_would_be_lost_is_named(tmp_path: Path) -> None:
+    """Texts in an .npz, optimizer state, other tensors, and attributes that are no texts."""
+    write_run(tmp_path / "run")
+    run = tmp_path / "run"
+    refused(tmp_path, run, "o.npz", "'backend' would be lost: .npz holds names and arrays")
+    refused(tmp_path, run, "o.safetensors", "optimizer state is kept only", optimizer="newest")
+    with h5py.File(run / "m_1.h5", "r+") as file:
+        file.attrs["epoch"] = 3
+    refused(tmp_path, run, "o.safetensors", "attribute 'epoch' of '/'.* would be lost")
+    with h5py.File(run / "m_1.h5", "r+") as file:
+        del file.attrs["epoch"]
+        file["model_weights/dense"].create_dataset("more", data=np.ones(3))
+    refused(tmp_path, run, "o.safetensors", "'/model_weights/dense/more', which is not the model's")
+
+
+def test_what_the_other_format_lacks_is_named(tmp_path: Path) -> None:
+    """Strings, orders of axes, types and names."""
+    arrays: dict[str, Array] = {
+        "texts": np.array(["a", "b"]),
+        "stored in Fortran order": np.asfortranarray(np.ones((3, 4))),
+    }
+    for k, (message, values) in enumerate(arrays.items()):
+        np.savez(tmp_path / f"m_{k}.npz", x=np.ones(3), y=values)
+        refused(tmp_path, tmp_path / f"m_{k}.npz", "o.safetensors", f"'y' .*({message}|of type)")
+    path = tmp_path / "m.safetensors"
+    save_file({"x": np.ones(3, np.float32), "../y": np.ones(3, np.float32)}, path)
+    refused(tmp_path, path, "o.npz", "'../y' has a name that leads out")
+    save_file({"x": np.ones(3, np.float32)}, path, {"format": "pt", "note": "kept"})
+    refused(tmp_path, path, "o.npz", "'note' would be lost")
+    save_file({"x": np.ones(3, np.float32)}, path, {"format": "pt"})
+    for dtype in ("bfloat16", "float8_e5m2"):
+        refused(tmp_path, path, "o.npz", f"type {dtype}", dtype=dtype)
+    average(path, tmp_path / "o.npz")
+    with np.load(tmp_path / "o.npz") as archive:
+        assert archive["x"].tolist() == [1, 1, 1]
+
+
+def test_float8_is_not_written_where_it_is_unknown(tmp_path: Path) -> None:
+    """Its bytes would look like integers in an .h5 or .npz."""
+    write_run(tmp_path / "run")
+    refused(tmp_path, tmp_path / "run", "o.h5", "no type float8_e4m3fn", dtype="float8_e4m3fn")
+    np.savez(tmp_path / "m_1.npz", x=np.ones(3))
+    refused(tmp_path, tmp_path / "m_1.npz", "o.npz", "no type float8_e5m2", dtype="float8_e5m2")
+
+
+def test_a_suffix_that_is_none_of_these_is_refused(tmp_path: Path) -> None:
+    """The checkpoints' own format is named."""
+    write_run(tmp_path / "run")
+    refused(tmp_path, tmp_path / "run", "o.onnx", "are Keras HDF5")
