@@ -128,7 +128,7 @@ def select(
     )
 
 
-def model_files(sources: Sequence[_StrPath]) -> tuple[list[Path], list[PassedOver]]:
+def model_files(sources: _StrPath | Sequence[_StrPath]) -> tuple[list[Path], list[PassedOver]]:
     """Find every whole model that the sources name, to look at each by itself.
 
     Unlike `select`, this takes what lies together for no run: averages stand beside epochs, and a
