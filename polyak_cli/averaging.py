@@ -287,7 +287,8 @@ def plan(
     tables = tuple(formats.scan(paths, jobs=memory.jobs, everything=use_ema))
     target = Path(output) if output is not None else None
     if target:
-        formats.check_output(target, tables, force=options.get("force", False))
+        force = options.get("force", False)
+        formats.check_output(target, tables, force=force, run=selection.left_out)
     taken, without = ema.in_place(tables) if use_ema else (tables, [])
     rows = match(taken, options.get("match", "name"))
     averaged, carried = _fates(rows, options, shown(tables[-1].path))

@@ -52,13 +52,15 @@ class Selection:
     """The checkpoints to average, oldest first, and what there is to say about the choice.
 
     ``positions`` has one number a checkpoint: how far into the run it was saved, in epochs counted
-    from 1, or just 1, 2, 3, ... where not every epoch is known.
+    from 1, or just 1, 2, 3, ... where not every epoch is known. ``left_out`` are the checkpoints of
+    the run that were found and not chosen.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     passed_over: tuple[PassedOver, ...]
     notes: tuple[str, ...]
     positions: tuple[float, ...]
+    left_out: tuple[Path, ...] = ()
 
 
 def _no_file(_: Sequence[Path]) -> Collection[Path]:
@@ -120,11 +122,13 @@ def select(
     if best is not None:
         chosen, metric_notes = _best(chosen, ordered, best, monitor, better, log)
         notes += metric_notes
+    taken = {one.path for one in chosen}
     return Selection(
         checkpoints=tuple(chosen),
         passed_over=tuple(sorted(pool.passed_over, key=lambda passed: str(passed.path))),
         notes=(*pool.notes, *notes),
         positions=_positions(chosen, ordered),
+        left_out=tuple(one.path for one in ordered if one.path not in taken),
     )
 
 
@@ -384,7 +388,9 @@ def file_of(path: Path) -> Path:
 
 def _openers(path: Path) -> list[Path]:
     """Return the files by which a folder could be opened as one checkpoint."""
-    return [path / name for name in _OPENERS if (path / name).is_file()] if path.is_dir() else []
+    if _kind_by_suffix(path, _KINDS_OF_FILE) or not path.is_dir():  # the name tells without a look
+        return []
+    return [path / name for name in _OPENERS if (path / name).is_file()]
 
 
 def _whole(path: Path) -> Path:
@@ -457,9 +463,13 @@ def _why_not(path: Path, kinds: Mapping[str, str], what: str) -> str | None:
 
 def _kind(path: Path, kinds: Mapping[str, str] = _KINDS_OF_FILE) -> str:
     """Return of which of the kinds a file is by its name, '' where it is of none."""
-    name = path.name.casefold()
-    kind = next((kind for end, kind in kinds.items() if name.endswith(end)), "")
+    kind = _kind_by_suffix(path, kinds)
     return kind or (_FOLDER if kinds is _KINDS_OF_FILE and _openers(path) else "")
+
+
+def _kind_by_suffix(path: Path, kinds: Mapping[str, str]) -> str:
+    name = path.name.casefold()
+    return next((kind for end, kind in kinds.items() if name.endswith(end)), "")
 
 
 def _one_kind(source: _StrPath, paths: Sequence[Path]) -> tuple[list[Path], list[PassedOver]]:

@@ -57,14 +57,23 @@ class Child:
             # A signal between the fork and the next line would run the parent's clean-up in the
             # child, or lose the child.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+            self.pid = 0
             try:
                 self.pid = os.fork()
                 if self.pid == 0:
                     os.close(self.pipe)
                     _run(work, Writer(writer), mask)
             finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        os.close(writer)
+                os.close(writer)
+                self._unblock(mask)
+
+    def _unblock(self, mask: Iterable[int | signal.Signals]) -> None:
+        """Let signals through again; one that has waited is raised here, and nobody has us yet."""
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        except BaseException:
+            self.stop()
+            raise
 
     def receive(self) -> bool:
         """Wait for something to read, and return whether there was anything."""

@@ -797,3 +797,26 @@ def test_match_order_does_not_part_what_has_one_name(tmp_path: Path) -> None:
     ]
     with pytest.raises(MismatchError, match=r"m_1.*very names of .*m_2.* order, from 'a/k' on"):
         average(paths, tmp_path / "o.h5", match="order")
+
+
+def test_a_checkpoint_of_the_run_is_never_replaced(tmp_path: Path) -> None:
+    """Not even one that was not chosen, --force or not; an older average may be."""
+    paths = write_run(tmp_path, 3)
+    before = [path.read_bytes() for path in paths]
+    with pytest.raises(OutputError, match=r"model_1\.h5: is a checkpoint of the run"):
+        average(tmp_path, paths[0], last=2, force=True)
+    assert [path.read_bytes() for path in paths] == before
+    average(tmp_path, tmp_path / "average.h5", last=2)
+    average(tmp_path, tmp_path / "average.h5", last=2, force=True)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".h5", "y" * 300 + "/o.h5", "loop.h5"])
+def test_an_output_that_cannot_be_is_refused(tmp_path: Path, name: str) -> None:
+    """A name too long, a link to itself: an error that names it, before the work."""
+    (tmp_path / "run").mkdir()
+    paths = write_run(tmp_path / "run", 2)
+    (tmp_path / "loop.h5").symlink_to("loop.h5")
+    for force in (False, True):
+        with pytest.raises(OutputError, match=name[:20]):
+            average(paths, tmp_path / name, force=force)
+    assert sorted(os.listdir(tmp_path)) == ["loop.h5", "run"]

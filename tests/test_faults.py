@@ -298,6 +298,24 @@ def test_a_signal_while_a_child_is_forked_is_answered_once(run_folder: Path) -> 
     assert os.listdir(run_folder) == ["ckpts"]
 
 
+def test_a_signal_while_the_output_is_laid_out_leaves_nothing(run_folder: Path) -> None:
+    """One that waits while a child is forked ends that child too, or it would go on writing."""
+    code = (
+        "import os, signal\nfork = os.fork\n"
+        "def forked():\n"
+        "    pid = fork()\n"
+        "    if pid and any(name.startswith('.polyak-') for name in os.listdir()):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"  # the parent alone, as `kill PID` does
+        "    return pid\n"
+        "os.fork = forked\n"
+    )
+    done = scripted(code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
+    assert done.returncode == 143
+    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
+    time.sleep(0.2)  # an orphan would write by now
+    assert os.listdir(run_folder) == ["ckpts"]
+
+
 def test_a_signal_that_python_drops_is_answered_all_the_same(run_folder: Path) -> None:
     """What a handler raises in a destructor is lost; the program does not run on as if unasked."""
     code = (

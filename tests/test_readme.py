@@ -66,7 +66,7 @@ def test_shell_examples_run(folder: Path, script: str) -> None:
     script = script if HAS_KERAS else without_keras(script)
     run(["bash", "-euc", script], folder)
     outputs = re.findall(r"-o (\S+\.h5)", re.sub(r"#.*", "", script))
-    assert outputs
+    assert outputs or " -o " not in script
     assert all((folder / name).stat().st_size > 10_000 for name in outputs)
 
 

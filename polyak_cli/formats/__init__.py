@@ -346,12 +346,34 @@ def lay_out(
     return Room(files, places, lambda: form.seal(str(output), outcome))
 
 
-def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
+def check_output(
+    output: Path, tables: Sequence[Table], *, force: bool, run: Sequence[Path] = ()
+) -> None:
     """Refuse, before any work, an output that could not or must not be written.
+
+    Args:
+        output: the file or folder to write.
+        tables: of the checkpoints, the template last.
+        force: replace an older output.
+        run: further checkpoints of the same run, which are not to be replaced either.
 
     Raises:
         OutputError: what is in the way, and what to do.
     """
+    try:
+        _check_place(output, tables, force=force)
+        for path in run:
+            if output.exists() and path.exists() and output.samefile(path):
+                raise OutputError(
+                    f"{shown(output)}: is a checkpoint of the run, though not one that is averaged; "
+                    "name another output"
+                )
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{shown(output)}: cannot be written: {shown(reason)}") from None
+
+
+def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
     name = shown(output)
     folder_wanted = is_folder(output, tables[-1])
     if output.is_dir() and not folder_wanted:
