@@ -365,7 +365,7 @@ def check_output(
         for path in run:
             if output.exists() and path.exists() and output.samefile(path):
                 raise OutputError(
-                    f"{shown(output)}: is a checkpoint of the run, though not one that is averaged; "
+                    f"{shown(output)}: is a checkpoint of the run, if not one that is averaged; "
                     "name another output"
                 )
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
