@@ -25,7 +25,6 @@ from polyak_cli import __version__, checkpoints, ema, engine, formats, schemes
 from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
 from polyak_cli.formats.chunks import Chunks
-from polyak_cli.formats.zips import Deflated
 from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, itemsize
 
 Source = str | os.PathLike[str]
@@ -321,12 +320,10 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     return totals, differing
 
 
-def _place(row: Row) -> tuple[int, int, int]:
-    """Return what sorts tensors as they are read best: a deflated member forwards only."""
-    spec = row[-1]
-    if isinstance(spec.storage, Deflated):
-        return spec.file, spec.storage.offset, spec.storage.start
-    return 0, 0, 0
+def _place(row: Row) -> tuple[int, int]:
+    """Return what sorts tensors as they are best read; most storage is as good in any order."""
+    order: tuple[int, int] = getattr(row[-1].storage, "order", (0, 0))
+    return order
 
 
 # --- deciding -------------------------------------------------------------------------------------

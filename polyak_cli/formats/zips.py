@@ -246,6 +246,11 @@ class Deflated:
     nbytes: int
 
     @property
+    def order(self) -> tuple[int, int]:
+        """What sorts tensors so that each member is read from its beginning to its end, once."""
+        return self.offset, self.start
+
+    @property
     def way(self) -> str:
         """See `tensors.Storage.way`."""
         return "slow reader: in a deflated zip member"
