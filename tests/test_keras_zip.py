@@ -269,7 +269,7 @@ def inner_model() -> bytes:
             lambda c: c.update({"model.weights.h5": inner_model()}),
             "its model.weights.h5 holds no tensor",
         ),
-        (lambda c: c.update({"assets/../../x": b""}), "has a path that leads out"),
+        (lambda c: c.update({"assets/../../x": b""}), "has a path that leads nowhere or out"),
     ],
 )
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -305,6 +305,29 @@ def test_two_weights_files_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("model.weights.h5", write_weights({"dense": np.zeros(3)}))
     with pytest.raises(FormatError, match=r"the member 'model.weights.h5' is there twice"):
+        average([path], tmp_path / "o.keras")
+
+
+def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    """A list that names nothing is an error and no crash."""
+    path = write_archive(tmp_path / "m.keras", members({"dense": np.ones(3)}) | {"?": b""})
+    raw = bytearray(path.read_bytes())
+    local, central = raw.rindex(b"PK\x03\x04"), raw.rindex(b"PK\x01\x02")
+    for place in (local + 26, central + 28):  # the name becomes one byte of an extra field
+        raw[place : place + 4] = b"\0\0\1\0"
+    path.write_bytes(raw)
+    with pytest.raises(FormatError, match=r"m.keras: the member '' has a path"):
+        average([path], tmp_path / "o.keras")
+
+
+def test_a_member_before_the_file_is_refused(tmp_path: Path) -> None:
+    """An archive whose beginning is cut off, with a list that says otherwise."""
+    (path, _) = write_pair(tmp_path)
+    raw = path.read_bytes()
+    place = raw.rindex(b"PK\x05\x06") + 16  # where the list begins, if nothing was cut off
+    start = int.from_bytes(raw[place : place + 4], "little")
+    path.write_bytes(raw[:place] + (start + 70).to_bytes(4, "little") + raw[place + 4 :])
+    with pytest.raises(FormatError, match=r"m_1.keras: .*(lies outside|Bad offset)"):
         average([path], tmp_path / "o.keras")
 
 

@@ -96,8 +96,8 @@ def _checked(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> Member:
     # zipfile cuts a name at a NUL, under which another name might hide.
     if info.filename != info.orig_filename:
         raise FormatError(f"{name} has a name that programs read differently")
-    if re.search(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:", info.filename):
-        raise FormatError(f"{name} has a path that leads out of the archive")
+    if re.search(r"^$|(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:", info.filename):
+        raise FormatError(f"{name} has a path that leads nowhere or out of the archive")
     if info.flag_bits & _ENCRYPTED:
         raise FormatError(f"{name} is encrypted")
     if info.create_system == 3 and stat.S_ISLNK(info.external_attr >> 16):
