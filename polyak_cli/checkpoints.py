@@ -296,16 +296,24 @@ def _expanded(source: _StrPath) -> tuple[list[Path], bool]:
         return [_whole(Path(text))], False
     try:
         with os.scandir(text) as entries:
-            listed = [Path(text, name) for name in sorted(entry.name for entry in entries)]
-        # Beside the checkpoints of a run, its final model may lie in the very folder.
-        if _openers(Path(text)) and not any(_openers(path) for path in listed):
-            folder = Path(text)
-            return [folder if folder.name not in ("", "..") else folder.resolve()], False
-        return listed, True
+            names = sorted(entry.name for entry in entries)
     except OSError as error:
         raise CheckpointError(
             f"{shown(text)}: the directory cannot be listed: {error.strerror}"
         ) from error
+    listed = [Path(text, name) for name in names]
+    # Beside the checkpoints of a run, its final model may lie in the very folder.
+    if not set(_OPENERS).isdisjoint(names) and not any(_is_another(path) for path in listed):
+        folder = Path(text)
+        return [folder if folder.name not in ("", "..") else folder.resolve()], False
+    return listed, True
+
+
+def _is_another(path: Path) -> bool:
+    """Tell whether something in a folder makes it more than one checkpoint."""
+    if path.name in _OPENERS or _SHARD.fullmatch(path.name):
+        return False
+    return _kind_of_file(path).startswith(".safetensors") or bool(_openers(path))
 
 
 def file_of(path: Path) -> Path:
@@ -325,7 +333,9 @@ def file_of(path: Path) -> Path:
 
 def _openers(path: Path) -> list[Path]:
     """Return the files by which a folder could be opened as one checkpoint."""
-    return [path / name for name in _OPENERS if (path / name).is_file()] if path.is_dir() else []
+    if _kind_of_file(path) or not path.is_dir():  # thousands of files are not looked at for it
+        return []
+    return [path / name for name in _OPENERS if (path / name).is_file()]
 
 
 def _whole(path: Path) -> Path:
@@ -385,10 +395,13 @@ def _no_checkpoint(path: Path) -> str | None:
 
 
 def _kind(path: Path) -> str:
-    """Return of what kind a file is by its name, '' where it is not named like a checkpoint."""
+    """Return of what kind a checkpoint is, '' where it is not named like one."""
+    return _kind_of_file(path) or (_FOLDER if _openers(path) else "")
+
+
+def _kind_of_file(path: Path) -> str:
     name = path.name.casefold()
-    kind = next((kind for end, kind in _KINDS_OF_FILE.items() if name.endswith(end)), "")
-    return kind or (_FOLDER if _openers(path) else "")
+    return next((kind for end, kind in _KINDS_OF_FILE.items() if name.endswith(end)), "")
 
 
 def _one_kind(source: _StrPath, paths: Sequence[Path]) -> tuple[list[Path], list[PassedOver]]:

@@ -307,6 +307,16 @@ def test_a_folder_with_two_models_is_not_guessed_at(tmp_path: Path) -> None:
         average(folder, tmp_path / "o.safetensors")
 
 
+def test_a_run_of_single_files_is_not_taken_for_its_final_model(tmp_path: Path) -> None:
+    """A model.safetensors beside numbered ones hides none of them: the error says what to do."""
+    for name in ("model-1", "model-2", "model"):
+        save_file({"x": np.full(3, len(name), np.float32)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=r"--exclude 'model\.safetensors'"):
+        average(tmp_path, tmp_path / "o.safetensors")
+    report = average(tmp_path, tmp_path / "o.safetensors", exclude=["model.safetensors"])
+    assert [checkpoint.epoch for checkpoint in report.plan.checkpoints] == [1, 2]
+
+
 def test_shards_without_their_index_are_no_checkpoints(tmp_path: Path) -> None:
     """They are not taken for the epochs 1 and 2 of a run."""
     folder = write_folder(tmp_path / "run", {"x": np.ones(3), "y": np.ones(3)})
