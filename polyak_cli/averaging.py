@@ -241,7 +241,11 @@ def plan(
         carried=(*(row[-1].name for row in carried), *(n for n in others if n not in dropped)),
         dropped=tuple(dropped),
         passed_over=selection.passed_over,
-        notes=(*selection.notes, *_notes(tables, averaged, carried, options)),
+        notes=(
+            *selection.notes,
+            *_beside(selection.checkpoints[-1], tables[-1]),
+            *_notes(tables, averaged, carried, options),
+        ),
         bytes_to_read=_bytes_to_read(averaged, carried, coefficients),
         bytes_to_write=_bytes_to_write(tables[-1], averaged, dropped, options),
         memory=_peak() + memory.nbytes,
@@ -598,6 +602,16 @@ def _notes(
         )
     strings = [row[-1].name for row in carried if len({spec.digest for spec in row}) > 1]
     return notes + [_differs(name) for name in strings]
+
+
+def _beside(newest: Checkpoint, template: Table) -> list[str]:
+    """Say what a folder has besides its tensors, which an average does not."""
+    if newest.path == template.path:
+        return []
+    return [
+        "only the tensors are written: a program may want config.json, the tokenizer's files and "
+        f"the like of {shown(newest.path)} beside them"
+    ]
 
 
 def _leaf(name: str) -> str:

@@ -269,6 +269,7 @@ def test_the_folder_of_a_trainer_is_a_run(tmp_path: Path, shards: int) -> None:
     assert [checkpoint.epoch for checkpoint in chosen] == [500, 1000, 1500]
     reasons = {passed.path.name: passed.reason for passed in report.plan.passed_over}
     assert reasons["model.safetensors"] == ("the only .safetensors file among 3 checkpoint folders")
+    assert any("only the tensors are written" in note for note in report.notes)
     ordered = [models[1], models[0], models[2]]
     assert_same(load_file(tmp_path / "o.safetensors"), naive(ordered, report.plan.coefficients))
     with safe_open(tmp_path / "o.safetensors", "np") as file:

@@ -350,7 +350,7 @@ def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
     if not folder_wanted and not output.name.endswith(form.SUFFIXES):
         raise OutputError(
             f"{name}: the checkpoints are {form.NAME}, which is opened only as "
-            f"{' or '.join(form.SUFFIXES)}; give the output that suffix"
+            f"{' or '.join(form.SUFFIXES)}; give the output that suffix{_otherwise(tables[-1])}"
         )
     folder = output.resolve().parent
     if not folder.is_dir():
@@ -367,6 +367,14 @@ def check_output(output: Path, tables: Sequence[Table], *, force: bool) -> None:
         _check_existing(output, tables)
     if not force:
         raise OutputError(f"{name}: already exists; use --force to replace it")
+
+
+def _otherwise(template: Table) -> str:
+    """Say what else an output may be called."""
+    form = module(template.format)
+    shards = ", or none for a folder of as many files" if is_folder(Path("x"), template) else ""
+    others = [end for end in _TARGETS if end not in form.SUFFIXES] if hasattr(form, "texts") else []
+    return shards + (f", or {' or '.join(others)} to convert it" if others else "")
 
 
 def _check_existing(output: Path, tables: Sequence[Table]) -> None:
