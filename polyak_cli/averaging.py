@@ -308,7 +308,12 @@ def plan(
         carried=(*(row[-1].name for row in carried), *(n for n in others if n not in dropped)),
         dropped=tuple(dropped),
         passed_over=selection.passed_over,
-        notes=(*selection.notes, *_notes(tables, averaged, carried, options), *_no_ema(without)),
+        notes=(
+            *selection.notes,
+            *_beside(selection.checkpoints[-1], tables[-1]),
+            *_notes(tables, averaged, carried, options),
+            *_no_ema(without),
+        ),
         bytes_to_read=_bytes_to_read(averaged, carried, coefficients),
         bytes_to_write=_bytes_to_write(tables[-1], averaged, dropped, options),
         memory=_peak() + memory.nbytes,
@@ -601,6 +606,16 @@ def _no_ema(names: Sequence[str]) -> list[str]:
     return [
         f"{len(names)} float tensors have no EMA in the optimizer's state, as what is not trained; "
         f"their own values are averaged ({_some(names)})"
+    ]
+
+
+def _beside(newest: Checkpoint, template: Table) -> list[str]:
+    """Say what a folder has besides its tensors, which an average does not."""
+    if newest.path == template.path:
+        return []
+    return [
+        "only the tensors are written: a program may want config.json, the tokenizer's files and "
+        f"the like of {shown(newest.path)} beside them"
     ]
 
 

@@ -359,16 +359,24 @@ def _expanded(source: _StrPath) -> tuple[list[Path], bool]:
         return [_whole(Path(text))], False
     try:
         with os.scandir(text) as entries:
-            listed = [Path(text, name) for name in sorted(entry.name for entry in entries)]
-        # Beside the checkpoints of a run, its final model may lie in the very folder.
-        if _openers(Path(text)) and not any(_openers(path) for path in listed):
-            folder = Path(text)
-            return [folder if folder.name not in ("", "..") else folder.resolve()], False
-        return listed, True
+            names = sorted(entry.name for entry in entries)
     except OSError as error:
         raise CheckpointError(
             f"{shown(text)}: the directory cannot be listed: {error.strerror}"
         ) from error
+    listed = [Path(text, name) for name in names]
+    # Beside the checkpoints of a run, its final model may lie in the very folder.
+    if not set(_OPENERS).isdisjoint(names) and not any(_is_another(path) for path in listed):
+        folder = Path(text)
+        return [folder if folder.name not in ("", "..") else folder.resolve()], False
+    return listed, True
+
+
+def _is_another(path: Path) -> bool:
+    """Tell whether something in a folder makes it more than one checkpoint."""
+    if path.name in _OPENERS or _SHARD.fullmatch(path.name):
+        return False
+    return _kind_of_file(path).startswith(".safetensors") or bool(_openers(path))
 
 
 def file_of(path: Path) -> Path:

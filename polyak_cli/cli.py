@@ -225,7 +225,9 @@ AVERAGING = _options(
     "Averaging",
     _option(
         "--dtype",
-        type=click.Choice(["float16", "bfloat16", "float32", "float64"]),
+        type=click.Choice(
+            ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]
+        ),
         help="The stored float type.  [default: the checkpoints' own]",
     ),
     _option(

@@ -152,4 +152,4 @@ def test_float8_is_not_written_where_it_is_unknown(tmp_path: Path) -> None:
 def test_a_suffix_that_is_none_of_these_is_refused(tmp_path: Path) -> None:
     """The checkpoints' own format is named."""
     write_run(tmp_path / "run")
-    refused(tmp_path, tmp_path / "run", "o.onnx", "are Keras HDF5")
+    refused(tmp_path, tmp_path / "run", "o.onnx", "are Keras HDF5.*or .safetensors or .npz to conv")

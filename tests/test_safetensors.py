@@ -269,6 +269,7 @@ def test_the_folder_of_a_trainer_is_a_run(tmp_path: Path, shards: int) -> None:
     assert [checkpoint.epoch for checkpoint in chosen] == [500, 1000, 1500]
     reasons = {passed.path.name: passed.reason for passed in report.plan.passed_over}
     assert reasons["model.safetensors"] == ("the only .safetensors file among 3 checkpoint folders")
+    assert any("only the tensors are written" in note for note in report.notes)
     ordered = [models[1], models[0], models[2]]
     assert_same(load_file(tmp_path / "o.safetensors"), naive(ordered, report.plan.coefficients))
     with safe_open(tmp_path / "o.safetensors", "np") as file:
@@ -305,6 +306,16 @@ def test_a_folder_with_two_models_is_not_guessed_at(tmp_path: Path) -> None:
     save_file({"x": np.zeros(3)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"holds model\.safetensors and model\.safetensors\."):
         average(folder, tmp_path / "o.safetensors")
+
+
+def test_a_run_of_single_files_is_not_taken_for_its_final_model(tmp_path: Path) -> None:
+    """A model.safetensors beside numbered ones hides none of them: the error says what to do."""
+    for name in ("model-1", "model-2", "model"):
+        save_file({"x": np.full(3, len(name), np.float32)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=r"--exclude 'model\.safetensors'"):
+        average(tmp_path, tmp_path / "o.safetensors")
+    report = average(tmp_path, tmp_path / "o.safetensors", exclude=["model.safetensors"])
+    assert [checkpoint.epoch for checkpoint in report.plan.checkpoints] == [1, 2]
 
 
 def test_shards_without_their_index_are_no_checkpoints(tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
     if not folder_wanted and not output.name.endswith(suffixes):
         raise OutputError(
             f"{name}: the checkpoints are {form.NAME}, which is opened only as "
-            f"{' or '.join(suffixes)}; give the output that suffix"
+            f"{' or '.join(suffixes)}; give the output that suffix{_otherwise(tables[-1])}"
         )
     folder = output.resolve().parent
     if not folder.is_dir():
@@ -418,6 +418,14 @@ def _further(output: Path, template: Table) -> list[Path]:
             f"{shown(output)}: is a link, and the output has several files; name the place itself"
         )
     return further
+
+
+def _otherwise(template: Table) -> str:
+    """Say what else an output may be called."""
+    form = module(template.format)
+    shards = ", or none for a folder of as many files" if is_folder(Path("x"), template) else ""
+    others = [end for end in _TARGETS if end not in form.SUFFIXES] if hasattr(form, "texts") else []
+    return shards + (f", or {' or '.join(others)} to convert it" if others else "")
 
 
 def _check_existing(output: Path, tables: Sequence[Table]) -> None:
