@@ -374,9 +374,9 @@ def _expanded(source: _StrPath) -> tuple[list[Path], bool]:
 
 def _is_another(path: Path) -> bool:
     """Tell whether something in a folder makes it more than one checkpoint."""
-    if path.name in _OPENERS or _SHARD.fullmatch(path.name):
+    if path.name in _OPENERS or _PIECE.fullmatch(path.name):
         return False
-    return _kind_of_file(path).startswith(".safetensors") or bool(_openers(path))
+    return _kind_by_suffix(path, _KINDS_OF_FILE).startswith(".safetensors") or bool(_openers(path))
 
 
 def file_of(path: Path) -> Path:
