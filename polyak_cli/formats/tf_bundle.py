@@ -30,7 +30,7 @@ CHECKED = True
 #: A block of metadata, which TensorFlow never looks for: a key would be one more variable.
 PROVENANCE = b"polyak_provenance"
 #: TensorFlow's numbers of types: name and bytes of an element, 0 where that varies.
-TYPES = {
+KINDS = {
     1: ("float32", 4),
     2: ("float64", 8),
     3: ("int32", 4),
@@ -241,9 +241,9 @@ def _entry(key: bytes, value: bytes) -> _Entry:
             _number(fields.get(number, 0)) for number in (_DTYPE, _SHARD, _OFFSET, _SIZE, _CRC)
         )
         shape = _shape(_message(fields.get(_SHAPE, b"")))
-        if code not in TYPES:
+        if code not in KINDS:
             raise FormatError(f"is of TensorFlow's type {code}, which is not known here")
-        dtype, width = TYPES[code]
+        dtype, width = KINDS[code]
         parts = _SLICES in fields
         expected = math.prod(shape) * width
         if width and not parts and nbytes != expected:
