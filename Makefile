@@ -4,7 +4,7 @@ BIN := .venv/bin
 CORE := .venv-core/bin
 TORCH := .venv-torch/bin
 
-.PHONY: demo test quick core torch lint types smoke check bench bench-peers clean
+.PHONY: demo test quick core torch lint types smoke fuzz check bench bench-peers clean
 
 demo: .venv/.ready
 	@rm -rf .demo && mkdir .demo
@@ -42,7 +42,11 @@ smoke:
 	cd .smoke && venv/bin/polyak average ../sample_checkpoints --scheme linear -o smoke.h5
 	test -s .smoke/smoke.h5
 
-check: lint types test smoke
+# Mutated headers of every format, seeded.
+fuzz: .venv/.ready
+	$(BIN)/python -m tests.hostile.fuzz
+
+check: lint types test smoke fuzz
 
 # Tables, JSON and charts come to .bench/; `bench-peers` first, for mergekit and NCO beside them.
 bench: .venv/.ready

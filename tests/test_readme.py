@@ -65,7 +65,7 @@ def test_shell_examples_run(folder: Path, script: str) -> None:
     """Every shell block runs to its end, every command with exit code 0, and writes its outputs."""
     script = script if HAS_KERAS else without_keras(script)
     run(["bash", "-euc", script], folder)
-    outputs = re.findall(r"-o (\S+\.h5)", re.sub(r"#.*", "", script))
+    outputs = re.findall(r"-o (\S+\.(?:h5|safetensors))", re.sub(r"#.*", "", script))
     assert outputs or " -o " not in script
     assert all((folder / name).stat().st_size > 10_000 for name in outputs)
 

@@ -15,7 +15,7 @@ import pytest
 from polyak_cli import average, diff, inspect
 from polyak_cli.errors import MismatchError, PolyakError
 from tests.command import one_line, polyak, tree
-from tests.hostile import cases
+from tests.hostile import cases, fuzz
 from tests.oracle import naive_average, read_model, write_model
 
 CONFIG = (
@@ -173,3 +173,12 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
     with pytest.raises(PolyakError, match=r"m_1\.h5.*Permission denied"):
         average([folder], tmp_path / "o.h5")
     assert stat.S_IMODE((folder / "m_1.h5").stat().st_mode) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_mutated_headers(name: str) -> None:
+    """A few hundred of what `make fuzz` tries: each is read or refused in one line."""
+    ends = fuzz.fuzz(name, 300, seed=7)
+    assert ends.total() == 300
+    assert ends["refused"] > 100

@@ -1,0 +1,241 @@
+"""Mutated headers of every format: each is read or refused in one line, and nothing else happens.
+
+Run as ``python -m tests.hostile.fuzz --count 20000 --seed 1``; `make fuzz` and CI do.  Values are
+left alone: what is mutated is what a program has to understand.  Where checksums would stop it at
+the door, they are made right again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import resource
+import struct
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from polyak_cli import average, formats
+from polyak_cli.errors import PolyakError
+from polyak_cli.formats import detection, sandbox
+from polyak_cli.tensors import File, Identity, Scan
+from tests.oracle import write_model
+from tests.test_keras_zip import members, write_archive
+from tests.test_safetensors import put
+from tests.test_tf_bundle import Bundle, mend
+from tests.test_torch_zip import archive, dictionary, tensor
+from tests.test_weights import write_weights
+
+SECONDS, MEMORY = 5.0, 300 << 20  # that one file may take
+BATCH = 400  # files that lie on the disk at a time
+SHARE = 20  # of those that are read, one in so many is averaged too
+X = np.arange(6, dtype=np.float32)
+Mutate = Callable[[random.Random, bytes], bytes]
+
+
+def mutated(rng: random.Random, content: bytes) -> bytes:
+    """Return bytes with a few changes of the kinds that break readers."""
+    data = bytearray(content)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        place = rng.randrange(len(data))
+        kind = rng.randrange(7)
+        if kind == 0:
+            data[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[place] = rng.randrange(256)
+        elif kind == 2:  # a number that is far too large, or negative
+            number = rng.choice((0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 64) - 1))
+            data[place : place + 8] = struct.pack("<Q", number)[: rng.choice((2, 4, 8))]
+        elif kind == 3:
+            data[place : place + rng.randrange(1, 16)] = b""
+        elif kind == 4:
+            other = rng.randrange(len(data))
+            data[place:place] = data[other : other + rng.randrange(1, 32)]
+        elif kind == 5:
+            data[place : place + rng.randrange(1, 16)] = bytes(rng.randrange(1, 16))
+        elif rng.random() < 0.2:
+            data = data[: max(1, place)]
+    return bytes(data)
+
+
+# --- a sound file of each format, and how it is spoilt --------------------------------------------
+
+
+def hdf5(folder: Path) -> tuple[bytes, Mutate]:
+    """Whole models, with lists of names, a configuration and optimizer state."""
+    layers = {"d": {"k": X, "n": np.array(1)}, "e": {"k": X.reshape(2, 3)}}
+    path = write_model(folder / "x.h5", layers, optimizer={"m": X}, storage={"chunks": True})
+    return path.read_bytes(), mutated
+
+
+def weights(folder: Path) -> tuple[bytes, Mutate]:
+    """Keras 3 weights files."""
+    write_weights(folder / "x.weights.h5", {"layers/d/vars/0": X, "layers/d/vars/1": X})
+    return (folder / "x.weights.h5").read_bytes(), mutated
+
+
+def keras_zip(folder: Path) -> tuple[bytes, Mutate]:
+    """Archives: the archive itself, or the weights file in a sound one."""
+    content = members({"d": X})
+    whole = write_archive(folder / "x.keras", content).read_bytes()
+
+    def mutate(rng: random.Random, _: bytes) -> bytes:
+        if rng.random() < 0.3:
+            return mutated(rng, whole)
+        spoilt = content | {"model.weights.h5": mutated(rng, content["model.weights.h5"])}
+        method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+        return write_archive(folder / "x.keras", spoilt, method).read_bytes()
+
+    return whole, mutate
+
+
+def npz(folder: Path) -> tuple[bytes, Mutate]:
+    """Archives of arrays, of which the header may be anything."""
+    np.savez(folder / "x.npz", a=X, b=X.reshape(2, 3))
+    return (folder / "x.npz").read_bytes(), mutated
+
+
+def safetensors(folder: Path) -> tuple[bytes, Mutate]:
+    """A length, a JSON header, values."""
+    said = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+    return put(folder / "x.safetensors", said, X.tobytes()).read_bytes(), mutated
+
+
+def torch_zip(folder: Path) -> tuple[bytes, Mutate]:
+    """Archives: the pickle in a sound one, or the archive itself."""
+    pickle = dictionary({"a": tensor("0", 6), "b": tensor("1", 6)})
+    whole = archive(folder / "x.pt", pickle, _0=X, _1=X).read_bytes()
+
+    def mutate(rng: random.Random, _: bytes) -> bytes:
+        if rng.random() < 0.3:
+            return mutated(rng, whole)
+        return archive(folder / "x.pt", mutated(rng, pickle), _0=X, _1=X).read_bytes()
+
+    return whole, mutate
+
+
+def tf_bundle(folder: Path) -> tuple[bytes, Mutate]:
+    """Indexes, of which the checksum is often made right again."""
+    Bundle({"a": X, "b": X.reshape(2, 3)}).write(folder / "x.index")
+
+    def mutate(rng: random.Random, content: bytes) -> bytes:
+        table = bytearray(mutated(rng, content))
+        if rng.random() < 0.7:
+            with contextlib.suppress(struct.error):  # what it looks for was hit
+                mend(table)
+        return bytes(table)
+
+    return (folder / "x.index").read_bytes(), mutate
+
+
+TARGETS = {
+    "hdf5": (".h5", hdf5),
+    "weights": (".weights.h5", weights),
+    "keras_zip": (".keras", keras_zip),
+    "npz": (".npz", npz),
+    "safetensors": (".safetensors", safetensors),
+    "torch_zip": (".pt", torch_zip),
+    "tf_bundle": (".index", tf_bundle),
+}
+
+
+# --- trying ---------------------------------------------------------------------------------------
+
+
+def outcomes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """Yield what became of each file: "read", or the one line that refuses it."""
+    by_format: dict[str, list[Path]] = {}
+    for path in paths:
+        by_format.setdefault(detection.detect(path), []).append(path)
+    for name, group in by_format.items():
+        form = formats.module(name)
+        requests = [Scan(str(path), everything=True) for path in group]
+        scanned = sandbox.each(form.scan, requests, [r.path for r in requests], 2)
+        begun = time.monotonic()
+        for path, outcome in zip(group, scanned, strict=True):
+            message = str(outcome) if isinstance(outcome, PolyakError) else ""
+            if not message:
+                try:
+                    file = File(str(path), Identity.of(path.stat()))
+                    formats._table(name, file, outcome)
+                except PolyakError as error:
+                    message = str(error)
+            took, begun = time.monotonic() - begun, time.monotonic()
+            if took > SECONDS and "does not end" not in message:
+                raise AssertionError(f"{path} took {took:.1f} s: {message}")
+            yield path, message or "read"
+
+
+def attempt(path: Path) -> None:
+    """Average what could be read; a refusal is as good as an average."""
+    output = path.with_name(f"output{''.join(path.suffixes[-2:])}")
+    try:
+        average([path], output, force=True, jobs=1)
+    except PolyakError as error:
+        check(path, str(error))
+
+
+def check(path: Path, message: str) -> None:
+    """Insist on one line that a terminal can show."""
+    if not message.isprintable() or len(message) > 3000:
+        raise AssertionError(f"{path}: {message!r}")
+
+
+def fuzz(name: str, count: int, seed: int, say: Callable[[str], None] = print) -> Counter[str]:
+    """Try so many mutations of one format and return how many were read, refused, or fatal.
+
+    Raises:
+        AssertionError: one took too long or was told in more than a line.
+        RuntimeError: one met a bug; the message is a traceback.
+    """
+    suffix, make = TARGETS[name]
+    rng = random.Random(f"{name} {seed}")
+    ends: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "made").mkdir()
+        content, mutate = make(folder / "made")
+        for first in range(0, count, BATCH):
+            paths = []
+            for k in range(first, min(count, first + BATCH)):
+                path = folder / f"m_{k}{suffix}"
+                path.write_bytes(mutate(rng, content))
+                if name == "tf_bundle":
+                    shard = folder / "made" / "x.data-00000-of-00001"
+                    path.with_name(f"m_{k}{shard.suffix}").write_bytes(shard.read_bytes())
+                paths.append(path)
+            for path, message in outcomes(paths):
+                check(path, message)
+                crashed = "crashed" in message or "does not end" in message
+                ends["read" if message == "read" else "ended" if crashed else "refused"] += 1
+                if message == "read" and ends["read"] % SHARE == 0:
+                    attempt(path)
+            for path in folder.glob("*.*"):
+                path.unlink()
+    say(f"{name}: {dict(ends)}")
+    return ends
+
+
+def main() -> int:
+    """Fuzz all formats, or some."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=21_000, help="files in all")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("formats", nargs="*", default=list(TARGETS), metavar="FORMAT")
+    asked = parser.parse_args()
+    for name in asked.formats:
+        fuzz(name, asked.count // len(asked.formats), asked.seed)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(f"peak memory of a child: {peak >> 20} MiB")
+    return 0 if peak <= MEMORY else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
