@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := .venv-core/bin
 TORCH := .venv-torch/bin
+# Two processes, each with whole files of tests.
+SPREAD := -n 2 --dist loadfile
 
 .PHONY: demo test quick core torch lint types smoke fuzz check bench bench-peers clean
 
@@ -12,14 +14,14 @@ demo: .venv/.ready
 	$(BIN)/polyak evaluate .demo/final.h5 --data blobs
 
 test: .venv/.ready core torch
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 quick: .venv/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
 
 # The same suite without any extra, where pip picks the newest h5py.
 core: .venv-core/.ready
-	$(CORE)/python -m pytest -m "not slow" --ignore=tests/keras --ignore=tests/torch
+	$(CORE)/python -m pytest $(SPREAD) -m "not slow" --ignore=tests/keras --ignore=tests/torch
 
 # What PyTorch writes and loads, in an environment of its own beside TensorFlow's.
 torch: .venv-torch/.ready
