@@ -230,7 +230,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(
-            f"--epoch-pattern {shown(pattern)!r} is no regular expression: {shown(error)}"
+            f"--epoch-pattern '{shown(pattern)}' is no regular expression: {shown(error)}"
         ) from error
 
 
@@ -736,14 +736,14 @@ def _matched_epoch(path: Path, pattern: re.Pattern[str]) -> int:
     match = pattern.search(path.name)
     if match is None:
         raise CheckpointError(
-            f"{shown(path)}: --epoch-pattern {shown(pattern.pattern)!r} matches nothing in its "
+            f"{shown(path)}: --epoch-pattern '{shown(pattern.pattern)}' matches nothing in its "
             "name: correct the pattern or leave the file out with --exclude"
         )
     group: str | int = "epoch" if "epoch" in pattern.groupindex else min(pattern.groups, 1)
     text = match[group]
     if text is None or not re.fullmatch(r"[-+]?\d+", text):
         raise CheckpointError(
-            f"{shown(path)}: --epoch-pattern {shown(pattern.pattern)!r} finds "
+            f"{shown(path)}: --epoch-pattern '{shown(pattern.pattern)}' finds "
             f"{'no epoch' if text is None else repr(shown(text))} in its name, but the group "
             "'epoch', else the first group, must be a whole number"
         )
@@ -1108,7 +1108,8 @@ def _read_log(path: _StrPath, monitor: str) -> _Log:
             rows = csv.reader(stream, delimiter=delimiter, skipinitialspace=True)
             return _parsed_log(text, rows, monitor)
     except (OSError, csv.Error) as error:
-        raise CheckpointError(f"{shown(text)}: the log cannot be read: {shown(error)}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{shown(text)}: the log cannot be read: {shown(reason)}") from error
 
 
 def _parsed_log(path: str, rows: Iterator[list[str]], monitor: str) -> _Log:

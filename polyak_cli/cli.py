@@ -717,7 +717,9 @@ def _print(lines: Iterable[str], stream: TextIO) -> None:
 def _plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
     """Yield the plan as lines for a person."""
     parameters = "".join(f", {name} {value:g}" for name, value in plan.parameters.items())
-    yield f"{len(plan.checkpoints)} checkpoints, {plan.scheme}{parameters}, oldest first:"
+    count = len(plan.checkpoints)
+    several = "s" if count > 1 else ""
+    yield f"{count} checkpoint{several}, {plan.scheme}{parameters}, oldest first:"
     table = [["checkpoint", "epoch", "coefficient"]]
     for checkpoint, coefficient in zip(plan.checkpoints, plan.coefficients, strict=True):
         epoch = "-" if checkpoint.epoch is None else str(checkpoint.epoch)
@@ -732,7 +734,7 @@ def _plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
         yield from _fate_lines(plan)
     yield from map(_passed_over, plan.passed_over)
     yield (
-        f"to read {_size(plan.bytes_to_read)}, to write {_size(plan.bytes_to_write)}, "
+        f"to read {_size(plan.bytes_to_read)}, to write about {_size(plan.bytes_to_write)}, "
         f"memory about {_size(plan.memory)}"
     )
 

@@ -561,6 +561,34 @@ def test_a_published_file_appears_whole_with_the_user_s_mode(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["o.h5"]
 
 
+@pytest.mark.parametrize("force", [True, False])
+def test_what_gets_its_name_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """The file is synced before it is named, and its folder afterwards."""
+    events: list[str] = []
+    sync, link, rename = os.fsync, os.link, Path.replace
+
+    def synced(descriptor: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def linked(one: Path, other: Path) -> None:
+        events.append("named")
+        link(one, other)
+
+    def renamed(one: Path, other: Path) -> Path:
+        events.append("named")
+        return rename(one, other)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "link", linked)
+    monkeypatch.setattr(Path, "replace", renamed)
+    with formats.publish(tmp_path / "o.h5", force=force) as hidden:
+        hidden.write_bytes(b"new")
+    assert events == ["file", "named", "folder"]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_failure_leaves_the_old_output_and_nothing_else(
     tmp_path: Path, error: type[BaseException]

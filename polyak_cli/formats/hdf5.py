@@ -450,9 +450,11 @@ class _Reader:
         for number in filters:
             if number not in UNDONE:
                 what = FILTERS.get(number, "unknown")
+                # The HDF5 Group gives out numbers from 256 on; lower ones are the library's own.
+                plugin = "; the package hdf5plugin brings it to h5py" if number >= 256 else ""
                 raise FormatError(
-                    f"tensor {_quoted(name)} is stored through HDF5 filter {number} ({what}), "
-                    "which is not read here; save it uncompressed or with gzip"
+                    f"tensor {_quoted(name)} is stored through HDF5 filter {number} ({what}{plugin}"
+                    "), which is not read here; save it uncompressed or with gzip"
                 )
         chunk_shape = list(properties.get_chunk())
         wanted = math.prod(-(-n // c) for n, c in zip(shape, chunk_shape, strict=True))

@@ -188,6 +188,17 @@ def _deflate_bomb(path: Path) -> None:
         file["model_weights/d"].create_dataset("k", data=np.zeros(1 << 26, np.float32), **options)
 
 
+def _plugged(file: Any) -> None:
+    """A filter that a plugin would bring, said to be optional so that it can be written without."""
+    del file["model_weights/d/k"]
+    properties = h5p.create(h5p.DATASET_CREATE)
+    properties.set_chunk((2, 3))
+    properties.set_filter(32015, 1, (3,))
+    space = h5s.create_simple((2, 3))
+    made = h5d.create(file["model_weights/d"].id, b"k", h5t.NATIVE_FLOAT, space, properties)
+    made.write_direct_chunk((0, 0), bytes(24))
+
+
 def _damaged_chunk(path: Path) -> None:
     values = np.arange(3000, dtype=np.float32)
     write_model(path, {"d": {"k": values}}, storage={"chunks": (1000,), "compression": "gzip"})
@@ -207,6 +218,7 @@ GAPS = {
     ),
     "a chunk that inflates to 256 MiB": Case(_deflate_bomb, "must be held whole"),
     "a damaged chunk": Case(_damaged_chunk, "chunk is damaged"),
+    "a filter of a plugin": Case(edited(_plugged), r"32015 .zstd; the package hdf5plugin brings"),
     "a filter that loses digits": Case(
         dataset(data=KERNEL, chunks=(2, 3), scaleoffset=2), "scale-offset"
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from polyak_cli.errors import MismatchError, PolyakError
 from tests.command import one_line, polyak, tree
 from tests.hostile import cases, fuzz
 from tests.oracle import naive_average, read_model, write_model
+from tests.test_keras_zip import members, write_archive
 
+CODE = "__import__('os').system('touch ran')"
 CONFIG = (
     '{"class_name": "Lambda", "config": {"function": "__import__(\'os\').system(\'touch x\')"}}'
 )
@@ -119,6 +122,34 @@ def test_no_code_of_a_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(os.listdir(tmp_path)) == ["m_1.h5", "m_2.h5", "o.h5"]
     with h5py.File(tmp_path / "o.h5") as file:
         assert file.attrs["model_config"] == CONFIG
+
+
+def test_no_code_of_a_keras_archive_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CVE-2025-1550: a function that config.json names is text too, carried byte for byte."""
+    monkeypatch.chdir(tmp_path)
+    config = f'{{"module": "os", "class_name": "function", "config": "{CODE}"}}'.encode()
+    for k in (1, 2):
+        content = members({"d": cases.KERNEL}) | {"config.json": config}
+        write_archive(tmp_path / f"m_{k}.keras", content)
+    average([tmp_path / "m_1.keras", tmp_path / "m_2.keras"], tmp_path / "o.keras")
+    list(inspect([tmp_path / "o.keras"], statistics=True))
+    assert sorted(os.listdir(tmp_path)) == ["m_1.keras", "m_2.keras", "o.keras"]
+    with zipfile.ZipFile(tmp_path / "o.keras") as archive:
+        assert archive.read("config.json") == config
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
+    """A member of zeros that inflates a thousandfold is not even begun."""
+    said = {"descr": "<f4", "fortran_order": False, "shape": (1 << 27,)}
+    with (
+        zipfile.ZipFile(tmp_path / "m_1.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, said)
+        for _ in range(512):
+            member.write(bytes(1 << 20))
+    message = refusal([tmp_path / "m_1.npz"], tmp_path / "o.npz")
+    assert re.search(r"m_1.npz: the member 'x.npy' claims .* a decompression bomb", message)
 
 
 @pytest.mark.parametrize("name", ["an exabyte that is not there (CVE-2026-0897)", "a soft link"])
