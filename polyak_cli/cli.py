@@ -510,7 +510,9 @@ def diff(
     from pathlib import Path
 
     given = [f"--{name}" for name, value in of_a_run.items() if value]
-    if len(sources) == 2 and all(Path(source).is_file() for source in sources):
+    from polyak_cli.checkpoints import file_of
+
+    if len(sources) == 2 and all(file_of(Path(source)).is_file() for source in sources):
         if given:
             raise UsageError(f"{given[0]} belongs to a run, not to two files")
         return _diff_files(sources, rtol or 0.0, atol or 0.0, as_json, quiet, verbose)

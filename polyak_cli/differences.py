@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyak_cli import engine, formats
-from polyak_cli.checkpoints import Selection
+from polyak_cli.checkpoints import Selection, file_of
 from polyak_cli.engine import Compared, Memory
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.matching import Row, match, sources_of
@@ -75,7 +75,7 @@ def diff(one: Path, other: Path, *, rtol: float = 0.0, atol: float = 0.0) -> Dif
     for option, value in (("rtol", rtol), ("atol", atol)):
         if not value >= 0:
             raise UsageError(f"--{option} is {value}; expected 0 or more")
-    tables = [formats.scan([path])[0] for path in (one, other)]
+    tables = [formats.scan([file_of(path)])[0] for path in (one, other)]
     rows, apart = _paired(tables)
     moments = {row[0].name: _Moments() for row in rows}
     for tensor, (a, b) in _values(tables, rows):
@@ -212,7 +212,7 @@ def distances(selection: Selection, *, by: str = "name") -> Distances:
     checkpoints = selection.checkpoints
     if len(checkpoints) < 2:
         raise UsageError("there is only one checkpoint; name two or more to compare")
-    tables = formats.scan([checkpoint.path for checkpoint in checkpoints])
+    tables = formats.scan([file_of(checkpoint.path) for checkpoint in checkpoints])
     rows = [row for row in match(tables, by) if row[-1].dtype in FLOATS]
     steps, spread = np.zeros(len(tables) - 1), np.zeros(len(tables))
     whole = 0.0

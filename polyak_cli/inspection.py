@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyak_cli import engine, formats
+from polyak_cli.checkpoints import file_of
 from polyak_cli.engine import Compared, Memory
 from polyak_cli.matching import sources_of
 from polyak_cli.tensors import FLOATS, Table, TensorSpec, is_carried, is_numeric
@@ -107,7 +108,7 @@ def inspect(paths: Sequence[Path], *, statistics: bool = False) -> Iterator[Insp
         FormatError: one is foreign, damaged, hostile, or still being written.
     """
     for path in paths:
-        (table,) = formats.scan([path])
+        (table,) = formats.scan([file_of(path)])
         specs = [*table.tensors.values(), *table.others.values()]
         found = _statistics(table, specs) if statistics else {}
         yield Inspection(

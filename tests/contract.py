@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli import average, engine
+from polyak_cli import average, engine, inspect
 from polyak_cli.averaging import Options
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
 from tests.oracle import Array
@@ -134,6 +134,9 @@ class Contract(abc.ABC):
         report = average(tmp_path / "run", tmp_path / f"o{self.result}")
         assert len(report.plan.checkpoints) == 4
         assert [p.reason for p in report.plan.passed_over] == ["written by polyak"]
+        (inside,) = inspect([tmp_path / f"o{self.result}"])
+        names = [each["name"] for each in inside.provenance["inputs"]]
+        assert names == [f"model_{k}{self.suffix}" for k in range(1, 5)]
 
     def test_an_average_of_averages_is_like_its_template(self, tmp_path: Path) -> None:
         """What this tool wrote it can read, and its record is the newer one's alone."""

@@ -49,7 +49,7 @@ ALLOWED = {
     },
     "differences": {"checkpoints", "engine", "errors", "formats", "matching", "tensors"},
     "ema": {"errors", "tensors"},
-    "inspection": {"engine", "errors", "formats", "matching", "tensors"},
+    "inspection": {"checkpoints", "engine", "errors", "formats", "matching", "tensors"},
     "matching": {"engine", "errors", "tensors"},
     "models": {"data", "errors", "formats", "quiet"},
     "data": {"errors", "quiet"},

@@ -240,3 +240,24 @@ def test_the_measuring_sees_what_is_used() -> None:
     code, peak = json.loads(done.stderr)
     assert code == 0
     assert 300 * MEGABYTE < peak < 350 * MEGABYTE
+
+
+@pytest.mark.parametrize("command", [["inspect", "--stats"], ["diff", "--atol", "9"], ["diff"]])
+def test_looking_inside_is_flat_too(tmp_path: Path, command: list[str]) -> None:
+    """Statistics, differences and distances of 4 MB and of 400 MB take the same memory."""
+    peaks = []
+    for elements in (1 << 20, 100 << 20):
+        paths = [write_large(tmp_path / f"m_{k}.h5", 1, elements, k) for k in range(2)]
+        sources = [str(path) for path in paths] if len(command) > 1 else [str(tmp_path)]
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, *POLYAK, *command, *sources],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        code, peak = json.loads(done.stderr.splitlines()[-1])
+        assert code in (0, 1), done.stderr
+        peaks.append(peak)
+    assert max(peaks) < LIMIT
+    assert abs(peaks[1] - peaks[0]) < FLAT * 4  # buffers are as large as tensors allow

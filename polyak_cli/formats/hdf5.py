@@ -328,6 +328,7 @@ def _weights(root: Any, reader: _Reader, everything: bool) -> dict[str, Any]:
         "others": list(reader.others(root, tensors)) if everything else [],
         "labels": reader.labels,
         "average": bool(h5a.exists(root, PROVENANCE)),
+        "about": _about(root) if everything else {},
     }
 
 
@@ -348,6 +349,7 @@ def weights_table(found: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": [row[0] for row in others if row[0].startswith(optimizer)],
         "config": "",
         "average": found["average"],
+        "about": found["about"],
         "statistics": [rows[place][0] for place in moving],
         "suffixes": [WEIGHTS_SUFFIX],
         "cautions": WEIGHTS_CAUTIONS,

@@ -39,7 +39,21 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
         table = hdf5.weights_table(found)
         for row in (*table["tensors"], *table["others"]):
             row[5] = _in_archive(row[5], weights, row[0])
-        return table | {"config": digest, "suffixes": []}
+        about = {**_version(file, members), **table["about"]} if request.everything else {}
+        return table | {"config": digest, "suffixes": [], "about": about}
+
+
+def _version(file: BinaryIO, members: Sequence[zips.Member]) -> dict[str, str]:
+    """Return which Keras saved the archive, if it says so."""
+    for member in members:
+        if member.name == "metadata.json":
+            try:
+                said = json.loads(zips.whole(file, member))
+            except (ValueError, RecursionError):  # Keras does without it
+                return {}
+            version = said.get("keras_version") if isinstance(said, dict) else None
+            return {"keras_version": version} if isinstance(version, str) else {}
+    return {}
 
 
 def _parts(members: Sequence[zips.Member]) -> tuple[zips.Member, zips.Member]:

@@ -28,6 +28,8 @@ TYPES = frozenset(FLOATS)
 #: An output may be a folder that is sharded like the template.
 FOLDER = True
 PROVENANCE = "polyak_provenance"
+#: Characters of a text of __metadata__ that is shown to whoever looks inside.
+_SHORT = 100
 _METADATA = "__metadata__"
 #: Dtype in the header -> as tables have it, and the bits of an element.  In the library's order: it
 #: writes the last ones first, so that every tensor is aligned.
@@ -113,8 +115,16 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
         "optimizer": [],
         "config": "",
         "average": any(PROVENANCE in header.metadata for header in headers),
+        "about": _about(headers),
         "files": files,
     }
+
+
+def _about(headers: Iterable[_Header]) -> dict[str, str]:
+    """Return this tool's record and the short ones of the texts, which may be configurations."""
+    texts = {key: text for header in headers for key, text in header.metadata.items()}
+    names = {key: key for key in texts if len(texts[key]) <= _SHORT} | {PROVENANCE: "provenance"}
+    return {name: texts[key] for key, name in names.items() if key in texts}
 
 
 def _rows(header: _Header, number: int) -> Iterable[list[Any]]:

@@ -102,7 +102,7 @@ class _Bundle(NamedTuple):
     paths: list[str]  # the index, then the shards
     descriptors: list[int]
     identities: list[Identity]
-    average: bool
+    record: bytes | None  # this tool's, if it wrote the checkpoint
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -133,8 +133,8 @@ def _opened(path: str) -> Iterator[_Bundle]:
             identities.append(identity)
         entries = [entry for entry in entries if not entry.parts]
         _check_extents(entries, paths, [identity.size for identity in identities])
-        average = PROVENANCE in meta
-        yield _Bundle(pairs, entries, byteorder, paths, descriptors, identities, average)
+        record = meta.get(PROVENANCE)
+        yield _Bundle(pairs, entries, byteorder, paths, descriptors, identities, record)
 
 
 def _open(path: str, stack: contextlib.ExitStack) -> tuple[int, Identity]:
@@ -422,7 +422,10 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
             "others": others if request.everything else [],
             "optimizer": sorted(optimizer),
             "config": "",
-            "average": bundle.average,
+            "average": bundle.record is not None,
+            "about": {"provenance": bundle.record.decode(errors="replace")}
+            if bundle.record and request.everything
+            else {},
             "fixed": True,  # Checkpoint.restore wants every slot that the graph of objects lists
             "tails": [f".data-{path.rpartition('.data-')[2]}" for path in bundle.paths[1:]],
             "cautions": CAUTIONS,

@@ -29,6 +29,7 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
     index = Path(request.path)
     files = [[request.path, list(Identity.of(index.stat()))]]
     found: dict[str, Any] = {"tensors": [], "others": [], "labels": {}, "average": False}
+    found["about"] = {}  # this tool writes no such index
     for shard, groups in _shards(index).items():
         path = index.parent / shard
         files.append([str(path), list(_identity(index, path))])
