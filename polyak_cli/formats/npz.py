@@ -98,7 +98,10 @@ def _header(head: bytes) -> tuple[np.dtype[Any], list[int], bool, int]:
     version = np.lib.format.read_magic(stream)
     if version not in readers:
         raise ValueError(f"version {version}")
-    shape, fortran, dtype = readers[version](stream)
+    try:
+        shape, fortran, dtype = readers[version](stream)
+    except Exception as error:  # numpy's reader lets through what Python's parsers raise
+        raise ValueError(f"{type(error).__name__}: {error}") from None
     if any(n < 0 for n in shape):
         raise ValueError(f"shape {shape}")
     # One dimension has one order, and none has none.

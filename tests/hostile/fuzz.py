@@ -44,6 +44,8 @@ def mutated(rng: random.Random, content: bytes) -> bytes:
     """Return bytes with a few changes of the kinds that break readers."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        if not data:
+            break
         place = rng.randrange(len(data))
         kind = rng.randrange(7)
         if kind == 0:
