@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := .venv-core/bin
 TORCH := .venv-torch/bin
-# Two processes; one that has done its half takes from the other.
-SPREAD := -n 2 --dist worksteal
+# Two processes, each with whole files of tests: Keras is set up once for a file.
+SPREAD := -n 2 --dist loadfile
 
 .PHONY: demo test quick core torch lint types smoke fuzz check bench bench-peers clean
 

@@ -181,6 +181,7 @@ def test_tf_keras_loads_the_average_of_its_weights(tmp_path: Path, legacy: bool)
 def test_the_saver_of_tensorflow_1_restores_the_average(tmp_path: Path) -> None:
     """Names, slots and partitioned variables; slots are the newest's."""
     with tf.Graph().as_default(), V1.Session() as session:
+        tf.random.set_seed(0)  # another test may have asked for determinism
         kernel = V1.get_variable("dense/kernel", (3, 2))
         split = V1.get_variable("part/w", (70, 4), partitioner=V1.fixed_size_partitioner(2))
         step = V1.train.get_or_create_global_step()
