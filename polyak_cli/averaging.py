@@ -596,6 +596,11 @@ def _notes(
     if not _drops(tables, options) and tables[-1].optimizer:
         stored.add("optimizer")
     notes += [text for key, text in tables[-1].cautions.items() if key in stored]
+    if tables[-1].fixed and tables[-1].optimizer:
+        notes.append(
+            "optimizer state is the newest checkpoint's: such a file keeps it even where it is to "
+            "be dropped, and it does not belong to averaged values"
+        )
     strings = [row[-1].name for row in carried if len({spec.digest for spec in row}) > 1]
     return notes + [_differs(name) for name in strings]
 

@@ -397,13 +397,6 @@ def _below(name: str, homes: Collection[str]) -> bool:
 # --- the format -----------------------------------------------------------------------------------
 
 
-#: What a user should know; see `tensors.Format.scan`.
-CAUTIONS = {
-    "optimizer": "optimizer state is the newest checkpoint's: such a file keeps it even where it "
-    "is to be dropped, and it does not belong to averaged values"
-}
-
-
 def scan(request: Scan, alive: Alive) -> dict[str, Any]:
     """See `tensors.Format.scan`."""
     alive()
@@ -428,7 +421,6 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
             else {},
             "fixed": True,  # Checkpoint.restore wants every slot that the graph of objects lists
             "tails": [f".data-{path.rpartition('.data-')[2]}" for path in bundle.paths[1:]],
-            "cautions": CAUTIONS,
             "files": list(zip(bundle.paths, bundle.identities, strict=True)),
         }
 

@@ -39,12 +39,6 @@ _OF_THE_RUN = {"callbacks", "loops"}  # PyTorch Lightning's
 _MAXIMUM_DEPTH = 64
 _STEP = 1 << 20
 
-#: What a user should know; see `tensors.Format.scan`.
-CAUTIONS = {
-    "optimizer": "optimizer state is the newest checkpoint's: such a file keeps it even where it "
-    "is to be dropped, and it does not belong to averaged values"
-}
-
 Named = tuple[str, Tensor | Stored]
 
 
@@ -68,7 +62,6 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
             "average": PROVENANCE in records,
             "about": _about(file, records) if request.everything else {},
             "fixed": True,
-            "cautions": CAUTIONS,
         }
 
 
