@@ -6,8 +6,9 @@ numbers give the same file: no dates, no random identifiers.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,7 @@ def learning_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    check(path)
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
+    with _figure(path) as figure:
         for axes, metric, label in zip(
             figure.subplots(1, 2),
             ("loss", "accuracy"),
@@ -81,7 +77,6 @@ def learning_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
         ):
             _curves(axes, history, metric)
             axes.set(xlabel="Epoch", ylabel=label)
-        _save(figure, path)
 
 
 def distances(
@@ -103,13 +98,8 @@ def distances(
         MissingExtraError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    check(path)
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     places = range(len(labels))
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
+    with _figure(path) as figure:
         axes = figure.subplots()
         axes.plot(places, to_average, "o-", color=_TEST, lw=1.2, ms=4, label="to the average")
         steps = [math.nan if step is None else step for step in to_previous]
@@ -119,15 +109,23 @@ def distances(
         axes.set(xlabel="Checkpoint", ylabel="Relative distance")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
-        _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
-    suffix = path.suffix.lower()
-    try:
-        figure.savefig(path, format=suffix[1:], dpi=150, metadata=_UNSTAMPED[suffix])
-    except OSError as error:
-        raise OutputError(f"{shown(path)}: cannot be written: {error.strerror}") from error
+@contextlib.contextmanager
+def _figure(path: Path) -> Iterator[Any]:
+    """Yield an empty figure, which is written when it has been drawn."""
+    check(path)
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        yield figure
+        suffix = path.suffix.lower()
+        try:
+            figure.savefig(path, format=suffix[1:], dpi=150, metadata=_UNSTAMPED[suffix])
+        except OSError as error:
+            raise OutputError(f"{shown(path)}: cannot be written: {error.strerror}") from error
 
 
 def _curves(axes: Any, history: Mapping[str, Sequence[float]], metric: str) -> None:
