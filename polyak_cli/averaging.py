@@ -14,7 +14,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -25,7 +25,7 @@ from polyak_cli import __version__, checkpoints, ema, engine, formats, schemes
 from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
 from polyak_cli.matching import Row, match, sources_of
-from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, is_carried, itemsize
+from polyak_cli.tensors import FLOATS, File, LaidOut, Table, TensorSpec, is_carried, itemsize
 
 Source = str | os.PathLike[str]
 Progress = Callable[[int], None]
@@ -374,17 +374,7 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
         name=formats.target(plan.output, plan.tables[-1]),
         provenance=json.dumps(_provenance(plan), separators=(",", ":")),
     )
-    tensors = (
-        engine.Averaged(
-            row[-1].name,
-            row[-1].size,
-            row[-1].dtype,
-            sources_of(plan.tables, row),
-            [room.places[row[-1].location]],
-        )
-        for row in sorted(plan.averaged_rows, key=_place)
-        if row[-1].size
-    )
+    tensors = _Averaged(plan, room.places)
     matrix = np.array([plan.coefficients])
     work = engine.Fold(inputs, room.files, matrix, options.get("allow_nonfinite", False))
     totals = engine.fold(tensors, work, _memory(options), progress)
@@ -394,8 +384,25 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     return totals.plus(compared), sum(Path(f).stat().st_size for f in room.files), differing
 
 
+@dataclass(frozen=True, slots=True)
+class _Averaged:
+    """The tensors to average, made anew whenever they are gone through: 100,000 fill the memory."""
+
+    plan: Plan
+    places: Mapping[str, LaidOut]
+
+    def __iter__(self) -> Iterator[engine.Averaged]:
+        """Yield them as they lie in the template, which is how they are read best."""
+        for row in sorted(self.plan.averaged_rows, key=_place):
+            spec = row[-1]
+            if spec.size:
+                sources = sources_of(self.plan.tables, row)
+                target = self.places[spec.location]
+                yield engine.Averaged(spec.name, spec.size, spec.dtype, sources, [target])
+
+
 def _place(row: Row) -> tuple[int, int, int]:
-    """Return what sorts tensors as they lie, which is how they are read best."""
+    """Return where a tensor lies in the template."""
     spec = row[-1]
     offset, start = (getattr(spec.storage, key, 0) for key in ("offset", "start"))
     return spec.file, offset, start

@@ -47,10 +47,15 @@ from polyak_cli.tensors import (
 
 #: Elements folded at a time: 256 KiB of float32, with its float64 sum and product within L2.
 PIECE = 1 << 16
-#: Pieces, or slabs of small tensors, that are folded between two messages.
+#: Pieces, or bundles, that are folded between two messages.
 PIECES, BATCH = 8, 256
-#: Bytes to read from which on it pays to fork.
+#: Bytes of the inputs from which on it pays to fork.
 SPREAD = 64 << 20
+#: Bytes up to which a tensor is small: one system call for each would cost more than its bytes.
+SMALL = 1 << 14
+#: Bytes between two small tensors up to which it is quicker to read them along, and bytes of such
+#: a reading for each element that may be folded at a time.
+GAP, SPAN = 1 << 13, 16
 #: Bytes of a slab from which on it pays to have it fetched ahead; the system does so for less.
 AHEAD = 1 << 16
 #: Bytes a second that one process gets from the page cache only: fetching ahead is in vain there.
@@ -89,6 +94,15 @@ class Slab(NamedTuple):
     tensor: Averaged
     start: int
     stop: int
+
+
+#: Slabs that are folded as one: several small tensors whole, or one slab of any.
+Bundle = Sequence[Slab]
+
+
+def _count(bundle: Bundle) -> int:
+    """Return the elements of a bundle."""
+    return sum(slab.stop - slab.start for slab in bundle)
 
 
 class Totals(NamedTuple):
@@ -166,13 +180,58 @@ def slabs(tensors: Iterable[Averaged], piece: int, most: int) -> Iterator[Slab]:
             yield Slab(tensor, start, min(start + step, tensor.size))
 
 
-def batches(work: Iterable[Slab], elements: int) -> Iterator[list[Slab]]:
-    """Gather small slabs, so that a message is not sent for a handful of bytes."""
-    batch: list[Slab] = []
-    total = 0
+def bundles(work: Iterable[Slab], elements: int) -> Iterator[Bundle]:
+    """Put small tensors together that lie side by side in every checkpoint: they are folded as one.
+
+    Args:
+        work: slabs, best in the order in which their tensors lie.
+        elements: of a bundle at most.
+    """
+    bundle: list[Slab] = []
+    count = 0
     for slab in work:
-        batch.append(slab)
-        total += slab.stop - slab.start
+        length = slab.stop - slab.start
+        if bundle and (count + length > elements or not _side_by_side(bundle, slab, elements)):
+            yield bundle
+            bundle, count = [], 0
+        bundle.append(slab)
+        count += length
+    if bundle:
+        yield bundle
+
+
+def _side_by_side(bundle: Bundle, slab: Slab, elements: int) -> bool:
+    """Tell whether a slab may be read along with those before it."""
+    first, last, new = bundle[0].tensor, bundle[-1].tensor, slab.tensor
+    if new.dtype != first.dtype or not (_is_small(new) and _is_small(first)):
+        return False
+    span = SPAN * elements
+    return all(
+        b.dtype == a.dtype and b.byteorder == a.byteorder
+        for a, b in zip(first.targets, new.targets, strict=True)
+    ) and all(
+        c.file == a.file
+        and c.byteorder == a.byteorder
+        and isinstance(a.storage, Extent)
+        and isinstance(b.storage, Extent)
+        and isinstance(c.storage, Extent)
+        and 0 <= c.storage.offset - b.storage.offset - b.storage.nbytes <= GAP
+        and c.storage.offset + c.storage.nbytes - a.storage.offset <= span
+        for a, b, c in zip(first.sources, last.sources, new.sources, strict=True)
+    )
+
+
+def _is_small(tensor: Averaged) -> bool:
+    return tensor.size * itemsize(tensor.dtype) <= SMALL
+
+
+def batches(work: Iterable[Bundle], elements: int) -> Iterator[list[Bundle]]:
+    """Gather bundles, so that a message is not sent for a handful of bytes."""
+    batch: list[Bundle] = []
+    total = 0
+    for bundle in work:
+        batch.append(bundle)
+        total += _count(bundle)
         if total >= elements or len(batch) >= BATCH:
             yield batch
             batch, total = [], 0
@@ -189,7 +248,8 @@ def fold(
     """Average all tensors into the outputs.
 
     Args:
-        tensors: dtype one of `tensors.FLOATS`; every source has the tensor's size.
+        tensors: dtype one of `tensors.FLOATS`; every source has the tensor's size.  Gone through
+            once by each process, so that they need not all be in memory.
         work: inputs, outputs and the matrix of coefficients.
         memory: processes and pieces.
         progress: told the bytes read by each finished batch, in this process.
@@ -199,24 +259,24 @@ def fold(
         MismatchError: a value is not finite, or an average does not fit the stored type.
         OSError: an output cannot be written.
     """
-    whole = list(tensors)
-    cut = batches(slabs(whole, memory.piece, memory.most), memory.piece * PIECES)
-    nbytes = sum(t.size * itemsize(t.dtype) * len(t.sources) for t in whole)
+    parts = bundles(slabs(tensors, memory.piece, memory.most), memory.piece)
+    cut = batches(parts, memory.piece * PIECES)
+    nbytes = sum(file.identity.size for file in work.inputs)
     here = _here(work, cut) if nbytes < SPREAD or memory.jobs == 1 else None
     total = Totals()
     with (
         _opened(work.outputs) as outputs,
         _Flusher(outputs) as flusher,
-        contextlib.closing(here or _in_children(work, cut, memory.jobs)) as parts,
+        contextlib.closing(here or _in_children(work, cut, memory.jobs)) as steps,
     ):
-        for done in parts:
+        for done in steps:
             total = total.plus(done)
             flusher.wrote(done.bytes_written)
             progress(done.bytes_read)
     return total
 
 
-def _here(work: Fold, cut: Iterable[list[Slab]]) -> Generator[Totals, None, None]:
+def _here(work: Fold, cut: Iterable[list[Bundle]]) -> Generator[Totals, None, None]:
     """Fold in this process, yielding what each batch took."""
     with _Files(work.inputs) as files, _opened(work.outputs) as outputs:
         worker = _Worker(work, files, outputs)
@@ -225,10 +285,10 @@ def _here(work: Fold, cut: Iterable[list[Slab]]) -> Generator[Totals, None, None
 
 
 def _one_ahead(
-    cut: Iterable[list[Slab]], expect: Callable[[list[Slab]], None]
-) -> Iterator[list[Slab]]:
+    cut: Iterable[list[Bundle]], expect: Callable[[list[Bundle]], None]
+) -> Iterator[list[Bundle]]:
     """Yield each batch when the next one has been announced: it is fetched meanwhile."""
-    waiting: list[Slab] = []
+    waiting: list[Bundle] = []
     for batch in cut:
         expect(batch)
         if waiting:
@@ -238,7 +298,9 @@ def _one_ahead(
         yield waiting
 
 
-def _in_children(work: Fold, cut: Iterable[list[Slab]], jobs: int) -> Generator[Totals, None, None]:
+def _in_children(
+    work: Fold, cut: Iterable[list[Bundle]], jobs: int
+) -> Generator[Totals, None, None]:
     """Fold in several processes, each taking every so many-th batch.
 
     Two threads are hardly faster than one: numpy lets go of the interpreter's lock for some 20 us
@@ -386,6 +448,7 @@ class _Worker:
         self.outputs = outputs
         self.terms = work.terms()
         self.clock = _Clock()
+        self.span = page_aligned(0)  # small tensors and what lies between them
         self._allocate(0)
 
     def _allocate(self, count: int) -> None:
@@ -409,22 +472,19 @@ class _Worker:
         start = _DODGE if clashes(distance) else 0
         return self.raw[start : start + nbytes]
 
-    def fold(self, batch: Sequence[Slab]) -> Totals:
-        """Average the slabs into the outputs and return what that took."""
+    def fold(self, batch: Sequence[Bundle]) -> Totals:
+        """Average the bundles into the outputs and return what that took."""
         self.clock = _Clock()
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            for slab in batch:
-                if slab.stop - slab.start > self.values.size:
-                    self._allocate(slab.stop - slab.start)
-                self._sum(slab)
-                self._store(slab)
+            for bundle in batch:
+                self._fold(bundle)
         return self.clock.totals()
 
-    def expect(self, batch: Sequence[Slab]) -> None:
+    def expect(self, batch: Sequence[Bundle]) -> None:
         """Have what a batch needs fetched from the disk, if the last one came from there."""
         if self.clock.bytes_read >= FAST * self.clock.reading:
             return
-        for slab in batch:
+        for slab in itertools.chain.from_iterable(batch):
             width = itemsize(slab.tensor.dtype)
             start, stop = slab.start * width, slab.stop * width
             if stop - start >= AHEAD:
@@ -432,16 +492,29 @@ class _Worker:
                     if terms:
                         self.files.expect(slab.tensor.sources[k], start, stop)
 
-    def _sum(self, slab: Slab) -> None:
+    def _fold(self, bundle: Bundle) -> None:
+        """Average what is folded as one."""
+        count = _count(bundle)
+        if count > self.values.size:
+            self._allocate(count)
+        try:
+            self._sum(bundle, count)
+            self._store(bundle, count)
+        except PolyakError:
+            if len(bundle) == 1:
+                raise
+            for slab in bundle:  # the one that it is about has itself named
+                self._fold([slab])
+
+    def _sum(self, bundle: Bundle, count: int) -> None:
         """Compute ``sum_k c_k x_k`` in float64, from the oldest checkpoint to the newest."""
-        count = slab.stop - slab.start
         values, product = self.values[:count], self.product[:count]
         sums = [whole[:count] for whole in self.sums]
         begun = [False] * len(sums)
         for k, terms in enumerate(self.terms):
             if not terms:
                 continue
-            self._load(slab, k, values)
+            self._load(bundle, k, values)
             for row, coefficient in terms:
                 if begun[row]:  # numpy fuses no multiply with an add
                     np.multiply(values, coefficient, out=product)
@@ -451,33 +524,63 @@ class _Worker:
                     begun[row] = True
             self.clock.fold()
         if not self.work.allow_nonfinite and not all(_finite(row) for row in sums):
-            raise self._culprit(slab, values)
+            raise self._culprit(bundle[0], values)
 
-    def _load(self, slab: Slab, k: int, values: Float64) -> None:
-        """Read a slab of checkpoint ``k`` and widen it."""
-        tensor = slab.tensor
+    def _load(self, bundle: Bundle, k: int, values: Float64) -> None:
+        """Read what checkpoint ``k`` has of a bundle, and widen it."""
+        slab = bundle[0]
+        tensor, source = slab.tensor, slab.tensor.sources[k]
         width = itemsize(tensor.dtype)
-        source = tensor.sources[k]
-        offset = source.storage.offset if isinstance(source.storage, Extent) else 0
-        raw = self._buffer(len(values) * width, -offset - slab.start * width)
-        self.files.read(source, slab.start * width, raw, tensor.name)
+        if len(bundle) > 1:
+            raw = self._gathered([s.tensor.sources[k] for s in bundle], width, tensor.name)
+        else:
+            offset = source.storage.offset if isinstance(source.storage, Extent) else 0
+            raw = self._buffer(len(values) * width, -offset - slab.start * width)
+            self.files.read(source, slab.start * width, raw, tensor.name)
         self.clock.read(len(raw))
         widen(raw, tensor.dtype, source.byteorder, values)
 
-    def _store(self, slab: Slab) -> None:
+    def _gathered(self, sources: Sequence[Source], width: int, name: str) -> Bytes:
+        """Return the values of small tensors side by side, read at once with what lies between."""
+        extents = [source.storage for source in sources]
+        starts = np.array([extent.offset for extent in extents if isinstance(extent, Extent)])
+        sizes = np.array([extent.nbytes for extent in extents])
+        low, high = int(starts[0]), int(starts[-1] + sizes[-1])
+        if high - low > len(self.span):
+            self.span = page_aligned(high - low)
+        whole = self.span[: high - low]
+        self.files.read(sources[0]._replace(storage=Extent(low, len(whole))), 0, whole, name)
+        # Picked by the largest unit in which all of them begin and end.
+        unit = int(np.gcd(np.gcd.reduce(starts - low), width))
+        ends = np.cumsum(sizes // unit)
+        raw = self._buffer(int(sizes.sum()), 0)
+        picked = np.arange(ends[-1]) + np.repeat(
+            (starts - low - sizes.cumsum() + sizes) // unit, sizes // unit
+        )
+        np.take(whole.view(f"u{unit}"), picked, out=raw.view(f"u{unit}"), mode="clip")
+        return raw
+
+    def _store(self, bundle: Bundle, count: int) -> None:
         """Round the sums to the stored type and write them."""
-        tensor, count = slab.tensor, slab.stop - slab.start
-        for target, whole in zip(tensor.targets, self.sums, strict=True):
+        first = bundle[0]
+        for row, target in enumerate(first.tensor.targets):
             width = itemsize(target.dtype)
-            row, offset = whole[:count], target.offset + slab.start * width
-            raw = self._buffer(count * width, offset)
-            narrow(row, target.dtype, target.byteorder, raw)
-            if target.dtype != tensor.dtype and not self.work.allow_nonfinite:
+            values = self.sums[row][:count]
+            raw = self._buffer(count * width, target.offset + first.start * width)
+            narrow(values, target.dtype, target.byteorder, raw)
+            if target.dtype != first.tensor.dtype and not self.work.allow_nonfinite:
                 stored = self.values[:count]
                 widen(raw, target.dtype, target.byteorder, stored)
-                _check_fits(tensor.name, target.dtype, row, stored)
+                _check_fits(first.tensor.name, target.dtype, values, stored)
             self.clock.fold()
-            write_exactly(self.outputs[target.file], offset, raw)
+            written = 0
+            for tensor, start, stop in bundle:
+                end = written + (stop - start) * width
+                place = tensor.targets[row]
+                write_exactly(
+                    self.outputs[place.file], place.offset + start * width, raw[written:end]
+                )
+                written = end
             self.clock.write(len(raw))
 
     def _culprit(self, slab: Slab, values: Float64) -> MismatchError:
@@ -486,7 +589,7 @@ class _Worker:
         for k, terms in enumerate(self.terms):
             if not terms:
                 continue
-            self._load(slab, k, values)
+            self._load([slab], k, values)
             where = np.flatnonzero(~np.isfinite(values))
             if len(where):
                 path = self.work.inputs[slab.tensor.sources[k].file].path

@@ -5,12 +5,14 @@ Knows how Keras names layers, and why two checkpoints of one model may not agree
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
+from typing import cast
 
 from polyak_cli.engine import Source
 from polyak_cli.errors import MismatchError, shown
-from polyak_cli.tensors import Table, TensorSpec
+from polyak_cli.tensors import Storage, Table, TensorSpec
 
 Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest first
 
@@ -121,11 +123,10 @@ def _check_same(
 
 def sources_of(tables: Sequence[Table], row: Row) -> list[Source]:
     """Return where every checkpoint keeps a tensor; files are numbered across tables."""
-    sources = []
-    first = 0
-    for table, spec in zip(tables, row, strict=True):
-        if spec.storage is None:  # only strings have none, and those are carried
-            raise AssertionError(f"{spec.name} has no storage")
-        sources.append(Source(spec.storage, spec.byteorder, first + spec.file))
-        first += len(table.files)
-    return sources
+    if any(spec.storage is None for spec in row):  # only strings have none, and those are carried
+        raise AssertionError(f"{row[-1].name} has no storage")
+    firsts = itertools.accumulate((len(table.files) for table in tables), initial=0)
+    return [
+        Source(cast(Storage, spec.storage), spec.byteorder, first + spec.file)
+        for spec, first in zip(row, firsts, strict=False)
+    ]

@@ -39,11 +39,16 @@ def test_slabs_cover_each_tensor_exactly_once(sizes: list[int], piece: int) -> N
 
 
 @settings(derandomize=True, deadline=None)
-@given(st.lists(st.integers(1, 50), max_size=50), st.integers(1, 100))
-def test_batches_lose_no_slab(sizes: list[int], elements: int) -> None:
-    """Gathering slabs keeps each of them, in order."""
-    cut = [engine.Slab(tensor(size), 0, size) for size in sizes]
-    assert [slab for batch in engine.batches(cut, elements) for slab in batch] == cut
+@given(st.lists(st.integers(1, 9000), max_size=50), st.integers(1, 20_000))
+def test_bundles_and_batches_lose_no_slab(sizes: list[int], elements: int) -> None:
+    """Gathering slabs keeps each of them, in order, and no bundle is larger than a piece."""
+    starts = np.cumsum([0, *sizes]) * 4
+    tensors = [tensor(n, int(start)) for n, start in zip(sizes, starts, strict=False)]
+    cut = [slab for one in tensors for slab in engine.slabs([one], elements, elements)]
+    bundled = list(engine.bundles(cut, elements))
+    assert [slab for bundle in bundled for slab in bundle] == cut
+    assert all(sum(s.stop - s.start for s in bundle) <= elements for bundle in bundled)
+    assert [one for batch in engine.batches(bundled, elements) for one in batch] == bundled
 
 
 def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
@@ -103,6 +108,103 @@ def test_workers_and_pieces_change_no_bit(
     folder = tmp_path_factory.mktemp("run")
     (out,) = run(folder, arrays, [coefficients], engine.Memory(jobs, piece, piece))
     assert out.tobytes() == total.astype(np.float32).tobytes()
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the fixture changes nothing
+)
+@given(
+    st.sampled_from(["<f2", ">f2", "<f4", ">f4", "<f8"]),
+    st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0, 1, 4, 24, 9000])), min_size=2),
+    st.booleans(),
+    st.integers(50, 4000),
+    st.integers(0, 2**32 - 1),
+)
+def test_small_tensors_side_by_side_are_each_averaged(
+    tmp_path_factory: pytest.TempPathFactory,
+    code: str,
+    shape: list[tuple[int, int]],
+    twins: bool,
+    piece: int,
+    seed: int,
+) -> None:
+    """Each has the bits of its own fold, wherever the checkpoints keep it, and nothing else is.
+
+    Between them lie any number of bytes, so that most begin at odd places.
+    """
+    rng = np.random.default_rng(seed)
+    folder = tmp_path_factory.mktemp("run")
+    name = f"float{8 * int(code[2:])}"
+    arrays: list[list[np.ndarray]] = []
+    places: list[list[int]] = []
+    inputs = []
+    for k in range(3):
+        content, arrays_here, places_here = b"", [], []
+        for size, gap in shape:
+            content += rng.bytes(gap if twins else gap + 3 * k)
+            places_here.append(len(content))
+            arrays_here.append(rng.normal(size=size).astype(code))
+            content += arrays_here[-1].tobytes()
+        path = folder / f"{k}.raw"
+        path.write_bytes(content)
+        inputs.append(File(str(path), Identity.of(path.stat())))
+        arrays.append(arrays_here)
+        places.append(places_here)
+    tensors, expected = [], bytearray(b"\xaa" * len(content))
+    for t, (size, _) in enumerate(shape):
+        nbytes = size * int(code[2:])
+        sources = [engine.Source(Extent(places[k][t], nbytes), code[0], k) for k in range(3)]
+        target = LaidOut(places[2][t], name, code[0])
+        tensors.append(engine.Averaged(f"t{t}", size, name, sources, [target]))
+        total = 0.2 * arrays[0][t].astype(np.float64)
+        for coefficient, k in ((0.3, 1), (0.5, 2)):
+            total = total + coefficient * arrays[k][t].astype(np.float64)
+        expected[places[2][t] : places[2][t] + nbytes] = total.astype(code).tobytes()
+    (folder / "out").write_bytes(b"\xaa" * len(content))
+    work = engine.Fold(inputs, [str(folder / "out")], np.array([[0.2, 0.3, 0.5]]), False)
+    totals = engine.fold(tensors, work, engine.Memory(2, piece, piece))
+    assert (folder / "out").read_bytes() == expected
+    assert totals.bytes_read == 3 * sum(size for size, _ in shape) * int(code[2:])
+
+
+def test_small_tensors_side_by_side_are_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred neighbours take one reading of each checkpoint, not a hundred."""
+    monkeypatch.setattr(engine, "SPREAD", 1 << 40)
+    inputs = write_inputs(tmp_path, [np.arange(1000, dtype=np.float32)] * 2)
+    (tmp_path / "out").write_bytes(b"")
+    tensors = [tensor(5, 40 * k, 2) for k in range(100)]
+    reads = []
+    preadv = os.preadv
+
+    def counted(descriptor: int, buffers: Any, offset: int) -> int:
+        reads.append(offset)
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    engine.fold(tensors, work, engine.Memory(1, 1000, 1000))
+    assert len(reads) == 2
+    out = np.fromfile(tmp_path / "out", np.float32)
+    assert out.reshape(-1, 5)[::2].ravel().tolist() == [
+        10 * k + j for k in range(100) for j in range(5)
+    ]
+
+
+def test_a_nan_among_small_tensors_is_named_with_its_own_tensor(tmp_path: Path) -> None:
+    """What is wrong with one of many that are folded together is told of that one."""
+    array = np.zeros(100, np.float32)
+    array[57] = np.nan
+    inputs = write_inputs(tmp_path, [array])
+    (tmp_path / "out").write_bytes(b"")
+    tensors = [tensor(10, 40 * k)._replace(name=f"t{k}") for k in range(10)]
+    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    with pytest.raises(MismatchError, match=r"0\.raw: tensor 't5' holds nan \(element 7\)"):
+        engine.fold(tensors, work, engine.Memory(1, 1000, 1000))
 
 
 def test_several_outputs_come_from_one_reading(tmp_path: Path) -> None:

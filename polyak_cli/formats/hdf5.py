@@ -17,7 +17,7 @@ import re
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, OutputError, PolyakError, shown
 from polyak_cli.formats import keras_names
@@ -30,6 +30,7 @@ from polyak_cli.tensors import (
     Layout,
     Scan,
     Table,
+    TensorSpec,
     read_exactly,
     write_exactly,
 )
@@ -40,7 +41,7 @@ os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
 
 import h5py
 import numpy as np
-from h5py import h5, h5a, h5d, h5f, h5fd, h5g, h5l, h5o, h5p, h5s, h5t
+from h5py import h5a, h5d, h5f, h5fd, h5g, h5l, h5o, h5p, h5s, h5t
 
 #: A file, or a part of one.
 Place = str | Window
@@ -270,8 +271,8 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
             if not found["tensors"]:
                 raise FormatError(_no_model(root))
             return weights_table(found)
-        tensors = list(reader.model(home, "/" if home is root else "/model_weights"))
-        others = list(reader.others(root, tensors)) if request.everything else []
+        tensors = reader.model(root, home, request.everything)
+        others = reader.others
         state = [row[0] for row in others if row[0].startswith(f"{OPTIMIZER}/")]
         config = _attribute_text(root, b"model_config")
         return {
@@ -298,9 +299,8 @@ def _model_group(root: Any) -> Any:
     """Return the group that lists the layers, or None for a weights file, which has no lists."""
     if h5a.exists(root, b"layer_names") or h5a.exists(root, b"layer_names0"):
         return root  # legacy weights-only: the same layout one level up
-    if b"model_weights" in _links(root):
-        return _child(root, b"model_weights", "/")
-    return None
+    links = [link for link in _listing(root) if link.name == b"model_weights"]
+    return _child(root, links[0], "") if links else None
 
 
 def _no_model(root: Any) -> str:
@@ -322,10 +322,9 @@ def weights(path: Place, alive: Alive, *, everything: bool) -> dict[str, Any]:
 
 
 def _weights(root: Any, reader: _Reader, everything: bool) -> dict[str, Any]:
-    tensors = list(reader.weights(root))
     return {
-        "tensors": tensors,
-        "others": list(reader.others(root, tensors)) if everything else [],
+        "tensors": reader.weights(root, everything),
+        "others": reader.others,
         "labels": reader.labels,
         "average": bool(h5a.exists(root, PROVENANCE)),
         "about": _about(root) if everything else {},
@@ -362,78 +361,123 @@ class _Reader:
 
     size: int
     alive: Alive
-    seen: int = 0
+    others: list[list[Any]] = field(default_factory=list)  # what is not the model's own
     layers: list[str] = field(default_factory=list)  # those that have tensors, as Keras loads them
     variables: dict[str, str] = field(default_factory=dict)  # of a model: tensor -> variable's path
     labels: dict[str, str] = field(default_factory=dict)  # of weights: group -> layer's name
+    kinds: dict[bytes, tuple[str, str]] = field(default_factory=dict)  # of types seen before
 
-    def model(self, home: Any, base: str) -> Iterator[list[Any]]:
-        """Yield the model's tensors in the order in which Keras lists them."""
-        layers = _names(home, b"layer_names", base)
+    def model(self, root: Any, home: Any, everything: bool) -> list[list[Any]]:
+        """Return the model's tensors in the order in which Keras lists them.
+
+        Args:
+            root: of the file.
+            home: the group that lists the layers.
+            everything: walk all of the file, and note what is not the model's.
+        """
+        base = "" if home is root else "/model_weights"
+        layers = _names(home, b"layer_names", base or "/")
         if b"top_level_model_weights" in _links(home):
             layers.append(b"top_level_model_weights")
-        _refuse_twice(layers, "layer", base)
-        for layer in layers:
-            group = _descend(home, layer, base)
-            names = _names(group, b"weight_names", f"{base}/{_text(layer)}")
-            _refuse_twice(names, "weight", _text(layer))
-            if names:
-                self.layers.append(_text(layer))
-            cache: dict[bytes, Any] = {b"": group}
-            for name in names:
-                full = f"{_text(layer)}/{_text(name)}"
-                self.variables[full] = _text(name)
-                yield self.row(_resolve(cache, name, full), full, f"{base.rstrip('/')}/{full}")
+        _refuse_twice(layers, "layer", base or "/")
+        places = {f"{base}/{_text(layer)}": layer for layer in layers}
+        listed: dict[str, list[str]] = {}  # place of a layer -> places of its tensors
+        rows: dict[str, list[Any]] = {}
+        known: set[str] = set()
+        walk = _walk(root, self.alive) if everything else _walk(home, self.alive, where=base)
+        for path, _, item in walk:
+            if path in places:
+                listed[path] = _listed(item, path, places[path])
+                known.update(listed[path])
+            if everything:
+                _check_attributes(item, path)
+            if path in known:
+                rows[path] = self.row(item, path[len(base) + 1 :], path)
+            elif everything:
+                self.other(item, path)
+        tensors = []
+        for place, layer in places.items():
+            for tensor in self.layer(listed, place, layer):
+                if tensor not in rows:
+                    raise FormatError(
+                        f"tensor {_quoted(tensor[len(base) + 1 :])} is named but does not exist in "
+                        "the file"
+                    )
+                tensors.append(rows[tensor])
+                self.variables[rows[tensor][0]] = tensor[len(place) + 1 :]
+        return tensors
 
-    def weights(self, root: Any) -> Iterator[list[Any]]:
-        """Yield the tensors of a weights file, which lists none of them."""
-        for path, _, item in _walk(root, self.alive, keras_names.ASIDE):
+    def layer(self, listed: Mapping[str, list[str]], place: str, layer: bytes) -> list[str]:
+        """Return where the tensors of a layer lie, which must be there itself."""
+        _check_name(layer, _text(layer))
+        if place not in listed:
+            raise FormatError(f"{_quoted(place)} is named but does not exist in the file")
+        if listed[place]:
+            self.layers.append(_text(layer))
+        return listed[place]
+
+    def weights(self, root: Any, everything: bool) -> list[list[Any]]:
+        """Return the tensors of a weights file, which lists none of them."""
+        rows = []
+        for path, _, item in _walk(root, self.alive, () if everything else keras_names.ASIDE):
+            if everything:
+                _check_attributes(item, path)
             if isinstance(item, h5d.DatasetID) and keras_names.is_variable(path):
                 row = self.row(item, path.removeprefix("/"), path)
                 if row[2] == "bfloat16" and _attribute_text(item, DTYPE) not in (b"", b"bfloat16"):
                     row[2] = "opaque"
-                yield row
-            elif isinstance(item, h5g.GroupID) and path.endswith("/vars"):
+                rows.append(row)
+            elif everything:
+                self.other(item, path)
+            if isinstance(item, h5g.GroupID) and path.endswith("/vars"):
                 self.labels[path] = _attribute_text(item, b"name").decode(errors="replace")
+        return rows
 
-    def others(self, root: Any, tensors: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
-        """Yield every dataset that is not the model's: optimizer state and whatever else."""
-        known = {row[4] for row in tensors}
-        for path, dataset in _beside(root, known, self.alive):
-            for k in range(h5a.get_num_attrs(dataset)):
-                _check_attribute(h5a.open(dataset, index=k), path)
-            if isinstance(dataset, h5d.DatasetID) and path not in known:
-                _properties(dataset, path)
-                kind = _kind(dataset.get_type(), path)
-                offset, nbytes = dataset.get_offset(), dataset.get_storage_size()
-                storage = None if offset is None else ["extent", offset, nbytes]
-                yield [path, _shape(dataset, path), *kind, path, storage, ""]
+    def other(self, dataset: Any, path: str) -> None:
+        """Note a dataset that is not the model's: optimizer state and whatever else."""
+        if isinstance(dataset, h5d.DatasetID):
+            _properties(dataset, path)
+            kind = self.kind(dataset.get_type(), path)
+            offset, nbytes = dataset.get_offset(), dataset.get_storage_size()
+            storage = None if offset is None else ["extent", offset, nbytes]
+            self.others.append([path, _shape(dataset, path), *kind, path, storage, ""])
+
+    def kind(self, datatype: Any, name: str) -> tuple[str, str]:
+        """Return what `_kind` does, which takes its time, once for all tensors of a type."""
+        code = datatype.encode()
+        if code not in self.kinds:
+            self.kinds[code] = _kind(datatype, name)
+        return self.kinds[code]
 
     def row(self, dataset: Any, name: str, location: str) -> list[Any]:
         """Describe one of the model's tensors, having refused what must not be read."""
-        self.seen += 1
-        if self.seen % _STEP == 0:
-            self.alive()
         if not isinstance(dataset, h5d.DatasetID):
             raise FormatError(f"tensor {_quoted(name)} is a group, not a dataset")
-        properties = _properties(dataset, name)
+        offset = dataset.get_offset()
+        # What has an offset is contiguous and in this file; anything else is looked at closely.
+        properties = _properties(dataset, name) if offset is None else None
         shape = _shape(dataset, name)
         datatype = dataset.get_type()
-        dtype, byteorder = _kind(datatype, name)
+        dtype, byteorder = self.kind(datatype, name)
         if isinstance(datatype, h5t.TypeStringID) and datatype.is_variable_str():
             digest = self.digest(dataset, shape)
             return [name, shape, dtype, byteorder, location, None, digest]
-        storage = self.storage(dataset, properties, shape, datatype.get_size(), name)
+        nbytes = math.prod(shape) * datatype.get_size()
+        if nbytes == 0:
+            storage: list[Any] = ["extent", 0, 0]
+        elif offset is not None:
+            self.inside(offset, nbytes, name)
+            storage = ["extent", offset, nbytes]
+        else:
+            storage = self.storage(dataset, properties, shape, datatype.get_size(), name)
         return [name, shape, dtype, byteorder, location, storage, ""]
 
     def storage(
         self, dataset: Any, properties: Any, shape: list[int], itemsize: int, name: str
     ) -> list[Any]:
-        """Return where the values lie, every offset checked against the size of the file."""
+        """Return where values lie that are not one run of bytes."""
         nbytes = math.prod(shape) * itemsize
         kind = properties.get_layout()
-        if nbytes == 0:
-            return ["extent", 0, 0]
         if kind == h5d.COMPACT:
             raw = np.empty(nbytes, np.uint8)
             space = h5s.create_simple(tuple(shape))
@@ -441,14 +485,10 @@ class _Reader:
             return ["inline", raw.tobytes().hex()]
         if kind == h5d.CHUNKED:
             return self.chunks(dataset, properties, shape, itemsize, name)
-        offset = dataset.get_offset()
-        if offset is None:
-            raise FormatError(
-                f"tensor {_quoted(name)} was never written ({nbytes} bytes are missing); "
-                "the file was not saved to its end"
-            )
-        self.inside(offset, nbytes, name)
-        return ["extent", offset, nbytes]
+        raise FormatError(
+            f"tensor {_quoted(name)} was never written ({nbytes} bytes are missing); "
+            "the file was not saved to its end"
+        )
 
     def chunks(
         self, dataset: Any, properties: Any, shape: list[int], itemsize: int, name: str
@@ -591,58 +631,54 @@ def _quoted(name: str) -> str:
     return f"'{shown(name)}'"
 
 
+class _Link(NamedTuple):
+    """What a group says of something that it holds."""
+
+    name: bytes
+    is_hard: bool
+    address: int  # of the object's header, by which it is known
+
+
+def _listing(group: Any) -> list[_Link]:
+    """Return what a group holds, in the order in which it keeps it."""
+    found: list[tuple[int, _Link]] = []
+
+    def note(name: bytes, link: Any) -> None:  # the next one has the same object
+        order = link.corder if link.corder_valid else 0
+        found.append((order, _Link(name, link.type == h5l.TYPE_HARD, link.u)))
+
+    group.links.iterate(note, info=True)
+    found.sort(key=lambda pair: pair[0])
+    return [link for _, link in found]
+
+
 def _links(group: Any) -> list[bytes]:
-    """Return the names in a group, in the order in which it keeps them."""
-    tracked = group.get_create_plist().get_link_creation_order() & h5p.CRT_ORDER_TRACKED
-    names: list[bytes] = []
-    group.links.iterate(
-        names.append, idx_type=h5.INDEX_CRT_ORDER if tracked else h5.INDEX_NAME, order=h5.ITER_INC
-    )
-    return names
+    """Return the names in a group."""
+    return [link.name for link in _listing(group)]
 
 
-def _child(group: Any, name: bytes, where: str) -> Any:
+def _child(group: Any, link: _Link, where: str) -> Any:
     """Open what a hard link names; soft and external links lead to places not of this tree."""
-    full = f"{where.rstrip('/')}/{_text(name)}"
-    try:
-        link = group.links.get_info(name)
-    except (KeyError, RuntimeError):
-        if group.links.exists(name):
-            raise
-        raise FormatError(f"{_quoted(full)} is named but does not exist in the file") from None
-    if link.type != h5l.TYPE_HARD:
-        raise FormatError(f"{_quoted(full)} is a soft or external link, which is not followed")
-    return h5o.open(group, name)
+    if not link.is_hard:
+        full = _quoted(f"{where}/{_text(link.name)}")
+        raise FormatError(f"{full} is a soft or external link, which is not followed")
+    return h5o.open(group, link.name)
 
 
-def _parts(name: bytes, what: str) -> list[bytes]:
-    parts = name.split(b"/")
-    if any(part in (b"", b".", b"..") for part in parts):
+def _listed(group: Any, place: str, layer: bytes) -> list[str]:
+    """Return where the tensors lie that a layer's group lists."""
+    if not isinstance(group, h5g.GroupID):
+        raise FormatError(f"{_quoted(place)} is not a group")
+    names = _names(group, b"weight_names", place)
+    _refuse_twice(names, "weight", _text(layer))
+    for name in names:
+        _check_name(name, f"{_text(layer)}/{_text(name)}")
+    return [f"{place}/{_text(name)}" for name in names]
+
+
+def _check_name(name: bytes, what: str) -> None:
+    if any(part in (b"", b".", b"..") for part in name.split(b"/")):
         raise FormatError(f"the name {_quoted(what)} is empty, absolute or relative")
-    return parts
-
-
-def _descend(group: Any, name: bytes, where: str) -> Any:
-    """Open the group of a layer; Keras 2 allowed slashes in its name."""
-    for part in _parts(name, _text(name)):
-        group = _child(group, part, where)
-        where = f"{where.rstrip('/')}/{_text(part)}"
-        if not isinstance(group, h5g.GroupID):
-            raise FormatError(f"{_quoted(where)} is not a group")
-    return group
-
-
-def _resolve(cache: dict[bytes, Any], name: bytes, full: str) -> Any:
-    """Open a weight below its layer, component by component, remembering the groups passed."""
-    parts = _parts(name, full)
-    passed = b""
-    for part in parts[:-1]:
-        group, passed = cache[passed], passed + b"/" + part
-        if passed not in cache:
-            cache[passed] = _child(group, part, full)
-        if not isinstance(cache[passed], h5g.GroupID):
-            raise FormatError(f"tensor {_quoted(full)} lies below something that is not a group")
-    return _child(cache[passed], parts[-1], full.rpartition("/")[0])
 
 
 def _refuse_twice(names: Sequence[bytes], what: str, where: str) -> None:
@@ -694,69 +730,39 @@ def _attribute_text(location: Any, key: bytes) -> bytes:
     return content if isinstance(content, bytes) else b""
 
 
-def _beside(root: Any, known: Collection[str], alive: Alive) -> Iterator[tuple[str, Any]]:
-    """Yield what `_walk` would, but for what is known and for groups that have no attributes.
-
-    libhdf5 walks a tree several times as fast as we do, though it names what has several names
-    once: where something has, the slow way is taken.
-    """
-    found: list[str] = []
-    plain = True
-
-    def link(name: bytes, info: Any) -> None:
-        alive()
-        if info.type != h5l.TYPE_HARD or name.count(b"/") > _MAXIMUM_DEPTH:
-            found.append(_text(name))  # for `_walk` to refuse
-
-    def item(name: bytes, info: Any) -> None:
-        nonlocal plain
-        alive()
-        plain = plain and info.rc == 1
-        path = f"/{_text(name)}"
-        if info.num_attrs or (info.type != h5o.TYPE_GROUP and path not in known):
-            found.append(path)
-
-    root.links.visit(link, info=True)
-    if not found:
-        h5o.visit(root, item, info=True)
-        if plain:
-            for path in found:
-                alive()
-                yield path, h5o.open(root, _bytes(path))
-            return
-    yield from ((path, item) for path, _, item in _walk(root, alive))
-
-
-def _walk(root: Any, alive: Alive, shut: Collection[str] = ()) -> Iterator[tuple[str, Any, Any]]:
+def _walk(
+    root: Any, alive: Alive, shut: Collection[str] = (), where: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
     """Yield (path, parent group, object) for all of the tree, groups before what they hold.
 
     Args:
         root: where to begin.
         alive: told before every object.
         shut: paths of groups not to enter.
+        where: the path of the root.
 
     Raises:
         FormatError: a soft or external link, a group that is reached twice, or a tree too deep.
     """
-    waiting = [("", 0)]
-    passed: set[tuple[int, int]] = set()
-    while waiting:
-        where, depth = waiting.pop()
-        # By its path, all links of which were seen: groups that wait, kept open, fill the memory.
-        group = h5o.open(root, _bytes(where)) if where else root
-        info = h5o.get_info(group)
-        if (info.fileno, info.addr) in passed or depth > _MAXIMUM_DEPTH:
-            raise FormatError(f"the group {_quoted(where)} is linked twice or nested too deep")
-        passed.add((info.fileno, info.addr))
-        below = []
-        for name in _links(group):
+    passed = {h5o.get_info(root).addr}
+    entered = [(where, root, iter(_listing(root)))]
+    while entered:
+        where, group, links = entered[-1]
+        for link in links:
             alive()
-            path = f"{where}/{_text(name)}"
-            child = _child(group, name, where)
+            path = f"{where}/{_text(link.name)}"
+            child = _child(group, link, where)
             yield path, group, child
             if isinstance(child, h5g.GroupID) and path not in shut:
-                below.append((path, depth + 1))
-        waiting += reversed(below)
+                if link.address in passed or len(entered) > _MAXIMUM_DEPTH:
+                    raise FormatError(
+                        f"the group {_quoted(path)} is linked twice or nested too deep"
+                    )
+                passed.add(link.address)
+                entered.append((path, child, iter(_listing(child))))
+                break
+        else:
+            entered.pop()
 
 
 # --- laying out -----------------------------------------------------------------------------------
@@ -816,7 +822,7 @@ def seal(output: str, laid_out: Mapping[str, Any]) -> None:
     """See `tensors.Format.seal`; nothing is left to do."""
 
 
-def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[str]]:
+def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[TensorSpec]]:
     """Return the groups that may be copied as they are, and what is averaged in each.
 
     Those that hold small tensors only, of unchanged type.  None at all where tensors share their
@@ -826,7 +832,7 @@ def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[s
     offsets = [s.storage.offset for s in specs if isinstance(s.storage, Extent) and s.nbytes]
     if len(set(offsets)) < len(offsets):
         return {}
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[TensorSpec]] = {}
     large = set()
     for spec in table.tensors.values():
         parts = spec.location.split("/")
@@ -837,7 +843,7 @@ def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[s
         if not plain or averaged.get(spec.location, spec.dtype) != spec.dtype:
             large.add(group)
         elif spec.location in averaged and spec.nbytes:
-            held.append(spec.location)
+            held.append(spec)
     return {group: held for group, held in groups.items() if group not in large}
 
 
@@ -861,7 +867,7 @@ class _Copy:
     linked: list[tuple[str, Any, Any]] = field(default_factory=list)  # what has several names
     places: dict[tuple[int, int], str] = field(default_factory=dict)  # where it is by now
     dropped: Collection[str] = ()
-    whole: Mapping[str, Sequence[str]] = field(default_factory=dict)  # see `_whole_groups`
+    whole: Mapping[str, Sequence[TensorSpec]] = field(default_factory=dict)  # see `_whole_groups`
     averaged: dict[str, tuple[int, str, str]] = field(default_factory=dict)
     moved: list[tuple[int, int, int]] = field(default_factory=list)  # from, to, bytes
 
@@ -931,14 +937,10 @@ class _Copy:
     def copy_whole(self, path: str, parent: Any, target: Any, name: bytes) -> None:
         """Let libhdf5 copy a group of small tensors at once, which is ten times as fast."""
         h5o.copy(parent, name, target, name)
-        for location in self.whole[path]:
-            made = h5d.open(self.groups[""], _bytes(location))
-            _, byteorder = _kind(made.get_type(), location)
-            self.averaged[location] = (
-                made.get_offset(),
-                self.request.averaged[location],
-                byteorder,
-            )
+        for spec in self.whole[path]:
+            made = h5d.open(self.groups[""], _bytes(spec.location))
+            wanted = self.request.averaged[spec.location]
+            self.averaged[spec.location] = (made.get_offset(), wanted, spec.byteorder)
 
     def group(self, source: Any, target: Any, name: bytes, path: str) -> Any:
         """Create a group like its source."""
@@ -1034,6 +1036,11 @@ def _bytes_of(path: Place, mode: str) -> Iterator[Window]:
         return
     with open(path, mode) as file:
         yield Window(path, file.fileno(), 0)
+
+
+def _check_attributes(item: Any, path: str) -> None:
+    for k in range(h5a.get_num_attrs(item)):
+        _check_attribute(h5a.open(item, index=k), path)
 
 
 def _copy_attribute(attribute: Any, target: Any, path: str) -> None:

@@ -7,6 +7,7 @@ held.  So it runs in a child, and a child that dies costs one error line.  Knows
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -135,6 +136,7 @@ class _Lane:
 def _work(task: Task, items: Sequence[Any], writer: Writer) -> None:
     """Work through the items in the child."""
     _limit_memory()
+    gc.disable()  # a third of the time of 100,000 tensors, for cycles that nobody makes
     alive = _Pulse(writer)
     for item in items:
         alive()
