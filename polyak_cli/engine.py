@@ -47,7 +47,7 @@ from polyak_cli.tensors import (
 
 #: Elements folded at a time: 256 KiB of float32, with its float64 sum and product within L2.
 PIECE = 1 << 16
-#: Pieces, or bundles, that are folded between two messages.
+#: Pieces, or slabs of small tensors, that are folded between two messages.
 PIECES, BATCH = 8, 256
 #: Bytes of the inputs from which on it pays to fork.
 SPREAD = 64 << 20
@@ -228,13 +228,14 @@ def _is_small(tensor: Averaged) -> bool:
 def batches(work: Iterable[Bundle], elements: int) -> Iterator[list[Bundle]]:
     """Gather bundles, so that a message is not sent for a handful of bytes."""
     batch: list[Bundle] = []
-    total = 0
+    total = length = 0
     for bundle in work:
         batch.append(bundle)
         total += _count(bundle)
-        if total >= elements or len(batch) >= BATCH:
+        length += len(bundle)
+        if total >= elements or length >= BATCH:
             yield batch
-            batch, total = [], 0
+            batch, total, length = [], 0, 0
     if batch:
         yield batch
 

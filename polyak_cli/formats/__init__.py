@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib
 import os
 import secrets
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,19 +57,19 @@ def scan(paths: Sequence[Path], *, jobs: int = 1, everything: bool = False) -> l
         FormatError: a file is foreign, damaged, hostile, or still being written.
         MismatchError: they are not of one format.
     """
-    from polyak_cli.formats.twins import is_twin
+    from polyak_cli.formats.twins import twins
 
     if not paths:
         return []
     files = [File(str(path), _identity(path)) for path in paths]
     name = _common_format(paths)
     (template,) = _scanned(name, files[-1:], 1, everything=True)
-    twins = [is_twin(template, file) for file in files[:-1]]
-    others = [file for file, twin in zip(files, twins, strict=False) if not twin]
+    same = twins(template, files[:-1])
+    others = [file for file, twin in zip(files, same, strict=False) if not twin]
     scanned = iter(_scanned(name, others, jobs, everything=everything))
     older = [
         replace(template, path=Path(file.path), files=(file,)) if twin else next(scanned)
-        for file, twin in zip(files, twins, strict=False)
+        for file, twin in zip(files, same, strict=False)
     ]
     return [*older, template]
 
@@ -145,7 +147,14 @@ def _spec(
 ) -> TensorSpec:
     """Build one row of a table."""
     where = _storage(*storage) if storage else None
-    return TensorSpec(name, tuple(shape), dtype, byteorder, location, where, *rest)
+    # Shared by all that have the same: JSON has made a new text for each of 100,000.
+    kind, extent = sys.intern(dtype), _shape(*shape)
+    return TensorSpec(name, extent, kind, byteorder, location, where, *rest)
+
+
+@functools.cache
+def _shape(*shape: int) -> tuple[int, ...]:
+    return shape
 
 
 def _storage(kind: str, *row: Any) -> Storage:
@@ -341,7 +350,13 @@ def lay_out(
         raise OSError(errno.ENOSPC, str(outcome))
     if isinstance(outcome, PolyakError):
         raise outcome
-    places = {location: LaidOut(*place) for location, place in outcome["places"].items()}
+    found = outcome["places"]
+    places = {
+        location: LaidOut(offset, sys.intern(dtype), *rest)
+        for location in averaged
+        if location in found
+        for offset, dtype, *rest in (found[location],)
+    }
     files = outcome.get("files", [str(output)])
     return Room(files, places, lambda: form.seal(str(output), outcome))
 

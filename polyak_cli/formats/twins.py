@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +22,19 @@ from polyak_cli.tensors import Extent, File, Identity, Table, read_exactly
 _STEP = 1 << 18
 
 
-def is_twin(table: Table, file: File) -> bool:
-    """Tell whether a file equals the one of ``table`` in every byte outside of its tensors.
+def twins(table: Table, files: Sequence[File]) -> list[bool]:
+    """Tell which files equal the one of ``table`` in every byte outside of its tensors.
 
-    False too for whatever cannot be read or is still being written: a scan will say why.
+    Not those either that cannot be read or are still being written: a scan will say why.
     """
+    extents = _extents(table)
+    return [_is_twin(table, file, extents) for file in files]
+
+
+def _is_twin(table: Table, file: File, extents: npt.NDArray[np.int64]) -> bool:
     template, size = table.files[0], file.identity.size
     if len(table.files) > 1 or size != template.identity.size:
         return False
-    extents = _extents(table)
     try:
         with _opened(*file) as one, _opened(*template) as other:
             return all(
