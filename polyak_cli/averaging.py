@@ -24,6 +24,7 @@ import numpy as np
 from polyak_cli import __version__, checkpoints, ema, engine, formats, schemes
 from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
+from polyak_cli.formats import publishing
 from polyak_cli.matching import Row, match, sources_of
 from polyak_cli.tensors import FLOATS, File, LaidOut, Table, TensorSpec, is_carried, itemsize
 
@@ -323,7 +324,7 @@ def plan(
         carried_rows=tuple(carried),
     )
     if target:
-        formats.check_room(target, made.bytes_to_write)
+        publishing.check_room(target, made.bytes_to_write)
     return made
 
 
@@ -343,7 +344,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     begun = time.perf_counter()
     force = plan.options.get("force", False)
     folder = formats.is_folder(plan.output, plan.tables[-1])
-    with formats.publish(plan.output, force=force, folder=folder) as hidden:
+    with publishing.publish(plan.output, force=force, folder=folder) as hidden:
         totals, nbytes, differing = _write(plan, hidden, progress or (lambda _: None))
     spent = totals.reading + totals.folding + totals.writing
     return Report(

@@ -321,7 +321,7 @@ class Format(Protocol):
         Returns:
             ``places``: location -> [offset, dtype, byteorder, file] of every averaged tensor that
             is not empty; ``files`` where there are several, the others called like the output with
-            something appended (see `formats.publish`); and whatever `seal` wants to know.
+            something appended (see `publishing.publish`); and whatever `seal` wants to know.
         """
 
     def check(self, path: str, alive: Alive) -> None:

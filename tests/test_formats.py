@@ -20,7 +20,7 @@ import pytest
 
 from polyak_cli import formats
 from polyak_cli.errors import FormatError, OutputError, PolyakError
-from polyak_cli.formats import hdf5, sandbox
+from polyak_cli.formats import hdf5, publishing, sandbox
 from polyak_cli.formats.chunks import Chunks
 from polyak_cli.tensors import Extent, Table
 from tests.oracle import write_model
@@ -549,7 +549,7 @@ def test_a_published_file_appears_whole_with_the_user_s_mode(tmp_path: Path) -> 
     """The output takes its name at the end, with the permissions of any new file."""
     old = os.umask(0o027)
     try:
-        with formats.publish(tmp_path / "o.h5", force=False) as hidden:
+        with publishing.publish(tmp_path / "o.h5", force=False) as hidden:
             assert hidden.parent == tmp_path
             assert hidden.name.startswith(".")
             hidden.write_bytes(b"new")
@@ -584,7 +584,7 @@ def test_what_gets_its_name_is_on_the_disk(
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "link", linked)
     monkeypatch.setattr(Path, "replace", renamed)
-    with formats.publish(tmp_path / "o.h5", force=force) as hidden:
+    with publishing.publish(tmp_path / "o.h5", force=force) as hidden:
         hidden.write_bytes(b"new")
     assert events == ["file", "named", "folder"]
 
@@ -595,7 +595,7 @@ def test_a_failure_leaves_the_old_output_and_nothing_else(
 ) -> None:
     """On any exception, an interrupt too, the hidden file is gone and the old one intact."""
     (tmp_path / "o.h5").write_bytes(b"old")
-    with pytest.raises(error), formats.publish(tmp_path / "o.h5", force=True) as hidden:
+    with pytest.raises(error), publishing.publish(tmp_path / "o.h5", force=True) as hidden:
         hidden.write_bytes(b"half")
         raise error
     assert (tmp_path / "o.h5").read_bytes() == b"old"
@@ -606,7 +606,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     """Without --force, whoever came first keeps the name."""
     with (
         pytest.raises(OutputError, match="already exists"),
-        formats.publish(tmp_path / "o.h5", force=False) as hidden,
+        publishing.publish(tmp_path / "o.h5", force=False) as hidden,
     ):
         hidden.write_bytes(b"ours")
         (tmp_path / "o.h5").write_bytes(b"theirs")
@@ -619,7 +619,7 @@ def test_replacing_keeps_the_mode_and_follows_a_link(tmp_path: Path) -> None:
     (tmp_path / "real.h5").write_bytes(b"old")
     (tmp_path / "real.h5").chmod(0o600)
     (tmp_path / "o.h5").symlink_to("real.h5")
-    with formats.publish(tmp_path / "o.h5", force=True) as hidden:
+    with publishing.publish(tmp_path / "o.h5", force=True) as hidden:
         hidden.write_bytes(b"new")
     assert (tmp_path / "o.h5").is_symlink()
     assert (tmp_path / "real.h5").read_bytes() == b"new"
@@ -640,7 +640,7 @@ def test_an_output_that_is_an_input_is_refused_through_links(tmp_path: Path) -> 
 def test_no_room_is_told_before_the_work(tmp_path: Path) -> None:
     """An output larger than the disk is refused with both sizes."""
     with pytest.raises(OutputError, match="free; make room"):
-        formats.check_room(tmp_path / "o.h5", 1 << 60)
+        publishing.check_room(tmp_path / "o.h5", 1 << 60)
 
 
 def test_what_it_wrote_is_recognised(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from polyak_cli import average, plan
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, PolyakError
-from polyak_cli.formats import crc32c, publish, sstables, tf_bundle
+from polyak_cli.formats import crc32c, publishing, sstables, tf_bundle
 from polyak_cli.tensors import Scan
 from tests.oracle import Array
 
@@ -254,7 +254,7 @@ def test_all_files_get_their_names_or_none(tmp_path: Path, taken: str) -> None:
     """A name that was taken meanwhile leaves nothing behind."""
     with (
         pytest.raises(OutputError, match="already exists"),
-        publish(tmp_path / "o.index", force=False) as hidden,
+        publishing.publish(tmp_path / "o.index", force=False) as hidden,
     ):
         hidden.with_name(f"{hidden.name}.data-00000-of-00001").write_bytes(b"ours")
         (tmp_path / taken).write_bytes(b"theirs")
@@ -264,7 +264,10 @@ def test_all_files_get_their_names_or_none(tmp_path: Path, taken: str) -> None:
 
 def test_an_interrupt_leaves_no_shard(tmp_path: Path) -> None:
     """Hidden files of every name are gone, whatever ended the work."""
-    with pytest.raises(KeyboardInterrupt), publish(tmp_path / "o.index", force=True) as hidden:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        publishing.publish(tmp_path / "o.index", force=True) as hidden,
+    ):
         hidden.with_name(f"{hidden.name}.data-00000-of-00001").write_bytes(b"ours")
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []

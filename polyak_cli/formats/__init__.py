@@ -1,7 +1,7 @@
-"""HOW tensors are stored: scan checkpoints, lay out an output, and publish it whole or not at all.
+"""HOW tensors are stored: scan checkpoints, and lay out an output like the newest of them.
 
-The formats themselves are one module each; this one runs their jobs in children (`sandbox`) and
-holds the one atomic writer, `publish`.
+The formats themselves are one module each; this one runs their jobs in children (`sandbox`).  The
+one atomic writer is `publishing`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import errno
 import functools
 import importlib
 import os
-import secrets
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, shown
-from polyak_cli.formats import folders
+from polyak_cli.formats import publishing
 from polyak_cli.formats.detection import detect
 from polyak_cli.tensors import (
     COMMON,
@@ -93,14 +92,11 @@ def _scanned(name: str, files: Sequence[File], jobs: int, *, everything: bool) -
 
     names = [file.path for file in files]
     requests = [Scan(path, everything) for path in names]
-    tables = []
     children = max(1, min(jobs, len(files)))
-    with contextlib.closing(sandbox.each(module(name).scan, requests, names, children)) as outcomes:
-        for file, outcome in zip(files, outcomes, strict=True):
-            if isinstance(outcome, PolyakError):
-                raise outcome
-            tables.append(_table(name, file, outcome))
-    return tables
+    with contextlib.closing(
+        sandbox.values(module(name).scan, requests, names, children)
+    ) as scanned:
+        return [_table(name, file, found) for file, found in zip(files, scanned, strict=True)]
 
 
 def _identity(path: Path) -> Identity:
@@ -185,12 +181,7 @@ def descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
     from polyak_cli.formats import hdf5, sandbox
 
     names = [str(path) for path in paths]
-    with contextlib.closing(sandbox.each(hdf5.description, names, names)) as outcomes:
-        for outcome in outcomes:
-            if isinstance(outcome, PolyakError):
-                raise outcome
-            model, training, keras = outcome
-            yield model, training, keras
+    yield from sandbox.values(hdf5.description, names, names)
 
 
 def averages(paths: Sequence[Path], *, jobs: int = 1) -> Collection[Path]:
@@ -215,12 +206,8 @@ def check(tables: Sequence[Table], *, jobs: int) -> None:
     form = module(tables[-1].format)
     if form.CHECKED:
         names = [str(table.path) for table in tables]
-        with contextlib.closing(
-            sandbox.each(form.check, names, names, min(jobs, len(names)))
-        ) as outcomes:
-            for outcome in outcomes:
-                if isinstance(outcome, PolyakError):
-                    raise outcome
+        for _ in sandbox.values(form.check, names, names, min(jobs, len(names))):
+            pass
 
 
 def _detected(path: Path) -> str:
@@ -413,7 +400,7 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
         return
     if folder_wanted and output.exists():
         inputs = [file for table in tables for file in table.files]
-        folders.check(output, inputs, force=force)
+        publishing.check_folder(output, inputs, force=force)
         return
     if output.exists():
         _check_existing(output, tables)
@@ -427,7 +414,7 @@ def _further(output: Path, template: Table) -> list[Path]:
     Raises:
         OutputError: the name is a link, beside whose target they would not be found.
     """
-    further = [_beside(output, tail) for tail in template.tails]
+    further = [publishing.beside(output, tail) for tail in template.tails]
     if further and output.is_symlink():
         raise OutputError(
             f"{shown(output)}: is a link, and the output has several files; name the place itself"
@@ -453,123 +440,3 @@ def _check_existing(output: Path, tables: Sequence[Table]) -> None:
             )
     if not output.is_file():
         raise OutputError(f"{shown(output)}: is not a regular file; name another output")
-
-
-def check_room(output: Path, nbytes: int) -> None:
-    """Refuse an output that the disk has no room for.
-
-    Raises:
-        OutputError: with both sizes.
-    """
-    space = os.statvfs(output.resolve().parent)
-    free = space.f_bavail * space.f_frsize
-    if nbytes > free:
-        raise OutputError(
-            f"{shown(output)}: needs {nbytes} bytes, but its disk has {free} free; make room or "
-            "write elsewhere"
-        )
-
-
-@contextlib.contextmanager
-def publish(output: Path, *, force: bool, folder: bool = False) -> Iterator[Path]:
-    """Yield a hidden path beside ``output`` that takes its name when the block ends well.
-
-    The file is synced, renamed, and its folder synced.  On any exception - an interrupt too - the
-    hidden file is gone and what had the name before is untouched.  A link is followed, so that
-    what it points to is replaced.
-
-    Further files of a format that needs several are called like the hidden one with something
-    appended, which takes the place of the output's suffix in the end.  They get their names before
-    the output itself does, so that whoever sees it sees all of it.  Only where ``force`` replaces
-    an older output of several files, there is an instant, and after a loss of power perhaps a
-    state, in which the older one's first file stands beside the new ones.
-
-    Raises:
-        OutputError: it cannot be written, or appeared meanwhile and ``force`` is not given.
-    """
-    final = output.resolve()
-    if folder:
-        try:
-            with folders.publish(final, force=force) as hidden:
-                yield hidden
-        except OSError as error:
-            raise OutputError(_unwritable(output, error)) from error
-        return
-    hidden = final.parent / f".polyak-{os.getpid()}-{secrets.token_hex(4)}.partial"
-    try:
-        with open(hidden, "xb"):  # the user's umask gives its mode, as for any new file
-            pass
-        yield hidden
-        further = [path for path in _written(hidden) if path != hidden]
-        named = {path: _beside(final, path.name[len(hidden.name) :]) for path in further}
-        named[hidden] = final
-        for path in named:
-            folders.sync(path)
-        if force:
-            _replace(named)
-        else:
-            _rename_new(named)
-        folders.sync(final.parent)
-    except OSError as error:
-        raise OutputError(_unwritable(output, error)) from error
-    finally:
-        try:
-            _remove(hidden)
-        finally:  # an interrupt may fall into the line above; the next one is ignored by then
-            _remove(hidden)
-
-
-def _written(hidden: Path) -> list[Path]:
-    """Return all files of an output that has not got its name yet."""
-    return [hidden, *sorted(hidden.parent.glob(f"{hidden.name}.*"))]
-
-
-def _remove(hidden: Path) -> None:
-    for path in _written(hidden):
-        path.unlink(missing_ok=True)
-
-
-def _beside(output: Path, tail: str) -> Path:
-    """Return what a further file of an output is called."""
-    return output.with_name(output.stem + tail)
-
-
-def _replace(named: Mapping[Path, Path]) -> None:
-    """Give files their names, whatever had them before."""
-    for hidden, final in named.items():
-        if final.exists():
-            hidden.chmod(final.stat().st_mode & 0o7777)
-        hidden.replace(final)
-
-
-def _rename_new(named: Mapping[Path, Path]) -> None:
-    """Give files their names, unless another has taken one since they were checked."""
-    try:
-        for hidden, final in named.items():
-            _link(hidden, final)
-    except BaseException:  # all or nothing, an interrupt too
-        for hidden, final in named.items():
-            if not hidden.exists() or (final.exists() and final.samefile(hidden)):
-                final.unlink(missing_ok=True)
-        raise
-
-
-def _link(hidden: Path, final: Path) -> None:
-    """Give one file its name; the hidden one may stay beside it."""
-    try:
-        os.link(hidden, final)  # fails where the name exists; rename would replace
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if final.exists():
-            raise FileExistsError(errno.EEXIST, "exists") from None
-        hidden.replace(final)
-
-
-def _unwritable(output: Path, error: OSError) -> str:
-    name = shown(output)
-    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-        return f"{name}: already exists; use --force to replace it"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{name}: no room to write it ({error.strerror}); make room or write elsewhere"
-    return f"{name}: cannot be written: {error.strerror}"

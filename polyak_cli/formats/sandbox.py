@@ -59,6 +59,17 @@ def each(
             lane.stop()
 
 
+def values(
+    task: Task, items: Sequence[Any], names: Sequence[str], jobs: int = 1
+) -> Generator[Any, None, None]:
+    """Yield what `each` does, but raise the first PolyakError."""
+    with contextlib.closing(each(task, items, names, jobs)) as outcomes:
+        for outcome in outcomes:
+            if isinstance(outcome, PolyakError):
+                raise outcome
+            yield outcome
+
+
 @dataclass(slots=True)
 class _Lane:
     """One child at a time, working through its share of the items."""
