@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from polyak_cli import average
-from polyak_cli.errors import MismatchError
+from polyak_cli.errors import FormatError, MismatchError
+from polyak_cli.formats import keras_emas
 from tests.oracle import Array, read_model, write_model
 
 SLOTS = {"sgd/m_d_kernel_average": "m/d/kernel", "sgd/m_d_bias_average": "m/d/bias"}
@@ -105,3 +106,68 @@ def test_a_weights_file_says_why_it_cannot(tmp_path: Path) -> None:
         file["d/vars/0"] = file["optimizer/vars/2"] = np.ones(3, "f4")
     with pytest.raises(MismatchError, match=r"numbers the optimizer's variables"):
         average([path], tmp_path / "o.weights.h5", use_ema=True)
+
+
+def configuration(**settings: Any) -> dict[str, Any]:
+    """Return what an archive says of two dense layers of one shape and their optimizer.
+
+    Args:
+        **settings: of the optimizer, with its class_name, or the layers' class, module or names.
+    """
+    names = settings.pop("names", ("b", "a"))
+    kind = {"class_name": settings.pop("layer", "Dense"), "module": settings.pop("of", "keras.x")}
+    layers = [kind | {"config": {"name": name, "trainable": True}} for name in names]
+    chosen = {"use_ema": True, "learning_rate": 0.1, "momentum": 0.0} | settings
+    name = chosen.pop("class_name", "SGD")
+    optimizer = {"class_name": name, "module": "keras.optimizers", "config": chosen}
+    model = {"class_name": "Sequential", "module": "keras", "config": {"layers": layers}}
+    return model | {"compile_config": {"optimizer": optimizer}}
+
+
+OWN = {f"/layers/dense{k}/vars/{n}": [3, 3][n:] for k in ("", "_1") for n in (0, 1)}
+STATE = {f"/optimizer/vars/{k}": [[], [], [3, 3], [3], [3, 3], [3]][k] for k in range(6)}
+LABELS = {"/layers/dense/vars": "b", "/layers/dense_1/vars": "a"}
+
+
+def test_the_slots_of_an_archive_follow_its_configuration() -> None:
+    """By the order of the layers there, whatever they are called; a schedule is no variable."""
+    expected = dict(zip([*STATE][2:], ([place] for place in OWN), strict=True))
+    assert keras_emas.slots(configuration(), OWN, STATE, LABELS) == expected
+    assert keras_emas.slots(configuration(), OWN, STATE, {}) == expected  # of an older Keras
+    said = configuration(learning_rate={"class_name": "ExponentialDecay"})
+    moved = {f"/optimizer/vars/{k}": shape for k, shape in enumerate([*STATE.values()][1:])}
+    found = keras_emas.slots(said, OWN, moved, LABELS)
+    assert [*found.values()] == [*expected.values()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_ema": False}, "not trained with use_ema=True"),
+        ({"class_name": "Mine"}, "optimizer Mine keeps"),
+        ({"class_name": ["SGD"]}, "optimizer .* keeps"),
+        ({"momentum": 0.9, "amsgrad": True}, "has 6 variables; expected 2 and 3 of each"),
+        ({"momentum": 0.9}, "has EMAs of 2 tensors, which are not the 4"),
+        ({"names": "bac"}, None),
+        ({"names": "b"}, "has EMAs of 4 tensors, which are not the 2"),
+        ({"names": "ab"}, "'/layers/dense' is not of the layer"),
+        ({"of": "mine"}, "'Dense' is not known"),
+        ({"layer": ["Dense"]}, "a layer without a class"),
+    ],
+)
+def test_what_a_configuration_does_not_tell_is_refused(
+    settings: dict[str, Any], message: str | None
+) -> None:
+    """Rather than to take one tensor's EMA for another's; layers without tensors do not matter."""
+    if message is None:
+        assert len(keras_emas.slots(configuration(**settings), OWN, STATE, LABELS)) == 4
+        return
+    with pytest.raises(FormatError, match=message):
+        keras_emas.slots(configuration(**settings), OWN, STATE, LABELS)
+
+
+@pytest.mark.parametrize("said", [{}, {"compile_config": 3}, {"compile_config": {"optimizer": []}}])
+def test_a_configuration_of_any_kind_is_read(said: dict[str, Any]) -> None:
+    """It may be a stranger's."""
+    with pytest.raises(FormatError, match="use_ema=True"):
+        keras_emas.slots(said, OWN, STATE, LABELS)

@@ -209,9 +209,9 @@ def test_what_differs_from_save_to_save_is_no_other_configuration(tmp_path: Path
     assert notes == [False, False, True]
 
 
-def test_an_ema_cannot_be_told_by_numbers(tmp_path: Path) -> None:
-    """--use-ema on a .keras says why it cannot be, and how it can."""
-    with pytest.raises(MismatchError, match=r"m_1.keras: has no EMA slots.*numbers"):
+def test_an_archive_without_an_ema_says_so(tmp_path: Path) -> None:
+    """--use-ema wants a run that kept one."""
+    with pytest.raises(MismatchError, match=r"m_1.keras: has no EMA slots.*use_ema=True"):
         average(write_pair(tmp_path), tmp_path / "o.keras", use_ema=True)
 
 

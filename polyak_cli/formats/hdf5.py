@@ -66,7 +66,7 @@ WEIGHTS_CAUTIONS = {
     "optimizer": "optimizer state is the newest checkpoint's: its momentum does not belong to "
     "averaged values",
     "ema": "a weights file numbers the optimizer's variables without saying which are EMA slots "
-    "and of what; save whole models with model.save('....h5')",
+    "and of what; save whole models with model.save()",
 }
 #: What users would call the content, by its first bytes.
 FOREIGN = {

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats import hdf5, zips
+from polyak_cli.formats import hdf5, keras_emas, zips
 from polyak_cli.formats.windows import Window
 from polyak_cli.tensors import Alive, Extent, Layout, Scan, TensorSpec
 
@@ -31,7 +31,7 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
     """See `tensors.Format.scan`."""
     with zips.opened(request.path) as (file, members, _):
         config, weights = _parts(members)
-        digest = _digest(zips.whole(file, config))
+        said = _configuration(zips.whole(file, config))
         with _inner(file, weights, alive) as window:
             found = hdf5.weights(window, alive, everything=request.everything)
         if not found["tensors"]:
@@ -39,8 +39,22 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
         table = hdf5.weights_table(found)
         for row in (*table["tensors"], *table["others"]):
             row[5] = _in_archive(row[5], weights, row[0])
-        about = {**_version(file, members), **table["about"]} if request.everything else {}
-        return table | {"config": digest, "suffixes": [], "about": about}
+        if request.everything:
+            table["about"] = {**_version(file, members), **table["about"]}
+            table |= _emas(said, table, found["labels"])
+        return table | {"config": _digest(said), "suffixes": []}
+
+
+def _emas(said: dict[str, Any], table: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
+    """Return the EMA slots of the model's tensors, or why there are none."""
+    own = {row[4]: row for row in table["tensors"]}
+    state = {row[0]: row[1] for row in table["others"]}
+    shapes = {place: row[1] for place, row in own.items()}
+    try:
+        slots = keras_emas.slots(said, shapes, state, labels)
+    except FormatError as error:
+        return {"cautions": {**table["cautions"], "ema": str(error)}}
+    return {"slots": {slot: [own[place][0] for place in of] for slot, of in slots.items()}}
 
 
 def _version(file: BinaryIO, members: Sequence[zips.Member]) -> dict[str, str]:
@@ -69,23 +83,25 @@ def _parts(members: Sequence[zips.Member]) -> tuple[zips.Member, zips.Member]:
     return named[CONFIG], named[WEIGHTS]
 
 
-def _digest(config: bytes) -> str:
-    """Digest the configuration of the model, without what differs from save to save.
-
-    That is how it is trained - the learning rate falls - and numbers of objects in memory.
-    """
+def _configuration(content: bytes) -> dict[str, Any]:
+    """Return the configuration of the model, without the numbers of objects in memory."""
 
     def lasting(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {key: value for key, value in pairs if key != "shared_object_id"}
 
     try:
-        parsed = json.loads(config, object_pairs_hook=lasting)
+        parsed = json.loads(content, object_pairs_hook=lasting)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"its {CONFIG} is damaged: {shown(error)}") from None
     if not isinstance(parsed, dict):
         raise FormatError(f"its {CONFIG} is damaged: it is not a JSON object")
-    parsed.pop("compile_config", None)
-    return hashlib.sha256(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
+    return parsed
+
+
+def _digest(said: dict[str, Any]) -> str:
+    """Digest a configuration without how the model is trained: the learning rate falls."""
+    lasting = {key: value for key, value in said.items() if key != "compile_config"}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

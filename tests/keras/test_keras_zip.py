@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from polyak_cli import average
+from polyak_cli.errors import MismatchError
 from tests.command import polyak
 from tests.keras.test_opens import set_by_hand
 
@@ -145,3 +146,69 @@ def test_an_average_is_scored(tmp_path: Path) -> None:
     done = polyak("evaluate", "o.keras", "--data", "rows.npz", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "o.keras" in json.dumps(json.loads(done.stdout))
+
+
+def recurrent() -> Any:
+    """Return a model of layers that consist of others, and of equal ones named out of order."""
+    layers = keras.layers
+    entry = keras.Input((4,))
+    both = [layers.Dense(4, name=name)(entry) for name in ("z", "a")]
+    steps = layers.Reshape((4, 1))(layers.Dense(4, name="m")(layers.Concatenate()(both)))
+    steps = layers.Bidirectional(layers.LSTM(4, return_sequences=True))(steps)
+    steps = layers.TimeDistributed(layers.Dense(4))(layers.MultiHeadAttention(2, 2)(steps, steps))
+    return keras.Model(entry, layers.Dense(3, activation="softmax")(layers.GRU(3)(steps)))
+
+
+def frozen() -> Any:
+    """Return a model of which one layer is not trained."""
+    model = sequential()
+    model.layers[0].trainable = False
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "optimizer", "settings", "policy"),
+    [
+        (sequential, "Adam", {}, "float32"),
+        (nested, "SGD", {"momentum": 0.9}, "mixed_float16"),
+        (recurrent, "AdamW", {"gradient_accumulation_steps": 2}, "float32"),
+        (frozen, "SGD", {}, "bfloat16"),
+    ],
+)
+def test_the_ema_of_an_archive_is_taken(
+    tmp_path: Path, build: Any, optimizer: str, settings: dict[str, Any], policy: str
+) -> None:
+    """What Keras's own `finalize_variable_values` would make of the model, numbered as it is."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = build()
+    finally:
+        keras.config.set_dtype_policy(before)
+    made = getattr(keras.optimizers, optimizer)(0.01, use_ema=True, **settings)
+    model.compile(made, "sparse_categorical_crossentropy")
+    model.fit(ROWS, LABELS, verbose=0)
+    emas = made._model_variables_moving_average
+    random = np.random.default_rng(0)
+    for variable in (*model.weights, *emas):  # so that any two that are mixed up differ
+        variable.assign(random.normal(size=variable.shape))
+    model.save(tmp_path / "m.keras")
+    report = average(tmp_path / "m.keras", tmp_path / "o.keras", use_ema=True)
+    made.finalize_variable_values(model.trainable_variables)
+    opened = keras.saving.load_model(tmp_path / "o.keras", compile=False)
+    for ours, theirs in zip(opened.get_weights(), model.get_weights(), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    assert sum(len(found) for found in report.plan.tables[-1].slots.values()) == len(emas) > 0
+
+
+def test_a_layer_whose_order_is_not_known_has_its_ema_refused(tmp_path: Path) -> None:
+    """It is named; without --use-ema the archive is averaged."""
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.SpectralNormalization(keras.layers.Dense(3))]
+    )
+    model.compile(keras.optimizers.Adam(use_ema=True), "sparse_categorical_crossentropy")
+    model.fit(ROWS, LABELS, verbose=0)
+    model.save(tmp_path / "m.keras")
+    average(tmp_path / "m.keras", tmp_path / "o.keras")
+    with pytest.raises(MismatchError, match=r"m\.keras: has no EMA .*spectral_normalization'"):
+        average(tmp_path / "m.keras", tmp_path / "p.keras", use_ema=True)

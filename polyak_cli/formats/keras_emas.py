@@ -1,0 +1,170 @@
+"""Which EMA slot is of which tensor in a `.keras` archive, which gives both of them numbers only.
+
+Keras keeps the EMAs in the order of the trainable variables.  For models that are made of Keras's
+own layers that order follows from the configuration; anything else is refused, since two tensors of
+one shape that are mixed up would go unseen.  Builds nothing and reads no file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.formats.keras_names import in_order
+
+#: Slots that an optimizer keeps of each variable by default, and settings that add another one.
+_KEPT = {
+    "SGD": 0,
+    "RMSprop": 1,
+    "Adam": 2,
+    "AdamW": 2,
+    "Adamax": 2,
+    "Adagrad": 1,
+    "Adadelta": 2,
+    "Lion": 1,
+    "Lamb": 2,
+    "Ftrl": 2,
+}
+_MORE = ("momentum", "amsgrad", "centered", "gradient_accumulation_steps")
+#: What a layer of Keras has below itself, in the order in which it lists their variables.
+_INNER = (
+    *("cell", "layer", "forward_layer", "backward_layer"),
+    *("query_dense", "key_dense", "value_dense", "output_dense"),
+)
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+class _Tree(NamedTuple):
+    """The model's tensors: group -> what is in it, as paths; and the names of layers."""
+
+    below: Mapping[str, Sequence[str]]
+    labels: Mapping[str, str]
+
+
+def slots(
+    config: Mapping[str, Any], own: Shapes, state: Shapes, labels: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Return where each EMA lies, and of which tensor it is.
+
+    Args:
+        config: of the archive.
+        own: location -> shape of the model's tensors.
+        state: the same of the optimizer's.
+        labels: group of variables -> the name of its layer, which only newer files have.
+
+    Raises:
+        FormatError: there is none, or it cannot be told for sure.
+    """
+    emas = _emas(config, state)
+    trained = list(_trained(config, "", _Tree(_below(own), labels)))
+    if [state[place] for place in emas] != [own[place] for place in trained]:
+        raise FormatError(
+            f"its optimizer has EMAs of {len(emas)} tensors, which are not the {len(trained)} that "
+            "its configuration says are trained"
+        )
+    return {slot: [place] for slot, place in zip(emas, trained, strict=True)}
+
+
+def _emas(config: Mapping[str, Any], state: Shapes) -> list[str]:
+    """Return the EMA slots: behind the iteration and the learning rate, before all others."""
+    optimizer = _part(_part(config, "compile_config"), "optimizer")
+    if optimizer.get("class_name") == "LossScaleOptimizer":
+        optimizer = _part(_part(optimizer, "config"), "inner_optimizer")
+    settings, kind = _part(optimizer, "config"), optimizer.get("class_name")
+    if settings.get("use_ema") is not True:
+        raise FormatError("the run was not trained with use_ema=True and saved whole")
+    if not isinstance(kind, str) or kind not in _KEPT or not _is_kerases(optimizer):
+        raise FormatError(f"how many slots its optimizer {shown(kind, 40)} keeps is not known here")
+    # Under mixed_float16, Keras scales the loss around an optimizer without telling.
+    scaled = [place for place in state if place.startswith("/optimizer/inner_optimizer/vars/")]
+    plain = [place for place in state if place.startswith("/optimizer/vars/")]
+    places = sorted(scaled or plain, key=in_order)
+    first = 1 if isinstance(settings.get("learning_rate"), dict) else 2  # a schedule is no variable
+    each = 1 + _KEPT[kind] + sum(bool(settings.get(key)) for key in _MORE)
+    count, rest = divmod(len(places) - first, each)
+    if count < 1 or rest:
+        raise FormatError(
+            f"its optimizer {shown(kind)} has {len(places)} variables; expected {first} and {each} "
+            "of each tensor that is trained"
+        )
+    return places[first : first + count]
+
+
+def _below(own: Shapes) -> dict[str, list[str]]:
+    """Return what is in each group, as a reader counts."""
+    below: dict[str, dict[str, None]] = defaultdict(dict)
+    for place in sorted(own, key=in_order):
+        while place:
+            home = place.rpartition("/")[0]
+            below[home][place] = None
+            place = home
+    return {home: list(held) for home, held in below.items()}
+
+
+def _trained(layer: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[str]:
+    """Yield the trainable tensors of a layer or model, in the order in which Keras lists them."""
+    config, kind = _part(layer, "config"), layer.get("class_name")
+    if path not in tree.below:
+        return
+    if config.get("trainable") is False:
+        return
+    if not _is_kerases(layer):
+        raise FormatError(f"the order of the variables of '{shown(kind, 40)}' is not known here")
+    if tree.labels.get(f"{path}/vars", "") not in ("", config.get("name")):
+        raise FormatError(f"'{shown(path)}' is not of the layer that its configuration has there")
+    if kind in ("Sequential", "Functional"):
+        yield from _of_layers(config, path, tree)
+    elif kind == "BatchNormalization":
+        trained = bool(config.get("scale", True)) + bool(config.get("center", True))
+        yield from tree.below.get(f"{path}/vars", ())[:trained]
+    elif kind != "Normalization":
+        yield from _of_one(path, tree)
+
+
+def _of_layers(config: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[str]:
+    """Yield those of a model, whose layers are named by their classes and counted."""
+    layers = config.get("layers")
+    if tree.below[path] != [f"{path}/layers"] or not isinstance(layers, list):
+        raise FormatError(f"the model '{shown(config.get('name'), 40)}' has tensors of its own")
+    counted: Counter[str] = Counter()
+    for layer in layers:
+        if not isinstance(layer, dict) or not isinstance(layer.get("class_name"), str):
+            raise FormatError("its configuration is damaged: it has a layer without a class")
+        name = _snake_case(layer["class_name"])
+        number = f"_{counted[name]}" if counted[name] else ""
+        counted[name] += 1
+        yield from _trained(layer, f"{path}/layers/{name}{number}", tree)
+
+
+def _of_one(path: str, tree: _Tree) -> Iterator[str]:
+    """Yield all tensors of a layer: its own, or those of what it consists of."""
+    held = {place.rpartition("/")[2]: place for place in tree.below[path]}
+    if held.keys() == {"vars"}:
+        yield from tree.below[held["vars"]]
+        return
+    if held.keys() - {*_INNER}:
+        raise FormatError(f"the order of the variables in '{shown(path)}' is not known here")
+    for name in _INNER:
+        if name in held:
+            yield from _of_one(held[name], tree)
+
+
+def _part(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return an object in a configuration, or an empty one."""
+    found = said.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _is_kerases(said: Mapping[str, Any]) -> bool:
+    """Tell whether a layer, model or optimizer is one that Keras brings."""
+    return str(said.get("module")).partition(".")[0] == "keras"
+
+
+def _snake_case(name: str) -> str:
+    """Return what Keras makes of the name of a class."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
