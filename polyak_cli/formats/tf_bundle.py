@@ -22,11 +22,20 @@ from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats import crc32c, sstables
 from polyak_cli.formats.sstables import Pair, from_number, varint
 from polyak_cli.formats.zips import WHOLE
-from polyak_cli.tensors import Alive, Identity, Layout, Scan, read_exactly, write_exactly
+from polyak_cli.tensors import (
+    FLOATS,
+    Alive,
+    Identity,
+    Layout,
+    Scan,
+    read_exactly,
+    write_exactly,
+)
 
 NAME = "TensorFlow checkpoint"
 SUFFIXES = (".index",)
 CHECKED = True
+TYPES = frozenset(FLOATS)
 #: A block of metadata, which TensorFlow never looks for: a key would be one more variable.
 PROVENANCE = b"polyak_provenance"
 #: TensorFlow's numbers of types: name and bytes of an element, 0 where that varies.

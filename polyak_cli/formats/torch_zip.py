@@ -24,11 +24,12 @@ import numpy as np
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats import pickles, zips
 from polyak_cli.formats.pickles import SIZES, Pairs, Stored, Tensor
-from polyak_cli.tensors import Alive, Layout, Scan, read_exactly, write_exactly
+from polyak_cli.tensors import FLOATS, Alive, Layout, Scan, read_exactly, write_exactly
 
 NAME = "PyTorch"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 CHECKED = True
+TYPES = frozenset(FLOATS)
 #: The member that holds this tool's record; PyTorch looks for members by name and ignores others.
 PROVENANCE = "polyak_provenance"
 #: What programs keep beside a model in one file: of the run, not of the model.

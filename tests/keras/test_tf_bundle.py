@@ -101,6 +101,20 @@ def test_types_are_kept_and_what_is_no_float_is_carried(tmp_path: Path) -> None:
     assert_same(found, models[-1])
 
 
+def test_float8_is_averaged(tmp_path: Path) -> None:
+    """In its own type, like any other float."""
+    names = ("float8_e4m3fn", "float8_e5m2")
+    for k in range(2):
+        values = np.random.default_rng(k).normal(size=50)
+        save(tmp_path / f"m-{k}", {name: values.astype(name) for name in names})
+    average(tmp_path, tmp_path / "o.index")
+    found, one, other = (load(tmp_path / f"{name}.index") for name in ("o", "m-0", "m-1"))
+    for name in names:
+        # The mean of two such values is exact in float32.
+        mean = (one[name].astype(np.float32) + other[name].astype(np.float32)) / 2
+        assert found[name].tobytes() == mean.astype(name).tobytes()
+
+
 def test_another_type_is_refused(tmp_path: Path) -> None:
     """TensorFlow restores a variable from its own type only."""
     save(tmp_path / "m-1", {"x": np.ones(3, np.float32)})

@@ -213,6 +213,17 @@ def test_every_plain_type_is_kept(tmp_path: Path) -> None:
     assert found["others"] == other["others"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_averaged(tmp_path: Path, dtype: torch.dtype) -> None:
+    """In its own type, like any other float."""
+    paths = write_pair(tmp_path, lambda: {"x": torch.randn(50).to(dtype)})
+    found, (one, other) = averaged(paths)
+    # The mean of two such values is exact in float32.
+    expected = (0.5 * one["x"].float() + 0.5 * other["x"].float()).to(dtype)
+    assert found["x"].dtype == dtype
+    assert torch.equal(found["x"].view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_parameters_with_attributes(tmp_path: Path) -> None:
     """Megatron and others hang attributes on parameters; those are carried."""
 
