@@ -265,7 +265,7 @@ def check_conversion(
     from polyak_cli.formats import sandbox
 
     name = target(output, template)
-    for dtype in set(averaged.values()) - getattr(module(name), "TYPES", COMMON):
+    for dtype in sorted({*averaged.values()} - getattr(module(name), "TYPES", COMMON)):
         raise OutputError(
             f"{shown(output or template.path)}: is {module(name).NAME}, which has no type {dtype}; "
             "choose another --dtype, or safetensors for the output"
@@ -388,6 +388,7 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
             f"{name}: the checkpoints are {form.NAME}, which is opened only as "
             f"{' or '.join(suffixes)}; give the output that suffix{_otherwise(tables[-1])}"
         )
+    _check_weights_suffix(output, tables[-1], suffixes)
     folder = output.resolve().parent
     if not folder.is_dir():
         raise OutputError(f"{name}: there is no folder {shown(folder)}; create it first")
@@ -406,6 +407,19 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
         _check_existing(output, tables)
     if not force:
         raise OutputError(f"{name}: already exists; use --force to replace it")
+
+
+def _check_weights_suffix(output: Path, template: Table, suffixes: Sequence[str]) -> None:
+    """Refuse what Keras would take for another layout by its name, unless it was called so."""
+    weights = getattr(module(target(output, template)), "WEIGHTS_SUFFIX", None)
+    if not weights or weights in suffixes or template.path.name.endswith(weights):
+        return
+    if output.name.endswith(weights):
+        raise OutputError(
+            f"{shown(output)}: {shown(template.path)} is of Keras's older layout, which "
+            f"load_weights() refuses in a file called {weights}; call the output "
+            f"{' or '.join(suffixes)}"
+        )
 
 
 def _further(output: Path, template: Table) -> list[Path]:
