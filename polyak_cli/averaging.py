@@ -293,7 +293,8 @@ def plan(
     taken, without = ema.in_place(tables) if use_ema else (tables, [])
     rows = match(taken, options.get("match", "name"))
     averaged, carried = _fates(rows, options, shown(tables[-1].path))
-    _check_types(tables[-1], averaged, options)
+    if formats.target(target, tables[-1]) == tables[-1].format:
+        _check_types(tables[-1], averaged, options)
     _check_chunks(tables, rows, memory, options)
     stored = _stored(averaged, options)
     drop = _drops(tables, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,8 @@ from polyak_cli.averaging import Options
 from polyak_cli.errors import OutputError
 from tests.contract import Tensors, assert_same, naive
 from tests.oracle import Array, write_model
+from tests.test_keras_zip import VOCABULARY, members, write_archive
+from tests.test_weights import write_shards
 
 
 def layers(seed: int) -> dict[str, dict[str, Array]]:
@@ -94,6 +97,41 @@ def test_legacy_weights_become_npz(tmp_path: Path) -> None:
     average(path, tmp_path / "o.npz", dtype="float32")
     with np.load(tmp_path / "o.npz") as archive:
         assert_same(dict(archive), {"dense/kernel": np.arange(6, dtype=np.float32)})
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_keras_archives_become_safetensors(tmp_path: Path, method: int) -> None:
+    """Configuration and assets are texts of its metadata, by their names."""
+    models: list[Tensors] = [{"dense": np.full((3, 4), k, np.float32)} for k in (1, 2)]
+    for k, tensors in enumerate(models):
+        content = members(tensors)
+        write_archive(tmp_path / f"m_{k}.keras", content, method)
+    average(tmp_path, tmp_path / "o.safetensors")
+    found = load_file(tmp_path / "o.safetensors")
+    assert_same({"dense": found.pop("layers/dense/vars/0")}, naive(models, [0.5, 0.5]))
+    with safe_open(tmp_path / "o.safetensors", "np") as file:
+        said = file.metadata()
+    assert not found
+    assert said.keys() == {"config.json", "metadata.json", VOCABULARY, "polyak_provenance"}
+    assert all(said[name] == content[name].decode() for name in said if name in content)
+    refused(tmp_path, tmp_path / "m_1.keras", "o.npz", "would be lost: .npz holds names and arr")
+    write_archive(tmp_path / "m_2.keras", content | {VOCABULARY: b"\xff"})
+    refused(tmp_path, tmp_path / "m_2.keras", "p.safetensors", f"'{VOCABULARY}', which is not a t")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_shards_of_keras_weights_become_one_file(tmp_path: Path, suffix: str) -> None:
+    """Their JSON says nothing that the tensors do not."""
+    models: list[Tensors] = [
+        {"a/vars/0": np.full(3, k, np.float32), "b/vars/0": np.full((2, 2), k)} for k in (1.0, 2.0)
+    ]
+    for k, model in enumerate(models):
+        path = tmp_path / f"m_{k}.weights.json"
+        write_shards(path, [{name: values} for name, values in model.items()])
+    output = tmp_path / f"o{suffix}"
+    average(tmp_path, output)
+    found = dict(np.load(output)) if suffix == ".npz" else load_file(output)
+    assert_same(found, naive(models, [0.5, 0.5]))
 
 
 def refused(tmp_path: Path, source: Path, output: str, message: str, **options: object) -> None:

@@ -270,8 +270,7 @@ def check_conversion(
             f"{shown(output or template.path)}: is {module(name).NAME}, which has no type {dtype}; "
             "choose another --dtype, or safetensors for the output"
         )
-    merged = output and len(template.files) > 1 and not is_folder(output, template)
-    if not output or (name == template.format and not (merged and hasattr(module(name), "texts"))):
+    if not output or (name == template.format and not _merges(output, template)):
         return
     request = Layout(template, "", averaged, drop_optimizer, "")
     (outcome,) = sandbox.each(_refuse, [(name, request)], [str(template.path)])
@@ -279,6 +278,12 @@ def check_conversion(
         raise OutputError(f"{shown(output)}: {shown(template.path)} {outcome}")
     if isinstance(outcome, PolyakError):
         raise outcome
+
+
+def _merges(output: Path, template: Table) -> bool:
+    """Tell whether the shards of a folder, each with texts of its own, become one file."""
+    folder = getattr(module(template.format), "FOLDER", False)
+    return folder and len(template.files) > 1 and not is_folder(output, template)
 
 
 def _refuse(request: tuple[str, Layout], alive: Alive) -> None:

@@ -233,24 +233,29 @@ def description(path: str, alive: Alive) -> list[str]:
 
 
 def texts(table: Table, alive: Alive) -> dict[str, str]:
-    """See `conversion.Source.texts`; what only lists the names of tensors is not among them."""
+    """See `conversion.Source.texts`."""
+    return texts_in(table.files[0].path, alive)
+
+
+def texts_in(path: Place, alive: Alive) -> dict[str, str]:
+    """Return the texts of a file; what only lists the names of tensors is not among them."""
     said: dict[str, str] = {}
-    with _opened(table.files[0].path) as (root, _):
-        below = ((path, item) for path, _, item in _walk(root, alive, {OPTIMIZER}))
-        for path, item in (("", root), *below):
+    with _opened(path) as (root, _):
+        below = ((where, item) for where, _, item in _walk(root, alive, {OPTIMIZER}))
+        for where, item in (("", root), *below):
             for k in range(h5a.get_num_attrs(item)):
                 attribute = h5a.open(item, index=k)
-                if _LISTS.fullmatch(b"%b@%b" % (_bytes(path), attribute.name)):
+                if _LISTS.fullmatch(b"%b@%b" % (_bytes(where), attribute.name)):
                     continue
                 name = _text(attribute.name)
                 if not isinstance(attribute.get_type(), h5t.TypeStringID) or attribute.shape != ():
                     raise OutputError(
-                        f"the attribute '{shown(name)}' of '{shown(path or '/')}', which is not a "
+                        f"the attribute '{shown(name)}' of '{shown(where or '/')}', which is not a "
                         "text, would be lost"
                     )
                 text = _text(_attribute_text(item, attribute.name))
                 if said.get(name) != text:  # Keras repeats some in /model_weights
-                    said[f"{path[1:]}/{name}" if path else name] = text
+                    said[f"{where[1:]}/{name}" if where else name] = text
     return said
 
 

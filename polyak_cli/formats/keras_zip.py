@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO
 
-from polyak_cli.errors import FormatError, shown
+from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import hdf5, keras_emas, zips
 from polyak_cli.formats.windows import Window
-from polyak_cli.tensors import Alive, Extent, Layout, Scan, TensorSpec
+from polyak_cli.tensors import Alive, Extent, Layout, Scan, Table, TensorSpec
 
 NAME = "Keras .keras"
 SUFFIXES = (".keras",)
@@ -191,6 +191,23 @@ def _inside(request: Layout) -> Layout:
         suffixes=(hdf5.WEIGHTS_SUFFIX,),
     )
     return request._replace(template=table)
+
+
+def texts(table: Table, alive: Alive) -> dict[str, str]:
+    """See `conversion.Source.texts`: the configuration, and assets that are texts."""
+    with zips.opened(table.files[0].path) as (file, members, _):
+        _, weights = _parts(members)
+        with _inner(file, weights, alive) as window:
+            said = hdf5.texts_in(window, alive)
+        for member in members:
+            if member is not weights:
+                try:
+                    said[member.name] = zips.whole(file, member).decode()
+                except UnicodeDecodeError:
+                    raise OutputError(
+                        f"its member '{shown(member.name)}', which is not a text, would be lost"
+                    ) from None
+    return said
 
 
 def seal(output: str, laid_out: Mapping[str, Any]) -> None:

@@ -21,10 +21,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from polyak_cli.errors import FormatError, shown
+from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import pickles, zips
 from polyak_cli.formats.pickles import SIZES, Pairs, Stored, Tensor
-from polyak_cli.tensors import FLOATS, Alive, Layout, Scan, read_exactly, write_exactly
+from polyak_cli.tensors import FLOATS, Alive, Layout, Scan, Table, read_exactly, write_exactly
 
 NAME = "PyTorch"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -337,6 +337,26 @@ def _drop(archive: zipfile.ZipFile, name: str) -> None:
 def check(path: str, alive: Alive) -> None:
     """See `tensors.Format.check`."""
     zips.check(path, alive)
+
+
+def texts(table: Table, alive: Alive) -> dict[str, str]:
+    """See `conversion.Source.texts`: what it says is Python's, and only names can leave it.
+
+    The versions of modules that a state dict has besides stay behind, as in PyTorch's own
+    safetensors files.
+    """
+    with zips.opened(table.files[0].path) as (file, members, _):
+        root = pickles.read(zips.whole(file, _records(members)["data.pkl"]), alive)
+    if not isinstance(root, Pairs):
+        raise OutputError("is no state dict, so that its tensors have no names")
+    for key, value in root.items:
+        if not isinstance(key, str) or (key != "__dict__" and not isinstance(value, Tensor)):
+            named = shown(key, 40) if isinstance(key, (str, int, float)) else "?"
+            raise OutputError(
+                f"has '{named}' beside or around its tensors, which would be lost; torch.save the "
+                "state dict alone"
+            )
+    return {"format": "pt"}
 
 
 def is_average(path: str, alive: Alive) -> bool:

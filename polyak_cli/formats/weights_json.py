@@ -17,7 +17,7 @@ from typing import Any
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats import hdf5, keras_names
 from polyak_cli.formats.zips import WHOLE
-from polyak_cli.tensors import Alive, Identity, Layout, Scan
+from polyak_cli.tensors import Alive, Identity, Layout, Scan, Table
 
 NAME = "sharded Keras weights"
 SUFFIXES = (hdf5.WEIGHTS_SUFFIX,)
@@ -121,6 +121,14 @@ def _check_once(rows: list[list[Any]], index: Path) -> None:
 def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
     """See `tensors.Format.lay_out`."""
     return hdf5.merge(request, [file.path for file in request.template.files[1:]], alive)
+
+
+def texts(table: Table, alive: Alive) -> dict[str, str]:
+    """See `conversion.Source.texts`; what the JSON says follows from the shards."""
+    said: dict[str, str] = {}
+    for shard in table.files[1:]:
+        said |= hdf5.texts_in(shard.path, alive)
+    return said
 
 
 def check(path: str, alive: Alive) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from polyak_cli import average, plan
-from polyak_cli.errors import FormatError, MismatchError, UsageError
+from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError
 from tests.contract import Contract, Tensors
 
 State = dict[str, Any]
@@ -211,6 +213,30 @@ def test_every_plain_type_is_kept(tmp_path: Path) -> None:
     for name in ("bool", *map(str, whole)):
         assert torch.equal(found[name], other[name])
     assert found["others"] == other["others"]
+
+
+def test_a_state_dict_becomes_safetensors(tmp_path: Path) -> None:
+    """Of any type, and as programs want it that read PyTorch's; what would be lost is refused."""
+    paths = write_pair(tmp_path, lambda: network().state_dict())
+    average(paths, tmp_path / "o.pt")
+    average(paths, tmp_path / "o.safetensors")
+    average(paths, tmp_path / "half.safetensors", dtype="bfloat16")
+    expected, found = load(tmp_path / "o.pt"), load_file(tmp_path / "o.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert torch.bfloat16 in {t.dtype for t in load_file(tmp_path / "half.safetensors").values()}
+    with safe_open(tmp_path / "o.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+    tied = torch.randn(3)
+    for content, message in (
+        ({"model": {"x": tied}, "epoch": 3}, "has 'model' beside or around its tensors"),
+        ({"x": tied, 3: tied}, "has '3' beside"),
+        ([tied], "is no state dict"),
+        ({"x": tied, "y": tied}, "'x' is stored in 3 elements viewed as"),
+    ):
+        torch.save(content, tmp_path / "odd.pt")
+        with pytest.raises(OutputError, match=message):
+            plan(tmp_path / "odd.pt", tmp_path / "p.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
