@@ -120,7 +120,7 @@ def inspect(paths: Sequence[Path], *, statistics: bool = False) -> Iterator[Insp
 
 def _fate(table: Table, spec: TensorSpec) -> str:
     """Say what averaging with no options does with a tensor."""
-    if spec.name in table.optimizer:
+    if spec.name in table.optimizer and not table.fixed:
         return "dropped"
     if spec.name in table.others:
         return "carried"

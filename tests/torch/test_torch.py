@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from polyak_cli import average, plan
+from polyak_cli import average, inspect, plan
 from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError
 from tests.contract import Contract, Tensors
 
@@ -114,6 +114,8 @@ def test_a_trained_model_and_its_optimizer_load(tmp_path: Path) -> None:
     for number, slots in found["optimizer"]["state"].items():
         assert all(torch.equal(slots[name], newest[number][name]) for name in slots)
     assert report.plan.dropped == ()
+    (seen,) = inspect([tmp_path / "epoch_2.pt"])
+    assert "dropped" not in {tensor.fate for tensor in seen.tensors}
     assert any("optimizer state is the newest" in note for note in report.notes)
     assert any("BatchNorm" in note and "running_mean" in note for note in report.notes)
 
