@@ -429,6 +429,18 @@ def _spin(item: str, _alive: Any) -> str:
     return item
 
 
+def test_a_child_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    """What the allocator or a library prints before a crash does not reach the terminal."""
+
+    def task(item: str, alive: Any) -> str:
+        alive()
+        os.write(2, b"corrupted double-linked list\n")
+        return item
+
+    assert list(sandbox.each(task, ["a"], ["a"])) == ["a"]
+    assert capfd.readouterr().err == ""
+
+
 def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop without a sign of life ends at the limit of processor time."""
     monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
