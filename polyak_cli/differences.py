@@ -1,6 +1,6 @@
 """HOW FAR APART: two checkpoints tensor by tensor, or a run from one checkpoint to the next.
 
-Every value is read once, in flat memory.
+Every value is read once, in flat memory; twice where the file holds checksums.
 """
 
 from __future__ import annotations
@@ -76,10 +76,13 @@ def diff(one: Path, other: Path, *, rtol: float = 0.0, atol: float = 0.0) -> Dif
         if not value >= 0:
             raise UsageError(f"--{option} is {value}; expected 0 or more")
     tables = [formats.scan([file_of(path)])[0] for path in (one, other)]
+    for table in tables:
+        formats.check([table], jobs=1)
     rows, apart = _paired(tables)
     moments = {row[0].name: _Moments() for row in rows}
     for tensor, (a, b) in _values(tables, rows):
         moments[tensor.name].add(a, b, rtol, atol)
+    engine.unchanged(_files(tables))
     found = [moment.difference(name) for name, moment in moments.items()]
     found.sort(key=lambda tensor: (tensor.equal, -tensor.relative, -tensor.largest))
     return Differences((one, other), tuple(found), tuple(apart))
@@ -214,6 +217,7 @@ def distances(selection: Selection, *, by: str = "name") -> Distances:
         raise UsageError("there is only one checkpoint; name two or more to compare")
     tables = formats.scan([file_of(checkpoint.path) for checkpoint in checkpoints])
     rows = [row for row in match(tables, by) if row[-1].dtype in FLOATS]
+    formats.check(tables, jobs=1)
     steps, spread = np.zeros(len(tables) - 1), np.zeros(len(tables))
     whole = 0.0
     for tensor, slab in _values(tables, rows):
@@ -227,6 +231,7 @@ def distances(selection: Selection, *, by: str = "name") -> Distances:
         whole += float(np.dot(average, average))
         steps += (np.diff(stacked, axis=0) ** 2).sum(axis=1)
         spread += ((stacked - average) ** 2).sum(axis=1)
+    engine.unchanged(_files(tables))
     to_average = [_ratio(math.sqrt(s), math.sqrt(whole)) for s in spread]
     to_previous = [None, *(_ratio(math.sqrt(s), math.sqrt(whole)) for s in steps)]
     limit = ODD * float(np.median(to_average))

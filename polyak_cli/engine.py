@@ -744,7 +744,7 @@ class _Files:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if Identity.of(os.fstat(descriptor)) != identity:
             os.close(descriptor)
-            raise FormatError("the file changed while it was averaged; is training still running?")
+            raise FormatError("the file changed while it was read; is training still running?")
         return descriptor
 
 
@@ -765,5 +765,5 @@ def unchanged(inputs: Sequence[File]) -> None:
             if Identity.of(Path(path).stat()) == identity:
                 continue
         raise FormatError(
-            f"{shown(path)}: changed or vanished while it was averaged; is training still running?"
+            f"{shown(path)}: changed or vanished while it was read; is training still running?"
         )

@@ -1,6 +1,6 @@
 """LOOK INSIDE: what a checkpoint says of itself, its table of tensors, and statistics of them.
 
-Reads headers, and for the statistics every value once, in flat memory.
+Reads headers, and for the statistics every value, in flat memory.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Inspection:
         """What this tool wrote into it, None where it did not."""
         try:
             return json.loads(self.table.about.get("provenance", "null"))
-        except ValueError:  # somebody else's text under that name
+        except (ValueError, RecursionError):  # somebody else's text under that name
             return self.table.about["provenance"]
 
     def data(self) -> dict[str, Any]:
@@ -131,6 +131,7 @@ def _fate(table: Table, spec: TensorSpec) -> str:
 
 def _statistics(table: Table, specs: Sequence[TensorSpec]) -> dict[str, Statistics]:
     """Measure every tensor that holds numbers."""
+    formats.check([table], jobs=1)
     tensors = [
         Compared(spec.name, spec.size, [spec.dtype], sources_of([table], (spec,)))
         for spec in specs
@@ -145,6 +146,7 @@ def _statistics(table: Table, specs: Sequence[TensorSpec]) -> dict[str, Statisti
             row[1] = min(row[1], float(finite.min(initial=math.inf)))
             row[2] = max(row[2], float(finite.max(initial=-math.inf)))
             row[3] += len(slab) - len(finite)
+    engine.unchanged(table.files)
     return {name: _summed(*row) for name, row in sums.items()}
 
 

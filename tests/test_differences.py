@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from polyak_cli import diff, distances, select
-from polyak_cli.errors import MismatchError, UsageError
+from polyak_cli import diff, distances, engine, inspect, select
+from polyak_cli.errors import FormatError, MismatchError, UsageError
 from tests.command import SAMPLES, one_line, polyak
 from tests.oracle import Array, write_model
 
@@ -99,6 +100,46 @@ def test_formats_types_and_whole_numbers_can_be_mixed(tmp_path: Path) -> None:
         ("d/e", True),
     ]
     assert found.apart == ()
+
+
+def test_damaged_values_are_not_compared(tmp_path: Path) -> None:
+    """A checksum that is wrong is an error of either file, of a run and of the statistics."""
+    for k in (1, 2):
+        np.savez(tmp_path / f"m_{k}.npz", k=A)
+    good, bad = tmp_path / "m_1.npz", tmp_path / "m_2.npz"
+    content = bytearray(bad.read_bytes())
+    content[5000] ^= 1
+    bad.write_bytes(content)
+    for look in (
+        lambda: diff(good, bad),
+        lambda: diff(bad, good),
+        lambda: distances(select([tmp_path])),
+        lambda: list(inspect([bad], statistics=True)),
+    ):
+        with pytest.raises(FormatError, match=r"m_2.npz: the checksum of the member 'k.npy'"):
+            look()
+
+
+def test_a_file_that_changes_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured is then neither the older file nor the newer one."""
+    a, b = files(tmp_path, {"k": A}, {"k": B})
+    values = engine.values
+
+    def growing(*arguments: Any) -> Iterator[Any]:
+        yield from values(*arguments)
+        with open(a, "ab") as file:
+            file.write(b"more")
+
+    monkeypatch.setattr(engine, "values", growing)
+    for look in (
+        lambda: diff(a, b),
+        lambda: distances(select([a, b])),
+        lambda: list(inspect([a], statistics=True)),
+    ):
+        with pytest.raises(FormatError, match=r"a.h5: changed or vanished while it was read"):
+            look()
 
 
 def test_the_command_answers_with_its_exit_code(tmp_path: Path) -> None:

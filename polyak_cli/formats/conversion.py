@@ -65,9 +65,7 @@ def refuse(request: Layout) -> None:
 def require_same(path: str, found: Identity, scanned: Identity) -> None:
     """Refuse a file that is no more the one that was scanned."""
     if found != scanned:
-        raise FormatError(
-            f"{shown(path)}: changed while it was averaged; is training still running?"
-        )
+        raise FormatError(f"{shown(path)}: changed while it was read; is training still running?")
 
 
 class Carrier:
