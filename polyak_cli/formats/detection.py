@@ -18,7 +18,9 @@ _ENDS = 1 << 16
 #: Members of a .keras archive; one from which the weights are missing is one all the same.
 _KERAS_WEIGHTS = {b"model.weights.h5", b"model.weights.npz"}
 _KERAS_TEXTS = {b"config.json", b"metadata.json"}
-_LISTED = b"PK\x01\x02"
+#: How a member is described in the list at the end, and where it lies: what that begins with,
+#: where the length of the name is, and where the name.
+_LISTED, _LOCAL = (b"PK\x01\x02", 28, 46), (b"PK\x03\x04", 26, 30)
 #: How LevelDB's tables end, and how that of a TensorFlow checkpoint begins, whose first entry has
 #: no key and a protocol buffer that starts with the number of shards.
 _TABLE = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
@@ -64,7 +66,9 @@ def _file(descriptor: int, size: int) -> str:
 
 def _archive(descriptor: int, size: int) -> str:
     """Tell the formats that are zip archives by their members' names."""
-    names = _names(os.pread(descriptor, _TAIL, max(0, size - _TAIL)))
+    names = _names(os.pread(descriptor, _TAIL, max(0, size - _TAIL)), _LISTED)
+    if not names:  # the list at the end is cut off; whoever reads the format says so
+        names = _names(os.pread(descriptor, _TAIL, 0), _LOCAL)
     if names & _KERAS_WEIGHTS or names >= _KERAS_TEXTS:
         return "keras_zip"
     if any(name.endswith(b".npy") for name in names):
@@ -74,12 +78,13 @@ def _archive(descriptor: int, size: int) -> str:
     return "hdf5"
 
 
-def _names(tail: bytes) -> set[bytes]:
-    """Return what look like members' names in the end of an archive."""
+def _names(part: bytes, header: tuple[bytes, int, int]) -> set[bytes]:
+    """Return what look like members' names in a part of an archive."""
+    mark, length_at, name_at = header
     names = set()
-    place = tail.find(_LISTED)
-    while 0 <= place <= len(tail) - 46:
-        (length,) = struct.unpack_from("<H", tail, place + 28)
-        names.add(tail[place + 46 : place + 46 + length])
-        place = tail.find(_LISTED, place + 46)
+    place = part.find(mark)
+    while 0 <= place <= len(part) - name_at:
+        (length,) = struct.unpack_from("<H", part, place + length_at)
+        names.add(part[place + name_at : place + name_at + length])
+        place = part.find(mark, place + name_at)
     return names

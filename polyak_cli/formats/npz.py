@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
@@ -99,10 +100,12 @@ def _header(head: bytes) -> tuple[np.dtype[Any], list[int], bool, int]:
     if version not in readers:
         raise ValueError(f"version {version}")
     try:
-        shape, fortran, dtype = readers[version](stream)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy warns of the headers of Python 2
+            shape, fortran, dtype = readers[version](stream)
     except Exception as error:  # numpy's reader lets through what Python's parsers raise
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    if any(n < 0 for n in shape):
+    if any(type(n) is not int or n < 0 for n in shape):
         raise ValueError(f"shape {shape}")
     # One dimension has one order, and none has none.
     return dtype, list(shape), fortran and len(shape) > 1, stream.tell()

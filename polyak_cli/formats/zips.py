@@ -15,6 +15,7 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
@@ -31,7 +32,8 @@ WHOLE = 64 << 20
 RATIO, LARGE = 1032, 256 << 20
 _LOCAL = struct.Struct("<4s5H3L2H")
 _STEP = 1 << 20
-_ENCRYPTED, _UTF8 = 0x1, 0x800
+_ENCRYPTED, _LATER, _UTF8 = 0x1, 0x8, 0x800
+_ZIP64 = 0xFFFFFFFF  # stands for a size that is told elsewhere
 
 
 class Member(NamedTuple):
@@ -78,10 +80,9 @@ def _listed(file: BinaryIO, size: int) -> tuple[list[Member], bytes]:
         raise FormatError(
             f"is truncated or no zip archive ({shown(error)}); save it again"
         ) from None
-    names = [info.filename for info in infos]
-    if len(set(names)) < len(names):
-        twice = next(name for k, name in enumerate(names) if name in names[:k])
-        raise FormatError(f"the member '{shown(twice)}' is there twice")
+    ((often, times),) = Counter(info.filename for info in infos).most_common(1) or [("", 1)]
+    if times > 1:
+        raise FormatError(f"the member '{shown(often)}' is there twice")
     members = [_checked(file, info, size) for info in infos if info.filename[-1:] != "/"]
     members.sort(key=lambda member: member.offset)
     for one, other in itertools.pairwise(members):
@@ -112,11 +113,19 @@ def _checked(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> Member:
             f"{name} claims {info.file_size} bytes in {info.compress_size}: a decompression bomb"
         )
     head = _at(file, info.header_offset, _LOCAL.size, name)
-    signature, *_, name_length, extra_length = _LOCAL.unpack(head)
+    signature, _, flags, method, _, _, *sizes, name_length, extra_length = _LOCAL.unpack(head)
     written = _at(file, info.header_offset + _LOCAL.size, name_length, name)
     encoding = "utf-8" if info.flag_bits & _UTF8 else "cp437"
     if signature != b"PK\x03\x04" or written != info.orig_filename.encode(encoding, "replace"):
         raise FormatError(f"{name} has another name where it lies than in the archive's list")
+    # Who reads an archive from its beginning goes by what stands here, if it does not come later.
+    listed = (info.CRC, info.compress_size, info.file_size)
+    if method != info.compress_type or not (
+        flags & _LATER or all(a in (b, _ZIP64) for a, b in zip(sizes, listed, strict=True))
+    ):
+        raise FormatError(
+            f"{name} has another size, checksum or method where it lies than in the archive's list"
+        )
     offset = info.header_offset + _LOCAL.size + name_length + extra_length
     if offset + info.compress_size > size:
         raise FormatError(f"{name} lies outside the file; it is truncated or damaged")
