@@ -15,6 +15,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -82,14 +83,22 @@ FILTERS = {
     4: "szip",
     5: "nbit",
     6: "scale-offset",
+    305: "lzo",
     307: "bzip2",
     32001: "blosc",
     32004: "lz4",
     32008: "bitshuffle",
     32013: "zfp",
     32015: "zstd",
+    32017: "sz",
+    32018: "fcidecomp",
+    32024: "sz3",
     32026: "blosc2",
+    32028: "sperr",
 }
+#: The package that brings a filter which is neither the library's own nor one of hdf5plugin's.
+_PACKAGES = {305: "tables"}
+_PLUGINS = 256  # the HDF5 Group gives out numbers from here on; lower ones are the library's own
 _FLOAT_TYPES = [
     (name, order, h5t.py_create(np.dtype(order + code)))
     for name, code in FLOATS.items()
@@ -389,6 +398,8 @@ class _Reader:
         listed: dict[str, list[str]] = {}  # place of a layer -> places of its tensors
         rows: dict[str, list[Any]] = {}
         known: set[str] = set()
+        if everything:
+            _check_attributes(root, "/")
         walk = _walk(root, self.alive) if everything else _walk(home, self.alive, where=base)
         for path, _, item in walk:
             if path in places:
@@ -424,6 +435,8 @@ class _Reader:
     def weights(self, root: Any, everything: bool) -> list[list[Any]]:
         """Return the tensors of a weights file, which lists none of them."""
         rows = []
+        if everything:
+            _check_attributes(root, "/")
         for path, _, item in _walk(root, self.alive, () if everything else keras_names.ASIDE):
             if everything:
                 _check_attributes(item, path)
@@ -502,9 +515,10 @@ class _Reader:
         filters = [properties.get_filter(k)[0] for k in range(properties.get_nfilters())]
         for number in filters:
             if number not in UNDONE:
-                what = FILTERS.get(number, "unknown")
-                # The HDF5 Group gives out numbers from 256 on; lower ones are the library's own.
-                plugin = "; the package hdf5plugin brings it to h5py" if number >= 256 else ""
+                what, plugin = FILTERS.get(number, "unknown"), ""
+                if number in FILTERS and number >= _PLUGINS:
+                    package = _PACKAGES.get(number, "hdf5plugin")
+                    plugin = f"; the package {package} brings it to h5py"
                 raise FormatError(
                     f"tensor {_quoted(name)} is stored through HDF5 filter {number} ({what}{plugin}"
                     "), which is not read here; save it uncompressed or with gzip"
@@ -594,14 +608,14 @@ def _order(datatype: Any) -> int:
 
 
 def _points(datatype: Any) -> bool:
-    """Tell whether values of a compound type lie or point outside of themselves."""
-    members = [datatype.get_member_type(k) for k in range(datatype.get_nmembers())]
-    return any(
-        isinstance(m, (h5t.TypeVlenID, h5t.TypeReferenceID))
-        or (isinstance(m, h5t.TypeStringID) and m.is_variable_str())
-        or (isinstance(m, h5t.TypeCompoundID) and _points(m))
-        for m in members
-    )
+    """Tell whether values of a type lie or point outside of themselves, or a part of them does."""
+    if isinstance(datatype, h5t.TypeArrayID):
+        return _points(datatype.get_super())
+    if isinstance(datatype, h5t.TypeCompoundID):
+        return any(_points(datatype.get_member_type(k)) for k in range(datatype.get_nmembers()))
+    if isinstance(datatype, h5t.TypeStringID):
+        return bool(datatype.is_variable_str())
+    return isinstance(datatype, (h5t.TypeVlenID, h5t.TypeReferenceID))
 
 
 def _shape(dataset: Any, name: str) -> list[int]:
@@ -687,9 +701,9 @@ def _check_name(name: bytes, what: str) -> None:
 
 
 def _refuse_twice(names: Sequence[bytes], what: str, where: str) -> None:
-    if len(set(names)) != len(names):
-        twice = next(name for k, name in enumerate(names) if name in names[:k])
-        raise FormatError(f"the {what} {_quoted(_text(twice))} is listed twice in {_quoted(where)}")
+    ((often, times),) = Counter(names).most_common(1) or [(b"", 1)]
+    if times > 1:
+        raise FormatError(f"the {what} {_quoted(_text(often))} is listed twice in {_quoted(where)}")
 
 
 def _names(location: Any, key: bytes, where: str) -> list[bytes]:
@@ -1061,7 +1075,8 @@ def _copy_attribute(attribute: Any, target: Any, path: str) -> None:
 def _check_attribute(attribute: Any, path: str) -> None:
     """Refuse an attribute that points to something else, which a copy would lose."""
     datatype = attribute.get_type()
-    if isinstance(datatype, (h5t.TypeVlenID, h5t.TypeReferenceID, h5t.TypeCompoundID)):
+    text = isinstance(datatype, h5t.TypeStringID)
+    if isinstance(datatype, h5t.TypeCompoundID) or (_points(datatype) and not text):
         what = type(datatype).__name__.removeprefix("Type").removesuffix("ID").lower()
         raise FormatError(
             f"the attribute {_quoted(_text(attribute.name))} of {_quoted(path)} is of a type that "
