@@ -241,89 +241,6 @@ def _edit(path: Path, edit: Any) -> Path:
     return path
 
 
-def _replace(file: Any, link: Any) -> None:
-    del file["model_weights/d/k"]
-    file["model_weights/d/k"] = link
-
-
-def _never_written(file: Any) -> None:
-    del file["model_weights/d/k"]
-    file["model_weights/d"].create_dataset("k", (2, 3), "f4")
-
-
-def _half_written(file: Any) -> None:
-    del file["model_weights/d/k"]
-    half = file["model_weights/d"].create_dataset("k", (20, 3), "f4", chunks=(2, 3))
-    half[:4] = 1
-
-
-def _external(file: Any) -> None:
-    del file["model_weights/d/k"]
-    file["model_weights/d"].create_dataset("k", (2, 3), "f4", external=[("secret", 0, 24)])
-
-
-def _virtual(file: Any) -> None:
-    del file["model_weights/d/k"]
-    layout = h5py.VirtualLayout((2, 3), "f4")
-    layout[:] = h5py.VirtualSource("other.h5", "x", (2, 3))
-    file["model_weights/d"].create_virtual_dataset("k", layout)
-
-
-def _filtered(file: Any) -> None:
-    del file["model_weights/d/k"]
-    file["model_weights/d"].create_dataset("k", data=KERNEL, chunks=(2, 3), scaleoffset=2)
-
-
-def _names(values: Any) -> Any:
-    def edit(file: Any) -> None:
-        del file["model_weights"].attrs["layer_names"]
-        if values is not None:
-            file["model_weights"].attrs["layer_names"] = values
-
-    return edit
-
-
-REFUSED: dict[str, tuple[Any, str]] = {
-    "a soft link": (lambda f: _replace(f, h5py.SoftLink("/x")), "soft or external link"),
-    "an external link": (lambda f: _replace(f, h5py.ExternalLink("a", "b")), "soft or external"),
-    "external storage": (_external, "points to another file"),
-    "a virtual dataset": (_virtual, "points to other datasets"),
-    "a tensor never written": (_never_written, "was never written"),
-    "a tensor half written": (_half_written, "was written in part"),
-    "an unknown filter": (_filtered, "scale-offset"),
-    "no list of layers": (_names(None), "has no list 'layer_names'"),
-    "layer names that are numbers": (_names([1, 2]), "is not a list of names"),
-    "layer names that are one text": (_names("d"), "is not a list of names"),
-    "a layer that is not there": (_names([b"d", b"ghost"]), "ghost' is named but does not exist"),
-    "a layer named twice": (_names([b"d", b"d"]), "is listed twice"),
-    "an absolute layer name": (_names([b"/d"]), "empty, absolute or relative"),
-    "an empty layer name": (_names([b""]), "empty, absolute or relative"),
-    "a group for a tensor": (
-        lambda f: (f["model_weights/d"].__delitem__("k"), f.create_group("model_weights/d/k")),
-        "is a group, not a dataset",
-    ),
-    "a null dataspace": (lambda f: _replace(f, h5py.Empty("f4")), "has no shape"),
-    "an external link beside the model": (
-        lambda f: f.__setitem__("elsewhere", h5py.ExternalLink("a", "b")),
-        "soft or external link",
-    ),
-    "a cycle of groups": (
-        lambda f: f["model_weights/d"].__setitem__("again", f["model_weights"]),
-        "linked twice",
-    ),
-}
-
-
-@pytest.mark.parametrize(("edit", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused(tmp_path: Path, edit: Any, message: str) -> None:
-    """Each kind of link out of the file, gap and wrong list is named, with the file."""
-    path = _edit(write_model(tmp_path / "m.h5", {"d": {"k": KERNEL}}), edit)
-    with pytest.raises(FormatError, match=message) as caught:
-        scan(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04rest", b"\x89HDF\r\n\x1a\n"])
 def test_what_is_no_hdf5_file(tmp_path: Path, content: bytes) -> None:
     """Empty, foreign and cut-off files give one line that names them."""
@@ -544,14 +461,6 @@ def test_layouts_repeat_byte_for_byte(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.h5", {"d": {"k": KERNEL}}, libver="latest", track_order=True)
     one = lay_out(path, tmp_path / "a.h5").read_bytes()
     assert one == lay_out(path, tmp_path / "b.h5").read_bytes()
-
-
-def test_references_in_attributes_are_refused(tmp_path: Path) -> None:
-    """An attribute that points elsewhere is not carried into an output."""
-    path = write_model(tmp_path / "m.h5", {"d": {"k": KERNEL}})
-    _edit(path, lambda f: f.attrs.__setitem__("ref", f["model_weights/d"].ref))
-    with pytest.raises(FormatError, match="attribute 'ref'"):
-        lay_out(path, tmp_path / "o.h5")
 
 
 # --- publishing -----------------------------------------------------------------------------------

@@ -1,19 +1,25 @@
 """Files that mean harm or are merely odd: how each is made, and what must happen to it.
 
-Made by h5py and by hand, never by the package.
+Made by h5py and by hand, never by the package.  What only one of the other formats can hold is
+beside its tests, and is looked into here too.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import stat
+import struct
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-from h5py import h5d, h5p, h5s, h5t
+from h5py import h5a, h5d, h5p, h5s, h5t
 
 from tests.oracle import Array, write_model
 
@@ -141,6 +147,30 @@ def _reference(file: Any) -> None:
     file["model_weights/d"].attrs["points"] = file["model_weights"].ref
 
 
+def _array_of_references(file: Any) -> None:
+    group = file["model_weights/d"]
+    datatype = h5t.array_create(h5t.STD_REF_OBJ, (2,))
+    h5a.create(group.id, b"points", datatype, h5s.create(h5s.SCALAR))
+
+
+def _references(file: Any, kind: Any, target: Any) -> None:
+    """Put values that point to something in place of the tensor."""
+    del file["model_weights/d/k"]
+    values = np.array([target, target], dtype=kind)
+    file["model_weights/d"].create_dataset("k", data=values, dtype=kind)
+
+
+def _records(kind: Any, value: Any, rows: int) -> Callable[[Any], None]:
+    """Return what writes, beside the model, records that hold arrays of what lies elsewhere."""
+
+    def edit(file: Any) -> None:
+        values = np.zeros(rows, [("number", "f4"), ("points", kind, (2,))])
+        values["points"] = value(file)
+        file["records"] = values
+
+    return edit
+
+
 LINKS = {
     "a soft link": Case(replaced(h5py.SoftLink("/x")), "soft or external link"),
     "an external link": Case(replaced(h5py.ExternalLink("/etc/passwd", "b")), "soft or external"),
@@ -160,6 +190,40 @@ LINKS = {
     ),
     "groups 3,000 deep": Case(edited(_nested), "nested too deep"),
     "a reference in an attribute": Case(edited(_reference), "reference"),
+    "a reference in an attribute of the root": Case(
+        edited(lambda f: f.attrs.__setitem__("points", f["model_weights"].ref)), "reference"
+    ),
+    "a region in an attribute": Case(
+        edited(
+            lambda f: f.attrs.create(
+                "points", f["model_weights/d/k"].regionref[:1], dtype=h5py.regionref_dtype
+            )
+        ),
+        "reference",
+    ),
+    "an array of references in an attribute": Case(edited(_array_of_references), "array"),
+    "references for values": Case(
+        edited(lambda f: _references(f, h5py.ref_dtype, f.ref)), r"'d/k' .*\(reference\)"
+    ),
+    "regions for values": Case(
+        edited(
+            lambda f: _references(f, h5py.regionref_dtype, f["model_weights/d"]["k"].regionref[:1])
+        ),
+        r"'d/k' .*\(reference\)",
+    ),
+    "records of references": Case(
+        edited(_records(h5py.ref_dtype, lambda f: f.ref, 5000)), r"'/records' .*\(compound\)"
+    ),
+    "records of texts in a heap": Case(
+        edited(_records(h5py.string_dtype(), lambda _: "x", 3)), r"'/records' .*\(compound\)"
+    ),
+    "a soft link for the optimizer": Case(
+        edited(lambda f: f.__setitem__("optimizer_weights", h5py.SoftLink("/model_weights"))),
+        "'/optimizer_weights' is a soft or external link",
+    ),
+    "the model for the optimizer": Case(
+        edited(lambda f: f.__setitem__("optimizer_weights", f["model_weights"])), "linked twice"
+    ),
 }
 
 # --- never written, half written, far too large ---------------------------------------------------
@@ -188,15 +252,19 @@ def _deflate_bomb(path: Path) -> None:
         file["model_weights/d"].create_dataset("k", data=np.zeros(1 << 26, np.float32), **options)
 
 
-def _plugged(file: Any) -> None:
-    """A filter that a plugin would bring, said to be optional so that it can be written without."""
-    del file["model_weights/d/k"]
-    properties = h5p.create(h5p.DATASET_CREATE)
-    properties.set_chunk((2, 3))
-    properties.set_filter(32015, 1, (3,))
-    space = h5s.create_simple((2, 3))
-    made = h5d.create(file["model_weights/d"].id, b"k", h5t.NATIVE_FLOAT, space, properties)
-    made.write_direct_chunk((0, 0), bytes(24))
+def plugged(number: int) -> Make:
+    """Return what names a filter, said to be optional so that it can be written without."""
+
+    def edit(file: Any) -> None:
+        del file["model_weights/d/k"]
+        properties = h5p.create(h5p.DATASET_CREATE)
+        properties.set_chunk((2, 3))
+        properties.set_filter(number, 1, (3,))
+        space = h5s.create_simple((2, 3))
+        made = h5d.create(file["model_weights/d"].id, b"k", h5t.NATIVE_FLOAT, space, properties)
+        made.write_direct_chunk((0, 0), bytes(24))
+
+    return edited(edit)
 
 
 def _damaged_chunk(path: Path) -> None:
@@ -218,7 +286,9 @@ GAPS = {
     ),
     "a chunk that inflates to 256 MiB": Case(_deflate_bomb, "must be held whole"),
     "a damaged chunk": Case(_damaged_chunk, "chunk is damaged"),
-    "a filter of a plugin": Case(edited(_plugged), r"32015 .zstd; the package hdf5plugin brings"),
+    "a filter of a plugin": Case(plugged(32015), r"32015 .zstd; the package hdf5plugin brings"),
+    "a filter of PyTables": Case(plugged(305), r"305 .lzo; the package tables brings"),
+    "a filter of nobody": Case(plugged(999), r"HDF5 filter 999 \(unknown\)"),
     "a filter that loses digits": Case(
         dataset(data=KERNEL, chunks=(2, 3), scaleoffset=2), "scale-offset"
     ),
@@ -238,6 +308,13 @@ LISTS = {
     "an absolute layer": Case(names("layer_names", [b"/d"]), "empty, absolute or relative"),
     "a layer above": Case(names("layer_names", [b"../d"]), "empty, absolute or relative"),
     "an empty layer": Case(names("layer_names", [b""]), "empty, absolute or relative"),
+    "a layer with a NUL": Case(
+        names("layer_names", np.array([b"d\0x"], "S5")), r"'d\\x00x' has a NUL"
+    ),
+    "a layer that is no UTF-8": Case(
+        names("layer_names", [b"\xff\xfe"]), r"\\udcff.* is named but"
+    ),
+    "layers in rows and columns": Case(names("layer_names", np.array([[b"d"]])), "is not a list"),
     "no layer at all": Case(names("layer_names", np.zeros(0)), "nothing to average|has no tensor"),
     "no list of weights": Case(names("weight_names", None, WEIGHTS), "has no list 'weight_n"),
     "weights that are numbers": Case(names("weight_names", [1.5], WEIGHTS), "is not a list"),
@@ -316,3 +393,158 @@ TYPES = {
 }
 
 HDF5 = {**LINKS, **GAPS, **LISTS, **TYPES}
+
+
+# --- archives -------------------------------------------------------------------------------------
+
+
+def npy(described: str = "", values: bytes = bytes(24), version: int = 1) -> bytes:
+    """Return a .npy file whose header says anything."""
+    described = described or header()
+    size = struct.pack("<H" if version == 1 else "<L", len(described))
+    return b"\x93NUMPY" + bytes((version, 0)) + size + described.encode("latin-1") + values
+
+
+def header(descr: str = "'<f4'", shape: str = "(2, 3)") -> str:
+    """Return what a .npy header says."""
+    return f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}\n"
+
+
+def archived(
+    *members: tuple[str, bytes], method: int = zipfile.ZIP_STORED, comment: bytes = b""
+) -> Make:
+    """Return what writes an archive of one sound array and of other members."""
+
+    def make(path: Path) -> None:
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "w", method) as archive:
+            warnings.simplefilter("ignore", UserWarning)  # of names that are there twice
+            for name, content in (("k.npy", npy()), *members):
+                archive.writestr(name, content)
+            archive.comment = comment
+
+    return make
+
+
+def patched(mark: bytes, offset: int, form: str, number: int, make: Make | None = None) -> Make:
+    """Return what writes a sound archive and then a number into the last header of a kind."""
+
+    def patch(path: Path) -> None:
+        (make or archived())(path)
+        content = bytearray(path.read_bytes())
+        struct.pack_into(form, content, content.rindex(mark) + offset, number)
+        path.write_bytes(content)
+
+    return patch
+
+
+def _link(path: Path) -> None:
+    archived()(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        link = zipfile.ZipInfo("x.npy")
+        link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+
+
+def _one_place_twice(path: Path) -> None:
+    """Two entries of the list lead to one member, as in archives that inflate without end."""
+    archived()(path)
+    content = path.read_bytes()
+    listed, end = content.rindex(LISTED), content.rindex(END)
+    entry = content[listed:end]
+    ending = bytearray(content[end:])
+    struct.pack_into("<HHL", ending, 8, 2, 2, 2 * len(entry))
+    path.write_bytes(content[:end] + entry.replace(b"k.npy", b"x.npy") + ending)
+
+
+def _bomb(path: Path) -> None:
+    """512 MiB of zeros in half a megabyte."""
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("k.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(npy(header(shape=f"({1 << 27},)"), b""))
+        for _ in range(512):
+            member.write(bytes(1 << 20))
+
+
+def _many_twice(path: Path) -> None:
+    """So many names that comparing each with all before would not end."""
+    archived(*((f"{k}.npy", b"") for k in range(20_000)), ("k.npy", npy()))(path)
+
+
+LOCAL, LISTED, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
+DEFLATED = archived(("x.npy", npy()), method=zipfile.ZIP_DEFLATED)
+RECORD = b"polyak_provenance "
+OUT = "a path that leads nowhere or out of the archive"
+ARCHIVES = {
+    "a path above": Case(archived(("../x.npy", npy())), OUT),
+    "an absolute path": Case(archived(("/x.npy", npy())), OUT),
+    "a path of Windows": Case(archived(("..\\x.npy", npy())), OUT),
+    "a drive": Case(archived(("C:x.npy", npy())), OUT),
+    "a member twice": Case(archived(("k.npy", npy())), "'k.npy' is there twice"),
+    "a member twice among many": Case(_many_twice, "'k.npy' is there twice"),
+    "one place twice": Case(_one_place_twice, "another name where it lies"),
+    "an encrypted member": Case(patched(LISTED, 8, "<H", 1), "'k.npy' is encrypted"),
+    "a symbolic link": Case(_link, "'x.npy' is a symbolic link"),
+    "a decompression bomb": Case(_bomb, "'k.npy' claims .* a decompression bomb"),
+    "bzip2": Case(archived(method=zipfile.ZIP_BZIP2), "method 12; expected deflate"),
+    "LZMA": Case(archived(method=zipfile.ZIP_LZMA), "method 14; expected deflate"),
+    "a checksum that the list denies": Case(
+        patched(LISTED, 16, "<L", 7), "'k.npy' has another size, checksum or method"
+    ),
+    "a checksum that only the list has": Case(
+        patched(LOCAL, 14, "<L", 7), "'k.npy' has another size, checksum or method"
+    ),
+    "a method that the list denies": Case(
+        patched(LOCAL, 8, "<H", 8), "'k.npy' has another size, checksum or method"
+    ),
+    "a size that the list denies": Case(
+        patched(LOCAL, 22, "<L", 7), "'k.npy' has another size, checksum or method"
+    ),
+    "a name that the list denies": Case(patched(LOCAL, 30, "<B", 65), "'k.npy' has another name"),
+    "a wrong checksum": Case(
+        patched(b"NUMPY", 80, "<B", 1), "checksum of the member 'k.npy' is wrong"
+    ),
+    "a damaged stream": Case(
+        patched(LISTED, 16, "<L", 7, patched(LOCAL, 14, "<L", 7, DEFLATED)),
+        "checksum of the member 'x.npy' is wrong",
+    ),
+    "a member outside": Case(patched(LISTED, 42, "<L", 1 << 30), "lies outside|overlap"),
+    "a list outside": Case(patched(END, 12, "<L", 1 << 30), "is truncated or no zip archive"),
+    "sizes that differ": Case(patched(LISTED, 24, "<L", 1 << 30), "its two sizes differ"),
+    "objects": Case(archived(("x.npy", npy(header("'|O'")))), "'x' is a pickle of objects"),
+    "objects in records": Case(
+        archived(("x.npy", npy(header("[('a', '<f4'), ('b', 'O')]")))), "'x' is a pickle of objects"
+    ),
+    "records": Case(archived(("x.npy", npy(header("[('a', '<f4')]")))), "'x' is of type compound"),
+    "complex numbers": Case(archived(("x.npy", npy(header("'<c8'", "(3,)")))), "complex64"),
+    "float128": Case(archived(("x.npy", npy(header("'<f16'", "()"), bytes(16)))), "float128"),
+    "dates": Case(archived(("x.npy", npy(header("'<M8[s]'", "(3,)")))), "datetime64"),
+    "code for a header": Case(
+        archived(("x.npy", npy(header("__import__('os').system('touch ran')")))), "no .npy header"
+    ),
+    "a deep header": Case(archived(("x.npy", npy(header("[" * 3000)))), "no .npy header"),
+    "a shape that is not there": Case(
+        archived(("x.npy", npy(header(shape="(4611686018427387904, 4)")))), "'x' has 24 bytes"
+    ),
+    "a negative shape": Case(archived(("x.npy", npy(header(shape="(-6,)")))), "no .npy header"),
+    "a shape of truths": Case(archived(("x.npy", npy(header(shape="(True, 6)")))), "no .npy head"),
+    "elements of 2 GB": Case(
+        archived(("x.npy", npy(header("'V2147483647'", "(9999,)")))), "'x' has 24 bytes; expected"
+    ),
+    "int8 with a scale": Case(
+        archived(("kernel.npy", npy(header("'|i1'", "(24,)"))), ("kernel_scale.npy", npy())),
+        "is quantised",
+    ),
+    "a header of Python 2": Case(archived(("x.npy", npy(header(shape="(2L, 3L)")))), ""),
+    "big-endian": Case(archived(("x.npy", npy(header("'>f4'")))), ""),
+    "a scalar": Case(archived(("x.npy", npy(header(shape="()"), bytes(4)))), ""),
+    "nothing": Case(archived(("x.npy", npy(header(shape="(0, 3)"), b""))), ""),
+    "32 dimensions": Case(archived(("x.npy", npy(header(shape=str((1,) * 31 + (6,)))))), ""),
+    "a name with control characters": Case(archived(("a\x1b[2J\nb.npy", npy())), ""),
+    "a name of 20,000 letters": Case(archived(("x" * 20_000 + ".npy", npy())), ""),
+    "a record that is a bomb": Case(
+        archived(comment=RECORD + zlib.compress(bytes(50 << 20), 9)), "needs more than 256 MiB"
+    ),
+    "a record that is deep": Case(archived(comment=RECORD + zlib.compress(b"[" * 100_000)), ""),
+}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -15,10 +17,14 @@ import pytest
 
 from polyak_cli import average, diff, inspect
 from polyak_cli.errors import MismatchError, PolyakError
+from tests import test_safetensors
 from tests.command import one_line, polyak, tree
 from tests.hostile import cases, fuzz
 from tests.oracle import naive_average, read_model, write_model
 from tests.test_keras_zip import members, write_archive
+from tests.test_safetensors import put
+from tests.test_tf_bundle import BROKEN
+from tests.test_torch_zip import DAMAGED, GLOBALS, LIES, ONE, archive, call, dictionary, text
 
 CODE = "__import__('os').system('touch ran')"
 CONFIG = (
@@ -138,18 +144,67 @@ def test_no_code_of_a_keras_archive_runs(tmp_path: Path, monkeypatch: pytest.Mon
         assert archive.read("config.json") == config
 
 
-def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
-    """A member of zeros that inflates a thousandfold is not even begun."""
-    said = {"descr": "<f4", "fortran_order": False, "shape": (1 << 27,)}
-    with (
-        zipfile.ZipFile(tmp_path / "m_1.npz", "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("x.npy", "w", force_zip64=True) as member,
-    ):
-        np.lib.format.write_array_header_1_0(member, said)
-        for _ in range(512):
-            member.write(bytes(1 << 20))
-    message = refusal([tmp_path / "m_1.npz"], tmp_path / "o.npz")
-    assert re.search(r"m_1.npz: the member 'x.npy' claims .* a decompression bomb", message)
+def without_traces(folder: Path, paths: list[Path], output: Path) -> list[str]:
+    """Return how averaging, inspecting and comparing refuse files, which leaves nothing behind."""
+    before = sorted(os.listdir(folder))
+    messages = [
+        refusal(paths, output),
+        looked(lambda: list(inspect(paths[:1], statistics=True))),
+        looked(lambda: diff(paths[0], paths[0])),
+    ]
+    assert sorted(os.listdir(folder)) == before
+    assert all(message.isprintable() and len(message) < 2000 for message in messages)
+    return messages
+
+
+@pytest.mark.parametrize("name", cases.ARCHIVES)
+def test_archives(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each case of an .npz is averaged, or refused by whoever reads its values; all is silent."""
+    monkeypatch.chdir(tmp_path)
+    case = cases.ARCHIVES[name]
+    paths = [tmp_path / "m_1.npz", tmp_path / "m_2.npz"]
+    for path in paths:
+        case.make(path)
+    if case.message:
+        told, *others = without_traces(tmp_path, paths, tmp_path / "o.npz")
+        assert re.search(case.message, told), told
+        assert re.match(rf"{tmp_path}/m_[12]\.npz: ", told), told
+        # What averaging refuses by type or sense alone, whoever only looks may read.
+        only_averaged = re.search("not averaged|quantised", told)
+        assert all(only_averaged or re.search(case.message, other) for other in others), others
+    else:
+        average(paths, tmp_path / "o.npz")
+        (inside,) = inspect([tmp_path / "m_1.npz"], statistics=True)
+        json.dumps(inside.data())
+        assert diff(*paths).equal
+    assert capfd.readouterr() == ("", "")
+
+
+PICKLES = {
+    **{name: dictionary({"x": value}) for name, (value, _) in LIES.items()},
+    **DAMAGED,
+    **{function: dictionary({"x": call(function, text("touch ran"))}) for function in GLOBALS},
+}
+OTHERS: dict[str, Callable[[Path], object]] = {
+    **{
+        f"{name}.safetensors": partial(put, said=said, data=bytes(8))
+        for name, (said, _) in test_safetensors.HOSTILE.items()
+    },
+    **{f"{name}.pt": partial(archive, content=each, _0=ONE) for name, each in PICKLES.items()},
+    **{f"{name}.index": bundle.write for name, (bundle, _) in BROKEN.items()},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_formats(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers, pickles and indexes that mean harm are refused in one line by every command."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"m_1.{name.rpartition('.')[2]}"
+    OTHERS[name](path)
+    for message in without_traces(tmp_path, [path], tmp_path / f"o{path.suffix}"):
+        assert message.startswith(f"{tmp_path}/m_1."), message
 
 
 @pytest.mark.parametrize("name", ["an exabyte that is not there (CVE-2026-0897)", "a soft link"])
