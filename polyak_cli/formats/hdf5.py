@@ -215,8 +215,13 @@ def _from_h5py(error: Exception) -> bool:
 def _reason(error: Exception, size: int) -> str:
     """Say in the user's words what libhdf5 means."""
     text = str(error)
-    if "unable to lock file" in text or "already open for write" in text:
+    if "unable to lock file" in text:
         return "is still being written by another process; wait until it is closed"
+    if "already open for write" in text:  # a mark in the file, which stays when its writer dies
+        return (
+            "is still being written by another process, or that was killed; wait until it is "
+            "closed, or save it again"
+        )
     if "truncated file" in text:
         wanted = text.rpartition("stored_eof = ")[2].rstrip(")")
         return f"is truncated: it has {size} bytes, its header says {shown(wanted)}; save it again"

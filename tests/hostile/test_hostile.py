@@ -6,6 +6,8 @@ import json
 import os
 import re
 import stat
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -216,6 +218,32 @@ def test_the_command_line_says_so_in_one_line(tmp_path: Path, name: str) -> None
         assert (done.returncode, done.stdout) == (3, "")
         assert one_line(done.stderr).startswith("m_1.h5: ")
     assert os.listdir(tmp_path) == ["m_1.h5"]
+
+
+SWMR = "h5py.File(path, 'r+', libver='latest'); file.swmr_mode = True"
+WRITERS = {
+    "opened again": ("earliest", "h5py.File(path, 'r+')", "input()", "wait until it is closed"),
+    "being read meanwhile": ("latest", SWMR, "input()", "wait until it is closed"),
+    "killed": ("latest", "h5py.File(path, 'r+', libver='latest')", "os._exit(9)", "save it again"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_another_process_writes(tmp_path: Path, name: str) -> None:
+    """It is refused with that reason by all commands, and what is left when the writer dies too."""
+    libver, opening, ending, message = WRITERS[name]
+    path = write_model(tmp_path / "m_1.h5", {"d": {"k": cases.KERNEL}}, libver=libver)
+    code = f"import h5py, os; path = {str(path)!r}; file = {opening}; print(flush=True); {ending}"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "\n"
+        if ending != "input()":
+            writer.wait()
+        for told in without_traces(tmp_path, [path], tmp_path / "o.h5"):
+            assert re.search(rf"m_1.h5: is still being written .*{message}", told), told
+        writer.communicate("\n" if ending == "input()" else None)
 
 
 def test_layers_in_another_order_are_refused(tmp_path: Path) -> None:
