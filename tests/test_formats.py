@@ -17,12 +17,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from polyak_cli import formats
 from polyak_cli.errors import FormatError, OutputError, PolyakError
-from polyak_cli.formats import hdf5, publishing, sandbox
+from polyak_cli.formats import hdf5, publishing, sandbox, twins
 from polyak_cli.formats.chunks import Chunks
-from polyak_cli.tensors import Extent, Table
+from polyak_cli.tensors import Extent, File, Identity, Table, TensorSpec
 from tests.oracle import write_model
 
 KERNEL = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -614,6 +616,50 @@ def test_one_other_byte_outside_of_the_tensors_is_no_twin(tmp_path: Path, where:
     tables = formats.scan(paths)
     assert tables[0].tensors is not tables[1].tensors
     assert next(iter(tables[0].tensors)) == ("d/kermel" if where == "name" else "d/kernel")
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the fixture changes nothing
+)
+@given(
+    spans=st.lists(st.tuples(st.integers(0, 999), st.integers(1, 400)), max_size=8),
+    flipped=st.lists(st.lists(st.integers(0, 999), max_size=4), max_size=6),
+    step=st.integers(1, 1200),
+    at_a_time=st.integers(1, 3),
+)
+def test_a_twin_differs_within_tensors_only(
+    tmp_path_factory: pytest.TempPathFactory,
+    spans: list[tuple[int, int]],
+    flipped: list[list[int]],
+    step: int,
+    at_a_time: int,
+) -> None:
+    """Of several files those are twins of the template whose other bytes all lie in tensors.
+
+    Wherever these lie, however many bytes are compared and files are open at a time.
+    """
+    folder = tmp_path_factory.mktemp("twins")
+    content = np.random.default_rng(0).bytes(1000)
+    files = []
+    for k, places in enumerate([[], *flipped]):
+        other = bytearray(content)
+        for place in set(places):
+            other[place] ^= 1
+        (folder / str(k)).write_bytes(other)
+        files.append(File(str(folder / str(k)), Identity.of((folder / str(k)).stat())))
+    inside = {p for start, length in spans for p in range(start, min(start + length, 1000))}
+    tensors = {
+        str(k): TensorSpec(str(k), (), "uint8", "<", "", Extent(start, min(length, 1000 - start)))
+        for k, (start, length) in enumerate(spans)
+    }
+    table = Table(folder / "0", "hdf5", (files[0],), tensors, {}, frozenset(), "", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twins, "_STEP", step)
+        patch.setattr(twins, "_OPEN", at_a_time)
+        assert twins.twins(table, files[1:]) == [inside >= {*places} for places in flipped]
 
 
 def test_a_twin_that_is_still_written_is_refused(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.errors import FormatError
-from polyak_cli.tensors import Extent, File, Identity, Table, read_exactly
+from polyak_cli.tensors import Bytes, Extent, File, Identity, Table, read_exactly
 
-#: Bytes compared at a time; shorter tensors are read along and their differences looked up.
+#: Bytes compared at a time; shorter tensors are read along, and passed over then.
 _STEP = 1 << 18
+_OPEN = 32  # files that are open at a time
 
 
 def twins(table: Table, files: Sequence[File]) -> list[bool]:
@@ -27,21 +28,44 @@ def twins(table: Table, files: Sequence[File]) -> list[bool]:
 
     Not those either that cannot be read or are still being written: a scan will say why.
     """
+    template = table.files[0]
+    size = template.identity.size
+    alike = [k for k, file in enumerate(files) if file.identity.size == size]
+    if len(table.files) > 1:
+        return [False] * len(files)
     extents = _extents(table)
-    return [_is_twin(table, file, extents) for file in files]
+    found: set[int] = set()
+    for first in range(0, len(alike), _OPEN):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, FormatError):
+            opened = {-1: stack.enter_context(_opened(*template))}
+            for k in alike[first : first + _OPEN]:
+                with contextlib.suppress(OSError, FormatError):
+                    opened[k] = stack.enter_context(_opened(*files[k]))
+            found |= _alike(opened.pop(-1), opened, extents, size)
+    return [k in found for k in range(len(files))]
 
 
-def _is_twin(table: Table, file: File, extents: npt.NDArray[np.int64]) -> bool:
-    template, size = table.files[0], file.identity.size
-    if len(table.files) > 1 or size != template.identity.size:
-        return False
-    try:
-        with _opened(*file) as one, _opened(*template) as other:
-            return all(
-                _same(one, other, start, stop, extents) for start, stop in _regions(extents, size)
-            )
-    except (OSError, FormatError):
-        return False
+def _alike(
+    template: int, opened: dict[int, int], extents: npt.NDArray[np.int64], size: int
+) -> set[int]:
+    """Return which of the open files equal the template outside of the extents."""
+    ours, theirs, outside = (np.empty(_STEP, np.uint8) for _ in range(3))
+    for start, stop in _regions(extents, size):
+        if not opened:
+            break
+        a, b, mask = (buffer[: stop - start] for buffer in (ours, theirs, outside))
+        read_exactly(template, start, a)
+        _mask(extents, start, mask)
+        for key, descriptor in list(opened.items()):
+            try:
+                read_exactly(descriptor, start, b)
+            except (OSError, FormatError):
+                del opened[key]
+                continue
+            np.bitwise_xor(a, b, out=b)
+            if np.bitwise_and(b, mask, out=b).any():
+                del opened[key]
+    return {*opened}
 
 
 @contextlib.contextmanager
@@ -88,13 +112,11 @@ def _steps(start: int, stop: int) -> Iterator[tuple[int, int]]:
         yield low, min(low + _STEP, stop)
 
 
-def _same(one: int, other: int, start: int, stop: int, extents: npt.NDArray[np.int64]) -> bool:
-    """Tell whether two files differ between two offsets inside of tensors only."""
-    ours, theirs = (np.empty(stop - start, np.uint8) for _ in range(2))
-    read_exactly(one, start, ours)
-    read_exactly(other, start, theirs)
-    places = np.flatnonzero(ours != theirs) + start
-    if not len(places):
-        return True
-    before = np.searchsorted(extents[:, 0], places, side="right") - 1
-    return bool((before >= 0).all() and (places < extents[before, 1]).all())
+def _mask(extents: npt.NDArray[np.int64], start: int, mask: Bytes) -> None:
+    """Fill a mask for the bytes from ``start`` on: all ones, but zero where values lie."""
+    mask[:] = 0xFF
+    stop = start + len(mask)
+    first = int(np.searchsorted(extents[:, 1], start, side="right"))
+    last = int(np.searchsorted(extents[:, 0], stop))
+    for low, high in (extents[first:last] - start).tolist():
+        mask[max(low, 0) : high] = 0
