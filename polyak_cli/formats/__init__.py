@@ -349,6 +349,7 @@ def lay_out(
         if location in found
         for offset, dtype, *rest in (found[location],)
     }
+    outcome["places"] = places  # what came as JSON is not kept: it is the larger part
     files = outcome.get("files", [str(output)])
     return Room(files, places, lambda: form.seal(str(output), outcome))
 
