@@ -297,13 +297,20 @@ def _refuse(request: tuple[str, Layout], alive: Alive) -> None:
         cast(conversion.Target, module(name)).refuse(layout, said)
 
 
-def _convert(request: tuple[str, Layout], alive: Alive) -> dict[str, Any]:
-    """Lay out, in a child, an output of another format than its template's."""
-    from polyak_cli.formats import conversion
-
+def _lay_out(request: tuple[str, Layout], alive: Alive) -> dict[str, Any]:
+    """Lay out, in a child, an output of its template's format or of another."""
     name, layout = request
-    said = cast(conversion.Source, module(layout.template.format)).texts(layout.template, alive)
-    return cast(conversion.Target, module(name)).convert(layout, said, alive)
+    if name == layout.template.format:
+        laid_out = module(name).lay_out(layout, alive)
+    else:
+        from polyak_cli.formats import conversion
+
+        source = cast(conversion.Source, module(layout.template.format))
+        said = source.texts(layout.template, alive)
+        laid_out = cast(conversion.Target, module(name)).convert(layout, said, alive)
+    # Without the names, which the parent has already, and which are the larger part.
+    places = laid_out["places"]
+    return laid_out | {"places": [places.get(location) for location in layout.averaged]}
 
 
 def lay_out(
@@ -331,27 +338,21 @@ def lay_out(
     """
     from polyak_cli.formats import sandbox
 
-    form = module(name or template.format)
+    name = name or template.format
     request = Layout(template, str(output), averaged, drop_optimizer, provenance)
-    if name in ("", template.format):
-        outcomes = sandbox.each(form.lay_out, [request], [str(template.path)])
-    else:
-        outcomes = sandbox.each(_convert, [(name, request)], [str(template.path)])
-    (outcome,) = outcomes
+    (outcome,) = sandbox.each(_lay_out, [(name, request)], [str(template.path)])
     if isinstance(outcome, OutputError):  # `publish` knows by what name to tell it
         raise OSError(errno.ENOSPC, str(outcome))
     if isinstance(outcome, PolyakError):
         raise outcome
-    found = outcome["places"]
     places = {
-        location: LaidOut(offset, sys.intern(dtype), *rest)
-        for location in averaged
-        if location in found
-        for offset, dtype, *rest in (found[location],)
+        location: LaidOut(place[0], sys.intern(place[1]), *place[2:])
+        for location, place in zip(averaged, outcome["places"], strict=True)
+        if place
     }
-    outcome["places"] = places  # what came as JSON is not kept: it is the larger part
+    outcome["places"] = places  # what came as JSON is not kept
     files = outcome.get("files", [str(output)])
-    return Room(files, places, lambda: form.seal(str(output), outcome))
+    return Room(files, places, lambda: module(name).seal(str(output), outcome))
 
 
 def check_output(
