@@ -57,6 +57,7 @@ ALLOWED = {
     "plots": {"errors"},
     "checkpoints": {"errors"},
     "schemes": {"errors"},
+    "statistics": {"errors"},
     "engine": {"children", "errors", "tensors"},
     "formats": {"children", "errors", "formats", "tensors"},
     "children": {"errors"},
