@@ -96,6 +96,72 @@ def leaves(arrays: Arrays) -> list[Array]:
     return list(arrays) if isinstance(arrays, tuple) else [arrays]
 
 
+def one_hot(labels: Array) -> bool:
+    """Tell whether each row along the last axis has a single 1 among zeros."""
+    return bool(np.isin(labels, (0, 1)).all() and (labels.sum(-1) == 1).all())
+
+
+def halves(split: Split, *, seed: int = 0, share: float = 0.5) -> tuple[Split, Split]:
+    """Part rows at random in two: some to choose a model by, the others to report on it.
+
+    A model that was chosen by the rows it is reported on looks better than it is.  Where labels are
+    classes, either part has its share of each class, to one row.
+
+    Args:
+        split: the rows; they keep their order.
+        seed: of the drawing; the same seed gives the same parts.
+        share: of the rows that are for selection, above 0 and below 1.
+
+    Returns:
+        The rows for selection and the rows for reporting; each row is in one of them.
+
+    Raises:
+        UsageError: the share is out of range, or leaves a part less than the two rows that a
+            comparison needs.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"the share {share:g} for selection is out of range; expected 0 to 1")
+    random = np.random.default_rng(seed)
+    order = random.permutation(split.rows)
+    classes = _classes(split.labels)
+    if classes is not None:
+        order = order[np.argsort(classes[order], kind="stable")]
+    # Every so many-th row of the sorted ones, from a random start: each class gives its share, and
+    # each row has the same chance, however few its class has.
+    steps = np.floor(np.arange(split.rows + 1) * share + random.random())
+    chosen = np.zeros(split.rows, dtype=bool)
+    chosen[order[np.diff(steps) > 0]] = True
+    parts = [
+        Split(f"{split.source}, for {purpose}", _rows(split.features, k), _rows(split.labels, k))
+        for purpose, k in (("selection", chosen), ("reporting", ~chosen))
+    ]
+    fewest = min(part.rows for part in parts)
+    if fewest < 2:
+        raise UsageError(
+            f"{split.source}: has {split.rows} row{'s' * (split.rows != 1)}, too few to choose on "
+            f"some and report on others; expected two or more for each, found {fewest}"
+        )
+    return parts[0], parts[1]
+
+
+def _rows(arrays: Arrays, chosen: Array) -> Arrays:
+    """Return some rows of one array or of each of several."""
+    if isinstance(arrays, Mapping):
+        return {name: array[chosen] for name, array in arrays.items()}
+    return tuple(a[chosen] for a in arrays) if isinstance(arrays, tuple) else arrays[chosen]
+
+
+def _classes(labels: Arrays) -> Array | None:
+    """Return the class of each row as a number, or None where labels are no classes."""
+    if len(leaves(labels)) != 1:
+        return None
+    (array,) = leaves(labels)
+    if array.ndim == 2 and array.shape[1] > 1:
+        return array.argmax(-1) if one_hot(array) else None
+    column = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    return column if column.ndim == 1 and column.dtype.kind in "biu" else None
+
+
 def load(name: str) -> Dataset:
     """Load the data set that ``--data`` names.
 

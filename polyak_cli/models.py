@@ -9,18 +9,20 @@ at all to `formats`, which looks at it at arm's length before Keras opens it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
+import math
 import os
 import re
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from polyak_cli import data
 from polyak_cli.errors import (
@@ -41,6 +43,7 @@ MOMENTUM = 0.9
 BATCH_SIZE = 32
 _LONGEST_CONFIG = 64 << 20  # bytes of a config.json
 _StrPath = str | os.PathLike[str]
+_Answer = TypeVar("_Answer")
 
 
 def _require_keras(command: str) -> None:
@@ -96,6 +99,31 @@ class Score:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What a model makes of some rows, taken together and one by one.
+
+    Attributes:
+        loss: as in `Score`.
+        metrics: as in `Score`.
+        losses: (rows,) float64, the loss of each row, whose mean is the loss; None where the loss
+            is not known, or is not the mean of what single rows contribute.
+        correct: (rows,) bool, whether its class was told right, where labels are classes, one a
+            row; else None.
+        predictions: (rows, ...) what a model of one output gave; None for one of several.
+        loss_name: which loss it is; losses compare only with those of the same name.
+        notes: what the user should know, a line each.
+    """
+
+    loss: float | None
+    metrics: Mapping[str, float]
+    losses: data.Array | None
+    correct: data.Array | None
+    predictions: data.Array | None
+    loss_name: str = ""
+    notes: tuple[str, ...] = ()
+
+
 def evaluate(
     paths: _StrPath | Sequence[_StrPath],
     rows: data.Split,
@@ -132,18 +160,144 @@ def evaluate(
         PolyakError: Keras is too old, or cannot load a model, or the model carries code; the last
             two are raised when the iterator comes to it.
     """
-    if batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size} is out of range; expected 1 or more")
-    _require_keras("polyak evaluate")
+    examiner = Examiner([rows], batch_size=batch_size, trust_code=trust_code)
     # A single string is a sequence of strings too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(path) for path in several]
-    hdf5 = [path for path in files if path.suffix != ".keras" or not _is_zip(path)]
-    described = dict(zip(hdf5, _described_hdf5(hdf5), strict=True))
-    for path in files:
-        if path not in described:
-            described[path] = _described_zip(path)
-    return _scores(described, files, rows, batch_size, trust_code)
+    examiner.look(files)
+    return (score for path in files for score in examiner.scores(path))
+
+
+class Examiner:
+    """Asks one model file after the other about the same rows.
+
+    Files of one description share a model, its compiled functions and the fitted rows: only their
+    tensors are exchanged.
+
+    Attributes:
+        notes: what the user should know of the files so far, a line each, each once.
+    """
+
+    def __init__(
+        self, splits: Sequence[data.Split], *, batch_size: int = 256, trust_code: bool = False
+    ) -> None:
+        """Take the rows; no file is opened yet.
+
+        Args:
+            splits: features and labels, as for `evaluate`.
+            batch_size: rows at a time.
+            trust_code: run the code that a file carries in a Lambda layer.
+
+        Raises:
+            UsageError: the batch size is out of range.
+            MissingExtraError: keras or tensorflow is not installed.
+            PolyakError: Keras is too old.
+        """
+        if batch_size < 1:
+            raise UsageError(f"--batch-size {batch_size} is out of range; expected 1 or more")
+        _require_keras("polyak evaluate")
+        self.notes: list[str] = []
+        self._splits = tuple(splits)
+        self._batch_size = batch_size
+        self._trust_code = trust_code
+        self._described: dict[Path, _Description] = {}
+        self._scorer: _Scorer | None = None
+        self._told: list[_Told] = []
+
+    def look(self, paths: Sequence[Path]) -> None:
+        """Look at files at arm's length before the first is loaded, several at a time.
+
+        What is asked of a file next relies on it, once; a file that is written anew after that is
+        looked at again.
+
+        Raises:
+            FormatError: a file is damaged or foreign, or holds weights without an architecture.
+        """
+        hdf5 = [path for path in paths if path.suffix != ".keras" or not _is_zip(path)]
+        self._described.update(zip(hdf5, _described_hdf5(hdf5), strict=True))
+        for path in paths:
+            if path not in self._described:
+                self._described[path] = _described_zip(path)
+
+    def scores(self, path: Path) -> list[Score]:
+        """Return the score of a file on each split; raises as `outcomes` does."""
+        found, notes = self._asked(path, _Scorer.measured)
+        return [
+            Score(path, loss, metrics, split.rows, notes)
+            for split, (loss, metrics) in zip(self._splits, found, strict=True)
+        ]
+
+    def outcomes(self, path: Path) -> list[Outcome]:
+        """Return what the model of a file makes of each split, and of each of its rows.
+
+        Raises:
+            FormatError: the file is damaged or foreign, or holds weights without an architecture.
+            MismatchError: the rows do not fit the model.
+            PolyakError: Keras cannot load or score the model, or it carries code.
+        """
+        found, notes = self._asked(path, _Scorer.outcome)
+        self._told = [told for _, told in found]
+        return [replace(outcome, notes=(*notes, *outcome.notes)) for outcome, _ in found]
+
+    def judged(self, predictions: Sequence[data.Array]) -> list[Outcome]:
+        """Score predictions that somebody averaged, as those of the model examined last are.
+
+        Their loss is the mean of the rows' losses, without the penalty of regularizers, which
+        belongs to a model's tensors.
+
+        Args:
+            predictions: one array for each split, shaped like the model's own.
+
+        Raises:
+            UsageError: `outcomes` was not asked before, or the model has several outputs.
+            MismatchError: the shapes are not those of the model's own predictions.
+        """
+        scorer = self._scorer
+        if scorer is None or not self._told or any(told.shape is None for told in self._told):
+            raise UsageError(
+                "predictions are scored as those of a model of one output that was examined before"
+            )
+        if [array.shape for array in predictions] != [told.shape for told in self._told]:
+            raise MismatchError(
+                f"predictions have the shapes {[array.shape for array in predictions]}; expected "
+                f"those of the model, {[told.shape for told in self._told]}"
+            )
+        return [
+            scorer.judged(part, array, told, self._batch_size)
+            for part, array, told in zip(scorer.parts, predictions, self._told, strict=True)
+        ]
+
+    def _asked(
+        self, path: Path, question: Callable[[_Scorer, _Part, int], _Answer]
+    ) -> tuple[list[_Answer], tuple[str, ...]]:
+        """Load a file and ask its model about each split; return the answers and notes."""
+        path = Path(path)
+        if path not in self._described:
+            self.look([path])
+        description = self._described.pop(path)
+        with hushed():
+            keras = _keras("polyak evaluate")
+        earlier, self._scorer, self._told = self._scorer, None, []  # nothing half loaded stays
+        with hushed() as held_back, _noted() as warned:
+            with _keras_errors(path, f"cannot load it{_writer(description)}", held_back):
+                if earlier and earlier.description == description and path.suffix != ".keras":
+                    scorer = earlier
+                    scorer.model.load_weights(path)
+                    model = None
+                else:
+                    model = keras.saving.load_model(
+                        path, compile=False, safe_mode=not self._trust_code
+                    )
+            if model is not None:
+                scorer = _Scorer.prepared(keras, path, model, description, self._splits)
+            answers = []
+            for part in scorer.parts:
+                with _keras_errors(path, f"cannot score it on {part.source}", held_back):
+                    answers.append(question(scorer, part, self._batch_size))
+        self._scorer = scorer
+        notes = (*scorer.notes, *warned)
+        self.notes += [note for note in notes if note not in self.notes]
+        return answers, notes
 
 
 def _described_hdf5(paths: Sequence[Path]) -> Iterator[_Description]:
@@ -173,30 +327,20 @@ def _is_zip(path: Path) -> bool:
         raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
 
 
-def _scores(
-    described: Mapping[Path, _Description],
-    paths: Sequence[Path],
-    rows: data.Split,
-    batch_size: int,
-    trust_code: bool,
-) -> Iterator[Score]:
-    """Load and score the files; those of one run share a model and its compiled functions."""
-    scorer: _Scorer | None = None
-    for path in paths:
-        with hushed():
-            keras = _keras("polyak evaluate")
-        description = described[path]
-        with hushed() as held_back, _noted() as warned:
-            with _keras_errors(path, f"cannot load it{_writer(description)}", held_back):
-                if scorer and scorer.description == description and path.suffix != ".keras":
-                    scorer.model.load_weights(path)
-                else:
-                    model = keras.saving.load_model(path, compile=False, safe_mode=not trust_code)
-                    scorer = None
-            scorer = scorer or _Scorer.prepared(keras, path, model, description, rows)
-            with _keras_errors(path, f"cannot score it on {rows.source}", held_back):
-                loss, metrics = scorer.measured(batch_size)
-        yield Score(path, loss, metrics, rows.rows, (*scorer.notes, *warned))
+class _Part(NamedTuple):
+    """The rows of one split, made to fit a model."""
+
+    source: str
+    features: data.Arrays
+    labels: data.Arrays
+
+
+class _Told(NamedTuple):
+    """What a model could tell of the single rows of a split."""
+
+    shape: tuple[int, ...] | None  # of its predictions
+    losses: bool
+    accuracy: str | None  # the name of the metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +349,19 @@ class _Scorer:
 
     description: _Description
     model: Any
-    features: data.Arrays
-    labels: data.Arrays
+    parts: tuple[_Part, ...]
     has_loss: bool
+    row_wise: _RowWise
     notes: tuple[str, ...]
 
     @classmethod
     def prepared(
-        cls, keras: Any, path: Path, model: Any, description: _Description, rows: data.Split
+        cls,
+        keras: Any,
+        path: Path,
+        model: Any,
+        description: _Description,
+        splits: Sequence[data.Split],
     ) -> _Scorer:
         """Compile a loaded model and fit the rows to it."""
         known = _Known(keras, [])
@@ -227,30 +376,90 @@ class _Scorer:
             for which in ("metrics", "weighted_metrics")
         )
         has_loss = bool(_flat(loss))
-        _check_features(path, model, rows)
-        labels, classes = _fitted_labels(path, rows, model, loss, metrics)
-        accuracy = _accuracy(keras, model, loss, metrics, classes)
-        if accuracy is not None:
-            metrics = [*_flat(metrics), accuracy]
+        weights = _plain(training.get("loss_weights")) if has_loss else None
+        parts, right = _fitted_parts(keras, path, model, splits, loss, metrics)
+        row_wise = _RowWise(keras, _row_losses(keras, outputs, loss, weights), right, outputs)
+        if right and not _own_accuracy(metrics):
+            metrics = [*_flat(metrics), keras.metrics.MeanMetricWrapper(right, name="accuracy")]
         if not has_loss and not _flat(metrics):
             known.notes.append("nothing to measure: no loss, no metric, and no classes as labels")
         with _keras_errors(path, "cannot compile it", lambda: ""):
             model.compile(
                 loss=loss if has_loss else [_no_loss(keras)] * len(outputs),
-                loss_weights=_plain(training.get("loss_weights")) if has_loss else None,
+                loss_weights=weights,
                 metrics=metrics,
                 weighted_metrics=weighted,
             )
-        return cls(description, model, rows.features, labels, has_loss, tuple(known.notes))
+        return cls(description, model, parts, has_loss, row_wise, tuple(known.notes))
 
-    def measured(self, batch_size: int) -> tuple[float | None, dict[str, float]]:
+    def measured(self, part: _Part, batch_size: int) -> tuple[float | None, dict[str, float]]:
         """Return loss and metrics."""
         result = self.model.evaluate(
-            self.features, self.labels, batch_size=batch_size, verbose=0, return_dict=True
+            part.features, part.labels, batch_size=batch_size, verbose=0, return_dict=True
         )
         metrics = {name: _shortest(value) for name, value in result.items()}
         loss = metrics.pop("loss", None)
         return (loss if self.has_loss else None), metrics
+
+    def outcome(self, part: _Part, batch_size: int) -> tuple[Outcome, _Told]:
+        """Return loss and metrics, and what can be told of each row in accordance with them."""
+        loss, metrics = self.measured(part, batch_size)
+        predicted = self.model.predict(part.features, batch_size=batch_size, verbose=0)
+        outputs = self.row_wise.ordered(predicted)
+        losses, correct = self.row_wise.told(part.labels, outputs, batch_size)
+        notes = []
+        if losses is not None:
+            losses += _penalty(self.row_wise.keras, self.model)
+        # Losses that look at a batch as a whole, masks, and what layers add are in Keras's only.
+        if losses is not None and not _agree(losses.mean(), loss, 1e-3):
+            losses = None
+            notes.append("its loss is not the mean of the losses of single rows")
+        name = next((n for n in metrics if "acc" in n.lower() and "top" not in n.lower()), None)
+        if correct is not None and name and not _agree(correct.mean(), metrics[name], 1e-3):
+            correct = None
+            notes.append(f"its metric {shown(name, 60)} is not the share of rows told right")
+        only = outputs[0] if len(outputs) == 1 else None
+        told = _Told(
+            None if only is None else only.shape,
+            losses is not None,
+            None if correct is None else name or "accuracy",
+        )
+        loss_name = self.row_wise.loss_name
+        return Outcome(loss, metrics, losses, correct, only, loss_name, tuple(notes)), told
+
+    def judged(self, part: _Part, output: data.Array, told: _Told, batch_size: int) -> Outcome:
+        """Return what can be told of others' predictions from each row."""
+        import numpy as np
+
+        losses, correct = self.row_wise.told(part.labels, [output], batch_size)
+        losses = losses if told.losses else None
+        loss = None if losses is None else _shortest(float(np.float32(losses.mean())))
+        metrics = {}
+        if told.accuracy and correct is not None:
+            metrics[told.accuracy] = _shortest(float(np.float32(correct.mean())))
+        correct = correct if told.accuracy else None
+        return Outcome(loss, metrics, losses, correct, output, self.row_wise.loss_name)
+
+
+def _agree(mean: float, keras: float | None, tolerance: float) -> bool:
+    """Tell whether a mean is what Keras, which adds up in float32, says; NaN agrees with NaN."""
+    if keras is None or mean != mean or keras != keras:
+        return keras is not None and mean != mean and keras != keras
+    return math.isclose(mean, keras, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def _fitted_parts(
+    keras: Any, path: Path, model: Any, splits: Sequence[data.Split], loss: Any, metrics: Any
+) -> tuple[tuple[_Part, ...], Callable[[Any, Any], Any] | None]:
+    """Return the rows as the model wants them, and what tells whether their class is right."""
+    parts, all_classes = [], True
+    for split in splits:
+        _check_features(path, model, split)
+        labels, classes = _fitted_labels(path, split, model, loss, metrics)
+        parts.append(_Part(split.source, split.features, labels))
+        all_classes &= classes
+    right = _right(keras, model, loss, metrics, parts[0].labels) if all_classes and parts else None
+    return tuple(parts), right
 
 
 def _shortest(value: float) -> float:
@@ -602,13 +811,13 @@ def _fitted(
         return labels, False
     alike = labels.ndim == len(shape) + 1
     if width == 1:
-        if alike and labels.shape[-1] == 2 and _one_hot(labels):
+        if alike and labels.shape[-1] == 2 and data.one_hot(labels):
             labels, alike = labels.argmax(-1), False
         if alike and labels.shape[-1] != 1:
             raise _mismatch(labels, shape, where, source)
         return (labels if alike else labels[..., None]), bool(np.isin(labels, (0, 1)).all())
     if alike and labels.shape[-1] == width:
-        hot = _one_hot(labels)
+        hot = data.one_hot(labels)
         if sparse and not hot:
             raise MismatchError(
                 f"{where} {_shape(shape)} with a loss for whole classes, but the labels of "
@@ -628,12 +837,6 @@ def _fitted(
     return (index if sparse else np.eye(width, dtype=np.float32)[index]), True
 
 
-def _one_hot(labels: data.Array) -> bool:
-    import numpy as np
-
-    return bool(np.isin(labels, (0, 1)).all() and (labels.sum(-1) == 1).all())
-
-
 def _mismatch(
     labels: data.Array, shape: tuple[int | None, ...], where: str, source: str
 ) -> MismatchError:
@@ -643,25 +846,138 @@ def _mismatch(
     )
 
 
-def _accuracy(keras: Any, model: Any, loss: Any, metrics: Any, classes: bool) -> Any:
-    """Return the accuracy to measure beside the model's own metrics, or None.
+# --- rows one by one -----------------------------------------------------------------------------
 
-    It is added where labels are classes and the model has none of its own.  One output column is a
-    class only under a binary loss, or a sigmoid where the loss is not known: 0 or 1 may be a number
-    to predict.
+
+class _RowLoss(NamedTuple):
+    """The loss of one output."""
+
+    output: int
+    function: Callable[[Any, Any], Any]  # labels, output -> a number for each row, or several
+    weight: float
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _RowWise:
+    """Tells of each row what Keras tells of their mean."""
+
+    keras: Any
+    losses: tuple[_RowLoss, ...]  # none where the loss is not known, or not for single rows
+    right: Callable[[Any, Any], Any] | None  # labels, output -> 1 where the class is right
+    names: Sequence[str]  # of the outputs
+
+    @property
+    def loss_name(self) -> str:
+        """Which loss it is, the same for all ways to write it down."""
+        return ", ".join(f"{one.name} * {one.weight:g}" for one in self.losses)
+
+    def ordered(self, arrays: Any) -> list[data.Array]:
+        """Return one array for each output."""
+        if isinstance(arrays, Mapping) and set(arrays) == set(self.names):
+            return [arrays[name] for name in self.names]
+        return data.leaves(tuple(arrays) if isinstance(arrays, list) else arrays)
+
+    def told(
+        self, labels: data.Arrays, outputs: Sequence[data.Array], batch_size: int
+    ) -> tuple[data.Array | None, data.Array | None]:
+        """Return the loss of each row, and whether its class is right; None where not known."""
+        truths = self.ordered(labels)
+        losses = None
+        for one in self.losses:
+            own = self._each(one.function, truths[one.output], outputs[one.output], batch_size)
+            if own is None:
+                losses = None
+                break
+            losses = one.weight * own + (0.0 if losses is None else losses)
+        if self.right is None or len(outputs) != 1 or outputs[0].ndim != 2:
+            return losses, None
+        correct = self._each(self.right, truths[0], outputs[0], batch_size)
+        return losses, None if correct is None else correct == 1
+
+    def _each(
+        self, function: Callable[[Any, Any], Any], truth: data.Array, output: data.Array, step: int
+    ) -> data.Array | None:
+        """Return a function of each row; None where it gives less than a number for each."""
+        import numpy as np
+
+        found = np.empty(len(output))
+        tensor, dtype = self.keras.ops.convert_to_tensor, self.keras.config.floatx()
+        for start in range(0, len(output), step):
+            block = slice(start, start + step)
+            values = self.keras.ops.convert_to_numpy(
+                function(tensor(truth[block], dtype=dtype), tensor(output[block], dtype=dtype))
+            )
+            if values.shape[:1] != output[block].shape[:1]:
+                return None
+            found[block] = values.reshape(len(values), -1).mean(1, dtype=np.float64)
+        return found
+
+
+def _row_losses(
+    keras: Any, outputs: Sequence[str], loss: Any, weights: Any
+) -> tuple[_RowLoss, ...]:
+    """Return the losses that `_Known.nested` resolved, by output, before they are averaged."""
+    found = []
+    for index, name in enumerate(outputs):
+        known = _of_output(loss, index, name)
+        if known is None:
+            continue
+        if isinstance(known, str):
+            try:
+                known = keras.losses.get(known)
+            except ValueError:  # such as crossentropy, which compile() chooses by the labels
+                return ()
+        function = known.call if isinstance(known, keras.losses.Loss) else known
+        if isinstance(known, type) or not callable(function):
+            return ()
+        weight = _of_output(weights, index, name)
+        kind = getattr(known, "__name__", "") or type(known).__name__
+        # Whole and one-hot classes have one loss; functions and classes are written differently.
+        kind = kind.lower().replace("_", "").removeprefix("sparse")
+        found.append(_RowLoss(index, function, 1.0 if weight is None else float(weight), kind))
+    return tuple(found)
+
+
+def _penalty(keras: Any, model: Any) -> float:
+    """Return what regularizers add to the loss of every batch."""
+    return sum(
+        float(keras.ops.convert_to_numpy(variable.regularizer(variable)))
+        for variable in model.trainable_variables
+        if getattr(variable, "regularizer", None) is not None
+    )
+
+
+def _own_accuracy(metrics: Any) -> Any:
+    """Return the accuracy that a model has among its metrics, or None."""
+    return next((known for known in _flat(metrics) if "acc" in _name(known)), None)
+
+
+def _right(
+    keras: Any, model: Any, loss: Any, metrics: Any, labels: data.Arrays
+) -> Callable[[Any, Any], Any] | None:
+    """Return a function of labels and output that is 1 where the class is right, else 0.
+
+    Its mean is the accuracy.  One output column is a class only under a binary loss, or a sigmoid
+    where the loss is not known, or where the model measures accuracy itself: 0 or 1 may be a
+    number to predict.
     """
-    if not classes or any("acc" in _name(known) for known in _flat(metrics)):
-        return None
     own = next(iter(_flat(loss)), None)
-    if tuple(model.outputs[0].shape)[-1] != 1:
-        if "sparse" in _name(own):
-            return keras.metrics.SparseCategoricalAccuracy(name="accuracy")
-        return keras.metrics.CategoricalAccuracy(name="accuracy")
+    accuracy = _own_accuracy(metrics)
+    shape = tuple(model.outputs[0].shape)
+    if shape[-1] != 1:
+        (truth,) = data.leaves(labels)
+        sparse = truth.ndim < len(shape)
+        name = "sparse_categorical_accuracy" if sparse else "categorical_accuracy"
+        return cast(Callable[[Any, Any], Any], getattr(keras.metrics, name))
     last = getattr(model.layers[-1], "activation", None)
-    if "binary" in _name(own) or (own is None and last is keras.activations.sigmoid):
-        threshold = 0.0 if getattr(own, "from_logits", False) else 0.5
-        return keras.metrics.BinaryAccuracy(name="accuracy", threshold=threshold)
-    return None
+    sigmoid = own is None and last is keras.activations.sigmoid
+    if "binary" not in _name(own) and not sigmoid and accuracy is None:
+        return None
+    threshold = 0.0 if getattr(own, "from_logits", False) else 0.5
+    if accuracy is not None:
+        threshold = getattr(accuracy, "threshold", 0.5)
+    return functools.partial(keras.metrics.binary_accuracy, threshold=threshold)
 
 
 # --- training the sample run ---------------------------------------------------------------------

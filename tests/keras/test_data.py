@@ -348,3 +348,80 @@ def test_an_error_in_the_users_code_keeps_its_cause(module: Callable[[str], str]
     with pytest.raises(PolyakError) as error:
         data.load(module("def load(): return 1 / 0"))
     assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+# --- rows to choose by, and rows to report on -----------------------------------------------------
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    st.lists(st.integers(0, 4), min_size=4, max_size=120),
+    st.floats(0.3, 0.7),
+    st.integers(0, 9),
+    st.booleans(),
+)
+def test_halves_have_each_row_once_and_each_class_by_its_share(
+    classes: list[int], share: float, seed: int, hot: bool
+) -> None:
+    """Features and labels stay together and in order; classes as integers or one-hot."""
+    labels = np.eye(5)[classes] if hot else np.array(classes)
+    split = data.Split("mine", np.arange(len(classes)), labels)
+    try:
+        chosen, other = data.halves(split, seed=seed, share=share)
+    except UsageError:
+        assert len(classes) < 8
+        return
+    assert sorted([*chosen.features, *other.features]) == list(range(len(classes)))
+    for part in (chosen, other):
+        rows = np.asarray(part.features)
+        assert list(rows) == sorted(rows)
+        assert equal(part.labels, labels[rows])
+    for kind in range(5):
+        taken = sum(classes[row] == kind for row in np.asarray(chosen.features))
+        assert abs(taken - share * classes.count(kind)) < 1
+    assert equal(data.halves(split, seed=seed, share=share)[0].features, chosen.features)
+
+
+def test_halves_are_halves_and_say_so() -> None:
+    """Of the 1,000 test points 500 each, another 500 for another seed."""
+    split = data.load("blobs").split("test")
+    chosen, other = data.halves(split)
+    assert (chosen.rows, other.rows) == (500, 500)
+    sources = ("blobs (test), for selection", "blobs (test), for reporting")
+    assert (chosen.source, other.source) == sources
+    assert not equal(data.halves(split, seed=1)[0].features, chosen.features)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.linspace(0, 1, 20), {"a": np.arange(20), "b": np.arange(20.0)}, (np.ones((20, 3)),)],
+)
+def test_halves_of_numbers_and_of_several_arrays_are_random(labels: data.Arrays) -> None:
+    """Dicts and tuples stay what they are, and their arrays are parted alike."""
+    split = data.Split("mine", {"x": np.arange(20), "z": np.arange(20)[:, None]}, labels)
+    chosen, other = data.halves(split, share=0.25)
+    assert (chosen.rows, other.rows) == (5, 15)
+    assert isinstance(chosen.features, dict)
+    rows = chosen.features["x"]
+    assert equal(chosen.features["z"][:, 0], rows)
+    assert type(chosen.labels) is type(labels)
+    for part, whole in zip(data.leaves(chosen.labels), data.leaves(labels), strict=True):
+        assert equal(part, whole[rows])
+
+
+def test_every_row_has_the_same_chance_of_either_half() -> None:
+    """Also the only one of its class: over 400 seeds each is chosen about 200 times."""
+    split = data.Split("mine", np.arange(9), np.array([0, 1, 1, 2, 2, 2, 2, 2, 3]))
+    chosen = [data.halves(split, seed=seed)[0].features for seed in range(400)]
+    times = np.bincount(np.concatenate([np.asarray(rows) for rows in chosen]), minlength=9)
+    assert (abs(times - 200) < 50).all()  # five standard deviations
+
+
+def test_too_few_rows_to_part_are_told() -> None:
+    """Either part needs two, and a share leaves some for both."""
+    for rows, share in ((1, 0.5), (3, 0.5), (20, 0.02)):
+        with pytest.raises(UsageError, match=r"mine: has \d+ rows?, too few"):
+            data.halves(data.Split("mine", np.ones(rows), np.ones(rows)), share=share)
+    for share in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(UsageError, match="out of range; expected"):
+            data.halves(data.Split("mine", np.ones(9), np.ones(9)), share=share)

@@ -1,0 +1,277 @@
+"""What is told of single rows, against Keras's own numbers for all of them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from polyak_cli import data, models
+from polyak_cli.errors import FormatError, MismatchError, UsageError
+from tests.keras.test_evaluate import (
+    CLASSES,
+    ONE_HOT,
+    RANDOM,
+    ROWS,
+    SAMPLE,
+    SAMPLES,
+    network,
+    saved,
+    score,
+    split,
+)
+
+
+def outcome(path: Path, rows: data.Split | None = None, **options: Any) -> models.Outcome:
+    """Return what a model makes of one split."""
+    (found,) = models.Examiner([rows or split()], **options).outcomes(path)
+    return found
+
+
+def agrees(path: Path, rows: data.Split | None = None) -> models.Outcome:
+    """Return the outcome, having seen that its rows agree with it and it with `evaluate`."""
+    found = outcome(path, rows, batch_size=16)
+    expected = score(path, rows, batch_size=16)
+    assert (found.loss, found.metrics) == (expected.loss, expected.metrics)
+    if found.losses is not None:
+        assert found.losses.dtype == np.float64
+        assert found.losses.mean() == pytest.approx(found.loss, rel=1e-6)
+    if found.correct is not None:
+        assert found.correct.dtype == np.bool_
+        accuracy = next(value for name, value in found.metrics.items() if "acc" in name)
+        assert np.float32(found.correct.mean()) == np.float32(accuracy)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("loss", "metrics"),
+    [
+        ("categorical_crossentropy", ["accuracy"]),
+        ("sparse_categorical_crossentropy", None),
+        ("mse", ["categorical_accuracy"]),
+        (None, None),
+    ],
+)
+def test_rows_of_classes_agree_with_their_mean(
+    tmp_path: Path, loss: str | None, metrics: Any
+) -> None:
+    """Losses to float32, the classes exactly, and the predictions are the model's."""
+    model = network()
+    if loss is None:
+        model.save(tmp_path / "model.h5")
+    else:
+        saved(model, tmp_path / "model.h5", loss, metrics)
+    found = agrees(tmp_path / "model.h5")
+    assert found.predictions == pytest.approx(model.predict(ROWS, verbose=0), rel=1e-6)
+    assert found.correct is not None
+    assert list(found.correct) == list(found.predictions.argmax(1) == CLASSES)
+    assert (found.losses is None) == (loss is None)
+    assert found.notes[1:] == ()
+
+
+def test_one_loss_has_one_name_however_it_is_written(tmp_path: Path) -> None:
+    """As a name, an object, or for whole classes; another loss has another."""
+    import keras
+
+    losses = (
+        "categorical_crossentropy",
+        "sparse_categorical_crossentropy",
+        keras.losses.CategoricalCrossentropy(),
+        "mse",
+        keras.losses.MeanSquaredError(),
+    )
+    names = [
+        outcome(saved(network(), tmp_path / f"{number}.h5", loss, None)).loss_name
+        for number, loss in enumerate(losses)
+    ]
+    assert names == [names[0]] * 3 + [names[3]] * 2
+    assert names[0] != names[3]
+
+
+@pytest.mark.parametrize("metrics", [None, ["accuracy"]])
+def test_rows_of_one_column_agree_with_their_mean(tmp_path: Path, metrics: Any) -> None:
+    """Above a half, or above zero where the model gives logits and measures no accuracy itself."""
+    import keras
+
+    labels = (CLASSES > 0).astype(np.int64)
+    logits = keras.losses.BinaryCrossentropy(from_logits=True, label_smoothing=0.1)
+    cases = [("sigmoid", "binary_crossentropy"), ("linear", logits)]
+    for number, (activation, loss) in enumerate(cases):
+        path = saved(network(1, activation), tmp_path / f"{number}.h5", loss, metrics)
+        found = agrees(path, split(labels=labels))
+        assert found.losses is not None
+        assert found.correct is not None
+
+
+def test_numbers_to_predict_have_losses_and_no_classes(tmp_path: Path) -> None:
+    """The loss of a row is the mean over its numbers."""
+    model = network(4, "linear")
+    targets = RANDOM.normal(size=(50, 4))
+    found = agrees(saved(model, tmp_path / "model.h5", "mae", ["mse"]), split(labels=targets))
+    output = model.predict(ROWS, verbose=0)
+    assert found.losses == pytest.approx(abs(output - targets).mean(1), rel=1e-5)
+    assert found.correct is None
+
+
+@pytest.mark.slow
+def test_several_outputs_add_their_losses(tmp_path: Path) -> None:
+    """Each by its weight; there is no single prediction."""
+    import keras
+
+    rows = keras.layers.Input((4,))
+    model = keras.Model(
+        rows,
+        [
+            keras.layers.Dense(3, activation="softmax", name="kind")(rows),
+            keras.layers.Dense(2, name="size")(rows),
+        ],
+    )
+    sizes = RANDOM.normal(size=(50, 2))
+    losses = {"kind": "categorical_crossentropy", "size": "mse"}
+    model.compile(loss=losses, loss_weights={"kind": 1.0, "size": 0.5})
+    model.save(tmp_path / "model.h5")
+    for labels in ({"size": sizes, "kind": CLASSES}, (ONE_HOT, sizes)):
+        found = agrees(tmp_path / "model.h5", split(labels=labels))
+        assert found.losses is not None
+        assert (found.correct, found.predictions) == (None, None)
+    examiner = models.Examiner([split(labels=(ONE_HOT, sizes))])
+    examiner.outcomes(tmp_path / "model.h5")
+    with pytest.raises(UsageError, match="a model of one output"):
+        examiner.judged([sizes])
+
+
+def test_the_penalty_of_regularizers_is_in_every_row(tmp_path: Path) -> None:
+    """Keras adds it to the mean; without it the rows would not agree."""
+    import keras
+
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, "softmax", kernel_regularizer="l2")]
+    )
+    path = saved(model, tmp_path / "model.h5", "categorical_crossentropy", None)
+    found = agrees(path)
+    assert found.losses is not None
+    penalty = 0.01 * (model.get_weights()[0] ** 2).sum()
+    own = -np.log(model.predict(ROWS, verbose=0)[range(50), CLASSES])
+    assert found.losses == pytest.approx(own + penalty, rel=1e-4)
+
+
+def test_a_loss_that_no_row_has_is_not_told_by_rows(tmp_path: Path) -> None:
+    """The sum over a batch, and a loss that looks at the whole batch, are no means of rows."""
+    (tmp_path / "batch.py").write_text(
+        "import keras\n"
+        "@keras.saving.register_keras_serializable('polyak_tests')\n"
+        "def largest(truth, output): return keras.ops.max(keras.ops.abs(truth - output))\n"
+        "def load(): return [[1.0]], [1.0]\n"
+    )
+    data.load(f"{tmp_path / 'batch.py'}:load")
+    import keras
+
+    summed = keras.losses.CategoricalCrossentropy(reduction="sum")
+    for number, loss in enumerate((summed, sys.modules["polyak_data_batch"].largest)):
+        found = outcome(saved(network(), tmp_path / f"{number}.h5", loss, None))
+        assert found.loss is not None
+        assert found.losses is None
+        assert found.correct is not None
+    assert outcome(tmp_path / "0.h5").notes == (
+        "its loss is not the mean of the losses of single rows",
+    )
+
+
+def test_words_of_a_text_are_no_rows(tmp_path: Path) -> None:
+    """A class for each step of a row has an accuracy, but no row is right or wrong."""
+    import keras
+
+    model = keras.Sequential([keras.Input((6, 4)), keras.layers.Dense(3, activation="softmax")])
+    rows = split(RANDOM.normal(size=(20, 6, 4)), RANDOM.integers(0, 3, (20, 6)))
+    found = agrees(saved(model, tmp_path / "m.h5", "sparse_categorical_crossentropy", None), rows)
+    assert found.losses is not None
+    assert len(found.losses) == 20
+    assert found.correct is None
+    assert "accuracy" in found.metrics
+
+
+@pytest.mark.slow
+def test_an_examiner_mixes_neither_files_nor_splits(tmp_path: Path) -> None:
+    """Files of one run, another architecture between them, a name that is written anew."""
+    blobs = data.load("blobs")
+    splits = [data.halves(blobs.split("test"))[1], blobs.split("train")]
+    other = network(inputs=2)
+    paths = [SAMPLES / "model_490.h5", saved(other, tmp_path / "other.h5", "mse", None), SAMPLE]
+    examiner = models.Examiner(splits)
+    for path in paths:
+        shutil.copy(path, tmp_path / "candidate.h5")
+        together = examiner.outcomes(tmp_path / "candidate.h5")
+        for rows, found in zip(splits, together, strict=True):
+            apart = agrees(path, rows)
+            assert found.loss == pytest.approx(apart.loss, rel=1e-6)
+            assert found.correct is not None
+            assert list(found.correct) == list(apart.correct)  # type: ignore[arg-type]
+            assert len(found.correct) == rows.rows
+    assert examiner.notes == []
+
+
+def test_predictions_of_others_are_judged_as_the_models_own() -> None:
+    """Its own give its own score; the mean of two models' gives that of the mean."""
+    blobs = data.load("blobs")
+    splits = [blobs.split("test"), blobs.split("train")]
+    examiner = models.Examiner(splits)
+    first = examiner.outcomes(SAMPLES / "model_490.h5")
+    second = examiner.outcomes(SAMPLE)
+    own = examiner.judged([one.predictions for one in second])  # type: ignore[misc]
+    for found, expected in zip(own, second, strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert found.metrics == expected.metrics
+        assert list(found.losses) == list(expected.losses)  # type: ignore[arg-type]
+    means = [
+        (a.predictions + b.predictions) / 2  # type: ignore[operator]
+        for a, b in zip(first, second, strict=True)
+    ]
+    for found, mean, rows in zip(examiner.judged(means), means, splits, strict=True):
+        labels = np.asarray(rows.labels)
+        shares = mean[range(rows.rows), labels] / mean.sum(1)
+        assert found.loss == pytest.approx(-np.log(shares).mean(), rel=1e-5)
+        assert found.metrics["accuracy"] == pytest.approx((mean.argmax(1) == labels).mean())
+        assert found.predictions is mean
+
+
+def test_judging_names_the_accuracy_as_the_model_does(tmp_path: Path) -> None:
+    """So that both stand in one column."""
+    path = saved(network(), tmp_path / "model.h5", "mse", ["categorical_accuracy"])
+    examiner = models.Examiner([split()])
+    (own,) = examiner.outcomes(path)
+    (found,) = examiner.judged([own.predictions])  # type: ignore[list-item]
+    assert found.metrics == own.metrics
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
+    """Before a model was examined, after one that failed, and predictions of another shape."""
+    examiner = models.Examiner([split()])
+    with pytest.raises(UsageError, match="examined before"):
+        examiner.judged([ONE_HOT])
+    examiner.outcomes(saved(network(), tmp_path / "model.h5", "mse", None))
+    for predictions in ([], [ONE_HOT, ONE_HOT], [ONE_HOT[:4]], [ONE_HOT[:, :2]]):
+        with pytest.raises(MismatchError, match="predictions have the shapes"):
+            examiner.judged(predictions)
+    (tmp_path / "bad.h5").write_bytes(b"no")
+    with pytest.raises(FormatError, match=r"bad\.h5"):
+        examiner.outcomes(tmp_path / "bad.h5")
+    with pytest.raises(MismatchError, match="takes rows of shape"):
+        examiner.outcomes(SAMPLE)
+    with pytest.raises(UsageError, match="examined before"):
+        examiner.judged([ONE_HOT])
+
+
+def test_an_examiner_checks_its_batch_size_and_tells_each_note_once(tmp_path: Path) -> None:
+    """A note that every file of a run has is one note."""
+    with pytest.raises(UsageError, match="--batch-size 0 is out of range"):
+        models.Examiner([split()], batch_size=0)
+    network().save(tmp_path / "model.h5")
+    examiner = models.Examiner([split()])
+    for _ in range(2):
+        (found,) = examiner.outcomes(tmp_path / "model.h5")
+    assert examiner.notes == list(found.notes)
+    assert len(examiner.notes) == 1
