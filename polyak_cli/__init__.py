@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from polyak_cli.averaging import Options, Plan, Report, average, plan, run
     from polyak_cli.checkpoints import Checkpoint, PassedOver, Selection, model_files, select
-    from polyak_cli.data import Split
+    from polyak_cli.comparison import Compared, Comparison, Gain, compare
+    from polyak_cli.data import Split, halves
     from polyak_cli.differences import Differences, Distances, diff, distances
     from polyak_cli.errors import (
         CheckpointError,
@@ -27,22 +28,29 @@ if TYPE_CHECKING:
         UsageError,
     )
     from polyak_cli.inspection import Inspection, inspect
-    from polyak_cli.models import Score, TrainReport, evaluate, train
+    from polyak_cli.models import Examiner, Outcome, Score, TrainReport, evaluate, train
     from polyak_cli.schemes import coefficients, effective_number
+    from polyak_cli.statistics import Paired, mcnemar, paired, verdict
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Compared",
+    "Comparison",
     "Differences",
     "Distances",
+    "Examiner",
     "FormatError",
+    "Gain",
     "Inspection",
     "MismatchError",
     "MissingExtraError",
     "Options",
+    "Outcome",
     "OutputError",
+    "Paired",
     "PassedOver",
     "Plan",
     "PolyakError",
@@ -55,29 +63,40 @@ __all__ = [
     "__version__",
     "average",
     "coefficients",
+    "compare",
     "diff",
     "distances",
     "effective_number",
     "evaluate",
+    "halves",
     "inspect",
+    "mcnemar",
     "model_files",
+    "paired",
     "plan",
     "run",
     "select",
     "train",
+    "verdict",
 ]
 
 _HOMES = {
     "Checkpoint": "checkpoints",
     "CheckpointError": "errors",
+    "Compared": "comparison",
+    "Comparison": "comparison",
     "Differences": "differences",
     "Distances": "differences",
+    "Examiner": "models",
     "FormatError": "errors",
+    "Gain": "comparison",
     "Inspection": "inspection",
     "MismatchError": "errors",
     "MissingExtraError": "errors",
     "Options": "averaging",
+    "Outcome": "models",
     "OutputError": "errors",
+    "Paired": "statistics",
     "PassedOver": "checkpoints",
     "Plan": "averaging",
     "PolyakError": "errors",
@@ -89,16 +108,21 @@ _HOMES = {
     "UsageError": "errors",
     "average": "averaging",
     "coefficients": "schemes",
+    "compare": "comparison",
     "diff": "differences",
     "distances": "differences",
     "effective_number": "schemes",
     "evaluate": "models",
+    "halves": "data",
     "inspect": "inspection",
+    "mcnemar": "statistics",
     "model_files": "checkpoints",
+    "paired": "statistics",
     "plan": "averaging",
     "run": "averaging",
     "select": "checkpoints",
     "train": "models",
+    "verdict": "statistics",
 }
 
 

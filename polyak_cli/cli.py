@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from polyak_cli.averaging import Plan, Report
     from polyak_cli.checkpoints import PassedOver
+    from polyak_cli.comparison import Comparison, Gain
+    from polyak_cli.data import Split
     from polyak_cli.differences import Differences, Distances
     from polyak_cli.inspection import Inspection
     from polyak_cli.models import Score
@@ -357,6 +359,18 @@ def average(
         "may be given again.",
     ),
     _option(
+        "--baseline",
+        type=click.Path(),
+        metavar="MODEL",
+        help="Compare every model with this one, row by row: differences with 95 % intervals.",
+    ),
+    _option(
+        "--fail-if-worse",
+        is_flag=True,
+        help="Exit with 1 when any model is worse than the baseline beyond noise, in accuracy or, "
+        "where there is none, in loss.",
+    ),
+    _option(
         "--trust-code",
         is_flag=True,
         help="Run the code that a model file carries (a Lambda layer).",
@@ -373,6 +387,8 @@ def evaluate(
     split: str | None,
     batch_size: int,
     fail_under: tuple[tuple[str, float], ...],
+    baseline: str | None,
+    fail_if_worse: bool,
     trust_code: bool,
     as_json: bool,
     quiet: bool,
@@ -382,29 +398,72 @@ def evaluate(
     MODEL is a file, or a directory or glob, of which every model file is scored: by epoch where
     all names tell one, else by name.
     """
+    if fail_if_worse and baseline is None:
+        raise UsageError("--fail-if-worse has nothing to compare with; name a model by --baseline")
     from polyak_cli import checkpoints
     from polyak_cli import data as datasets
-    from polyak_cli import models as keras_models
     from polyak_cli.quiet import prints_on_stderr
 
     paths, passed_over = checkpoints.model_files(models)
     with prints_on_stderr():
         dataset = datasets.load(data)
         rows = dataset.split(split)
-        scores = [*keras_models.evaluate(paths, rows, batch_size=batch_size, trust_code=trust_code)]
+        scores, compared = _scored(
+            paths, baseline, rows, batch_size=batch_size, trust_code=trust_code
+        )
     failures = [line for score in scores for line in _below(score, fail_under)]
-    about = [f"{shown(score.path)}: {note}" for score in scores for note in score.notes]
-    _notes([*map(_passed_over, passed_over), *dataset.notes, *about], quiet)
+    if compared and fail_if_worse:
+        failures += _worse(compared)
+    _notes([*map(_passed_over, passed_over), *dataset.notes, *_about(scores, compared)], quiet)
     found = {
         "data": data,
         "rows": rows.rows,
-        "models": [_score_data(score) for score in scores],
+        **_models_data(scores, compared),
         "passed_over": [{"path": str(one.path), "reason": one.reason} for one in passed_over],
         "failures": failures,
     }
-    _result(found, as_json, quiet, lambda: _score_lines(scores))
+    _result(found, as_json, quiet, lambda: _evaluation_lines(scores, compared))
     _print((f"failed: {line}" for line in failures), sys.stderr)
     return ANSWER_IS_NO if failures else DONE
+
+
+def _scored(
+    paths: Sequence[Path], baseline: str | None, rows: Split, **options: Any
+) -> tuple[list[Score], Comparison | None]:
+    """Score the models, and compare them where there is something to compare with."""
+    from polyak_cli import comparison, models
+
+    if baseline is None:
+        return [*models.evaluate(paths, rows, **options)], None
+    compared = comparison.compare(paths, baseline, rows, **options)
+    return [one.score for one in compared.models], compared
+
+
+def _about(scores: Sequence[Score], compared: Comparison | None) -> Iterable[str]:
+    """Return what the user should know of each file; the baseline may be among the models."""
+    every = [compared.baseline, *scores] if compared else scores
+    return dict.fromkeys(f"{shown(one.path)}: {note}" for one in every for note in one.notes)
+
+
+def _worse(compared: Comparison) -> Iterator[str]:
+    """Yield the models that are worse than the baseline: beyond noise, or with a loss that is none.
+
+    Accuracy decides, or loss where there is no accuracy.
+    """
+    for one in compared.models:
+        path, than = shown(one.score.path), shown(compared.baseline.path)
+        if not one.gains:
+            raise UsageError(
+                f"--fail-if-worse: {path} and {than} have neither an accuracy nor a loss in common"
+            )
+        first, paired = one.gains[0], one.gains[0].paired
+        if first.verdict == "worse":
+            yield (
+                f"{path}: {first.metric} is worse than that of {than} by "
+                f"{abs(paired.difference):.6f} ({paired.low:+.6f} to {paired.high:+.6f})"
+            )
+        elif one.score.loss is not None and not math.isfinite(one.score.loss):
+            yield f"{path}: the loss is {one.score.loss!r}, not a finite number"
 
 
 def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
@@ -835,6 +894,39 @@ def _score_data(score: Score) -> dict[str, Any]:
         "rows": score.rows,
         "notes": list(score.notes),
     }
+
+
+def _models_data(scores: Sequence[Score], compared: Comparison | None) -> dict[str, Any]:
+    models = [_score_data(score) for score in scores]
+    if compared is None:
+        return {"models": models}
+    for model, one in zip(models, compared.models, strict=True):
+        model["gains"] = {gain.metric: _gain_data(gain) for gain in one.gains}
+    return {"baseline": _score_data(compared.baseline), "models": models}
+
+
+def _gain_data(gain: Gain) -> dict[str, Any]:
+    return {**gain.paired._asdict(), "mcnemar_p": gain.mcnemar_p, "verdict": gain.verdict}
+
+
+def _evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> Iterator[str]:
+    """Yield the scores, and what the models are ahead of the baseline."""
+    if compared is None:
+        yield from _score_lines(scores)
+        return
+    yield from _score_lines([*scores, compared.baseline])
+    baseline = compared.baseline
+    table = [["model", "metric", "difference", "from", "to", "McNemar p", "verdict"]]
+    for one in compared.models:
+        for gain in one.gains:
+            numbers = [f"{value:+.6f}" for value in gain.paired[:3]]
+            p = "-" if gain.mcnemar_p is None else f"{gain.mcnemar_p:.3g}"
+            table.append([shown(one.score.path, 60), gain.metric, *numbers, p, gain.verdict])
+    if len(table) == 1:
+        yield f"nothing can be compared with {shown(baseline.path, 60)}"
+        return
+    yield f"minus {shown(baseline.path, 60)}, with 95 % intervals over {baseline.rows} paired rows:"
+    yield from _columns(table)
 
 
 def _score_lines(scores: Sequence[Score]) -> Iterator[str]:

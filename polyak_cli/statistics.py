@@ -47,7 +47,7 @@ def paired(ours: Array, theirs: Array, *, seed: int = SEED, resamples: int = RES
     The interval is Efron's percentile interval ("Bootstrap Methods: Another Look at the Jackknife",
     Annals of Statistics 7, 1979): the middle 95 % of the means of rows drawn with replacement.  The
     BCa interval corrects it for skewness, by an amount that falls as 1 / rows; but it does not
-    exist where resamples agree, as they do for two models that differ on a few rows only.  Of less
+    exist where resamples agree, as they do for two models that differ on a few rows only.  Of fewer
     than some thirty rows either is too narrow.
 
     Above 10,000 rows, as many random groups of rows of (almost) one size are drawn in their place,
@@ -60,7 +60,7 @@ def paired(ours: Array, theirs: Array, *, seed: int = SEED, resamples: int = RES
         resamples: how often the rows are drawn.
 
     Raises:
-        UsageError: the rows are not the same number, or less than two.
+        UsageError: the rows are not the same number, or fewer than two.
     """
     if ours.shape != theirs.shape or ours.ndim != 1:
         raise UsageError(

@@ -33,7 +33,9 @@ def test_every_error_and_every_command_with_a_result_is_exported() -> None:
     assert kinds | {"average", "diff", "evaluate", "inspect", "train"} <= set(polyak_cli.__all__)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "train", "plan", "average", "inspect", "diff"])
+@pytest.mark.parametrize(
+    "name", ["evaluate", "compare", "train", "plan", "average", "inspect", "diff"]
+)
 def test_the_documentation_tells_arguments_and_errors(name: str) -> None:
     """Every parameter, and what is raised."""
     function = getattr(polyak_cli, name)

@@ -263,6 +263,10 @@ USAGE = {
         f"gate {gate}": (["evaluate", "m.h5", "--data", "blobs", "--fail-under", gate], gate)
         for gate in ("accuracy=nan", "accuracy=inf", "loss=-inf", "=0.8", "accuracy=")
     },
+    "nothing to be worse than": (
+        ["evaluate", "m.h5", "--data", "blobs", "--fail-if-worse"],
+        "--baseline",
+    ),
     "no folder": (["train"], "Missing option '-o'"),
 }
 
