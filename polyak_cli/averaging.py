@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -26,7 +27,7 @@ from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
 from polyak_cli.formats import publishing
 from polyak_cli.matching import Row, match, sources_of
-from polyak_cli.tensors import FLOATS, File, LaidOut, Table, TensorSpec, is_carried, itemsize
+from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, is_carried, itemsize
 
 Source = str | os.PathLike[str]
 Progress = Callable[[int], None]
@@ -115,6 +116,7 @@ class Plan:
         scheme: its name; "custom" for coefficients of one's own.
         parameters: of the scheme, such as alpha.
         coefficients: one a checkpoint, sum 1.
+        positions: where each checkpoint stands in the run, in epochs.
         carried: names of the tensors that are the template's.
         dropped: names of what is left out.
         passed_over: what in a directory was not taken for a checkpoint, and why.
@@ -133,6 +135,7 @@ class Plan:
     scheme: str
     parameters: Mapping[str, float]
     coefficients: tuple[float, ...]
+    positions: tuple[float, ...]
     carried: tuple[str, ...]
     dropped: tuple[str, ...]
     passed_over: tuple[PassedOver, ...]
@@ -307,6 +310,7 @@ def plan(
         scheme=scheme.name,
         parameters=scheme.parameters,
         coefficients=coefficients,
+        positions=selection.positions,
         carried=(*(row[-1].name for row in carried), *(n for n in others if n not in dropped)),
         dropped=tuple(dropped),
         passed_over=selection.passed_over,
@@ -366,24 +370,77 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
 def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals, int, list[str]]:
     """Write the whole output under its hidden name; return what that took, its size and notes."""
     options = plan.options
-    inputs = [file for table in plan.tables for file in table.files]
     formats.check(plan.tables, jobs=_memory(options).jobs)
-    room = formats.lay_out(
-        plan.tables[-1],
-        hidden,
-        averaged=_stored(plan.averaged_rows, options),
-        drop_optimizer=_drops(plan.tables, options),
-        name=formats.target(plan.output, plan.tables[-1]),
-        provenance=json.dumps(_provenance(plan), separators=(",", ":")),
-    )
-    tensors = _Averaged(plan, room.places)
-    matrix = np.array([plan.coefficients])
-    work = engine.Fold(inputs, room.files, matrix, options.get("allow_nonfinite", False))
-    totals = engine.fold(tensors, work, _memory(options), progress)
-    room.seal()
+    room = _room(plan, hidden)
+    totals = _fold(plan, [plan.coefficients], [room], progress)
+    inputs = _inputs(plan)
     compared, differing = _differing(plan, inputs, progress)
     engine.unchanged(inputs)
     return totals.plus(compared), sum(Path(f).stat().st_size for f in room.files), differing
+
+
+def several(
+    plan: Plan,
+    coefficients: Sequence[Sequence[float]],
+    outputs: Sequence[Path],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write several averages of the same checkpoints, each of whose bytes is read once.
+
+    The outputs are neither synced nor published: they are for looking at.
+
+    Args:
+        plan: which tensors of which checkpoints; its own coefficients do not count.
+        coefficients: for each output, one a checkpoint, oldest first; see `schemes.coefficients`.
+        outputs: the files to write, named as those of the format are.
+        progress: told the bytes read by every finished piece of work.
+
+    Raises:
+        PolyakError: as `run`.
+        OSError: there is no room.
+    """
+    rows = [tuple(row) for row in coefficients]
+    rooms = [
+        _room(replace(plan, scheme="custom", parameters={}, coefficients=row), output)
+        for row, output in zip(rows, outputs, strict=True)
+    ]
+    _fold(plan, rows, rooms, progress or (lambda _: None))
+    engine.unchanged(_inputs(plan))
+
+
+def _inputs(plan: Plan) -> list[File]:
+    return [file for table in plan.tables for file in table.files]
+
+
+def _room(plan: Plan, output: Path) -> formats.Room:
+    """Write all of an output but its averaged tensors."""
+    return formats.lay_out(
+        plan.tables[-1],
+        output,
+        averaged=_stored(plan.averaged_rows, plan.options),
+        drop_optimizer=_drops(plan.tables, plan.options),
+        name=formats.target(plan.output, plan.tables[-1]),
+        provenance=json.dumps(_provenance(plan), separators=(",", ":")),
+    )
+
+
+def _fold(
+    plan: Plan,
+    coefficients: Sequence[Sequence[float]],
+    rooms: Sequence[formats.Room],
+    progress: Progress,
+) -> engine.Totals:
+    """Average the tensors into the outputs, a row of coefficients each."""
+    options = plan.options
+    files = [file for room in rooms for file in room.files]
+    nonfinite = options.get("allow_nonfinite", False)
+    work = engine.Fold(_inputs(plan), files, np.array(coefficients), nonfinite)
+    memory = _memory(options, len(rooms))
+    totals = engine.fold(_Averaged(plan, rooms), work, memory, progress)
+    for room in rooms:
+        room.seal()
+    return totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,16 +448,21 @@ class _Averaged:
     """The tensors to average, made anew whenever they are gone through: 100,000 fill the memory."""
 
     plan: Plan
-    places: Mapping[str, LaidOut]
+    rooms: Sequence[formats.Room]
 
     def __iter__(self) -> Iterator[engine.Averaged]:
         """Yield them as they lie in the template, which is how they are read best."""
+        firsts = [*itertools.accumulate((len(room.files) for room in self.rooms), initial=0)]
         for row in sorted(self.plan.averaged_rows, key=_place):
             spec = row[-1]
             if spec.size:
                 sources = sources_of(self.plan.tables, row)
-                target = self.places[spec.location]
-                yield engine.Averaged(spec.name, spec.size, spec.dtype, sources, [target])
+                places = [room.places[spec.location] for room in self.rooms]
+                targets = [
+                    place._replace(file=first + place.file) if first else place
+                    for first, place in zip(firsts, places, strict=False)
+                ]
+                yield engine.Averaged(spec.name, spec.size, spec.dtype, sources, targets)
 
 
 def _place(row: Row) -> tuple[int, int, int]:
@@ -462,9 +524,9 @@ def _select(sources: Source | Sequence[Source], options: Options) -> checkpoints
     )
 
 
-def _memory(options: Options) -> engine.Memory:
+def _memory(options: Options, averages: int = 1) -> engine.Memory:
     jobs = options.get("jobs") or min(8, _processors())
-    return engine.Memory.within(options.get("max_memory") or MAX_MEMORY, jobs)
+    return engine.Memory.within(options.get("max_memory") or MAX_MEMORY, jobs, averages)
 
 
 def _processors() -> int:

@@ -131,18 +131,21 @@ class Memory(NamedTuple):
     jobs: int
     piece: int  # elements of one tensor folded at a time
     most: int  # elements at a time where the storage is better read in larger parts
+    element: int = _FOLD_BYTES  # bytes that one element needs
 
     @property
     def nbytes(self) -> int:
         """Bytes of all the buffers, at the usual piece."""
-        return self.jobs * self.piece * _FOLD_BYTES
+        return self.jobs * self.piece * self.element
 
     @classmethod
-    def within(cls, nbytes: int, jobs: int) -> Memory:
+    def within(cls, nbytes: int, jobs: int, averages: int = 1) -> Memory:
         """Fit the processes and their buffers into a bound; fewer processes before tiny pieces."""
-        jobs = max(1, min(jobs, nbytes // (_FOLD_BYTES * 4096)))
-        most = max(256, nbytes // (_FOLD_BYTES * jobs))
-        return cls(jobs, min(PIECE, most), most)
+        # Each further average has a sum of its own; from two on, the product has a buffer too.
+        element = _FOLD_BYTES + 8 * averages * (averages > 1)
+        jobs = max(1, min(jobs, nbytes // (element * 4096)))
+        most = max(256, nbytes // (element * jobs))
+        return cls(jobs, min(PIECE, most), most, element)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,62 @@
+"""Several averages from one reading of the checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from polyak_cli import averaging, engine
+from tests.oracle import write_model
+
+
+def test_several_averages_are_each_what_average_writes(tmp_path: Path) -> None:
+    """Every output has the tensors, bit for bit, of a run of its own."""
+    rng = np.random.default_rng(0)
+    paths = [
+        write_model(
+            tmp_path / f"m_{k}.h5",
+            {"d": {"k": rng.normal(size=(300, 70)).astype(np.float32), "n": np.int64(k)}},
+        )
+        for k in range(4)
+    ]
+    rows = [[0.25] * 4, [0.0, 0.0, 0.5, 0.5], [0.0, 1.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]]
+    outputs = [tmp_path / f"out_{k}.h5" for k in range(len(rows))]
+    averaging.several(averaging.plan(paths), rows, outputs)
+    for row, output in zip(rows, outputs, strict=True):
+        averaging.average(paths, tmp_path / "one.h5", coefficients=row, force=True)
+        assert output.read_bytes() == (tmp_path / "one.h5").read_bytes()
+        with h5py.File(output) as file:
+            assert file["model_weights/d/n"][()] == 3
+
+
+def test_several_averages_read_each_byte_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many outputs there are, no part of a tensor is read twice."""
+    paths = [
+        write_model(tmp_path / f"m_{k}.h5", {"d": {"k": np.full(200_000, k, np.float32)}})
+        for k in range(3)
+    ]
+    plan = averaging.plan(paths, jobs=1)
+    reads: Counter[tuple[int, int]] = Counter()
+    total = 0
+    preadv = os.preadv
+
+    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal total
+        reads[os.fstat(descriptor).st_ino, offset] += 1
+        count = preadv(descriptor, buffers, offset)
+        total += count
+        return count
+
+    monkeypatch.setattr(engine, "SPREAD", 1 << 40)
+    monkeypatch.setattr(os, "preadv", counted)
+    rows = [[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.0, 0.5, 0.5]]
+    averaging.several(plan, rows, [tmp_path / f"out_{k}.h5" for k in range(3)])
+    assert max(reads.values()) == 1
+    assert total == 3 * 200_000 * 4
