@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from polyak_cli.inspection import Inspection, inspect
-    from polyak_cli.models import Examiner, Outcome, Score, TrainReport, evaluate, train
+    from polyak_cli.models import Score, TrainReport, evaluate, train
+    from polyak_cli.recalibration import Recalibration, recalibrate
     from polyak_cli.schemes import coefficients, effective_number
     from polyak_cli.statistics import Paired, mcnemar, paired, verdict
 
@@ -54,6 +55,7 @@ __all__ = [
     "PassedOver",
     "Plan",
     "PolyakError",
+    "Recalibration",
     "Report",
     "Score",
     "Selection",
@@ -74,6 +76,7 @@ __all__ = [
     "model_files",
     "paired",
     "plan",
+    "recalibrate",
     "run",
     "select",
     "train",
@@ -100,6 +103,7 @@ _HOMES = {
     "PassedOver": "checkpoints",
     "Plan": "averaging",
     "PolyakError": "errors",
+    "Recalibration": "recalibration",
     "Report": "averaging",
     "Score": "models",
     "Selection": "checkpoints",
@@ -119,6 +123,7 @@ _HOMES = {
     "model_files": "checkpoints",
     "paired": "statistics",
     "plan": "averaging",
+    "recalibrate": "recalibration",
     "run": "averaging",
     "select": "checkpoints",
     "train": "models",

@@ -663,8 +663,8 @@ def _notes(
         notes.append(
             f"{len(statistics)} BatchNorm moving statistics are averaged ("
             f"{_some(statistics)}); they are estimates for each checkpoint, not for the average: "
-            "recalculate them with one pass over training data when the learning rate was high or "
-            "the average scores below its checkpoints"
+            "recalculate them with one pass over training data (polyak recalibrate) when the "
+            "learning rate was high or the average scores below its checkpoints"
         )
     stored = {_dtype(row[-1], options) for row in averaged}
     if not _drops(tables, options) and tables[-1].optimizer:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from polyak_cli.differences import Differences, Distances
     from polyak_cli.inspection import Inspection
     from polyak_cli.models import Score
+    from polyak_cli.recalibration import Recalibration
 
 #: Besides these, 128 and the signal's number where one ended the program.
 DONE, ANSWER_IS_NO, USAGE, FAILED = 0, 1, 2, 3
@@ -487,6 +488,77 @@ def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
 
 @cli.command(
     cls=Command,
+    short_help="Gather BatchNorm's statistics anew.",
+    example="polyak recalibrate average.h5 --data train.npz -o final.h5",
+)
+@click.argument("model", metavar="MODEL", type=click.Path())
+@_options(
+    "Data",
+    _option(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="blobs, a FILE.npz with x and y, a FILE.csv, or MODULE.py:FUNCTION that returns them.",
+    ),
+    _option(
+        "--split",
+        type=click.Choice(["train", "test"]),
+        help="Which part of the data.  [default: train, where the data are split]",
+    ),
+    _option(
+        "--batch-size",
+        type=int,
+        default=256,
+        metavar="N",
+        help="Rows at a time, at most; best that of training, and not small.",
+    ),
+    _option(
+        "--trust-code",
+        is_flag=True,
+        help="Run the code that a model file carries (a Lambda layer).",
+    ),
+)
+@_options(
+    "Output",
+    _option(
+        "-o", "--output", type=click.Path(), required=True, metavar="FILE", help="What to write."
+    ),
+    _option("--force", is_flag=True, help="Replace an existing output."),
+    _option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+)
+def recalibrate(
+    model: str,
+    data: str,
+    split: str | None,
+    batch_size: int,
+    trust_code: bool,
+    output: str,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Gather BatchNorm's moving statistics anew, in one pass over training data.
+
+    MODEL is a whole Keras model, such as an average, whose statistics are averages of estimates
+    that were made for other weights.  The output is MODEL with nothing else changed.
+    """
+    from polyak_cli import data as datasets
+    from polyak_cli import recalibration
+    from polyak_cli.quiet import prints_on_stderr
+
+    with prints_on_stderr():
+        dataset = datasets.load(data)
+        rows = dataset.split(split, default="train")
+        report = recalibration.recalibrate(
+            model, output, rows, batch_size=batch_size, trust_code=trust_code, force=force
+        )
+    _notes([*dataset.notes, *report.notes], quiet)
+    _result(report.data(), as_json, quiet, lambda: _recalibration_lines(report))
+
+
+@cli.command(
+    cls=Command,
     short_help="Show what is inside checkpoints.",
     example="polyak inspect final.h5 --stats",
 )
@@ -828,6 +900,15 @@ def _report_lines(report: Report, verbose: bool) -> Iterator[str]:
     yield f"wrote {shown(report.output)} ({_size(report.bytes_written)})"
 
 
+def _recalibration_lines(report: Recalibration) -> Iterator[str]:
+    yield (
+        f"gathered {len(report.statistics)} statistics of {report.layers} BatchNorm layers anew: "
+        f"{report.rows} rows of {report.source}, batches of at most "
+        f"{report.batch_size}, {report.seconds:.2f} s"
+    )
+    yield f"wrote {shown(report.output)}"
+
+
 def _inside_lines(one: Inspection) -> Iterator[str]:
     """Yield what is inside a checkpoint."""
     from polyak_cli.inspection import stored
@@ -854,6 +935,12 @@ def _inside_lines(one: Inspection) -> Iterator[str]:
         yield (
             f"an average by polyak {shown(record.get('polyak'))}, scheme "
             f"{shown(record.get('scheme'))}, of {len(record['inputs'])} checkpoints: {names}"
+        )
+    if isinstance(record, dict) and isinstance(record.get("recalibrated"), dict):
+        over = record["recalibrated"]
+        yield (
+            f"BatchNorm's statistics gathered by polyak {shown(over.get('polyak'))} on "
+            f"{shown(over.get('rows'))} rows of {shown(over.get('data'))}"
         )
 
 

@@ -72,14 +72,14 @@ class Dataset:
     splits: Mapping[str, Split]
     notes: tuple[str, ...] = ()
 
-    def split(self, which: str | None = None) -> Split:
-        """Return the rows of a split; by default test, or all rows where there are no splits.
+    def split(self, which: str | None = None, default: str = "test") -> Split:
+        """Return the rows of a split; else those of the default one, or of the only one there is.
 
         Raises:
             UsageError: the data set has no such split.
         """
         if which is None:
-            which = "test" if "test" in self.splits else next(iter(self.splits))
+            which = default if default in self.splits else next(iter(self.splits))
         if which in self.splits:
             return self.splits[which]
         if _WHOLE in self.splits:

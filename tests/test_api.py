@@ -15,6 +15,8 @@ import polyak_cli
 from polyak_cli import errors
 from tests.command import SAMPLES
 
+COMMANDS = {"average", "diff", "evaluate", "inspect", "recalibrate", "train"}
+
 
 def test_every_name_can_be_had_and_none_is_a_module_s() -> None:
     """What is exported exists, also after every module was imported, which would hide its name."""
@@ -30,12 +32,10 @@ def test_every_error_and_every_command_with_a_result_is_exported() -> None:
     """Who calls the package can catch each kind of error by its name."""
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
     assert "FormatError" in kinds
-    assert kinds | {"average", "diff", "evaluate", "inspect", "train"} <= set(polyak_cli.__all__)
+    assert kinds | COMMANDS <= set(polyak_cli.__all__)
 
 
-@pytest.mark.parametrize(
-    "name", ["evaluate", "compare", "train", "plan", "average", "inspect", "diff"]
-)
+@pytest.mark.parametrize("name", sorted(COMMANDS | {"plan"}))
 def test_the_documentation_tells_arguments_and_errors(name: str) -> None:
     """Every parameter, and what is raised."""
     function = getattr(polyak_cli, name)

@@ -78,6 +78,7 @@ HEADINGS = {
         "Help",
     ],
     "evaluate": ["Data", "Deciding", "Output", "Help"],
+    "recalibrate": ["Data", "Output", "Help"],
     "inspect": ["Output", "Help"],
     "diff": ["Two files", "A run", "Output", "Help"],
     "train": ["Training", "Output", "Help"],

@@ -1,0 +1,304 @@
+"""THE TOOL of `polyak recalibrate`: a model with BatchNorm statistics that fit its other tensors.
+
+The statistics of an average are averages of estimates made for other tensors.  `models` gathers
+them anew; here they are written into a copy that has everything else of the model.  Imports no
+framework itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyak_cli import __version__, data, engine, formats
+from polyak_cli.engine import Compared, Memory, Source
+from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
+from polyak_cli.formats import publishing
+from polyak_cli.models import Moments, check_model, moments
+from polyak_cli.tensors import (
+    Bytes,
+    Float64,
+    LaidOut,
+    Table,
+    itemsize,
+    narrow,
+    widen,
+    write_exactly,
+)
+
+BATCH_SIZE = 256
+#: What Keras opens as a whole model.
+FORMATS = ("hdf5", "keras_zip")
+_MEMORY = 32 << 20  # bytes of the buffers
+_StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Recalibration:
+    """What was recalibrated.
+
+    Attributes:
+        model: the file.
+        output: what was written.
+        statistics: names of the tensors that are new.
+        layers: how many BatchNorm layers they belong to.
+        source: how the rows are called.
+        rows: how many.
+        batch_size: rows at a time, at most.
+        batches: how many.
+        seconds: wall clock.
+        notes: what the user should know, a line each.
+    """
+
+    model: Path
+    output: Path
+    statistics: tuple[str, ...]
+    layers: int
+    source: str
+    rows: int
+    batch_size: int
+    batches: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def data(self) -> dict[str, Any]:
+        """Return it as what JSON can hold."""
+        return {
+            "model": str(self.model),
+            "output": str(self.output),
+            "statistics": list(self.statistics),
+            "layers": self.layers,
+            "data": self.source,
+            "rows": self.rows,
+            "batch_size": self.batch_size,
+            "batches": self.batches,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+
+def recalibrate(
+    model: _StrPath,
+    output: _StrPath,
+    rows: data.Split,
+    *,
+    batch_size: int = BATCH_SIZE,
+    trust_code: bool = False,
+    force: bool = False,
+) -> Recalibration:
+    """Gather the moving statistics of a model's BatchNorm layers anew, in one pass over rows.
+
+    The output is the model bit for bit but for these statistics, and for the record of where it
+    comes from, which tells of this.  How they are gathered: `models.moments`.
+
+    >>> rows = Split("my training rows", x, y)                            # doctest: +SKIP
+    >>> recalibrate("average.h5", "final.h5", rows).layers                # doctest: +SKIP
+
+    Args:
+        model: a whole-model ``.h5``, ``.hdf5`` or ``.keras`` file.
+        output: the file to write, in the model's format.
+        rows: features; the labels are not used.
+        batch_size: rows at a time, at most; best that of training, and not small.
+        trust_code: run the code that the file carries in a Lambda layer.
+        force: replace an existing output.
+
+    Raises:
+        UsageError: the batch size is out of range.
+        MissingExtraError: keras or tensorflow is not installed.
+        FormatError: the file is damaged or foreign, or holds weights without an architecture.
+        MismatchError: the rows do not fit the model, it has no statistics to gather, or they are
+            not finite.
+        OutputError: the output is in the way or cannot be written.
+        PolyakError: Keras is too old, or cannot load or run the model, or the model carries code.
+    """
+    path, target = Path(model), Path(output)
+    (table,) = formats.scan([path], everything=True)
+    check(table, target, rows, batch_size)
+    formats.check_output(target, [table], force=force)
+    formats.check([table], jobs=1)
+    publishing.check_room(target, table.size)
+    with publishing.publish(target, force=force) as hidden:
+        return rewrite(table, hidden, target, rows, batch_size, trust_code)
+
+
+def check(table: Table, output: Path | None, rows: data.Split, batch_size: int) -> None:
+    """Refuse, before any work, what cannot be recalibrated.
+
+    Args:
+        table: of the model, or of one like it.
+        output: the file that will be written, if it is known.
+        rows: features.
+        batch_size: rows at a time, at most.
+
+    Raises:
+        UsageError: the batch size is out of range.
+        MismatchError: one row has no variance.
+        FormatError: the file is of a format that Keras does not open as a model.
+        OutputError: the output would be such.
+        PolyakError: Keras is missing or too old.
+    """
+    if batch_size < 2:
+        raise UsageError(
+            f"--batch-size {batch_size} is out of range; expected 2 or more: one row has no "
+            "variance"
+        )
+    if rows.rows < 2:
+        raise MismatchError(
+            f"{rows.source}: is one row, which has no variance; expected all training rows"
+        )
+    if table.format not in FORMATS:
+        raise FormatError(
+            f"{shown(table.path)}: is {formats.module(table.format).NAME}; only whole Keras models "
+            "are recalibrated, .h5 or .keras: they can be run"
+        )
+    check_model(table)
+    if formats.target(output, table) != table.format:
+        raise OutputError(
+            f"{shown(output)}: would not be a Keras model; give the output the suffix of "
+            f"{shown(table.path)}"
+        )
+
+
+def rewrite(
+    table: Table, hidden: Path, output: Path, rows: data.Split, batch_size: int, trust_code: bool
+) -> Recalibration:
+    """Write a model with new statistics under a hidden name; `recalibrate` says the rest.
+
+    Args:
+        table: of the model, with everything.
+        hidden: the file to write.
+        output: what it will be called.
+        rows: features.
+        batch_size: rows at a time, at most.
+        trust_code: run the code that the file carries in a Lambda layer.
+    """
+    begun = time.perf_counter()
+    found = moments(table, rows, batch_size=batch_size, trust_code=trust_code)
+    _check_before(table, found)
+    _write(table, found, hidden, _record(table, found, rows, batch_size))
+    names = {spec.location: spec.name for spec in table.tensors.values()}
+    return Recalibration(
+        model=table.path,
+        output=output,
+        statistics=tuple(names[location] for location in found.after),
+        layers=found.layers,
+        source=rows.source,
+        rows=rows.rows,
+        batch_size=batch_size,
+        batches=found.batches,
+        seconds=time.perf_counter() - begun,
+        notes=found.notes,
+    )
+
+
+def _record(table: Table, found: Moments, rows: data.Split, batch_size: int) -> dict[str, Any]:
+    """Return the record of where the output comes from: the model's own, and the pass over rows.
+
+    No clock and no folder are in it, so that the bytes repeat.
+    """
+    text = table.about.get("provenance", "{}")
+    try:
+        own = json.loads(text)
+    except (ValueError, RecursionError):
+        own = None
+    if not isinstance(own, dict):
+        raise FormatError(
+            f"{shown(table.path)}: its attribute polyak_provenance is not a record that polyak "
+            f"wrote: {shown(text, 60)}; remove the attribute"
+        )
+    return (
+        {"polyak": __version__}
+        | own
+        | {
+            "recalibrated": {
+                "polyak": __version__,
+                "data": Path(rows.source).name,
+                "rows": rows.rows,
+                "sha256": _digest(rows.features),
+                "batch_size": batch_size,
+                "batches": found.batches,
+                "layers": found.layers,
+            }
+        }
+    )
+
+
+def _digest(features: data.Arrays) -> str:
+    """Digest what the model was run on."""
+    total = hashlib.sha256()
+    for array in data.leaves(features):
+        total.update(f"{array.dtype.str}{array.shape}".encode())
+        total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()
+
+
+def _check_before(table: Table, found: Moments) -> None:
+    """See that the statistics which Keras loaded are those at the places to be written."""
+    specs = [s for s in table.tensors.values() if s.location in found.before]
+    loaded = {spec.name: np.ravel(found.before[spec.location]) for spec in specs}
+    tensors = [
+        Compared(s.name, s.size, [s.dtype], [Source(s.storage, s.byteorder, s.file)])
+        for s in specs
+        if s.size and s.storage
+    ]
+    done = dict.fromkeys(loaded, 0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for tensor, (slab,) in engine.values(tensors, table.files, Memory.within(_MEMORY, 1)):
+            start = done[tensor.name]
+            done[tensor.name] = start + slab.size
+            own = loaded[tensor.name][start : start + slab.size]
+            if not np.array_equal(slab.astype(own.dtype), own, equal_nan=True):
+                raise MismatchError(
+                    f"{shown(table.path)}: '{shown(tensor.name)}' is not what Keras loaded for it; "
+                    "load the model and save it anew with model.save()"
+                )
+
+
+def _write(table: Table, found: Moments, hidden: Path, record: Mapping[str, Any]) -> None:
+    """Write the model with its new statistics.
+
+    Raises:
+        MismatchError: a statistic is not finite.
+        FormatError: the file changed meanwhile, or cannot be copied safely.
+        OSError: there is no room.
+    """
+    specs = [s for s in table.tensors.values() if s.location in found.after and s.size]
+    room = formats.lay_out(
+        table,
+        hidden,
+        averaged={spec.location: spec.dtype for spec in specs},
+        drop_optimizer=False,
+        provenance=json.dumps(record, separators=(",", ":")),
+    )
+    with open(room.files[0], "r+b") as file:
+        for spec in specs:
+            place = room.places[spec.location]
+            where = f"{shown(table.path)}: the new values of '{shown(spec.name)}'"
+            raw = _rounded(np.ravel(found.after[spec.location]), place, where)
+            write_exactly(file.fileno(), place.offset, raw)
+    room.seal()
+    engine.unchanged(table.files)
+
+
+def _rounded(values: Float64, place: LaidOut, where: str) -> Bytes:
+    """Return values as they are stored, having refused what is not finite then."""
+    raw = np.empty(values.size * itemsize(place.dtype), np.uint8)
+    narrow(values, place.dtype, place.byteorder, raw)
+    stored = np.empty_like(values)
+    with np.errstate(invalid="ignore"):
+        widen(raw, place.dtype, place.byteorder, stored)
+    if not np.isfinite(stored).all():
+        worst = values[~np.isfinite(stored)][0]
+        raise MismatchError(
+            f"{where} hold {worst:g}, expected finite numbers of type {place.dtype}; look for "
+            "such as are not in the rows and in the model (polyak inspect --stats)"
+        )
+    return raw
