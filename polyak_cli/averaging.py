@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -29,11 +29,17 @@ from polyak_cli.formats import publishing
 from polyak_cli.matching import Row, match, sources_of
 from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, is_carried, itemsize
 
+if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
+    from polyak_cli.data import Split
+    from polyak_cli.recalibration import Recalibration
+
 Source = str | os.PathLike[str]
 Progress = Callable[[int], None]
 
 #: Bound on the buffers of the engine; the interpreter with numpy and h5py comes on top.
 MAX_MEMORY = 32 << 20
+#: Rows that a model is run on at a time where it is recalibrated.
+BATCH_SIZE = 256
 #: BatchNorm's statistics, as Keras, tf_keras's renorm and PyTorch call them.
 _STATISTICS = {
     "moving_mean",
@@ -72,6 +78,10 @@ class Options(TypedDict, total=False):
         match: how tensors are paired; "name".
         use_ema: take the EMAs that the optimizer keeps in place of the model's own tensors.
         allow_nonfinite: average NaN and infinity too.
+        recalibrate: rows over which the average's BatchNorm statistics are gathered anew, by Keras;
+            see `recalibrate`.
+        batch_size: of these rows at a time, at most; `BATCH_SIZE`.
+        trust_code: run the code that the model carries in a Lambda layer, to recalibrate it.
         force: replace an existing output.
         hash: record each input's SHA-256.
         max_memory: bytes for buffers; `MAX_MEMORY`.
@@ -100,6 +110,9 @@ class Options(TypedDict, total=False):
     match: Literal["name", "order"]
     use_ema: bool
     allow_nonfinite: bool
+    recalibrate: Split | None
+    batch_size: int | None
+    trust_code: bool
     force: bool
     hash: bool
     max_memory: int | None
@@ -158,6 +171,14 @@ class Plan:
         """How many equally counted checkpoints would steady the average as much: 1 / sum(c^2)."""
         return schemes.effective_number(self.coefficients)
 
+    @property
+    def recalibrate(self) -> dict[str, Any] | None:
+        """What BatchNorm's statistics will be gathered anew over, if they are."""
+        rows = self.options.get("recalibrate")
+        if rows is None:
+            return None
+        return {"data": rows.source, "rows": rows.rows, "batch_size": _batch_size(self.options)}
+
     def data(self) -> dict[str, Any]:
         """Return the plan as what JSON can hold."""
         return {
@@ -190,6 +211,7 @@ class Plan:
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
             "memory": self.memory,
+            "recalibrate": self.recalibrate,
             "passed_over": [
                 {"path": str(passed.path), "reason": passed.reason} for passed in self.passed_over
             ],
@@ -206,10 +228,12 @@ class Report:
         plan: what was to be done.
         bytes_read: of tensors; checksums that a format keeps are computed besides.
         bytes_written: the size of the output.
-        seconds: wall clock, from the first byte to the renamed output.
+        seconds: wall clock, from the first byte to the renamed output, but for the recalibration,
+            which tells its own.
         peak_memory: bytes, of the largest process.
         shares: of the workers' time: "reading", "folding", "writing"; sum 1.
         notes: the plan's, and what only the bytes could tell.
+        recalibrated: what was gathered anew of BatchNorm's statistics, if that was asked for.
     """
 
     output: Path
@@ -220,6 +244,7 @@ class Report:
     peak_memory: int
     shares: Mapping[str, float]
     notes: tuple[str, ...]
+    recalibrated: Recalibration | None = None
 
     @property
     def speed(self) -> float:
@@ -237,6 +262,7 @@ class Report:
             "peak_memory": self.peak_memory,
             "shares": dict(self.shares),
             "notes": list(self.notes),
+            "recalibrated": self.recalibrated.data() if self.recalibrated else None,
         }
 
 
@@ -293,6 +319,7 @@ def plan(
     if target:
         force = options.get("force", False)
         formats.check_output(target, tables, force=force, run=selection.left_out)
+    _check_recalibration(tables[-1], target, options)
     taken, without = ema.in_place(tables) if use_ema else (tables, [])
     rows = match(taken, options.get("match", "name"))
     averaged, carried = _fates(rows, options, shown(tables[-1].path))
@@ -329,7 +356,8 @@ def plan(
         carried_rows=tuple(carried),
     )
     if target:
-        publishing.check_room(target, made.bytes_to_write)
+        copies = 2 if made.recalibrate else 1  # the average stays until it is copied
+        publishing.check_room(target, copies * made.bytes_to_write)
     return made
 
 
@@ -350,20 +378,25 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     force = plan.options.get("force", False)
     folder = formats.is_folder(plan.output, plan.tables[-1])
     with publishing.publish(plan.output, force=force, folder=folder) as hidden:
-        totals, nbytes, differing = _write(plan, hidden, progress or (lambda _: None))
+        totals, nbytes, notes = _write(plan, hidden, progress or (lambda _: None))
+        recalibrated = _recalibrated(plan, plan.output, hidden)
+        if recalibrated:
+            nbytes = hidden.stat().st_size
+            notes += recalibrated.notes
     spent = totals.reading + totals.folding + totals.writing
     return Report(
         output=plan.output,
         plan=plan,
         bytes_read=totals.bytes_read,
         bytes_written=nbytes,
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - begun - (recalibrated.seconds if recalibrated else 0.0),
         peak_memory=_peak(),
         shares={
             part: getattr(totals, part) / spent if spent else 0.0
             for part in ("reading", "folding", "writing")
         },
-        notes=(*plan.notes, *differing),
+        notes=(*plan.notes, *notes),
+        recalibrated=recalibrated,
     )
 
 
@@ -379,68 +412,28 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     return totals.plus(compared), sum(Path(f).stat().st_size for f in room.files), differing
 
 
-def several(
-    plan: Plan,
-    coefficients: Sequence[Sequence[float]],
-    outputs: Sequence[Path],
-    *,
-    progress: Progress | None = None,
-) -> None:
-    """Write several averages of the same checkpoints, each of whose bytes is read once.
+def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | None:
+    """Put the average with new statistics in its place, if that was asked for."""
+    rows = plan.options.get("recalibrate")
+    if rows is None:
+        return None
+    from polyak_cli import recalibration
 
-    The outputs are neither synced nor published: they are for looking at.
-
-    Args:
-        plan: which tensors of which checkpoints; its own coefficients do not count.
-        coefficients: for each output, one a checkpoint, oldest first; see `schemes.coefficients`.
-        outputs: the files to write, named as those of the format are.
-        progress: told the bytes read by every finished piece of work.
-
-    Raises:
-        PolyakError: as `run`.
-        OSError: there is no room.
-    """
-    rows = [tuple(row) for row in coefficients]
-    rooms = [
-        _room(replace(plan, scheme="custom", parameters={}, coefficients=row), output)
-        for row, output in zip(rows, outputs, strict=True)
-    ]
-    _fold(plan, rows, rooms, progress or (lambda _: None))
-    engine.unchanged(_inputs(plan))
-
-
-def _inputs(plan: Plan) -> list[File]:
-    return [file for table in plan.tables for file in table.files]
-
-
-def _room(plan: Plan, output: Path) -> formats.Room:
-    """Write all of an output but its averaged tensors."""
-    return formats.lay_out(
-        plan.tables[-1],
+    # Keras goes by the suffix; what begins with the hidden name is removed whatever happens.
+    average = hidden.with_name(f"{hidden.name}.average{output.suffix}")
+    hidden.rename(average)
+    hidden.touch()
+    (table,) = formats.scan([average], everything=True)
+    made = recalibration.rewrite(
+        replace(table, path=output),
+        hidden,
         output,
-        averaged=_stored(plan.averaged_rows, plan.options),
-        drop_optimizer=_drops(plan.tables, plan.options),
-        name=formats.target(plan.output, plan.tables[-1]),
-        provenance=json.dumps(_provenance(plan), separators=(",", ":")),
+        rows,
+        _batch_size(plan.options),
+        plan.options.get("trust_code", False),
     )
-
-
-def _fold(
-    plan: Plan,
-    coefficients: Sequence[Sequence[float]],
-    rooms: Sequence[formats.Room],
-    progress: Progress,
-) -> engine.Totals:
-    """Average the tensors into the outputs, a row of coefficients each."""
-    options = plan.options
-    files = [file for room in rooms for file in room.files]
-    nonfinite = options.get("allow_nonfinite", False)
-    work = engine.Fold(_inputs(plan), files, np.array(coefficients), nonfinite)
-    memory = _memory(options, len(rooms))
-    totals = engine.fold(_Averaged(plan, rooms), work, memory, progress)
-    for room in rooms:
-        room.seal()
-    return totals
+    average.unlink()
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,7 +480,16 @@ def _check_options(options: Options) -> None:
     for key in ("exclude", "include_tensors", "exclude_tensors"):
         if isinstance(options.get(key), str):  # a sequence too: of its letters
             raise UsageError(f"{key} is one text; expected a list of globs")
-    for key in ("last", "from_epoch", "to_epoch", "every", "best", "jobs", "max_memory"):
+    for key in (
+        "last",
+        "from_epoch",
+        "to_epoch",
+        "every",
+        "best",
+        "jobs",
+        "max_memory",
+        "batch_size",
+    ):
         if not isinstance(options.get(key), (int, np.integer, type(None))):
             raise UsageError(f"{key} is {options.get(key)!r}; expected a whole number")
     choices = {
@@ -504,6 +506,25 @@ def _check_options(options: Options) -> None:
         value = options.get(key)
         if isinstance(value, int) and value < least:
             raise UsageError(f"--{key.replace('_', '-')} is {value}; expected at least {least}")
+
+    for key in ("batch_size", "trust_code"):
+        if options.get(key) and options.get("recalibrate") is None:
+            raise UsageError(
+                f"--{key.replace('_', '-')} belongs to --recalibrate, which is missing"
+            )
+
+
+def _check_recalibration(template: Table, output: Path | None, options: Options) -> None:
+    rows = options.get("recalibrate")
+    if rows is not None:
+        from polyak_cli import recalibration
+
+        recalibration.check(template, output, rows, _batch_size(options))
+
+
+def _batch_size(options: Options) -> int:
+    size = options.get("batch_size")
+    return BATCH_SIZE if size is None else size
 
 
 def _select(sources: Source | Sequence[Source], options: Options) -> checkpoints.Selection:
@@ -659,11 +680,11 @@ def _notes(
         )
     names = [row[-1].name for row in averaged]
     statistics = [n for n in names if _leaf(n) in _STATISTICS or n in tables[-1].statistics]
-    if statistics:
+    if statistics and options.get("recalibrate") is None:
         notes.append(
             f"{len(statistics)} BatchNorm moving statistics are averaged ("
             f"{_some(statistics)}); they are estimates for each checkpoint, not for the average: "
-            "recalculate them with one pass over training data (polyak recalibrate) when the "
+            "recalculate them with one pass over training data (--recalibrate DATA) when the "
             "learning rate was high or the average scores below its checkpoints"
         )
     stored = {_dtype(row[-1], options) for row in averaged}

@@ -269,6 +269,23 @@ AVERAGING = _options(
     ),
 )
 
+RECALIBRATING = _options(
+    "Recalibrating",
+    _option(
+        "--recalibrate",
+        metavar="DATA",
+        help="Run the average in Keras and gather BatchNorm's statistics anew; DATA as in polyak "
+        "recalibrate.",
+    ),
+    _option(
+        "--split",
+        type=click.Choice(["train", "test"]),
+        help="Which part of the data.  [default: train, where the data are split]",
+    ),
+    _option("--batch-size", type=int, metavar="N", help="Rows at a time, at most.  [default: 256]"),
+    _option("--trust-code", is_flag=True, help="Run the code that the model carries."),
+)
+
 WRITING = _options(
     "Output",
     _option("-o", "--output", type=click.Path(), metavar="FILE", help="The file to write."),
@@ -298,6 +315,7 @@ MACHINE = _options(
 @CHOOSING
 @_scheme_options
 @AVERAGING
+@RECALIBRATING
 @WRITING
 @MACHINE
 def average(
@@ -318,15 +336,46 @@ def average(
         raise UsageError("--output is missing; name the file to write with -o, or use --dry-run")
     from polyak_cli import averaging
 
+    notes = _load_rows(options)
     plan = averaging.plan(sources, output, **options)
     if dry_run:
-        _notes(plan.notes, quiet)
+        _notes([*notes, *plan.notes], quiet)
         _result(plan.data(), as_json, quiet, lambda: _plan_lines(plan, verbose))
         return
-    with _progress("averaging", plan.bytes_to_read, quiet or as_json) as advance:
+    with (
+        _apart(options["recalibrate"]),
+        _progress("averaging", plan.bytes_to_read, quiet or as_json) as advance,
+    ):
         report = averaging.run(plan, progress=advance)
-    _notes(report.notes, quiet)
+    _notes([*notes, *report.notes], quiet)
     _result(report.data(), as_json, quiet, lambda: _report_lines(report, verbose))
+
+
+def _load_rows(options: dict[str, Any]) -> Sequence[str]:
+    """Replace the name of a data set among the options by its rows; return its notes."""
+    name, split = options["recalibrate"], options.pop("split")
+    if name is None:
+        if split:
+            raise UsageError("--split belongs to --recalibrate, which is missing")
+        return ()
+    from polyak_cli import data as datasets
+
+    with _apart(name):
+        dataset = datasets.load(name)
+    options["recalibrate"] = dataset.split(split, default="train")
+    return dataset.notes
+
+
+@contextmanager
+def _apart(recalibrates: object) -> Iterator[None]:
+    """Keep what a framework or a user's own code prints apart from the result, if any is run."""
+    if recalibrates is None:
+        yield
+        return
+    from polyak_cli.quiet import prints_on_stderr
+
+    with prints_on_stderr():
+        yield
 
 
 @cli.command(
@@ -865,6 +914,12 @@ def _plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
     )
     if verbose:
         yield from _fate_lines(plan)
+    over = plan.recalibrate
+    if over:
+        yield (
+            f"then BatchNorm's statistics are gathered anew: {over['rows']} rows of "
+            f"{over['data']}, batches of at most {over['batch_size']}"
+        )
     yield from map(_passed_over, plan.passed_over)
     yield (
         f"to read {_size(plan.bytes_to_read)}, to write about {_size(plan.bytes_to_write)}, "
@@ -897,16 +952,22 @@ def _report_lines(report: Report, verbose: bool) -> Iterator[str]:
         f"read {_size(report.bytes_read)} in {report.seconds:.2f} s "
         f"({_size(report.speed)}/s; {shares}), peak memory {_size(report.peak_memory)}"
     )
+    if report.recalibrated:
+        yield _gathered_line(report.recalibrated)
     yield f"wrote {shown(report.output)} ({_size(report.bytes_written)})"
 
 
 def _recalibration_lines(report: Recalibration) -> Iterator[str]:
-    yield (
-        f"gathered {len(report.statistics)} statistics of {report.layers} BatchNorm layers anew: "
-        f"{report.rows} rows of {report.source}, batches of at most "
-        f"{report.batch_size}, {report.seconds:.2f} s"
-    )
+    yield _gathered_line(report)
     yield f"wrote {shown(report.output)}"
+
+
+def _gathered_line(report: Recalibration) -> str:
+    return (
+        f"gathered {len(report.statistics)} statistics of {report.layers} BatchNorm layers anew: "
+        f"{report.rows} rows of {report.source}, batches of at most {report.batch_size}, "
+        f"{report.seconds:.2f} s"
+    )
 
 
 def _inside_lines(one: Inspection) -> Iterator[str]:

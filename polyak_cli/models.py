@@ -1022,7 +1022,7 @@ def check_model(table: Table) -> None:
         FormatError: the file holds no architecture.
         PolyakError: Keras is too old.
     """
-    _require_keras("polyak recalibrate")
+    _require_keras("recalibrating BatchNorm")
     _check_architecture(table)
 
 
@@ -1065,7 +1065,7 @@ def moments(
         _check_suffix(opened)
     written = _Description("", "", table.about.get("keras_version", ""))
     with hushed() as held_back, _noted() as warned:
-        keras = _keras("polyak recalibrate")
+        keras = _keras("recalibrating BatchNorm")
         with _keras_errors(path, f"cannot load it{_writer(written)}", held_back):
             model = keras.saving.load_model(opened, compile=False, safe_mode=not trust_code)
             layers = model._flatten_layers()

@@ -44,11 +44,13 @@ ALLOWED = {
     },
     "averaging": {
         "checkpoints",
+        "data",
         "ema",
         "engine",
         "errors",
         "formats",
         "matching",
+        "recalibration",
         "schemes",
         "tensors",
     },

@@ -73,6 +73,7 @@ HEADINGS = {
         "Choosing checkpoints",
         "Coefficients",
         "Averaging",
+        "Recalibrating",
         "Output",
         "Machine",
         "Help",
@@ -549,6 +550,7 @@ PLAN_KEYS = {
     "bytes_to_read": int,
     "bytes_to_write": int,
     "memory": int,
+    "recalibrate": type(None),
     "passed_over": list,
     "notes": list,
 }
@@ -559,6 +561,7 @@ REPORT_KEYS = PLAN_KEYS | {
     "speed": float,
     "peak_memory": int,
     "shares": dict,
+    "recalibrated": type(None),
 }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli import average, data, models, recalibrate
+from polyak_cli import average, data, models, plan, recalibrate, recalibration
 from polyak_cli.errors import (
     FormatError,
     MismatchError,
@@ -553,6 +553,84 @@ def test_code_is_not_run_unless_it_is_trusted(tmp_path: Path) -> None:
     np.testing.assert_allclose(mean, 2 * ROWS.astype(np.float64).mean(0), rtol=1e-5)
 
 
+# --- in the average -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return two folders with checkpoints of one run each."""
+    made = tmp_path_factory.mktemp("run")
+    model = keras.saving.load_model(folder / "dense.keras", compile=False)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    for end in ("h5", "keras"):
+        (made / end).mkdir()
+    for epoch in range(3):
+        model.fit(ROWS, LABELS, verbose=0)
+        for end in ("h5", "keras"):
+            model.save(made / end / f"model_{epoch}.{end}")
+    return made
+
+
+@pytest.mark.parametrize("end", ["h5", "keras"])
+def test_averaging_can_recalibrate_in_one_go(run_folder: Path, tmp_path: Path, end: str) -> None:
+    """The file is, byte for byte, that of average and then recalibrate; the report has both."""
+    one, average_alone, two = (tmp_path / f"{name}.{end}" for name in ("one", "average", "two"))
+    report = average(run_folder / end, one, scheme="linear", recalibrate=split(), batch_size=40)
+    average(run_folder / end, average_alone, scheme="linear")
+    expected = recalibrate(average_alone, two, split(), batch_size=40)
+    assert one.read_bytes() == two.read_bytes()
+    assert set(record(one)) == {*record(average_alone), "recalibrated"}
+    assert report.recalibrated
+    assert report.recalibrated.statistics == expected.statistics
+    assert report.bytes_written == one.stat().st_size
+    assert report.data()["recalibrated"]["batches"] == 3
+    assert not [note for note in report.notes if "moving statistics are averaged" in note]
+    assert set(tree(tmp_path)) == {f"{name}.{end}" for name in ("one", "average", "two")}
+
+
+def test_what_averaging_promises_holds_with_recalibration(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before a tensor is read where that can be; on failure the old output is untouched."""
+    output = tmp_path / "o.h5"
+    output.write_bytes(b"old")
+    old = tree(tmp_path)
+    infinite = ROWS.copy()
+    infinite[0] = np.nan
+    for error, rows, more, text in (
+        (MismatchError, split(IMAGES), {}, f"{output}: takes rows of shape"),
+        (MismatchError, split(infinite), {}, f"{output}: the new values of"),
+        (MismatchError, split(ROWS[:1]), {}, "is one row"),
+        (UsageError, split(), {"batch_size": 0}, "--batch-size 0 is out of range"),
+        (UsageError, None, {"batch_size": 9}, "--batch-size belongs to --recalibrate"),
+        (UsageError, None, {"trust_code": True}, "--trust-code belongs to --recalibrate"),
+    ):
+        with pytest.raises(error) as caught:
+            average(run_folder / "h5", output, recalibrate=rows, force=True, **more)
+        assert text in str(caught.value)
+        assert tree(tmp_path) == old
+    with pytest.raises(FormatError, match="only whole Keras models"):
+        plan(write_npz(tmp_path / "m.npz"), recalibrate=split())
+    with pytest.raises(MismatchError, match="has no BatchNorm layer"):
+        average(SAMPLES, output, recalibrate=data.load("blobs").split("train"), force=True)
+    (tmp_path / "m.npz").unlink()
+    monkeypatch.setattr(recalibration, "moments", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        average(run_folder / "h5", output, recalibrate=split(), force=True)
+    assert tree(tmp_path) == old
+
+
+def write_npz(path: Path) -> Path:
+    """Write tensors that are no model."""
+    np.savez(path, a=ROWS)
+    return path
+
+
+def interrupted(*_: Any, **__: Any) -> Any:
+    """Do as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -585,3 +663,26 @@ def test_the_command_fails_in_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (3, "")
     assert one_line(done.stderr).endswith("has no BatchNorm layer; nothing to recalibrate")
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.slow
+def test_the_command_averages_and_recalibrates(run_folder: Path, tmp_path: Path) -> None:
+    """The plan says so, a dry run writes nothing, report and JSON tell what was done."""
+    np.savez(tmp_path / "d.npz", x=ROWS, y=LABELS)
+    command = ("average", run_folder / "h5", "--recalibrate", "d.npz", "--batch-size", 50)
+    done = polyak(*command, "--dry-run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    planned = "then BatchNorm's statistics are gathered anew: 101 rows of d.npz, batches of at"
+    assert f"{planned} most 50" in done.stdout
+    assert set(tree(tmp_path)) == {"d.npz"}
+    done = polyak(*command, "-o", "o.h5", "--json", cwd=tmp_path)
+    assert done.returncode == 0
+    found = json.loads(done.stdout)
+    assert found["recalibrate"] == {"data": "d.npz", "rows": 101, "batch_size": 50}
+    assert found["recalibrated"]["layers"] == 2
+    done = polyak(*command, "-o", "o.h5", "--force", cwd=tmp_path)
+    assert "gathered 4 statistics of 2 BatchNorm layers anew" in done.stdout
+    assert set(tree(tmp_path)) == {"d.npz", "o.h5"}
+    done = polyak("average", run_folder / "h5", "--split", "test", "-o", "p.h5", cwd=tmp_path)
+    assert done.returncode == 2
+    assert one_line(done.stderr) == "--split belongs to --recalibrate, which is missing"
