@@ -6,6 +6,7 @@ format and does no arithmetic.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import itertools
@@ -15,8 +16,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
@@ -24,7 +25,14 @@ import numpy as np
 
 from polyak_cli import __version__, checkpoints, ema, engine, formats, schemes
 from polyak_cli.checkpoints import Checkpoint, PassedOver
-from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
+from polyak_cli.errors import (
+    FormatError,
+    MismatchError,
+    OutputError,
+    PolyakError,
+    UsageError,
+    shown,
+)
 from polyak_cli.formats import publishing
 from polyak_cli.matching import Row, match, sources_of
 from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, is_carried, itemsize
@@ -267,7 +275,7 @@ class Report:
 
 
 def average(
-    sources: Source | Sequence[Source],
+    sources: Source | Sequence[Source] | checkpoints.Selection,
     output: Source,
     *,
     progress: Progress | None = None,
@@ -279,7 +287,7 @@ def average(
     stochastic approximation by averaging", 1992; in the form of the schemes of `schemes`.
 
     Args:
-        sources: directories, globs or files.
+        sources: directories, globs or files, or what `select` chose.
         output: the file to write, ``.h5`` or ``.hdf5``.
         progress: told the bytes read by every finished piece of work.
         **options: see `Options`.
@@ -292,12 +300,15 @@ def average(
 
 
 def plan(
-    sources: Source | Sequence[Source], output: Source | None = None, **options: Unpack[Options]
+    sources: Source | Sequence[Source] | checkpoints.Selection,
+    output: Source | None = None,
+    **options: Unpack[Options],
 ) -> Plan:
     """Decide what averaging would do, without reading or writing one tensor.
 
     Args:
-        sources: directories, globs or files.
+        sources: directories, globs or files; or what `select` chose, where the options that choose
+            say nothing more.
         output: the file or folder that would be written; None to leave it open.
         **options: see `Options`.
 
@@ -308,8 +319,8 @@ def plan(
         MismatchError: the checkpoints do not belong to one model.
         OutputError: the output is in the way or cannot be written.
     """
-    _check_options(options)
-    selection = _select(sources, options)
+    check_options(options)
+    selection = sources if isinstance(sources, checkpoints.Selection) else select(sources, options)
     scheme, coefficients = _coefficients(selection.positions, options)
     paths = [checkpoints.file_of(checkpoint.path) for checkpoint in selection.checkpoints]
     memory = _memory(options)
@@ -404,9 +415,19 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     """Write the whole output under its hidden name; return what that took, its size and notes."""
     options = plan.options
     formats.check(plan.tables, jobs=_memory(options).jobs)
-    room = _room(plan, hidden)
-    totals = _fold(plan, [plan.coefficients], [room], progress)
-    inputs = _inputs(plan)
+    room = formats.lay_out(
+        plan.tables[-1],
+        hidden,
+        averaged=_stored(plan.averaged_rows, options),
+        drop_optimizer=_drops(plan.tables, options),
+        name=formats.target(plan.output, plan.tables[-1]),
+        provenance=json.dumps(provenance(plan), separators=(",", ":")),
+    )
+    tensors = _Averaged(plan, room.places)
+    matrix = np.array([plan.coefficients])
+    work = engine.Fold(inputs, room.files, matrix, options.get("allow_nonfinite", False))
+    totals = engine.fold(tensors, work, _memory(options), progress)
+    room.seal()
     compared, differing = _differing(plan, inputs, progress)
     engine.unchanged(inputs)
     return totals.plus(compared), sum(Path(f).stat().st_size for f in room.files), differing
@@ -468,8 +489,8 @@ def _place(row: Row) -> tuple[int, int, int]:
 # --- deciding -------------------------------------------------------------------------------------
 
 
-def _check_options(options: Options) -> None:
-    """Refuse values that no later stage would.
+def check_options(options: Options) -> None:
+    """Refuse what can be refused before there is a checkpoint.
 
     Raises:
         UsageError: names the option and what it takes.
@@ -506,6 +527,7 @@ def _check_options(options: Options) -> None:
         value = options.get(key)
         if isinstance(value, int) and value < least:
             raise UsageError(f"--{key.replace('_', '-')} is {value}; expected at least {least}")
+    _choice(options)
 
     for key in ("batch_size", "trust_code"):
         if options.get(key) and options.get("recalibrate") is None:
@@ -527,7 +549,37 @@ def _batch_size(options: Options) -> int:
     return BATCH_SIZE if size is None else size
 
 
-def _select(sources: Source | Sequence[Source], options: Options) -> checkpoints.Selection:
+def check_replaceable(output: Path) -> None:
+    """Refuse an output that is there already and was not written by this tool.
+
+    For those who write one file again and again, without being asked each time.
+
+    Raises:
+        OutputError: with what to do.
+    """
+    if output.exists() and not formats.averages([checkpoints.file_of(output)]):
+        raise OutputError(
+            f"{shown(output)}: already exists and is no average by polyak; name another output, or "
+            "use --force to replace it"
+        )
+
+
+def recorded(output: Path) -> Any:
+    """Return what `provenance` was written into an output, None where there is nothing of it."""
+    with contextlib.suppress(PolyakError, ValueError, RecursionError):
+        (table,) = formats.scan([checkpoints.file_of(output)])
+        return json.loads(table.about.get("provenance", "null"))
+    return None
+
+
+def select(
+    sources: Source | Sequence[Source],
+    options: Options,
+    *,
+    growing: bool = False,
+    written_by_us: Callable[[Sequence[Path]], Collection[Path]] = formats.averages,
+) -> checkpoints.Selection:
+    """Choose checkpoints as the options say; see `checkpoints.select`."""
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     return checkpoints.select(
         listed,
@@ -541,7 +593,8 @@ def _select(sources: Source | Sequence[Source], options: Options) -> checkpoints
         mode=options.get("mode"),
         log=options.get("log"),
         epoch_pattern=options.get("epoch_pattern"),
-        written_by_us=formats.averages,
+        growing=growing,
+        written_by_us=written_by_us,
     )
 
 
@@ -654,11 +707,23 @@ def _check_chunks(
 def _coefficients(
     positions: Sequence[float], options: Options
 ) -> tuple[schemes.Choice, tuple[float, ...]]:
-    scheme, custom = options.get("scheme"), options.get("coefficients")
-    alpha, decay, sigma = options.get("alpha"), options.get("decay"), options.get("sigma")
-    choice = schemes.resolve(scheme, alpha=alpha, decay=decay, sigma=sigma, custom=custom)
-    return choice, schemes.coefficients(
-        scheme, positions, alpha=alpha, decay=decay, sigma=sigma, custom=custom
+    return _choice(options), schemes.coefficients(
+        options.get("scheme"),
+        positions,
+        alpha=options.get("alpha"),
+        decay=options.get("decay"),
+        sigma=options.get("sigma"),
+        custom=options.get("coefficients"),
+    )
+
+
+def _choice(options: Options) -> schemes.Choice:
+    return schemes.resolve(
+        options.get("scheme"),
+        alpha=options.get("alpha"),
+        decay=options.get("decay"),
+        sigma=options.get("sigma"),
+        custom=options.get("coefficients"),
     )
 
 
@@ -769,7 +834,7 @@ def _bytes_to_write(
     return template.size + change - sum(template.others[n].nbytes for n in dropped)
 
 
-def _provenance(plan: Plan) -> dict[str, Any]:
+def provenance(plan: Plan) -> dict[str, Any]:
     """Return the record that the output carries: no clock, no folder, so that the bytes repeat."""
     options = plan.options
     inputs: list[dict[str, Any]] = [

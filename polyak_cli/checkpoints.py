@@ -80,6 +80,7 @@ def select(
     mode: str | None = None,
     log: _StrPath | None = None,
     epoch_pattern: str | None = None,
+    growing: bool = False,
     written_by_us: Callable[[Sequence[Path]], Collection[Path]] = _no_file,
 ) -> Selection:
     r"""Find the checkpoints of a run and choose some of them.
@@ -103,6 +104,8 @@ def select(
         log: a CSV file of Keras' CSVLogger to read the metric from, instead of from the file names.
         epoch_pattern: a regular expression searched for in each file's name; its group ``epoch``,
             else its first group, else all that it matches, is the epoch.
+        growing: the run goes on, so that it is no error when there are fewer checkpoints than were
+            asked for, or none at all yet.
         written_by_us: says which of the given files are averages that an earlier run wrote there.
             Asked about regular files found in directories and by patterns only.
 
@@ -115,12 +118,12 @@ def select(
     if from_epoch is not None and to_epoch is not None and from_epoch > to_epoch:
         raise UsageError(f"--from {from_epoch} is after --to {to_epoch}: nothing lies between them")
     pattern = None if epoch_pattern is None else _compiled(epoch_pattern)
-    pool = _find(_several(sources), exclude, written_by_us)
+    pool = _find(_several(sources), exclude, growing, written_by_us)
     ordered, notes = _ordered(pool, pattern)
-    spaced = _within(ordered, from_epoch, to_epoch)[::-1][::every][::-1]
-    chosen = _newest(spaced, last, len(ordered))
-    if best is not None:
-        chosen, metric_notes = _best(chosen, ordered, best, monitor, better, log)
+    spaced = _within(ordered, from_epoch, to_epoch, growing)[::-1][::every][::-1]
+    chosen = _newest(spaced, last, len(ordered), growing)
+    if best is not None and chosen:
+        chosen, metric_notes = _best(chosen, ordered, best, growing, monitor, better, log)
         notes += metric_notes
     taken = {one.path for one in chosen}
     return Selection(
@@ -298,6 +301,7 @@ class _Pool:
 def _find(
     sources: Sequence[_StrPath],
     exclude: Sequence[str],
+    growing: bool,
     written_by_us: Callable[[Sequence[Path]], Collection[Path]],
 ) -> _Pool:
     found: dict[tuple[int, int], Path] = {}
@@ -319,14 +323,14 @@ def _find(
             ours = {opened[file] for file in written_by_us(list(opened))} if files else set()
             passed += [PassedOver(path, "written by polyak") for path, _ in files if path in ours]
             files = [(path, identity) for path, identity in files if path not in ours]
-            if not files:
+            if not files and not growing:
                 raise CheckpointError(_nothing_in(source, passed))
         passed_over += passed
         for path, identity in files:
             if identity in found:
                 raise CheckpointError(_same_file(found[identity], path))
             found[identity] = path
-    if not found:
+    if not found and (as_given or not growing):
         raise CheckpointError("no checkpoint is left: --exclude matches every file that was named")
     notes = tuple(f"--exclude '{shown(pattern)}' matched nothing" for pattern in unmatched)
     return _Pool(tuple(found.values()), as_given, tuple(passed_over), notes)
@@ -696,6 +700,8 @@ _SAY_WHERE = "say where the epoch is with --epoch-pattern, for instance '(\\d+)\
 
 def _ordered(pool: _Pool, pattern: re.Pattern[str] | None) -> tuple[list[Checkpoint], list[str]]:
     """Return all checkpoints, oldest first, and what is to be noted about their order."""
+    if not pool.paths:
+        return [], []
     if pattern is not None:
         epochs: list[int | None] = [_matched_epoch(path, pattern) for path in pool.paths]
     elif pool.as_given:
@@ -866,14 +872,17 @@ def _ambiguous(names: Sequence[_Name], varying: Sequence[int]) -> str:
 
 
 def _within(
-    ordered: Sequence[Checkpoint], from_epoch: int | None, to_epoch: int | None
+    ordered: Sequence[Checkpoint],
+    from_epoch: int | None,
+    to_epoch: int | None,
+    growing: bool = False,
 ) -> list[Checkpoint]:
     if from_epoch is None and to_epoch is None:
         return list(ordered)
     low = -math.inf if from_epoch is None else from_epoch
     high = math.inf if to_epoch is None else to_epoch
     kept = [one for one in ordered if low <= _known_epoch(one, "--from and --to") <= high]
-    if not kept:
+    if not kept and not growing:
         bounds = [
             *([] if from_epoch is None else [f"--from {from_epoch}"]),
             *([] if to_epoch is None else [f"--to {to_epoch}"]),
@@ -884,10 +893,12 @@ def _within(
     return kept
 
 
-def _newest(checkpoints: list[Checkpoint], last: int | None, total: int) -> list[Checkpoint]:
+def _newest(
+    checkpoints: list[Checkpoint], last: int | None, total: int, growing: bool = False
+) -> list[Checkpoint]:
     if last is None:
         return checkpoints
-    if last > len(checkpoints):
+    if not growing and last > len(checkpoints):
         rest = "" if total == len(checkpoints) else f" after the other options, out of {total}"
         raise CheckpointError(
             f"{shown(checkpoints[-1].path.parent)}: --last {last}, but there "
@@ -935,6 +946,7 @@ def _best(
     candidates: Sequence[Checkpoint],
     ordered: Sequence[Checkpoint],
     count: int,
+    growing: bool,
     monitor: str,
     better: str,
     log: _StrPath | None,
@@ -949,7 +961,7 @@ def _best(
         replace(one, metric=metric) for one, metric in zip(candidates, metrics, strict=True)
     ]
     usable = [index for index, metric in enumerate(metrics) if math.isfinite(metric)]
-    if count > len(usable):
+    if count > len(usable) and not growing:
         lost = len(metrics) - len(usable)
         where = f", and {lost} more whose {shown(monitor)} is no finite number" if lost else ""
         raise CheckpointError(

@@ -1065,3 +1065,21 @@ def test_a_place_without_a_model_is_an_error_that_says_what_was_there(run: Path)
             model_files([source])
     with pytest.raises(UsageError):
         model_files([])
+
+
+# ---- a run that goes on --------------------------------------------------------------------------
+
+
+def test_a_growing_run_may_have_fewer_checkpoints_than_asked_for(tmp_path: Path) -> None:
+    """Even none: what is not there yet may come, while a wrong order stays an error."""
+    assert select([tmp_path], last=3, growing=True).checkpoints == ()
+    for name in ("model_1.h5", "model_2.h5"):
+        (tmp_path / name).touch()
+    assert len(select([tmp_path], last=3, growing=True).checkpoints) == 2
+    assert len(select([tmp_path], last=5, from_epoch=2, growing=True).checkpoints) == 1
+    assert select([tmp_path], from_epoch=7, growing=True).checkpoints == ()
+    with pytest.raises(CheckpointError):
+        select([tmp_path], last=3)
+    (tmp_path / "model_02.h5").touch()
+    with pytest.raises(CheckpointError, match="are both epoch 2"):
+        select([tmp_path], growing=True)

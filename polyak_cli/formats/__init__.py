@@ -195,6 +195,48 @@ def averages(paths: Sequence[Path], *, jobs: int = 1) -> Collection[Path]:
     return {path for (path, _), ours in zip(known, outcomes, strict=True) if ours is True}
 
 
+class Tried(NamedTuple):
+    """A checkpoint that is whole."""
+
+    files: tuple[File, ...]  # as they were before it was tried
+    average: bool  # this tool wrote it
+
+
+def tried(paths: Sequence[Path], *, jobs: int = 1) -> list[Tried | PolyakError]:
+    """Try whether each file can be read as a checkpoint now, whatever the others are.
+
+    Checksums are compared where a format has them; other values are not looked at.
+
+    Returns:
+        For each file what it consists of, or the error that says why not.
+    """
+    from polyak_cli.formats import sandbox
+
+    requests = [(module(detect(path)), str(path)) for path in paths]
+    names = [str(path) for path in paths]
+    return [
+        outcome
+        if isinstance(outcome, PolyakError)
+        else Tried(
+            tuple(File(path, Identity(*identity)) for path, identity in outcome["files"]),
+            outcome["average"],
+        )
+        for outcome in sandbox.each(_try, requests, names, max(1, min(jobs, len(paths))))
+    ]
+
+
+def _try(request: tuple[Format, str], alive: Alive) -> dict[str, Any]:
+    form, path = request
+    identity = _identity(Path(path))
+    scanned = form.scan(Scan(path, everything=False), alive)
+    if form.CHECKED:
+        form.check(path, alive)
+    return {
+        "files": scanned.get("files") or [(path, identity)],
+        "average": form.is_average(path, alive),
+    }
+
+
 def check(tables: Sequence[Table], *, jobs: int) -> None:
     """Compare the tensors of checkpoints with the checksums that their files hold, if they do.
 
