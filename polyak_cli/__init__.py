@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from polyak_cli.models import Score, TrainReport, evaluate, train
     from polyak_cli.recalibration import Recalibration, recalibrate
     from polyak_cli.schemes import coefficients, effective_number
-    from polyak_cli.statistics import Paired, mcnemar, paired, verdict
+    from polyak_cli.watching import watch
 
 __version__ = "0.1.0"
 
@@ -80,7 +80,7 @@ __all__ = [
     "run",
     "select",
     "train",
-    "verdict",
+    "watch",
 ]
 
 _HOMES = {
@@ -127,7 +127,7 @@ _HOMES = {
     "run": "averaging",
     "select": "checkpoints",
     "train": "models",
-    "verdict": "statistics",
+    "watch": "watching",
 }
 
 

@@ -380,6 +380,77 @@ def _apart(recalibrates: object) -> Iterator[None]:
 
 @cli.command(
     cls=Command,
+    short_help="Keep the average of a run in training current.",
+    example="polyak watch ckpts/ --last 10 --scheme exp -o latest.h5",
+)
+@click.argument("directory", metavar="DIR", type=click.Path())
+@_options(
+    "Watching",
+    _option(
+        "--interval",
+        type=float,
+        default=2.0,
+        metavar="SECONDS",
+        help="Between two looks at the directory.",
+    ),
+    _option("--once", is_flag=True, help="Bring the output up to date and end, as from cron."),
+)
+@CHOOSING
+@_scheme_options
+@AVERAGING
+@_options(
+    "Output",
+    _option(
+        "-o",
+        "--output",
+        type=click.Path(),
+        required=True,
+        metavar="FILE",
+        help="The file to write, and to replace each time.",
+    ),
+    _option("--force", is_flag=True, help="Replace an output that is no average by polyak."),
+    _option("--hash", is_flag=True, help="Record each input's SHA-256 in the output."),
+    _option("--json", "as_json", is_flag=True, help="Print each report as one line of JSON."),
+    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+    _option("-v", "--verbose", is_flag=True, help="Print each report in full."),
+)
+@MACHINE
+def watch(
+    directory: str,
+    output: str,
+    interval: float,
+    once: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Keep the average of a directory's checkpoints current while training writes them.
+
+    A checkpoint counts when two looks found it unchanged and it can be read whole; until then the
+    average is that of the others. Fewer than --last or --best are no error: all are averaged.
+    """
+    from polyak_cli.watching import watch
+
+    noted: tuple[str, ...] = ()
+    for report in watch(
+        directory,
+        output,
+        interval=interval,
+        once=once,
+        told=lambda note: _notes([note], quiet),
+        **options,
+    ):
+        _notes([note for note in report.notes if note not in noted], quiet)
+        noted = report.notes  # most are the same each time
+        if as_json:
+            _json_line(report.data())
+        elif not quiet:
+            _print(_report_lines(report, True) if verbose else _published_lines(report), sys.stdout)
+
+
+@cli.command(
+    cls=Command,
     short_help="Score model files on data.",
     example="polyak evaluate final.h5 --data blobs --fail-under accuracy=0.8",
 )
@@ -865,6 +936,12 @@ def _result(
         _print(lines(), sys.stdout)
 
 
+def _json_line(data: Mapping[str, Any]) -> None:
+    import json
+
+    _print([json.dumps(_finite(data), allow_nan=False)], sys.stdout)
+
+
 def _finite(data: Any) -> Any:
     """Return data with None for every number that JSON has no word for: NaN and infinity."""
     if isinstance(data, Mapping):
@@ -957,17 +1034,14 @@ def _report_lines(report: Report, verbose: bool) -> Iterator[str]:
     yield f"wrote {shown(report.output)} ({_size(report.bytes_written)})"
 
 
-def _recalibration_lines(report: Recalibration) -> Iterator[str]:
-    yield _gathered_line(report)
-    yield f"wrote {shown(report.output)}"
-
-
-def _gathered_line(report: Recalibration) -> str:
-    return (
-        f"gathered {len(report.statistics)} statistics of {report.layers} BatchNorm layers anew: "
-        f"{report.rows} rows of {report.source}, batches of at most {report.batch_size}, "
-        f"{report.seconds:.2f} s"
-    )
+def _published_lines(report: Report) -> Iterator[str]:
+    """Yield one line, of which many stand below one another."""
+    plan = report.plan
+    names = [shown(one.path.name, 60) for one in plan.checkpoints]
+    span = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
+    rule = ", ".join([plan.scheme, *(f"{key} {value:g}" for key, value in plan.parameters.items())])
+    several = "s" if len(names) > 1 else ""
+    yield f"wrote {shown(report.output)}: {len(names)} checkpoint{several}, {span} ({rule})"
 
 
 def _inside_lines(one: Inspection) -> Iterator[str]:

@@ -24,7 +24,7 @@ ALLOWED = {
         "models",
         "recalibration",
         "schemes",
-        "statistics",
+        "watching",
     },
     "__main__": {"cli"},
     "cli": {
@@ -41,6 +41,7 @@ ALLOWED = {
         "quiet",
         "recalibration",
         "schemes",
+        "watching",
     },
     "averaging": {
         "checkpoints",
@@ -54,7 +55,7 @@ ALLOWED = {
         "schemes",
         "tensors",
     },
-    "comparison": {"data", "errors", "models", "statistics"},
+    "watching": {"averaging", "checkpoints", "errors", "formats", "tensors"},
     "differences": {"checkpoints", "engine", "errors", "formats", "matching", "tensors"},
     "ema": {"errors", "tensors"},
     "inspection": {"checkpoints", "engine", "errors", "formats", "matching", "tensors"},

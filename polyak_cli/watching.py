@@ -1,0 +1,305 @@
+"""WHILE TRAINING GOES ON: keep the average of a directory's checkpoints current.
+
+Knows when a checkpoint is whole and when an output is out of date; how they are averaged is
+`averaging`'s.  Looks again every few seconds at what `stat` tells: the system's notifications would
+be quicker, but do not come from network file systems, where the checkpoints of clusters lie.
+
+The rule: a checkpoint counts when two looks found it unchanged and it can be read whole.  Until
+then it is as if it were not there, so the average is that of the others; and the average is made
+anew when a checkpoint has come or changed, never because one has gone.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple, Unpack
+
+from polyak_cli import averaging, checkpoints, formats
+from polyak_cli.averaging import Options, Plan, Report
+from polyak_cli.checkpoints import Selection
+from polyak_cli.errors import CheckpointError, OutputError, PolyakError, UsageError, shown
+from polyak_cli.tensors import File, Identity
+
+INTERVAL = 2.0  # seconds
+#: Looks that find the same trouble in an unchanged file before it is told.
+_PATIENCE = 5
+
+_Files = tuple[File, ...]
+
+
+def watch(
+    directory: averaging.Source,
+    output: averaging.Source,
+    *,
+    interval: float = INTERVAL,
+    once: bool = False,
+    told: Callable[[str], None] | None = None,
+    **options: Unpack[Options],
+) -> Iterator[Report]:
+    """Average the checkpoints of a directory, and again whenever there are new ones.
+
+    What is published is to the byte what `average` makes of the same checkpoints.  ``last`` and
+    ``best`` take what is there while there is less, ``coefficients`` wait for as many checkpoints.
+
+    >>> for report in watch("ckpts/", "latest.h5", last=10, scheme="exp"):  # doctest: +SKIP
+    ...     print(len(report.plan.checkpoints), report.notes)
+
+    Args:
+        directory: where checkpoints appear; it must be there already.
+        output: the file to write and to replace each time, in the directory or elsewhere.
+        interval: seconds between two looks.
+        once: look twice and end, as from cron; an output that is up to date is left alone.
+        told: given what the user should know of what is waited for, a line each.
+        **options: see `averaging.Options`; ``force`` replaces an output that is no average.
+
+    Returns:
+        An iterator that looks and waits when it is asked for the next published file.
+
+    Raises:
+        UsageError: the options contradict one another.
+        OutputError: the output is in the way or cannot be written.
+        CheckpointError: the checkpoints cannot be ordered.
+        PolyakError: another leaf of it for what waiting will not mend.
+    """
+    if not (interval > 0 and math.isfinite(interval)):
+        raise UsageError(f"--interval is {interval:g}; expected a number of seconds above 0")
+    averaging.check_options(options)
+    if not options.get("force"):
+        averaging.check_replaceable(Path(output))
+    options["force"] = True  # from now on: it is an average, or the user has said so
+    watched = _Watched(Path(directory), Path(output), options, told or (lambda _: None), once)
+    return _reports(watched, interval, 2 if once else None)
+
+
+def _reports(watched: _Watched, interval: float, looks: int | None) -> Iterator[Report]:
+    """Look and wait in turn."""
+    while True:
+        report = watched.look()
+        if report:
+            yield report
+        del report  # its tables may be large, and the next one's come
+        if watched.looks == looks:
+            return
+        time.sleep(interval)
+
+
+class _Seen(NamedTuple):
+    """What was found of one checkpoint."""
+
+    files: _Files
+    trouble: str  # why it cannot be read, '' where it can
+    average: bool  # by this tool
+    looks: int  # how many found it unchanged since it was first found so
+
+    @property
+    def whole(self) -> bool:
+        """Whether it counts."""
+        return not self.trouble and not self.average and self.looks > 0
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A directory, and what is known of it."""
+
+    directory: Path
+    output: Path
+    options: Options
+    told: Callable[[str], None]
+    once: bool
+    looks: int = 0
+    seen: dict[Path, _Seen] = field(default_factory=dict)  # by the file that opens it
+    held: dict[Path, _Files] | None = None  # what the output is of; None where not known yet
+
+    def look(self) -> Report | None:
+        """Look once, and publish an average if there is a new one to be made.
+
+        Raises:
+            PolyakError: what is wrong, while nothing changes that could mend it.
+        """
+        self.looks += 1
+        names = self._names()
+        try:
+            selection = self._selection()
+            plan = self._due(selection)
+            if not plan:
+                return None
+            report = averaging.run(plan)
+        except (UsageError, OutputError):
+            raise
+        except PolyakError as error:
+            if self._stands_still(names):
+                raise
+            self.told(f"{error}; the directory is changing, so it is looked at again")
+            return None
+        self.held = _files_of(plan)
+        return replace(report, notes=(*self._fewer(plan), *report.notes))
+
+    # --- what is there ----------------------------------------------------------------------------
+
+    def _names(self) -> set[str]:
+        try:
+            return set(os.listdir(self.directory))  # noqa: PTH208 (names are all that is compared)
+        except OSError as error:
+            raise CheckpointError(
+                f"{shown(self.directory)}: is not a directory to watch: {error.strerror}"
+            ) from None
+
+    def _stands_still(self, names: set[str]) -> bool:
+        """Tell whether all is as it was when the look began, so that another finds the same."""
+        same = all(map(_unchanged, (seen.files for seen in self.seen.values() if seen.whole)))
+        return same and self._names() == names
+
+    def _selection(self) -> Selection:
+        """Return the checkpoints that count now; there may be none."""
+        earlier, self.seen = self.seen, {}
+        passed: dict[Path, str] = {}
+
+        def sift(paths: Sequence[Path]) -> Collection[Path]:
+            self.seen = self._found(paths, earlier)
+            passed.update(
+                (path, "written by polyak" if seen.average else "not whole yet")
+                for path, seen in self.seen.items()
+                if not seen.whole
+            )
+            return passed
+
+        options, own = self.options.copy(), self._own_name()
+        options["exclude"] = [*options.get("exclude", ()), *own]
+        selection = averaging.select(self.directory, options, growing=True, written_by_us=sift)
+        self._tell(selection)
+        about = []
+        for one in selection.passed_over:
+            reason = one.reason
+            if own and one.path.name == self.output.name:
+                reason = "the output"
+            elif reason == "written by polyak":  # as `select` says of all that was sifted out
+                reason = passed[checkpoints.file_of(one.path)]
+            about.append(replace(one, reason=reason))
+        return replace(selection, passed_over=tuple(about))
+
+    def _own_name(self) -> list[str]:
+        """Return what keeps the output from being taken for a checkpoint, or for another kind."""
+        output = self.output
+        inside = output.exists() and output.parent.resolve() == self.directory.resolve()
+        return [glob.escape(output.name)] if inside else []
+
+    def _found(self, paths: Sequence[Path], earlier: Mapping[Path, _Seen]) -> dict[Path, _Seen]:
+        """Look at the checkpoints; only what is new, changed or in trouble is opened."""
+        seen: dict[Path, _Seen] = {}
+        for path in paths:
+            before = earlier.get(path)
+            if before and not before.trouble and _unchanged(before.files):
+                seen[path] = before._replace(looks=before.looks + 1)
+        to_try = [path for path in paths if path not in seen]
+        for path, outcome in zip(to_try, formats.tried(to_try), strict=True):
+            if isinstance(outcome, PolyakError):
+                found = _Seen(_file(path), str(outcome), False, 0)
+            else:
+                found = _Seen(outcome.files, "", outcome.average, 0)
+            before = earlier.get(path)
+            if before and before.files == found.files:
+                found = found._replace(looks=before.looks + 1)
+            seen[path] = found
+        return seen
+
+    def _tell(self, selection: Selection) -> None:
+        """Say what is waited for, where somebody may have to mend it."""
+        patience = 1 if self.once else _PATIENCE
+        for seen in self.seen.values():
+            if seen.trouble and seen.looks == patience:
+                self.told(f"{seen.trouble}; it is left out until it is whole")
+        if self.looks == 2 and not selection.checkpoints:
+            self.told(f"{shown(self.directory)}: no whole checkpoint is here yet")
+
+    # --- what there is to do ----------------------------------------------------------------------
+
+    def _due(self, selection: Selection) -> Plan | None:
+        """Return the plan for a new output, None where there is nothing to do yet."""
+        chosen: dict[Path, _Files] = {}
+        for one in selection.checkpoints:
+            path = checkpoints.file_of(one.path)
+            if path not in self.seen:
+                raise CheckpointError(
+                    f"{shown(self.directory)}: is one checkpoint itself; name the folder in which "
+                    "checkpoints appear"
+                )
+            chosen[path] = self.seen[path].files
+        coefficients = self.options.get("coefficients")
+        if not chosen or (coefficients and len(chosen) < len(coefficients)):
+            return None
+        if self.held is not None and not self._outdated(chosen, self.held):
+            return None
+        plan = averaging.plan(selection, self.output, **self.options)
+        if _files_of(plan) != chosen:
+            return None  # one was written to since: the next look finds it so
+        if self.held is None and self._up_to_date(plan, selection.left_out):
+            self.held = chosen
+            return None
+        return plan
+
+    def _outdated(self, chosen: Mapping[Path, _Files], held: Mapping[Path, _Files]) -> bool:
+        """Tell whether the output lacks a checkpoint, or has one that is there and not chosen."""
+        new = any(held.get(path) != files for path, files in chosen.items())
+        left = [path for path in held if path not in chosen and path in self.seen]
+        return new or any(self.seen[path].whole for path in left)
+
+    def _up_to_date(self, plan: Plan, left_out: Sequence[Path]) -> bool:
+        """Tell whether an output of an earlier run is what the plan would make, by its provenance.
+
+        Checkpoints that have gone since do not count here either.
+        """
+        record = averaging.recorded(self.output) if self.output.exists() else None
+        if not isinstance(record, dict) or not isinstance(record.get("inputs"), list):
+            return False
+        written = checkpoints.file_of(self.output).stat().st_mtime_ns
+        if any(file.identity.mtime_ns > written for table in plan.tables for file in table.files):
+            return False
+        new = averaging.provenance(plan)
+        if record == new:
+            return True
+        ours, theirs = (
+            {one.get("name"): one.get("size") for one in inputs if isinstance(one, dict)}
+            for inputs in (new.pop("inputs"), record.pop("inputs"))
+        )
+        gone = theirs.keys() - ours.keys()
+        if not gone:  # the same ones, averaged in another way
+            return False
+        return (
+            record == new
+            and ours.items() <= theirs.items()
+            and gone.isdisjoint(path.name for path in left_out)
+        )
+
+    def _fewer(self, plan: Plan) -> list[str]:
+        """Say that there are fewer checkpoints than asked for, which `average` would refuse."""
+        last, best = self.options.get("last"), self.options.get("best")
+        option, wanted = ("last", last) if best is None else ("best", best)
+        if len(plan.checkpoints) >= (wanted or 0):
+            return []
+        return [f"fewer checkpoints than --{option} {wanted} are there yet; all are averaged"]
+
+
+def _files_of(plan: Plan) -> dict[Path, _Files]:
+    """Return what each checkpoint of a plan consists of."""
+    return {
+        checkpoints.file_of(one.path): tuple(table.files)
+        for one, table in zip(plan.checkpoints, plan.tables, strict=True)
+    }
+
+
+def _file(path: Path) -> _Files:
+    """Return a file as it is now, nothing where it is gone."""
+    try:
+        return (File(str(path), Identity.of(path.stat())),)
+    except OSError:
+        return ()
+
+
+def _unchanged(files: _Files) -> bool:
+    return all(_file(Path(file.path)) == (file,) for file in files)
