@@ -55,6 +55,7 @@ ALLOWED = {
         "schemes",
         "tensors",
     },
+    "callbacks": {"averaging", "errors"},
     "watching": {"averaging", "checkpoints", "errors", "formats", "tensors"},
     "differences": {"checkpoints", "engine", "errors", "formats", "matching", "tensors"},
     "ema": {"errors", "tensors"},
@@ -79,7 +80,8 @@ HOMES = {
     "click": {"cli"},
     "rich": {"cli"},
     "h5py": {"formats"},
-    "keras": {"models"},
+    # A callback is a subclass of Keras's; who trains imports it, and nothing of the package does.
+    "keras": {"models", "callbacks"},
     "tensorflow": {"models"},
     "matplotlib": {"plots"},
     "sklearn": {"data"},

@@ -1,0 +1,239 @@
+"""PolyakCheckpoint in a real `fit`: checkpoints, average, resuming, and what goes wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from polyak_cli import CheckpointError, MismatchError, OutputError, UsageError, average
+from polyak_cli.callbacks import PolyakCheckpoint
+from tests.command import polyak
+
+ROWS = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+LABELS = np.arange(32) % 3
+
+
+def model() -> Any:
+    """Return a small classifier, as good as untrained."""
+    keras.utils.set_random_seed(0)
+    built = keras.Sequential(
+        [
+            keras.Input((4,), name="rows"),
+            keras.layers.Dense(5, activation="relu", name="hidden"),
+            keras.layers.Dense(3, name="scores"),
+        ],
+        name="classifier",
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    # Tracing the functions of TensorFlow would take longer than these trainings.
+    built.compile(optimizer="adam", loss=loss, metrics=["accuracy"], run_eagerly=True)
+    return built
+
+
+def fit(callback: PolyakCheckpoint, *others: Any, trained: Any = None, **options: Any) -> Any:
+    """Train with the callback and return the model."""
+    trained = trained or model()
+    trained.fit(ROWS, LABELS, verbose=0, callbacks=[callback, *others], **options)
+    return trained
+
+
+def files(folder: Path) -> list[str]:
+    """Return all names, hidden ones too."""
+    return sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
+def test_the_output_is_that_of_average_to_the_byte(tmp_path: Path, suffix: str) -> None:
+    """Of the last checkpoints, in every format that Keras saves, with the API and the command."""
+    output = tmp_path / f"latest{suffix}"
+    callback = PolyakCheckpoint(tmp_path / "run/ckpts", output, last=3, alpha=3.0)
+    fit(callback, epochs=5)
+    assert files(tmp_path / "run/ckpts") == [f"model_0{k}{suffix}" for k in range(1, 6)]
+    reference = tmp_path / f"reference{suffix}"
+    average(tmp_path / "run/ckpts", reference, last=3, scheme="exp", alpha=3.0)
+    assert output.read_bytes() == reference.read_bytes()
+    options = ("--last", "3", "--scheme", "exp", "--alpha", "3", "--force", "-o", reference)
+    assert polyak("average", "run/ckpts", *options, cwd=tmp_path).returncode == 0
+    assert output.read_bytes() == reference.read_bytes()
+    assert callback.report
+    assert callback.report.output == output
+
+
+def test_every_epoch_s_output_is_whole_and_that_of_average(tmp_path: Path) -> None:
+    """From the first one on, when there are fewer checkpoints than asked for."""
+    seen: list[bytes] = []
+
+    class Look(keras.callbacks.Callback):  # type: ignore[misc]  # keras ships no types
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            del epoch, logs
+            seen.append((tmp_path / "latest.h5").read_bytes())
+
+    fit(PolyakCheckpoint(tmp_path / "c", tmp_path / "latest.h5", last=2), Look(), epochs=4)
+    paths = [tmp_path / f"c/model_0{k}.h5" for k in range(1, 5)]
+    for k, content in enumerate(seen, start=1):
+        reference = tmp_path / "reference.h5"
+        average(paths[:k], reference, last=min(k, 2), scheme="exp", force=True)
+        assert content == reference.read_bytes()
+    assert len(seen) == 4
+
+
+def test_keras_opens_the_output_and_it_predicts(tmp_path: Path) -> None:
+    """The mean of the newest weights, by hand."""
+    pattern = tmp_path / "c/{epoch}-{loss:.2f}.keras"
+    output = tmp_path / "latest.keras"
+    fit(PolyakCheckpoint(pattern, output, last=2, scheme="equal"), epochs=3)
+    newest = sorted(tmp_path.glob("c/*.keras"))[-2:]
+    weights = [keras.models.load_model(path).get_weights() for path in newest]
+    opened = keras.models.load_model(output, compile=False)
+    for ours, *theirs in zip(opened.get_weights(), *weights, strict=True):
+        np.testing.assert_array_equal(ours, np.mean(theirs, 0, np.float64).astype("float32"))
+    assert opened.predict(ROWS, verbose=0).shape == (32, 3)
+
+
+def test_a_resumed_training_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
+    """With initial_epoch, in a new process or not: the result is that of the whole run."""
+    output = tmp_path / "latest.h5"
+    trained = fit(PolyakCheckpoint(tmp_path / "c", output, last=4), epochs=3)
+    fit(
+        PolyakCheckpoint(tmp_path / "c", output, last=4), trained=trained, initial_epoch=3, epochs=5
+    )
+    average(tmp_path / "c", tmp_path / "reference.h5", last=4, scheme="exp")
+    assert output.read_bytes() == (tmp_path / "reference.h5").read_bytes()
+
+
+@pytest.mark.parametrize("begin", [0, 2])
+def test_later_checkpoints_of_a_run_that_is_repeated_do_not_count(
+    tmp_path: Path, begin: int
+) -> None:
+    """They are those of the run before, until their epoch is trained anew."""
+    output = tmp_path / "latest.h5"
+    callback = PolyakCheckpoint(tmp_path / "c", output, last=10)
+    fit(callback, epochs=5)
+    fit(callback, initial_epoch=begin, epochs=begin + 2)
+    assert callback.report
+    chosen = [checkpoint.path.name for checkpoint in callback.report.plan.checkpoints]
+    assert chosen == [f"model_0{k}.h5" for k in range(1, begin + 3)]
+    assert len(files(tmp_path / "c")) == 5
+
+
+def test_only_every_so_many_epochs_are_saved(tmp_path: Path) -> None:
+    """Counted from 1, as in the names."""
+    fit(PolyakCheckpoint(tmp_path / "c", tmp_path / "latest.h5", every=2, last=2), epochs=5)
+    assert files(tmp_path / "c") == ["model_02.h5", "model_04.h5"]
+
+
+def test_older_checkpoints_are_deleted_when_asked(tmp_path: Path) -> None:
+    """Those of this run only, and never one that is averaged."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/other.h5").write_bytes(b"somebody's")
+    callback = PolyakCheckpoint(tmp_path / "c", tmp_path / "c/latest.h5", last=2, keep=3)
+    fit(callback, epochs=6)
+    assert files(tmp_path / "c") == [
+        "latest.h5",
+        "model_04.h5",
+        "model_05.h5",
+        "model_06.h5",
+        "other.h5",
+    ]
+    average(tmp_path / "c", tmp_path / "reference.h5", last=2, scheme="exp", exclude=["other.h5"])
+    assert (tmp_path / "c/latest.h5").read_bytes() == (tmp_path / "reference.h5").read_bytes()
+
+
+def test_an_exception_in_training_leaves_the_last_output_whole(tmp_path: Path) -> None:
+    """And no hidden file, wherever it comes from: a batch, or the saving itself."""
+
+    class Stop(keras.callbacks.Callback):  # type: ignore[misc]  # keras ships no types
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            del batch, logs
+            if len(files(tmp_path / "c")) == 2:
+                raise KeyboardInterrupt
+
+    output = tmp_path / "latest.h5"
+    with pytest.raises(KeyboardInterrupt):
+        fit(PolyakCheckpoint(tmp_path / "c", output, last=2), Stop(), epochs=9)
+    average(tmp_path / "c", tmp_path / "reference.h5", last=2, scheme="exp")
+    before = output.read_bytes()
+    assert before == (tmp_path / "reference.h5").read_bytes()
+
+    trained = model()
+    saved = trained.save
+
+    def save(path: Path) -> None:
+        saved(path)
+        raise OSError("the disk has gone")
+
+    trained.save = save
+    with pytest.raises(OSError, match="the disk has gone"):
+        fit(
+            PolyakCheckpoint(tmp_path / "c", output, last=2),
+            trained=trained,
+            initial_epoch=2,
+            epochs=3,
+        )
+    assert files(tmp_path / "c") == ["model_01.h5", "model_02.h5"]
+    assert output.read_bytes() == before
+    assert files(tmp_path) == ["c", "latest.h5", "reference.h5"]
+
+
+def test_a_run_that_diverges_is_told_of(tmp_path: Path) -> None:
+    """Values that cannot be averaged end the training, and the last output stays."""
+    output = tmp_path / "latest.h5"
+    trained = fit(PolyakCheckpoint(tmp_path / "c", output), epochs=1)
+    before = output.read_bytes()
+    trained.set_weights([np.full_like(values, np.nan) for values in trained.get_weights()])
+    with pytest.raises(MismatchError, match=r"model_02\.h5"):
+        fit(PolyakCheckpoint(tmp_path / "c", output), trained=trained, initial_epoch=1, epochs=2)
+    assert output.read_bytes() == before
+
+
+def test_an_output_that_is_no_average_is_refused_before_training(tmp_path: Path) -> None:
+    """It may be anything; force says that it may go."""
+    output = tmp_path / "latest.h5"
+    model().save(output)
+    with pytest.raises(OutputError, match="is no average by polyak"):
+        fit(PolyakCheckpoint(tmp_path / "c", output), epochs=1)
+    fit(PolyakCheckpoint(tmp_path / "c", output, force=True), epochs=1)
+    assert files(tmp_path / "c") == ["model_01.h5"]
+
+
+def test_an_epoch_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """Which of the two belongs to the run cannot be told."""
+    (tmp_path / "1-0.50.h5").touch()
+    (tmp_path / "1-0.60.h5").touch()
+    callback = PolyakCheckpoint(tmp_path / "{epoch}-{loss:.2f}.h5", tmp_path / "latest.h5")
+    with pytest.raises(CheckpointError, match=r"1-0\.50\.h5 and .*1-0\.60\.h5 are both epoch 1"):
+        fit(callback, initial_epoch=1, epochs=2)
+
+
+def test_a_metric_that_is_missing_is_named(tmp_path: Path) -> None:
+    """With those that there are."""
+    callback = PolyakCheckpoint(tmp_path / "{epoch}-{val_loss:.2f}.h5", tmp_path / "latest.h5")
+    with pytest.raises(UsageError, match=r"there is no metric 'val_loss'; choose from .*loss"):
+        fit(callback, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "options", "message"),
+    [
+        ("c/model.h5", {}, "has no {epoch}"),
+        ("c/{loss}.h5", {}, "has no {epoch}"),
+        ("c/{epoch}", {}, "has no suffix"),
+        ("c", {"last": 0}, "last is 0"),
+        ("c", {"every": 0}, "every is 0"),
+        ("c", {"last": 5, "keep": 4}, "keep is 4, but last is 5"),
+        ("c", {"scheme": "best"}, "there is no scheme"),
+        ("c", {"scheme": "equal", "alpha": 2.0}, "alpha"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused_at_once(
+    checkpoints: str, options: dict[str, Any], message: str
+) -> None:
+    """Before a model is trained for hours."""
+    with pytest.raises(UsageError, match=message):
+        PolyakCheckpoint(checkpoints, **options)
