@@ -6,7 +6,7 @@ be quicker, but do not come from network file systems, where the checkpoints of 
 
 The rule: a checkpoint counts when two looks found it unchanged and it can be read whole.  Until
 then it is as if it were not there, so the average is that of the others; and the average is made
-anew when a checkpoint has come or changed, never because one has gone.
+anew when a checkpoint has come or changed, never because one has gone or is being rewritten.
 """
 
 from __future__ import annotations
@@ -245,6 +245,9 @@ class _Watched:
 
     def _outdated(self, chosen: Mapping[Path, _Files], held: Mapping[Path, _Files]) -> bool:
         """Tell whether the output lacks a checkpoint, or has one that is there and not chosen."""
+        rewritten = any(not self.seen[path].whole for path in held if path in self.seen)
+        if rewritten and list(chosen)[-1] in held:
+            return False  # an average without it would last for moments only
         new = any(held.get(path) != files for path, files in chosen.items())
         left = [path for path in held if path not in chosen and path in self.seen]
         return new or any(self.seen[path].whole for path in left)

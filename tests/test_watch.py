@@ -364,6 +364,19 @@ def test_a_checkpoint_that_goes_on_changing_is_never_read(folder: Path) -> None:
     reports.close()  # type: ignore[attr-defined]  # it is a generator, if not for its users
 
 
+def test_a_checkpoint_that_is_rewritten_is_waited_for(folder: Path) -> None:
+    """No average without it comes in between, not even one with an older checkpoint instead."""
+    write(folder / "ckpts/model_4.h5", 4)
+    path = folder / "ckpts/model_3.h5"
+    with watcher(folder) as watched:
+        assert "3 checkpoints, model_2.h5 to model_4.h5" in watched.line()
+        rest = halves(path, write(folder / "three.h5", 7))
+        assert "model_3.h5: is truncated" in watched.line("stderr")
+        rest()
+        assert "3 checkpoints, model_2.h5 to model_4.h5" in watched.line()
+    assert (folder / "o.h5").read_bytes() == made(folder, scheme="exp", last=3)
+
+
 def test_a_checkpoint_whose_checksum_is_wrong_is_waited_for(folder: Path) -> None:
     """Formats that can tell are asked before anything is averaged."""
     shutil.rmtree(folder / "ckpts")

@@ -30,8 +30,7 @@ def model() -> Any:
         name="classifier",
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    # Tracing the functions of TensorFlow would take longer than these trainings.
-    built.compile(optimizer="adam", loss=loss, metrics=["accuracy"], run_eagerly=True)
+    built.compile(optimizer="adam", loss=loss, metrics=["accuracy"])
     return built
 
 
@@ -47,7 +46,14 @@ def files(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-@pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        ".h5",
+        pytest.param(".keras", marks=pytest.mark.slow),
+        pytest.param(".weights.h5", marks=pytest.mark.slow),
+    ],
+)
 def test_the_output_is_that_of_average_to_the_byte(tmp_path: Path, suffix: str) -> None:
     """Of the last checkpoints, in every format that Keras saves, with the API and the command."""
     output = tmp_path / f"latest{suffix}"
@@ -95,6 +101,7 @@ def test_keras_opens_the_output_and_it_predicts(tmp_path: Path) -> None:
     assert opened.predict(ROWS, verbose=0).shape == (32, 3)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
     """With initial_epoch, in a new process or not: the result is that of the whole run."""
     output = tmp_path / "latest.h5"
@@ -106,6 +113,7 @@ def test_a_resumed_training_goes_on_from_its_checkpoints(tmp_path: Path) -> None
     assert output.read_bytes() == (tmp_path / "reference.h5").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begin", [0, 2])
 def test_later_checkpoints_of_a_run_that_is_repeated_do_not_count(
     tmp_path: Path, begin: int
@@ -127,6 +135,7 @@ def test_only_every_so_many_epochs_are_saved(tmp_path: Path) -> None:
     assert files(tmp_path / "c") == ["model_02.h5", "model_04.h5"]
 
 
+@pytest.mark.slow
 def test_older_checkpoints_are_deleted_when_asked(tmp_path: Path) -> None:
     """Those of this run only, and never one that is averaged."""
     (tmp_path / "c").mkdir()
