@@ -6,14 +6,14 @@ TORCH := .venv-torch/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
 
-.PHONY: demo test quick core torch lint types smoke fuzz check bench bench-peers clean
+.PHONY: demo test quick core torch browser lint types smoke fuzz check bench bench-peers clean
 
 demo: .venv/.ready
 	@rm -rf .demo && mkdir .demo
 	$(BIN)/polyak average sample_checkpoints --scheme exp --alpha 2 -o .demo/final.h5
 	$(BIN)/polyak evaluate .demo/final.h5 --data blobs
 
-test: .venv/.ready core torch
+test: .venv/.ready browser core torch
 	$(BIN)/python -m pytest $(SPREAD)
 
 quick: .venv/.ready
@@ -26,6 +26,12 @@ core: .venv-core/.ready
 # What PyTorch writes and loads, in an environment of its own beside TensorFlow's.
 torch: .venv-torch/.ready
 	$(TORCH)/python -m pytest tests/torch
+
+# Chromium, in which a report is opened.
+browser:
+	@{ command -v chromium && command -v chromedriver; } > /dev/null || \
+		{ test "$$(id -u)" = 0 && apt-get update -q && apt-get install -y -q chromium chromium-driver; } \
+		|| echo "Chromium is not here; install it (Debian: apt-get install chromium chromium-driver)"
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
         UsageError,
     )
     from polyak_cli.inspection import Inspection, inspect
-    from polyak_cli.models import Score, TrainReport, evaluate, train
+    from polyak_cli.models import Examiner, Outcome, Score, TrainReport, evaluate, train
     from polyak_cli.recalibration import Recalibration, recalibrate
     from polyak_cli.schemes import coefficients, effective_number
+    from polyak_cli.statistics import Paired, mcnemar, paired, verdict
+    from polyak_cli.sweeping import Sweep, sweep
     from polyak_cli.watching import watch
 
 __version__ = "0.1.0"
@@ -60,6 +62,7 @@ __all__ = [
     "Score",
     "Selection",
     "Split",
+    "Sweep",
     "TrainReport",
     "UsageError",
     "__version__",
@@ -79,7 +82,9 @@ __all__ = [
     "recalibrate",
     "run",
     "select",
+    "sweep",
     "train",
+    "verdict",
     "watch",
 ]
 
@@ -108,6 +113,7 @@ _HOMES = {
     "Score": "models",
     "Selection": "checkpoints",
     "Split": "data",
+    "Sweep": "sweeping",
     "TrainReport": "models",
     "UsageError": "errors",
     "average": "averaging",
@@ -126,7 +132,9 @@ _HOMES = {
     "recalibrate": "recalibration",
     "run": "averaging",
     "select": "checkpoints",
+    "sweep": "sweeping",
     "train": "models",
+    "verdict": "statistics",
     "watch": "watching",
 }
 

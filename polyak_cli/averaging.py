@@ -17,7 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
@@ -415,22 +415,76 @@ def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals,
     """Write the whole output under its hidden name; return what that took, its size and notes."""
     options = plan.options
     formats.check(plan.tables, jobs=_memory(options).jobs)
-    room = formats.lay_out(
-        plan.tables[-1],
-        hidden,
-        averaged=_stored(plan.averaged_rows, options),
-        drop_optimizer=_drops(plan.tables, options),
-        name=formats.target(plan.output, plan.tables[-1]),
-        provenance=json.dumps(provenance(plan), separators=(",", ":")),
-    )
-    tensors = _Averaged(plan, room.places)
-    matrix = np.array([plan.coefficients])
-    work = engine.Fold(inputs, room.files, matrix, options.get("allow_nonfinite", False))
-    totals = engine.fold(tensors, work, _memory(options), progress)
-    room.seal()
+    room = _room(plan, hidden)
+    totals = _fold(plan, [plan.coefficients], [room], progress)
+    inputs = _inputs(plan)
     compared, differing = _differing(plan, inputs, progress)
     engine.unchanged(inputs)
     return totals.plus(compared), sum(Path(f).stat().st_size for f in room.files), differing
+
+
+def several(
+    plan: Plan,
+    coefficients: Sequence[Sequence[float]],
+    outputs: Sequence[Path],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write several averages of the same checkpoints, each of whose bytes is read once.
+
+    The outputs are neither synced nor published: they are for looking at.
+
+    Args:
+        plan: which tensors of which checkpoints; its own coefficients do not count.
+        coefficients: for each output, one a checkpoint, oldest first; see `schemes.coefficients`.
+        outputs: the files to write, named as those of the format are.
+        progress: told the bytes read by every finished piece of work.
+
+    Raises:
+        PolyakError: as `run`.
+        OSError: there is no room.
+    """
+    rows = [tuple(row) for row in coefficients]
+    rooms = [
+        _room(replace(plan, scheme="custom", parameters={}, coefficients=row), output)
+        for row, output in zip(rows, outputs, strict=True)
+    ]
+    _fold(plan, rows, rooms, progress or (lambda _: None))
+    engine.unchanged(_inputs(plan))
+
+
+def _inputs(plan: Plan) -> list[File]:
+    return [file for table in plan.tables for file in table.files]
+
+
+def _room(plan: Plan, output: Path) -> formats.Room:
+    """Write all of an output but its averaged tensors."""
+    return formats.lay_out(
+        plan.tables[-1],
+        output,
+        averaged=_stored(plan.averaged_rows, plan.options),
+        drop_optimizer=_drops(plan.tables, plan.options),
+        name=formats.target(plan.output, plan.tables[-1]),
+        provenance=json.dumps(provenance(plan), separators=(",", ":")),
+    )
+
+
+def _fold(
+    plan: Plan,
+    coefficients: Sequence[Sequence[float]],
+    rooms: Sequence[formats.Room],
+    progress: Progress,
+) -> engine.Totals:
+    """Average the tensors into the outputs, a row of coefficients each."""
+    options = plan.options
+    files = [file for room in rooms for file in room.files]
+    nonfinite = options.get("allow_nonfinite", False)
+    work = engine.Fold(_inputs(plan), files, np.array(coefficients), nonfinite)
+    memory = _memory(options, len(rooms))
+    totals = engine.fold(_Averaged(plan, rooms), work, memory, progress)
+    for room in rooms:
+        room.seal()
+    return totals
 
 
 def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | None:

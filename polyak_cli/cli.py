@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from polyak_cli.averaging import Plan, Report
     from polyak_cli.checkpoints import PassedOver
-    from polyak_cli.comparison import Comparison, Gain
+    from polyak_cli.comparison import Comparison
     from polyak_cli.data import Split
     from polyak_cli.differences import Differences, Distances
     from polyak_cli.inspection import Inspection
@@ -821,6 +821,132 @@ def _label(path: Path, epoch: int | None) -> str:
 
 @cli.command(
     cls=Command,
+    short_help="Find the best average on data.",
+    example="polyak sweep ckpts/ --data blobs -o report --write-best final.h5",
+)
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=click.Path())
+@CHOOSING
+@_options(
+    "Candidates",
+    _option(
+        "--windows",
+        metavar="LIST",
+        help="How many of the newest count, like 1-10,20.  [default: all there are]",
+    ),
+    _option(
+        "--schemes",
+        metavar="LIST",
+        default="equal,linear,exp:1,exp:2,exp:5,ema:0.9,power:0.1",
+        help="Schemes, each with its parameter.",
+    ),
+    _option(
+        "--search",
+        type=click.Choice(["greedy", "coefficients"]),
+        multiple=True,
+        help="Look for a soup too: add checkpoints while the score improves, or fit coefficients.",
+    ),
+    _option(
+        "--batch",
+        type=int,
+        default=8,
+        metavar="N",
+        help="Averages that lie on the disk at a time; each batch reads the checkpoints once.",
+    ),
+)
+@_options(
+    "Data",
+    _option(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="blobs, a FILE.npz with x and y, a FILE.csv, or MODULE.py:FUNCTION that returns them.",
+    ),
+    _option(
+        "--select-on",
+        default="0.5",
+        metavar="SHARE|SPLIT",
+        help="The share of the test rows to choose on, the rest being reported on; or a split.",
+    ),
+    _option("--seed", type=int, default=0, metavar="S", help="Of the division of the rows."),
+    _option("--batch-size", type=int, default=256, metavar="N", help="Rows at a time."),
+    _option(
+        "--trust-code",
+        is_flag=True,
+        help="Run the code that a model file carries (a Lambda layer).",
+    ),
+)
+@_options(
+    "Output",
+    _option("-o", "--output", type=click.Path(), required=True, metavar="DIR", help="The folder."),
+    _option(
+        "--write-best", type=click.Path(), metavar="FILE", help="Write the winner as a model file."
+    ),
+    _option("--force", is_flag=True, help="Replace an older report and model file."),
+    _option("--json", "as_json", is_flag=True, help="Print the results as JSON."),
+    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+)
+@MACHINE
+def sweep(
+    sources: tuple[str, ...],
+    output: str,
+    data: str,
+    schemes: str,
+    write_best: str | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Score every single checkpoint, and the average of every window by every scheme.
+
+    The winner is chosen on one part of the test rows, and its gain told on the other.  DIR gets
+    report.html, sweep.csv, sweep.json and the figure.
+    """
+    from pathlib import Path
+
+    from polyak_cli import data as datasets
+    from polyak_cli import reports, sweeping
+    from polyak_cli.quiet import prints_on_stderr
+
+    folder = Path(output)
+    reports.check(folder, force=force)
+    with prints_on_stderr():
+        rows = datasets.load(data)
+        best = Path(write_best) if write_best else None
+        found = sweeping.sweep(
+            sources,
+            rows,
+            chosen=schemes,
+            scratch=folder.resolve().parent,
+            write_best=best,
+            force=force,
+            **options,
+        )
+    data_found = found.data()
+    reports.write(data_found, folder)
+    _notes(found.notes, quiet)
+    _result(data_found, as_json, quiet, lambda: _sweep_lines(data_found, folder, best))
+
+
+def _sweep_lines(found: Mapping[str, Any], folder: Path, best: Path | None) -> Iterator[str]:
+    """Yield a row for each candidate, then what they say."""
+    from polyak_cli import reports
+
+    columns = [(split, metric) for metric in ("accuracy", "loss") for split in found["splits"]]
+    table = [["candidate", *(f"{metric} ({split})" for split, metric in columns)]]
+    for row in found["rows"]:
+        values = [row["metrics"][split].get(metric) for split, metric in columns]
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        table.append([shown(row["label"], 60), *cells])
+    yield from _columns(table)
+    yield from reports.sentences(found)
+    yield f"wrote {shown(folder / 'report.html')}"
+    if best:
+        yield f"wrote {shown(best)}"
+
+
+@cli.command(
+    cls=Command,
     short_help="Train the sample network.",
     example="polyak train --data blobs -o ckpts --epochs 500 --keep 10",
 )
@@ -929,26 +1055,17 @@ def _result(
     data: Mapping[str, Any], as_json: bool, quiet: bool, lines: Callable[[], Iterator[str]]
 ) -> None:
     if as_json:
-        import json
+        from polyak_cli.reports import as_json as text
 
-        _print([json.dumps(_finite(data), indent=2, allow_nan=False)], sys.stdout)
+        _print([text(data)], sys.stdout)
     elif not quiet:
         _print(lines(), sys.stdout)
 
 
 def _json_line(data: Mapping[str, Any]) -> None:
-    import json
+    from polyak_cli.reports import as_json as text
 
-    _print([json.dumps(_finite(data), allow_nan=False)], sys.stdout)
-
-
-def _finite(data: Any) -> Any:
-    """Return data with None for every number that JSON has no word for: NaN and infinity."""
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    _print([text(data, indent=None)], sys.stdout)
 
 
 def _passed_over(one: PassedOver) -> str:
@@ -1032,6 +1149,19 @@ def _report_lines(report: Report, verbose: bool) -> Iterator[str]:
     if report.recalibrated:
         yield _gathered_line(report.recalibrated)
     yield f"wrote {shown(report.output)} ({_size(report.bytes_written)})"
+
+
+def _recalibration_lines(report: Recalibration) -> Iterator[str]:
+    yield _gathered_line(report)
+    yield f"wrote {shown(report.output)}"
+
+
+def _gathered_line(report: Recalibration) -> str:
+    return (
+        f"gathered {len(report.statistics)} statistics of {report.layers} BatchNorm layers anew: "
+        f"{report.rows} rows of {report.source}, batches of at most {report.batch_size}, "
+        f"{report.seconds:.2f} s"
+    )
 
 
 def _published_lines(report: Report) -> Iterator[str]:
@@ -1123,12 +1253,8 @@ def _models_data(scores: Sequence[Score], compared: Comparison | None) -> dict[s
     if compared is None:
         return {"models": models}
     for model, one in zip(models, compared.models, strict=True):
-        model["gains"] = {gain.metric: _gain_data(gain) for gain in one.gains}
+        model["gains"] = {gain.metric: gain.data() for gain in one.gains}
     return {"baseline": _score_data(compared.baseline), "models": models}
-
-
-def _gain_data(gain: Gain) -> dict[str, Any]:
-    return {**gain.paired._asdict(), "mcnemar_p": gain.mcnemar_p, "verdict": gain.verdict}
 
 
 def _evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> Iterator[str]:

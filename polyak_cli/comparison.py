@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from polyak_cli import data, models, statistics
 from polyak_cli.errors import shown
@@ -32,6 +33,11 @@ class Gain:
     paired: statistics.Paired
     verdict: str
     mcnemar_p: float | None = None
+
+    def data(self) -> dict[str, Any]:
+        """Return it as what JSON can hold, but for the metric."""
+        about = {"mcnemar_p": self.mcnemar_p, "verdict": self.verdict}
+        return {**self.paired._asdict(), **about}
 
 
 @dataclass(frozen=True, slots=True)

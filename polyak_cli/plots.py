@@ -1,4 +1,4 @@
-"""Pictures: the learning curves of a training run, and how far its checkpoints are apart.
+"""Pictures: learning curves, how far checkpoints are apart, and what a sweep found.
 
 The only module that imports matplotlib, inside its functions and without a display.  The same
 numbers give the same file: no dates, no random identifiers.
@@ -16,6 +16,7 @@ from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown
 
 SUFFIXES = (".png", ".svg")
 _TRAIN, _TEST, _INK = "#0072b2", "#d55e00", "#444444"  # told apart by the colour-blind too
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7fd5")
 _STYLE: Any = {  # matplotlib types it as a dict of 300 literal keys
     "svg.hashsalt": "polyak",
     "svg.fonttype": "none",
@@ -28,6 +29,7 @@ _STYLE: Any = {  # matplotlib types it as a dict of 300 literal keys
     "axes.spines.top": False,
     "axes.grid": True,
     "grid.color": "#e6e6e6",
+    "text.color": _INK,
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
@@ -109,6 +111,62 @@ def distances(
         axes.set(xlabel="Checkpoint", ylabel="Relative distance")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
+
+
+def sweep(found: Mapping[str, Any], path: Path) -> None:
+    """Draw how candidates score on the reporting rows: singles as points, a line for each scheme.
+
+    Args:
+        found: of `sweeping.Sweep.data`.
+        path: the .png or .svg file; replaced if it exists.
+
+    Raises:
+        UsageError: another suffix.
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written.
+    """
+    metrics = [name for name in ("accuracy", "loss") if _points(found, "single", name)]
+    with _figure(path) as figure:
+        panels = figure.subplots(1, max(1, len(metrics)), squeeze=False)[0]
+        for axes, metric in zip(panels, metrics, strict=False):
+            _candidates(axes, found, metric)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", frameon=False)
+
+
+def _candidates(axes: Any, found: Mapping[str, Any], metric: str) -> None:
+    """Draw one metric of all candidates over the number of checkpoints that count."""
+    singles = [value for _, value in _points(found, "single", metric)]
+    ages = range(len(singles), 0, -1)  # the newest stands where a window of one does
+    axes.axhspan(min(singles), max(singles), color=_INK, alpha=0.12, lw=0)
+    axes.plot(ages, singles, "o", color=_INK, ms=4, label="single")
+    names = dict.fromkeys(
+        (row["kind"], row["scheme"], row["parameter"])
+        for row in found["rows"]
+        if row["kind"] in ("average", "ensemble")
+    )
+    for k, (kind, scheme, parameter) in enumerate(names):
+        line = _points(found, kind, metric, scheme, parameter)
+        label = (scheme or kind) + ("" if parameter is None else f" {parameter:g}")
+        style = "--" if kind == "ensemble" else "-"
+        colour = _COLOURS[k % len(_COLOURS)]
+        axes.plot(*zip(*line, strict=True), style, color=colour, lw=1.2, label=label)
+    axes.set(xlabel="Checkpoints averaged (single: its age)", ylabel=metric.capitalize())
+
+
+def _points(
+    found: Mapping[str, Any],
+    kind: str,
+    metric: str,
+    scheme: str = "",
+    parameter: float | None = None,
+) -> list[tuple[int, float]]:
+    """Return window and value of the candidates of one kind that have the metric."""
+    values = [
+        (row["window"], row["metrics"]["reporting"].get(metric))
+        for row in found["rows"]
+        if (row["kind"], row["scheme"], row["parameter"]) == (kind, scheme, parameter)
+    ]
+    return [(window, value) for window, value in values if value is not None]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import polyak_cli
 from polyak_cli import errors
 from tests.command import SAMPLES
 
-COMMANDS = {"average", "diff", "evaluate", "inspect", "recalibrate", "train"}
+COMMANDS = {"average", "diff", "evaluate", "inspect", "recalibrate", "sweep", "train", "watch"}
 
 
 def test_every_name_can_be_had_and_none_is_a_module_s() -> None:
@@ -32,14 +32,10 @@ def test_every_error_and_every_command_with_a_result_is_exported() -> None:
     """Who calls the package can catch each kind of error by its name."""
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
     assert "FormatError" in kinds
-    assert kinds | {"average", "diff", "evaluate", "inspect", "train", "watch"} <= set(
-        polyak_cli.__all__
-    )
+    assert kinds | COMMANDS <= set(polyak_cli.__all__)
 
 
-@pytest.mark.parametrize(
-    "name", ["evaluate", "train", "plan", "average", "inspect", "diff", "watch"]
-)
+@pytest.mark.parametrize("name", sorted(COMMANDS | {"plan", "compare"}))
 def test_the_documentation_tells_arguments_and_errors(name: str) -> None:
     """Every parameter, and what is raised."""
     function = getattr(polyak_cli, name)

@@ -26,9 +26,10 @@ import numpy as np
 import pytest
 
 import polyak_cli
-from polyak_cli.cli import _below, _finite, cli
+from polyak_cli.cli import _below, cli
 from polyak_cli.errors import UsageError
 from polyak_cli.models import Score
+from polyak_cli.reports import as_json
 from polyak_cli.schemes import SCHEMES
 from tests.command import (
     POLYAK,
@@ -89,6 +90,7 @@ HEADINGS = {
     ],
     "evaluate": ["Data", "Deciding", "Output", "Help"],
     "recalibrate": ["Data", "Output", "Help"],
+    "sweep": ["Choosing checkpoints", "Candidates", "Data", "Output", "Machine", "Help"],
     "inspect": ["Output", "Help"],
     "diff": ["Two files", "A run", "Output", "Help"],
     "train": ["Training", "Output", "Help"],
@@ -1083,7 +1085,7 @@ def test_a_gate_on_the_loss_is_of_the_loss() -> None:
 def test_json_has_null_where_a_number_is_none() -> None:
     """At any depth; what is finite, text or a truth value stays as it is."""
     numbers = {"a": [math.nan, 1.5, (math.inf, 2)], "b": {"c": -math.inf, "d": True}, "e": "nan"}
-    assert _finite(numbers) == {
+    assert json.loads(as_json(numbers)) == {
         "a": [None, 1.5, [None, 2]],
         "b": {"c": None, "d": True},
         "e": "nan",

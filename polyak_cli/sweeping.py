@@ -1,0 +1,515 @@
+"""WHICH AVERAGE: every window and scheme of a run, and every single checkpoint, scored on data.
+
+Selection and reporting are kept apart: the winner is chosen on one part of the rows, and what it
+gains is told on the other.  Each batch of averages is folded in one reading of the checkpoints.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polyak_cli import averaging, data, schemes
+from polyak_cli.comparison import Gain, gains
+from polyak_cli.errors import MismatchError, UsageError, shown
+from polyak_cli.models import Examiner, Outcome
+
+#: Schemes of the tutorial and their relatives, as `--schemes` takes them.
+SCHEMES = "equal,linear,exp:1,exp:2,exp:5,ema:0.9,power:0.1"
+#: Averages that lie on the disk at a time.
+BATCH = 8
+
+
+class Candidate(NamedTuple):
+    """One way to make a model of the checkpoints.
+
+    Attributes:
+        kind: "single", "average", "ensemble" of predictions, or "soup" that a search found.
+        scheme: its name, "" where there is none.
+        parameter: of the scheme, None where it has none.
+        window: how many checkpoints count, the newest of them but for singles and soups.
+        coefficients: one a checkpoint of the sweep, oldest first, sum 1.
+    """
+
+    kind: str
+    scheme: str
+    parameter: float | None
+    window: int
+    coefficients: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """Its scheme as `--schemes` takes it, or its kind."""
+        parameter = "" if self.parameter is None else f":{self.parameter:g}"
+        return f"{self.scheme or self.kind}{parameter}"
+
+
+class Row(NamedTuple):
+    """A candidate, and what it made of the rows: split -> outcome."""
+
+    candidate: Candidate
+    outcomes: Mapping[str, Outcome]
+
+    def value(self, metric: str, split: str) -> float:
+        """Return a metric, or the loss; NaN where there is no such."""
+        outcome = self.outcomes[split]
+        found = outcome.loss if metric == "loss" else outcome.metrics.get(metric)
+        return math.nan if found is None else found
+
+
+def parse_schemes(text: str) -> list[tuple[str, float | None]]:
+    """Read a list such as ``equal,exp:2``.
+
+    Raises:
+        UsageError: a scheme is unknown, or its parameter is out of range or not its own.
+    """
+    found = []
+    for part in text.split(","):
+        name, _, number = part.strip().partition(":")
+        if name not in schemes.SCHEMES:
+            raise UsageError(
+                f"--schemes: there is no scheme {shown(name)!r}; choose of "
+                f"{', '.join(schemes.SCHEMES)}"
+            )
+        parameter = schemes.SCHEMES[name].parameter
+        try:
+            value = float(number) if number else parameter.default if parameter else None
+        except ValueError:
+            raise UsageError(f"--schemes: {shown(part)!r} is not written like exp:2") from None
+        if value is not None and not parameter:
+            raise UsageError(f"--schemes: {name} takes no parameter, found {shown(part)!r}")
+        schemes.resolve(name, **_parameters(name, value))
+        if (name, value) not in found:
+            found.append((name, value))
+    return found
+
+
+def _parameters(scheme: str, value: float | None) -> dict[str, Any]:
+    """Return a scheme's parameter as an option."""
+    parameter = schemes.SCHEMES[scheme].parameter
+    return {parameter.name: value} if parameter else {}
+
+
+def parse_windows(text: str | None, count: int) -> list[int]:
+    """Read a list such as ``1-10,20``; None is every window there is.
+
+    Raises:
+        UsageError: it is no list of numbers, or a window is larger than the run.
+    """
+    if text is None:
+        return list(range(1, count + 1))
+    found: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise UsageError(f"--windows: {shown(part)!r} is not written like 5 or 1-10")
+        first, last = int(low), int(high or low)
+        if not 1 <= first <= last <= count:
+            raise UsageError(
+                f"--windows: {shown(part)!r} is out of range; there are {count} checkpoints"
+            )
+        found.update(range(first, last + 1))
+    return sorted(found)
+
+
+def candidates(
+    positions: Sequence[float], windows: Sequence[int], chosen: Sequence[tuple[str, float | None]]
+) -> list[Candidate]:
+    """Return every single checkpoint, oldest first, and every window of every scheme.
+
+    Args:
+        positions: where each checkpoint stands in the run, oldest first.
+        windows: how many of the newest count.
+        chosen: schemes and their parameters, as of `parse_schemes`.
+    """
+    count = len(positions)
+    found = [
+        Candidate("single", "", None, 1, tuple(float(k == j) for j in range(count)))
+        for k in range(count)
+    ]
+    for (name, value), window in itertools.product(chosen, windows):
+        newest = schemes.coefficients(name, positions[count - window :], **_parameters(name, value))
+        whole = (*(0.0,) * (count - window), *newest)
+        found.append(Candidate("average", name, value, window, whole))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep found.
+
+    Attributes:
+        plan: of the checkpoints, oldest first, and of the tensors that were averaged.
+        splits: what the selection and the reporting rows are called, and how many there are.
+        metric: by which the winner was chosen: accuracy where labels are classes, else loss.
+        rows: every candidate: singles, averages, ensembles, soups.
+        winner: the best on the selection rows; ensembles, which are no model, do not compete.
+        gains: of the winner over the "newest" and the "best single" checkpoint.
+        notes: what the user should know.
+    """
+
+    plan: averaging.Plan
+    splits: Mapping[str, tuple[str, int]]
+    metric: str
+    rows: tuple[Row, ...]
+    winner: Row
+    gains: Mapping[str, tuple[Gain, ...]]
+    notes: tuple[str, ...]
+
+    def label(self, candidate: Candidate) -> str:
+        """Return what a candidate is called in tables and figures."""
+        if candidate.kind == "single":
+            newest = candidate.coefficients.index(1.0)
+            return self.plan.checkpoints[newest].path.name
+        if candidate.kind == "soup":
+            return f"{candidate.name} soup of {candidate.window}"
+        return f"{candidate.name}, last {candidate.window}"
+
+    def data(self) -> dict[str, Any]:
+        """Return everything as what JSON can hold."""
+        return {
+            "checkpoints": [str(checkpoint.path) for checkpoint in self.plan.checkpoints],
+            "epochs": [checkpoint.epoch for checkpoint in self.plan.checkpoints],
+            "splits": {
+                name: {"source": source, "rows": count}
+                for name, (source, count) in self.splits.items()
+            },
+            "metric": self.metric,
+            "rows": [self._row(row) for row in self.rows],
+            "winner": self._row(self.winner),
+            "gains": [
+                {"over": over, "metric": gain.metric, **gain.data()}
+                for over, found in self.gains.items()
+                for gain in found
+            ],
+            "notes": list(self.notes),
+        }
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        candidate = row.candidate
+        return {
+            "label": self.label(candidate),
+            "kind": candidate.kind,
+            "scheme": candidate.scheme,
+            "parameter": candidate.parameter,
+            "window": candidate.window,
+            "coefficients": list(candidate.coefficients),
+            "metrics": {
+                split: {"loss": outcome.loss, **outcome.metrics}
+                for split, outcome in row.outcomes.items()
+            },
+        }
+
+
+def sweep(
+    sources: averaging.Source | Sequence[averaging.Source],
+    rows: data.Dataset,
+    *,
+    windows: str | None = None,
+    chosen: str = SCHEMES,
+    batch: int = BATCH,
+    select_on: str = "0.5",
+    seed: int = 0,
+    search: Sequence[str] = (),
+    write_best: Path | None = None,
+    force: bool = False,
+    scratch: Path | None = None,
+    batch_size: int = 256,
+    trust_code: bool = False,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    **options: Any,
+) -> Sweep:
+    """Score every single checkpoint, window and scheme of a run.
+
+    Args:
+        sources: directories, globs or files, as of `averaging.plan`.
+        rows: to choose and to report on.
+        windows: how many of the newest count, such as "1-10,20"; all there are.
+        chosen: schemes, such as "equal,exp:2".
+        batch: averages that lie on the disk at a time; each batch reads the checkpoints once.
+        select_on: the share of the test rows to choose on, the others being reported on; or the
+            name of another split to choose on, all test rows being reported on.
+        seed: of the division.
+        search: "greedy" and "coefficients": soups to look for beyond the schemes.
+        write_best: the file to write the winner to.
+        force: replace an older one.
+        scratch: the folder below which averages are written for a while.
+        batch_size: rows that Keras scores at a time.
+        trust_code: run code that a model file carries.
+        progress: told how many candidates are scored, and of how many.
+        **options: of `averaging.plan`.
+
+    Raises:
+        UsageError: windows, schemes or splits are not such.
+        PolyakError: as `averaging.plan` and `models.Examiner`.
+    """
+    if batch < 1:
+        raise UsageError(f"--batch {batch} is out of range; expected 1 or more")
+    for name in search:
+        if name not in _SEARCHES:
+            raise UsageError(
+                f"--search: there is no {shown(name)}; choose of {', '.join(_SEARCHES)}"
+            )
+    plan = averaging.plan(sources, write_best, force=force, **options)
+    wanted = candidates(
+        plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
+    )
+    splits = _splits(rows, select_on, seed)
+    examiner = Examiner([*splits.values()], batch_size=batch_size, trust_code=trust_code)
+    with tempfile.TemporaryDirectory(prefix=".polyak-sweep-", dir=scratch) as folder:
+        bench = _Bench(plan, examiner, tuple(splits), Path(folder), batch)
+        scored = list(bench.scored(wanted, progress))
+        scored += _ensembles(bench, scored)
+        metric = _metric(scored)
+        for name in search:
+            scored.append(_SEARCHES[name](bench, scored, metric))
+    competing = [row for row in scored if row.candidate.kind != "ensemble"]
+    winner = _best(competing, metric)
+    if write_best:
+        _write(winner.candidate, plan, sources, write_best)
+    return Sweep(
+        plan=plan,
+        splits={name: (split.source, split.rows) for name, split in splits.items()},
+        metric=metric,
+        rows=tuple(scored),
+        winner=winner,
+        gains=_gains(winner, scored, metric),
+        notes=(*plan.notes, *rows.notes, *dict.fromkeys(examiner.notes)),
+    )
+
+
+def _write(
+    candidate: Candidate,
+    plan: averaging.Plan,
+    sources: averaging.Source | Sequence[averaging.Source],
+    output: Path,
+) -> None:
+    """Write the winner as `average` does, from the checkpoints that count in it."""
+    options = plan.options
+    if candidate.kind == "average" and options.get("best") is None:
+        parameters = _parameters(candidate.scheme, candidate.parameter)
+        own: Any = {**options, "last": candidate.window, "scheme": candidate.scheme, **parameters}
+        averaging.average(sources, output, **own)
+        return
+    members = [
+        (checkpoint.path, coefficient)
+        for checkpoint, coefficient in zip(plan.checkpoints, candidate.coefficients, strict=True)
+        if coefficient
+    ]
+    own = {key: value for key, value in options.items() if key not in _CHOOSING}
+    if len(members) > 1:
+        own["coefficients"] = [coefficient for _, coefficient in members]
+    averaging.average([path for path, _ in members], output, **own)
+
+
+#: Options that choose checkpoints, which are chosen by then.
+_CHOOSING = {
+    *("last", "from_epoch", "to_epoch", "every", "exclude", "best", "monitor", "mode", "log"),
+}
+
+
+def _splits(rows: data.Dataset, select_on: str, seed: int) -> dict[str, data.Split]:
+    """Return the rows to choose on and those to report on, which have none in common."""
+    reporting = rows.split()
+    if select_on in rows.splits:
+        selection = rows.split(select_on)
+        if selection is reporting:
+            raise UsageError(
+                f"--select-on {shown(select_on)}: the same rows are reported on; choose a share of "
+                "them, such as 0.5"
+            )
+        return {"selection": selection, "reporting": reporting}
+    try:
+        share = float(select_on)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise UsageError(
+            f"--select-on {shown(select_on)}: is neither a share between 0 and 1 nor a split of "
+            f"{shown(rows.name)}"
+        )
+    selection, reporting = data.halves(reporting, seed=seed, share=share)
+    return {"selection": selection, "reporting": reporting}
+
+
+@dataclass(slots=True)
+class _Bench:
+    """Where candidates are made and scored."""
+
+    plan: averaging.Plan
+    examiner: Examiner
+    splits: tuple[str, ...]
+    folder: Path
+    batch: int
+
+    def scored(
+        self,
+        wanted: Sequence[Candidate],
+        progress: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> Iterator[Row]:
+        """Yield a row for each candidate, in order; those of the same coefficients share one."""
+        found: dict[tuple[float, ...], Mapping[str, Outcome]] = {}
+        unique = list(dict.fromkeys(candidate.coefficients for candidate in wanted))
+        for coefficients, outcomes in self.outcomes(unique):
+            found[coefficients] = outcomes
+            progress(len(found), len(unique))
+        for candidate in wanted:
+            yield Row(candidate, found[candidate.coefficients])
+
+    def outcomes(
+        self, wanted: Iterable[tuple[float, ...]]
+    ) -> Iterator[tuple[tuple[float, ...], Mapping[str, Outcome]]]:
+        """Score averages: those of one checkpoint as it is, the others in batches."""
+        several = []
+        for coefficients in wanted:
+            if max(coefficients) == 1:
+                path = self.plan.checkpoints[coefficients.index(1.0)].path
+                yield coefficients, self.examined(path)
+            else:
+                several.append(coefficients)
+        suffix = "".join(self.plan.checkpoints[-1].path.suffixes[-1:])
+        for first in range(0, len(several), self.batch):
+            part = several[first : first + self.batch]
+            paths = [self.folder / f"{k}{suffix}" for k in range(len(part))]
+            averaging.several(self.plan, part, paths)
+            for coefficients, path in zip(part, paths, strict=True):
+                yield coefficients, self.examined(path)
+                path.unlink()
+
+    def examined(self, path: Path) -> dict[str, Outcome]:
+        """Score one file."""
+        return dict(zip(self.splits, self.examiner.outcomes(path), strict=True))
+
+
+def _ensembles(bench: _Bench, rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield the mean of the members' predictions, for every window: what averaging stands in for.
+
+    Nothing where a model has several outputs.
+    """
+    singles = [row for row in rows if row.candidate.kind == "single"]
+    windows = sorted({row.candidate.window for row in rows if row.candidate.kind == "average"})
+    sums: list[Any] = [0.0] * len(bench.splits)
+    for window, single in enumerate(reversed(singles), start=1):
+        given = [single.outcomes[split].predictions for split in bench.splits]
+        if any(predictions is None for predictions in given):
+            return
+        sums = [total + np.asarray(p, np.float64) for total, p in zip(sums, given, strict=True)]
+        if window in windows:
+            judged = bench.examiner.judged([total / window for total in sums])
+            whole = (*(0.0,) * (len(singles) - window), *(1 / window,) * window)
+            outcomes = dict(zip(bench.splits, judged, strict=True))
+            yield Row(Candidate("ensemble", "", None, window, whole), outcomes)
+
+
+# --- choosing -------------------------------------------------------------------------------------
+
+
+def _metric(rows: Sequence[Row]) -> str:
+    """Return what to choose by.
+
+    Raises:
+        MismatchError: there is nothing.
+    """
+    outcome = rows[-1].outcomes["selection"]
+    if outcome.correct is not None:
+        return "accuracy"
+    if outcome.loss is not None:
+        return "loss"
+    raise MismatchError(
+        "the models have neither a loss nor classes as labels; compile them before saving"
+    )
+
+
+def _order(row: Row, metric: str) -> tuple[float, float]:
+    """Return what is less for the better of two; the loss decides between equals."""
+    loss = row.value("loss", "selection")
+    loss = math.inf if math.isnan(loss) else loss
+    if metric == "loss":
+        return loss, loss
+    correct = row.outcomes["selection"].correct
+    return (math.inf if correct is None else -float(np.mean(correct))), loss
+
+
+def _best(rows: Sequence[Row], metric: str) -> Row:
+    """Return the best on the selection rows; the first of equals."""
+    return min(rows, key=lambda row: _order(row, metric))
+
+
+def _gains(winner: Row, rows: Sequence[Row], metric: str) -> dict[str, tuple[Gain, ...]]:
+    """Compare the winner on the reporting rows, row by row."""
+    singles = [row for row in rows if row.candidate.kind == "single"]
+    others = {"newest": singles[-1], "best single": _best(singles, metric)}
+    ours = winner.outcomes["reporting"]
+    return {over: gains(ours, other.outcomes["reporting"]) for over, other in others.items()}
+
+
+# --- soups ----------------------------------------------------------------------------------------
+
+
+def _greedy(bench: _Bench, rows: Sequence[Row], metric: str) -> Row:
+    """Add checkpoints, the best first, and keep one only where the score strictly improves.
+
+    Wortsman et al., "Model soups", 2022, recipe 1.
+    """
+    singles = [row for row in rows if row.candidate.kind == "single"]
+    ranked = sorted(singles, key=lambda row: _order(row, metric))
+    best, members = ranked[0], {ranked[0].candidate.coefficients.index(1.0)}
+    for row in ranked[1:]:
+        tried = members | {row.candidate.coefficients.index(1.0)}
+        coefficients = tuple(1 / len(tried) if k in tried else 0.0 for k in range(len(singles)))
+        (found,) = bench.scored([Candidate("soup", "greedy", None, len(tried), coefficients)])
+        if _order(found, metric) < _order(best, metric):
+            best, members = found, tried
+    kept = best.candidate.coefficients
+    return Row(Candidate("soup", "greedy", None, len(members), kept), best.outcomes)
+
+
+def _coefficients(bench: _Bench, rows: Sequence[Row], metric: str) -> Row:
+    """Fit coefficients that are not negative and sum to 1, by pattern search.
+
+    From the best candidate, it goes toward or away from one checkpoint by half of what it can, by a
+    quarter, ..., as long as the score improves: Kolda, Lewis and Torczon, "Optimization by direct
+    search", 2003.  All steps of a round are folded in few readings of the checkpoints.
+    """
+    best = _best([row for row in rows if row.candidate.kind != "ensemble"], metric)
+    count = len(best.candidate.coefficients)
+    step = 0.5
+    while step > _FINEST:
+        tried = [
+            Candidate("soup", "coefficients", None, sum(c > 0 for c in near), near)
+            for k in range(count)
+            for near in _near(best.candidate.coefficients, k, step)
+        ]
+        found = _best([*bench.scored(tried)], metric) if tried else best
+        if _order(found, metric) < _order(best, metric):
+            best = found
+        else:
+            step /= 2
+    kept = best.candidate.coefficients
+    window = sum(c > 0 for c in kept)
+    return Row(Candidate("soup", "coefficients", None, window, kept), best.outcomes)
+
+
+def _near(coefficients: Sequence[float], k: int, step: float) -> Iterator[tuple[float, ...]]:
+    """Yield what is a step toward one checkpoint, and a step away from it."""
+    for share in (coefficients[k] * (1 - step) + step, coefficients[k] * (1 - step)):
+        rest = 1 - coefficients[k]
+        if rest > 0 and share != coefficients[k]:
+            moved = [c * (1 - share) / rest for c in coefficients]
+            moved[k] = share
+            total = math.fsum(moved)
+            yield tuple(c / total for c in moved)
+
+
+_FINEST = 1 / 32
+_SEARCHES: Mapping[str, Callable[[_Bench, Sequence[Row], str], Row]] = {
+    "greedy": _greedy,
+    "coefficients": _coefficients,
+}

@@ -1,0 +1,139 @@
+"""Sweeping the sample run, with Keras itself as the oracle."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from polyak_cli import averaging, data, sweeping
+from tests.command import polyak
+
+pytestmark = pytest.mark.slow
+SAMPLE = Path(__file__).parents[2] / "sample_checkpoints"
+
+
+@pytest.fixture(scope="module")
+def found() -> sweeping.Sweep:
+    """Sweep the newest four sample checkpoints once for all tests."""
+    return sweeping.sweep(
+        SAMPLE,
+        data.load("blobs"),
+        last=4,
+        chosen="equal,exp:2",
+        batch=3,
+        search=["greedy", "coefficients"],
+    )
+
+
+def scored(path: Path, rows: data.Split) -> tuple[float, float]:
+    """Return loss and accuracy by Keras alone."""
+    import keras
+
+    model = keras.saving.load_model(path)
+    classes = np.asarray(rows.labels)
+    one_hot = classes if classes.ndim == 2 else np.eye(3, dtype=np.float32)[classes]
+    loss, accuracy = model.evaluate(rows.features, one_hot, verbose=0)
+    return loss, accuracy
+
+
+def test_every_candidate_has_the_scores_of_its_own_average(
+    found: sweeping.Sweep, tmp_path: Path
+) -> None:
+    """What the sweep says of a window and a scheme is what Keras says of `average`'s file."""
+    halves = dict(
+        zip(("selection", "reporting"), data.halves(data.load("blobs").split()), strict=True)
+    )
+    for row in found.rows:
+        candidate = row.candidate
+        if candidate.kind == "single":
+            path = found.plan.checkpoints[candidate.coefficients.index(1.0)].path
+        elif candidate.kind == "average" and candidate.window in (2, 4):
+            path = tmp_path / "average.h5"
+            alpha: Any = {} if candidate.parameter is None else {"alpha": candidate.parameter}
+            averaging.average(
+                SAMPLE, path, last=candidate.window, scheme=candidate.scheme, force=True, **alpha
+            )
+        else:
+            continue
+        for name, rows in halves.items():
+            loss, accuracy = scored(path, rows)
+            assert row.value("loss", name) == pytest.approx(loss, rel=1e-5)
+            assert row.value("accuracy", name) == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_the_winner_is_best_on_the_selection_rows(found: sweeping.Sweep) -> None:
+    """No single, average or soup is better there; reporting rows are others, of equal number."""
+    competing = [row for row in found.rows if row.candidate.kind != "ensemble"]
+    best = max(row.value("accuracy", "selection") for row in competing)
+    assert found.winner.value("accuracy", "selection") == best
+    assert found.splits["selection"][1] + found.splits["reporting"][1] == 1000
+    assert {*found.gains} == {"newest", "best single"}
+
+
+def test_gains_are_paired_differences_on_the_reporting_rows(found: sweeping.Sweep) -> None:
+    """The difference in accuracy is that of the two candidates' own, within its interval."""
+    newest = next(r for r in found.rows if r.candidate.coefficients == (0.0, 0.0, 0.0, 1.0))
+    gain = next(gain for gain in found.gains["newest"] if gain.metric == "accuracy")
+    difference = found.winner.value("accuracy", "reporting") - newest.value("accuracy", "reporting")
+    assert gain.paired.difference == pytest.approx(difference, abs=1e-6)
+    assert gain.paired.low <= gain.paired.difference <= gain.paired.high
+
+
+def test_the_ensemble_is_the_mean_of_predictions(found: sweeping.Sweep) -> None:
+    """Its accuracy is that of the averaged probabilities of its members."""
+    import keras
+
+    _, reporting = data.halves(data.load("blobs").split())
+    labels = np.asarray(reporting.labels)
+    classes = labels.argmax(-1) if labels.ndim == 2 else labels
+    models = [keras.saving.load_model(c.path) for c in found.plan.checkpoints[-2:]]
+    mean = np.mean([model.predict(reporting.features, verbose=0) for model in models], axis=0)
+    (row,) = [r for r in found.rows if r.candidate.kind == "ensemble" and r.candidate.window == 2]
+    expected = float((mean.argmax(-1) == classes).mean())
+    assert row.value("accuracy", "reporting") == pytest.approx(expected, abs=1e-6)
+
+
+def test_soups_are_no_worse_than_what_they_began_with(found: sweeping.Sweep) -> None:
+    """On the selection rows, and their coefficients are such."""
+    singles = [row for row in found.rows if row.candidate.kind == "single"]
+    greedy, fitted = [row for row in found.rows if row.candidate.kind == "soup"]
+    best = max(row.value("accuracy", "selection") for row in singles)
+    assert greedy.value("accuracy", "selection") >= best
+    assert fitted.value("accuracy", "selection") >= greedy.value("accuracy", "selection")
+    for row in (greedy, fitted):
+        assert min(row.candidate.coefficients) >= 0
+        assert sum(row.candidate.coefficients) == pytest.approx(1)
+
+
+def test_the_command_writes_report_and_winner(tmp_path: Path) -> None:
+    """Report, figure, tables and the winner, which is the file that `average` writes."""
+    report, best = tmp_path / "report", tmp_path / "best.h5"
+    run = polyak(
+        "sweep", SAMPLE, "--data", "blobs", "--windows", "1-3", "--schemes", "equal,linear",
+        "-o", report, "--write-best", best, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    told: dict[str, Any] = json.loads(run.stdout)
+    assert {path.name for path in tmp_path.iterdir()} == {"report", "best.h5"}
+    with open(report / "sweep.csv") as file:
+        assert [line["label"] for line in csv.DictReader(file)] == [
+            r["label"] for r in told["rows"]
+        ]
+    winner = told["winner"]
+    again = tmp_path / "again.h5"
+    if winner["kind"] == "average":
+        options = ["--last", str(winner["window"]), "--scheme", winner["scheme"]]
+        made = polyak("average", SAMPLE, *options, "-o", again, cwd=tmp_path)
+    else:
+        single = told["checkpoints"][winner["coefficients"].index(1.0)]
+        made = polyak("average", single, "-o", again, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert again.read_bytes() == best.read_bytes()
+    once_more = polyak("sweep", SAMPLE, "--data", "blobs", "-o", report, cwd=tmp_path)
+    assert once_more.returncode == 3
+    assert "--force" in once_more.stderr

@@ -1,0 +1,79 @@
+"""Windows, schemes and candidates of a sweep, decided before anything is scored."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polyak_cli import schemes, sweeping
+from polyak_cli.errors import UsageError
+
+
+def test_schemes_are_read_with_their_parameters() -> None:
+    """A parameter stands behind a colon; without one, it is the scheme's default."""
+    assert sweeping.parse_schemes("equal,linear, exp:2,ema") == [
+        ("equal", None),
+        ("linear", None),
+        ("exp", 2.0),
+        ("ema", schemes.resolve("ema").parameters["decay"]),
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "mean", "equal:2", "exp:x", "exp:-1", "ema:2", "equal,,exp"])
+def test_what_is_no_scheme_is_refused(text: str) -> None:
+    """Unknown names, parameters that are none or out of range, and stray ones."""
+    with pytest.raises(UsageError):
+        sweeping.parse_schemes(text)
+
+
+def test_windows_are_numbers_and_ranges() -> None:
+    """Without a list, every window there is."""
+    assert sweeping.parse_windows("1-3, 7,2", 10) == [1, 2, 3, 7]
+    assert sweeping.parse_windows(None, 4) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("text", ["", "0", "11", "3-2", "1-11", "a", "1-", "-3", "1,,2", "2.5"])
+def test_what_is_no_window_is_refused(text: str) -> None:
+    """Windows lie between 1 and the number of checkpoints."""
+    with pytest.raises(UsageError, match="--windows"):
+        sweeping.parse_windows(text, 10)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(1, 12), st.data())
+def test_candidates_are_all_singles_windows_and_schemes(count: int, data: st.DataObject) -> None:
+    """Coefficients sum to 1, are zero outside the window, and are those of `average --last`."""
+    windows = data.draw(st.lists(st.integers(1, count), min_size=1, unique=True))
+    positions = [float(k + 1) for k in range(count)]
+    chosen = sweeping.parse_schemes("equal,exp:2,power:0.1")
+    found = sweeping.candidates(positions, windows, chosen)
+    assert [c.coefficients.index(1.0) for c in found[:count]] == list(range(count))
+    averages = found[count:]
+    assert {(c.scheme, c.window) for c in averages} == {(n, w) for n, _ in chosen for w in windows}
+    for candidate in averages:
+        assert math.isclose(math.fsum(candidate.coefficients), 1)
+        assert not any(candidate.coefficients[: count - candidate.window])
+        if candidate.scheme == "exp":
+            assert candidate.coefficients[count - candidate.window :] == schemes.coefficients(
+                "exp", positions[count - candidate.window :], alpha=2
+            )
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8), st.data(), st.floats(0.01, 0.9))
+def test_a_step_of_the_search_keeps_coefficients_such(
+    raw: list[float], data: st.DataObject, step: float
+) -> None:
+    """A step toward or away from a checkpoint leaves them not negative, with the sum 1."""
+    total = math.fsum(raw)
+    if total < 0.01:
+        return
+    coefficients = [c / total for c in raw]
+    k = data.draw(st.integers(0, len(raw) - 1))
+    for near in sweeping._near(coefficients, k, step):
+        assert min(near) >= 0
+        assert math.isclose(math.fsum(near), 1)
+        assert near[k] != coefficients[k]
