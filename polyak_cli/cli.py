@@ -868,6 +868,11 @@ def _label(path: Path, epoch: int | None) -> str:
         help="The share of the test rows to choose on, the rest being reported on; or a split.",
     ),
     _option("--seed", type=int, default=0, metavar="S", help="Of the division of the rows."),
+    _option(
+        "--recalibrate",
+        metavar="DATA",
+        help="Gather BatchNorm's statistics of every average anew; DATA as in polyak recalibrate.",
+    ),
     _option("--batch-size", type=int, default=256, metavar="N", help="Rows at a time."),
     _option(
         "--trust-code",
@@ -910,6 +915,8 @@ def sweep(
 
     folder = Path(output)
     reports.check(folder, force=force)
+    options["split"] = None
+    notes = _load_rows(options)
     with prints_on_stderr():
         rows = datasets.load(data)
         best = Path(write_best) if write_best else None
@@ -924,7 +931,7 @@ def sweep(
         )
     data_found = found.data()
     reports.write(data_found, folder)
-    _notes(found.notes, quiet)
+    _notes([*notes, *found.notes], quiet)
     _result(data_found, as_json, quiet, lambda: _sweep_lines(data_found, folder, best))
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyak_cli import averaging, data, schemes
+from polyak_cli import averaging, data, recalibration, schemes
 from polyak_cli.comparison import Gain, gains
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.models import Examiner, Outcome
@@ -220,6 +220,7 @@ def sweep(
     search: Sequence[str] = (),
     write_best: Path | None = None,
     force: bool = False,
+    recalibrate: data.Split | None = None,
     scratch: Path | None = None,
     batch_size: int = 256,
     trust_code: bool = False,
@@ -240,6 +241,8 @@ def sweep(
         search: "greedy" and "coefficients": soups to look for beyond the schemes.
         write_best: the file to write the winner to.
         force: replace an older one.
+        recalibrate: rows on which BatchNorm's statistics are gathered anew for every average; not
+            for single checkpoints, whose own they are.
         scratch: the folder below which averages are written for a while.
         batch_size: rows that Keras scores at a time.
         trust_code: run code that a model file carries.
@@ -257,6 +260,8 @@ def sweep(
             raise UsageError(
                 f"--search: there is no {shown(name)}; choose of {', '.join(_SEARCHES)}"
             )
+    if recalibrate is not None:
+        options |= {"recalibrate": recalibrate, "batch_size": batch_size, "trust_code": trust_code}
     plan = averaging.plan(sources, write_best, force=force, **options)
     wanted = candidates(
         plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
@@ -304,7 +309,10 @@ def _write(
         if coefficient
     ]
     own = {key: value for key, value in options.items() if key not in _CHOOSING}
-    if len(members) > 1:
+    if len(members) == 1:  # as it was scored: with its own statistics
+        for key in ("recalibrate", "batch_size", "trust_code"):
+            own.pop(key, None)
+    else:
         own["coefficients"] = [coefficient for _, coefficient in members]
     averaging.average([path for path, _ in members], output, **own)
 
@@ -380,8 +388,20 @@ class _Bench:
             paths = [self.folder / f"{k}{suffix}" for k in range(len(part))]
             averaging.several(self.plan, part, paths)
             for coefficients, path in zip(part, paths, strict=True):
-                yield coefficients, self.examined(path)
+                yield coefficients, self.examined(self.recalibrated(path))
                 path.unlink()
+
+    def recalibrated(self, path: Path) -> Path:
+        """Return an average with BatchNorm statistics of its own, if that was asked for."""
+        options = self.plan.options
+        rows = options.get("recalibrate")
+        if rows is None:
+            return path
+        made = path.with_name(f"recalibrated{path.suffix}")
+        size = options.get("batch_size") or recalibration.BATCH_SIZE
+        trust = options.get("trust_code", False)
+        recalibration.recalibrate(path, made, rows, batch_size=size, trust_code=trust, force=True)
+        return made
 
     def examined(self, path: Path) -> dict[str, Outcome]:
         """Score one file."""

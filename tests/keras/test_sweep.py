@@ -110,6 +110,51 @@ def test_soups_are_no_worse_than_what_they_began_with(found: sweeping.Sweep) -> 
         assert sum(row.candidate.coefficients) == pytest.approx(1)
 
 
+def test_averages_are_recalibrated_before_they_are_scored(tmp_path: Path) -> None:
+    """With BatchNorm, each has the scores of what `average --recalibrate` writes."""
+    import keras
+
+    keras.utils.set_random_seed(1)
+    random = np.random.default_rng(2)
+    features = random.normal(3, 2, size=(80, 4)).astype(np.float32)
+    labels = (features.sum(1) > 12).astype(np.int64)
+    rows = data.Split("rows", features, labels)
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(6),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(2, activation="softmax"),
+        ]
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    for epoch in range(3):
+        model.fit(rows.features, rows.labels, verbose=0)
+        model.save(tmp_path / f"m_{epoch}.h5")
+    split = {"train": rows, "test": data.Split("other rows", features[:40], labels[:40])}
+    found = sweeping.sweep(
+        sorted(tmp_path.glob("*.h5")),
+        data.Dataset("rows", split),
+        chosen="equal",
+        windows="3",
+        select_on="train",
+        recalibrate=rows,
+        write_best=tmp_path / "best.h5",
+    )
+    averaging.average(
+        sorted(tmp_path.glob("m_*.h5")), tmp_path / "average.h5", recalibrate=rows, batch_size=256
+    )
+    (row,) = [row for row in found.rows if row.candidate.kind == "average"]
+    loaded = keras.saving.load_model(tmp_path / "average.h5")
+    expected = loaded.evaluate(rows.features, rows.labels, verbose=0)
+    assert row.value("loss", "selection") == pytest.approx(expected, rel=1e-5)
+    single = found.rows[0]
+    own = keras.saving.load_model(tmp_path / "m_0.h5").evaluate(
+        rows.features, rows.labels, verbose=0
+    )
+    assert single.value("loss", "selection") == pytest.approx(own, rel=1e-5)
+
+
 def test_the_command_writes_report_and_winner(tmp_path: Path) -> None:
     """Report, figure, tables and the winner, which is the file that `average` writes."""
     report, best = tmp_path / "report", tmp_path / "best.h5"
