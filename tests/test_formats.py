@@ -627,6 +627,7 @@ def test_one_other_byte_outside_of_the_tensors_is_no_twin(tmp_path: Path, where:
 @given(
     spans=st.lists(st.tuples(st.integers(0, 999), st.integers(1, 400)), max_size=8),
     flipped=st.lists(st.lists(st.integers(0, 999), max_size=4), max_size=6),
+    beside=st.integers(-1, 1),
     step=st.integers(1, 1200),
     at_a_time=st.integers(1, 3),
 )
@@ -634,6 +635,7 @@ def test_a_twin_differs_within_tensors_only(
     tmp_path_factory: pytest.TempPathFactory,
     spans: list[tuple[int, int]],
     flipped: list[list[int]],
+    beside: int,
     step: int,
     at_a_time: int,
 ) -> None:
@@ -642,6 +644,9 @@ def test_a_twin_differs_within_tensors_only(
     Wherever these lie, however many bytes are compared and files are open at a time.
     """
     folder = tmp_path_factory.mktemp("twins")
+    # Where tensors begin and end is where a mistake would be.
+    edges = [e + beside for s, n in spans for e in (s, s + n) if 0 <= e + beside < 1000]
+    flipped = [*flipped, *([edge] for edge in edges)]
     content = np.random.default_rng(0).bytes(1000)
     files = []
     for k, places in enumerate([[], *flipped]):
