@@ -80,6 +80,7 @@ def test_words_say_that_a_gain_is_within_noise() -> None:
 
 def test_an_older_report_is_kept_unless_forced(tmp_path: Path) -> None:
     """A folder with a report is refused before any work; another file in it is no matter."""
+    pytest.importorskip("matplotlib")
     folder = tmp_path / "report"
     reports.check(folder, force=False)
     reports.write(found(), folder)
@@ -111,6 +112,7 @@ class _Outside(HTMLParser):
 
 def test_the_page_fetches_nothing_and_escapes_names(tmp_path: Path) -> None:
     """No address is in it, and a file's name with markup in it stays text."""
+    pytest.importorskip("matplotlib")
     reports.write(found("<b-evil onclick=x>.h5"), tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
     outside = _Outside()
