@@ -186,6 +186,7 @@ class Contract(abc.ABC):
             average(paths, tmp_path / f"o{self.result}")
         assert os.listdir(tmp_path) == ["run"]
 
+    @pytest.mark.slow
     def test_a_truncated_file_is_refused_wherever_it_ends(self, tmp_path: Path) -> None:
         """No traceback, no output: an error that names the file."""
         paths, _ = self.write_run(tmp_path / "run", 2)

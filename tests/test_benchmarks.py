@@ -223,6 +223,7 @@ def test_safetensors_hold_the_same_tensors(tmp_path: Path) -> None:
         assert material.compare(path, folder, tmp_path) == {"same": True, "deviation": 0.0}
 
 
+@pytest.mark.slow
 def test_long_lists_of_names_are_split_as_keras_does(tmp_path: Path) -> None:
     """A model of very many layers has its names in several attributes, as in Keras's files."""
     made = material.make(Material(2, 40_000 * 32, count=40_000), tmp_path / "made")
@@ -350,6 +351,7 @@ def test_growth_plans_what_the_figures_need() -> None:
     assert max(p.material.nbytes * p.material.files for p in points) <= 4100 * MB
 
 
+@pytest.mark.slow
 def test_growth_measures_and_tells_what_was_reached(tmp_path: Path) -> None:
     """A run leaves JSON and a table, removes its scratch, and says which limits hold."""
     done = _benchmark(

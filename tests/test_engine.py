@@ -113,7 +113,7 @@ def test_workers_and_pieces_change_no_bit(
 @settings(
     derandomize=True,
     deadline=None,
-    max_examples=60,
+    max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # the fixture changes nothing
 )
 @given(

@@ -198,6 +198,7 @@ def _signals(big: Big, first: int, count: int) -> None:
     pytest.fail(f"hardly any signal met a run at work: {ends}")
 
 
+@pytest.mark.slow
 def test_a_signal_at_any_moment_leaves_the_old_or_the_new_output(big: Big) -> None:
     """SIGINT, SIGTERM, SIGHUP: exit 130, 143, 129, one line, nothing unfinished, no child."""
     _signals(big, 0, 24)
@@ -209,6 +210,7 @@ def test_hundreds_of_signals_leave_nothing(big: Big) -> None:
     _signals(big, 1000, 300)
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_the_old_output_and_disturbs_no_later_run(big: Big) -> None:
     """SIGKILL cannot be tidied after; the next run passes over what is left and succeeds."""
     for seed in range(2000, 2005):
