@@ -30,7 +30,8 @@ torch: .venv-torch/.ready
 # Chromium, in which a report is opened.
 browser:
 	@{ command -v chromium && command -v chromedriver; } > /dev/null || \
-		{ test "$$(id -u)" = 0 && apt-get update -q && apt-get install -y -q chromium chromium-driver; } \
+		{ test "$$(id -u)" = 0 && timeout 600 apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+			timeout 600 apt-get install -y -q --no-install-recommends chromium chromium-driver; } \
 		|| echo "Chromium is not here; install it (Debian: apt-get install chromium chromium-driver)"
 
 lint: .venv/.ready
