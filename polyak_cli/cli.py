@@ -156,9 +156,31 @@ def cli() -> None:
     """Average the checkpoints of a training run into one better-behaved model."""
 
 
+# Options of several commands.
+LAST = _option("--last", type=int, metavar="N", help="Only the N newest.  [default: all]")
+EXCLUDE = _option(
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="File names that are not checkpoints; may be given again.",
+)
+DATA = _option(
+    "--data",
+    required=True,
+    metavar="DATA",
+    help="blobs, a FILE.npz with x and y, a FILE.csv, or MODULE.py:FUNCTION that returns them.",
+)
+ROWS_AT_A_TIME = _option("--batch-size", type=int, default=256, metavar="N", help="Rows at a time.")
+TRUST_CODE = _option(
+    "--trust-code",
+    is_flag=True,
+    help="Run the code that a model file carries (a Lambda layer).",
+)
+QUIET = _option("-q", "--quiet", is_flag=True, help="Print only errors.")
+
 CHOOSING = _options(
     "Choosing checkpoints",
-    _option("--last", type=int, metavar="N", help="Only the N newest.  [default: all]"),
+    LAST,
     _option("--from", "from_epoch", type=int, metavar="EPOCH", help="The first epoch that counts."),
     _option("--to", "to_epoch", type=int, metavar="EPOCH", help="The last epoch that counts."),
     _option(
@@ -168,12 +190,7 @@ CHOOSING = _options(
         default=1,
         help="Every K-th, counted back from the newest; before --last.",
     ),
-    _option(
-        "--exclude",
-        multiple=True,
-        metavar="GLOB",
-        help="File names that are not checkpoints; may be given again.",
-    ),
+    EXCLUDE,
     _option("--best", type=int, metavar="N", help="Only the N best by --monitor, after --last."),
     _option(
         "--monitor",
@@ -293,7 +310,7 @@ WRITING = _options(
     _option("--hash", is_flag=True, help="Record each input's SHA-256 in the output."),
     _option("-n", "--dry-run", is_flag=True, help="Show the plan and write nothing."),
     _option("--json", "as_json", is_flag=True, help="Print plan or report as JSON."),
-    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+    QUIET,
     _option("-v", "--verbose", is_flag=True, help="Name every tensor and what becomes of it."),
 )
 
@@ -411,7 +428,7 @@ def _apart(recalibrates: object) -> Iterator[None]:
     _option("--force", is_flag=True, help="Replace an output that is no average by polyak."),
     _option("--hash", is_flag=True, help="Record each input's SHA-256 in the output."),
     _option("--json", "as_json", is_flag=True, help="Print each report as one line of JSON."),
-    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+    QUIET,
     _option("-v", "--verbose", is_flag=True, help="Print each report in full."),
 )
 @MACHINE
@@ -457,18 +474,13 @@ def watch(
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path())
 @_options(
     "Data",
-    _option(
-        "--data",
-        required=True,
-        metavar="DATA",
-        help="blobs, a FILE.npz with x and y, a FILE.csv, or MODULE.py:FUNCTION that returns them.",
-    ),
+    DATA,
     _option(
         "--split",
         type=click.Choice(["train", "test"]),
         help="Which part of the data.  [default: test, where the data are split]",
     ),
-    _option("--batch-size", type=int, default=256, metavar="N", help="Rows at a time."),
+    ROWS_AT_A_TIME,
 )
 @_options(
     "Deciding",
@@ -491,16 +503,12 @@ def watch(
         help="Exit with 1 when any model is worse than the baseline beyond noise, in accuracy or, "
         "where there is none, in loss.",
     ),
-    _option(
-        "--trust-code",
-        is_flag=True,
-        help="Run the code that a model file carries (a Lambda layer).",
-    ),
+    TRUST_CODE,
 )
 @_options(
     "Output",
     _option("--json", "as_json", is_flag=True, help="Print the scores as JSON."),
-    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+    QUIET,
 )
 def evaluate(
     models: tuple[str, ...],
@@ -614,12 +622,7 @@ def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
 @click.argument("model", metavar="MODEL", type=click.Path())
 @_options(
     "Data",
-    _option(
-        "--data",
-        required=True,
-        metavar="DATA",
-        help="blobs, a FILE.npz with x and y, a FILE.csv, or MODULE.py:FUNCTION that returns them.",
-    ),
+    DATA,
     _option(
         "--split",
         type=click.Choice(["train", "test"]),
@@ -632,11 +635,7 @@ def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
         metavar="N",
         help="Rows at a time, at most; best that of training, and not small.",
     ),
-    _option(
-        "--trust-code",
-        is_flag=True,
-        help="Run the code that a model file carries (a Lambda layer).",
-    ),
+    TRUST_CODE,
 )
 @_options(
     "Output",
@@ -645,7 +644,7 @@ def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
     ),
     _option("--force", is_flag=True, help="Replace an existing output."),
     _option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+    QUIET,
 )
 def recalibrate(
     model: str,
@@ -719,13 +718,8 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
 )
 @_options(
     "A run",
-    _option("--last", type=int, metavar="N", help="Only the N newest.  [default: all]"),
-    _option(
-        "--exclude",
-        multiple=True,
-        metavar="GLOB",
-        help="File names that are not checkpoints; may be given again.",
-    ),
+    LAST,
+    EXCLUDE,
     _option(
         "--match",
         type=click.Choice(["name", "order"]),
@@ -738,7 +732,7 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
 @_options(
     "Output",
     _option("--json", "as_json", is_flag=True, help="Print it as JSON."),
-    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+    QUIET,
     _option("-v", "--verbose", is_flag=True, help="Show every tensor, not only the worst."),
 )
 def diff(
@@ -855,12 +849,7 @@ def _label(path: Path, epoch: int | None) -> str:
 )
 @_options(
     "Data",
-    _option(
-        "--data",
-        required=True,
-        metavar="DATA",
-        help="blobs, a FILE.npz with x and y, a FILE.csv, or MODULE.py:FUNCTION that returns them.",
-    ),
+    DATA,
     _option(
         "--select-on",
         default="0.5",
@@ -873,12 +862,8 @@ def _label(path: Path, epoch: int | None) -> str:
         metavar="DATA",
         help="Gather BatchNorm's statistics of every average anew; DATA as in polyak recalibrate.",
     ),
-    _option("--batch-size", type=int, default=256, metavar="N", help="Rows at a time."),
-    _option(
-        "--trust-code",
-        is_flag=True,
-        help="Run the code that a model file carries (a Lambda layer).",
-    ),
+    ROWS_AT_A_TIME,
+    TRUST_CODE,
 )
 @_options(
     "Output",
@@ -888,7 +873,7 @@ def _label(path: Path, epoch: int | None) -> str:
     ),
     _option("--force", is_flag=True, help="Replace an older report and model file."),
     _option("--json", "as_json", is_flag=True, help="Print the results as JSON."),
-    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+    QUIET,
 )
 @MACHINE
 def sweep(
@@ -987,7 +972,7 @@ def _sweep_lines(found: Mapping[str, Any], folder: Path, best: Path | None) -> I
     ),
     _option("--force", is_flag=True, help="Replace an earlier run in the folder."),
     _option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-    _option("-q", "--quiet", is_flag=True, help="Print only errors."),
+    QUIET,
 )
 def train(
     data: str,
