@@ -281,7 +281,7 @@ class Examiner:
         earlier, self._scorer, self._told = self._scorer, None, []  # nothing half loaded stays
         with hushed() as held_back, _noted() as warned:
             with _keras_errors(path, f"cannot load it{_writer(description)}", held_back):
-                if earlier and earlier.description == description and path.suffix != ".keras":
+                if earlier and earlier.description == description and not description.assets:
                     scorer = earlier
                     scorer.model.load_weights(path)
                     model = None
@@ -309,7 +309,8 @@ def _described_hdf5(paths: Sequence[Path]) -> Iterator[_Description]:
         _check_architecture(table)
     for path, texts in zip(paths, formats.descriptions(paths), strict=True):
         _check_suffix(path)
-        yield _Description(*texts)
+        architecture, training, keras = texts
+        yield _Description(architecture, _measuring(path, training), keras)
 
 
 def _check_architecture(table: Table) -> None:
@@ -397,6 +398,7 @@ class _Scorer:
             known.notes.append("nothing to measure: no loss, no metric, and no classes as labels")
         with _keras_errors(path, "cannot compile it", lambda: ""):
             model.compile(
+                optimizer=None,  # Keras would look for its state in every .keras file
                 loss=loss if has_loss else [_no_loss(keras)] * len(outputs),
                 loss_weights=weights,
                 metrics=metrics,
@@ -543,8 +545,17 @@ class _Description(NamedTuple):
     """What a file says of its model; "" for what it does not."""
 
     architecture: str  # JSON
-    training: str  # JSON
+    training: str  # JSON, without the optimizer
     keras: str  # the version that wrote it
+    assets: bool = False  # vocabularies and the like, which belong to the model and are no tensors
+
+
+def _measuring(path: Path, text: str) -> str:
+    """Leave the optimizer out of a training configuration: its rate may change by epoch."""
+    training = dict(_parsed(path, text, "training configuration")) if text else {}
+    for key in ("optimizer", "optimizer_config"):
+        training.pop(key, None)
+    return json.dumps(training) if training else ""
 
 
 def _writer(description: _Description) -> str:
@@ -556,15 +567,19 @@ def _writer(description: _Description) -> str:
 
 def _described_zip(path: Path) -> _Description:
     """Read the description of a .keras file."""
-    config = dict(_parsed(path, _zip_config(path), "config.json"))
+    text, assets = _zip_config(path)
+    config = dict(_parsed(path, text, "config.json"))
     training = config.pop("compile_config", None)
-    return _Description(json.dumps(config), json.dumps(training) if training else "", "")
+    measuring = _measuring(path, json.dumps(training)) if training else ""
+    return _Description(json.dumps(config), measuring, "", assets)
 
 
-def _zip_config(path: Path) -> bytes:
+def _zip_config(path: Path) -> tuple[bytes, bool]:
+    """Return the configuration, and whether there are assets."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("config.json") as member:
             config = member.read(_LONGEST_CONFIG + 1)
+            assets = any(name.startswith("assets/") for name in archive.namelist())
     except (KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise FormatError(f"{shown(path)}: is damaged or no Keras model: {shown(error)}") from None
     if len(config) > _LONGEST_CONFIG:
@@ -572,7 +587,7 @@ def _zip_config(path: Path) -> bytes:
             f"{shown(path)}: its config.json is longer than {_LONGEST_CONFIG} bytes; the file is "
             "damaged or hostile"
         )
-    return config
+    return config, assets
 
 
 def _parsed(path: Path, text: str | bytes, what: str) -> Mapping[str, Any]:

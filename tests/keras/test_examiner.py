@@ -275,3 +275,69 @@ def test_an_examiner_checks_its_batch_size_and_tells_each_note_once(tmp_path: Pa
         (found,) = examiner.outcomes(tmp_path / "model.h5")
     assert examiner.notes == list(found.notes)
     assert len(examiner.notes) == 1
+
+
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return a list to which every file that Keras builds a model of is added."""
+    import keras
+
+    built = []
+    load = keras.saving.load_model
+
+    def loading(path: Path, **options: Any) -> Any:
+        built.append(Path(path))
+        return load(path, **options)
+
+    monkeypatch.setattr(keras.saving, "load_model", loading)
+    return built
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+def test_a_run_s_model_is_built_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Only tensors are exchanged, also where the learning rate was lowered by epoch."""
+    model, labels = network(), ONE_HOT
+    model.compile("adam", loss="categorical_crossentropy", metrics=["accuracy"])
+    paths, expected = [], []
+    for epoch in range(3):
+        model.optimizer.learning_rate = 0.1 / (1 + epoch)
+        model.fit(ROWS, labels, verbose=0)
+        model.save(tmp_path / f"model_{epoch}{suffix}")
+        paths.append(tmp_path / f"model_{epoch}{suffix}")
+        expected.append(model.predict(ROWS, verbose=0))
+    built = loads(monkeypatch)
+    examiner = models.Examiner([split()])
+    for path, predictions in zip(paths, expected, strict=True):
+        (found,) = examiner.outcomes(path)
+        assert found.predictions == pytest.approx(predictions, abs=1e-6)
+        assert found.notes == ()
+    assert built == paths[:1]
+
+
+def test_a_model_with_a_vocabulary_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no tensor belongs to each file: here, which numbers a layer knows."""
+    import keras
+
+    rows = np.arange(8).reshape(8, 1)
+    paths = []
+    for known in ([1, 2, 3], [4, 5, 6]):
+        keras.utils.set_random_seed(0)
+        lookup = keras.layers.IntegerLookup(output_mode="multi_hot", name="lookup")
+        lookup.adapt(np.array(known))
+        model = keras.Sequential(
+            [keras.Input((1,), dtype="int64"), lookup, keras.layers.Dense(3, name="dense")],
+            name="model",
+        )
+        paths.append(tmp_path / f"{known[0]}.keras")
+        model.save(paths[-1])
+    built = loads(monkeypatch)
+    examiner = models.Examiner([split(rows, CLASSES[:8])])
+    first, second = (examiner.outcomes(path)[0].predictions for path in paths)
+    assert built == paths
+    assert first is not None
+    assert second is not None
+    assert np.array_equal(first[[0, 4]], first[[0, 0]])  # both unknown
+    assert not np.array_equal(second[4], second[0])
