@@ -904,8 +904,8 @@ def provenance(plan: Plan) -> dict[str, Any]:
     ]
     if options.get("hash"):
         for record, table in zip(inputs, plan.tables, strict=True):
-            digests = [_sha256(Path(file.path)) for file in table.files]
-            record["sha256"] = digests[0] if len(digests) == 1 else digests
+            found = digests(table)
+            record["sha256"] = found[0] if len(found) == 1 else list(found)
     return {
         "polyak": __version__,
         "scheme": plan.scheme,
@@ -921,6 +921,15 @@ def provenance(plan: Plan) -> dict[str, Any]:
         },
         "inputs": inputs,
     }
+
+
+def digests(table: Table) -> tuple[str, ...]:
+    """Return the SHA-256 of each file of a checkpoint.
+
+    Raises:
+        FormatError: one cannot be read.
+    """
+    return tuple(_sha256(Path(file.path)) for file in table.files)
 
 
 def _sha256(path: Path) -> str:

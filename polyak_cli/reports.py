@@ -133,19 +133,24 @@ def as_html(found: Data, figure: str) -> str:
     """
     words = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences(found))
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in found["notes"])
-    inputs = "".join(
-        f"<li>{html.escape(path)}{'' if epoch is None else f' (epoch {epoch})'}</li>"
-        for path, epoch in zip(found["checkpoints"], found["epochs"], strict=True)
-    )
     return _PAGE.format(
         style=_STYLE,
         script=_SCRIPT,
         words=words,
         figure=_inline(figure),
         table=_table(found),
-        inputs=inputs,
+        inputs="".join(map(_input, found["checkpoints"])),
+        polyak=html.escape(found["polyak"]),
         notes=f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
     )
+
+
+def _input(checkpoint: Data) -> str:
+    """Return where a checkpoint came from: which file, of which epoch, size and content."""
+    epoch = "" if checkpoint["epoch"] is None else f"epoch {checkpoint['epoch']}, "
+    digests = "".join(f"<br><code>{digest}</code>" for digest in checkpoint["sha256"])
+    about = f"{epoch}{checkpoint['size']:,} bytes, SHA-256{digests}"
+    return f"<li>{html.escape(checkpoint['path'])}: {about}</li>"
 
 
 def _inline(figure: str) -> str:
@@ -220,6 +225,7 @@ script-src 'unsafe-inline'">
 <div class="scroll">{table}</div>
 <h2>Checkpoints</h2>
 <ol>{inputs}</ol>
+<p>Averaged by polyak {polyak}.</p>
 {notes}
 </main>
 <script>{script}</script>
@@ -248,6 +254,7 @@ th[aria-sort="ascending"] button::after { content: " \\2191"; }
 th[aria-sort="descending"] button::after { content: " \\2193"; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .best { background: var(--best); }
+code { font-size: 0.8rem; overflow-wrap: anywhere; }
 .bars rect { fill: var(--accent); }
 """
 

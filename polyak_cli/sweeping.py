@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyak_cli import averaging, data, recalibration, schemes
+from polyak_cli import __version__, averaging, data, recalibration, schemes
 from polyak_cli.comparison import Gain, gains
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.models import Examiner, Outcome
@@ -152,6 +152,7 @@ class Sweep:
         rows: every candidate: singles, averages, ensembles, soups.
         winner: the best on the selection rows; ensembles, which are no model, do not compete.
         gains: of the winner over the "newest" and the "best single" checkpoint.
+        digests: SHA-256 of each file of each checkpoint.
         notes: what the user should know.
     """
 
@@ -161,6 +162,7 @@ class Sweep:
     rows: tuple[Row, ...]
     winner: Row
     gains: Mapping[str, tuple[Gain, ...]]
+    digests: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
 
     def label(self, candidate: Candidate) -> str:
@@ -175,8 +177,18 @@ class Sweep:
     def data(self) -> dict[str, Any]:
         """Return everything as what JSON can hold."""
         return {
-            "checkpoints": [str(checkpoint.path) for checkpoint in self.plan.checkpoints],
-            "epochs": [checkpoint.epoch for checkpoint in self.plan.checkpoints],
+            "polyak": __version__,
+            "checkpoints": [
+                {
+                    "path": str(checkpoint.path),
+                    "epoch": checkpoint.epoch,
+                    "size": table.size,
+                    "sha256": digests,
+                }
+                for checkpoint, table, digests in zip(
+                    self.plan.checkpoints, self.plan.tables, self.digests, strict=True
+                )
+            ],
             "splits": {
                 name: {"source": source, "rows": count}
                 for name, (source, count) in self.splits.items()
@@ -286,6 +298,7 @@ def sweep(
         rows=tuple(scored),
         winner=winner,
         gains=_gains(winner, scored, metric),
+        digests=tuple(averaging.digests(table) for table in plan.tables),
         notes=(*plan.notes, *rows.notes, *dict.fromkeys(examiner.notes)),
     )
 

@@ -42,8 +42,11 @@ def found(evil: str = "model_3.h5") -> dict[str, Any]:
     ]
     gain = {"metric": "accuracy", "difference": 0.1, "low": -0.02, "high": 0.2, "mcnemar_p": 0.25}
     return {
-        "checkpoints": ["model_1.h5", "model_2.h5", evil],
-        "epochs": [1, 2, None],
+        "polyak": "1.2.3",
+        "checkpoints": [
+            {"path": path, "epoch": epoch, "size": 54321, "sha256": ["0a" * 32]}
+            for path, epoch in (("model_1.h5", 1), ("model_2.h5", 2), (evil, None))
+        ],
         "splits": {
             "selection": {"source": "half", "rows": 50},
             "reporting": {"source": "other", "rows": 51},
@@ -117,7 +120,9 @@ def test_the_page_fetches_nothing_and_escapes_names(tmp_path: Path) -> None:
     outside = _Outside()
     outside.feed(page)
     assert outside.found == []
-    assert "&lt;b-evil" in page
+    assert page.count("&lt;b-evil") >= 2  # in the table and among the checkpoints
+    for part in ("epoch 2", "54,321 bytes", "0a" * 32, "polyak 1.2.3"):
+        assert part in page
     assert not re.search(r"url\((?!#)|@import", page)
 
 

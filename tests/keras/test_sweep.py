@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyak_cli import averaging, data, sweeping
+from polyak_cli import __version__, averaging, data, sweeping
 from tests.command import polyak
 
 pytestmark = pytest.mark.slow
@@ -98,6 +99,35 @@ def test_the_ensemble_is_the_mean_of_predictions(found: sweeping.Sweep) -> None:
     assert row.value("accuracy", "reporting") == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_report_says_which_files_it_is_about(found: sweeping.Sweep) -> None:
+    """Path, epoch, size and digest of each checkpoint, and the version that averaged them."""
+    told = found.data()
+    assert told["polyak"] == __version__
+    for epoch, checkpoint in zip(range(496, 500), told["checkpoints"], strict=True):
+        path = SAMPLE / f"model_{epoch}.h5"
+        assert checkpoint == {
+            "path": str(path),
+            "epoch": epoch,
+            "size": path.stat().st_size,
+            "sha256": (hashlib.sha256(path.read_bytes()).hexdigest(),),
+        }
+
+
+def test_average_repeats_a_soup_by_its_coefficients(found: sweeping.Sweep, tmp_path: Path) -> None:
+    """`polyak average --coefficients`, as the report has them, gives a model of the same scores."""
+    (_, rows) = data.halves(data.load("blobs").split())
+    for row in found.rows:
+        if row.candidate.kind == "soup":
+            path = tmp_path / f"{row.candidate.name}.h5"
+            coefficients = ",".join(map(repr, row.candidate.coefficients))
+            options = ["--last", "4", "--coefficients", coefficients]
+            made = polyak("average", SAMPLE, *options, "-o", path, cwd=tmp_path)
+            assert made.returncode == 0, made.stderr
+            loss, accuracy = scored(path, rows)
+            assert row.value("loss", "reporting") == pytest.approx(loss, rel=1e-5)
+            assert row.value("accuracy", "reporting") == pytest.approx(accuracy, abs=1e-6)
+
+
 def test_soups_are_no_worse_than_what_they_began_with(found: sweeping.Sweep) -> None:
     """On the selection rows, and their coefficients are such."""
     singles = [row for row in found.rows if row.candidate.kind == "single"]
@@ -175,7 +205,7 @@ def test_the_command_writes_report_and_winner(tmp_path: Path) -> None:
         options = ["--last", str(winner["window"]), "--scheme", winner["scheme"]]
         made = polyak("average", SAMPLE, *options, "-o", again, cwd=tmp_path)
     else:
-        single = told["checkpoints"][winner["coefficients"].index(1.0)]
+        single = told["checkpoints"][winner["coefficients"].index(1.0)]["path"]
         made = polyak("average", single, "-o", again, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert again.read_bytes() == best.read_bytes()
