@@ -902,7 +902,10 @@ def sweep(
     reports.check(folder, force=force)
     options["split"] = None
     notes = _load_rows(options)
-    with prints_on_stderr():
+    with (
+        prints_on_stderr(),
+        _progress("scoring", None, quiet or as_json, in_bytes=False) as advance,
+    ):
         rows = datasets.load(data)
         best = Path(write_best) if write_best else None
         found = sweeping.sweep(
@@ -912,6 +915,7 @@ def sweep(
             scratch=folder.resolve().parent,
             write_best=best,
             force=force,
+            progress=lambda _done, total: advance(1, total),
             **options,
         )
     data_found = found.data()
@@ -1312,11 +1316,14 @@ def _size(nbytes: float) -> str:
 
 @contextmanager
 def _progress(
-    what: str, total: int, silent: bool, *, in_bytes: bool = True
-) -> Iterator[Callable[[int], None]]:
-    """Show a bar with amount, speed and time left on a terminal; nothing elsewhere."""
+    what: str, total: int | None, silent: bool, *, in_bytes: bool = True
+) -> Iterator[Callable[..., None]]:
+    """Show a bar with amount, speed and time left on a terminal; nothing elsewhere.
+
+    What it yields takes the amount done, and the total where that was not known before.
+    """
     if silent or not sys.stderr.isatty():
-        yield lambda _: None
+        yield lambda *_: None
         return
     from rich import progress
     from rich.console import Console
@@ -1340,9 +1347,9 @@ def _progress(
         task = bar.add_task("", total=total)
         drawn = 0.0
 
-        def advance(amount: int) -> None:
+        def advance(amount: int, total: int | None = None) -> None:
             nonlocal drawn
-            bar.update(task, advance=amount)
+            bar.update(task, advance=amount, total=total)
             if bar.get_time() - drawn > 0.1:  # seconds; drawing is slow beside folding
                 drawn = bar.get_time()
                 bar.refresh()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from polyak_cli import __version__, averaging, data, sweeping
-from tests.command import polyak
+from tests.command import polyak, script
+from tests.test_cli import EAGER, on_terminal
 
 pytestmark = pytest.mark.slow
 SAMPLE = Path(__file__).parents[2] / "sample_checkpoints"
@@ -212,3 +214,12 @@ def test_the_command_writes_report_and_winner(tmp_path: Path) -> None:
     once_more = polyak("sweep", SAMPLE, "--data", "blobs", "-o", report, cwd=tmp_path)
     assert once_more.returncode == 3
     assert "--force" in once_more.stderr
+
+
+def test_a_terminal_shows_how_far_the_sweep_is(tmp_path: Path) -> None:
+    """Candidates scored and how many there are; those of the same coefficients count once."""
+    options = ["--data", "blobs", "--last", "2", "--schemes", "equal,exp:2", "-o", "report"]
+    code, text = on_terminal([*script(EAGER, "sweep", str(SAMPLE), *options)], tmp_path)
+    assert code == 0, text
+    for done in (1, 4):  # two single checkpoints, and two averages of both
+        assert re.search(rf"scoring .*{done}/4", text)
