@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from polyak_cli.schemes import coefficients, effective_number
     from polyak_cli.statistics import Paired, mcnemar, paired, verdict
     from polyak_cli.sweeping import Sweep, sweep
+    from polyak_cli.verification import Problem, Verification, verify
     from polyak_cli.watching import watch
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ __all__ = [
     "PassedOver",
     "Plan",
     "PolyakError",
+    "Problem",
     "Recalibration",
     "Report",
     "Score",
@@ -65,6 +67,7 @@ __all__ = [
     "Sweep",
     "TrainReport",
     "UsageError",
+    "Verification",
     "__version__",
     "average",
     "coefficients",
@@ -85,6 +88,7 @@ __all__ = [
     "sweep",
     "train",
     "verdict",
+    "verify",
     "watch",
 ]
 
@@ -108,6 +112,7 @@ _HOMES = {
     "PassedOver": "checkpoints",
     "Plan": "averaging",
     "PolyakError": "errors",
+    "Problem": "verification",
     "Recalibration": "recalibration",
     "Report": "averaging",
     "Score": "models",
@@ -116,6 +121,7 @@ _HOMES = {
     "Sweep": "sweeping",
     "TrainReport": "models",
     "UsageError": "errors",
+    "Verification": "verification",
     "average": "averaging",
     "coefficients": "schemes",
     "compare": "comparison",
@@ -135,6 +141,7 @@ _HOMES = {
     "sweep": "sweeping",
     "train": "models",
     "verdict": "statistics",
+    "verify": "verification",
     "watch": "watching",
 }
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
-from polyak_cli import __version__, checkpoints, ema, engine, formats, schemes
+from polyak_cli import __version__, bitwise, checkpoints, ema, engine, formats, records, schemes
 from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.errors import (
     FormatError,
@@ -34,7 +34,7 @@ from polyak_cli.errors import (
     shown,
 )
 from polyak_cli.formats import publishing
-from polyak_cli.matching import Row, match, sources_of
+from polyak_cli.matching import Row, is_statistic, leaf, match, sources_of
 from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, is_carried, itemsize
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
@@ -48,16 +48,6 @@ Progress = Callable[[int], None]
 MAX_MEMORY = 32 << 20
 #: Rows that a model is run on at a time where it is recalibrated.
 BATCH_SIZE = 256
-#: BatchNorm's statistics, as Keras, tf_keras's renorm and PyTorch call them.
-_STATISTICS = {
-    "moving_mean",
-    "moving_variance",
-    "moving_stddev",
-    "running_mean",
-    "running_var",
-    "renorm_mean",
-    "renorm_stddev",
-}
 
 
 class Options(TypedDict, total=False):
@@ -92,6 +82,8 @@ class Options(TypedDict, total=False):
         trust_code: run the code that the model carries in a Lambda layer, to recalibrate it.
         force: replace an existing output.
         hash: record each input's SHA-256.
+        verify: read the output back from the disk before it gets its name, and compare it, bit for
+            bit, with the average computed once more.
         max_memory: bytes for buffers; `MAX_MEMORY`.
         jobs: processes that fold; as many as there are processors, at most 8.
     """
@@ -123,6 +115,7 @@ class Options(TypedDict, total=False):
     trust_code: bool
     force: bool
     hash: bool
+    verify: bool
     max_memory: int | None
     jobs: int | None
 
@@ -242,6 +235,7 @@ class Report:
         shares: of the workers' time: "reading", "folding", "writing"; sum 1.
         notes: the plan's, and what only the bytes could tell.
         recalibrated: what was gathered anew of BatchNorm's statistics, if that was asked for.
+        verified: what the disk holds was found equal, bit for bit, to the average computed twice.
     """
 
     output: Path
@@ -253,6 +247,7 @@ class Report:
     shares: Mapping[str, float]
     notes: tuple[str, ...]
     recalibrated: Recalibration | None = None
+    verified: bool = False
 
     @property
     def speed(self) -> float:
@@ -271,6 +266,7 @@ class Report:
             "shares": dict(self.shares),
             "notes": list(self.notes),
             "recalibrated": self.recalibrated.data() if self.recalibrated else None,
+            "verified": self.verified,
         }
 
 
@@ -367,7 +363,8 @@ def plan(
         carried_rows=tuple(carried),
     )
     if target:
-        copies = 2 if made.recalibrate else 1  # the average stays until it is copied
+        # The average stays until it is copied, and what is verified until it is compared.
+        copies = 1 + bool(made.recalibrate) + options.get("verify", False)
         publishing.check_room(target, copies * made.bytes_to_write)
     return made
 
@@ -388,12 +385,21 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     begun = time.perf_counter()
     force = plan.options.get("force", False)
     folder = formats.is_folder(plan.output, plan.tables[-1])
+    verify = plan.options.get("verify", False)
+    record = records.text(records.sealed(provenance(plan)))
     with publishing.publish(plan.output, force=force, folder=folder) as hidden:
-        totals, nbytes, notes = _write(plan, hidden, progress or (lambda _: None))
+        totals, files, notes = _write(plan, hidden, record, progress or (lambda _: None))
         recalibrated = _recalibrated(plan, plan.output, hidden)
         if recalibrated:
-            nbytes = hidden.stat().st_size
             notes += recalibrated.notes
+        nbytes = sum(file.stat().st_size for file in files)
+        if verify:
+            _verify(plan, plan.output, hidden, files, record, own=recalibrated is not None)
+        written = hidden.stat().st_ino
+    if verify and plan.output.stat().st_ino != written:
+        raise OutputError(
+            f"{shown(plan.output)}: another file has taken its name since; see what else writes it"
+        )
     spent = totals.reading + totals.folding + totals.writing
     return Report(
         output=plan.output,
@@ -408,19 +414,86 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         },
         notes=(*plan.notes, *notes),
         recalibrated=recalibrated,
+        verified=verify,
     )
 
 
-def _write(plan: Plan, hidden: Path, progress: Progress) -> tuple[engine.Totals, int, list[str]]:
-    """Write the whole output under its hidden name; return what that took, its size and notes."""
+def _write(
+    plan: Plan, hidden: Path, record: str, progress: Progress
+) -> tuple[engine.Totals, list[Path], list[str]]:
+    """Write the whole output under its hidden name; return what that took, its files and notes."""
     options = plan.options
     formats.check(plan.tables, jobs=_memory(options).jobs)
-    room = _room(plan, hidden)
+    room = _room(plan, hidden, record)
     totals = _fold(plan, [plan.coefficients], [room], progress)
     inputs = _inputs(plan)
     compared, differing = _differing(plan, inputs, progress)
     engine.unchanged(inputs)
-    return totals.plus(compared), sum(Path(f).stat().st_size for f in room.files), differing
+    return totals.plus(compared), [*map(Path, room.files)], differing
+
+
+def again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
+    """Write a plan's average once more, as `run` writes it; return its table.
+
+    Args:
+        plan: what to average.
+        folder: where to write it; it should be empty.
+        opened: the name, below that, of the file that opens it; of one in a folder where the
+            output is such.
+        record: that it carries.
+
+    Raises:
+        PolyakError: as `run`.
+        OSError: there is no room.
+    """
+    formats.check(plan.tables, jobs=_memory(plan.options).jobs)
+    hidden = folder / ".again"
+    if len(opened.parts) > 1:
+        hidden.mkdir()
+    else:
+        hidden.touch()
+    room = _room(plan, hidden, record)
+    _fold(plan, [plan.coefficients], [room], lambda _: None)
+    engine.unchanged(_inputs(plan))
+    publishing.take_names(hidden, folder / opened.parts[0])
+    (table,) = formats.scan([folder / opened], everything=True)
+    return table
+
+
+def _verify(
+    plan: Plan, output: Path, hidden: Path, files: Sequence[Path], record: str, *, own: bool
+) -> None:
+    """Refuse an output that is not, on the disk, what averaging once more gives.
+
+    Args:
+        plan: what was done.
+        output: what it will be called.
+        hidden: what it is called now.
+        files: of which it consists.
+        record: of the average.
+        own: it has statistics of its own, gathered anew, which are compared with its record.
+
+    Raises:
+        OutputError: what differs.
+    """
+    publishing.from_disk(files)
+    opened = Path(output.name, files[-1].name) if hidden.is_dir() else Path(output.name)
+    nbytes = plan.bytes_to_write * (1 + own)
+    with publishing.scratch([output.resolve().parent], nbytes) as folder:
+        expected = again(plan, folder, opened, record)
+        if own:
+            from polyak_cli import recalibration
+
+            (written,) = formats.scan([hidden], everything=True)
+            expected = recalibration.restored(expected, written)
+        found = bitwise.compare(files, expected)
+    if found:
+        first, *others = [*map(str, found.tensors), *found.outside]
+        more = f" (and {len(others)} more)" if others else ""
+        raise OutputError(
+            f"{shown(output)}: read back, it is not what was written: {first}{more}; nothing was "
+            "published. See whether disk and memory are sound"
+        )
 
 
 def several(
@@ -446,8 +519,12 @@ def several(
     """
     rows = [tuple(row) for row in coefficients]
     rooms = [
-        _room(replace(plan, scheme="custom", parameters={}, coefficients=row), output)
-        for row, output in zip(rows, outputs, strict=True)
+        _room(each, output, records.text(records.sealed(provenance(each))))
+        for each, output in zip(
+            (replace(plan, scheme="custom", parameters={}, coefficients=row) for row in rows),
+            outputs,
+            strict=True,
+        )
     ]
     _fold(plan, rows, rooms, progress or (lambda _: None))
     engine.unchanged(_inputs(plan))
@@ -457,15 +534,15 @@ def _inputs(plan: Plan) -> list[File]:
     return [file for table in plan.tables for file in table.files]
 
 
-def _room(plan: Plan, output: Path) -> formats.Room:
-    """Write all of an output but its averaged tensors."""
+def _room(plan: Plan, output: Path, record: str) -> formats.Room:
+    """Write all of an output, the record included, but its averaged tensors."""
     return formats.lay_out(
         plan.tables[-1],
         output,
         averaged=_stored(plan.averaged_rows, plan.options),
         drop_optimizer=_drops(plan.tables, plan.options),
         name=formats.target(plan.output, plan.tables[-1]),
-        provenance=json.dumps(provenance(plan), separators=(",", ":")),
+        provenance=record,
     )
 
 
@@ -622,7 +699,8 @@ def recorded(output: Path) -> Any:
     """Return what `provenance` was written into an output, None where there is nothing of it."""
     with contextlib.suppress(PolyakError, ValueError, RecursionError):
         (table,) = formats.scan([checkpoints.file_of(output)])
-        return json.loads(table.about.get("provenance", "null"))
+        record = json.loads(table.about.get("provenance", "null"))
+        return records.unsealed(record) if isinstance(record, dict) else None
     return None
 
 
@@ -798,7 +876,7 @@ def _notes(
             "the model configuration is not the same in all checkpoints; the newest one's is kept"
         )
     names = [row[-1].name for row in averaged]
-    statistics = [n for n in names if _leaf(n) in _STATISTICS or n in tables[-1].statistics]
+    statistics = [name for name in names if is_statistic(tables[-1], name)]
     if statistics and options.get("recalibrate") is None:
         notes.append(
             f"{len(statistics)} BatchNorm moving statistics are averaged ("
@@ -838,10 +916,6 @@ def _beside(newest: Checkpoint, template: Table) -> list[str]:
     ]
 
 
-def _leaf(name: str) -> str:
-    return re.split(r"[/.]", name)[-1].partition(":")[0]
-
-
 def _some(names: Sequence[str]) -> str:
     first = ", ".join(shown(name, 80) for name in names[:3])
     return first + (", ..." if len(names) > 3 else "")
@@ -857,7 +931,7 @@ def _compared(row: Row) -> bool:
     Not where it was asked for, and PyTorch's BatchNorm counts its batches.
     """
     spec = row[-1]
-    counts = spec.dtype in FLOATS or _leaf(spec.name) == "num_batches_tracked"
+    counts = spec.dtype in FLOATS or leaf(spec.name) == "num_batches_tracked"
     return not counts and all(spec.storage is not None for spec in row)
 
 
@@ -889,7 +963,10 @@ def _bytes_to_write(
 
 
 def provenance(plan: Plan) -> dict[str, Any]:
-    """Return the record that the output carries: no clock, no folder, so that the bytes repeat."""
+    """Return the record that the output carries, but for the seal of `records`.
+
+    No clock and no folder are in it, so that the bytes repeat.
+    """
     options = plan.options
     inputs: list[dict[str, Any]] = [
         {
@@ -929,10 +1006,15 @@ def digests(table: Table) -> tuple[str, ...]:
     Raises:
         FormatError: one cannot be read.
     """
-    return tuple(_sha256(Path(file.path)) for file in table.files)
+    return tuple(sha256(Path(file.path)) for file in table.files)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        FormatError: it cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

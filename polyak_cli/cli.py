@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from polyak_cli.inspection import Inspection
     from polyak_cli.models import Score
     from polyak_cli.recalibration import Recalibration
+    from polyak_cli.verification import Verification
 
 #: Besides these, 128 and the signal's number where one ended the program.
 DONE, ANSWER_IS_NO, USAGE, FAILED = 0, 1, 2, 3
+#: Problems that are shown of an average which does not verify.
+_MOST = 20
 
 
 # --- click, with what it lacks --------------------------------------------------------------------
@@ -308,6 +311,12 @@ WRITING = _options(
     _option("-o", "--output", type=click.Path(), metavar="FILE", help="The file to write."),
     _option("--force", is_flag=True, help="Replace an existing output."),
     _option("--hash", is_flag=True, help="Record each input's SHA-256 in the output."),
+    _option(
+        "--verify",
+        is_flag=True,
+        help="Read the output back from the disk, average once more and compare, before anything "
+        "is replaced.",
+    ),
     _option("-n", "--dry-run", is_flag=True, help="Show the plan and write nothing."),
     _option("--json", "as_json", is_flag=True, help="Print plan or report as JSON."),
     QUIET,
@@ -674,6 +683,45 @@ def recalibrate(
         )
     _notes([*dataset.notes, *report.notes], quiet)
     _result(report.data(), as_json, quiet, lambda: _recalibration_lines(report))
+
+
+@cli.command(
+    cls=Command,
+    short_help="See that an average is what its record says.",
+    example="polyak verify final.h5 --source ckpts/",
+)
+@click.argument("file", metavar="FILE", type=click.Path())
+@_options(
+    "Checkpoints",
+    _option(
+        "--source",
+        "sources",
+        multiple=True,
+        type=click.Path(),
+        metavar="DIR",
+        help="Look for them here first; may be given again.  [default: beside FILE]",
+    ),
+)
+@_options(
+    "Output",
+    _option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    QUIET,
+)
+@MACHINE
+def verify(
+    file: str, sources: tuple[str, ...], as_json: bool, quiet: bool, **machine: int | None
+) -> int:
+    """See that an average is, bit for bit, what the record in it says.
+
+    The checkpoints that the record names are averaged once more, in a hidden copy that is removed
+    again. Exit 1 when FILE is not verified: what differs is named, tensor or input.
+    """
+    from polyak_cli import verification
+
+    found = verification.verify(file, sources=sources, **machine)
+    _notes(found.notes, quiet)
+    _result(found.data(), as_json, quiet, lambda: _verification_lines(found))
+    return DONE if found.verified else ANSWER_IS_NO
 
 
 @cli.command(
@@ -1144,7 +1192,8 @@ def _report_lines(report: Report, verbose: bool) -> Iterator[str]:
     )
     if report.recalibrated:
         yield _gathered_line(report.recalibrated)
-    yield f"wrote {shown(report.output)} ({_size(report.bytes_written)})"
+    verified = ", verified: read back, it is the average bit for bit" if report.verified else ""
+    yield f"wrote {shown(report.output)} ({_size(report.bytes_written)}){verified}"
 
 
 def _recalibration_lines(report: Recalibration) -> Iterator[str]:
@@ -1157,6 +1206,22 @@ def _gathered_line(report: Recalibration) -> str:
         f"gathered {len(report.statistics)} statistics of {report.layers} BatchNorm layers anew: "
         f"{report.rows} rows of {report.source}, batches of at most {report.batch_size}, "
         f"{report.seconds:.2f} s"
+    )
+
+
+def _verification_lines(found: Verification) -> Iterator[str]:
+    name = shown(found.output)
+    for problem in found.problems[:_MOST]:
+        yield f"  {problem.text}"
+    if len(found.problems) > _MOST:
+        yield f"  and {len(found.problems) - _MOST} more; see them with --json"
+    if found.problems:
+        yield f"{name}: not verified"
+        return
+    several = "s" if len(found.inputs) > 1 else ""
+    yield (
+        f"{name}: verified, equal bit for bit to the average of {len(found.inputs)} "
+        f"checkpoint{several} ({_size(found.nbytes)})"
     )
 
 

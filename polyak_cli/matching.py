@@ -15,6 +15,16 @@ from polyak_cli.errors import MismatchError, shown
 from polyak_cli.tensors import Storage, Table, TensorSpec
 
 Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest first
+#: BatchNorm's statistics, as Keras, tf_keras's renorm and PyTorch call them.
+_STATISTICS = {
+    "moving_mean",
+    "moving_variance",
+    "moving_stddev",
+    "running_mean",
+    "running_var",
+    "renorm_mean",
+    "renorm_stddev",
+}
 
 
 def match(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
@@ -130,3 +140,13 @@ def sources_of(tables: Sequence[Table], row: Row) -> list[Source]:
         Source(cast(Storage, spec.storage), spec.byteorder, first + spec.file)
         for spec, first in zip(row, firsts, strict=False)
     ]
+
+
+def leaf(name: str) -> str:
+    """Return the last part of a tensor's name."""
+    return re.split(r"[/.]", name)[-1].partition(":")[0]
+
+
+def is_statistic(table: Table, name: str) -> bool:
+    """Tell whether a tensor is one of BatchNorm's moving statistics."""
+    return leaf(name) in _STATISTICS or name in table.statistics

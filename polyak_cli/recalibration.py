@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from polyak_cli import __version__, data, engine, formats
+from polyak_cli import __version__, data, engine, formats, records
 from polyak_cli.engine import Compared, Memory, Source
 from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
 from polyak_cli.formats import publishing
+from polyak_cli.matching import is_statistic
 from polyak_cli.models import Moments, check_model, moments
 from polyak_cli.tensors import (
+    FLOATS,
     Bytes,
     Float64,
     LaidOut,
@@ -183,12 +185,15 @@ def rewrite(
     begun = time.perf_counter()
     found = moments(table, rows, batch_size=batch_size, trust_code=trust_code)
     _check_before(table, found)
-    _write(table, found, hidden, _record(table, found, rows, batch_size))
     names = {spec.location: spec.name for spec in table.tensors.values()}
+    values = {names[location]: np.ravel(values) for location, values in found.after.items()}
+    record = _record(table, found, rows, batch_size)
+    record["recalibrated"]["statistics"] = digests(table, values)
+    _write(table, values, hidden, records.text(records.sealed(record)))
     return Recalibration(
         model=table.path,
         output=output,
-        statistics=tuple(names[location] for location in found.after),
+        statistics=tuple(values),
         layers=found.layers,
         source=rows.source,
         rows=rows.rows,
@@ -231,6 +236,77 @@ def _record(table: Table, found: Moments, rows: data.Split, batch_size: int) -> 
     )
 
 
+def digests(table: Table, values: Mapping[str, Float64]) -> dict[str, str]:
+    """Return the SHA-256 of each tensor's values as they are stored, little-endian.
+
+    Args:
+        table: says how they are stored.
+        values: tensor -> its elements.
+    """
+    found = {}
+    for name, elements in values.items():
+        dtype = table.tensors[name].dtype
+        raw = np.empty(elements.size * itemsize(dtype), np.uint8)
+        narrow(elements, dtype, "<", raw)
+        found[name] = hashlib.sha256(raw.data).hexdigest()
+    return found
+
+
+def statistics_of(table: Table) -> dict[str, Float64]:
+    """Return the statistics that were gathered anew, name -> elements, as a file has them.
+
+    Which they are, its record tells; that of an older version does not, and then they are all that
+    are called like such.
+
+    Raises:
+        FormatError: the record is damaged, or names what the file has not.
+    """
+    record = records.read(table.about.get("provenance", ""))
+    if record.statistics is None:
+        names = [name for name in table.tensors if is_statistic(table, name)]
+    else:
+        names = [*record.statistics]
+    tensors = []
+    for name in names:
+        spec = table.tensors.get(name)
+        if spec is None or spec.dtype not in FLOATS or spec.storage is None:
+            raise FormatError(
+                f"{shown(table.path)}: its record names the statistic '{shown(name, 60)}', which "
+                "it has not"
+            )
+        source = Source(spec.storage, spec.byteorder, spec.file)
+        tensors.append(Compared(name, spec.size, [spec.dtype], [source]))
+    found = {tensor.name: np.empty(tensor.size) for tensor in tensors}
+    done = dict.fromkeys(found, 0)
+    with np.errstate(invalid="ignore"):
+        filled = [tensor for tensor in tensors if tensor.size]
+        for tensor, (slab,) in engine.values(filled, table.files, Memory.within(_MEMORY, 1)):
+            start = done[tensor.name]
+            done[tensor.name] = start + slab.size
+            found[tensor.name][start : start + slab.size] = slab
+    return found
+
+
+def restored(average: Table, written: Table) -> Table:
+    """Make of an average what `recalibrate` made of it, without the rows; return its table.
+
+    Args:
+        average: which is overwritten.
+        written: what was made, from which statistics and record are taken.
+
+    Raises:
+        FormatError: the record is damaged, or an input changed meanwhile.
+        MismatchError: a statistic is not finite.
+        OSError: there is no room.
+    """
+    made = average.path.with_name(".recalibrated")
+    made.touch()
+    _write(average, statistics_of(written), made, written.about["provenance"])
+    made.replace(average.path)
+    (table,) = formats.scan([average.path], everything=True)
+    return table
+
+
 def _digest(features: data.Arrays) -> str:
     """Digest what the model was run on."""
     total = hashlib.sha256()
@@ -262,7 +338,7 @@ def _check_before(table: Table, found: Moments) -> None:
                 )
 
 
-def _write(table: Table, found: Moments, hidden: Path, record: Mapping[str, Any]) -> None:
+def _write(table: Table, values: Mapping[str, Float64], hidden: Path, record: str) -> None:
     """Write the model with its new statistics.
 
     Raises:
@@ -270,19 +346,19 @@ def _write(table: Table, found: Moments, hidden: Path, record: Mapping[str, Any]
         FormatError: the file changed meanwhile, or cannot be copied safely.
         OSError: there is no room.
     """
-    specs = [s for s in table.tensors.values() if s.location in found.after and s.size]
+    specs = [spec for spec in table.tensors.values() if spec.name in values and spec.size]
     room = formats.lay_out(
         table,
         hidden,
         averaged={spec.location: spec.dtype for spec in specs},
         drop_optimizer=False,
-        provenance=json.dumps(record, separators=(",", ":")),
+        provenance=record,
     )
     with open(room.files[0], "r+b") as file:
         for spec in specs:
             place = room.places[spec.location]
             where = f"{shown(table.path)}: the new values of '{shown(spec.name)}'"
-            raw = _rounded(np.ravel(found.after[spec.location]), place, where)
+            raw = _rounded(values[spec.name], place, where)
             write_exactly(file.fileno(), place.offset, raw)
     room.seal()
     engine.unchanged(table.files)

@@ -15,7 +15,9 @@ import polyak_cli
 from polyak_cli import errors
 from tests.command import SAMPLES
 
-COMMANDS = {"average", "diff", "evaluate", "inspect", "recalibrate", "sweep", "train", "watch"}
+COMMANDS = {
+    *("average", "diff", "evaluate", "inspect", "recalibrate", "sweep", "train", "verify", "watch"),
+}
 
 
 def test_every_name_can_be_had_and_none_is_a_module_s() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,8 +60,7 @@ def check_room(output: Path, nbytes: int) -> None:
     Raises:
         OutputError: with both sizes.
     """
-    space = os.statvfs(output.resolve().parent)
-    free = space.f_bavail * space.f_frsize
+    free = _free(output.resolve().parent)
     if nbytes > free:
         raise OutputError(
             f"{shown(output)}: needs {nbytes} bytes, but its disk has {free} free; make room or "
@@ -101,9 +101,7 @@ def _publish_files(final: Path, *, force: bool) -> Iterator[Path]:
         with open(hidden, "xb"):  # the user's umask gives its mode, as for any new file
             pass
         yield hidden
-        further = [path for path in _written(hidden) if path != hidden]
-        named = {path: beside(final, path.name[len(hidden.name) :]) for path in further}
-        named[hidden] = final
+        named = _names(hidden, final)
         for path in named:
             _sync(path)
         if force:
@@ -126,6 +124,13 @@ def _hidden(final: Path) -> Path:
 def _written(hidden: Path) -> list[Path]:
     """Return all files of an output that has not got its name yet."""
     return [hidden, *sorted(hidden.parent.glob(f"{hidden.name}.*"))]
+
+
+def _names(hidden: Path, final: Path) -> dict[Path, Path]:
+    """Return what each file of an output will be called; the one that opens it comes last."""
+    further = [path for path in _written(hidden) if path != hidden]
+    named = {path: beside(final, path.name[len(hidden.name) :]) for path in further}
+    return named | {hidden: final}
 
 
 def _remove(hidden: Path) -> None:
@@ -168,6 +173,73 @@ def _link(hidden: Path, final: Path) -> None:
         if final.exists():
             raise FileExistsError(errno.EEXIST, "exists") from None
         hidden.replace(final)
+
+
+# --- what is only looked at -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def scratch(near: Sequence[Path], nbytes: int) -> Iterator[Path]:
+    """Yield a hidden folder for a copy that is only looked at; whatever happens, it is gone then.
+
+    Args:
+        near: folders, of which the first that may be written to and has room will hold it.
+        nbytes: of the copy.
+
+    Raises:
+        OutputError: there is no such folder, or what is written into it has no room after all.
+    """
+    for place in near:
+        if os.access(place, os.W_OK | os.X_OK) and _free(place) >= nbytes:
+            break
+    else:
+        named = " and ".join(dict.fromkeys(map(shown, near)))
+        raise OutputError(
+            f"{named}: no room for a copy of {nbytes} bytes to compare with; make room there, or "
+            "set TMPDIR to a folder on a disk that has it"
+        )
+    folder = _hidden(place.resolve() / "copy")
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    except OSError as error:
+        raise OutputError(_unwritable(place, error)) from error
+    finally:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:  # an interrupt may fall into the line above; the next one is ignored by then
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def take_names(hidden: Path, final: Path) -> None:
+    """Give the files of a copy their names, as `publish` does, though neither synced nor hidden."""
+    if hidden.is_dir():
+        hidden.rename(final)
+        return
+    for path, name in _names(hidden, final).items():
+        path.rename(name)
+
+
+def from_disk(paths: Sequence[Path]) -> None:
+    """Sync files, and have them read from the disk the next time, where the system can be told.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    for path in paths:
+        _sync(path)
+        if hasattr(os, "posix_fadvise"):  # macOS has none
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _free(folder: Path) -> int:
+    """Return the bytes that the disk of a folder has room for."""
+    space = os.statvfs(folder)
+    return space.f_bavail * space.f_frsize
 
 
 def _unwritable(output: Path, error: OSError) -> str:

@@ -1,0 +1,571 @@
+"""Verifying an average: what is equal verifies, and whatever was changed is caught and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from polyak_cli import PolyakError, Problem, Verification, average, verify
+from polyak_cli.errors import CheckpointError, FormatError, OutputError, UsageError
+from polyak_cli.formats import publishing
+from tests.command import SAMPLES, environment, one_line, polyak, script, scripted, tree
+from tests.oracle import Array, write_model
+
+RECORD = "polyak_provenance"
+
+
+def write_run(folder: Path, count: int = 3) -> list[Path]:
+    """Write whole-model checkpoints of a run."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+
+    def tensors() -> dict[str, Mapping[str, Array]]:
+        values = rng.normal(size=(40, 25)).astype(np.float32)
+        return {"dense": {"kernel": values, "bias": values[0].copy(), "steps": np.arange(5)}}
+
+    return [write_model(folder / f"model_{k}.h5", tensors()) for k in range(1, count + 1)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return a folder with a run in ckpts/ and averages of it, without and with digests."""
+    write_run(tmp_path / "ckpts")
+    average(tmp_path / "ckpts", tmp_path / "final.h5", scheme="exp")
+    average(tmp_path / "ckpts", tmp_path / "hashed.h5", scheme="exp", hash=True)
+    return tmp_path
+
+
+def verified(run: Path, name: str = "final.h5") -> Verification:
+    """Verify an average of the run, which leaves the folder as it was."""
+    before = tree(run)
+    found = verify(run / name, sources=[run / "ckpts"])
+    assert tree(run) == before
+    return found
+
+
+def problems(found: Verification, kind: str) -> dict[str, str]:
+    """Return what is wrong, by what it is wrong with."""
+    return {problem.name: problem.text for problem in found.problems if problem.kind == kind}
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """Return the record of an .h5 file, read by h5py."""
+    with h5py.File(path) as file:
+        found: dict[str, Any] = json.loads(file.attrs[RECORD])
+    return found
+
+
+def rewrite_record(path: Path, record: object) -> None:
+    """Put another record into an .h5 file."""
+    text = record if isinstance(record, str) else json.dumps(record, separators=(",", ":"))
+    with h5py.File(path, "r+") as file:
+        file.attrs[RECORD] = text
+
+
+def unsealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record as it was before it had a digest of itself."""
+    return {key: value for key, value in record.items() if key != "sha256"}
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record whose digest is right, as somebody who means harm would make it."""
+    import hashlib
+
+    rest = unsealed(record)
+    text = json.dumps(rest, separators=(",", ":"))
+    return rest | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+# --- what verifies --------------------------------------------------------------------------------
+
+
+def test_an_average_verifies(tmp_path: Path) -> None:
+    """The command says so, exits with 0, and gives the same as data; nothing is left."""
+    shutil.copytree(SAMPLES, tmp_path / "ckpts")
+    average(tmp_path / "ckpts", tmp_path / "ckpts/final.h5", last=4, scheme="linear")
+    before = tree(tmp_path)
+    done = polyak("verify", "ckpts/final.h5", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    line = "ckpts/final.h5: verified, equal bit for bit to the average of 4 checkpoints (16.9 kB)\n"
+    assert done.stdout == line
+    data = json.loads(polyak("verify", "ckpts/final.h5", "--json", cwd=tmp_path).stdout)
+    assert data["verified"] is True
+    assert data["problems"] == []
+    assert [each["name"] for each in data["inputs"]] == [f"model_{k}.h5" for k in range(496, 500)]
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("output", "options"),
+    [
+        ("o.h5", {"dtype": "float16", "optimizer": "newest"}),
+        ("o.h5", {"exclude_tensors": ["*bias"], "match": "order", "coefficients": [0, 3, 0.1]}),
+        ("o.safetensors", {"dtype": "bfloat16"}),
+        ("o.npz", {"last": 1}),
+    ],
+)
+def test_every_option_of_the_average_is_followed(
+    run: Path, output: str, options: dict[str, Any]
+) -> None:
+    """Types, conversions, what is carried and what counts for nothing are recomputed as recorded."""
+    average(run / "ckpts", run / output, **options)
+    assert verified(run, output).problems == ()
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(st.floats(0, 1e6), min_size=3, max_size=3).filter(lambda found: sum(found) > 1e-3))
+def test_coefficients_are_taken_as_recorded(run: Path, coefficients: list[float]) -> None:
+    """Whatever they are, they are exact in the record and are not normalised again."""
+    average(run / "ckpts", run / "o.h5", coefficients=coefficients, force=True)
+    assert verified(run, "o.h5").verified
+
+
+def test_a_moved_and_renamed_average_verifies(run: Path) -> None:
+    """What it is called and where it lies are no part of what it says."""
+    (run / "elsewhere").mkdir()
+    (run / "final.h5").rename(run / "elsewhere/model_3.h5")
+    assert verified(run, "elsewhere/model_3.h5").problems == ()
+
+
+def test_inputs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """Two folders with a checkpoint of one name: that is taken which is as the record says."""
+    one, two = (write_run(tmp_path / name, 2) for name in ("a", "b"))
+    write_model(two[0], {"dense": {"kernel": np.ones((40, 25), np.float32)}})
+    write_model(one[0], {"dense": {"kernel": np.zeros((40, 25), np.float32)}})
+    average([one[0], two[0]], tmp_path / "o.h5", hash=True, coefficients=[1, 3])
+    for sources in (["a", "b"], ["b", "a"]):
+        assert verify(tmp_path / "o.h5", sources=[tmp_path / name for name in sources]).verified
+
+
+def test_older_records_have_no_digest_of_themselves(run: Path) -> None:
+    """They are verified as far as can be, which a note tells."""
+    rewrite_record(run / "final.h5", unsealed(record_of(run / "final.h5")))
+    found = verified(run)
+    assert problems(found, "tensor") == problems(found, "input") == {}
+    assert "has no digest of itself" in found.notes[0]
+
+
+# --- one flipped bit ------------------------------------------------------------------------------
+
+
+def flips(path: Path, count: int) -> list[int]:
+    """Return positions all over a file, those of its record among them."""
+    content = path.read_bytes()
+    start = content.find(b'"coefficient')
+    chosen = random.Random(7).sample(range(len(content)), count)
+    record = random.Random(8).sample(range(start - 200, start + 300), count // 2)
+    return [*chosen, *(record if start >= 0 else ())]
+
+
+def check_flips(run: Path, suffix: str, count: int) -> None:
+    """Flip one bit at each of some positions: none verifies, and no error has two lines."""
+    output = run / f"flipped{suffix}"
+    average(run / "ckpts", output, scheme="exp", hash=True)
+    whole = output.read_bytes()
+    missed = []
+    for position in flips(output, count):
+        content = bytearray(whole)
+        content[position] ^= 1 << position % 8
+        output.write_bytes(content)
+        try:
+            found = verify(output, sources=[run / "ckpts"])
+        except PolyakError as error:  # the very mark of a record is gone
+            assert len(str(error).splitlines()) == 1
+            continue
+        assert all(len(problem.text.splitlines()) == 1 for problem in found.problems)
+        if found.verified:
+            missed.append(position)
+    assert missed == []
+    output.write_bytes(whole)
+    assert verify(output, sources=[run / "ckpts"]).verified
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".safetensors", ".npz"])
+def test_a_flipped_bit_is_caught(run: Path, suffix: str) -> None:
+    """In a tensor, in metadata, in the record, or in what nobody reads."""
+    check_flips(run, suffix, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".h5", ".safetensors", ".npz"])
+def test_flipped_bits_all_over_the_file_are_caught(run: Path, suffix: str) -> None:
+    """The same at several hundred places."""
+    check_flips(run, suffix, 300)
+
+
+def test_the_tensor_and_the_element_are_named(run: Path) -> None:
+    """With digests of the inputs, it is told that they are innocent."""
+    with h5py.File(run / "hashed.h5", "r+") as file:
+        file["model_weights/dense/kernel"][2, 3] += 1
+    found = verified(run, "hashed.h5")
+    (text,) = problems(found, "tensor").values()
+    assert "dense/kernel' differs in 1 of 1000 elements, first in element 53" in text
+    assert problems(found, "input") == {}
+    assert "every input has the SHA-256 recorded: the average was changed" in found.notes
+    with h5py.File(run / "final.h5", "r+") as file:
+        file["model_weights/dense/kernel"][2, 3] += 1
+    assert "cannot be told" in verified(run).notes[-1]
+
+
+def test_a_carried_tensor_and_an_attribute_are_named(run: Path) -> None:
+    """What is not averaged is compared too."""
+    with h5py.File(run / "hashed.h5", "r+") as file:
+        file["model_weights/dense/steps"][4] = 9
+    (text,) = problems(verified(run, "hashed.h5"), "tensor").values()
+    assert "dense/steps' differs in 1 of 5 elements, first in element 4" in text
+    content = (run / "final.h5").read_bytes()
+    (run / "final.h5").write_bytes(content.replace(b"keras_version", b"keras_versiom", 1))
+    found = verified(run)
+    assert problems(found, "tensor") == {}
+    assert "1 bytes outside the tensors differ" in problems(found, "metadata")["final.h5"]
+
+
+def test_a_damaged_average_is_not_verified(run: Path) -> None:
+    """A header that cannot be read is told with the reader's reason, and exit 1."""
+    content = (run / "final.h5").read_bytes()
+    (run / "final.h5").write_bytes(content[: len(content) // 2])
+    assert "final.h5" in problems(verified(run), "file")["final.h5"]
+    done = polyak("verify", "final.h5", "--source", "ckpts", cwd=run)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.endswith("final.h5: not verified\n")
+
+
+def test_tensors_that_lie_elsewhere_are_compared_one_by_one(run: Path) -> None:
+    """A file that another program wrote anew is not equal, though its tensors are."""
+    with h5py.File(run / "final.h5", "r+") as file:
+        values = file["model_weights/dense/kernel"][()]
+        attributes = dict(file["model_weights/dense/kernel"].attrs)
+        del file["model_weights/dense/kernel"]
+        file["model_weights/dense/kernel"] = values
+        file["model_weights/dense/kernel"].attrs.update(attributes)
+    found = verified(run)
+    assert problems(found, "tensor") == {}
+    assert "do not lie where" in problems(found, "metadata")["final.h5"]
+    with h5py.File(run / "final.h5", "r+") as file:
+        file["model_weights/dense/kernel"][0, 0] = 0
+    assert "dense/kernel' differs" in " ".join(problems(verified(run), "tensor").values())
+
+
+def test_another_version_is_told_apart(run: Path) -> None:
+    """Bytes outside the tensors may be another version's doing, which is said."""
+    record = record_of(run / "final.h5") | {"polyak": "0.0.9"}
+    rewrite_record(run / "final.h5", sealed(record))
+    found = verified(run)
+    assert not found.verified  # h5py wrote the record to another place
+    assert (
+        "every tensor is equal bit for bit; the file was written by polyak 0.0.9" in found.notes[0]
+    )
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def change(path: Path) -> None:
+    """Change one value of a checkpoint, which keeps its size; the clock goes on meanwhile."""
+    with h5py.File(path, "r+") as file:
+        file["model_weights/dense/kernel"][1, 1] += 1
+    later = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+
+
+def exchange(run: Path) -> None:
+    """Exchange the names of two checkpoints, whose times stay."""
+    one, two = run / "ckpts/model_1.h5", run / "ckpts/model_2.h5"
+    one.rename(run / "other")
+    two.rename(one)
+    (run / "other").rename(two)
+
+
+def test_a_changed_input_is_named(run: Path) -> None:
+    """By its digest; without one, because it was modified later than the average."""
+    change(run / "ckpts/model_2.h5")
+    found = verified(run, "hashed.h5")
+    text = "'model_2.h5' was changed: its SHA-256 is not the one recorded"
+    assert problems(found, "input") == {"model_2.h5": text}
+    assert "element 26" in " ".join(problems(found, "tensor").values())
+    found = verified(run)
+    text = "'model_2.h5' was modified after the average was written"
+    assert problems(found, "input") == {"model_2.h5": text}
+
+
+def test_an_input_of_another_size_is_named(run: Path) -> None:
+    """With both sizes."""
+    with h5py.File(run / "ckpts/model_2.h5", "r+") as file:
+        file.attrs["more"] = "x" * 10_000
+    assert "bytes, but had" in problems(verified(run), "input")["model_2.h5"]
+
+
+def test_exchanged_inputs_are_named(run: Path) -> None:
+    """By their digests; without, because the average is right with the two exchanged again."""
+    exchange(run)
+    found = problems(verified(run, "hashed.h5"), "input")
+    assert "holds what 'model_2.h5' held" in found["model_1.h5"]
+    assert "holds what 'model_1.h5' held" in found["model_2.h5"]
+    found = problems(verified(run), "input")
+    assert found == {"model_1.h5": "'model_1.h5' and 'model_2.h5' were exchanged"}
+
+
+def test_a_missing_input_is_named(run: Path) -> None:
+    """With where it was looked for."""
+    (run / "ckpts/model_2.h5").unlink()
+    for name in ("final.h5", "hashed.h5"):
+        (text,) = problems(verified(run, name), "input").values()
+        assert text.startswith("'model_2.h5' is missing: nothing in ")
+        assert "ckpts" in text
+
+
+@pytest.mark.parametrize("name", ["final.h5", "hashed.h5"])
+def test_renamed_inputs_are_named(run: Path, name: str) -> None:
+    """A file of another name that has what was averaged: all else is compared with it."""
+    change(run / "final.h5")
+    average(run / "ckpts", run / name, scheme="exp", hash=name == "hashed.h5", force=True)
+    for k in (1, 2):
+        (run / f"ckpts/model_{k}.h5").rename(run / f"ckpts/epoch_{3 - k}.h5")
+    found = verified(run, name)
+    texts = problems(found, "input")
+    assert "epoch_2.h5 has what was averaged: it was renamed" in texts["model_1.h5"]
+    assert "epoch_1.h5 has what was averaged: it was renamed" in texts["model_2.h5"]
+    assert problems(found, "tensor") == {}
+
+
+def test_an_input_that_cannot_be_read_is_named(run: Path) -> None:
+    """With the reader's reason."""
+    path = run / "ckpts/model_2.h5"
+    path.write_bytes(path.read_bytes()[:100])
+    assert "cannot be averaged" in problems(verified(run), "input")["model_2.h5"]
+
+
+def test_an_input_of_another_model_is_told(run: Path) -> None:
+    """What cannot be averaged any more is told in the words of averaging."""
+    write_model(run / "ckpts/model_2.h5", {"dense": {"kernel": np.ones(3, np.float32)}})
+    assert "cannot be recomputed: " in problems(verified(run), "file")["final.h5"]
+
+
+def test_a_link_is_followed_but_no_name_leads_out(run: Path) -> None:
+    """Only names are looked for, in the folders that the user named."""
+    (run / "outside.h5").write_bytes((run / "ckpts/model_2.h5").read_bytes())
+    record = record_of(run / "final.h5")
+    for name in ("../outside.h5", str(run / "outside.h5"), "..", "", "\udfff", "a\0b", "x" * 300):
+        record["inputs"][1]["name"] = name
+        rewrite_record(run / "final.h5", sealed(record))
+        found = verified(run)
+        assert "expected the bare name of a file" in problems(found, "record")["final.h5"], name
+
+
+# --- records --------------------------------------------------------------------------------------
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no table": lambda _: [],
+    "no JSON": lambda _: "not JSON",
+    "nested": lambda _: "[" * 100_000,
+    "huge number": lambda _: "1" * 10_000,
+    "no inputs": lambda record: record | {"inputs": []},
+    "an input that is none": lambda record: record | {"inputs": [None]},
+    "options": lambda record: record | {"options": {"dtype": 5}},
+    "a type that is none": lambda record: record | {"options": record["options"] | {"dtype": "f9"}},
+    "globs": lambda record: record | {"options": record["options"] | {"include_tensors": [1]}},
+    "a glob of nothing": lambda r: r | {"options": r["options"] | {"include_tensors": ["none*"]}},
+    "version": lambda record: record | {"polyak": None},
+    "recalibrated": lambda record: record | {"recalibrated": 1},
+    "statistics": lambda record: record | {"recalibrated": {"statistics": {"a": 1}}},
+    "a statistic that is none": lambda r: r | {"recalibrated": {"statistics": {"a": "1"}}},
+    "coefficient": lambda record: record | one_input(record, coefficient=float("nan")),
+    "infinite": lambda record: record | one_input(record, coefficient=1e999),
+    "negative": lambda record: record | one_input(record, coefficient=-1.0),
+    "sum": lambda record: record | one_input(record, coefficient=0.9),
+    "text": lambda record: record | one_input(record, coefficient="1"),
+    "size": lambda record: record | one_input(record, size=-1),
+    "epoch": lambda record: record | one_input(record, epoch=True),
+    "digest": lambda record: record | one_input(record, sha256=[5]),
+}
+
+
+def one_input(record: Mapping[str, Any], **changed: object) -> dict[str, Any]:
+    """Return the inputs of a record, the first one changed."""
+    first, *others = record["inputs"]
+    return {"inputs": [first | changed, *others]}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_record_that_polyak_did_not_write_is_told_in_one_line(run: Path, damage: str) -> None:
+    """Whatever is wrong with it, and though its digest be right: no traceback, and exit 1."""
+    made = DAMAGES[damage](record_of(run / "final.h5"))
+    rewrite_record(run / "final.h5", sealed(made) if isinstance(made, dict) else made)
+    (text,) = {problem.text for problem in verified(run).problems}
+    assert len(text.splitlines()) == 1
+    assert "record" in text
+
+
+def test_a_change_in_the_record_is_caught(run: Path) -> None:
+    """Whatever field it is in, and where it means the same to a reader of JSON."""
+    record = record_of(run / "final.h5")
+    text = json.dumps(record, separators=(",", ":"))
+    for one, other in (('"alpha":2.0', '"alpha":3.0'), ('"epoch":1', '"epoch":4'), (",", ", ")):
+        rewrite_record(run / "final.h5", text.replace(one, other, 1))
+        assert "record of provenance" in problems(verified(run), "record")["final.h5"]
+    rewrite_record(run / "final.h5", text.replace('"sha256"', '"sha257"'))
+    assert "'sha257' in it" in problems(verified(run), "record")["final.h5"]
+
+
+def test_what_is_no_average_is_refused(run: Path) -> None:
+    """Exit 3: there is nothing to verify."""
+    with pytest.raises(FormatError, match=r"model_1.h5: holds no record of where it comes from"):
+        verify(run / "ckpts/model_1.h5")
+    with pytest.raises(FormatError, match=r"none.h5: cannot be read: No such file"):
+        verify(run / "none.h5")
+    with pytest.raises(UsageError, match=r"--source .*none: is no folder"):
+        verify(run / "final.h5", sources=[run / "none"])
+    rewrite_record(run / "final.h5", sealed({"polyak": "0.1.0", "recalibrated": {}}))
+    with pytest.raises(CheckpointError, match=r"final.h5: was recalibrated by polyak, but is no"):
+        verify(run / "final.h5")
+    assert polyak("verify", "none.h5", cwd=run).returncode == 3
+
+
+# --- the copy -------------------------------------------------------------------------------------
+
+
+def test_no_room_for_the_copy_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to do; a folder for temporary files is the second choice."""
+    asked: list[Path] = []
+
+    def free(folder: Path) -> int:
+        asked.append(folder)
+        return 0
+
+    monkeypatch.setattr(publishing, "_free", free)
+    monkeypatch.setenv("TMPDIR", str(run / "ckpts"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.raises(OutputError, match=r"no room for a copy of \d+ bytes.*set TMPDIR"):
+        verify(run / "final.h5", sources=[run / "ckpts"])
+    assert asked == [run, run / "ckpts"]
+
+
+def test_a_signal_leaves_no_copy(run: Path) -> None:
+    """The copy is gone and the exit code is the signal's."""
+    code = (
+        "import polyak_cli.averaging as averaging, sys\n"
+        "real = averaging.again\n"
+        "def again(*arguments):\n"
+        "    table = real(*arguments)\n"
+        "    print('pausing', flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "    return table\n"
+        "averaging.again = again\n"
+    )
+    before = tree(run)
+    process = subprocess.Popen(
+        script(code, "verify", "final.h5", "--source", "ckpts"),
+        cwd=run,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "pausing\n"
+    assert tree(run) != before
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    one_line(err)
+    assert tree(run) == before
+
+
+# --- average --verify -----------------------------------------------------------------------------
+
+#: A disk that gives back something else than it was given, at one byte of the new output.
+ROTTEN = """
+import polyak_cli.formats.publishing as publishing
+real = publishing.from_disk
+def from_disk(paths):
+    real(paths)
+    content = bytearray(paths[0].read_bytes())
+    content[{position}] ^= 1
+    paths[0].write_bytes(content)
+publishing.from_disk = from_disk
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        ("model_weights/dense/kernel", r"dense/kernel' differs in 1 of 1000 elements, first in"),
+        ("model_weights/dense/steps", r"dense/steps' differs in 1 of 5 elements"),
+        ("", "1 bytes outside the tensors differ, the first at byte 9 of"),
+    ],
+)
+def test_a_write_that_goes_wrong_is_caught(run: Path, place: str, named: str) -> None:
+    """The older output is untouched, exit 3, one line that names what differs."""
+    with h5py.File(run / "final.h5") as file:
+        position = file[place].id.get_offset() if place else 9
+    before = tree(run)
+    code = ROTTEN.format(position=position)
+    options = ("--scheme", "exp", "--force", "--verify", "-o", "final.h5")
+    done = scripted(code, "average", "ckpts", *options, cwd=run)
+    assert (done.returncode, done.stdout) == (3, "")
+    line = one_line(done.stderr)
+    assert line.startswith("final.h5: read back, it is not what was written: ")
+    assert named in line
+    assert tree(run) == before
+    assert scripted(code, "average", "ckpts", *options[:3], *options[4:], cwd=run).returncode == 0
+
+
+def test_a_verified_average_is_the_same_and_says_so(run: Path) -> None:
+    """The bytes are those of a run without, and report and data tell."""
+    options = ("--scheme", "exp", "--verify", "-o")
+    done = polyak("average", "ckpts", *options, "again.h5", cwd=run)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(", verified: read back, it is the average bit for bit\n")
+    assert (run / "again.h5").read_bytes() == (run / "final.h5").read_bytes()
+    done = polyak("average", "ckpts", *options, "third.h5", "--json", cwd=run)
+    assert json.loads(done.stdout)["verified"] is True
+    assert average(run / "ckpts", run / "fourth.h5").data()["verified"] is False
+    names = ["again.h5", "ckpts", "final.h5", "fourth.h5", "hashed.h5", "third.h5"]
+    assert sorted(os.listdir(run)) == names
+
+
+def test_verifying_needs_room_for_two(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told before any work."""
+    size = (run / "final.h5").stat().st_size
+    monkeypatch.setattr(publishing, "_free", lambda _: size * 3 // 2)
+    average(run / "ckpts", run / "one.h5")
+    with pytest.raises(OutputError, match=r"two.h5: needs \d+ bytes, but its disk has"):
+        average(run / "ckpts", run / "two.h5", verify=True)
+
+
+def test_a_name_that_another_took_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has the name in the end is the file that was verified."""
+    real = publishing._rename_new
+
+    def rename(named: Mapping[Path, Path]) -> None:
+        real(named)
+        for final in named.values():
+            final.unlink()
+            final.write_bytes(b"another's")
+
+    monkeypatch.setattr(publishing, "_rename_new", rename)
+    with pytest.raises(OutputError, match=r"o.h5: another file has taken its name"):
+        average(run / "ckpts", run / "o.h5", verify=True)
+
+
+def test_a_problem_is_data() -> None:
+    """Results can be put into JSON as they are."""
+    found = Verification(Path("o.h5"), problems=(Problem("file", "o.h5", "is gone"),))
+    assert not found.verified
+    assert json.loads(json.dumps(found.data()))["problems"][0]["text"] == "is gone"
