@@ -729,10 +729,10 @@ def _by_epoch_or_name(paths: Sequence[Path]) -> list[Path]:
         epochs = {}
     if len(set(epochs.values())) == len(paths):
         return sorted(paths, key=lambda path: epochs[path])
-    return sorted(paths, key=_with_numbers)
+    return sorted(paths, key=with_numbers)
 
 
-def _with_numbers(path: Path) -> list[str | int]:
+def with_numbers(path: Path) -> list[str | int]:
     """Return a key that sorts model_9 before model_10."""
     parts = re.split(r"(\d+)", str(path))  # text and digits in turn, text first
     return [int(part) if place % 2 else part.casefold() for place, part in enumerate(parts)]

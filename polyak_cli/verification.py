@@ -20,7 +20,7 @@ import numpy as np
 from polyak_cli import __version__, averaging, bitwise, engine, formats, recalibration, records
 from polyak_cli.averaging import Plan
 from polyak_cli.bitwise import Deviation, Unlike
-from polyak_cli.checkpoints import Checkpoint, Selection, file_of
+from polyak_cli.checkpoints import Checkpoint, Selection, file_of, with_numbers
 from polyak_cli.errors import (
     CheckpointError,
     FormatError,
@@ -121,7 +121,7 @@ def verify(
     averaging.check_options(machine)
     path = _opened(Path(output))
     for folder in map(Path, sources):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # noqa: PTH112 - Path's raises where one may not look
             raise UsageError(f"--source {shown(folder)}: is no folder; name one with checkpoints")
     try:
         (table,) = formats.scan([path])
@@ -151,10 +151,12 @@ def _opened(path: Path) -> Path:
         index = path.with_name(f"{path.name}.index")
         found = index if index.is_file() else found
     try:
-        with open(found, "rb"):
-            return found
+        os.close(os.open(found, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:
         raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+    if not found.is_file():
+        raise FormatError(f"{shown(path)}: is neither a file nor a folder that is one checkpoint")
+    return found
 
 
 def _is_folder(table: Table) -> bool:
@@ -193,7 +195,7 @@ def _called(name: str, folders: Sequence[Path], own: Table) -> Iterator[Path]:
     """Yield what has a name in the folders, or is such a folder itself, but for the average."""
     for folder in folders:
         within = folder / name
-        if within.exists():
+        if os.path.exists(within):  # noqa: PTH110 - as above
             if not _is_part(within, own):
                 yield within
         elif folder.name == name and file_of(folder) != folder:
@@ -231,7 +233,8 @@ def _of_the_size(places: Sequence[_Place], folders: Sequence[Path], own: Table) 
                 and entry.is_file()
                 and entry.stat().st_size in sizes
             }
-    return sorted(path for path in found if not _is_part(path, own))[:_TRIED]
+    others = (path for path in found if not _is_part(path, own))
+    return sorted(others, key=with_numbers)[:_TRIED]
 
 
 # --- the examination ------------------------------------------------------------------------------
@@ -324,29 +327,29 @@ class _Examination:
         if not missing:
             return
         candidates = _of_the_size(self.places, self.folders, self.table)
-        tries = itertools.islice(itertools.permutations(candidates, len(missing)), _TRIED)
-        for paths in tries:
-            if self._stands_for(missing, paths):
-                for place, path in zip(missing, paths, strict=True):
-                    place.path = path
-                    self.problems.append(
-                        place.problem(
-                            f"is missing, and {shown(path)} has what was averaged: it was renamed"
-                        )
-                    )
-                return
+        if all(place.recorded.sha256 for place in missing):
+            held: dict[tuple[str, ...], Path] = {}
+            held.update(((averaging.sha256(path),), path) for path in candidates)
+            for place in missing:
+                place.path = held.get(place.recorded.sha256)
+        else:
+            for paths in itertools.islice(itertools.permutations(candidates, len(missing)), _TRIED):
+                if self._stand_for(missing, paths):
+                    for place, path in zip(missing, paths, strict=True):
+                        place.path = path
+                    break
         where = " or ".join(dict.fromkeys(shown(folder) for folder in self.folders))
         for place in missing:
             text = f"is missing: nothing in {where} has that name; name its folder with --source"
+            if place.path:
+                text = f"is missing, and {shown(place.path)} has what was averaged: it was renamed"
             self.problems.append(place.problem(text))
 
-    def _stands_for(self, missing: Sequence[_Place], paths: Sequence[Path]) -> bool:
-        """Tell whether files of other names are the inputs that are missing."""
-        pairs = [(path, place.recorded) for path, place in zip(paths, missing, strict=True)]
-        if not all(_fits(path, recorded) for path, recorded in pairs):
+    def _stand_for(self, missing: Sequence[_Place], paths: Sequence[Path]) -> bool:
+        """Tell whether files of other names give the average in place of those missing."""
+        pairs = zip(paths, missing, strict=True)
+        if not all(path.stat().st_size == place.recorded.size for path, place in pairs):
             return False
-        if all(recorded.sha256 for _, recorded in pairs):
-            return True
         named = iter(paths)
         with contextlib.suppress(PolyakError):
             plan = self._plan([place.path or next(named) for place in self.places])

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli import average, engine, inspect
+from polyak_cli import average, engine, inspect, verify
 from polyak_cli.averaging import Options
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
 from tests.oracle import Array
@@ -137,6 +137,27 @@ class Contract(abc.ABC):
         (inside,) = inspect([tmp_path / f"o{self.result}"])
         names = [each["name"] for each in inside.provenance["inputs"]]
         assert names == [f"model_{k}{self.suffix}" for k in range(1, 5)]
+
+    def test_it_verifies_until_a_bit_is_flipped(self, tmp_path: Path) -> None:
+        """What was read back and published is found equal again, and one bit is noticed."""
+        self.write_run(tmp_path / "run")
+        output = tmp_path / f"o{self.result}"
+        average(tmp_path / "run", output, scheme="exp", verify=True)
+        assert verify(output, sources=[tmp_path / "run"]).problems == ()
+        parts = [part for part in tmp_path.rglob("o*") if part.is_file()]
+        parts += [part for part in output.glob("*") if output.is_dir()]
+        for part in parts:
+            whole = part.read_bytes()
+            flipped = bytearray(whole)
+            flipped[len(whole) // 2] ^= 1
+            part.write_bytes(flipped)
+            assert not verify(output, sources=[tmp_path / "run"]).verified, part
+            part.write_bytes(whole)
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "run",
+            *(part.name for part in parts if part.parent == tmp_path),
+            output.name,
+        }
 
     def test_an_average_of_averages_is_like_its_template(self, tmp_path: Path) -> None:
         """What this tool wrote it can read, and its record is the newer one's alone."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli import average, data, models, plan, recalibrate, recalibration
+from polyak_cli import average, data, models, plan, recalibrate, recalibration, verify
 from polyak_cli.errors import (
     FormatError,
     MismatchError,
@@ -429,8 +429,11 @@ def test_the_record_of_an_average_is_kept_and_extended(folder: Path, tmp_path: P
     recalibrate(tmp_path / "average.h5", tmp_path / "o.h5", split(), batch_size=50)
     before, after = record(tmp_path / "average.h5"), record(tmp_path / "o.h5")
     over = after.pop("recalibrated")
+    assert after.pop("sha256") != before.pop("sha256")
     assert after == before
+    assert verify(tmp_path / "o.h5", sources=[folder]).problems == ()
     assert len(over.pop("sha256")) == 64
+    assert sorted({len(digest) for digest in over.pop("statistics").values()}) == [64]
     assert over == {
         "polyak": before["polyak"],
         "data": "rows.npz (train)",
@@ -441,13 +444,14 @@ def test_the_record_of_an_average_is_kept_and_extended(folder: Path, tmp_path: P
     }
     recalibrate(tmp_path / "o.h5", tmp_path / "twice.h5", split(ROWS[:60]))
     assert record(tmp_path / "twice.h5")["recalibrated"]["rows"] == 60
+    assert verify(tmp_path / "twice.h5", sources=[folder]).problems == ()
     assert record(tmp_path / "twice.h5")["inputs"] == before["inputs"]
 
 
 def test_a_model_without_a_record_gets_one(folder: Path, tmp_path: Path) -> None:
     """Of version and pass alone; somebody else's text in its place is refused."""
     recalibrate(folder / "dense.keras", tmp_path / "o.keras", split())
-    assert set(record(tmp_path / "o.keras")) == {"polyak", "recalibrated"}
+    assert set(record(tmp_path / "o.keras")) == {"polyak", "recalibrated", "sha256"}
     path = tmp_path / "m.h5"
     path.write_bytes((folder / "dense.h5").read_bytes())
     with h5py.File(path, "r+") as file:
