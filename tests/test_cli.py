@@ -91,6 +91,7 @@ HEADINGS = {
     "evaluate": ["Data", "Deciding", "Output", "Help"],
     "recalibrate": ["Data", "Output", "Help"],
     "sweep": ["Choosing checkpoints", "Candidates", "Data", "Output", "Machine", "Help"],
+    "verify": ["Checkpoints", "Output", "Machine", "Help"],
     "inspect": ["Output", "Help"],
     "diff": ["Two files", "A run", "Output", "Help"],
     "train": ["Training", "Output", "Help"],
@@ -573,6 +574,7 @@ REPORT_KEYS = PLAN_KEYS | {
     "peak_memory": int,
     "shares": dict,
     "recalibrated": type(None),
+    "verified": bool,
 }
 
 
