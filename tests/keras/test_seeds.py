@@ -1,0 +1,83 @@
+"""What is true of averaging over many seeds of the sample network: shapes, and digits of no seed.
+
+The tutorial's figures show one run.  Here, each seed is a run of its own, of 500 epochs, whose last
+ten checkpoints are scored alone and averaged over every window, on all 1,000 test points.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from polyak_cli import averaging, data, models, sweeping
+
+pytestmark = pytest.mark.slow
+SEEDS, LAST = 10, 10
+SCHEMES = ("equal", "linear", "exp")
+Accuracies = dict[str, npt.NDArray[np.float64]]
+
+
+def accuracy(path: Path, rows: data.Split) -> float:
+    """Return the share of rows told right, by the network's formula in numpy."""
+    with h5py.File(path) as file:
+        tensors = {}
+        file["model_weights"].visititems(
+            lambda name, item: tensors.update({name: item[()]} if hasattr(item, "shape") else {})
+        )
+    ordered = [tensors[name] for name in sorted(tensors)]
+    hidden_bias, hidden_kernel, bias, kernel = (np.asarray(t, np.float64) for t in ordered)
+    hidden = np.maximum(np.asarray(rows.features) @ hidden_kernel + hidden_bias, 0)
+    return float(np.mean((hidden @ kernel + bias).argmax(axis=1) == rows.labels))
+
+
+@pytest.fixture(scope="module")
+def accuracies(tmp_path_factory: pytest.TempPathFactory) -> Accuracies:
+    """Return (seeds, 10) accuracies: of single models, and of each scheme over windows 1 to 10."""
+    rows = data.load("blobs").split()
+    found: dict[str, list[list[float]]] = {name: [] for name in ("single", *SCHEMES)}
+    for seed in range(SEEDS):
+        folder = tmp_path_factory.mktemp(f"seed_{seed}")
+        report = models.train(folder, seed=seed, keep=LAST)
+        found["single"].append([accuracy(path, rows) for path in report.checkpoints])
+        plan = averaging.plan(folder)
+        chosen = [("equal", None), ("linear", None), ("exp", 2.0)]
+        averages = sweeping.candidates(plan.positions, range(1, LAST + 1), chosen)[LAST:]
+        outputs = [folder / f"average_{k}.out.h5" for k in range(len(averages))]
+        averaging.several(plan, [average.coefficients for average in averages], outputs)
+        for k, name in enumerate(SCHEMES):
+            own = outputs[k * LAST : (k + 1) * LAST]
+            found[name].append([accuracy(path, rows) for path in own])
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def test_a_window_of_one_is_the_newest_model(accuracies: Accuracies) -> None:
+    """Every scheme begins with it, and with ten checkpoints the schemes differ."""
+    for name in SCHEMES:
+        assert accuracies[name].shape == (SEEDS, LAST)
+        assert np.array_equal(accuracies[name][:, 0], accuracies["single"][:, -1])
+    assert not np.array_equal(accuracies["equal"], accuracies["exp"])
+
+
+def test_accuracy_spreads_less_over_windows_than_over_models(accuracies: Accuracies) -> None:
+    """How many checkpoints are averaged matters less than which single one is taken."""
+    singles = accuracies["single"].std(axis=1).mean()
+    for name in SCHEMES:
+        assert accuracies[name].std(axis=1).mean() < singles
+
+
+def test_the_average_is_no_worse_than_the_mean_model(accuracies: Accuracies) -> None:
+    """Of ten checkpoints by any scheme, within two standard errors over the seeds."""
+    mean = accuracies["single"].mean(axis=1)
+    for name in SCHEMES:
+        gains = accuracies[name][:, -1] - mean
+        assert gains.mean() > -2 * gains.std(ddof=1) / np.sqrt(SEEDS)
+
+
+def test_exp_is_the_flattest_line(accuracies: Accuracies) -> None:
+    """Its accuracy changes least from one window to the next, as the oldest hardly count."""
+    steps = {name: np.abs(np.diff(accuracies[name], axis=1)).mean() for name in SCHEMES}
+    assert steps["exp"] < min(steps["equal"], steps["linear"])
