@@ -6,7 +6,7 @@ TORCH := .venv-torch/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
 
-.PHONY: demo test quick core torch browser lint types smoke fuzz check bench bench-peers clean
+.PHONY: demo test quick core torch browser lint types smoke fuzz check bench bench-peers digits clean
 
 demo: .venv/.ready
 	@rm -rf .demo && mkdir .demo
@@ -64,6 +64,10 @@ bench: .venv/.ready
 	$(BIN)/python -m tests.benchmarks growth
 	$(BIN)/python -m tests.benchmarks startup
 
+# Where averaging pays: the tables of the README; results come to .digits/.
+digits: .venv/.ready
+	$(BIN)/python -m tests.examples.digits
+
 bench-peers:
 	$(PYTHON) -m venv .bench/peers/mergekit
 	.bench/peers/mergekit/bin/python -m pip install --quiet torch==2.13.0 mergekit
@@ -71,7 +75,7 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf .venv .venv-core .venv-torch .demo .smoke .bench .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-core .venv-torch .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv

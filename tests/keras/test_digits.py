@@ -1,0 +1,39 @@
+"""The example on digits: what the README says of it stands in its results, and comes out again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.examples import digits
+
+RESULTS = Path(digits.__file__).parent / "results"
+
+
+def test_the_readme_shows_the_results() -> None:
+    """Each regime's table, made anew from all figures, is in the README line for line."""
+    readme = (digits.ROOT / "README.md").read_text()
+    results = json.loads((RESULTS / "digits.json").read_text())
+    known = [dataclasses.asdict(regime) for regime in digits.REGIMES]
+    assert [result["regime"] for result in results] == known
+    for result in results:
+        assert result["seeds"] == digits.SEEDS
+        assert digits.table(result["regime"], result["rows"]) in readme
+
+
+@pytest.mark.slow
+def test_averaging_pays_where_the_newest_checkpoint_wanders(tmp_path: Path) -> None:
+    """With wrong labels, the average beats the newest beyond noise; in the calm it is its equal."""
+    calm, _, wrong = digits.REGIMES
+    gains = {}
+    for regime in (calm, wrong):
+        rows = {row["name"]: row for row in digits.experiment(regime, 2, tmp_path)}
+        assert rows.keys() == {*digits.CONTENDERS}
+        gains[regime.name] = rows["average"]["newest"]
+    assert gains[wrong.name]["low"] > 0
+    assert gains[wrong.name]["verdict"] == "better"
+    assert abs(gains[calm.name]["difference"]) < 0.01
+    assert list(tmp_path.iterdir()) == []
