@@ -27,27 +27,31 @@ if TYPE_CHECKING:
         PolyakError,
         UsageError,
     )
+    from polyak_cli.health import Checked, Health, Problem, check
     from polyak_cli.inspection import Inspection, inspect
     from polyak_cli.models import Examiner, Outcome, Score, TrainReport, evaluate, train
     from polyak_cli.recalibration import Recalibration, recalibrate
     from polyak_cli.schemes import coefficients, effective_number
     from polyak_cli.statistics import Paired, mcnemar, paired, verdict
     from polyak_cli.sweeping import Sweep, sweep
-    from polyak_cli.verification import Problem, Verification, verify
+    from polyak_cli.verification import Discrepancy, Verification, verify
     from polyak_cli.watching import watch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checked",
     "Checkpoint",
     "CheckpointError",
     "Compared",
     "Comparison",
     "Differences",
+    "Discrepancy",
     "Distances",
     "Examiner",
     "FormatError",
     "Gain",
+    "Health",
     "Inspection",
     "MismatchError",
     "MissingExtraError",
@@ -70,6 +74,7 @@ __all__ = [
     "Verification",
     "__version__",
     "average",
+    "check",
     "coefficients",
     "compare",
     "diff",
@@ -93,15 +98,18 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Checked": "health",
     "Checkpoint": "checkpoints",
     "CheckpointError": "errors",
     "Compared": "comparison",
     "Comparison": "comparison",
     "Differences": "differences",
+    "Discrepancy": "verification",
     "Distances": "differences",
     "Examiner": "models",
     "FormatError": "errors",
     "Gain": "comparison",
+    "Health": "health",
     "Inspection": "inspection",
     "MismatchError": "errors",
     "MissingExtraError": "errors",
@@ -112,7 +120,7 @@ _HOMES = {
     "PassedOver": "checkpoints",
     "Plan": "averaging",
     "PolyakError": "errors",
-    "Problem": "verification",
+    "Problem": "health",
     "Recalibration": "recalibration",
     "Report": "averaging",
     "Score": "models",
@@ -123,6 +131,7 @@ _HOMES = {
     "UsageError": "errors",
     "Verification": "verification",
     "average": "averaging",
+    "check": "health",
     "coefficients": "schemes",
     "compare": "comparison",
     "diff": "differences",

@@ -23,9 +23,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
-from polyak_cli import __version__, bitwise, checkpoints, ema, engine, formats, records, schemes
+from polyak_cli import (
+    __version__,
+    bitwise,
+    checkpoints,
+    ema,
+    engine,
+    formats,
+    health,
+    records,
+    schemes,
+)
 from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.errors import (
+    CheckpointError,
     FormatError,
     MismatchError,
     OutputError,
@@ -34,7 +45,8 @@ from polyak_cli.errors import (
     shown,
 )
 from polyak_cli.formats import publishing
-from polyak_cli.matching import Row, is_statistic, leaf, match, sources_of
+from polyak_cli.health import Checked
+from polyak_cli.matching import Row, files_of, is_statistic, leaf, match, sources_of
 from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, is_carried, itemsize
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
@@ -76,6 +88,8 @@ class Options(TypedDict, total=False):
         match: how tensors are paired; "name".
         use_ema: take the EMAs that the optimizer keeps in place of the model's own tensors.
         allow_nonfinite: average NaN and infinity too.
+        on_unhealthy: "fail" or "skip": `check` the chosen checkpoints first, and refuse them when
+            anything is wrong, or average those that are healthy; None does neither.
         recalibrate: rows over which the average's BatchNorm statistics are gathered anew, by Keras;
             see `recalibrate`.
         batch_size: of these rows at a time, at most; `BATCH_SIZE`.
@@ -110,6 +124,7 @@ class Options(TypedDict, total=False):
     match: Literal["name", "order"]
     use_ema: bool
     allow_nonfinite: bool
+    on_unhealthy: Literal["fail", "skip"] | None
     recalibrate: Split | None
     batch_size: int | None
     trust_code: bool
@@ -134,6 +149,7 @@ class Plan:
         carried: names of the tensors that are the template's.
         dropped: names of what is left out.
         passed_over: what in a directory was not taken for a checkpoint, and why.
+        skipped: the checkpoints that were chosen and left out because they are not healthy.
         notes: what a user should know before the run.
         bytes_to_read: of tensors, in all checkpoints that count.
         bytes_to_write: about the size of the output.
@@ -153,6 +169,7 @@ class Plan:
     carried: tuple[str, ...]
     dropped: tuple[str, ...]
     passed_over: tuple[PassedOver, ...]
+    skipped: tuple[Checked, ...]
     notes: tuple[str, ...]
     bytes_to_read: int
     bytes_to_write: int
@@ -216,6 +233,7 @@ class Plan:
             "passed_over": [
                 {"path": str(passed.path), "reason": passed.reason} for passed in self.passed_over
             ],
+            "skipped": [one.data() for one in self.skipped],
             "notes": list(self.notes),
         }
 
@@ -316,8 +334,12 @@ def plan(
         OutputError: the output is in the way or cannot be written.
     """
     check_options(options)
-    selection = sources if isinstance(sources, checkpoints.Selection) else select(sources, options)
-    scheme, coefficients = _coefficients(selection.positions, options)
+    chosen = sources if isinstance(sources, checkpoints.Selection) else select(sources, options)
+    scheme, coefficients = _coefficients(chosen.positions, options)
+    selection, skipped = _fit(chosen, options)
+    if skipped:
+        options = _without(skipped, chosen, options)
+        scheme, coefficients = _coefficients(selection.positions, options)
     paths = [checkpoints.file_of(checkpoint.path) for checkpoint in selection.checkpoints]
     memory = _memory(options)
     use_ema = options.get("use_ema", False)
@@ -348,8 +370,10 @@ def plan(
         carried=(*(row[-1].name for row in carried), *(n for n in others if n not in dropped)),
         dropped=tuple(dropped),
         passed_over=selection.passed_over,
+        skipped=skipped,
         notes=(
             *selection.notes,
+            *_suspicions(selection, tables, options),
             *_beside(selection.checkpoints[-1], tables[-1]),
             *_notes(tables, averaged, carried, options),
             *_no_ema(without),
@@ -426,7 +450,7 @@ def _write(
     formats.check(plan.tables, jobs=_memory(options).jobs)
     room = _room(plan, hidden, record)
     totals = _fold(plan, [plan.coefficients], [room], progress)
-    inputs = _inputs(plan)
+    inputs = files_of(plan.tables)
     compared, differing = _differing(plan, inputs, progress)
     engine.unchanged(inputs)
     return totals.plus(compared), [*map(Path, room.files)], differing
@@ -454,7 +478,7 @@ def again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
         hidden.touch()
     room = _room(plan, hidden, record)
     _fold(plan, [plan.coefficients], [room], lambda _: None)
-    engine.unchanged(_inputs(plan))
+    engine.unchanged(files_of(plan.tables))
     publishing.take_names(hidden, folder / opened.parts[0])
     (table,) = formats.scan([folder / opened], everything=True)
     return table
@@ -527,11 +551,7 @@ def several(
         )
     ]
     _fold(plan, rows, rooms, progress or (lambda _: None))
-    engine.unchanged(_inputs(plan))
-
-
-def _inputs(plan: Plan) -> list[File]:
-    return [file for table in plan.tables for file in table.files]
+    engine.unchanged(files_of(plan.tables))
 
 
 def _room(plan: Plan, output: Path, record: str) -> formats.Room:
@@ -556,7 +576,7 @@ def _fold(
     options = plan.options
     files = [file for room in rooms for file in room.files]
     nonfinite = options.get("allow_nonfinite", False)
-    work = engine.Fold(_inputs(plan), files, np.array(coefficients), nonfinite)
+    work = engine.Fold(files_of(plan.tables), files, np.array(coefficients), nonfinite)
     memory = _memory(options, len(rooms))
     totals = engine.fold(_Averaged(plan, rooms), work, memory, progress)
     for room in rooms:
@@ -648,12 +668,19 @@ def check_options(options: Options) -> None:
         "dtype": (None, *FLOATS),
         "optimizer": ("drop", "newest"),
         "match": ("name", "order"),
+        "on_unhealthy": (None, "fail", "skip"),
     }
     for key, allowed in choices.items():
         value = options.get(key, allowed[0])
         if value not in allowed:
             named = ", ".join(str(choice) for choice in allowed if choice)
-            raise UsageError(f"--{key} is {shown(value)}; expected one of {named}")
+            option = key.replace("_", "-")
+            raise UsageError(f"--{option} is {shown(value)}; expected one of {named}")
+    if options.get("on_unhealthy") and options.get("use_ema"):
+        raise UsageError(
+            "--on-unhealthy looks at the model's own tensors, not at the EMAs of --use-ema; leave "
+            "one of them out"
+        )
     for key, least in (("jobs", 1), ("max_memory", 1 << 20)):
         value = options.get(key)
         if isinstance(value, int) and value < least:
@@ -665,6 +692,76 @@ def check_options(options: Options) -> None:
             raise UsageError(
                 f"--{key.replace('_', '-')} belongs to --recalibrate, which is missing"
             )
+
+
+def _fit(
+    chosen: checkpoints.Selection, options: Options
+) -> tuple[checkpoints.Selection, tuple[Checked, ...]]:
+    """Return which of the checkpoints to average and which to skip, if health is asked for.
+
+    Raises:
+        CheckpointError: something is wrong and nothing may be skipped, or everything would be.
+    """
+    wanted = options.get("on_unhealthy")
+    if wanted is None:
+        return chosen, ()
+    found = health.check(
+        chosen, match=options.get("match", "name"), max_memory=options.get("max_memory")
+    )
+    skipped = tuple(one for one in found.checkpoints if one.problems)
+    if not found.healthy and (wanted == "fail" or len(skipped) == len(found.checkpoints)):
+        first, *others = found.all_problems
+        several = "s" if len(others) > 1 else ""
+        more = f"; and {len(others)} more problem{several}" if others else ""
+        remedy = (
+            ", or leave what is unhealthy out with --on-unhealthy skip"
+            if len(skipped) < len(found.checkpoints)
+            else ", since no healthy checkpoint is left"
+        )
+        raise CheckpointError(
+            f"{first.kind}: {first.text}{more}; see what is wrong with `polyak check`{remedy}"
+        )
+    out = {one.path for one in skipped}
+    kept = [k for k, one in enumerate(chosen.checkpoints) if one.path not in out]
+    told = [problem.text for problem in found.problems]
+    if skipped:
+        told.append(
+            f"{len(skipped)} of the {len(chosen.checkpoints)} chosen checkpoints "
+            f"{'is' if len(skipped) == 1 else 'are'} not healthy and skipped; {len(kept)} are left"
+        )
+    healthy = replace(
+        chosen,
+        checkpoints=tuple(chosen.checkpoints[k] for k in kept),
+        positions=tuple(chosen.positions[k] for k in kept),
+        notes=(*chosen.notes, *told),
+        left_out=(*chosen.left_out, *out),
+    )
+    return healthy, skipped
+
+
+def _without(
+    skipped: Sequence[Checked], chosen: checkpoints.Selection, options: Options
+) -> Options:
+    """Return the options with the coefficients of one's own that are left."""
+    own = options.get("coefficients")
+    if own is None:
+        return options
+    out = {one.path for one in skipped}
+    pairs = zip(chosen.checkpoints, own, strict=True)
+    left = options.copy()
+    left["coefficients"] = [coefficient for one, coefficient in pairs if one.path not in out]
+    return left
+
+
+def _suspicions(
+    selection: checkpoints.Selection, tables: Sequence[Table], options: Options
+) -> list[str]:
+    """Say what epochs and file times tell, unless all of it has been looked at."""
+    if options.get("on_unhealthy"):
+        return []
+    modified = [max(file.identity.mtime_ns for file in table.files) / 1e9 for table in tables]
+    found = health.suspicions(selection.checkpoints, modified, selection.thinned)
+    return [problem.text for problem in found]
 
 
 def _check_recalibration(template: Table, output: Path | None, options: Options) -> None:
@@ -983,6 +1080,10 @@ def provenance(plan: Plan) -> dict[str, Any]:
         for record, table in zip(inputs, plan.tables, strict=True):
             found = digests(table)
             record["sha256"] = found[0] if len(found) == 1 else list(found)
+    skipped = [
+        {"name": one.path.name, "reasons": [problem.kind for problem in one.problems]}
+        for one in plan.skipped
+    ]
     return {
         "polyak": __version__,
         "scheme": plan.scheme,
@@ -997,6 +1098,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
             "allow_nonfinite": options.get("allow_nonfinite", False),
         },
         "inputs": inputs,
+        **({"skipped": skipped} if skipped else {}),
     }
 
 

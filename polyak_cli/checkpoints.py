@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from polyak_cli.errors import CheckpointError, UsageError, shown
 
@@ -47,13 +48,22 @@ class PassedOver:
     reason: str
 
 
+class Trouble(NamedTuple):
+    """What keeps the checkpoints of a run from being told apart or ordered."""
+
+    kind: str  # "unreadable", "same file", "no epoch", "duplicate epoch" or "other run"
+    path: Path  # which checkpoint it is about
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """The checkpoints to average, oldest first, and what there is to say about the choice.
 
     ``positions`` has one number a checkpoint: how far into the run it was saved, in epochs counted
     from 1, or just 1, 2, 3, ... where not every epoch is known. ``left_out`` are the checkpoints of
-    the run that were found and not chosen.
+    the run that were found and not chosen. ``thinned`` says that some between them were left out on
+    purpose, so that a gap in the epochs means nothing. ``troubles`` are what `survey` found.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -61,6 +71,8 @@ class Selection:
     notes: tuple[str, ...]
     positions: tuple[float, ...]
     left_out: tuple[Path, ...] = ()
+    thinned: bool = False
+    troubles: tuple[Trouble, ...] = ()
 
 
 def _no_file(_: Sequence[Path]) -> Collection[Path]:
@@ -115,10 +127,9 @@ def select(
     """
     _check_counts(last=last, every=every, best=best)
     monitor, better = _check_monitor(best, monitor, mode, log)
-    if from_epoch is not None and to_epoch is not None and from_epoch > to_epoch:
-        raise UsageError(f"--from {from_epoch} is after --to {to_epoch}: nothing lies between them")
+    _check_bounds(from_epoch, to_epoch)
     pattern = None if epoch_pattern is None else _compiled(epoch_pattern)
-    pool = _find(_several(sources), exclude, growing, written_by_us)
+    pool = _find(_several(sources), exclude, growing, written_by_us, _refuse)
     ordered, notes = _ordered(pool, pattern)
     spaced = _within(ordered, from_epoch, to_epoch, growing)[::-1][::every][::-1]
     chosen = _newest(spaced, last, len(ordered), growing)
@@ -132,6 +143,62 @@ def select(
         notes=(*pool.notes, *notes),
         positions=_positions(chosen, ordered),
         left_out=tuple(one.path for one in ordered if one.path not in taken),
+        thinned=growing or every > 1 or best is not None or _thins(pool, exclude),
+    )
+
+
+def survey(
+    sources: _StrPath | Sequence[_StrPath],
+    *,
+    last: int | None = None,
+    from_epoch: int | None = None,
+    to_epoch: int | None = None,
+    exclude: Sequence[str] = (),
+    epoch_pattern: str | None = None,
+    written_by_us: Callable[[Sequence[Path]], Collection[Path]] = _no_file,
+) -> Selection:
+    """Find the checkpoints of a run as `select` does, but tell of what it would refuse.
+
+    They are ordered by epoch, however the files were named; those whose epoch is not known come
+    first.  Files named one by one that do not all tell an epoch keep the order given.
+
+    Args:
+        sources: as of `select`, like the other arguments.
+        last: how many of the newest to take; never fewer.
+        from_epoch: the first epoch to take.
+        to_epoch: the last epoch to take.
+        exclude: patterns for file names or whole paths that are to be left out.
+        epoch_pattern: a regular expression that finds the epoch in a name.
+        written_by_us: says which of the given files are averages.
+
+    Returns:
+        The checkpoints, with the ``troubles`` that were found.
+
+    Raises:
+        UsageError: the arguments contradict one another or are out of range.
+        CheckpointError: there are no checkpoints.
+    """
+    _check_counts(last=last)
+    _check_bounds(from_epoch, to_epoch)
+    pattern = None if epoch_pattern is None else _compiled(epoch_pattern)
+    troubles: list[Trouble] = []
+    pool = _find(_several(sources), exclude, False, written_by_us, troubles.append)
+    ordered = _ordered_as_far_as_known(pool, pattern, troubles.append)
+    # Whether --from and --to mean those of unknown epoch cannot be told: they are looked at too.
+    known = [one for one in ordered if one.epoch is not None]
+    within = _within(known, from_epoch, to_epoch) if known else []
+    kept = [one for one in ordered if one.epoch is None or one in within]
+    chosen = _newest(kept, last, len(ordered))
+    taken = {one.path for one in chosen}
+    left_out = tuple(one.path for one in ordered if one.path not in taken)
+    return Selection(
+        checkpoints=tuple(chosen),
+        passed_over=tuple(sorted(pool.passed_over, key=lambda passed: str(passed.path))),
+        notes=pool.notes,
+        positions=_positions(chosen, ordered),
+        left_out=left_out,
+        thinned=_thins(pool, exclude),
+        troubles=tuple(trouble for trouble in troubles if trouble.path not in left_out),
     )
 
 
@@ -194,6 +261,11 @@ def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UsageError(f"--{name} is {count}, but must be at least 1")
+
+
+def _check_bounds(from_epoch: int | None, to_epoch: int | None) -> None:
+    if from_epoch is not None and to_epoch is not None and from_epoch > to_epoch:
+        raise UsageError(f"--from {from_epoch} is after --to {to_epoch}: nothing lies between them")
 
 
 def _check_monitor(
@@ -303,7 +375,13 @@ def _find(
     exclude: Sequence[str],
     growing: bool,
     written_by_us: Callable[[Sequence[Path]], Collection[Path]],
+    told: Callable[[Trouble], None],
 ) -> _Pool:
+    """Find all candidates.
+
+    What is ambiguous goes to ``told``; where that does not raise, the rest is gone on with.
+    """
+    unusable: list[Path] = []
     found: dict[tuple[int, int], Path] = {}
     passed_over: list[PassedOver] = []
     unmatched = dict.fromkeys(exclude)
@@ -315,25 +393,42 @@ def _find(
             paths = [path for path in paths if not _is_part(path)]
         kept, passed = _sifted(paths, listed, exclude, unmatched)
         if listed:
-            kept, others = _one_kind(source, kept)
+            kept, others = _one_kind(source, kept, told)
             passed += others
-        files = [(path, _identity(path)) for path in kept]
+        files: list[tuple[Path, tuple[int, int]]] = []
+        for path in kept:
+            try:
+                files.append((path, _identity(path)))
+            except CheckpointError as error:
+                told(Trouble("unreadable", path, str(error)))
+                unusable.append(path)
         if listed:
             opened = {file_of(path): path for path, _ in files}
             ours = {opened[file] for file in written_by_us(list(opened))} if files else set()
             passed += [PassedOver(path, "written by polyak") for path, _ in files if path in ours]
             files = [(path, identity) for path, identity in files if path not in ours]
-            if not files and not growing:
+            if not files and not unusable and not growing:
                 raise CheckpointError(_nothing_in(source, passed))
         passed_over += passed
         for path, identity in files:
             if identity in found:
-                raise CheckpointError(_same_file(found[identity], path))
-            found[identity] = path
-    if not found and (as_given or not growing):
+                told(Trouble("same file", path, _same_file(found[identity], path)))
+            found.setdefault(identity, path)
+    if not found and not unusable and (as_given or not growing):
         raise CheckpointError("no checkpoint is left: --exclude matches every file that was named")
     notes = tuple(f"--exclude '{shown(pattern)}' matched nothing" for pattern in unmatched)
-    return _Pool(tuple(found.values()), as_given, tuple(passed_over), notes)
+    return _Pool((*found.values(), *unusable), as_given, tuple(passed_over), notes)
+
+
+def _refuse(trouble: Trouble) -> None:
+    raise CheckpointError(trouble.text) from None
+
+
+def _thins(pool: _Pool, exclude: Sequence[str]) -> bool:
+    """Tell whether something was excluded that may be a checkpoint of the run."""
+    passed = (one.path for one in pool.passed_over)
+    excluded = (path for path in passed if any(_matched(path, pattern) for pattern in exclude))
+    return any(_kind(path) and _epoch_alone(path) is not None for path in excluded)
 
 
 def _several(sources: _StrPath | Sequence[_StrPath]) -> Sequence[_StrPath]:
@@ -484,22 +579,24 @@ def _kind_by_suffix(path: Path, kinds: Mapping[str, str]) -> str:
     return next((kind for end, kind in kinds.items() if name.endswith(end)), "")
 
 
-def _one_kind(source: _StrPath, paths: Sequence[Path]) -> tuple[list[Path], list[PassedOver]]:
+def _one_kind(
+    source: _StrPath, paths: Sequence[Path], told: Callable[[Trouble], None]
+) -> tuple[list[Path], list[PassedOver]]:
     """Part a directory's checkpoints from single files of other kinds, such as a data set.
 
-    Raises:
-        CheckpointError: there are several of more than one kind, or one of each.
+    There may be several of more than one kind, or one of each, which is told.
     """
     kinds = Counter(_kind(path) for path in paths)
     common = [kind for kind, count in kinds.items() if count > 1] or list(kinds)
     if len(common) > 1:
         one, other = sorted(common)[:2]
         files = "" if other == _FOLDER else " files"  # a folder's kind is the last, as sorted
-        raise CheckpointError(
+        text = (
             f"{shown(os.fspath(source))}: holds {kinds[one]} {one} and {kinds[other]} {other}"
             f"{files}, which are not of one run; leave one kind out, for instance with "
             f"--exclude '*{max({one, other} - {_FOLDER}, key=len)}'"
         )
+        told(Trouble("other run", Path(source), text))
     kept = [path for path in paths if _kind(path) in common]
     reason = f"the only {{}} among {kinds[common[0]]} {common[0]}" if common else ""
     others = [(path, _kind(path)) for path in paths if _kind(path) not in common]
@@ -712,13 +809,86 @@ def _ordered(pool: _Pool, pattern: re.Pattern[str] | None) -> tuple[list[Checkpo
     if pool.as_given:
         return found, _order_notes(found)
     found.sort(key=lambda checkpoint: checkpoint.epoch or 0)
-    for earlier, later in pairwise(found):
-        if earlier.epoch == later.epoch:
-            raise CheckpointError(
+    _tell_of_doubles(found, _refuse)
+    return found, []
+
+
+def _tell_of_doubles(ordered: Sequence[Checkpoint], told: Callable[[Trouble], None]) -> None:
+    for earlier, later in pairwise(ordered):
+        if earlier.epoch == later.epoch is not None:
+            text = (
                 f"{shown(earlier.path)} and {shown(later.path)} are both epoch {later.epoch}: "
                 f"leave one out with --exclude, or {_SAY_WHERE}"
             )
-    return found, []
+            told(Trouble("duplicate epoch", later.path, text))
+
+
+def _ordered_as_far_as_known(
+    pool: _Pool, pattern: re.Pattern[str] | None, told: Callable[[Trouble], None]
+) -> list[Checkpoint]:
+    """Return all checkpoints, oldest first, and tell of those whose names do not say enough."""
+    epochs: Sequence[int | None]
+    others: Collection[Path] = ()
+    if pattern is not None:
+        epochs = [_matched_epoch_if_any(path, pattern, told) for path in pool.paths]
+    elif pool.as_given:
+        epochs = _epochs_if_any(pool.paths)
+    else:
+        known, others = _epochs_of_runs(pool.paths, told)
+        epochs = [known.get(path) for path in pool.paths]
+    found = [Checkpoint(path, epoch, None) for path, epoch in zip(pool.paths, epochs, strict=True)]
+    if pool.as_given and None in epochs:
+        return found
+    found.sort(key=lambda one: -math.inf if one.epoch is None else one.epoch)
+    _tell_of_doubles([one for one in found if one.path not in others], told)
+    return found
+
+
+def _matched_epoch_if_any(
+    path: Path, pattern: re.Pattern[str], told: Callable[[Trouble], None]
+) -> int | None:
+    try:
+        return _matched_epoch(path, pattern)
+    except CheckpointError as error:
+        told(Trouble("no epoch", path, str(error)))
+        return None
+
+
+def _epochs_of_runs(
+    paths: Sequence[Path], told: Callable[[Trouble], None]
+) -> tuple[dict[Path, int], set[Path]]:
+    """Return the epochs that names tell, and which files are not of the largest run."""
+    runs: dict[Hashable, list[_Name]] = {}
+    for path in paths:
+        name = _taken_apart(path)
+        if _has_number(name):
+            runs.setdefault((_kind(path), name.signature), []).append(name)
+        else:
+            told(Trouble("no epoch", path, _no_number(name)))
+    known: dict[Path, int] = {}
+    parted: list[list[_Name]] = []
+    for alike in runs.values():
+        try:
+            field = _epoch_field(alike)
+        except CheckpointError as error:
+            told(Trouble("no epoch", alike[0].path, str(error)))
+            parted.append(alike)
+            continue
+        known |= {name.path: int(name.numbers[field].value) for name in alike}
+        within: dict[Hashable, list[_Name]] = {}
+        for name in alike:
+            within.setdefault(_other_numbers(name, field), []).append(name)
+        parted += within.values()
+    # On a tie, that which goes on longest is taken for the run.
+    parted.sort(key=lambda run: (len(run), max(known.get(name.path, 0) for name in run)))
+    others = [name.path for run in parted[:-1] for name in run]
+    for path in others:
+        text = (
+            f"{shown(path)} is not named like {shown(parted[-1][0].path)} and {len(parted[-1]) - 1}"
+            f" more: another run's, by its name; leave one kind out with --exclude, or {_SAY_WHERE}"
+        )
+        told(Trouble("other run", path, text))
+    return known, set(others)
 
 
 def _by_epoch_or_name(paths: Sequence[Path]) -> list[Path]:
@@ -793,21 +963,33 @@ def _epochs(paths: Sequence[Path]) -> list[int]:
     """
     names = [_taken_apart(path) for path in paths]
     for name in names:
-        if not any(isinstance(number.value, int) for number in name.numbers):
-            raise CheckpointError(
-                f"{shown(name.path)}: its name holds no whole number that could be the epoch: "
-                f"{_leave_out(name.path)}, or {_SAY_WHERE}"
-            )
+        if not _has_number(name):
+            raise CheckpointError(_no_number(name))
     _require_alike(names, [name.signature for name in names])
     # Equal signatures: the names have the same numbers in the same places from here on.
     field = _epoch_field(names)
-    others = [
-        index
-        for index, number in enumerate(names[0].numbers)
-        if number.role is _Role.PLAIN and index != field
-    ]
-    _require_alike(names, [tuple(name.numbers[i].value for i in others) for name in names])
+    _require_alike(names, [_other_numbers(name, field) for name in names])
     return [int(name.numbers[field].value) for name in names]
+
+
+def _has_number(name: _Name) -> bool:
+    return any(isinstance(number.value, int) for number in name.numbers)
+
+
+def _no_number(name: _Name) -> str:
+    return (
+        f"{shown(name.path)}: its name holds no whole number that could be the epoch: "
+        f"{_leave_out(name.path)}, or {_SAY_WHERE}"
+    )
+
+
+def _other_numbers(name: _Name, field: int) -> tuple[int | float, ...]:
+    """Return the numbers besides the epoch that must not change within a run."""
+    return tuple(
+        number.value
+        for index, number in enumerate(name.numbers)
+        if number.role is _Role.PLAIN and index != field
+    )
 
 
 def _require_alike(names: Sequence[_Name], keys: Sequence[Hashable]) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from polyak_cli.comparison import Comparison
     from polyak_cli.data import Split
     from polyak_cli.differences import Differences, Distances
+    from polyak_cli.health import Health
     from polyak_cli.inspection import Inspection
     from polyak_cli.models import Score
     from polyak_cli.recalibration import Recalibration
@@ -161,11 +162,26 @@ def cli() -> None:
 
 # Options of several commands.
 LAST = _option("--last", type=int, metavar="N", help="Only the N newest.  [default: all]")
+FROM = _option(
+    "--from", "from_epoch", type=int, metavar="EPOCH", help="The first epoch that counts."
+)
+TO = _option("--to", "to_epoch", type=int, metavar="EPOCH", help="The last epoch that counts.")
 EXCLUDE = _option(
     "--exclude",
     multiple=True,
     metavar="GLOB",
     help="File names that are not checkpoints; may be given again.",
+)
+EPOCH_PATTERN = _option(
+    "--epoch-pattern",
+    metavar="REGEX",
+    help="Finds the epoch in unusual names: its group 'epoch', or its first group.",
+)
+MATCH = _option(
+    "--match",
+    type=click.Choice(["name", "order"]),
+    default="name",
+    help="How tensors are paired; 'order' for layers that Keras numbered anew.",
 )
 DATA = _option(
     "--data",
@@ -184,8 +200,8 @@ QUIET = _option("-q", "--quiet", is_flag=True, help="Print only errors.")
 CHOOSING = _options(
     "Choosing checkpoints",
     LAST,
-    _option("--from", "from_epoch", type=int, metavar="EPOCH", help="The first epoch that counts."),
-    _option("--to", "to_epoch", type=int, metavar="EPOCH", help="The last epoch that counts."),
+    FROM,
+    TO,
     _option(
         "--every",
         type=int,
@@ -206,11 +222,7 @@ CHOOSING = _options(
         help="Whether less or more is better.  [default: told by the metric's name]",
     ),
     _option("--log", type=click.Path(), metavar="CSV", help="A Keras CSVLogger file for --best."),
-    _option(
-        "--epoch-pattern",
-        metavar="REGEX",
-        help="Finds the epoch in unusual names: its group 'epoch', or its first group.",
-    ),
+    EPOCH_PATTERN,
 )
 
 
@@ -271,12 +283,7 @@ AVERAGING = _options(
         metavar="GLOB",
         help="Carry these from the newest.",
     ),
-    _option(
-        "--match",
-        type=click.Choice(["name", "order"]),
-        default="name",
-        help="How tensors are paired; 'order' for layers that Keras numbered anew.",
-    ),
+    MATCH,
     _option(
         "--use-ema",
         is_flag=True,
@@ -339,6 +346,15 @@ MACHINE = _options(
 )
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=click.Path())
 @CHOOSING
+@_options(
+    "Health",
+    _option(
+        "--on-unhealthy",
+        type=click.Choice(["fail", "skip"]),
+        help="Look for what `polyak check` finds first, at the price of a second reading, and "
+        "refuse to average, or leave unhealthy checkpoints out.  [default: neither]",
+    ),
+)
 @_scheme_options
 @AVERAGING
 @RECALIBRATING
@@ -863,6 +879,41 @@ def _label(path: Path, epoch: int | None) -> str:
 
 @cli.command(
     cls=Command,
+    short_help="Find what is wrong with checkpoints.",
+    example="polyak check ckpts/ --last 10",
+)
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=click.Path())
+@_options("Choosing checkpoints", LAST, FROM, TO, EXCLUDE, EPOCH_PATTERN, MATCH)
+@_options(
+    "Output",
+    _option("--json", "as_json", is_flag=True, help="Print it as JSON."),
+    QUIET,
+)
+@_options(
+    "Machine",
+    _option(
+        "--max-memory",
+        type=Size(),
+        help="Bound on the buffers, on top of Python and its libraries.  [default: 16MiB]",
+    ),
+)
+def check(sources: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> int:
+    """Find what is wrong with the checkpoints of a run, or with the run; exit 1 if anything is.
+
+    Files that cannot be read, NaN and infinity, a checkpoint equal to the one before, an epoch
+    twice or missing, two runs or two models in one place, an outlier, and a run that was resumed
+    from an earlier epoch. Every value is read once.
+    """
+    from polyak_cli import health
+
+    found = health.check(sources, **options)
+    _notes(found.notes, quiet)
+    _result(found.data(), as_json, quiet, lambda: _health_lines(found))
+    return DONE if found.healthy else ANSWER_IS_NO
+
+
+@cli.command(
+    cls=Command,
     short_help="Find the best average on data.",
     example="polyak sweep ckpts/ --data blobs -o report --write-best final.h5",
 )
@@ -1159,6 +1210,8 @@ def _plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
             f"{over['data']}, batches of at most {over['batch_size']}"
         )
     yield from map(_passed_over, plan.passed_over)
+    for one in plan.skipped:
+        yield from (f"skipped ({problem.kind}): {problem.text}" for problem in one.problems)
     yield (
         f"to read {_size(plan.bytes_to_read)}, to write about {_size(plan.bytes_to_write)}, "
         f"memory about {_size(plan.memory)}"
@@ -1297,6 +1350,31 @@ def _distance_lines(found: Distances) -> Iterator[str]:
         table.append([shown(path.name, 60), number, step, far, "odd one out" if odd else ""])
     yield from _columns(table)
     yield f"distances relative to the norm of the average, over {found.tensors} float tensors"
+
+
+def _health_lines(found: Health) -> Iterator[str]:
+    """Yield the checkpoints of a run and what is wrong with them, then each problem in words."""
+    from polyak_cli.health import written
+
+    columns = ["epoch", "written (UTC)", "size", "not finite", "to previous", "to next", ""]
+    table = [["checkpoint", *columns]]
+    for one in found.checkpoints:
+        cells = [
+            one.epoch,
+            written(one.modified),
+            None if one.size is None else _size(one.size),
+            one.nonfinite,
+            *(None if step is None else f"{step:.3e}" for step in (one.to_previous, one.to_next)),
+        ]
+        problems = ", ".join(problem.kind for problem in one.problems)
+        row = ["-" if cell is None else str(cell) for cell in cells]
+        table.append([shown(one.path.name, 60), *row, problems])
+    yield from _columns(table)
+    yield from map(_passed_over, found.passed_over)
+    for problem in found.all_problems:
+        yield f"{problem.kind}: {problem.text}"
+    count = len(found.all_problems)
+    yield "healthy" if not count else f"{count} problem{'s' if count > 1 else ''}"
 
 
 def _score_data(score: Score) -> dict[str, Any]:

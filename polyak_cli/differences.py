@@ -17,8 +17,8 @@ from polyak_cli import engine, formats
 from polyak_cli.checkpoints import Selection, file_of
 from polyak_cli.engine import Compared, Memory
 from polyak_cli.errors import MismatchError, UsageError, shown
-from polyak_cli.matching import Row, match, sources_of
-from polyak_cli.tensors import FLOATS, File, Float64, Table, TensorSpec, is_numeric
+from polyak_cli.matching import Row, compared, files_of, match, sources_of
+from polyak_cli.tensors import FLOATS, Float64, Table, TensorSpec, is_numeric
 
 #: Bound on the buffers.
 _MEMORY = 16 << 20
@@ -82,7 +82,7 @@ def diff(one: Path, other: Path, *, rtol: float = 0.0, atol: float = 0.0) -> Dif
     moments = {row[0].name: _Moments() for row in rows}
     for tensor, (a, b) in _values(tables, rows):
         moments[tensor.name].add(a, b, rtol, atol)
-    engine.unchanged(_files(tables))
+    engine.unchanged(files_of(tables))
     found = [moment.difference(name) for name, moment in moments.items()]
     found.sort(key=lambda tensor: (tensor.equal, -tensor.relative, -tensor.largest))
     return Differences((one, other), tuple(found), tuple(apart))
@@ -108,7 +108,7 @@ def _paired(tables: Sequence[Table]) -> tuple[list[Row], list[str]]:
         elif a.storage and b.storage:
             others.append((a, b))
     pairs = [(row[0].name, sources_of(tables, row)) for row in others]
-    unequal, _ = engine.differing(pairs, _files(tables), Memory.within(_MEMORY, 1))
+    unequal, _ = engine.differing(pairs, files_of(tables), Memory.within(_MEMORY, 1))
     apart += [f"'{shown(name)}' is not the same" for name in unequal]
     return rows, sorted(apart)
 
@@ -117,21 +117,14 @@ def _shape(spec: TensorSpec) -> str:
     return f"{spec.shape} {spec.arrangement}".rstrip()
 
 
-def _files(tables: Sequence[Table]) -> list[File]:
-    return [file for table in tables for file in table.files]
-
-
 def _values(
     tables: Sequence[Table], rows: Sequence[Row]
 ) -> Iterator[tuple[Compared, list[Float64]]]:
     """Yield the slabs of all tensors as each checkpoint has them."""
-    tensors = (
-        Compared(row[0].name, row[0].size, [s.dtype for s in row], sources_of(tables, row))
-        for row in rows
-        if row[0].size
-    )
     with np.errstate(invalid="ignore", over="ignore"):
-        yield from engine.values(tensors, _files(tables), Memory.within(_MEMORY, 1))
+        yield from engine.values(
+            compared(tables, rows), files_of(tables), Memory.within(_MEMORY, 1)
+        )
 
 
 @dataclass(slots=True)
@@ -231,7 +224,7 @@ def distances(selection: Selection, *, by: str = "name") -> Distances:
         whole += float(np.dot(average, average))
         steps += (np.diff(stacked, axis=0) ** 2).sum(axis=1)
         spread += ((stacked - average) ** 2).sum(axis=1)
-    engine.unchanged(_files(tables))
+    engine.unchanged(files_of(tables))
     to_average = [_ratio(math.sqrt(s), math.sqrt(whole)) for s in spread]
     to_previous = [None, *(_ratio(math.sqrt(s), math.sqrt(whole)) for s in steps)]
     limit = ODD * float(np.median(to_average))

@@ -398,6 +398,49 @@ class Compared(NamedTuple):
     sources: Sequence[Source]
 
 
+def pieces(
+    tensors: Iterable[Compared], inputs: Sequence[File], memory: Memory, held: int | None = None
+) -> Iterator[tuple[Compared, int, Bytes | FormatError]]:
+    """Yield the stored bytes of every slab of every tensor, from each checkpoint in turn.
+
+    Args:
+        tensors: of types of at most 8 bytes, and not empty.
+        inputs: the files of all checkpoints.
+        memory: bounds the buffers, which are used again: a piece is gone when the next but one
+            comes.
+        held: how many float64 buffers of a slab's length the caller keeps; one a checkpoint, if
+            not given.
+
+    Yields:
+        The tensor, the number of the checkpoint, and its bytes; or, in place of them, the error of
+        a file that ends early, is damaged, or changed since it was scanned.
+
+    Raises:
+        FormatError: a tensor cannot be read within the bound.
+    """
+    with _Files(inputs) as files:
+        for tensor in tensors:
+            _check_held(tensor, inputs, memory)
+            buffers = len(tensor.sources) if held is None else held
+            count = min(tensor.size, max(1, memory.most // (1 + buffers)))
+            # Whole bands of chunks where they fit, or chunks would be decoded again and again.
+            band = max(
+                s.storage.alignment * tensor.size // s.storage.nbytes for s in tensor.sources
+            )
+            count -= count % band if 0 < band < count < tensor.size else 0
+            raw = [np.empty(count * 8, np.uint8) for _ in range(2)]
+            for start in range(0, tensor.size, count):
+                for k, source in enumerate(tensor.sources):
+                    width = source.storage.nbytes // tensor.size
+                    stored = raw[k % 2][: min(count, tensor.size - start) * width]
+                    try:
+                        files.read(source, start * width, stored, tensor.name)
+                    except FormatError as error:
+                        yield tensor, k, error
+                    else:
+                        yield tensor, k, stored
+
+
 def values(
     tensors: Iterable[Compared], inputs: Sequence[File], memory: Memory
 ) -> Iterator[tuple[Compared, list[Float64]]]:
@@ -411,25 +454,17 @@ def values(
     Raises:
         FormatError: an input ends early, is damaged, or changed since it was scanned.
     """
-    with _Files(inputs) as files:
-        for tensor in tensors:
-            _check_held(tensor, inputs, memory)
-            count = min(tensor.size, max(1, memory.most // (1 + len(tensor.sources))))
-            # Whole bands of chunks where they fit, or chunks would be decoded again and again.
-            band = max(
-                s.storage.alignment * tensor.size // s.storage.nbytes for s in tensor.sources
-            )
-            count -= count % band if 0 < band < count < tensor.size else 0
-            raw = np.empty(count * 8, np.uint8)
+    buffers: list[Float64] = []
+    for tensor, k, stored in pieces(tensors, inputs, memory):
+        if isinstance(stored, FormatError):
+            raise stored
+        source = tensor.sources[k]
+        count = len(stored) // (source.storage.nbytes // tensor.size)
+        if k == 0 and (len(buffers) != len(tensor.sources) or len(buffers[0]) < count):
             buffers = [np.empty(count) for _ in tensor.sources]
-            for start in range(0, tensor.size, count):
-                slab = [buffer[: tensor.size - start] for buffer in buffers]
-                for source, dtype, out in zip(tensor.sources, tensor.dtypes, slab, strict=True):
-                    width = source.storage.nbytes // tensor.size
-                    piece = raw[: out.size * width]
-                    files.read(source, start * width, piece, tensor.name)
-                    numbers(piece, dtype, source.byteorder, out)
-                yield tensor, slab
+        numbers(stored, tensor.dtypes[k], source.byteorder, buffers[k][:count])
+        if k == len(tensor.sources) - 1:
+            yield tensor, [buffer[:count] for buffer in buffers]
 
 
 def _check_held(tensor: Compared, inputs: Sequence[File], memory: Memory) -> None:

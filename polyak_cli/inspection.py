@@ -16,8 +16,8 @@ import numpy as np
 
 from polyak_cli import engine, formats
 from polyak_cli.checkpoints import file_of
-from polyak_cli.engine import Compared, Memory
-from polyak_cli.matching import sources_of
+from polyak_cli.engine import Memory
+from polyak_cli.matching import compared
 from polyak_cli.tensors import FLOATS, Table, TensorSpec, is_carried, is_numeric
 
 #: Bound on the buffers.
@@ -132,11 +132,7 @@ def _fate(table: Table, spec: TensorSpec) -> str:
 def _statistics(table: Table, specs: Sequence[TensorSpec]) -> dict[str, Statistics]:
     """Measure every tensor that holds numbers."""
     formats.check([table], jobs=1)
-    tensors = [
-        Compared(spec.name, spec.size, [spec.dtype], sources_of([table], (spec,)))
-        for spec in specs
-        if is_numeric(spec) and spec.size
-    ]
+    tensors = compared([table], [(spec,) for spec in specs if is_numeric(spec)])
     sums: dict[str, list[float]] = {}
     with np.errstate(invalid="ignore", over="ignore"):
         for tensor, (slab,) in engine.values(tensors, table.files, Memory.within(_MEMORY, 1)):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
-from polyak_cli.engine import Source
+from polyak_cli.engine import Compared, Source
 from polyak_cli.errors import MismatchError, shown
-from polyak_cli.tensors import Storage, Table, TensorSpec
+from polyak_cli.tensors import File, Storage, Table, TensorSpec
 
 Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest first
 #: BatchNorm's statistics, as Keras, tf_keras's renorm and PyTorch call them.
@@ -150,3 +150,16 @@ def leaf(name: str) -> str:
 def is_statistic(table: Table, name: str) -> bool:
     """Tell whether a tensor is one of BatchNorm's moving statistics."""
     return leaf(name) in _STATISTICS or name in table.statistics
+
+
+def files_of(tables: Sequence[Table]) -> list[File]:
+    """Return the files of all checkpoints, as `sources_of` numbers them."""
+    return [file for table in tables for file in table.files]
+
+
+def compared(tables: Sequence[Table], rows: Iterable[Row]) -> Iterator[Compared]:
+    """Yield those of the tensors that are not empty as the engine wants to know of them."""
+    for row in rows:
+        if row[0].size:
+            dtypes = [spec.dtype for spec in row]
+            yield Compared(row[0].name, row[0].size, dtypes, sources_of(tables, row))

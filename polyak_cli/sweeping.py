@@ -311,7 +311,8 @@ def _write(
 ) -> None:
     """Write the winner as `average` does, from the checkpoints that count in it."""
     options = plan.options
-    if candidate.kind == "average" and options.get("best") is None:
+    # --last counts before --best and before what is skipped.
+    if candidate.kind == "average" and options.get("best") is None and not plan.skipped:
         parameters = _parameters(candidate.scheme, candidate.parameter)
         own: Any = {**options, "last": candidate.window, "scheme": candidate.scheme, **parameters}
         averaging.average(sources, output, **own)
@@ -333,6 +334,7 @@ def _write(
 #: Options that choose checkpoints, which are chosen by then.
 _CHOOSING = {
     *("last", "from_epoch", "to_epoch", "every", "exclude", "best", "monitor", "mode", "log"),
+    "on_unhealthy",
 }
 
 

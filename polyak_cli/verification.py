@@ -44,7 +44,7 @@ _SAMPLE = 1 << 12
 _PAIRED = 40
 
 
-class Problem(NamedTuple):
+class Discrepancy(NamedTuple):
     """Why an average does not verify."""
 
     kind: Literal["file", "record", "input", "tensor", "metadata"]
@@ -68,7 +68,7 @@ class Verification:
 
     output: Path
     inputs: tuple[tuple[str, Path | None], ...] = ()
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[Discrepancy, ...] = ()
     nbytes: int = 0
     unverified: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ def verify(
     try:
         (table,) = formats.scan([path])
     except FormatError as error:
-        return Verification(Path(output), problems=(Problem("file", path.name, str(error)),))
+        return Verification(Path(output), problems=(Discrepancy("file", path.name, str(error)),))
     if "provenance" not in table.about and not table.average:
         raise FormatError(
             f"{shown(output)}: holds no record of where it comes from; only averages that polyak "
@@ -136,7 +136,7 @@ def verify(
         record = records.read(table.about.get("provenance", ""))
     except FormatError as error:
         text = f"{shown(output)}: {error}"
-        return Verification(Path(output), problems=(Problem("record", path.name, text),))
+        return Verification(Path(output), problems=(Discrepancy("record", path.name, text),))
     except CheckpointError as error:
         raise CheckpointError(f"{shown(output)}: {error}; there is nothing to recompute") from None
     beside = path.parent.parent if _is_folder(table) else path.parent
@@ -174,9 +174,9 @@ class _Place:
     recorded: records.Input
     path: Path | None = None
 
-    def problem(self, text: str) -> Problem:
+    def problem(self, text: str) -> Discrepancy:
         """Say what is wrong with it."""
-        return Problem("input", self.recorded.name, f"'{shown(self.recorded.name, 80)}' {text}")
+        return Discrepancy("input", self.recorded.name, f"'{shown(self.recorded.name, 80)}' {text}")
 
 
 def _located(record: Record, folders: Sequence[Path], own: Table) -> list[_Place]:
@@ -250,7 +250,7 @@ class _Examination:
     folders: Sequence[Path]
     machine: averaging.Options
     places: list[_Place] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Discrepancy] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def result(self) -> Verification:
@@ -317,7 +317,7 @@ class _Examination:
                 self.problems.append(place.problem(f"cannot be averaged: {outcome}"))
         if not self.problems:
             text = f"the average cannot be recomputed: {error}"
-            self.problems.append(Problem("file", self.table.path.name, text))
+            self.problems.append(Discrepancy("file", self.table.path.name, text))
 
     # --- inputs -----------------------------------------------------------------------------------
 
@@ -393,7 +393,7 @@ class _Examination:
         for name, digest in digests.items():
             if digest != self.record.statistics[name]:
                 text = f"tensor '{shown(name)}' is not what was gathered: its SHA-256 is another"
-                self.problems.append(Problem("tensor", name, text))
+                self.problems.append(Discrepancy("tensor", name, text))
         return tuple(values)
 
     def _compare(self, plan: Plan) -> None:
@@ -402,9 +402,9 @@ class _Examination:
         if not deviation:
             return
         blamed = any(problem.kind == "input" for problem in self.problems)
-        self.problems += [Problem("tensor", one.name, str(one)) for one in deviation.tensors]
+        self.problems += [Discrepancy("tensor", one.name, str(one)) for one in deviation.tensors]
         name = self.table.path.name
-        self.problems += [Problem("metadata", name, text) for text in deviation.outside]
+        self.problems += [Discrepancy("metadata", name, text) for text in deviation.outside]
         if deviation.outside and not deviation.tensors and self.record.version != __version__:
             self.notes.append(
                 f"every tensor is equal bit for bit; the file was written by polyak "

@@ -70,6 +70,8 @@ def watch(
     if not (interval > 0 and math.isfinite(interval)):
         raise UsageError(f"--interval is {interval:g}; expected a number of seconds above 0")
     averaging.check_options(options)
+    if options.get("on_unhealthy"):
+        raise UsageError("on_unhealthy belongs to average; what cannot be read is waited for here")
     if not options.get("force"):
         averaging.check_replaceable(Path(output))
     options["force"] = True  # from now on: it is an average, or the user has said so

@@ -16,7 +16,16 @@ from polyak_cli import errors
 from tests.command import SAMPLES
 
 COMMANDS = {
-    *("average", "diff", "evaluate", "inspect", "recalibrate", "sweep", "train", "verify", "watch"),
+    "average",
+    "check",
+    "diff",
+    "evaluate",
+    "inspect",
+    "recalibrate",
+    "sweep",
+    "train",
+    "verify",
+    "watch",
 }
 
 
@@ -75,6 +84,7 @@ def test_the_calls_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert polyak_cli.average(SAMPLES, output, last=3).bytes_written == output.stat().st_size
     (found,) = polyak_cli.inspect([output], statistics=True)
     assert found.parameters > 0
+    assert polyak_cli.check(SAMPLES).healthy
     assert not polyak_cli.diff(output, SAMPLES / "model_499.h5").equal
     assert len(polyak_cli.distances(polyak_cli.select([SAMPLES])).checkpoints) == 10
     assert tuple(capfd.readouterr()) == ("", "")

@@ -72,6 +72,7 @@ def succeeded(done: Done) -> str:
 HEADINGS = {
     "average": [
         "Choosing checkpoints",
+        "Health",
         "Coefficients",
         "Averaging",
         "Recalibrating",
@@ -88,6 +89,7 @@ HEADINGS = {
         "Machine",
         "Help",
     ],
+    "check": ["Choosing checkpoints", "Output", "Machine", "Help"],
     "evaluate": ["Data", "Deciding", "Output", "Help"],
     "recalibrate": ["Data", "Output", "Help"],
     "sweep": ["Choosing checkpoints", "Candidates", "Data", "Output", "Machine", "Help"],
@@ -564,6 +566,7 @@ PLAN_KEYS = {
     "memory": int,
     "recalibrate": type(None),
     "passed_over": list,
+    "skipped": list,
     "notes": list,
 }
 REPORT_KEYS = PLAN_KEYS | {

@@ -242,9 +242,11 @@ def test_the_measuring_sees_what_is_used() -> None:
     assert 300 * MEGABYTE < peak < 350 * MEGABYTE
 
 
-@pytest.mark.parametrize("command", [["inspect", "--stats"], ["diff", "--atol", "9"], ["diff"]])
+@pytest.mark.parametrize(
+    "command", [["inspect", "--stats"], ["diff", "--atol", "9"], ["diff"], ["check"]]
+)
 def test_looking_inside_is_flat_too(tmp_path: Path, command: list[str]) -> None:
-    """Statistics, differences and distances of 4 MB and of 400 MB take the same memory."""
+    """Statistics, differences, distances and health of 4 MB and of 400 MB take the same memory."""
     peaks = []
     for elements in (1 << 20, 100 << 20):
         paths = [write_large(tmp_path / f"m_{k}.h5", 1, elements, k) for k in range(2)]

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyak_cli import (
+    Discrepancy,
     PolyakError,
-    Problem,
     Split,
     Verification,
     average,
@@ -684,6 +684,6 @@ def test_what_differs_is_counted(
 
 def test_a_problem_is_data() -> None:
     """Results can be put into JSON as they are."""
-    found = Verification(Path("o.h5"), problems=(Problem("file", "o.h5", "is gone"),))
+    found = Verification(Path("o.h5"), problems=(Discrepancy("file", "o.h5", "is gone"),))
     assert not found.verified
     assert json.loads(json.dumps(found.data()))["problems"][0]["text"] == "is gone"
