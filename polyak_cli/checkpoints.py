@@ -186,7 +186,7 @@ def survey(
     ordered = _ordered_as_far_as_known(pool, pattern, troubles.append)
     # Whether --from and --to mean those of unknown epoch cannot be told: they are looked at too.
     known = [one for one in ordered if one.epoch is not None]
-    within = _within(known, from_epoch, to_epoch) if known else []
+    within = set(_within(known, from_epoch, to_epoch) if known else ())
     kept = [one for one in ordered if one.epoch is None or one in within]
     chosen = _newest(kept, last, len(ordered))
     taken = {one.path for one in chosen}
@@ -883,9 +883,11 @@ def _epochs_of_runs(
     parted.sort(key=lambda run: (len(run), max(known.get(name.path, 0) for name in run)))
     others = [name.path for run in parted[:-1] for name in run]
     for path in others:
+        usual = shown(parted[-1][0].path)
         text = (
-            f"{shown(path)} is not named like {shown(parted[-1][0].path)} and {len(parted[-1]) - 1}"
-            f" more: another run's, by its name; leave one kind out with --exclude, or {_SAY_WHERE}"
+            f"{shown(path)} looks like a checkpoint of another run than {usual} "
+            f"({len(parted[-1])} are named like this one): leave one kind out with --exclude, or "
+            f"{_SAY_WHERE}"
         )
         told(Trouble("other run", path, text))
     return known, set(others)

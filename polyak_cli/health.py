@@ -173,7 +173,7 @@ def check(
     )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Patient:
     """A checkpoint while it is looked at."""
 
@@ -238,8 +238,19 @@ def _examine(patients: Sequence[_Patient]) -> None:
         if not one.has("unreadable"):
             by_format.setdefault(detect(path), []).append((one, path))
     for found in by_format.values():
-        for (one, _), table in zip(found, formats.scan([p for _, p in found]), strict=True):
-            one.table = table
+        for (one, _), table in zip(found, _tables([path for _, path in found]), strict=True):
+            if isinstance(table, PolyakError):
+                one.suffers("unreadable", str(table))
+            else:
+                one.table = table
+
+
+def _tables(paths: Sequence[Path]) -> Sequence[Table | PolyakError]:
+    """Scan files of one format, though some may be damaged in what is not the model's own."""
+    try:
+        return formats.scan(paths)
+    except PolyakError as error:
+        return [error] if len(paths) == 1 else [_tables([path])[0] for path in paths]
 
 
 # --- the values -----------------------------------------------------------------------------------

@@ -147,7 +147,15 @@ def test_an_oscillation_is_no_row_of_outliers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "epochs",
-    [[5, 10, 15, 20, 25], [1, 5, 10, 15, 20], [7], [7, 90], [1, 2, 5, 9, 12, 30], [0, 100, 250]],
+    [
+        [5, 10, 15, 20, 25],
+        [10, 20, 30, 45, 55],
+        [1, 5, 10, 15, 20],
+        [7],
+        [7, 90],
+        [1, 2, 5, 9, 12, 30],
+        [0, 100, 250],
+    ],
 )
 def test_regular_and_irregular_epochs_are_no_gaps(tmp_path: Path, epochs: list[int]) -> None:
     """Every fifth epoch, a first one before them, or only the best: none is missing for certain."""
@@ -166,6 +174,7 @@ def in_order(*order: int) -> list[int]:
         [0] * 10,  # as many tools copy
         in_order(1, 10, 2, 3, 4, 5, 6, 7, 8, 9),  # copied in the order of their names
         in_order(3, 7, 1, 9, 4, 10, 2, 8, 6, 5),  # in that of the directory
+        in_order(6, 1, 7, 2, 8, 3, 9, 4, 10, 5),  # two copies at a time
         in_order(10, 9, 8, 7, 6, 5, 4, 3, 2, 1),
         [k * 1e-3 for k in in_order(1, 2, 3, 4, 5, 9, 10, 6, 7, 8)],  # within a second
         in_order(2, 3, 4, 5, 6, 7, 8, 9, 10, 1),  # the first one was touched
@@ -208,6 +217,16 @@ def test_a_truncated_and_a_foreign_file_are_unreadable(tmp_path: Path) -> None:
     second, fourth = found.checkpoints[1], found.checkpoints[3]
     assert second.to_next == fourth.to_previous
     assert second.to_next == pytest.approx(NEXT * np.sqrt(2), rel=0.1)
+
+
+def test_a_newest_checkpoint_that_is_damaged_in_its_optimizer(tmp_path: Path) -> None:
+    """It would be the template, of which everything is read."""
+    paths = written(tmp_path / "run", walk(3))
+    with h5py.File(paths[2], "r+") as file:
+        file.create_group("optimizer_weights")["m"] = h5py.ExternalLink("other.h5", "/m")
+    os.utime(paths[2], (BEGUN + 200,) * 2)
+    assert kinds(check(tmp_path / "run")) == {"model_3.h5": ["unreadable"]}
+    assert len(plan(tmp_path / "run", on_unhealthy="skip").checkpoints) == 2
 
 
 def test_damage_that_only_the_values_show_is_of_its_checkpoint(tmp_path: Path) -> None:
@@ -550,6 +569,8 @@ def test_skip_leaves_a_healthy_run_as_it_is(tmp_path: Path) -> None:
     average(SAMPLES, tmp_path / "a.h5", scheme="exp")
     average(SAMPLES, tmp_path / "b.h5", scheme="exp", on_unhealthy="skip")
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+    (inside,) = inspect([tmp_path / "b.h5"])
+    assert "skipped" not in inside.provenance
 
 
 def test_skip_takes_those_chosen_first(ill: Path) -> None:
@@ -584,8 +605,9 @@ def test_what_is_wrong_with_the_run_cannot_be_skipped(tmp_path: Path) -> None:
     assert (made.notes, made.skipped) == ((note,), ())
     with pytest.raises(errors.CheckpointError, match=r"^gap: between .* are missing"):
         plan(tmp_path / "run", on_unhealthy="fail")
-    assert plan(tmp_path / "run", exclude=["model_2.h5"]).notes == ()
-    assert plan(tmp_path / "run", every=2, on_unhealthy="fail").notes == ()
+    written(tmp_path / "run", walk(7))
+    assert plan(tmp_path / "run", exclude=["model_4.h5"]).notes == ()
+    assert plan(tmp_path / "run", exclude=["model_4.h5"], on_unhealthy="fail").notes == ()
 
 
 def test_options_that_do_not_go_with_it(tmp_path: Path) -> None:
