@@ -58,6 +58,8 @@ Progress = Callable[[int], None]
 
 #: Bound on the buffers of the engine; the interpreter with numpy and h5py comes on top.
 MAX_MEMORY = 32 << 20
+#: Bytes of all inputs up to which their digests are recorded unasked: it takes no time then.
+HASHED = 64 << 20
 #: Rows that a model is run on at a time where it is recalibrated.
 BATCH_SIZE = 256
 
@@ -95,7 +97,7 @@ class Options(TypedDict, total=False):
         batch_size: of these rows at a time, at most; `BATCH_SIZE`.
         trust_code: run the code that the model carries in a Lambda layer, to recalibrate it.
         force: replace an existing output.
-        hash: record each input's SHA-256.
+        hash: record each input's SHA-256; where it is not said, if all have `HASHED` bytes at most.
         verify: read the output back from the disk before it gets its name, and compare it, bit for
             bit, with the average computed once more.
         max_memory: bytes for buffers; `MAX_MEMORY`.
@@ -129,7 +131,7 @@ class Options(TypedDict, total=False):
     batch_size: int | None
     trust_code: bool
     force: bool
-    hash: bool
+    hash: bool | None
     verify: bool
     max_memory: int | None
     jobs: int | None
@@ -534,7 +536,8 @@ def several(
     Args:
         plan: which tensors of which checkpoints; its own coefficients do not count.
         coefficients: for each output, one a checkpoint, oldest first; see `schemes.coefficients`.
-        outputs: the files to write, named as those of the format are.
+        outputs: the files to write, named as those of the format are; their records have no digests
+            of the inputs.
         progress: told the bytes read by every finished piece of work.
 
     Raises:
@@ -542,12 +545,12 @@ def several(
         OSError: there is no room.
     """
     rows = [tuple(row) for row in coefficients]
+    options: Options = {**plan.options, "hash": False}  # not for each of them anew
+    custom = replace(plan, scheme="custom", parameters={}, options=options)
     rooms = [
         _room(each, output, records.text(records.sealed(provenance(each))))
         for each, output in zip(
-            (replace(plan, scheme="custom", parameters={}, coefficients=row) for row in rows),
-            outputs,
-            strict=True,
+            (replace(custom, coefficients=row) for row in rows), outputs, strict=True
         )
     ]
     _fold(plan, rows, rooms, progress or (lambda _: None))
@@ -1076,7 +1079,8 @@ def provenance(plan: Plan) -> dict[str, Any]:
             plan.checkpoints, plan.tables, plan.coefficients, strict=True
         )
     ]
-    if options.get("hash"):
+    wanted = options.get("hash")
+    if wanted or (wanted is None and sum(table.size for table in plan.tables) <= HASHED):
         for record, table in zip(inputs, plan.tables, strict=True):
             found = digests(table)
             record["sha256"] = found[0] if len(found) == 1 else list(found)

@@ -195,6 +195,11 @@ TRUST_CODE = _option(
     is_flag=True,
     help="Run the code that a model file carries (a Lambda layer).",
 )
+HASH = _option(
+    "--hash/--no-hash",
+    default=None,
+    help="Record each input's SHA-256 in the output.  [default: up to 64 MB in all]",
+)
 QUIET = _option("-q", "--quiet", is_flag=True, help="Print only errors.")
 
 CHOOSING = _options(
@@ -317,7 +322,7 @@ WRITING = _options(
     "Output",
     _option("-o", "--output", type=click.Path(), metavar="FILE", help="The file to write."),
     _option("--force", is_flag=True, help="Replace an existing output."),
-    _option("--hash", is_flag=True, help="Record each input's SHA-256 in the output."),
+    HASH,
     _option(
         "--verify",
         is_flag=True,
@@ -451,7 +456,7 @@ def _apart(recalibrates: object) -> Iterator[None]:
         help="The file to write, and to replace each time.",
     ),
     _option("--force", is_flag=True, help="Replace an output that is no average by polyak."),
-    _option("--hash", is_flag=True, help="Record each input's SHA-256 in the output."),
+    HASH,
     _option("--json", "as_json", is_flag=True, help="Print each report as one line of JSON."),
     QUIET,
     _option("-v", "--verbose", is_flag=True, help="Print each report in full."),

@@ -60,7 +60,7 @@ class Input:
         epoch: that its name tells, None where it tells none.
         size: bytes of all its files.
         coefficient: how much it counts.
-        sha256: of each of its files; empty where the average was made without ``--hash``.
+        sha256: of each of its files; empty where none was recorded: see ``--hash``.
     """
 
     name: str

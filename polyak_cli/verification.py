@@ -457,8 +457,8 @@ class _Examination:
             self.problems.append(place.problem("was modified after the average was written"))
         if not later:
             self.notes.append(
-                "the average was made without --hash, so that it cannot be told whether an input "
-                "or the average was changed"
+                "no digests of the inputs were recorded (--hash), so it cannot be told whether an "
+                "input or the average was changed"
             )
 
 

@@ -28,7 +28,7 @@ def test_several_averages_are_each_what_average_writes(tmp_path: Path) -> None:
     outputs = [tmp_path / f"out_{k}.h5" for k in range(len(rows))]
     averaging.several(averaging.plan(paths), rows, outputs)
     for row, output in zip(rows, outputs, strict=True):
-        averaging.average(paths, tmp_path / "one.h5", coefficients=row, force=True)
+        averaging.average(paths, tmp_path / "one.h5", coefficients=row, force=True, hash=False)
         assert output.read_bytes() == (tmp_path / "one.h5").read_bytes()
         with h5py.File(output) as file:
             assert file["model_weights/d/n"][()] == 3

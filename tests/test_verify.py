@@ -25,7 +25,9 @@ from polyak_cli import (
     Split,
     Verification,
     average,
+    averaging,
     bitwise,
+    inspect,
     models,
     recalibration,
     verify,
@@ -56,8 +58,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return what `run` is a copy of."""
     folder = tmp_path_factory.mktemp("made")
     write_run(folder / "ckpts")
-    average(folder / "ckpts", folder / "final.h5", scheme="exp")
-    average(folder / "ckpts", folder / "hashed.h5", scheme="exp", hash=True)
+    average(folder / "ckpts", folder / "final.h5", scheme="exp", hash=False)
+    average(folder / "ckpts", folder / "hashed.h5", scheme="exp")
     return folder
 
 
@@ -326,6 +328,38 @@ def test_a_changed_input_is_named(run: Path) -> None:
     assert problems(found, "input") == {"model_2.h5": text}
 
 
+def test_a_bit_anywhere_in_any_input_is_named(run: Path) -> None:
+    """Also where the average is none the worse for it, as in what only the newest one gives."""
+    random = np.random.default_rng(2)
+    for k in (1, 2, 3):
+        path = run / f"ckpts/model_{k}.h5"
+        whole = path.read_bytes()
+        for position in random.integers(0, len(whole), 4):
+            flipped = bytearray(whole)
+            flipped[position] ^= 1 << int(random.integers(8))
+            path.write_bytes(flipped)
+            assert path.name in problems(verified(run, "hashed.h5"), "input"), position
+        path.write_bytes(whole)
+    assert verified(run, "hashed.h5").verified
+
+
+def test_digests_are_recorded_unasked_of_few_bytes(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to a bound on all inputs together, or when asked for; never when asked not to."""
+    size = sum(path.stat().st_size for path in (run / "ckpts").iterdir())
+    for bound, wanted, expected in (
+        (size, None, True),
+        (size - 1, None, False),
+        (size - 1, True, True),
+        (size, False, False),
+    ):
+        monkeypatch.setattr(averaging, "HASHED", bound)
+        average(run / "ckpts", run / "o.h5", hash=wanted, force=True)
+        (found,) = inspect([run / "o.h5"])
+        assert ["sha256" in one for one in found.provenance["inputs"]] == [expected] * 3
+
+
 def test_an_input_of_another_size_is_named(run: Path) -> None:
     """With both sizes."""
     with h5py.File(run / "ckpts/model_2.h5", "r+") as file:
@@ -561,7 +595,7 @@ def test_a_verified_average_is_the_same_and_says_so(run: Path) -> None:
     done = polyak("average", "ckpts", *options, "again.h5", cwd=run)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(", verified: read back, it is the average bit for bit\n")
-    assert (run / "again.h5").read_bytes() == (run / "final.h5").read_bytes()
+    assert (run / "again.h5").read_bytes() == (run / "hashed.h5").read_bytes()
     done = polyak("average", "ckpts", *options, "third.h5", "--json", cwd=run)
     assert json.loads(done.stdout)["verified"] is True
     assert average(run / "ckpts", run / "fourth.h5").data()["verified"] is False
