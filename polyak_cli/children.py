@@ -49,7 +49,10 @@ class Child:
     def __init__(self, work: Work) -> None:
         self.parent = os.getpid()
         self.pending = bytearray()
-        self.pipe, writer = os.pipe()
+        try:
+            self.pipe, writer = os.pipe()
+        except OSError as error:
+            raise _no_child(error) from None
         with warnings.catch_warnings():
             # Python 3.12 warns of any thread, those of a caller's framework too; the child runs
             # only numpy and h5py, whose lock is taken across a fork.
@@ -63,6 +66,9 @@ class Child:
                 if self.pid == 0:
                     os.close(self.pipe)
                     _run(work, Writer(writer), mask)
+            except OSError as error:
+                os.close(self.pipe)
+                raise _no_child(error) from None
             finally:
                 os.close(writer)
                 self._unblock(mask)
@@ -106,6 +112,13 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             self.reap()
+
+
+def _no_child(error: OSError) -> PolyakError:
+    return PolyakError(
+        f"a process of its own cannot be started for the work: {error.strerror}; allow more "
+        "memory, processes or open files (ulimit -v, -u, -n), or use fewer --jobs"
+    )
 
 
 def _run(work: Work, writer: Writer, mask: Iterable[int | signal.Signals]) -> NoReturn:

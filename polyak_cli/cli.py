@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import resource
 import signal
 import sys
 from collections import Counter
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 DONE, ANSWER_IS_NO, USAGE, FAILED = 0, 1, 2, 3
 #: Problems that are shown of an average which does not verify.
 _MOST = 20
+#: Bytes of address space without which numpy and h5py cannot be relied on to load and work.
+_ADDRESS_SPACE = 160 << 20
 
 
 # --- click, with what it lacks --------------------------------------------------------------------
@@ -158,6 +161,7 @@ def _option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, An
 @click.version_option(__version__, "-V", "--version", prog_name="polyak")
 def cli() -> None:
     """Average the checkpoints of a training run into one better-behaved model."""
+    _check_address_space()
 
 
 # Options of several commands.
@@ -1587,11 +1591,30 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _fail(str(error), USAGE)
     except PolyakError as error:
         return _fail(str(error), FAILED)
+    except MemoryError:
+        return _fail(
+            "memory ran out; use fewer --jobs or less --max-memory, or allow more (ulimit -v)",
+            FAILED,
+        )
     except _Terminated as ended:
         interrupted = ended.number == signal.SIGINT
         how = "interrupted" if interrupted else f"ended by {signal.Signals(ended.number).name}"
         return _fail(f"{how}; no unfinished file is left", 128 + ended.number)
     return code if isinstance(code, int) else DONE
+
+
+def _check_address_space() -> None:
+    """Refuse a limit under which the libraries cannot be loaded: they end in their own ways.
+
+    Raises:
+        PolyakError: with both sizes.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _ADDRESS_SPACE:
+        raise PolyakError(
+            f"the address space is limited to {limit >> 10} KiB (ulimit -v), and numpy and h5py "
+            f"alone take most of {_ADDRESS_SPACE >> 10} KiB; allow at least as much"
+        )
 
 
 def _fail(message: str, code: int) -> int:

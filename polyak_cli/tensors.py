@@ -161,14 +161,40 @@ def read_exactly(descriptor: int, offset: int, buffer: Bytes) -> None:
     """Fill ``buffer`` from the file's bytes at ``offset``.
 
     Raises:
-        FormatError: the file ends first.
+        FormatError: the file ends first, or cannot be read; the message lacks the file.
     """
     view = memoryview(buffer.data)
     while len(view):
-        count = os.preadv(descriptor, [view], offset)
+        try:
+            count = os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            raise unreadable(error) from None
         if count == 0:
             raise FormatError(f"the file ends {len(view)} bytes before the tensor does")
         view, offset = view[count:], offset + count
+
+
+def read_at(descriptor: int, offset: int, nbytes: int) -> bytes:
+    """Return the file's bytes at ``offset``, fewer only where it ends.
+
+    The system may give fewer at a time: where a signal comes, on a network, and beyond 2 GiB.
+
+    Raises:
+        FormatError: the file cannot be read; the message lacks it.
+    """
+    parts = []
+    try:
+        while nbytes and (part := os.pread(descriptor, nbytes, offset)):
+            parts.append(part)
+            nbytes, offset = nbytes - len(part), offset + len(part)
+    except OSError as error:
+        raise unreadable(error) from None
+    return b"".join(parts)
+
+
+def unreadable(error: OSError) -> FormatError:
+    """Return what a failed read means, for whoever knows the file to name it."""
+    return FormatError(f"cannot be read: {error.strerror}")
 
 
 def expect(descriptor: int, offset: int, nbytes: int) -> None:
@@ -177,9 +203,9 @@ def expect(descriptor: int, offset: int, nbytes: int) -> None:
         os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
-def write_exactly(descriptor: int, offset: int, buffer: Bytes) -> None:
-    """Write all of ``buffer`` at ``offset``."""
-    view = memoryview(buffer.data)
+def write_exactly(descriptor: int, offset: int, buffer: Bytes | bytes) -> None:
+    """Write all of ``buffer`` at ``offset``, which the system may take in several parts."""
+    view = memoryview(buffer if isinstance(buffer, bytes) else buffer.data)
     while len(view):
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count

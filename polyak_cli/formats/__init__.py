@@ -212,7 +212,8 @@ def tried(paths: Sequence[Path], *, jobs: int = 1) -> list[Tried | PolyakError]:
     """
     from polyak_cli.formats import sandbox
 
-    requests = [(module(detect(path)), str(path)) for path in paths]
+    # What cannot be read just now is left to hdf5, which says why.
+    requests = [(module(_detected(path) or "hdf5"), str(path)) for path in paths]
     names = [str(path) for path in paths]
     return [
         outcome
@@ -341,18 +342,33 @@ def _refuse(request: tuple[str, Layout], alive: Alive) -> None:
 
 def _lay_out(request: tuple[str, Layout], alive: Alive) -> dict[str, Any]:
     """Lay out, in a child, an output of its template's format or of another."""
-    name, layout = request
-    if name == layout.template.format:
-        laid_out = module(name).lay_out(layout, alive)
-    else:
-        from polyak_cli.formats import conversion
-
-        source = cast(conversion.Source, module(layout.template.format))
-        said = source.texts(layout.template, alive)
-        laid_out = cast(conversion.Target, module(name)).convert(layout, said, alive)
+    try:
+        laid_out = _laid_out(*request, alive)
+    except OSError as error:  # of the template's files it is told as of any that cannot be read
+        if not error.errno or error.filename in {file.path for file in request[1].template.files}:
+            raise
+        return {"unwritable": [error.errno, error.strerror]}
     # Without the names, which the parent has already, and which are the larger part.
     places = laid_out["places"]
-    return laid_out | {"places": [places.get(location) for location in layout.averaged]}
+    return laid_out | {"places": [places.get(location) for location in request[1].averaged]}
+
+
+def _laid_out(name: str, layout: Layout, alive: Alive) -> dict[str, Any]:
+    if name == layout.template.format:
+        return module(name).lay_out(layout, alive)
+    from polyak_cli.formats import conversion
+
+    source = cast(conversion.Source, module(layout.template.format))
+    said = source.texts(layout.template, alive)
+    return cast(conversion.Target, module(name)).convert(layout, said, alive)
+
+
+def _seal(name: str, output: str, laid_out: Mapping[str, Any]) -> None:
+    """Finish an output; what of it cannot be read again is its own trouble, as all else here."""
+    try:
+        module(name).seal(output, laid_out)
+    except FormatError as error:
+        raise OSError(errno.EIO, str(error)) from None
 
 
 def lay_out(
@@ -376,17 +392,17 @@ def lay_out(
 
     Raises:
         FormatError: the template cannot be copied safely.
-        OSError: there is no room.
+        OSError: it cannot be written; `publish` knows by what name to tell it.
     """
     from polyak_cli.formats import sandbox
 
     name = name or template.format
     request = Layout(template, str(output), averaged, drop_optimizer, provenance)
     (outcome,) = sandbox.each(_lay_out, [(name, request)], [str(template.path)])
-    if isinstance(outcome, OutputError):  # `publish` knows by what name to tell it
-        raise OSError(errno.ENOSPC, str(outcome))
     if isinstance(outcome, PolyakError):
         raise outcome
+    if "unwritable" in outcome:
+        raise OSError(*outcome["unwritable"])
     places = {
         location: LaidOut(place[0], sys.intern(place[1]), *place[2:])
         for location, place in zip(averaged, outcome["places"], strict=True)
@@ -394,7 +410,7 @@ def lay_out(
     }
     outcome["places"] = places  # what came as JSON is not kept
     files = outcome.get("files", [str(output)])
-    return Room(files, places, lambda: module(name).seal(str(output), outcome))
+    return Room(files, places, lambda: _seal(name, str(output), outcome))
 
 
 def check_output(

@@ -11,6 +11,9 @@ import stat
 import struct
 from pathlib import Path
 
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.tensors import read_at
+
 #: Bytes of a zip archive's end in which its list of members is looked for.
 _TAIL = 1 << 20
 #: Bytes of both ends of a JSON file in which it must say what it lists.
@@ -31,6 +34,9 @@ def detect(path: Path) -> str:
     """Return the name of the module of `formats` that reads a checkpoint.
 
     What no format knows is left to hdf5, which says what it found instead.
+
+    Raises:
+        FormatError: the file is there, but cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -39,16 +45,18 @@ def detect(path: Path) -> str:
     try:
         status = os.fstat(descriptor)
         return _file(descriptor, status.st_size) if stat.S_ISREG(status.st_mode) else "hdf5"
+    except FormatError as error:
+        raise FormatError(f"{shown(path)}: {error}") from None
     finally:
         os.close(descriptor)
 
 
 def _file(descriptor: int, size: int) -> str:
-    head = os.pread(descriptor, 16, 0)
+    head = read_at(descriptor, 0, 16)
     if head.startswith(b"PK\x03\x04"):
         return _archive(descriptor, size)
     if head.lstrip().startswith(b"{"):  # an index of shards, of which the map may come first
-        ends = os.pread(descriptor, _ENDS, 0) + os.pread(descriptor, _ENDS, max(0, size - _ENDS))
+        ends = read_at(descriptor, 0, _ENDS) + read_at(descriptor, max(0, size - _ENDS), _ENDS)
         if b'"weight_map"' in ends and b'.weights.h5"' in ends:
             return "weights_json"
         if b'"weight_map"' in ends and b'.safetensors"' in ends:
@@ -57,18 +65,18 @@ def _file(descriptor: int, size: int) -> str:
     if re.match(rb".{5}\0{3}\{", head, re.DOTALL):
         return "safetensors"
     # A pickle, or the tar archive that torch.save wrote first: not opened, which torch_zip tells.
-    if re.match(rb"\x80[\x02-\x05]", head) or os.pread(descriptor, 5, 257) == b"ustar":
+    if re.match(rb"\x80[\x02-\x05]", head) or read_at(descriptor, 257, 5) == b"ustar":
         return "torch_zip"
-    if _BUNDLE.match(head) or os.pread(descriptor, 8, max(0, size - 8)) == _TABLE:
+    if _BUNDLE.match(head) or read_at(descriptor, max(0, size - 8), 8) == _TABLE:
         return "tf_bundle"
     return "hdf5"
 
 
 def _archive(descriptor: int, size: int) -> str:
     """Tell the formats that are zip archives by their members' names."""
-    names = _names(os.pread(descriptor, _TAIL, max(0, size - _TAIL)), _LISTED)
+    names = _names(read_at(descriptor, max(0, size - _TAIL), _TAIL), _LISTED)
     if not names:  # the list at the end is cut off; whoever reads the format says so
-        names = _names(os.pread(descriptor, _TAIL, 0), _LOCAL)
+        names = _names(read_at(descriptor, 0, _TAIL), _LOCAL)
     if names & _KERAS_WEIGHTS or names >= _KERAS_TEXTS:
         return "keras_zip"
     if any(name.endswith(b".npy") for name in names):

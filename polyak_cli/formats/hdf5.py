@@ -32,7 +32,9 @@ from polyak_cli.tensors import (
     Scan,
     Table,
     TensorSpec,
+    read_at,
     read_exactly,
+    unreadable,
     write_exactly,
 )
 
@@ -109,7 +111,7 @@ _FLOAT_TYPES = [
 _LISTS = re.compile(
     rb".*@(layer_names|weight_names)\d*|@polyak_provenance|.*/vars@name|.*/\d+@dtype", re.DOTALL
 )
-_NO_ROOM = rf"errno = ({errno.ENOSPC}|{errno.EFBIG}|{errno.EDQUOT})\b"
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _NAMELESS = b"window"  # what libhdf5 calls a file that has no path
 _MAXIMUM_DEPTH = 64
 _SMALL = 1 << 16  # bytes of a tensor whose values may be copied, to be overwritten
@@ -126,6 +128,7 @@ def _opened(path: Place) -> Iterator[tuple[Any, int]]:
 
     Raises:
         FormatError: named by path, for everything that a damaged file makes libhdf5 say.
+        OSError: another file, to which it is copied, cannot be written.
     """
     size = _look(path)
     with _explained(path, size):
@@ -135,6 +138,9 @@ def _opened(path: Place) -> Iterator[tuple[Any, int]]:
             yield h5o.open(file, b"/"), size
         except FormatError as error:
             raise FormatError(f"{shown(path)}: {error}") from None
+        finally:
+            if isinstance(path, Window) and path.error:  # whatever else it led to
+                raise FormatError(f"{shown(path)}: {unreadable(path.error)}")
 
 
 def _access(path: Place) -> Any:
@@ -164,10 +170,16 @@ def _explained(path: Place, size: int) -> Iterator[None]:
         # h5py raises half a dozen types for a damaged file; what comes from elsewhere is a bug.
         if isinstance(error, PolyakError) or not _from_h5py(error):
             raise
-        full = re.search(_NO_ROOM, str(error))
-        if full:
-            raise OutputError(os.strerror(int(full[1]))) from None
+        number = _errno(error)
+        if number in _NO_ROOM or re.search("file write failed|create file", str(error)):
+            raise OSError(number, os.strerror(number)) from None
         raise FormatError(f"{shown(path)}: {_reason(error, size)}") from None
+
+
+def _errno(error: Exception) -> int:
+    """Return the number of the system's error that libhdf5 tells of, 0 where it is of another."""
+    numbers = re.findall(r"errno = (\d+)\b", str(error))  # the last: a file may be called so
+    return int(numbers[-1]) if numbers else 0
 
 
 def _look(path: Place) -> int:
@@ -195,13 +207,20 @@ def _check_signature(path: Place, descriptor: int, start: int, size: int) -> Non
     """Refuse what does not begin like HDF5."""
     offset = 0
     while offset < size:  # a user block may stand before the signature
-        if os.pread(descriptor, len(SIGNATURE), start + offset) == SIGNATURE:
+        if _head(path, descriptor, start + offset, len(SIGNATURE)) == SIGNATURE:
             return
         offset = offset * 2 or 512
-    head = os.pread(descriptor, min(32, size), start)
+    head = _head(path, descriptor, start, min(32, size))
     what = next((name for magic, name in FOREIGN.items() if head.startswith(magic)), None)
     begins = f"it is {what}" if what else f"it begins with {head[:8]!r}"
     raise FormatError(f"{shown(path)}: is not an HDF5 file ({begins}); expected a Keras .h5 file")
+
+
+def _head(path: Place, descriptor: int, offset: int, nbytes: int) -> bytes:
+    try:
+        return read_at(descriptor, offset, nbytes)
+    except FormatError as error:
+        raise FormatError(f"{shown(path)}: {error}") from None
 
 
 def _from_h5py(error: Exception) -> bool:
@@ -225,6 +244,8 @@ def _reason(error: Exception, size: int) -> str:
     if "truncated file" in text:
         wanted = text.rpartition("stored_eof = ")[2].rstrip(")")
         return f"is truncated: it has {size} bytes, its header says {shown(wanted)}; save it again"
+    if _errno(error):
+        return f"cannot be read: {os.strerror(_errno(error))}"
     return f"is damaged or not a Keras model file: {shown(text)}"
 
 
@@ -1047,7 +1068,10 @@ def _move(
         for start, to, nbytes in moved:
             for done in range(0, nbytes, len(buffer)):
                 piece = buffer[: nbytes - done]
-                read_exactly(source.descriptor, source.offset + start + done, piece)
+                try:
+                    read_exactly(source.descriptor, source.offset + start + done, piece)
+                except FormatError as error:
+                    raise FormatError(f"{shown(template)}: {error}") from None
                 write_exactly(target.descriptor, target.offset + to + done, piece)
                 alive()
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import conversion
 from polyak_cli.formats.zips import WHOLE
-from polyak_cli.tensors import FLOATS, Alive, Identity, Layout, Scan, Table, TensorSpec
+from polyak_cli.tensors import FLOATS, Alive, Identity, Layout, Scan, Table, TensorSpec, read_at
 
 NAME = "safetensors"
 SUFFIXES = (".safetensors",)
@@ -149,21 +149,14 @@ def _content(path: str, most: int, offset: int) -> tuple[os.stat_result, bytes]:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise FormatError(f"{shown(path)}: is not a regular file")
-            return status, _read(descriptor, most, offset)
+                raise FormatError("is not a regular file")
+            return status, read_at(descriptor, offset, most)
         finally:
             os.close(descriptor)
+    except FormatError as error:
+        raise FormatError(f"{shown(path)}: {error}") from None
     except OSError as error:
         raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
-
-
-def _read(descriptor: int, most: int, offset: int) -> bytes:
-    """Read as much as there is; a single pread ends at 2 GiB, or where a signal comes."""
-    parts = []
-    while most and (part := os.pread(descriptor, most, offset)):
-        parts.append(part)
-        most, offset = most - len(part), offset + len(part)
-    return b"".join(parts)
 
 
 def _header(path: str, alive: Alive) -> _Header:

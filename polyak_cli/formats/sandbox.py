@@ -103,6 +103,8 @@ class _Lane:
                 f"{name}: reading its header needs more than {GROWTH_BYTES >> 20} MiB of memory; "
                 "the file is damaged, hostile, or beyond what can be read"
             )
+        if isinstance(error, OSError):
+            return FormatError(f"{name}: cannot be read: {error.strerror}")
         if isinstance(error, PolyakError):
             return error
         if error:
@@ -133,9 +135,11 @@ class _Lane:
                 "reading its header does not end; the file is damaged, hostile, or on a file "
                 "system that does not answer. Leave it out or save it again"
             )
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        scarce = ", or needs more memory than ulimit -v allows" * (limit != resource.RLIM_INFINITY)
         return (
             f"reading its header crashed the HDF5 library ({how}); the file is damaged or "
-            "hostile. Leave it out or save it again"
+            f"hostile{scarce}. Leave it out or save it again"
         )
 
     def stop(self) -> None:

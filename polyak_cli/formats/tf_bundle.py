@@ -466,7 +466,7 @@ def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
                 holes[file].append((entry.offset, entry.offset + entry.nbytes))
         for k in range(1, len(files)):
             size = bundle.identities[k].size
-            _copy(bundle.descriptors[k], files[k], size, sorted(holes[k]), alive)
+            _copy(bundle.descriptors[k], bundle.paths[k], files[k], size, sorted(holes[k]), alive)
         table = sstables.written(bundle.pairs, {PROVENANCE: request.provenance.encode()})
         with open(request.output, "r+b") as file_object:
             file_object.write(table)
@@ -474,7 +474,7 @@ def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
 
 
 def _copy(
-    source: int, path: str, size: int, holes: Sequence[tuple[int, int]], alive: Alive
+    source: int, origin: str, path: str, size: int, holes: Sequence[tuple[int, int]], alive: Alive
 ) -> None:
     """Copy a shard, but for what will be overwritten."""
     with open(path, "xb") as target:
@@ -483,7 +483,10 @@ def _copy(
         for low, high in (*holes, (size, size)):
             for offset in range(start, low, _STEP):
                 piece = np.empty(min(_STEP, low - offset), np.uint8)
-                read_exactly(source, offset, piece)
+                try:
+                    read_exactly(source, offset, piece)
+                except FormatError as error:
+                    raise FormatError(f"{shown(origin)}: {error}") from None
                 write_exactly(target.fileno(), offset, piece)
                 alive()
             start = high

@@ -24,7 +24,17 @@ import numpy as np
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import pickles, zips
 from polyak_cli.formats.pickles import SIZES, Pairs, Stored, Tensor
-from polyak_cli.tensors import FLOATS, Alive, Layout, Scan, Table, read_exactly, write_exactly
+from polyak_cli.tensors import (
+    FLOATS,
+    Alive,
+    Layout,
+    Scan,
+    Table,
+    read_at,
+    read_exactly,
+    unreadable,
+    write_exactly,
+)
 
 NAME = "PyTorch"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -71,7 +81,9 @@ def _refuse_bare(path: str) -> None:
     with contextlib.suppress(OSError):  # `zips.opened` tells
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            head = os.pread(descriptor, 2, 0)
+            head = read_at(descriptor, 0, 2)
+        except FormatError as error:
+            raise FormatError(f"{shown(path)}: {error}") from None
         finally:
             os.close(descriptor)
         if not head.startswith(b"PK"):
@@ -297,16 +309,19 @@ def _checksums(file: BinaryIO, rooms: Sequence[zips.Member]) -> list[list[Any]]:
     That is behind it where the writer did not know it before (bit 3, APPNOTE 4.3.9), with or
     without a signature.
     """
-    with zipfile.ZipFile(file) as archive:
-        infos = {info.filename: info for info in archive.infolist()}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos = {info.filename: info for info in archive.infolist()}
+    except OSError as error:
+        raise unreadable(error) from None
     found = []
     for member in rooms:
         info, place = infos[member.name], member.offset + member.stored
         if not info.flag_bits & 0x8:
             place = info.header_offset + 14
-        elif os.pread(file.fileno(), 4, place) == b"PK\x07\x08":
+        elif read_at(file.fileno(), place, 4) == b"PK\x07\x08":
             place += 4
-        if os.pread(file.fileno(), 4, place) != struct.pack("<L", member.crc):
+        if read_at(file.fileno(), place, 4) != struct.pack("<L", member.crc):
             raise FormatError(f"the member '{shown(member.name)}' has two different checksums")
         found.append([member.name, member.offset, member.nbytes, place])
     return found
@@ -318,7 +333,7 @@ def seal(output: str, laid_out: Mapping[str, Any]) -> None:
         for name, offset, nbytes, place in laid_out["checksums"]:
             info = archive.getinfo(name)
             info.CRC = zips.checksum(file.fileno(), offset, nbytes)
-            os.pwrite(file.fileno(), struct.pack("<L", info.CRC), place)
+            write_exactly(file.fileno(), place, struct.pack("<L", info.CRC))
         _drop(archive, laid_out["record"])
         info = zipfile.ZipInfo(laid_out["record"], (1980, 1, 1, 0, 0, 0))
         info.create_system = 3

@@ -5,7 +5,6 @@ It reads and writes by offset, so that nothing is unpacked.  Knows nothing of wh
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 
@@ -16,7 +15,7 @@ class Window:
     """Bytes of an open file from an offset on, as h5py's driver for file-like objects wants them.
 
     An exception must not pass through libhdf5, which goes on with what it has: what cannot be read
-    is zeros to it, and why something could not be written is kept for who asks.
+    is zeros to it, and why something could not be read or written is kept for who asks.
     """
 
     def __init__(self, name: str, descriptor: int, offset: int, size: int = 0) -> None:
@@ -52,7 +51,7 @@ class Window:
         view = memoryview(buffer).cast("B")
         inside = view[: max(0, self.size - self.position)]
         done = 0
-        with contextlib.suppress(OSError):
+        try:
             while done < len(inside):
                 count = os.preadv(
                     self.descriptor, [inside[done:]], self.offset + self.position + done
@@ -60,6 +59,8 @@ class Window:
                 if not count:
                     break
                 done += count
+        except OSError as error:
+            self.error = self.error or error
         np.frombuffer(view, np.uint8)[done:] = 0  # in place: a header may ask for much
         self.position += len(view)
         return len(view)

@@ -8,6 +8,7 @@ offset.  Knows nothing of what the members hold.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import re
@@ -23,7 +24,15 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.tensors import Alive, Bytes, Identity, read_exactly
+from polyak_cli.tensors import (
+    Alive,
+    Bytes,
+    Identity,
+    read_at,
+    read_exactly,
+    unreadable,
+    write_exactly,
+)
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 #: Bytes of a member that may be read into memory: lists, configurations, pickles.
@@ -77,6 +86,8 @@ def _listed(file: BinaryIO, size: int) -> tuple[list[Member], bytes]:
         with zipfile.ZipFile(file) as archive:
             infos, comment = archive.infolist(), archive.comment
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # not a place that is none
+            raise unreadable(error) from None
         raise FormatError(
             f"is truncated or no zip archive ({shown(error)}); save it again"
         ) from None
@@ -136,7 +147,7 @@ def _checked(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> Member:
 
 def _at(file: BinaryIO, offset: int, nbytes: int, name: str) -> bytes:
     # The list may place a member anywhere, also where no file can be read.
-    data = os.pread(file.fileno(), nbytes, offset) if 0 <= offset < 1 << 62 else b""
+    data = read_at(file.fileno(), offset, nbytes) if 0 <= offset < 1 << 62 else b""
     if len(data) < nbytes:
         raise FormatError(f"{name} lies outside the file; it is truncated or damaged")
     return data
@@ -163,7 +174,7 @@ def head(file: BinaryIO, member: Member, nbytes: int) -> bytes:
     """
     nbytes = min(nbytes, member.nbytes)
     if member.method == STORED:
-        return os.pread(file.fileno(), nbytes, member.offset)
+        return read_at(file.fileno(), member.offset, nbytes)
     return _Stream(file.fileno(), member.offset, member.stored).take(nbytes)
 
 
@@ -185,7 +196,7 @@ def pieces(file: BinaryIO, member: Member) -> Iterator[bytes]:
 
 def _plain(file: BinaryIO, member: Member) -> Iterator[bytes]:
     for done in range(0, member.stored, _STEP):
-        yield os.pread(file.fileno(), min(_STEP, member.stored - done), member.offset + done)
+        yield read_at(file.fileno(), member.offset + done, min(_STEP, member.stored - done))
 
 
 def _inflated(file: BinaryIO, member: Member) -> Iterator[bytes]:
@@ -240,7 +251,7 @@ class _Stream:
     def _more(self) -> bytes:
         if self.decompressor.eof:
             return b""
-        data = os.pread(self.descriptor, min(_STEP >> 4, self.left), self.offset)
+        data = read_at(self.descriptor, self.offset, min(_STEP >> 4, self.left))
         self.offset, self.left = self.offset + len(data), self.left - len(data)
         return data
 
@@ -334,7 +345,7 @@ class Archive:
     def add(self, name: str, content: bytes) -> None:
         """Write a small stored member."""
         offset = self._begin(name, len(content), len(content), STORED, zlib.crc32(content), 1)
-        os.pwrite(self.file.fileno(), content, offset)
+        write_exactly(self.file.fileno(), offset, content)
 
     def copy(self, source: BinaryIO, member: Member, alive: Alive, alignment: int = 1) -> None:
         """Copy a member of another archive as it is stored there."""
@@ -343,12 +354,12 @@ class Archive:
         for done in range(0, stored, _STEP):
             piece = np.empty(min(_STEP, stored - done), np.uint8)
             read_exactly(source.fileno(), offset + done, piece)
-            os.pwrite(self.file.fileno(), piece.data, target + done)
+            write_exactly(self.file.fileno(), target + done, piece)
             alive()
 
     def write(self, offset: int, content: bytes) -> None:
         """Write into a room."""
-        os.pwrite(self.file.fileno(), content, offset)
+        write_exactly(self.file.fileno(), offset, content)
 
     def _begin(
         self, name: str, stored: int, nbytes: int, method: int, crc: int | None, alignment: int
@@ -366,7 +377,7 @@ class Archive:
         """Write a local header, and return the offset behind it."""
         row = (name, self.end, stored, nbytes, method, crc)
         head = _info(*row, padding=padding).FileHeader()
-        os.pwrite(self.file.fileno(), head, self.end)
+        write_exactly(self.file.fileno(), self.end, head)
         offset = self.end + len(head)
         self.listed.append([*row, offset])
         self.end = offset + stored
@@ -406,7 +417,7 @@ def seal(path: str, state: Sequence[Any]) -> None:
                 found = crc
                 if crc is None:
                     found = checksum(file.fileno(), offset, nbytes)
-                    os.pwrite(file.fileno(), struct.pack("<L", found), header + 14)
+                    write_exactly(file.fileno(), header + 14, struct.pack("<L", found))
                 archive.filelist.append(_info(name, header, stored, nbytes, method, found))
             archive.comment = bytes.fromhex(comment)
 

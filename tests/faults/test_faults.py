@@ -16,41 +16,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import pytest
 
 from tests.command import POLYAK, Tree, environment, one_line, polyak, script, scripted, tree
-from tests.oracle import naive_average, read_model, same_bits, write_model
+from tests.faults.runs import CHANGES, FOLDED, LAID_OUT, OLD, go_on, paused, write_run
+from tests.oracle import naive_average, read_model, same_bits
 
-OLD = b"an older average"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-#: Stops after a function is done, says so, and waits until a line comes in.
-PAUSE = """
-import sys
-import polyak_cli.{module} as module
-original = module.{function}
-def pausing(*arguments, **options):
-    value = original(*arguments, **options)
-    print("pausing", flush=True)
-    sys.stdin.readline()
-    return value
-module.{function} = pausing
-"""
-LAID_OUT = PAUSE.format(module="formats", function="lay_out")  # no tensor has been read
-FOLDED = PAUSE.format(module="engine", function="fold")  # every tensor has been read and written
-
-
-def write_run(folder: Path, count: int, elements: int) -> list[Path]:
-    """Write checkpoints whose values differ, quickly."""
-    tile = np.random.default_rng(0).normal(size=1 << 12).astype(np.float32)
-    values = np.resize(tile, elements)
-    return [
-        write_model(folder / f"model_{k}.h5", {"dense": {"kernel": values * np.float32(k)}})
-        for k in range(1, count + 1)
-    ]
 
 
 class Big(NamedTuple):
@@ -74,14 +48,6 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Big]:
         assert done.returncode == 0, done.stderr
     yield Big(folder, (folder / "o.h5").read_bytes(), seconds)
     shutil.rmtree(folder)
-
-
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    """Return a folder with a small run in ckpts/."""
-    (tmp_path / "ckpts").mkdir()
-    write_run(tmp_path / "ckpts", 3, 50_000)
-    return tmp_path
 
 
 def alive(group: int) -> list[int]:
@@ -362,60 +328,6 @@ def test_what_is_ignored_stays_ignored(run_folder: Path) -> None:
 # --- what others do meanwhile ---------------------------------------------------------------------
 
 
-def paused(
-    folder: Path, code: str = "", output: str = "o.h5", *options: str, moment: str = LAID_OUT
-) -> Any:
-    """Start a run and return it when it has come to a moment."""
-    process = subprocess.Popen(
-        script(moment + code, "average", "ckpts", "-q", "-o", output, *options),
-        cwd=folder,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout
-    assert process.stdout.readline() == "pausing\n"
-    return process
-
-
-def go_on(process: Any) -> tuple[int, str]:
-    """Let a paused run go on to its end."""
-    _, err = process.communicate("\n", timeout=60)
-    return process.returncode, err
-
-
-def _saved_again(path: Path) -> None:
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content)
-
-
-def _written_into(path: Path) -> None:
-    with open(path, "r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(b"\x00\x00\x80?")
-
-
-def _appended(path: Path) -> None:
-    with open(path, "ab") as file:
-        file.write(b"more")
-
-
-def _cut(path: Path) -> None:
-    os.truncate(path, 5000)
-
-
-CHANGES: dict[str, Callable[[Path], None]] = {
-    "saved again": _saved_again,
-    "written into": _written_into,
-    "appended to": _appended,
-    "truncated": _cut,
-    "removed": Path.unlink,
-}
-
-
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("name", ["model_1.h5", "model_3.h5"])
 @pytest.mark.parametrize("moment", [LAID_OUT, FOLDED], ids=["before", "after"])
@@ -503,23 +415,6 @@ def test_forced_runs_at_once_leave_one_whole_output(run_folder: Path) -> None:
 
 
 # --- no room --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_disk(run_folder: Path) -> Iterator[Path]:
-    """Return a folder on a disk of 1 MB."""
-    folder = run_folder / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_no_room_is_told_before_the_work(run_folder: Path, tiny_disk: Path) -> None:

@@ -1,0 +1,95 @@
+"""Runs of checkpoints to average, and averages that stop at a moment so that others can act."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.command import environment, script
+from tests.oracle import write_model
+
+OLD = b"an older average"
+
+#: Stops after a function is done, says so, and waits until a line comes in.
+PAUSE = """
+import sys
+import polyak_cli.{module} as module
+original = module.{function}
+def pausing(*arguments, **options):
+    value = original(*arguments, **options)
+    print("pausing", flush=True)
+    sys.stdin.readline()
+    return value
+module.{function} = pausing
+"""
+LAID_OUT = PAUSE.format(module="formats", function="lay_out")  # no tensor has been read
+FOLDED = PAUSE.format(module="engine", function="fold")  # every tensor has been read and written
+
+
+def write_run(folder: Path, count: int, elements: int) -> list[Path]:
+    """Write checkpoints whose values differ, quickly."""
+    tile = np.random.default_rng(0).normal(size=1 << 12).astype(np.float32)
+    values = np.resize(tile, elements)
+    return [
+        write_model(folder / f"model_{k}.h5", {"dense": {"kernel": values * np.float32(k)}})
+        for k in range(1, count + 1)
+    ]
+
+
+def paused(
+    folder: Path, code: str = "", output: str = "o.h5", *options: str, moment: str = LAID_OUT
+) -> Any:
+    """Start a run and return it when it has come to a moment."""
+    process = subprocess.Popen(
+        script(moment + code, "average", "ckpts", "-q", "-o", output, *options),
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "pausing\n"
+    return process
+
+
+def go_on(process: Any) -> tuple[int, str]:
+    """Let a paused run go on to its end."""
+    _, err = process.communicate("\n", timeout=60)
+    return process.returncode, err
+
+
+def _saved_again(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+
+
+def _written_into(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\x00\x00\x80?")
+
+
+def _appended(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"more")
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, 5000)
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "saved again": _saved_again,
+    "written into": _written_into,
+    "appended to": _appended,
+    "truncated": _cut,
+    "removed": Path.unlink,
+}
