@@ -157,6 +157,14 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path: Path) -> 
     assert abs(many - few) <= FLAT
 
 
+def test_memory_stays_below_the_limit_with_a_thousand_checkpoints(tmp_path: Path) -> None:
+    """Their names and sizes are all that there is more of."""
+    few = average_large(tmp_path, 2, 1, 1 << 14)
+    many = average_large(tmp_path, 1000, 1, 1 << 14)
+    assert many <= LIMIT
+    assert abs(many - few) <= FLAT
+
+
 @pytest.mark.parametrize("jobs", ["1", "8", "64"])
 def test_memory_stays_below_the_limit_with_any_number_of_threads(tmp_path: Path, jobs: str) -> None:
     """Threads share one bound."""

@@ -103,21 +103,30 @@ static struct iovec halved(const struct iovec *vector)
     return half;
 }
 
-#define VECTOR(kind, name)                                                                         \
-    ssize_t name(int file, const struct iovec *vector, int length, off_t offset)                   \
+#define VECTOR(kind, name, parameters, whole, half_done)                                           \
+    ssize_t name parameters                                                                        \
     {                                                                                              \
         if (!strikes_open_file(kind, file))                                                        \
-            return REAL(name)(file, vector, length, offset);                                       \
+            return whole;                                                                          \
         if (strcmp(how, "short"))                                                                  \
             return fails();                                                                        \
         struct iovec half = halved(vector);                                                        \
-        return REAL(name)(file, &half, 1, offset);                                                 \
+        return half_done;                                                                          \
     }
+#define VECTORS(kind, name)                                                                        \
+    VECTOR(kind, name, (int file, const struct iovec *vector, int length, off_t offset),           \
+           REAL(name)(file, vector, length, offset), REAL(name)(file, &half, 1, offset))
+#define FLAGGED(kind, name)                                                                        \
+    VECTOR(kind, name, (int file, const struct iovec *vector, int length, off_t offset, int flags), \
+           REAL(name)(file, vector, length, offset, flags),                                        \
+           REAL(name)(file, &half, 1, offset, flags))
 
-VECTOR("readv", preadv)
-VECTOR("readv", preadv64)
-VECTOR("writev", pwritev)
-VECTOR("writev", pwritev64)
+VECTORS("readv", preadv)
+VECTORS("readv", preadv64)
+FLAGGED("readv", preadv2)
+FLAGGED("readv", preadv64v2)
+VECTORS("writev", pwritev)
+VECTORS("writev", pwritev64)
 
 #define ON_FILE(kind, name)                                                                        \
     int name(int file) { return strikes_open_file(kind, file) ? fails() : REAL(name)(file); }
