@@ -57,7 +57,7 @@ def _average(folder: Path) -> bytes:
 def test_a_limit_of_address_space(run_folder: Path) -> None:
     """What `ulimit -v` leaves too little for is refused in one line; a little more is enough."""
     average = _average(run_folder)
-    assert _check(run_folder, 100, average) == 3
+    assert _check(run_folder, 80, average) == 3
     assert _check(run_folder, 165, average) == 0
 
 
