@@ -36,12 +36,12 @@ def detect(path: Path) -> str:
     What no format knows is left to hdf5, which says what it found instead.
 
     Raises:
-        FormatError: the file is there, but cannot be read.
+        FormatError: the file cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return "hdf5"
+    except OSError as error:
+        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
     try:
         status = os.fstat(descriptor)
         return _file(descriptor, status.st_size) if stat.S_ISREG(status.st_mode) else "hdf5"

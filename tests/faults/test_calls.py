@@ -184,8 +184,9 @@ class Trials:
             assert line.startswith("ckpts/model_"), (fault, line)
             assert fault.how == END or os.strerror(int(fault.how)) in line, (fault, line)
             return 3
-        # Only the folder is synced when the output has its name already.
-        assert found == OLD or (fault.function == "sync" and found == self.average), fault
+        # When the output has its name already, only the folder is opened and synced.
+        last = fault.function in ("open", "sync")
+        assert found == OLD or (last and found == self.average), fault
         reason = os.strerror(int(fault.how))
         full = int(fault.how) in FULL
         what = f"no room to write it ({reason})" if full else f"cannot be written: {reason}"
