@@ -2,18 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CORE := .venv-core/bin
+OLDEST := .venv-oldest/bin
 TORCH := .venv-torch/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
 
-.PHONY: demo test quick core torch browser lint types smoke fuzz check bench bench-peers digits clean
+.PHONY: demo test quick core oldest torch browser coverage lint types smoke fuzz check bench bench-peers digits clean
 
 demo: .venv/.ready
 	@rm -rf .demo && mkdir .demo
 	$(BIN)/polyak average sample_checkpoints --scheme exp --alpha 2 -o .demo/final.h5
 	$(BIN)/polyak evaluate .demo/final.h5 --data blobs
 
-test: .venv/.ready browser core torch
+test: .venv/.ready browser core oldest torch
 	$(BIN)/python -m pytest $(SPREAD)
 
 quick: .venv/.ready
@@ -22,6 +23,11 @@ quick: .venv/.ready
 # The same suite without any extra, where pip picks the newest h5py.
 core: .venv-core/.ready
 	$(CORE)/python -m pytest $(SPREAD) -m "not slow" --ignore=tests/keras --ignore=tests/torch
+
+# The oldest versions that pyproject allows: the same bytes, what numpy and h5py do, a few commands.
+oldest: .venv-oldest/.ready
+	$(OLDEST)/python -m pytest $(SPREAD) -m "not slow" \
+		$(patsubst %,tests/test_%.py,averaging determinism formats generations inspection npz readme weights)
 
 # What PyTorch writes and loads, in an environment of its own beside TensorFlow's.
 torch: .venv-torch/.ready
@@ -33,6 +39,13 @@ browser:
 		{ test "$$(id -u)" = 0 && timeout 600 apt-get update -q && DEBIAN_FRONTEND=noninteractive \
 			timeout 600 apt-get install -y -q --no-install-recommends chromium chromium-driver; } \
 		|| echo "Chromium is not here; install it (Debian: apt-get install chromium chromium-driver)"
+
+# Lines and branches that tests reach, in started commands and forked children too.
+coverage: .venv/.ready
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -75,7 +88,7 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf .venv .venv-core .venv-torch .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-core .venv-oldest .venv-torch .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -87,6 +100,17 @@ clean:
 	$(PYTHON) -m venv .venv-core
 	$(CORE)/python -m pip install --quiet --upgrade pip
 	$(CORE)/python -m pip install --quiet --editable . --group test
+	@touch $@
+
+# pip is given each lower bound of pyproject's dependencies as the one version allowed.
+.venv-oldest/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -c "import tomllib; print(*(bound.replace('>=', '==') for bound in \
+		tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']), sep='\n')" \
+		> .venv-oldest/constraints.txt
+	$(OLDEST)/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/python -m pip install --quiet --constraint .venv-oldest/constraints.txt \
+		--editable . --group test
 	@touch $@
 
 .venv-torch/.ready: pyproject.toml

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import subprocess
@@ -206,24 +205,6 @@ def test_large_chunked_tensors_are_folded_band_by_band(tmp_path: Path) -> None:
         paths.append(write_model(tmp_path / f"m_{k}.h5", {"d": {"k": values}}, storage=storage))
     report = average(tmp_path, tmp_path / "o.h5", jobs=3, max_memory=1 << 20)
     assert same_bits(tensors(tmp_path / "o.h5"), naive_average(paths, report.plan.coefficients))
-
-
-def test_two_runs_write_identical_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the clock, the folder, the workers or the bound on memory is in the output."""
-    monkeypatch.setattr(engine, "SPREAD", 0)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    write_run(tmp_path / "a", optimizer={"iteration": np.array(7)})
-    for path in (tmp_path / "a").iterdir():
-        (tmp_path / "elsewhere" / path.name).write_bytes(path.read_bytes())
-    outputs = []
-    for k, (folder, jobs, memory) in enumerate(
-        itertools.product(("a", "elsewhere"), (1, 2, 8), (1 << 20, 1 << 28))
-    ):
-        output = tmp_path / f"{k}.h5"
-        average(tmp_path / folder, output, scheme="exp", jobs=jobs, max_memory=memory)
-        outputs.append(output.read_bytes())
-    assert len(set(outputs)) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,187 @@
+"""The same inputs give the same bytes: whatever the division of the work, the day or the versions.
+
+That these bytes are the right ones, the tests of averaging and of each format say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from polyak_cli import average, averaging, engine
+from polyak_cli.averaging import Options
+from tests.command import SAMPLES
+from tests.oracle import naive_average, read_model, write_model
+
+#: Bytes of a float32 slab and of all buffers: the smallest slabs, the largest, and slabs that have
+#: to shrink to an odd size, since the processes share so little memory.
+DIVISIONS = ((4 << 10, 1 << 33), (64 << 20, 1 << 33), (64 << 20, 1 << 20))
+
+
+def write_run(folder: Path, large: int, count: int = 3) -> list[Path]:
+    """Write checkpoints of many types: one large tensor, and small ones of odd sizes."""
+    rng = np.random.default_rng(0)
+
+    def values(size: int, dtype: str = "<f4") -> Any:
+        return rng.standard_normal(size, np.float32).astype(dtype)
+
+    paths = []
+    for k in range(count):
+        layers = {
+            "large": {"kernel": values(large)},
+            "odd": {
+                "half": values(7_001, "<f2"),
+                "double": values(10_007, "<f8"),
+                "big_endian": values(9_999, ">f4"),
+                "bfloat16": values(5_003).view(np.uint16)[1::2].copy().view("V2"),
+            },
+            "small": {f"w{n:03}": values(1 + 13 * n % 61) for n in range(60)},
+            "mixed": {f"w{n:03}": values(1 + n % 7, ("<f2", "<f4")[n % 2]) for n in range(40)},
+            "lookup": {"count": np.array(7), "table": np.arange(11, dtype=np.int32)},
+        }
+        paths.append(write_model(folder / f"model_{k}.h5", layers))
+    return paths
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def assert_naive(output: Path, paths: list[Path]) -> None:
+    """Compare an equal average with the naive one; bfloat16 has an oracle of its own elsewhere."""
+    found = read_model(output)
+    for name, values in naive_average(paths, [1 / len(paths)] * len(paths)).items():
+        if values.dtype.kind != "V":
+            assert found[name].tobytes() == values.tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
+    """Return a run, and the digest of its average as one process makes it in one piece each."""
+    folder = tmp_path_factory.mktemp("run")
+    paths = write_run(folder, large=100_003)
+    average(paths, folder / "o.h5", jobs=1)
+    assert_naive(folder / "o.h5", paths)
+    return paths, digest(folder / "o.h5")
+
+
+@pytest.mark.parametrize("jobs", range(1, 9))
+def test_processes_and_slabs_change_no_byte(
+    tmp_path: Path, run: tuple[list[Path], str], jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One to eight processes, and slabs of 4 KiB to 64 MiB, write the same file."""
+    monkeypatch.setattr(engine, "SPREAD", 0)  # small as it is, the work is divided
+    paths, expected = run
+    for slab, memory in DIVISIONS:
+        monkeypatch.setattr(engine, "PIECE", slab // 4)
+        average(paths, tmp_path / "o.h5", jobs=jobs, max_memory=memory, force=True)
+        assert digest(tmp_path / "o.h5") == expected, (slab, memory)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_large_enough_to_be_divided_gives_the_same_bytes(tmp_path: Path) -> None:
+    """With nothing patched: processes, and bounds on their memory, change no byte."""
+    paths = write_run(tmp_path, large=19_000_003, count=2)
+    assert sum(path.stat().st_size for path in paths) > engine.SPREAD
+    digests = set()
+    for jobs, memory in ((1, 1 << 28), (8, 1 << 20), (3, 10_000_000), (8, 1 << 28)):
+        average(paths, tmp_path / "o.h5", jobs=jobs, max_memory=memory, force=True)
+        digests.add(digest(tmp_path / "o.h5"))
+    assert_naive(tmp_path / "o.h5", paths)
+    assert len(digests) == 1
+
+
+def test_folders_and_file_times_change_no_byte(tmp_path: Path) -> None:
+    """Nothing of where the checkpoints lie, or of when they were written, is in the output."""
+    state = {"iteration": np.array(7)}
+    for k, name in enumerate(("a", "elsewhere")):
+        folder = tmp_path / name
+        folder.mkdir()
+        values = np.arange(9, dtype=np.float32)
+        for epoch in (1, 2):
+            path = write_model(
+                folder / f"m_{epoch}.h5", {"d": {"k": values * epoch}}, optimizer=state
+            )
+            os.utime(path, (10**9 * k, 10**9 * k))
+        average(folder, tmp_path / f"{name}.h5", optimizer="newest")
+    assert digest(tmp_path / "a.h5") == digest(tmp_path / "elsewhere.h5")
+
+
+# --- golden values --------------------------------------------------------------------------------
+
+SCHEMES: dict[str, Options] = {
+    "equal": {"scheme": "equal"},
+    "linear": {"scheme": "linear"},
+    "exp": {"scheme": "exp", "alpha": 2},
+}
+#: Of the tensors of the averaged samples, scheme by scheme.
+TENSORS = {
+    "equal": "29e01c21db69e1151e1ff1ff3d5d140621c5fd96370acec25fa51eb98887d1a5",
+    "linear": "76e1c2218bb2f556f6c484b5e13ee58ad08819e9d08463cfc9a726f807c7fbe7",
+    "exp": "2909cf95c5ea40b6bf0f5c6a639d11dc8376fef622963289904b147902e93a9f",
+}
+#: Of whole averaged files with a record that is always the same, by suffix and scheme.
+FILES = {
+    ".h5": {
+        "equal": "a61c8acacdf45a4ac657f8611a4cb6b91bfaf2cba115bcfc19682f82ccb2c5f8",
+        "linear": "44ea70a3d74c25fa67ce3bb3aa9976a3970e32cdd1a69920c21e92c3eafabf0d",
+        "exp": "1602549f1c26182cf3a8a70105608b291d0935fdcea74d9dd4be3319333e625c",
+    },
+    ".safetensors": {
+        "equal": "866f7b940ca36759241da9d8e2da6f8c3d1bc11febf3203cd232c59fc27a3513",
+        "linear": "77903bc84a881ea98755191e8132315b46946a6b9ae07693db9bf941ff4940b4",
+        "exp": "fc6320e965c3ea8956d6afa6cc9652a9f2034102aebad599d0b3924385463935",
+    },
+}
+
+
+def h5_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of a whole-model file, by the name of layer and weight."""
+    for name, values in read_model(path).items():
+        yield name.removeprefix("model_weights/"), values
+
+
+def safetensors_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of a safetensors file, as its own library reads them."""
+    with safe_open(path, "numpy") as file:
+        for name in file.keys():  # noqa: SIM118 # it is no mapping
+            yield name, file.get_tensor(name)
+
+
+READERS = {".h5": h5_tensors, ".safetensors": safetensors_tensors}
+
+
+def tensors_digest(path: Path) -> str:
+    """Return the SHA-256 over name, type, shape and bytes of every tensor, in order of names."""
+    found = hashlib.sha256()
+    for name, values in sorted(READERS[path.suffix](path), key=lambda pair: pair[0]):
+        found.update(f"{name} {values.dtype.str} {values.shape}\n".encode())
+        found.update(values.tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_averages_of_the_samples_have_golden_digests(
+    tmp_path: Path, scheme: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are those that were committed, on any machine, with any versions of the libraries.
+
+    The digest of the tensors may never change: these are the numbers that the scheme promises.
+    That of the whole file may change in a release that lays files out in another way, and the
+    changelog says so then.  The record of provenance, which holds polyak's version, is left out of
+    both: here, it is always the same.
+    """
+    monkeypatch.setattr(averaging, "provenance", lambda _: {"always": "the same"})
+    output = tmp_path / f"o{suffix}"
+    average(SAMPLES, output, **SCHEMES[scheme])
+    assert tensors_digest(output) == TENSORS[scheme]
+    assert digest(output) == FILES[suffix][scheme]
