@@ -121,12 +121,15 @@ SCHEMES: dict[str, Options] = {
     "equal": {"scheme": "equal"},
     "linear": {"scheme": "linear"},
     "exp": {"scheme": "exp", "alpha": 2},
+    # All bits of the sums, which rounding to float32 would hide.
+    "wide": {"scheme": "exp", "alpha": 2, "dtype": "float64"},
 }
 #: Of the tensors of the averaged samples, scheme by scheme.
 TENSORS = {
     "equal": "29e01c21db69e1151e1ff1ff3d5d140621c5fd96370acec25fa51eb98887d1a5",
     "linear": "76e1c2218bb2f556f6c484b5e13ee58ad08819e9d08463cfc9a726f807c7fbe7",
     "exp": "2909cf95c5ea40b6bf0f5c6a639d11dc8376fef622963289904b147902e93a9f",
+    "wide": "e915e48e3a740f2a82ab8d1dc95e6fe833e5608252d49dc735048a23e3d04154",
 }
 #: Of whole averaged files with a record that is always the same, by suffix and scheme.
 FILES = {
@@ -134,11 +137,13 @@ FILES = {
         "equal": "a61c8acacdf45a4ac657f8611a4cb6b91bfaf2cba115bcfc19682f82ccb2c5f8",
         "linear": "44ea70a3d74c25fa67ce3bb3aa9976a3970e32cdd1a69920c21e92c3eafabf0d",
         "exp": "1602549f1c26182cf3a8a70105608b291d0935fdcea74d9dd4be3319333e625c",
+        "wide": "3772fddfa97b06958048f354a4abc7ffd050107dc05fdf9168fb4a3ffda9c2f8",
     },
     ".safetensors": {
         "equal": "866f7b940ca36759241da9d8e2da6f8c3d1bc11febf3203cd232c59fc27a3513",
         "linear": "77903bc84a881ea98755191e8132315b46946a6b9ae07693db9bf941ff4940b4",
         "exp": "fc6320e965c3ea8956d6afa6cc9652a9f2034102aebad599d0b3924385463935",
+        "wide": "277ac6b56179d8425212a01688f5d357a7c0ead6a840bc175318b1c18358a5af",
     },
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -99,3 +100,49 @@ def test_every_option_the_readme_names_exists() -> None:
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert named - known <= {"--help"}
+
+
+def promises() -> list[list[str]]:
+    """Return the cells of each row of the table of promises."""
+    table = README.partition("## What is promised")[2].partition("\n\nMeasured")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def named_tests(text: str) -> list[tuple[str, str]]:
+    """Return (file or folder, name in it or nothing) of all that a text names below tests/."""
+    found = []
+    path = ""
+    for named in re.findall(r"tests/[\w/.-]+(?:::\w+)*|(?<=`)(?:::\w+)+", text):
+        file, _, name = named.partition("::")
+        path = file or path
+        found.append((path, name))
+    return found
+
+
+def defines(path: Path, name: str) -> bool:
+    """Tell whether a file defines a function, or a method by ``Class::method``."""
+    body: list[ast.stmt] = ast.parse(path.read_text()).body
+    for part in name.split("::"):
+        inside = [d for d in body if isinstance(d, ast.ClassDef | ast.FunctionDef)]
+        named = [d for d in inside if d.name == part]
+        if not named:
+            return False
+        body = named[-1].body
+    return True
+
+
+def test_every_test_that_the_readme_names_exists() -> None:
+    """A promise does not outlive the test that keeps it."""
+    for path, name in named_tests(README):
+        assert (ROOT / path).exists(), path
+        assert not name or defines(ROOT / path, name), f"{path}::{name}"
+
+
+def test_every_promise_is_kept_by_a_test() -> None:
+    """Each row of the table has its three cells, and names a test by file and name."""
+    assert len(promises()) >= 10
+    for row in promises():
+        assert len(row) == 3, row
+        assert all(name for _, name in named_tests(row[2])), row[0]
+        assert named_tests(row[2]), row[0]
