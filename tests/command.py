@@ -29,6 +29,11 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "TERM": "xterm"} | more
 
 
+def unmeasured() -> dict[str, str]:
+    """Return this process's environment without what has coverage, and all it needs, loaded."""
+    return {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
+
+
 def polyak(
     *arguments: object, cwd: Path, environ: Mapping[str, str] | None = None, **options: Any
 ) -> Done:

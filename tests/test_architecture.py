@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import polyak_cli
+from tests.command import unmeasured
 
 PACKAGE = Path(polyak_cli.__file__).parent
 
@@ -180,7 +181,11 @@ def loaded_by(code: str) -> set[str]:
     """Return the top-level packages that a fresh interpreter has loaded after some code."""
     script = f"{code}\nimport sys; print(' '.join({{m.partition('.')[0] for m in sys.modules}}))"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        env=unmeasured(),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return set(done.stdout.splitlines()[-1].split())
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from polyak_cli import schemes
 from polyak_cli.errors import UsageError
 from polyak_cli.schemes import SCHEMES, coefficients, effective_number, gamma, resolve
+from tests.command import unmeasured
 
 quietly = settings(derandomize=True, deadline=None)
 counts = st.integers(1, 300)
@@ -353,6 +354,8 @@ def test_schemes_import_neither_numpy_nor_decimal() -> None:
         "import sys, json; import polyak_cli.schemes;"
         "print(json.dumps([name in sys.modules for name in ('numpy', 'decimal', '_decimal')]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=unmeasured(), capture_output=True, check=True, text=True
+    )
     assert json.loads(done.stdout) == [False, False, False]
     assert schemes.__doc__
