@@ -1319,7 +1319,8 @@ def _inside_lines(one: Inspection) -> Iterator[str]:
     yield from _columns(table)
     record = one.provenance
     if isinstance(record, dict) and isinstance(record.get("inputs"), list):
-        names = ", ".join(shown(each.get("name"), 60) for each in record["inputs"])
+        inputs = [each for each in record["inputs"] if isinstance(each, dict)]
+        names = ", ".join(shown(each.get("name"), 60) for each in inputs)
         yield (
             f"an average by polyak {shown(record.get('polyak'))}, scheme "
             f"{shown(record.get('scheme'))}, of {len(record['inputs'])} checkpoints: {names}"

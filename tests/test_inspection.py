@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -62,6 +63,21 @@ def test_an_average_tells_where_it_comes_from(tmp_path: Path) -> None:
     assert [each["name"] for each in npz.provenance["inputs"]] == ["m_0.npz", "m_1.npz"]
     assert h5.provenance["scheme"] == "exp"
     assert len(h5.provenance["inputs"]) == 10
+
+
+@pytest.mark.parametrize(
+    "record", ["no JSON", "[" * 10_000, "3", '{"inputs": 3}', '{"inputs": [3, {"name": 4}]}']
+)
+def test_a_record_that_somebody_else_wrote_does_no_harm(tmp_path: Path, record: str) -> None:
+    """Any text may stand where ours would; it is shown as data, and never costs a traceback."""
+    path = write_model(tmp_path / "m.h5", {"d": {"k": np.ones(3, np.float32)}})
+    with h5py.File(path, "r+") as file:
+        file.attrs["polyak_provenance"] = record
+    done = polyak("inspect", "m.h5", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0].startswith("m.h5: ")
+    (told,) = inspect([path])
+    assert told.provenance == (json.loads(record) if "3" in record else record)
 
 
 def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
