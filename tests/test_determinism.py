@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from polyak_cli import average, averaging, engine
+from polyak_cli import average, engine, records
 from polyak_cli.averaging import Options
 from tests.command import SAMPLES
 from tests.oracle import naive_average, read_model, write_model
@@ -185,7 +185,7 @@ def test_the_averages_of_the_samples_have_golden_digests(
     changelog says so then.  The record of provenance, which holds polyak's version, is left out of
     both: here, it is always the same.
     """
-    monkeypatch.setattr(averaging, "provenance", lambda _: {"always": "the same"})
+    monkeypatch.setattr(records, "sealed", lambda _: {"always": "the same"})
     output = tmp_path / f"o{suffix}"
     average(SAMPLES, output, **SCHEMES[scheme])
     assert tensors_digest(output) == TENSORS[scheme]
