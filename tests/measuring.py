@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
+from time import monotonic, sleep  # themselves: tests put others into `time`
 from typing import Any
 
 #: Seconds that a child has to end by itself before it is killed.
@@ -24,10 +24,10 @@ def coverage_init(registry: Any, options: Any) -> None:
     def kill_patiently(pid: int, number: int) -> None:
         if number == signal.SIGKILL:
             with contextlib.suppress(ChildProcessError):  # no child: this very process, or another
-                until = time.monotonic() + PATIENCE
+                until = monotonic() + PATIENCE
                 how = os.WEXITED | os.WNOWAIT | os.WNOHANG
-                while not os.waitid(os.P_PID, pid, how) and time.monotonic() < until:
-                    time.sleep(0.005)
+                while not os.waitid(os.P_PID, pid, how) and monotonic() < until:
+                    sleep(0.005)
         kill(pid, number)
 
     os.kill = kill_patiently

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +243,7 @@ def test_a_nan_is_named_with_file_tensor_and_element(tmp_path: Path) -> None:
     arrays = [np.zeros(1000, np.float32), np.zeros(1000, np.float32)]
     arrays[1][777] = np.nan
     with pytest.raises(MismatchError, match=r"1\.raw: tensor 'x' holds nan \(element 777\)"):
-        run(tmp_path, arrays, [[0.5, 0.5]], engine.Memory(1, 100, 100))
+        run(tmp_path, arrays, [[0.5, 0.5]], engine.Memory(2, 100, 100))
 
 
 def test_nonfinite_values_are_averaged_where_they_are_allowed(tmp_path: Path) -> None:
@@ -250,6 +252,20 @@ def test_nonfinite_values_are_averaged_where_they_are_allowed(tmp_path: Path) ->
     (out,) = run(tmp_path, arrays, [[0.5, 0.5]], engine.Memory(1, 10, 10), allow_nonfinite=True)
     assert np.isposinf(out[0])
     assert np.isnan(out[1])
+
+
+def test_an_average_beyond_float64_is_told_apart_from_a_bad_checkpoint(tmp_path: Path) -> None:
+    """Where every value is finite and their sum is not, no checkpoint is blamed."""
+    inputs = write_inputs(tmp_path, [np.array([1.0, 1.7e308])] * 2)
+    (tmp_path / "out").write_bytes(b"")
+    sources = [engine.Source(Extent(0, 16), "<", k) for k in range(2)]
+    huge = engine.Averaged("x", 2, "float64", sources, [LaidOut(0, "float64", "<")])
+    coefficients = np.array([[0.75, 0.75]])
+    work = engine.Fold(inputs, [str(tmp_path / "out")], coefficients, False)
+    with pytest.raises(MismatchError, match="the average of tensor 'x' overflows float64"):
+        engine.fold([huge], work, engine.Memory(2, 100, 100))
+    engine.fold([huge], replace(work, allow_nonfinite=True), engine.Memory(2, 100, 100))
+    assert np.fromfile(tmp_path / "out").tolist() == [1.5, math.inf]
 
 
 def test_great_float64_values_are_no_false_alarm() -> None:
@@ -299,6 +315,25 @@ def test_the_bound_on_memory_is_kept(nbytes: int, jobs: int) -> None:
     assert 1 <= memory.jobs <= jobs
     assert memory.nbytes <= nbytes
     assert memory.jobs * memory.most * 24 <= nbytes
+
+
+@pytest.mark.parametrize("flush", [1, 40_000], ids=["the first flush of many", "the last flush"])
+def test_an_error_of_the_disk_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush: int
+) -> None:
+    """What cannot be flushed while the folding goes on ends the run, though later flushes can."""
+    flushed: list[int] = []
+
+    def broken(descriptor: int) -> None:
+        flushed.append(descriptor)
+        if len(flushed) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    monkeypatch.setattr(engine, "FLUSH", flush)
+    monkeypatch.setattr(engine, "PIECES", 1)
+    with pytest.raises(OSError, match="Input/output error"):
+        run(tmp_path, [np.zeros(10_000, np.float32)], [[1.0]], engine.Memory(2, 10, 10))
 
 
 def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:

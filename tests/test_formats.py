@@ -5,12 +5,14 @@ Files are written by h5py in the oracle, and results are read by h5py, never by 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -534,6 +536,25 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
         hidden.write_bytes(b"ours")
         (tmp_path / "o.h5").write_bytes(b"theirs")
     assert (tmp_path / "o.h5").read_bytes() == b"theirs"
+    assert os.listdir(tmp_path) == ["o.h5"]
+
+
+@pytest.mark.parametrize("appears", [False, True])
+def test_where_there_are_no_hard_links_a_file_is_not_replaced_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, appears: bool
+) -> None:
+    """FAT and some networks: the output gets its name, unless another file has it by then."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    expected = pytest.raises(OutputError, match="already exists") if appears else nullcontext()
+    with expected, publishing.publish(tmp_path / "o.h5", force=False) as hidden:
+        hidden.write_bytes(b"ours")
+        if appears:
+            (tmp_path / "o.h5").write_bytes(b"theirs")
+    assert (tmp_path / "o.h5").read_bytes() == (b"theirs" if appears else b"ours")
     assert os.listdir(tmp_path) == ["o.h5"]
 
 
