@@ -12,9 +12,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
-from polyak_cli import average, plan
+from polyak_cli import average, plan, run
 from polyak_cli.averaging import Options
-from polyak_cli.errors import OutputError
+from polyak_cli.errors import FormatError, OutputError
 from tests.contract import Tensors, assert_same, naive
 from tests.oracle import Array, write_model
 from tests.test_keras_zip import VOCABULARY, members, write_archive
@@ -155,6 +155,27 @@ def test_what_would_be_lost_is_named(tmp_path: Path) -> None:
         del file.attrs["epoch"]
         file["model_weights/dense"].create_dataset("more", data=np.ones(3))
     refused(tmp_path, run, "o.safetensors", "'/model_weights/dense/more', which is not the model's")
+    texts = np.array(["a", "ü"], object)
+    path = write_model(tmp_path / "texts.h5", {"d": {"k": np.ones(3), "texts": texts}})
+    refused(tmp_path, path, "o.safetensors", "tensor 'd/texts' holds texts, which would be lost")
+
+
+def test_both_parts_of_big_endian_complex_numbers_are_carried(tmp_path: Path) -> None:
+    """Each part has its bytes turned round by itself."""
+    values = np.array([1 + 2j, -3.5 + 0.25j, 1e-9 - 7j], np.complex64)
+    np.savez(tmp_path / "m_1.npz", k=np.ones(3), c=values.astype(">c8"))
+    average(tmp_path / "m_1.npz", tmp_path / "o.safetensors", exclude_tensors=["c"])
+    assert load_file(tmp_path / "o.safetensors")["c"].tolist() == values.tolist()
+
+
+def test_a_checkpoint_that_changes_before_it_is_converted_is_refused(tmp_path: Path) -> None:
+    """What is carried comes from the very file that was scanned."""
+    write_run(tmp_path / "run")
+    made = plan(tmp_path / "run", tmp_path / "o.safetensors")
+    os.utime(tmp_path / "run/m_1.h5", ns=(1, 1))
+    with pytest.raises(FormatError, match=r"m_1\.h5: changed while it was read"):
+        run(made)
+    assert sorted(os.listdir(tmp_path)) == ["run"]
 
 
 def test_what_the_other_format_lacks_is_named(tmp_path: Path) -> None:
