@@ -7,7 +7,7 @@ TORCH := .venv-torch/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
 
-.PHONY: demo test quick core oldest torch browser coverage lint types smoke fuzz check bench bench-peers digits clean
+.PHONY: demo test quick core oldest torch browser coverage lint types smoke fuzz check mutants bench bench-peers digits clean
 
 demo: .venv/.ready
 	@rm -rf .demo && mkdir .demo
@@ -70,6 +70,12 @@ fuzz: .venv/.ready
 
 check: lint types test smoke fuzz
 
+# Small changes to three modules, each of which some test should notice; tests/mutants.md explains
+# those that none does. MUTANTS="polyak_cli.schemes.*" runs only some.
+mutants: .venv-mutants/.ready
+	.venv-mutants/bin/mutmut run $(MUTANTS)
+	.venv-mutants/bin/mutmut results
+
 # Tables, JSON and charts come to .bench/; `bench-peers` first, for mergekit and NCO beside them.
 bench: .venv/.ready
 	$(BIN)/python -m tests.benchmarks compare
@@ -88,7 +94,7 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf .venv .venv-core .venv-oldest .venv-torch .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf .venv .venv-core .venv-oldest .venv-torch .venv-mutants mutants .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -117,4 +123,10 @@ clean:
 	$(PYTHON) -m venv .venv-torch
 	$(TORCH)/python -m pip install --quiet --upgrade pip
 	$(TORCH)/python -m pip install --quiet --editable . --group torch
+	@touch $@
+
+.venv-mutants/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-mutants
+	.venv-mutants/bin/python -m pip install --quiet --upgrade pip
+	.venv-mutants/bin/python -m pip install --quiet --editable . --group mutation
 	@touch $@

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import signal
 
+from hypothesis import Phase, settings
+
+# For `make mutants`, which needs to know that an example fails, and not the simplest such example.
+settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
+
 
 def pytest_configure() -> None:
     """Answer signals as at a terminal.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import json
 import math
 import subprocess
@@ -131,11 +132,29 @@ def test_power_at_its_widest_is_the_equal_average() -> None:
     assert coefficients("power", run_of(5), sigma=widest) == pytest.approx([0.2] * 5, abs=1e-9)
 
 
-@pytest.mark.parametrize("positions", [[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [1.0, math.nan]])
-def test_power_refuses_positions_that_do_not_rise(positions: list[float]) -> None:
-    """Positions that stand still, fall, or begin before the run are an error."""
-    with pytest.raises(UsageError, match=r"--scheme power: .*position"):
+@pytest.mark.parametrize(
+    ("positions", "found"),
+    [
+        ([2.5, 2.5], "position 2.5 follows 2.5, but positions must rise"),
+        ([2.0, 1.0], "position 1 follows 2, but positions must rise"),
+        ([0.0, 1.0], "a checkpoint stands at position 0 of the run, but positions must be finite"),
+        ([1.0, math.nan], "a checkpoint stands at position nan of the run, but positions must be"),
+        ([1.0, math.inf], "a checkpoint stands at position inf of the run, but positions must be"),
+    ],
+)
+def test_power_refuses_positions_that_do_not_rise(positions: list[float], found: str) -> None:
+    """Positions that stand still, fall, or begin before the run are an error that names them."""
+    with pytest.raises(UsageError, match=f"^--scheme power: {found}"):
         coefficients("power", positions, sigma=0.1)
+
+
+def test_the_function_of_a_scheme_gives_its_formula_before_normalising() -> None:
+    """What is normalised is what the documentation writes, at the edges of its cases too."""
+    assert SCHEMES["equal"].function(run_of(3), 0.0) == [1.0, 1.0, 1.0]
+    assert SCHEMES["linear"].function(run_of(4), 0.0) == [0.25, 0.5, 0.75, 1.0]
+    assert SCHEMES["exp"].function([1.0], 0.01) == [rounded_exp(Fraction(-100))]
+    assert SCHEMES["ema"].function(run_of(3), 0.5) == [0.25, 0.5, 1.0]
+    assert SCHEMES["power"].function([490.0], 0.1) == [1.0]
 
 
 @quietly
@@ -230,24 +249,35 @@ def test_custom_keeps_the_order_oldest_first() -> None:
     assert coefficients(None, run_of(3), custom=[0, 1, 3]) == (0.0, 0.25, 0.75)
 
 
-def test_custom_numbers_must_fit_the_checkpoints() -> None:
-    """Two numbers for three checkpoints are an error that tells both counts."""
-    with pytest.raises(UsageError, match="2 numbers, but there are 3 checkpoints"):
-        coefficients(None, run_of(3), custom=[1.0, 2.0])
+@pytest.mark.parametrize(
+    ("numbers", "count", "found"),
+    [
+        ([1.0, 2.0], 3, "2 numbers, but there are 3 checkpoints"),
+        ([1.0], 2, "1 number, but there are 2 checkpoints"),
+        ([1.0, 2.0], 1, "2 numbers, but there is 1 checkpoint"),
+    ],
+)
+def test_custom_numbers_must_fit_the_checkpoints(
+    numbers: list[float], count: int, found: str
+) -> None:
+    """Two numbers for three checkpoints are an error that tells both counts and what to do."""
+    advice = "give one for each, oldest first"
+    with pytest.raises(UsageError, match=f"^--coefficients has {found}: {advice}$"):
+        coefficients(None, run_of(count), custom=numbers)
 
 
 @pytest.mark.parametrize(
     ("numbers", "found"),
     [
-        ([1.0, -0.5], "number 2 is -0.5"),
-        ([math.nan, 1.0], "number 1 is nan"),
-        ([1.0, math.inf], "number 2 is inf"),
-        ([0.0, 0.0], "all numbers are 0"),
+        ([1.0, -0.5], ": number 2 is -0.5, but each must be finite and at least 0"),
+        ([math.nan, 1.0], ": number 1 is nan, but each must be finite and at least 0"),
+        ([1.0, math.inf], ": number 2 is inf, but each must be finite and at least 0"),
+        ([0.0, 0.0], ": all numbers are 0, but at least one must be more"),
     ],
 )
 def test_custom_numbers_that_cannot_be_used_are_refused(numbers: list[float], found: str) -> None:
     """Negative, NaN, infinite, and nothing but zeros are errors that say which number it is."""
-    with pytest.raises(UsageError, match=found):
+    with pytest.raises(UsageError, match=f"^--coefficients{found}$"):
         coefficients(None, run_of(2), custom=numbers)
 
 
@@ -294,7 +324,9 @@ def test_a_parameter_out_of_range_is_refused(
 def test_an_unknown_scheme_is_refused() -> None:
     """The error lists the schemes there are; custom is no name to choose."""
     for name in ("best", "custom"):
-        with pytest.raises(UsageError, match="choose one of equal, linear, exp, ema, power"):
+        with pytest.raises(
+            UsageError, match=f"no scheme '{name}': choose one of equal, linear, exp, ema, power$"
+        ):
             coefficients(name, run_of(2))
 
 
@@ -342,10 +374,24 @@ def test_the_bits_are_the_same_on_any_machine() -> None:
 def rounded_exp(argument: Fraction) -> float:
     """Return e^argument, correctly rounded, by the series in exact fractions."""
     term = result = Fraction(1)
-    for order in range(1, 80):
+    for order in range(1, 400):
         term *= argument / order
         result += term
     return float(result)
+
+
+def test_what_a_program_sets_in_decimal_changes_no_coefficient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The defaults of the caller's decimal arithmetic are not those of the coefficients."""
+    calls = [("exp", {"alpha": 0.5}), ("ema", {"decay": 1e-9}), ("power", {"sigma": 0.01})]
+    usual = [coefficients(name, run_of(50), **parameter) for name, parameter in calls]
+    for name, value in (("prec", 5), ("Emin", -5), ("Emax", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(decimal.DefaultContext, name, value)
+            assert [coefficients(name, run_of(50), **parameter) for name, parameter in calls] == (
+                usual
+            )
 
 
 def test_schemes_import_neither_numpy_nor_decimal() -> None:
