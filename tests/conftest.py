@@ -6,8 +6,8 @@ import signal
 
 from hypothesis import Phase, settings
 
-# For `make mutants`, which needs to know that an example fails, and not the simplest such example.
-settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
+# For `make mutants`: some examples, of which it needs to know that one fails, not the simplest one.
+settings.register_profile("mutants", max_examples=20, phases=[Phase.explicit, Phase.generate])
 
 
 def pytest_configure() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import math
 import os
+import resource
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from polyak_cli import engine
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
-from polyak_cli.tensors import Bytes, Extent, File, Identity, LaidOut
+from polyak_cli.tensors import Bytes, Extent, File, Identity, Inline, LaidOut, page_aligned
 
 
 def tensor(size: int, offset: int = 0, count: int = 1) -> engine.Averaged:
@@ -186,23 +188,32 @@ def test_small_tensors_side_by_side_are_each_averaged(
 def test_small_tensors_side_by_side_are_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hundred neighbours take one reading of each checkpoint, not a hundred."""
+    """A hundred neighbours at the end of a file take two readings of it, without what is before."""
     monkeypatch.setattr(engine, "SPREAD", 1 << 40)
-    inputs = write_inputs(tmp_path, [np.arange(1000, dtype=np.float32)] * 2)
+    before = np.zeros(10_000, np.float32)
+    numbers = np.arange(995, dtype=np.float32)
+    inputs = write_inputs(tmp_path, [np.concatenate([before, numbers])] * 2)
     (tmp_path / "out").write_bytes(b"")
-    tensors = [tensor(5, 40 * k, 2) for k in range(100)]
+    tensors = [tensor(5, 40_000 + 40 * k, 2) for k in range(100)]
     reads = []
+    buffers = []
     preadv = os.preadv
 
     def counted(descriptor: int, buffers: Any, offset: int) -> int:
         reads.append(offset)
         return preadv(descriptor, buffers, offset)
 
+    def measured(nbytes: int) -> Bytes:
+        buffers.append(nbytes)
+        return page_aligned(nbytes)
+
     monkeypatch.setattr(os, "preadv", counted)
+    monkeypatch.setattr(engine, "page_aligned", measured)
     work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
-    engine.fold(tensors, work, engine.Memory(1, 1000, 1000))
-    assert len(reads) == 2
-    out = np.fromfile(tmp_path / "out", np.float32)
+    engine.fold(tensors, work, engine.Memory(1, 400, 400))
+    assert reads == [40_000, 40_000, 43_200, 43_200]
+    assert max(buffers) < 10_000
+    out = np.fromfile(tmp_path / "out", np.float32)[10_000:]
     assert out.reshape(-1, 5)[::2].ravel().tolist() == [
         10 * k + j for k in range(100) for j in range(5)
     ]
@@ -425,3 +436,352 @@ def test_what_will_be_read_next_is_fetched_ahead(
         announcement = events.index(("announced", descriptor, offset))
         assert announcement < events.index(("read", descriptor, offset))
     assert len(set(events)) == len(events)
+
+
+class Banded(Extent):
+    """An extent that is better read in bands of seven float32, as if it were chunked."""
+
+    alignment = 28
+    held = 28
+
+
+def test_slabs_hold_whole_bands_where_they_fit() -> None:
+    """What is stored in bands is cut between them, in as many as a piece or the bound holds."""
+    banded = engine.Source(Banded(0, 400), "<", 0)
+    whole = engine.Averaged("x", 100, "float32", [*tensor(100).sources, banded], [])
+    for piece, most, length in ((20, 50, 14), (5, 50, 7), (5, 6, 6), (20, 10, 10), (1, 1, 1)):
+        spans = [(s.start, s.stop) for s in engine.slabs([whole], piece, most)]
+        assert spans == [(k, min(k + length, 100)) for k in range(0, 100, length)]
+
+
+def test_only_small_tensors_side_by_side_are_bundled() -> None:
+    """The second is folded with the first up to some gap, span and size, and if it is like it."""
+    small = engine.SMALL // 4
+
+    def bundled(first: engine.Averaged, second: engine.Averaged, elements: int = 10_000) -> bool:
+        cut = list(engine.slabs([first, second], elements, elements))
+        return len(list(engine.bundles(cut, elements))) == 1
+
+    def at(offset: int, size: int = 10, **changes: Any) -> engine.Averaged:
+        return tensor(size, offset, 2)._replace(**changes)
+
+    def moved(**changes: Any) -> Sequence[engine.Source]:
+        same, other = at(40).sources
+        return [same, other._replace(**changes)]
+
+    assert bundled(at(0), at(40))
+    assert bundled(at(0, small), at(4 * small))
+    assert bundled(at(0), at(40 + engine.GAP))
+    assert bundled(at(0), at(16 * 100 - 40), elements=100)
+    apart = {
+        "too large": (at(0), at(40, small + 1)),
+        "after one too large": (at(0, small + 1), at(4 * small + 4)),
+        "too far away": (at(0), at(41 + engine.GAP)),
+        "before": (at(40), at(0)),
+        "overlapping": (at(0), at(39)),
+        "of another type": (at(0), at(40, dtype="float16")),
+        "in other bytes": (at(0), at(40, sources=moved(byteorder=">"))),
+        "in another file": (at(0), at(40, sources=moved(file=0))),
+        "by no offset": (at(0), at(40, sources=moved(storage=Inline(bytes(40))))),
+        "written as another type": (at(0), at(40, targets=[LaidOut(40, "float16", "<")])),
+        "written in other bytes": (at(0), at(40, targets=[LaidOut(40, "float32", ">")])),
+    }
+    assert [why for why, pair in apart.items() if bundled(*pair)] == []
+    assert not bundled(at(0), at(16 * 100 - 39), elements=100)
+
+
+def test_batches_are_closed_by_elements_or_by_number() -> None:
+    """A message is sent for so many elements, or for so many small tensors."""
+    ones: list[engine.Bundle] = [[engine.Slab(tensor(1), 0, 1)] for _ in range(600)]
+    assert [len(batch) for batch in engine.batches(ones, 1000)] == [256, 256, 88]
+    assert [len(batch) for batch in engine.batches(ones[:11], 5)] == [5, 5, 1]
+    pairs = [[*ones[0], *ones[0]]] * 150
+    assert [len(batch) for batch in engine.batches(pairs, 1000)] == [128, 22]
+
+
+@pytest.mark.parametrize(
+    ("bound", "memory"),
+    [
+        ((24 * 4096 * 3, 8), engine.Memory(3, 4096, 4096, 24)),
+        ((24 * 4096 * 2 + 5000, 8), engine.Memory(2, 4200, 4200, 24)),
+        ((1 << 30, 2), engine.Memory(2, engine.PIECE, (1 << 30) // 48, 24)),
+        ((40 * 4096, 1, 2), engine.Memory(1, 4096, 4096, 40)),
+        ((48 * 4096, 1, 3), engine.Memory(1, 4096, 4096, 48)),
+        ((1000, 4), engine.Memory(1, 256, 256, 24)),
+    ],
+)
+def test_memory_is_shared_out_to_the_byte(bound: tuple[int, ...], memory: engine.Memory) -> None:
+    """24 bytes an element, 8 more for each of several averages; at least 4,096 elements a job."""
+    assert engine.Memory.within(*bound) == memory
+
+
+def test_what_a_run_did_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are those of the tensors, seconds are split in three, and progress tells the bytes."""
+    inputs = write_inputs(tmp_path, [np.ones(1000, np.float32)] * 3)
+    (tmp_path / "out").write_bytes(b"")
+    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.0, 0.5]]), False)
+    told: list[int] = []
+    totals = engine.fold([tensor(1000, 0, 3)], work, engine.Memory(2, 100, 100), told.append)
+    assert (totals.bytes_read, totals.bytes_written) == (8000, 4000)
+    assert sorted(told) == [1600, 6400]
+    assert min(totals[2:]) > 0.0
+    times = iter([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    clock = engine._Clock()
+    clock.read(10)
+    clock.fold()
+    clock.write(5)
+    clock.read(100)
+    clock.fold()
+    clock.write(50)
+    assert clock.totals() == (110, 55, 1.0 + 8.0, 2.0 + 16.0, 4.0 + 32.0)
+    assert clock.totals().plus(engine.Totals(1, 2, 3.0, 4.0, 5.0)) == (111, 57, 12.0, 22.0, 41.0)
+
+
+def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
+    """A byte at either end, in any checkpoint, and another length are found, and nothing else."""
+    content = np.random.default_rng(0).integers(0, 256, 360, np.uint8)
+    arrays = [content, content.copy(), content.copy()]
+    arrays[2][90] += 1
+    arrays[1][269] += 1
+    inputs = write_inputs(tmp_path, arrays)
+
+    def everywhere(start: int, stop: int) -> list[engine.Source]:
+        return [engine.Source(Extent(start, stop - start), "<", k) for k in range(3)]
+
+    rows = [(f"t{k}", everywhere(90 * k, 90 * k + 90)) for k in range(4)]
+    rows.append(("shorter", [*everywhere(0, 90)[:2], everywhere(0, 89)[2]]))
+    told: list[int] = []
+    memory = engine.Memory(1, 10, 10)
+    found, totals = engine.differing(rows, inputs, memory, told.append)
+    assert found == {"t1", "t2", "shorter"}
+    # In pieces of 80 bytes, and no further than to the first that differs.
+    assert sum(told) == totals.bytes_read == 270 + 240 + 260 + 270
+    assert engine.differing(rows, inputs, memory)[0] == found
+    for k in range(2):
+        ending = everywhere(0, 90)
+        ending[k] = engine.Source(Extent(300, 90), "<", k)
+        with pytest.raises(FormatError, match=rf"/{k}\.raw: tensor 'cut': the file ends 20 bytes"):
+            engine.differing([("cut", ending)], inputs, memory)
+
+
+def test_pieces_are_the_stored_bytes_of_each_checkpoint(tmp_path: Path) -> None:
+    """Slab by slab, checkpoint by checkpoint, as long as the bound and the caller's buffers let."""
+    arrays = [np.arange(100, dtype="<f4"), np.arange(100, dtype=">f8") / 3]
+    inputs = write_inputs(tmp_path, arrays)
+    sources = [engine.Source(Extent(0, 400), "<", 0), engine.Source(Extent(0, 800), ">", 1)]
+    bands = [engine.Source(Banded(0, 400), "<", 0), sources[1]]
+    first = engine.Compared("x", 100, ["float32", "float64"], sources)
+    memory = engine.Memory(1, 1, 30)
+    for one, most, held, length in (
+        (first, 30, None, 10),
+        (first, 30, 0, 30),
+        (first, 30, 4, 6),
+        (first, 2, None, 1),
+        (first, 1000, None, 100),
+        (first._replace(sources=bands), 30, None, 7),
+        (first._replace(sources=bands), 15, None, 5),
+        (first._replace(sources=bands), 1000, None, 100),
+    ):
+        got: list[list[bytes]] = [[], []]
+        before = None
+        for tensor, k, stored in engine.pieces([one], inputs, memory._replace(most=most), held):
+            assert not isinstance(stored, FormatError)
+            assert tensor is one
+            assert len(stored) == min(length, 100 - length * len(got[k])) * (4, 8)[k]
+            if before is not None:  # of the checkpoint before, which is still there
+                assert before[0].tobytes() == before[1]
+            before = stored, stored.tobytes()
+            got[k].append(stored.tobytes())
+        assert [b"".join(parts) for parts in got] == [array.tobytes() for array in arrays]
+
+
+def test_a_piece_that_cannot_be_read_is_an_error_in_its_place(tmp_path: Path) -> None:
+    """The others are told all the same; for `values`, it ends the reading."""
+    inputs = write_inputs(tmp_path, [np.zeros(n, np.float32) for n in (10, 5, 10)])
+    tensor = engine.Compared(
+        "x", 10, ["float32"] * 3, [engine.Source(Extent(0, 40), "<", k) for k in range(3)]
+    )
+    memory = engine.Memory(1, 100, 100)
+    results = [(k, stored) for _, k, stored in engine.pieces([tensor], inputs, memory)]
+    assert [k for k, _ in results] == [0, 1, 2]
+    assert [len(stored) for k, stored in results if not isinstance(stored, FormatError)] == [40, 40]
+    assert str(results[1][1]).endswith(
+        "/1.raw: tensor 'x': the file ends 20 bytes before the tensor does"
+    )
+    with pytest.raises(FormatError, match=r"/1\.raw: tensor 'x': the file ends 20 bytes"):
+        list(engine.values([tensor], inputs, memory))
+
+
+def test_values_are_float64_whatever_is_stored(tmp_path: Path) -> None:
+    """Types, byte orders, lengths and numbers of checkpoints may change from tensor to tensor."""
+    types = {"float32": "<f4", "int16": ">i2", "uint8": "<u1"}
+    content = [np.arange(100).astype(code) for code in types.values()]
+    inputs = write_inputs(tmp_path, content)
+
+    def compared(name: str, size: int, files: Sequence[int]) -> engine.Compared:
+        sources = [
+            engine.Source(Extent(0, size * content[k].itemsize), types[dtype][0], k)
+            for k, dtype in enumerate(types)
+            if k in files
+        ]
+        return engine.Compared(name, size, [[*types][k] for k in files], sources)
+
+    tensors = [compared("a", 5, [0, 1, 2]), compared("b", 100, [0, 1, 2]), compared("c", 7, [1])]
+    got: dict[str, list[list[list[float]]]] = {}
+    for tensor, slabs in engine.values(tensors, inputs, engine.Memory(1, 160, 160)):
+        assert all(slab.dtype == np.float64 for slab in slabs)
+        got.setdefault(tensor.name, []).append([slab.tolist() for slab in slabs])
+    assert got == {
+        "a": [[[*range(5)]] * 3],
+        "b": [[[*range(start, min(start + 40, 100))]] * 3 for start in (0, 40, 80)],
+        "c": [[[*range(7)]]],
+    }
+
+
+def test_what_must_be_held_whole_must_fit_the_bound(tmp_path: Path) -> None:
+    """The error tells file, tensor, what it needs and what there is; just enough is enough."""
+
+    class Chunked(Extent):
+        held = 240
+
+    inputs = write_inputs(tmp_path, [np.ones(2, np.float32)] * 2)
+    sources = [engine.Source(Extent(0, 8), "<", 0), engine.Source(Chunked(0, 8), "<", 1)]
+    tensors = [engine.Compared("x", 2, ["float32"] * 2, sources)]
+    assert len(list(engine.pieces(tensors, inputs, engine.Memory(1, 10, 10)))) == 2
+    with pytest.raises(
+        FormatError,
+        match=r"/1\.raw: tensor 'x' is stored in chunks of 240 bytes, .*; expected at most 216$",
+    ):
+        list(engine.pieces(tensors, inputs, engine.Memory(1, 9, 9)))
+
+
+def test_a_nan_behind_a_checkpoint_that_does_not_count_is_named(tmp_path: Path) -> None:
+    """Checkpoints of coefficient 0 are passed over in the search for it."""
+    arrays = [np.full(10, k, np.float32) for k in range(3)]
+    arrays[2][3] = -np.inf
+    with pytest.raises(
+        MismatchError,
+        match=r"/2\.raw: tensor 'x' holds -inf \(element 3\); expected finite numbers\. Leave the "
+        r"checkpoint out with --exclude, or use --allow-nonfinite$",
+    ):
+        run(tmp_path, arrays, [[0.5, 0.0, 0.5]], engine.Memory(1, 10, 10))
+
+
+def folded_once(folder: Path, values: Sequence[float], stored: str, coefficient: float) -> bytes:
+    """Return what one float64 tensor becomes in an output of some type."""
+    inputs = write_inputs(folder, [np.array(values, np.float64)])
+    (folder / "out").write_bytes(b"")
+    source = engine.Source(Extent(0, 8 * len(values)), "<", 0)
+    one = engine.Averaged("x", len(values), "float64", [source], [LaidOut(0, stored, "<")])
+    work = engine.Fold(inputs, [str(folder / "out")], np.array([[coefficient]]), False)
+    engine.fold([one], work, engine.Memory(1, 10, 10))
+    return (folder / "out").read_bytes()
+
+
+def test_an_average_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """It overflows float64, or the type that was asked for: the error says which, and the value."""
+    message = (
+        "^the average of tensor 'x' overflows float64, though every checkpoint is finite; use "
+        "--allow-nonfinite to write it all the same$"
+    )
+    with pytest.raises(MismatchError, match=message):
+        folded_once(tmp_path, [1.0, 1e308], "float64", 10.0)
+    message = (
+        "^the average of tensor 'x' holds -70000, which float16 cannot store; choose a wider "
+        "--dtype$"
+    )
+    with pytest.raises(MismatchError, match=message):
+        folded_once(tmp_path, [1.0, -70000.0], "float16", 1.0)
+    assert folded_once(tmp_path, [1.0, -65504.0], "float16", 1.0) == b"\x00\x3c\xff\xfb"
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_an_input_that_changes_before_it_is_fetched_ahead_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """Fetching ahead complains of nothing; the reading says which file it is."""
+    monkeypatch.setattr(engine, "FAST", math.inf)
+    inputs = write_inputs(tmp_path, [np.zeros(20_000, np.float32)] * 3)
+    (tmp_path / "out").write_bytes(b"")
+    if gone:
+        (tmp_path / "1.raw").unlink()
+        what = "cannot be read: No such file or directory"
+    else:
+        (tmp_path / "1.raw").write_bytes(b"")
+        what = "tensor 'x': the file changed while it was read"
+    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.25, 0.25]]), False)
+    with pytest.raises(FormatError, match=rf"/1\.raw: {what}"):
+        engine.fold([tensor(20_000, 0, 3)], work, engine.Memory(1, 20_000, 20_000))
+    with pytest.raises(FormatError, match=r"/1\.raw: changed or vanished while it was read"):
+        engine.unchanged(inputs)
+    engine.unchanged([inputs[0], inputs[2]])
+
+
+def test_as_many_inputs_stay_open_as_the_process_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 are left for other things; where there is no limit, all of them stay open."""
+    inputs = write_inputs(tmp_path, [np.zeros(1, np.float32)] * 3)
+    for limit, room in ((65, 1), (64, 0), (10, 0), (resource.RLIM_INFINITY, 3)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
+        assert engine._Files(inputs).room == room
+
+
+def test_what_is_written_goes_to_the_disk_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every so many bytes all outputs are flushed, one flush at a time."""
+    flushed: list[int] = []
+    go_on = threading.Event()
+
+    def flush(descriptor: int) -> None:
+        assert go_on.wait(60)
+        flushed.append(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", flush, raising=False)
+    monkeypatch.setattr(engine, "FLUSH", 100)
+    with engine._Flusher([7, 8]) as flusher:
+        flusher.wrote(60)
+        flusher.wrote(39)
+        none = flusher.flushing
+        flusher.wrote(1)
+        first = flusher.flushing
+        assert none is None
+        assert first is not None
+        flusher.wrote(100)  # it waits for the one that goes on
+        assert flusher.flushing is first
+        go_on.set()
+        first.result(60)
+        flusher.wrote(0)
+        second = flusher.flushing
+        assert second is not first
+        assert second is not None
+        second.result(60)
+        flusher.wrote(99)
+    assert flushed == [7, 8, 7, 8]
+
+
+def test_an_error_of_the_disk_while_flushing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the next bytes, or at the end; another error that is on its way is not hidden."""
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdatasync", full, raising=False)
+    monkeypatch.setattr(engine, "FLUSH", 100)
+
+    def written(*, again: bool = False, error: Exception | None = None) -> None:
+        with engine._Flusher([7]) as flusher:
+            flusher.wrote(100)
+            assert flusher.flushing is not None
+            flusher.flushing.exception(60)
+            if again:
+                flusher.wrote(100)
+                pytest.fail("the second portion did not notice")
+            if error:
+                raise error
+
+    for again in (True, False):
+        with pytest.raises(OSError, match="No space left"):
+            written(again=again)
+    with pytest.raises(ValueError, match=r"^other$"):
+        written(error=ValueError("other"))

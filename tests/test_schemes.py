@@ -384,14 +384,16 @@ def test_what_a_program_sets_in_decimal_changes_no_coefficient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The defaults of the caller's decimal arithmetic are not those of the coefficients."""
-    calls = [("exp", {"alpha": 0.5}), ("ema", {"decay": 1e-9}), ("power", {"sigma": 0.01})]
-    usual = [coefficients(name, run_of(50), **parameter) for name, parameter in calls]
+    calls: list[Callable[[], Sequence[float]]] = [
+        lambda: coefficients("exp", run_of(50), alpha=0.5),
+        lambda: coefficients("ema", run_of(50), decay=1e-9),
+        lambda: coefficients("power", run_of(50), sigma=0.01),
+    ]
+    usual = [call() for call in calls]
     for name, value in (("prec", 5), ("Emin", -5), ("Emax", 1)):
         with monkeypatch.context() as patch:
             patch.setattr(decimal.DefaultContext, name, value)
-            assert [coefficients(name, run_of(50), **parameter) for name, parameter in calls] == (
-                usual
-            )
+            assert [call() for call in calls] == usual
 
 
 def test_schemes_import_neither_numpy_nor_decimal() -> None:
