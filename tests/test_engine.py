@@ -228,7 +228,7 @@ def test_a_nan_among_small_tensors_is_named_with_its_own_tensor(tmp_path: Path) 
     tensors = [tensor(10, 40 * k)._replace(name=f"t{k}") for k in range(10)]
     work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(MismatchError, match=r"0\.raw: tensor 't5' holds nan \(element 7\)"):
-        engine.fold(tensors, work, engine.Memory(1, 1000, 1000))
+        engine.fold(tensors, work, engine.Memory(2, 1000, 1000))
 
 
 def test_several_outputs_come_from_one_reading(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_nan_is_named_with_file_tensor_and_element(tmp_path: Path) -> None:
 def test_nonfinite_values_are_averaged_where_they_are_allowed(tmp_path: Path) -> None:
     """With leave, infinity and NaN go through the arithmetic like any number."""
     arrays = [np.array([np.inf, 1], np.float32), np.array([1, np.nan], np.float32)]
-    (out,) = run(tmp_path, arrays, [[0.5, 0.5]], engine.Memory(1, 10, 10), allow_nonfinite=True)
+    (out,) = run(tmp_path, arrays, [[0.5, 0.5]], engine.Memory(2, 10, 10), allow_nonfinite=True)
     assert np.isposinf(out[0])
     assert np.isnan(out[1])
 
@@ -292,7 +292,7 @@ def test_an_input_that_ends_early_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"")
     work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(FormatError, match=r"0\.raw: tensor 'x': the file ends 40 bytes before"):
-        engine.fold([tensor(20)], work, engine.Memory(1, 100, 100))
+        engine.fold([tensor(20)], work, engine.Memory(2, 100, 100))
 
 
 def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"")
     work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(FormatError, match="changed"):
-        engine.fold([tensor(10)], work, engine.Memory(1, 100, 100))
+        engine.fold([tensor(10)], work, engine.Memory(2, 100, 100))
     with pytest.raises(FormatError, match="changed or vanished"):
         engine.unchanged(inputs)
 
@@ -363,7 +363,11 @@ def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
     source = engine.Source(Killing(0, 4000), "<", 0)
     doomed = engine.Averaged("x", 1000, "float32", [source], [LaidOut(0, "float32", "<")])
     work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
-    with pytest.raises(PolyakError, match=r"a worker was ended from outside \(SIGKILL\)"):
+    message = (
+        r"^a worker was ended from outside \(SIGKILL\), perhaps because memory ran out; "
+        r"use fewer --jobs or less --max-memory$"
+    )
+    with pytest.raises(PolyakError, match=message):
         engine.fold([doomed], work, engine.Memory(2, 100, 100))
 
 
@@ -558,6 +562,7 @@ def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
     # In pieces of 80 bytes, and no further than to the first that differs.
     assert sum(told) == totals.bytes_read == 270 + 240 + 260 + 270
     assert engine.differing(rows, inputs, memory)[0] == found
+    assert engine.differing([("alone", everywhere(0, 90)[:1])], inputs, memory)[0] == set()
     for k in range(2):
         ending = everywhere(0, 90)
         ending[k] = engine.Source(Extent(300, 90), "<", k)
@@ -665,17 +670,23 @@ def test_a_nan_behind_a_checkpoint_that_does_not_count_is_named(tmp_path: Path) 
         match=r"/2\.raw: tensor 'x' holds -inf \(element 3\); expected finite numbers\. Leave the "
         r"checkpoint out with --exclude, or use --allow-nonfinite$",
     ):
-        run(tmp_path, arrays, [[0.5, 0.0, 0.5]], engine.Memory(1, 10, 10))
+        run(tmp_path, arrays, [[0.5, 0.0, 0.5]], engine.Memory(2, 10, 10))
 
 
-def folded_once(folder: Path, values: Sequence[float], stored: str, coefficient: float) -> bytes:
+def folded_once(
+    folder: Path,
+    values: Sequence[float],
+    stored: str,
+    coefficient: float,
+    allow_nonfinite: bool = False,
+) -> bytes:
     """Return what one float64 tensor becomes in an output of some type."""
     inputs = write_inputs(folder, [np.array(values, np.float64)])
     (folder / "out").write_bytes(b"")
     source = engine.Source(Extent(0, 8 * len(values)), "<", 0)
     one = engine.Averaged("x", len(values), "float64", [source], [LaidOut(0, stored, "<")])
-    work = engine.Fold(inputs, [str(folder / "out")], np.array([[coefficient]]), False)
-    engine.fold([one], work, engine.Memory(1, 10, 10))
+    work = engine.Fold(inputs, [str(folder / "out")], np.array([[coefficient]]), allow_nonfinite)
+    engine.fold([one], work, engine.Memory(2, 10, 10))
     return (folder / "out").read_bytes()
 
 
@@ -694,6 +705,8 @@ def test_an_average_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=message):
         folded_once(tmp_path, [1.0, -70000.0], "float16", 1.0)
     assert folded_once(tmp_path, [1.0, -65504.0], "float16", 1.0) == b"\x00\x3c\xff\xfb"
+    allowed = folded_once(tmp_path, [1.0, -70000.0], "float16", 1.0, allow_nonfinite=True)
+    assert allowed == b"\x00\x3c\x00\xfc"
 
 
 @pytest.mark.parametrize("gone", [True, False])
@@ -712,7 +725,7 @@ def test_an_input_that_changes_before_it_is_fetched_ahead_is_named(
         what = "tensor 'x': the file changed while it was read"
     work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.25, 0.25]]), False)
     with pytest.raises(FormatError, match=rf"/1\.raw: {what}"):
-        engine.fold([tensor(20_000, 0, 3)], work, engine.Memory(1, 20_000, 20_000))
+        engine.fold([tensor(20_000, 0, 3)], work, engine.Memory(2, 20_000, 20_000))
     with pytest.raises(FormatError, match=r"/1\.raw: changed or vanished while it was read"):
         engine.unchanged(inputs)
     engine.unchanged([inputs[0], inputs[2]])
@@ -728,8 +741,11 @@ def test_as_many_inputs_stay_open_as_the_process_may_have(
         assert engine._Files(inputs).room == room
 
 
-def test_what_is_written_goes_to_the_disk_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every so many bytes all outputs are flushed, one flush at a time."""
+@pytest.mark.parametrize("call", ["fdatasync", "fsync"])
+def test_what_is_written_goes_to_the_disk_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Every so many bytes all outputs are flushed, one flush at a time; macOS has only fsync."""
     flushed: list[int] = []
     go_on = threading.Event()
 
@@ -737,7 +753,8 @@ def test_what_is_written_goes_to_the_disk_meanwhile(monkeypatch: pytest.MonkeyPa
         assert go_on.wait(60)
         flushed.append(descriptor)
 
-    monkeypatch.setattr(os, "fdatasync", flush, raising=False)
+    monkeypatch.delattr(os, "fdatasync", raising=False)
+    monkeypatch.setattr(os, call, flush, raising=False)
     monkeypatch.setattr(engine, "FLUSH", 100)
     with engine._Flusher([7, 8]) as flusher:
         flusher.wrote(60)

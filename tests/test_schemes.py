@@ -340,6 +340,7 @@ def test_the_parameter_really_used_can_be_told() -> None:
     """A default is filled in, so that plan and provenance can record it."""
     assert resolve("exp").parameters == {"alpha": 2.0}
     assert resolve("ema").parameters == {"decay": 0.9}
+    assert resolve("power").parameters == {"sigma": 0.1}
     assert resolve("power", sigma=0.2).parameters == {"sigma": 0.2}
     assert (resolve(None).name, resolve(None).parameters) == ("equal", {})
     assert resolve(None, custom=[1.0]).name == "custom"
