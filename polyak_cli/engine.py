@@ -206,7 +206,7 @@ def bundles(work: Iterable[Slab], elements: int) -> Iterator[Bundle]:
 def _side_by_side(bundle: Bundle, slab: Slab, elements: int) -> bool:
     """Tell whether a slab may be read along with those before it."""
     first, last, new = bundle[0].tensor, bundle[-1].tensor, slab.tensor
-    if new.dtype != first.dtype or not (_is_small(new) and _is_small(first)):
+    if new.dtype != first.dtype or not (_is_small(slab) and _is_small(bundle[0])):
         return False
     span = SPAN * elements
     return all(
@@ -224,8 +224,11 @@ def _side_by_side(bundle: Bundle, slab: Slab, elements: int) -> bool:
     )
 
 
-def _is_small(tensor: Averaged) -> bool:
-    return tensor.size * itemsize(tensor.dtype) <= SMALL
+def _is_small(slab: Slab) -> bool:
+    """Tell whether a slab is a small tensor, and the whole of it, which a tight bound may cut."""
+    tensor = slab.tensor
+    whole = slab.stop - slab.start == tensor.size
+    return whole and tensor.size * itemsize(tensor.dtype) <= SMALL
 
 
 def batches(work: Iterable[Bundle], elements: int) -> Iterator[list[Bundle]]:

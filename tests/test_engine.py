@@ -9,6 +9,7 @@ import resource
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,20 @@ def test_a_nan_among_small_tensors_is_named_with_its_own_tensor(tmp_path: Path) 
     work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(MismatchError, match=r"0\.raw: tensor 't5' holds nan \(element 7\)"):
         engine.fold(tensors, work, engine.Memory(2, 1000, 1000))
+
+
+def test_small_tensors_that_a_tight_bound_cuts_are_averaged(tmp_path: Path) -> None:
+    """What is left of one, or its beginning, is not taken for the whole beside its neighbours."""
+    arrays = [np.arange(60, dtype=np.float32), np.ones(60, np.float32)]
+    inputs = write_inputs(tmp_path, arrays)
+    starts = [0, 15, 20, 25, 52, 53, 60]
+    tensors = [tensor(b - a, 4 * a, 2) for a, b in pairwise(starts)]
+    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    for piece in range(1, 31):
+        (tmp_path / "out").write_bytes(b"")
+        engine.fold(tensors, work, engine.Memory(1, piece, piece))
+        out = np.fromfile(tmp_path / "out", np.float32)
+        assert out.tolist() == ((arrays[0] + 1) / 2).tolist()
 
 
 def test_several_outputs_come_from_one_reading(tmp_path: Path) -> None:
