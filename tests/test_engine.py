@@ -324,6 +324,39 @@ def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
         engine.unchanged(inputs)
 
 
+def test_an_input_that_became_a_pipe_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening it does not wait for somebody to write into it."""
+    inputs = write_inputs(tmp_path, [np.zeros(10, np.float32)])
+    (tmp_path / "0.raw").unlink()
+    os.mkfifo(tmp_path / "0.raw")
+    real = os.open
+
+    def opened(path: str, flags: int) -> int:
+        assert flags & os.O_NONBLOCK
+        return real(path, flags)
+
+    monkeypatch.setattr(os, "open", opened)
+    files = engine._Files(inputs)
+    with pytest.raises(FormatError, match=r"/0\.raw: tensor 'x': the file changed while it was"):
+        files.read(tensor(10).sources[0], 0, np.empty(40, np.uint8), "x")
+
+
+def test_what_a_header_holds_is_averaged_with_what_lies_in_a_file(tmp_path: Path) -> None:
+    """A tensor may have an offset in one checkpoint and none in another."""
+    arrays = [np.arange(100, dtype=np.float32), np.ones(100, np.float32)]
+    inputs = write_inputs(tmp_path, arrays)
+    (tmp_path / "out").write_bytes(b"")
+    one = tensor(100, 0, 2)
+    inline = engine.Source(Inline(arrays[1].tobytes()), "<", 1)
+    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    mixed = one._replace(sources=[one.sources[0], inline])
+    engine.fold([mixed], work, engine.Memory(1, 30, 30))
+    out = np.fromfile(tmp_path / "out", np.float32)
+    assert out.tolist() == ((arrays[0] + 1) / 2).tolist()
+
+
 def test_more_inputs_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit among the open files is opened for each slab, with the same result."""
     monkeypatch.setattr("resource.getrlimit", lambda _: (66, 66))
@@ -774,6 +807,10 @@ def test_as_many_inputs_stay_open_as_the_process_may_have(
     for limit, room in ((65, 1), (64, 0), (10, 0), (resource.RLIM_INFINITY, 3)):
         monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
         assert engine._Files(inputs).room == room
+        with engine._Files(inputs) as files:
+            for source in tensor(1, 0, 3).sources:
+                files.read(source, 0, np.empty(4, np.uint8), "x")
+            assert len(files.kept) == room
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "fsync"])
