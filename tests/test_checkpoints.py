@@ -63,12 +63,13 @@ def reasons(selection: Selection) -> dict[str, str]:
 
 
 def refusal(*sources: str | Path, **options: Any) -> str:
-    """Return the message of the error that a choice gives, which is one line."""
+    """Return the message of the error that a choice gives, which is one line and has no gap."""
     with pytest.raises(PolyakError) as caught:
         select(sources, **options)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     assert message.isprintable()
+    assert "None" not in message
     return message
 
 
@@ -149,7 +150,8 @@ def test_epochs_are_read_as_people_write_them(
         (["fold_1.h5", "fold_2.h5"], "two runs"),
         (["net-v1.2_3.h5", "net-v1.3_4.h5"], "two runs"),
         (["1_epoch2.h5", "2_epoch3.h5"], "two runs"),
-        (["1_05.h5", "2_06.h5"], "1 and 05 in its name vary .*--epoch-pattern"),
+        (["1_05.h5", "2_06.h5"], r"/1_05\.h5: 1 and 05 in its name vary .*--epoch-pattern"),
+        (["1_05_7.h5", "2_06_8.h5"], r"/1_05_7\.h5: 1, 05 and 7 in .*out with --exclude$"),
         (["epoch1_epoch2.h5", "epoch2_epoch3.h5"], "1 and 2 in its name vary"),
         (["loss_05.h5", "loss_06.h5"], "05 in its name looks like the metric 'loss'"),
     ],
@@ -157,9 +159,9 @@ def test_epochs_are_read_as_people_write_them(
 def test_an_order_that_is_not_clear_is_refused(run: Path, files: list[str], message: str) -> None:
     """Nothing is guessed: the error names the files and the way out."""
     make(run, *files)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        select([run])
-    assert "--epoch-pattern" in str(caught.value)
+    found = refusal(run)
+    assert re.search(message, found)
+    assert "--epoch-pattern" in found
 
 
 WEIGHTS = ["a_3.weights.h5", "a_4.weights.h5"]
@@ -231,7 +233,8 @@ def test_no_name_makes_the_reader_fail_otherwise(stems: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"_(\d+)_", r"\d+(?=_)", r"_(?P<epoch>\d+)_(\d+)", r"(\d+)_\d"]
+    "pattern",
+    [r"_(\d+)_", r"\d+(?=_)", r"_(?P<epoch>\d+)_(\d+)", r"(\w)_(?P<epoch>\d+)", r"(\d+)_(\d)"],
 )
 def test_the_epoch_pattern_says_where_the_epoch_is(run: Path, pattern: str) -> None:
     """The group epoch, else the first, else the whole match counts; the rest may differ."""
@@ -255,10 +258,10 @@ def test_the_epoch_pattern_sees_the_whole_file_name(run: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(", "is no regular expression"),
+        ("(", r"^--epoch-pattern '\(' is no regular expression: missing \)"),
         ("a{99999999999999999999}", "is no regular expression"),
-        (r"x(\d+)", r"model_1\.h5: --epoch-pattern .* matches nothing"),
-        (r"(mod)el", "finds 'mod' in its name"),
+        (r"x(\d+)", r"model_1\.h5: --epoch-pattern .* matches nothing in its name: correct"),
+        (r"(mod)el", r"model_1\.h5: --epoch-pattern '\(mod\)el' finds 'mod' in its name"),
         (r"model_(y)?", "finds no epoch in its name"),
     ],
 )
@@ -267,8 +270,7 @@ def test_an_epoch_pattern_that_finds_no_number_is_refused(
 ) -> None:
     """A bad pattern, no match, and a match that is no whole number are errors."""
     numbered(run, 1)
-    with pytest.raises(PolyakError, match=message):
-        select([run], epoch_pattern=pattern)
+    assert re.search(message, refusal(run, epoch_pattern=pattern))
 
 
 # ---- what is in a directory ------------------------------------------------------------------
@@ -365,7 +367,9 @@ def test_exclude_gets_round_what_would_be_an_error(run: Path) -> None:
 def test_an_empty_directory_is_an_error(run: Path) -> None:
     """The error names the directory and says what was looked for."""
     message = refusal(run)
-    assert str(run) in message
+    assert message.startswith(
+        f"{run}: there is no checkpoint here: looked for files in .weights.h5"
+    )
     assert "looked for files in .weights.h5, .weights.json, .h5, .hdf5, " in message
     assert ".safetensors.index.json, but found nothing at all" in message
 
@@ -373,8 +377,15 @@ def test_an_empty_directory_is_an_error(run: Path) -> None:
 def test_a_foreign_directory_is_an_error_that_says_what_was_there(run: Path) -> None:
     """The error tells the first few files that were passed over, and how many more."""
     make(run, *(f"{letter}.txt" for letter in "abcde"))
-    assert "a.txt (not named like a checkpoint), b.txt" in refusal(run)
-    assert refusal(run).endswith("and 2 more")
+    reason = "(not named like a checkpoint)"
+    three = f", passed over a.txt {reason}, b.txt {reason}, c.txt {reason}"
+    assert refusal(run).endswith(f"{three} and 2 more")
+    (run / "e.txt").unlink()
+    assert refusal(run).endswith(f"{three} and 1 more")
+    (run / "d.txt").unlink()
+    assert refusal(run).endswith(three)
+    make(run, f"{'a' * 100}.txt")
+    assert "a" * 61 not in refusal(run)
 
 
 def test_each_directory_must_hold_a_checkpoint(tmp_path: Path, run: Path) -> None:
@@ -408,9 +419,9 @@ def test_a_source_that_is_not_there_is_an_error(
     """The error names it, in one printable line."""
     monkeypatch.chdir(tmp_path)
     make(tmp_path, "file.h5")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError):
         select([source])
-    refusal(source)
+    assert re.search(message, refusal(source))
 
 
 def test_a_single_string_is_one_source(run: Path) -> None:
@@ -560,6 +571,8 @@ def test_one_file_under_two_names_is_an_error(run: Path, link: str) -> None:
     assert str(path) in message
     assert str(other) in message
     assert "one and the same file" in message
+    if link == "hard":  # neither is the link: the later one is as good as the other
+        assert message.endswith("--exclude 'model_1.h5'")
     if link == "symbolic":
         assert "--exclude 'latest_2.h5'" in message
         assert names(select([run], exclude=["latest_2.h5"])) == ["model_1.h5"]
@@ -568,7 +581,7 @@ def test_one_file_under_two_names_is_an_error(run: Path, link: str) -> None:
 def test_one_file_named_twice_is_an_error(run: Path) -> None:
     """So is a file that is also in a directory given."""
     (path,) = numbered(run, 1)
-    assert "is given twice" in refusal(path, path)
+    assert f"{path} is given twice" in refusal(path, path)
     assert "is given twice" in refusal(run, path)
 
 
@@ -1042,6 +1055,15 @@ def test_what_is_no_model_is_passed_over_with_a_reason(run: Path) -> None:
         "m.weights.h5": "not named like a whole model",
         "training.csv": "not named like a whole model",
     }
+
+
+def test_what_every_source_has_passed_over_is_told(tmp_path: Path, run: Path) -> None:
+    """Not only the last one's."""
+    make(run, "a.h5", "a.txt")
+    other = tmp_path / "other"
+    other.mkdir()
+    make(other, "b.h5", "b.txt")
+    assert [one.path.name for one in model_files([run, other])[1]] == ["a.txt", "b.txt"]
 
 
 def test_a_named_file_is_a_model_whatever_its_name_and_sources_keep_their_order(run: Path) -> None:
