@@ -795,8 +795,10 @@ def test_a_metric_that_is_not_in_a_name_is_an_error(
     """Another metric's number is not taken for it; the error says what was found."""
     make(run, name)
     message = refusal(run, best=1, monitor=monitor)
-    assert f"looked in its name for {monitor}, but found {found}" in message
-    assert "--log" in message
+    assert message == (
+        f"{run / name}: looked in its name for {monitor}, but found {found}: give the training "
+        "log with --log, or another --monitor"
+    )
 
 
 @pytest.mark.parametrize(
@@ -832,9 +834,9 @@ def test_names_from_one_belong_to_rows_from_zero(run: Path) -> None:
     selection = select([run], best=1, log=log)
     assert epochs(selection) == [2]
     assert [one.metric for one in selection.checkpoints] == [0.1]
-    (note,) = selection.notes
-    assert (
-        f"the row of epoch 2 is taken for {run / 'model_3.h5'} (as the newest file is one" in note
+    assert selection.notes == (
+        f"{log}: the row of epoch 2 is taken for {run / 'model_3.h5'} (as the newest file is one "
+        "more than the last row)",
     )
 
 
@@ -842,7 +844,13 @@ def test_names_from_zero_belong_to_rows_from_zero(run: Path) -> None:
     """An epoch 0 among the files, even one that is not chosen, settles it."""
     numbered(run, 0, 1, 2)
     log = write_log(run, [0.5, 0.1, 0.3, 0.9])
-    assert epochs(select([run], best=1, log=log, last=2)) == [1]
+    selection = select([run], best=1, log=log, last=2)
+    assert epochs(selection) == [1]
+    assert selection.notes[0].endswith("model_2.h5 (as the files count from 0 too)")
+    (run / "model_1.h5").unlink()
+    (run / "model_2.h5").unlink()
+    (note,) = select([run], best=1, log=log).notes
+    assert "the row of epoch 0 is taken" in note
 
 
 def test_the_newest_file_and_the_last_row_settle_the_alignment(run: Path) -> None:
@@ -850,7 +858,7 @@ def test_the_newest_file_and_the_last_row_settle_the_alignment(run: Path) -> Non
     numbered(run, 497, 498, 499)
     selection = select([run], best=1, log=write_log(run, [1.0] * 498 + [0.1, 0.3]))
     assert epochs(selection) == [498]
-    assert "the same number" in selection.notes[0]
+    assert selection.notes[0].endswith("(as the newest file and the last row have the same number)")
 
 
 def test_the_metric_in_the_names_settles_the_alignment(run: Path) -> None:
@@ -859,8 +867,22 @@ def test_the_metric_in_the_names_settles_the_alignment(run: Path) -> None:
     log = write_log(run, [9.0, 0.5149, 0.1, 0.32])
     selection = select([run], best=1, log=log)
     assert [one.metric for one in selection.checkpoints] == [0.1]
-    assert "file names agrees" in selection.notes[0]
     assert "the row of epoch 3 is taken" in selection.notes[0]
+    assert selection.notes[0].endswith("(as the val_loss in the file names agrees)")
+    # One row before, where the last row alone would say that it is the same.
+    log = write_log(run, [0.5149, 0.1, 0.32, 9.0])
+    selection = select([run], best=1, log=log)
+    assert [one.metric for one in selection.checkpoints] == [0.1]
+    assert "the row of epoch 2 is taken" in selection.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("numeral", "worth"),
+    [("1.25", 0.01), ("-0.5", 0.1), ("1.2e-05", 1e-06), ("1e-05", 1e-05), ("2.5E+03", 100.0)],
+)
+def test_a_name_says_its_metric_up_to_the_last_digit(numeral: str, worth: float) -> None:
+    """Half of what one in the last digit is worth may have been rounded off."""
+    assert checkpoints._last_digit(numeral) == worth
 
 
 def test_an_alignment_that_nothing_settles_is_noted(run: Path) -> None:
@@ -869,7 +891,9 @@ def test_an_alignment_that_nothing_settles_is_noted(run: Path) -> None:
     selection = select([run], best=1, log=write_log(run, [0.9, 0.5, 0.1, 0.05, 0.2]))
     assert epochs(selection) == [3]
     assert [one.metric for one in selection.checkpoints] == [0.1]
-    assert "check that this fits" in selection.notes[0]
+    assert selection.notes[0].endswith(
+        "(as Keras names files from 1 and counts rows from 0; check that this fits)"
+    )
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -931,6 +955,33 @@ def test_a_log_that_does_not_serve_is_an_error(run: Path, content: str, message:
     log.write_text(content, errors="surrogateescape")
     assert message in refusal(run, best=1, log=log)
     assert str(log) in refusal(run, best=1, log=log)
+
+
+def test_a_log_without_the_row_of_a_file_is_an_error(run: Path) -> None:
+    """It says which file has none, what its row should be called, and which rows there are."""
+    numbered(run, 2, 4)
+    log = write_log(run, [0.5, 0.4], first=2)
+    assert refusal(run, best=1, log=log) == (
+        f"{log}: there is no row for {run / 'model_2.h5'}, which should be epoch 1 there (as the "
+        "newest file is one more than the last row); the rows are epochs 2 to 3"
+    )
+
+
+def test_what_a_log_holds_is_shown_in_short(run: Path) -> None:
+    """A log may hold anything: forty letters of a cell and twenty columns are shown."""
+    numbered(run, 1)
+    long = "x" * 100
+    for content in (
+        f"epoch,{long}\n",
+        f"{long},val_loss\n",
+        f"epoch,val_loss\n{long},1\n",
+        f"epoch,val_loss\n0,{long}\n",
+    ):
+        (run / "log.csv").write_text(content)
+        message = refusal(run, best=1, log=run / "log.csv")
+        assert 30 < sum(len(part) for part in re.findall("xx+", message)) < 40
+    (run / "log.csv").write_text(",".join(["epoch", *(f"c{k}" for k in range(30))]) + "\n")
+    assert refusal(run, best=1, log=run / "log.csv").endswith("c18")
 
 
 def test_a_log_that_is_no_file_is_an_error(run: Path) -> None:
