@@ -481,8 +481,17 @@ def test_files_keep_the_order_given(run: Path) -> None:
     selection = select([ten, nine])
     assert epochs(selection) == [10, 9]
     (note,) = selection.notes
-    assert f"{ten} (epoch 10) stands before {nine} (epoch 9), and {nine} counts as" in note
+    assert note == (
+        "the files are taken in the order given, oldest first, which is not that of their epochs: "
+        f"{ten} (epoch 10) stands before {nine} (epoch 9), and {nine} counts as the newest; name "
+        "their directory instead to order them by epoch"
+    )
     assert selection.positions == (1.0, 2.0)
+    zero, one, two = numbered(run, 0, 1, 2)
+    assert f"(epoch 1), and {zero} counts as the newest" in select([two, one, zero]).notes[0]
+    assert select([zero, one, two]).notes == ()
+    (again,) = make(run, "model_00.h5")
+    assert "(epoch 0) stands before" in select([zero, again]).notes[0]
 
 
 def test_files_in_order_need_no_note(run: Path) -> None:
@@ -592,6 +601,125 @@ def test_the_advice_leaves_out_one_of_two_equal_names(tmp_path: Path, run: Path)
     other.symlink_to(path)
     assert f"--exclude '{other}'" in refusal(path, other)
     assert [one.path for one in select([path, other], exclude=[str(other)]).checkpoints] == [path]
+
+
+def test_folders_that_are_checkpoints_stand_for_their_files(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their names tell the epoch, whether they or what is in them is named."""
+    folders = [run / f"checkpoint-{step}" for step in (90, 100)]
+    for folder in folders:
+        folder.mkdir()
+        make(folder, "model.safetensors", "training_args.bin", "other.safetensors")
+    found = select([run])
+    assert [one.path for one in found.checkpoints] == folders
+    assert epochs(found) == [90, 100]
+    assert [one.path for one in select([f"{run}/*/model.safetensors"]).checkpoints] == folders
+    assert [one.path for one in select([folders[1] / "model.safetensors"]).checkpoints] == [
+        folders[1]
+    ]
+    other = folders[1] / "other.safetensors"
+    assert [one.path for one in select([other]).checkpoints] == [other]
+    (folders[0] / "other.safetensors").unlink()
+    assert [one.path for one in select([folders[0]]).checkpoints] == [folders[0]]
+    monkeypatch.chdir(folders[0])
+    assert [one.path for one in select(["model.safetensors"]).checkpoints] == [
+        Path("model.safetensors")
+    ]
+    make(folders[0], "adapter_model.safetensors")
+    two = "holds model.safetensors and adapter_model.safetensors, either of which could be"
+    assert f"{folders[0]}: {two}" in refusal(run)
+
+
+# ---- surveys ---------------------------------------------------------------------------------
+
+
+def test_a_survey_tells_what_a_choice_would_refuse(run: Path) -> None:
+    """Each trouble is told with its file, and all that can be looked at is, in order."""
+    numbered(run, 1, 2, 3)
+    make(run, "model_02.h5", "final.h5", "net_7.h5")
+    (run / "model_8.h5").symlink_to("model_3.h5")
+    (run / "model_9.h5").symlink_to("gone.h5")
+    found = checkpoints.survey(run)
+    assert sorted((one.kind, one.path.name) for one in found.troubles) == [
+        ("duplicate epoch", "model_2.h5"),
+        ("no epoch", "final.h5"),
+        ("other run", "net_7.h5"),
+        ("same file", "model_8.h5"),
+        ("unreadable", "model_9.h5"),
+    ]
+    texts = {one.kind: one.text for one in found.troubles}
+    assert texts["duplicate epoch"].startswith(
+        f"{run / 'model_02.h5'} and {run / 'model_2.h5'} are both epoch 2: leave one out with"
+    )
+    assert texts["other run"].startswith(
+        f"{run / 'net_7.h5'} looks like a checkpoint of another run than {run / 'model_02.h5'} (5 "
+        "are named like this one): leave one kind out with --exclude, or say where the epoch is"
+    )
+    assert texts["no epoch"].startswith(f"{run / 'final.h5'}: its name holds no whole number")
+    assert epochs(found) == [None, 1, 2, 2, 3, 7, 9]
+    assert not any("None" in text for text in texts.values())
+
+
+def test_a_survey_can_be_restricted(run: Path) -> None:
+    """By epoch, to the newest, by exclusion and with a pattern; the rest troubles nobody."""
+    paths = [*make(run, "best.h5"), *numbered(run, 1, 2, 3, 4)]
+    survey = checkpoints.survey
+    assert epochs(survey([run])) == [None, 1, 2, 3, 4]
+    found = survey([run], from_epoch=2, to_epoch=3)
+    assert epochs(found) == [None, 2, 3]
+    assert [path.name for path in found.left_out] == ["model_1.h5", "model_4.h5"]
+    found = survey([run], last=2)
+    assert (epochs(found), found.troubles, found.thinned) == ([3, 4], (), False)
+    assert found.left_out == tuple(paths[:3])
+    assert found.positions == (3.0, 4.0)
+    found = survey([run], exclude=["best.h5", "model_2.h5"])
+    assert (epochs(found), found.troubles, found.thinned) == ([1, 3, 4], (), True)
+    assert reasons(found) == {
+        "best.h5": "--exclude 'best.h5'",
+        "model_2.h5": "--exclude 'model_2.h5'",
+    }
+    found = survey([run], epoch_pattern=r"_(\d)")
+    assert epochs(found) == [None, 1, 2, 3, 4]
+    ((kind, path, text),) = found.troubles
+    assert (kind, path) == ("no epoch", paths[0])
+    assert text.startswith(f"{paths[0]}: --epoch-pattern '_(\\d)' matches nothing")
+    assert epochs(survey([paths[4], paths[1]])) == [1, 4]
+    assert epochs(survey([paths[4], paths[0], paths[1]])) == [4, None, 1]
+    assert survey([run], exclude=["x*"]).notes == ("--exclude 'x*' matched nothing",)
+    ours = survey([run], written_by_us=lambda _: [run / "best.h5"])
+    assert reasons(ours) == {"best.h5": "written by polyak"}
+    assert (epochs(ours), ours.thinned) == ([1, 2, 3, 4], False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"last": 0}, "--last is 0"),
+        ({"last": 4}, "--last 4, but there are only 3 checkpoints"),
+        ({"from_epoch": 3, "to_epoch": 2}, "--from 3 is after --to 2"),
+        ({"from_epoch": 9}, "--from 9: no checkpoint has such an epoch"),
+        ({"epoch_pattern": "("}, "is no regular expression"),
+    ],
+)
+def test_a_survey_of_nothing_is_refused(run: Path, options: Options, message: str) -> None:
+    """As a choice is."""
+    numbered(run, 1, 2, 3)
+    with pytest.raises(PolyakError, match=message):
+        checkpoints.survey([run], **options)
+
+
+def test_the_run_of_a_survey_is_the_largest_and_then_the_longest(run: Path) -> None:
+    """Of two as large, that which goes on longest; names whose epoch is not clear are a run too."""
+    make(run, "a_1.h5", "a_2.h5", "b_1.h5", "b_3.h5")
+    found = checkpoints.survey(run)
+    assert {one.path.name for one in found.troubles} == {"a_1.h5", "a_2.h5"}
+    assert {one.kind for one in found.troubles} == {"other run"}
+    make(run, "c_1_5.h5", "c_2_6.h5", "c_3_7.h5")
+    found = checkpoints.survey(run, exclude=["a_*"])
+    kinds = {(one.kind, one.path.name) for one in found.troubles}
+    assert kinds == {("no epoch", "c_1_5.h5"), ("other run", "b_1.h5"), ("other run", "b_3.h5")}
+    assert epochs(found) == [None, None, None, 1, 3]
 
 
 # ---- restrictions ----------------------------------------------------------------------------
@@ -746,7 +874,15 @@ def test_a_metric_that_is_no_number_is_never_best(run: Path) -> None:
     make(run, "1-nan.h5", "2-0.5.h5", "3-inf.h5")
     assert epochs(select([run], best=1)) == [2]
     message = refusal(run, best=2)
-    assert "--best 2: there is only 1 checkpoint (epoch 2) to choose from, and 2 more" in message
+    assert message == (
+        "--best 2: there is only 1 checkpoint (epoch 2) to choose from, and 2 more whose val_loss "
+        "is no finite number"
+    )
+    (run / "1-nan.h5").rename(run / "1-0.6.h5")
+    (run / "3-inf.h5").unlink()
+    assert refusal(run, best=3) == (
+        "--best 3: there are only 2 checkpoints (epochs 1 to 2) to choose from"
+    )
 
 
 @pytest.mark.parametrize(
@@ -763,6 +899,7 @@ def test_a_metric_that_is_no_number_is_never_best(run: Path) -> None:
         ("10-val_loss=-1.h5", "val_loss", -1.0),
         ("10-valLoss0.25.h5", "val_loss", 0.25),
         ("10-valloss0.25.h5", "val_loss", 0.25),
+        ("net-a-10-valloss0.25-b0.5.h5", "val_loss", 0.25),
         ("10_acc85.h5", "accuracy", 85.0),
         ("10-f1_0.85.h5", "f1", 0.85),
         ("cnn_lr0.001_10-0.25.h5", "val_loss", 0.25),
@@ -787,6 +924,7 @@ def test_the_metric_is_read_from_a_name(
         ("10-loss=0.25.h5", "val_loss", "no such number"),
         ("10-f1_0.85.h5", "auc", "no such number"),
         ("10-lr0.001.h5", "val_loss", "no such number"),
+        ("10-a=0.25.h5", "val_loss", "no such number"),
     ],
 )
 def test_a_metric_that_is_not_in_a_name_is_an_error(
@@ -808,7 +946,17 @@ def test_a_metric_that_is_not_in_a_name_is_an_error(
         *[(name, "min") for name in ("binary_crossentropy", "kl_divergence", "head_1_loss")],
         *[(name, "max") for name in ("acc", "val_accuracy", "auc_1", "mean_io_u", "IoU", "mAP50")],
         *[(name, "max") for name in ("r2", "f1", "val_f1_score", "precision_2", "dice")],
-        *[(name, None) for name in ("lr", "cosine_similarity", "neg_mean_squared_error", "_", "é")],
+        *[
+            (name, None)
+            for name in (
+                "negative_error",
+                "lr",
+                "cosine_similarity",
+                "neg_mean_squared_error",
+                "_",
+                "é",
+            )
+        ],
     ],
 )
 def test_the_mode_is_told_from_the_name_of_the_metric(monitor: str, mode: str | None) -> None:
@@ -988,9 +1136,43 @@ def test_a_log_that_is_no_file_is_an_error(run: Path) -> None:
     """A pipe is not opened, and a missing file is named."""
     numbered(run, 1)
     os.mkfifo(run / "pipe.csv")
-    assert "is no regular file" in refusal(run, best=1, log=run / "pipe.csv")
-    assert "does not exist" in refusal(run, best=1, log=run / "gone.csv")
+    advice = "--log must be a CSV file of CSVLogger"
+    for name, what in (("pipe.csv", "is no regular file"), ("gone.csv", "does not exist")):
+        assert refusal(run, best=1, log=run / name) == f"{run / name} {what}: {advice}"
     assert "is no path" in refusal(run, best=1, log="a\0b")
+
+
+def test_a_log_that_cannot_be_opened_is_an_error(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says why, as the system does."""
+    numbered(run, 1)
+    log = write_log(run, [0.5])
+
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(log))
+
+    monkeypatch.setattr("builtins.open", denied)
+    message = refusal(run, best=1, log=log)
+    assert message == f"{log}: the log cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize(
+    ("files", "losses", "row", "why"),
+    [
+        (["01-0.10.h5", "02-0.10.h5"], [0.1, 0.1], 1, "in the file names agrees"),
+        (["01-0.51.h5", "02-0.10.h5"], [0.523, 0.1, 9.0], 2, "have the same number"),
+        (["1-val_loss=0.5.h5", "2-val_loss=1.h5"], [0.5, 1.0, 9.0], 2, "have the same number"),
+    ],
+)
+def test_the_names_agree_only_if_all_do(
+    run: Path, files: list[str], losses: list[float], row: int, why: str
+) -> None:
+    """A row that is missing, off by one in the last digit, or a whole number settles nothing."""
+    make(run, *files)
+    (note,) = select([run], best=1, log=write_log(run, losses)).notes
+    assert f"the row of epoch {row} is taken" in note
+    assert why in note
 
 
 def test_a_log_needs_epochs(run: Path) -> None:
