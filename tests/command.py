@@ -18,6 +18,19 @@ POLYAK = [sys.executable, "-m", "polyak_cli"]
 #: Variables of the caller that would change what is printed, or when.
 _CALLER = {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TERM", "PYTHONUNBUFFERED"}
 
+#: Stops after a function is done, says so, and waits until a line comes in.
+PAUSE = """
+import sys
+import polyak_cli.{module} as module
+original = module.{function}
+def pausing(*arguments, **options):
+    value = original(*arguments, **options)
+    print("pausing", flush=True)
+    sys.stdin.readline()
+    return value
+module.{function} = pausing
+"""
+
 Done = subprocess.CompletedProcess[str]
 #: Path below a folder -> its bytes, or what else it is.
 Tree = dict[str, bytes | str]
@@ -73,6 +86,22 @@ def script(code: str, *arguments: object) -> Sequence[str]:
     """Return the command of `scripted`."""
     whole = f"{code}\nimport sys\nfrom polyak_cli.cli import main\nmain(sys.argv[1:])"
     return [sys.executable, "-c", whole, *map(str, arguments)]
+
+
+def stopped(code: str, *arguments: object, cwd: Path) -> Any:
+    """Start a command whose code has a `PAUSE`, and return it when it has come there."""
+    process = subprocess.Popen(
+        script(code, *arguments),
+        cwd=cwd,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "pausing\n"
+    return process
 
 
 def tree(folder: Path) -> Tree:

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from polyak_cli import (
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, UsageError
 from polyak_cli.formats import publishing
 from polyak_cli.tensors import Extent, File, Identity, Table, TensorSpec
-from tests.command import SAMPLES, environment, one_line, polyak, script, scripted, tree
+from tests.command import PAUSE, SAMPLES, one_line, polyak, scripted, stopped, tree
 from tests.oracle import Array, write_model
 
 RECORD = "polyak_provenance"
@@ -521,28 +520,9 @@ def test_no_room_for_the_copy_is_told(run: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_signal_leaves_no_copy(run: Path) -> None:
     """The copy is gone and the exit code is the signal's."""
-    code = (
-        "import polyak_cli.averaging as averaging, sys\n"
-        "real = averaging.again\n"
-        "def again(*arguments):\n"
-        "    table = real(*arguments)\n"
-        "    print('pausing', flush=True)\n"
-        "    sys.stdin.readline()\n"
-        "    return table\n"
-        "averaging.again = again\n"
-    )
     before = tree(run)
-    process = subprocess.Popen(
-        script(code, "verify", "final.h5", "--source", "ckpts"),
-        cwd=run,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout
-    assert process.stdout.readline() == "pausing\n"
+    code = PAUSE.format(module="averaging", function="again")
+    process = stopped(code, "verify", "final.h5", "--source", "ckpts", cwd=run)
     assert tree(run) != before
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.command import environment, script
+from tests.command import PAUSE, stopped
 from tests.oracle import write_model
 
 OLD = b"an older average"
 
-#: Stops after a function is done, says so, and waits until a line comes in.
-PAUSE = """
-import sys
-import polyak_cli.{module} as module
-original = module.{function}
-def pausing(*arguments, **options):
-    value = original(*arguments, **options)
-    print("pausing", flush=True)
-    sys.stdin.readline()
-    return value
-module.{function} = pausing
-"""
 LAID_OUT = PAUSE.format(module="formats", function="lay_out")  # no tensor has been read
 FOLDED = PAUSE.format(module="engine", function="fold")  # every tensor has been read and written
 
@@ -45,18 +32,7 @@ def paused(
     folder: Path, code: str = "", output: str = "o.h5", *options: str, moment: str = LAID_OUT
 ) -> Any:
     """Start a run and return it when it has come to a moment."""
-    process = subprocess.Popen(
-        script(moment + code, "average", "ckpts", "-q", "-o", output, *options),
-        cwd=folder,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout
-    assert process.stdout.readline() == "pausing\n"
-    return process
+    return stopped(moment + code, "average", "ckpts", "-q", "-o", output, *options, cwd=folder)
 
 
 def go_on(process: Any) -> tuple[int, str]:
