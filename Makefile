@@ -40,10 +40,14 @@ browser:
 			timeout 600 apt-get install -y -q --no-install-recommends chromium chromium-driver; } \
 		|| echo "Chromium is not here; install it (Debian: apt-get install chromium chromium-driver)"
 
-# Lines and branches that tests reach, in started commands and forked children too.
-coverage: .venv/.ready
+# Lines and branches that tests reach, in started commands and forked children too.  Left out are
+# tests of memory and of the size of files: there, coverage itself takes memory and writes files.
+coverage: .venv/.ready .venv-torch/.ready
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage run -m pytest --ignore=tests/test_memory.py \
+		--ignore=tests/test_benchmarks.py \
+		--deselect=tests/test_faults.py::test_a_limit_on_the_size_of_files
+	$(TORCH)/python -m coverage run -m pytest tests/torch
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
