@@ -46,7 +46,8 @@ coverage: .venv/.ready .venv-torch/.ready
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest --ignore=tests/test_memory.py \
 		--ignore=tests/test_benchmarks.py \
-		--deselect=tests/test_faults.py::test_a_limit_on_the_size_of_files
+		--ignore=tests/faults/test_limits.py --ignore=tests/faults/test_calls.py \
+		--deselect=tests/faults/test_faults.py::test_a_limit_on_the_size_of_files
 	$(TORCH)/python -m coverage run -m pytest tests/torch
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
