@@ -235,6 +235,7 @@ def test_long_lists_of_names_are_split_as_keras_does(tmp_path: Path) -> None:
     assert sum(map(len, names)) == 10_000
 
 
+@pytest.mark.slow
 def test_comparing_sees_one_bit_and_a_missing_tensor(tmp_path: Path) -> None:
     """An output that is not the average cannot pass as one."""
     made = material.make(_TINY, tmp_path / "made")

@@ -218,6 +218,7 @@ def test_any_usual_way_of_writing_an_epoch_is_read(
 
 @quietly
 @given(st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=5))
+@pytest.mark.slow
 def test_no_name_makes_the_reader_fail_otherwise(stems: list[str]) -> None:
     """Whatever the names, there are epochs for all of them or a one-line error."""
     paths = [Path(f"{stem}.h5") for stem in stems if not set(stem) & {"/", "\0"}]
@@ -1211,6 +1212,7 @@ def test_rounded_metrics_agree_with_the_rows_they_come_from(
 # ---- at large --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ten_thousand_files_cost_one_look_each(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A huge directory is listed once, and each candidate's status asked for once."""
     for epoch in range(10_000):

@@ -79,6 +79,7 @@ def test_non_ascii_names(tmp_path: Path, fixed: bool) -> None:
         assert file["model_weights/café_层/ядро"].shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_lists_of_names_over_64_kb_are_joined(tmp_path: Path) -> None:
     """layer_names0, layer_names1, ... are one list, in order, and are carried as they are."""
     layers = {f"{k:04d}_{'x' * 150}": {"kernel": KERNEL} for k in range(700)}
@@ -652,6 +653,7 @@ def test_one_other_byte_outside_of_the_tensors_is_no_twin(tmp_path: Path, where:
     step=st.integers(1, 1200),
     at_a_time=st.integers(1, 3),
 )
+@pytest.mark.slow
 def test_a_twin_differs_within_tensors_only(
     tmp_path_factory: pytest.TempPathFactory,
     spans: list[tuple[int, int]],

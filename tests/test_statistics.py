@@ -82,6 +82,7 @@ def test_the_interval_is_that_of_another_implementation() -> None:
 
 
 @pytest.mark.parametrize("kind", ["normal", "skewed", "accuracy"])
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_nineteen_times_of_twenty(kind: str) -> None:
     """Of 1,000 simulated runs with 100 rows each, 92 to 97.5 % contain the true difference."""
     random = np.random.default_rng(20)

@@ -39,6 +39,7 @@ def stored(values: npt.ArrayLike, dtype: str, byteorder: str = "<") -> npt.NDArr
         ),
     )
 )
+@pytest.mark.slow
 def test_bfloat16_is_the_nearest_by_exact_fractions(value: float) -> None:
     """A float64 becomes the nearest bfloat16, ties to even, having been rounded only once."""
     assert stored([value], "bfloat16").view(np.uint16)[0] == nearest_bfloat16(value)

@@ -187,6 +187,7 @@ def test_keys_that_grow_in_memory_are_refused(tmp_path: Path) -> None:
         average(tmp_path / "run", tmp_path / "o.index")
 
 
+@pytest.mark.slow
 def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
     """Of the index or of the shard, and a shard that is not there."""
     write_run(tmp_path / "run")
@@ -208,6 +209,7 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["run"]
 
 
+@pytest.mark.slow
 def test_random_damage_never_gives_a_traceback(tmp_path: Path) -> None:
     """Whatever bytes an index has, it is read or refused."""
     Bundle(tensors(0)).write(tmp_path / "m-1.index")
@@ -276,6 +278,7 @@ def test_an_interrupt_leaves_no_shard(tmp_path: Path) -> None:
 # --- checksums and tables -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_checksums_are_castagnoli(tmp_path: Path) -> None:
     """The known one, and those of runs of every kind of length and place in a file."""
     assert crc32c.of_bytes(b"123456789") == 0xE3069283

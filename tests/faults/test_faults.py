@@ -382,6 +382,7 @@ def test_of_two_runs_to_one_output_exactly_one_wins(run_folder: Path) -> None:
     assert len(read_model(run_folder / "o.h5")) == 1
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_race_and_exactly_one_wins(run_folder: Path) -> None:
     """The same without any pause, as a careless script does it."""
     for round_ in range(5):
@@ -478,6 +479,7 @@ def test_a_limit_on_the_size_of_files(run_folder: Path, limit: int) -> None:
 # --- limits ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_hundreds_of_checkpoints_under_a_low_limit_of_open_files(tmp_path: Path) -> None:
     """320 checkpoints, 128 descriptors: the average is the same bits."""
     (tmp_path / "ckpts").mkdir()
