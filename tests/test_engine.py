@@ -30,6 +30,13 @@ def tensor(size: int, offset: int = 0, count: int = 1) -> engine.Averaged:
     return engine.Averaged("x", size, "float32", sources, [LaidOut(offset, "float32", "<")])
 
 
+class Banded(Extent):
+    """An extent that is better read in bands of seven float32, as if it were chunked."""
+
+    alignment = 28
+    held = 28
+
+
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.integers(1, 1000), max_size=20), st.integers(1, 300))
 def test_slabs_cover_each_tensor_exactly_once(sizes: list[int], piece: int) -> None:
@@ -344,14 +351,15 @@ def test_an_input_that_became_a_pipe_is_refused(
 
 
 def test_what_a_header_holds_is_averaged_with_what_lies_in_a_file(tmp_path: Path) -> None:
-    """A tensor may have an offset in one checkpoint and none in another."""
+    """A tensor may be stored in bands in one checkpoint and have no offset in another."""
     arrays = [np.arange(100, dtype=np.float32), np.ones(100, np.float32)]
     inputs = write_inputs(tmp_path, arrays)
     (tmp_path / "out").write_bytes(b"")
     one = tensor(100, 0, 2)
     inline = engine.Source(Inline(arrays[1].tobytes()), "<", 1)
     work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
-    mixed = one._replace(sources=[one.sources[0], inline])
+    banded = one.sources[0]._replace(storage=Banded(0, 400))
+    mixed = one._replace(sources=[banded, inline])
     engine.fold([mixed], work, engine.Memory(1, 30, 30))
     out = np.fromfile(tmp_path / "out", np.float32)
     assert out.tolist() == ((arrays[0] + 1) / 2).tolist()
@@ -493,13 +501,6 @@ def test_what_will_be_read_next_is_fetched_ahead(
     assert len(set(events)) == len(events)
 
 
-class Banded(Extent):
-    """An extent that is better read in bands of seven float32, as if it were chunked."""
-
-    alignment = 28
-    held = 28
-
-
 def test_slabs_hold_whole_bands_where_they_fit() -> None:
     """What is stored in bands is cut between them, in as many as a piece or the bound holds."""
     banded = engine.Source(Banded(0, 400), "<", 0)
@@ -593,9 +594,13 @@ def test_what_a_run_did_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "out").write_bytes(b"")
     work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.0, 0.5]]), False)
     told: list[int] = []
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", flushed.append, raising=False)
+    monkeypatch.setattr(engine, "FLUSH", 1000)
     totals = engine.fold([tensor(1000, 0, 3)], work, engine.Memory(2, 100, 100), told.append)
     assert (totals.bytes_read, totals.bytes_written) == (8000, 4000)
     assert sorted(told) == [1600, 6400]
+    assert flushed
     assert min(totals[2:]) > 0.0
     times = iter([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
