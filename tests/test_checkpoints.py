@@ -109,6 +109,8 @@ def refusal(*sources: str | Path, **options: Any) -> str:
         (["09--0.25.h5", "10-0.25.h5"], [9, 10]),
         (["9-nan.h5", "10-1.2e-05.h5", "11-inf.h5", "12-1e-05.h5"], [9, 10, 11, 12]),
         (["0.h5", "1.h5"], [0, 1]),
+        (["7_step400.h5"], [7]),
+        (["step400_run9.h5"], [400]),
         (["эпоха 9.h5", "эпоха 10.h5"], [9, 10]),
         (["模型٩.h5", "模型١٠.h5"], [9, 10]),
         (["a (9).h5", "a (10).h5"], [9, 10]),
@@ -621,12 +623,17 @@ def test_folders_that_are_checkpoints_stand_for_their_files(
     ]
     other = folders[1] / "other.safetensors"
     assert [one.path for one in select([other]).checkpoints] == [other]
+    assert "model.safetensors: its name holds no whole number" in refusal(folders[0])
     (folders[0] / "other.safetensors").unlink()
     assert [one.path for one in select([folders[0]]).checkpoints] == [folders[0]]
     monkeypatch.chdir(folders[0])
     assert [one.path for one in select(["model.safetensors"]).checkpoints] == [
         Path("model.safetensors")
     ]
+    (final,) = make(run, "model.safetensors")  # beside the folders of its run
+    found = select([run])
+    assert [one.path for one in found.checkpoints] == folders
+    assert [one.path for one in found.passed_over] == [final]
     make(folders[0], "adapter_model.safetensors")
     two = "holds model.safetensors and adapter_model.safetensors, either of which could be"
     assert f"{folders[0]}: {two}" in refusal(run)
@@ -680,6 +687,7 @@ def test_a_survey_can_be_restricted(run: Path) -> None:
         "best.h5": "--exclude 'best.h5'",
         "model_2.h5": "--exclude 'model_2.h5'",
     }
+    assert not survey([run], exclude=["best.h5"]).thinned
     found = survey([run], epoch_pattern=r"_(\d)")
     assert epochs(found) == [None, 1, 2, 3, 4]
     ((kind, path, text),) = found.troubles
@@ -698,6 +706,8 @@ def test_a_survey_can_be_restricted(run: Path) -> None:
     [
         ({"last": 0}, "--last is 0"),
         ({"last": 4}, "--last 4, but there are only 3 checkpoints"),
+        ({"last": 2, "from_epoch": 3}, "only 1 checkpoint .*after the other options, out of 3"),
+        ({"exclude": ["*_*"]}, "there is no checkpoint here"),
         ({"from_epoch": 3, "to_epoch": 2}, "--from 3 is after --to 2"),
         ({"from_epoch": 9}, "--from 9: no checkpoint has such an epoch"),
         ({"epoch_pattern": "("}, "is no regular expression"),
@@ -721,6 +731,15 @@ def test_the_run_of_a_survey_is_the_largest_and_then_the_longest(run: Path) -> N
     kinds = {(one.kind, one.path.name) for one in found.troubles}
     assert kinds == {("no epoch", "c_1_5.h5"), ("other run", "b_1.h5"), ("other run", "b_3.h5")}
     assert epochs(found) == [None, None, None, 1, 3]
+    assert "1 and 5 in its name vary" in found.troubles[0].text
+    make(run, "d_1.h5", "d_2.h5", "d_3.h5")
+    found = checkpoints.survey(run, exclude=["a_*"])
+    others = [one for one in found.troubles if one.kind == "other run"]
+    assert sorted(one.path.name[0] for one in others) == ["b", "b", "c", "c", "c"]
+    assert all(f"another run than {run / 'd_1.h5'} (3 are" in one.text for one in others)
+    make(run, "5_epoch1.h5", "5_epoch2.h5", "6_epoch3.h5")
+    found = checkpoints.survey(run, exclude=["[a-d]_*"])
+    assert [one.path.name for one in found.troubles] == ["6_epoch3.h5"]
 
 
 # ---- restrictions ----------------------------------------------------------------------------
@@ -926,6 +945,10 @@ def test_the_metric_is_read_from_a_name(
         ("10-f1_0.85.h5", "auc", "no such number"),
         ("10-lr0.001.h5", "val_loss", "no such number"),
         ("10-a=0.25.h5", "val_loss", "no such number"),
+        *[
+            (f"10-{split}_loss=0.25.h5", "loss", "no such number")
+            for split in ("valid", "validation", "train", "training", "test")
+        ],
     ],
 )
 def test_a_metric_that_is_not_in_a_name_is_an_error(
