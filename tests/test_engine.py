@@ -851,6 +851,7 @@ def test_what_is_written_goes_to_the_disk_meanwhile(
         assert second is not None
         second.result(60)
         flusher.wrote(99)
+        assert flusher.flushing is second
     assert flushed == [7, 8, 7, 8]
 
 
