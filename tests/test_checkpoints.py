@@ -173,9 +173,12 @@ WEIGHTS = ["a_3.weights.h5", "a_4.weights.h5"]
 def test_two_kinds_of_files_are_refused(run: Path, files: list[str]) -> None:
     """Which of them is the run is not guessed; the error says how to leave one out."""
     make(run, *files)
-    with pytest.raises(CheckpointError, match=r"\.h5 and \d \.weights\.h5 files") as caught:
-        select([run])
-    assert "--exclude '*.weights.h5'" in str(caught.value)
+    count = len(files) // 2
+    message = refusal(run)
+    assert message.startswith(f"{run}: holds {count} .h5 and {count} .weights.h5 files, which are")
+    assert message.endswith("--exclude '*.weights.h5'")
+    ((kind, path, text), *_) = checkpoints.survey(run).troubles
+    assert (kind, path, text) == ("other run", run, message)
     chosen = select([run], exclude=["*.weights.h5"]).checkpoints
     assert [checkpoint.path.name for checkpoint in chosen] == files[: len(chosen)]
 
@@ -299,6 +302,21 @@ def test_what_is_no_checkpoint_is_passed_over_with_a_reason(run: Path) -> None:
         "tmp.h5": "unfinished, by its name",
         "training.csv": "not named like a checkpoint",
     }
+
+
+def test_parts_of_checkpoints_are_passed_over_with_a_reason(run: Path) -> None:
+    """TensorFlow's shards go by their index, and without it they are told."""
+    make(run, "m-1.index", "m-1.data-00000-of-00001", "m-2.data-00000-of-00001", "checkpoint")
+    make(run, "m-00001-of-00002.safetensors", "tmp-m-3.index", "m-4.index")
+    shard = "a data shard of a TensorFlow checkpoint whose .index is not here"
+    assert reasons(select([run])) == {
+        "m-2.data-00000-of-00001": shard,
+        "checkpoint": "TensorFlow's list of checkpoints",
+        "m-00001-of-00002.safetensors": "one shard of several, which belong to an index",
+        "tmp-m-3.index": "unfinished, by its name",
+    }
+    passed = [one.path.name for one in checkpoints.survey(run).passed_over]
+    assert passed == sorted(passed)
 
 
 def test_a_directory_is_not_searched_deeper(run: Path) -> None:
@@ -494,7 +512,9 @@ def test_files_keep_the_order_given(run: Path) -> None:
     assert f"(epoch 1), and {zero} counts as the newest" in select([two, one, zero]).notes[0]
     assert select([zero, one, two]).notes == ()
     (again,) = make(run, "model_00.h5")
-    assert "(epoch 0) stands before" in select([zero, again]).notes[0]
+    twice = select([zero, again])
+    assert "(epoch 0) stands before" in twice.notes[0]
+    assert twice.positions == (1.0, 2.0)
 
 
 def test_files_in_order_need_no_note(run: Path) -> None:
@@ -773,8 +793,16 @@ def test_restrictions_apply_in_their_order(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"last": 4}, "--last 4, but there are only 3 checkpoints (epochs 1 to 3)"),
-        ({"last": 2, "from_epoch": 3}, "only 1 checkpoint (epoch 3) after the other options"),
+        (
+            {"last": 4},
+            "--last 4, but there are only 3 checkpoints (epochs 1 to 3); ask for fewer, or name "
+            "more files",
+        ),
+        (
+            {"last": 2, "from_epoch": 3},
+            "there is only 1 checkpoint (epoch 3) after the other options, out of 3; ask for",
+        ),
+        ({"to_epoch": 0}, "--to 0: no checkpoint has such an epoch; there are 3 checkpoints"),
         ({"from_epoch": 4}, "--from 4: no checkpoint has such an epoch; there are 3 checkpoints"),
         ({"from_epoch": -5, "to_epoch": 0}, "--from -5 --to 0: no checkpoint"),
     ],
@@ -1100,7 +1128,8 @@ def test_a_last_row_that_is_being_written_is_noted(run: Path) -> None:
     numbered(run, 1, 2)
     log = write_log(run, [0.5, 0.4])
     log.write_text(log.read_text() + "2,0.")
-    assert "row 4, the last, is incomplete" in select([run], best=1, log=log).notes[0]
+    incomplete = f"{log}: row 4, the last, is incomplete and not used"
+    assert select([run], best=1, log=log).notes[0] == incomplete
     log.write_text(log.read_text() + "\n3,0.5,0.4\n")
     assert "row 4 has fewer cells than the header" in refusal(run, best=1, log=log)
 
