@@ -109,7 +109,8 @@ def refusal(*sources: str | Path, **options: Any) -> str:
         (["09--0.25.h5", "10-0.25.h5"], [9, 10]),
         (["9-nan.h5", "10-1.2e-05.h5", "11-inf.h5", "12-1e-05.h5"], [9, 10, 11, 12]),
         (["0.h5", "1.h5"], [0, 1]),
-        (["7_step400.h5"], [7]),
+        (["0.6_0.h5", "0.5_1.h5"], [0, 1]),
+        (["7_step_400.h5"], [7]),
         (["step400_run9.h5"], [400]),
         (["эпоха 9.h5", "эпоха 10.h5"], [9, 10]),
         (["模型٩.h5", "模型١٠.h5"], [9, 10]),
@@ -653,7 +654,16 @@ def test_folders_that_are_checkpoints_stand_for_their_files(
     (final,) = make(run, "model.safetensors")  # beside the folders of its run
     found = select([run])
     assert [one.path for one in found.checkpoints] == folders
-    assert [one.path for one in found.passed_over] == [final]
+    assert reasons(found) == {final.name: "the only .safetensors file among 2 checkpoint folders"}
+    make(run, "model_2.safetensors")
+    kinds = f"{run}: holds 2 .safetensors and 2 checkpoint folders, which are not of one run"
+    assert refusal(run).startswith(kinds)
+    assert refusal(run).endswith("--exclude '*.safetensors'")
+    numbered(run, 1, 2)
+    alone = select([run], exclude=["checkpoint-90", "*.safetensors"])
+    assert reasons(alone)["checkpoint-100"] == "the only folder among 2 .h5"
+    for path in (*run.glob("*.h5"), run / "model_2.safetensors"):
+        path.unlink()
     make(folders[0], "adapter_model.safetensors")
     two = "holds model.safetensors and adapter_model.safetensors, either of which could be"
     assert f"{folders[0]}: {two}" in refusal(run)
