@@ -182,6 +182,8 @@ def test_two_kinds_of_files_are_refused(run: Path, files: list[str]) -> None:
     assert (kind, path, text) == ("other run", run, message)
     chosen = select([run], exclude=["*.weights.h5"]).checkpoints
     assert [checkpoint.path.name for checkpoint in chosen] == files[: len(chosen)]
+    make(run, "m_1.npz", "m_2.npz", "m_5.h5", "m_6.weights.h5", "m_7.weights.h5")
+    assert ".npz files, which are not of one run" in refusal(run)
 
 
 def test_a_lone_file_of_another_kind_is_passed_over(run: Path) -> None:
@@ -724,6 +726,7 @@ def test_a_survey_can_be_restricted(run: Path) -> None:
     assert (kind, path) == ("no epoch", paths[0])
     assert text.startswith(f"{paths[0]}: --epoch-pattern '_(\\d)' matches nothing")
     assert epochs(survey([paths[4], paths[1]])) == [1, 4]
+    assert epochs(survey([paths[0]], from_epoch=2)) == [None]
     assert epochs(survey([paths[4], paths[0], paths[1]])) == [4, None, 1]
     assert survey([run], exclude=["x*"]).notes == ("--exclude 'x*' matched nothing",)
     ours = survey([run], written_by_us=lambda _: [run / "best.h5"])
