@@ -916,6 +916,32 @@ def test_the_highest_are_best_where_more_is_better(run: Path) -> None:
     assert epochs(select([run], best=1, monitor="val_acc")) == [2]
     assert epochs(select([run], best=1, monitor="val_accuracy")) == [2]
     assert epochs(select([run], best=1, monitor="val_acc", mode="min")) == [1]
+    make(run, "1_score1.5.h5", "2_score2.5.h5")
+    scored = [run / "1_score1.5.h5", run / "2_score2.5.h5"]
+    assert epochs(select(scored, best=1, monitor="score", mode="max")) == [2]
+    assert epochs(select(scored, best=1, monitor="score", mode="min")) == [1]
+
+
+def test_a_choice_says_what_it_left_out_and_whether_that_makes_gaps(run: Path) -> None:
+    """Those of the run that were not chosen, in order; a choice by epoch alone makes no gaps."""
+    paths = make(run, *(f"{k}-0.{k}.h5" for k in range(1, 5)))
+    make(run, "b.txt", "a.txt")
+    for options, chosen, thinned in (
+        ({"last": 3}, [1, 2, 3], False),
+        ({"every": 2}, [1, 3], True),
+        ({"best": 2}, [0, 1], True),
+        ({"exclude": ["2-*"]}, [0, 2, 3], True),
+        ({"growing": True}, [0, 1, 2, 3], True),
+    ):
+        found = select([run], **options)  # type: ignore[arg-type] # of many types
+        assert [one.path for one in found.checkpoints] == [paths[k] for k in chosen]
+        assert found.thinned is thinned
+        left = [path for path in paths if path not in {one.path for one in found.checkpoints}]
+        assert list(found.left_out) == ([] if "exclude" in options else left)
+        assert [one.path.name for one in found.passed_over if one.path.suffix == ".txt"] == [
+            "a.txt",
+            "b.txt",
+        ]
 
 
 def test_ties_go_to_the_newer_one(run: Path) -> None:
