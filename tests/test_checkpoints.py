@@ -933,7 +933,7 @@ def test_a_choice_says_what_it_left_out_and_whether_that_makes_gaps(run: Path) -
         ({"exclude": ["2-*"]}, [0, 2, 3], True),
         ({"growing": True}, [0, 1, 2, 3], True),
     ):
-        found = select([run], **options)  # type: ignore[arg-type] # of many types
+        found = select([run], **options)
         assert [one.path for one in found.checkpoints] == [paths[k] for k in chosen]
         assert found.thinned is thinned
         left = [path for path in paths if path not in {one.path for one in found.checkpoints}]
