@@ -173,7 +173,7 @@ def test_a_signal_at_any_moment_leaves_the_old_or_the_new_output(big: Big) -> No
 @pytest.mark.slow
 def test_hundreds_of_signals_leave_nothing(big: Big) -> None:
     """The same, often enough to meet the moments that are rare."""
-    _signals(big, 1000, 300)
+    _signals(big, 1000, 200)
 
 
 @pytest.mark.slow
