@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +342,18 @@ def test_a_model_with_a_vocabulary_is_built_anew(
     assert second is not None
     assert np.array_equal(first[[0, 4]], first[[0, 0]])  # both unknown
     assert not np.array_equal(second[4], second[0])
+
+
+def test_models_with_assets_are_built_anew_though_described_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a layer keeps among the assets is in no tensor, and in no configuration."""
+    network().save(tmp_path / "1.keras")
+    with zipfile.ZipFile(tmp_path / "1.keras", "a") as archive:
+        archive.writestr("assets/layers/none/words.txt", "one")
+    shutil.copy(tmp_path / "1.keras", tmp_path / "2.keras")
+    built = loads(monkeypatch)
+    examiner = models.Examiner([split()])
+    for name in ("1.keras", "2.keras"):
+        examiner.outcomes(tmp_path / name)
+    assert built == [tmp_path / "1.keras", tmp_path / "2.keras"]
