@@ -30,7 +30,7 @@ from polyak_cli.errors import (
     shown,
 )
 from polyak_cli.formats import publishing
-from polyak_cli.matching import sources_of
+from polyak_cli.matching import files_of, sources_of
 from polyak_cli.records import Record
 from polyak_cli.tensors import Bytes, Float64, Table, itemsize, narrow
 
@@ -513,7 +513,7 @@ class _Sample:
         row = next(row for row in plan.averaged_rows if row[-1].name == name)
         specs = (*row, average.tensors[name])
         tables = (*plan.tables, average)
-        files = [file for table in tables for file in table.files]
+        files = files_of(tables)
         dtypes = [spec.dtype for spec in specs]
         tensor = engine.Compared(name, specs[-1].size, dtypes, sources_of(tables, specs))
         start = 0
