@@ -1526,8 +1526,12 @@ class _Terminated(BaseException):
 
 def _terminate(number: int, _frame: object) -> NoReturn:
     for other in _SIGNALS:  # the clean-up itself is not to be interrupted
-        signal.signal(other, signal.SIG_IGN)
+        signal.signal(other, _pass_over)
     raise _Terminated(number)
+
+
+def _pass_over(_number: int, _frame: object) -> None:
+    """Do nothing. (Python complains of a signal that came just before it was set to SIG_IGN.)"""
 
 
 def _ask_again(lost: sys.UnraisableHookArgs) -> None:
@@ -1548,16 +1552,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _open_standard_streams()
     # Nothing here uses BLAS, whose threads would cost memory and stand in the way of a fork.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _terminate)
     sys.unraisablehook = _ask_again
-    code = _run(arguments)
-    for number in (
-        *_SIGNALS,
-        signal.SIGALRM,
-    ):  # all is done and said; a late signal would only garble the ending
-        signal.signal(number, signal.SIG_IGN)
+    try:  # around it all: a signal may come between any two steps
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, _terminate)
+        code = _run(arguments)
+        # All is done and said; a late signal would only garble the ending.
+        for number in (*_SIGNALS, signal.SIGALRM):
+            signal.signal(number, _pass_over)
+    except _Terminated as ended:
+        interrupted = ended.number == signal.SIGINT
+        how = "interrupted" if interrupted else f"ended by {signal.Signals(ended.number).name}"
+        code = _fail(f"{how}; no unfinished file is left", 128 + ended.number)
     _leave(code)
 
 
@@ -1597,10 +1604,6 @@ def _run(arguments: Sequence[str] | None) -> int:
             "memory ran out; use fewer --jobs or less --max-memory, or allow more (ulimit -v)",
             FAILED,
         )
-    except _Terminated as ended:
-        interrupted = ended.number == signal.SIGINT
-        how = "interrupted" if interrupted else f"ended by {signal.Signals(ended.number).name}"
-        return _fail(f"{how}; no unfinished file is left", 128 + ended.number)
     return code if isinstance(code, int) else DONE
 
 

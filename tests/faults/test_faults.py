@@ -304,6 +304,24 @@ def test_a_signal_that_python_drops_is_answered_all_the_same(run_folder: Path) -
     assert os.listdir(run_folder) == ["ckpts"]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_beside_the_work_is_answered_in_one_line(run_folder: Path, when: str) -> None:
+    """Between the setting of the handlers and the work, and between the work and the end."""
+    code = (
+        "import os, signal, time, polyak_cli.cli as module\nreal = module._run\n"
+        "def run(arguments):\n"
+        f"    code = real(arguments) if {when == 'after'} else 0\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0)\n"  # here the handler runs
+        "    return code\n"
+        "module._run = run\n"
+    )
+    done = scripted(code, "average", "ckpts", "-q", "-o", "o.h5", cwd=run_folder)
+    assert done.returncode == 143
+    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
+    assert sorted(os.listdir(run_folder)) == ["ckpts", "o.h5"][: 1 + (when == "after")]
+
+
 def test_what_is_ignored_stays_ignored(run_folder: Path) -> None:
     """Under nohup, or behind & in a script, neither the program nor its children end."""
     code = (
