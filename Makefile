@@ -17,8 +17,9 @@ demo: .venv/.ready
 test: .venv/.ready browser core oldest torch
 	$(BIN)/python -m pytest $(SPREAD)
 
+# Some two and a half minutes, without the tests that start Keras.
 quick: .venv/.ready
-	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow" --ignore=tests/keras
 
 # The same suite without any extra, where pip picks the newest h5py.
 core: .venv-core/.ready

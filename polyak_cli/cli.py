@@ -1531,7 +1531,7 @@ def _terminate(number: int, _frame: object) -> NoReturn:
 
 
 def _pass_over(_number: int, _frame: object) -> None:
-    """Do nothing. (Python complains of a signal that came just before it was set to SIG_IGN.)"""
+    """Do nothing: of a signal that came just before it was set to SIG_IGN, Python complains."""
 
 
 def _ask_again(lost: sys.UnraisableHookArgs) -> None:

@@ -138,6 +138,7 @@ class Contract(abc.ABC):
         names = [each["name"] for each in inside.provenance["inputs"]]
         assert names == [f"model_{k}{self.suffix}" for k in range(1, 5)]
 
+    @pytest.mark.slow
     def test_it_verifies_until_a_bit_is_flipped(self, tmp_path: Path) -> None:
         """What was read back and published is found equal again, and one bit is noticed."""
         self.write_run(tmp_path / "run")

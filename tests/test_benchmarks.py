@@ -17,6 +17,8 @@ from tests.benchmarks.measure import Contender, Failed, Measurement, Reach, Run
 from tests.command import ROOT
 from tests.oracle import naive_average, read_model
 
+pytestmark = pytest.mark.slow
+
 _TINY = Material(files=3, nbytes=MB // 10)
 
 
@@ -223,7 +225,6 @@ def test_safetensors_hold_the_same_tensors(tmp_path: Path) -> None:
         assert material.compare(path, folder, tmp_path) == {"same": True, "deviation": 0.0}
 
 
-@pytest.mark.slow
 def test_long_lists_of_names_are_split_as_keras_does(tmp_path: Path) -> None:
     """A model of very many layers has its names in several attributes, as in Keras's files."""
     made = material.make(Material(2, 40_000 * 32, count=40_000), tmp_path / "made")
@@ -235,7 +236,6 @@ def test_long_lists_of_names_are_split_as_keras_does(tmp_path: Path) -> None:
     assert sum(map(len, names)) == 10_000
 
 
-@pytest.mark.slow
 def test_comparing_sees_one_bit_and_a_missing_tensor(tmp_path: Path) -> None:
     """An output that is not the average cannot pass as one."""
     made = material.make(_TINY, tmp_path / "made")
@@ -352,7 +352,6 @@ def test_growth_plans_what_the_figures_need() -> None:
     assert max(p.material.nbytes * p.material.files for p in points) <= 4100 * MB
 
 
-@pytest.mark.slow
 def test_growth_measures_and_tells_what_was_reached(tmp_path: Path) -> None:
     """A run leaves JSON and a table, removes its scratch, and says which limits hold."""
     done = _benchmark(
@@ -396,7 +395,6 @@ def test_startup_exits_with_1_where_a_limit_is_missed(
         assert command.main(["startup", "--out", str(tmp_path)]) == code
 
 
-@pytest.mark.slow
 def test_all_ways_agree_and_charts_are_drawn(tmp_path: Path) -> None:
     """The whole comparison runs at a small size: outputs are checked, charts and tables written."""
     done = _benchmark("compare", "--size", 1, "--rounds", 1, "--files", 3, "--out", tmp_path)
@@ -412,7 +410,6 @@ def test_all_ways_agree_and_charts_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "compare.png").exists() or "no chart" in done.stdout
 
 
-@pytest.mark.slow
 def test_cold_and_startup_run(tmp_path: Path) -> None:
     """The two short experiments leave their results, and say whether the inputs were cold."""
     done = _benchmark("cold", "--size", 1, "--rounds", 1, "--files", 3, "--out", tmp_path)

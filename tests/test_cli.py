@@ -767,6 +767,7 @@ def test_max_memory_bounds_the_plan(run_folder: Path) -> None:
 STRANGE = "m\x1b[31m\n\u202e_2.h5"
 
 
+@pytest.mark.slow
 def test_control_characters_of_names_never_reach_the_terminal(tmp_path: Path) -> None:
     """File and tensor names are escaped in plan, report, notes and JSON."""
     (tmp_path / "run").mkdir()

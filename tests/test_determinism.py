@@ -73,6 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
     return paths, digest(folder / "o.h5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", range(1, 9))
 def test_processes_and_slabs_change_no_byte(
     tmp_path: Path, run: tuple[list[Path], str], jobs: int, monkeypatch: pytest.MonkeyPatch

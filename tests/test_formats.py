@@ -256,6 +256,7 @@ def test_what_is_no_hdf5_file(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_truncation_at_many_places(tmp_path: Path) -> None:
     """However many bytes are missing, the file is refused with its name, without a traceback."""
     whole = write_model(tmp_path / "whole.h5", {"d": {"k": KERNEL}, "e": {"k": KERNEL}})
@@ -363,6 +364,7 @@ def test_a_child_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop without a sign of life ends at the limit of processor time."""
     monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)

@@ -62,6 +62,7 @@ def test_there_are_shell_and_python_examples() -> None:
     assert len(blocks("python")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", blocks("sh"), ids=lambda s: s.split("\n", 1)[0][:40])
 def test_shell_examples_run(folder: Path, script: str) -> None:
     """Every shell block runs to its end, every command with exit code 0, and writes its outputs."""

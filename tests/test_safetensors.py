@@ -91,6 +91,7 @@ class TestFolder(Contract):
         """See `Contract.read`."""
         return read_folder(path)
 
+    @pytest.mark.slow
     def test_a_truncated_file_is_refused_wherever_it_ends(self, tmp_path: Path) -> None:
         """Each shard, and the index."""
         paths, _ = self.write_run(tmp_path / "run", 2)

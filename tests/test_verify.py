@@ -221,6 +221,7 @@ def check_flips(run: Path, suffix: str, count: int) -> None:
     assert verify(output, sources=[run / "ckpts"]).verified
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".h5", ".safetensors", ".npz"])
 def test_a_flipped_bit_is_caught(run: Path, suffix: str) -> None:
     """In a tensor, in metadata, in the record, or in what nobody reads."""
@@ -327,6 +328,7 @@ def test_a_changed_input_is_named(run: Path) -> None:
     assert problems(found, "input") == {"model_2.h5": text}
 
 
+@pytest.mark.slow
 def test_a_bit_anywhere_in_any_input_is_named(run: Path) -> None:
     """Also where the average is none the worse for it, as in what only the newest one gives."""
     random = np.random.default_rng(2)

@@ -564,6 +564,7 @@ def test_quiet_prints_nothing_and_verbose_everything(folder: Path) -> None:
 # --- for a long time ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_publication_beside_a_slow_writer_is_that_of_average(folder: Path) -> None:
     """Ten checkpoints written in place, with locks and pauses, as Keras writes them."""
     writes = (

@@ -9,9 +9,10 @@ import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -45,7 +46,16 @@ def refusal(paths: list[Path], output: Path) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", cases.HDF5)
+def marked(names: Iterable[str]) -> list[Any]:
+    """Return the names of cases, marked where it takes seconds to make the file."""
+    slow = ("inflates", "twice among many", "bomb")
+    return [
+        pytest.param(name, marks=pytest.mark.slow if any(map(name.__contains__, slow)) else ())
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", marked(cases.HDF5))
 def test_hdf5(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each case alone, as the older and as the newer of two checkpoints."""
     monkeypatch.chdir(tmp_path)
@@ -69,7 +79,7 @@ def test_hdf5(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert found.keys() - expected.keys() <= {"model_weights/e/x"}
 
 
-@pytest.mark.parametrize("name", cases.HDF5)
+@pytest.mark.parametrize("name", marked(cases.HDF5))
 def test_hdf5_looked_into(tmp_path: Path, name: str) -> None:
     """`inspect` and `diff` read the same files under the same rules."""
     case = cases.HDF5[name]
@@ -159,7 +169,7 @@ def without_traces(folder: Path, paths: list[Path], output: Path) -> list[str]:
     return messages
 
 
-@pytest.mark.parametrize("name", cases.ARCHIVES)
+@pytest.mark.parametrize("name", marked(cases.ARCHIVES))
 def test_archives(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
