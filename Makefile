@@ -7,14 +7,14 @@ TORCH := .venv-torch/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
 
-.PHONY: demo test quick core oldest torch browser coverage lint types smoke fuzz check mutants bench bench-peers digits clean
+.PHONY: demo test quick core oldest torch system coverage lint types smoke fuzz check mutants bench bench-peers digits clean
 
 demo: .venv/.ready
 	@rm -rf .demo && mkdir .demo
 	$(BIN)/polyak average sample_checkpoints --scheme exp --alpha 2 -o .demo/final.h5
 	$(BIN)/polyak evaluate .demo/final.h5 --data blobs
 
-test: .venv/.ready browser core oldest torch
+test: .venv/.ready system core oldest torch
 	$(BIN)/python -m pytest $(SPREAD)
 
 # Some two and a half minutes, without the tests that start Keras.
@@ -34,12 +34,13 @@ oldest: .venv-oldest/.ready
 torch: .venv-torch/.ready
 	$(TORCH)/python -m pytest tests/torch
 
-# Chromium, in which a report is opened.
-browser:
-	@{ command -v chromium && command -v chromedriver; } > /dev/null || \
+# What tests need of the system: Chromium, in which a report is opened; btrfs, which has quotas.
+system:
+	@{ command -v chromium && command -v chromedriver && command -v mkfs.btrfs; } > /dev/null || \
 		{ test "$$(id -u)" = 0 && timeout 600 apt-get update -q && DEBIAN_FRONTEND=noninteractive \
-			timeout 600 apt-get install -y -q --no-install-recommends chromium chromium-driver; } \
-		|| echo "Chromium is not here; install it (Debian: apt-get install chromium chromium-driver)"
+			timeout 600 apt-get install -y -q --no-install-recommends \
+			chromium chromium-driver btrfs-progs; } \
+		|| echo "Install chromium, chromium-driver and btrfs-progs (Debian), or some tests are skipped"
 
 # Lines and branches that tests reach, in started commands and forked children too.  Left out are
 # tests of memory and of the size of files: there, coverage itself takes memory and writes files.

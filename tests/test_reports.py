@@ -131,10 +131,10 @@ def test_the_page_fetches_nothing_and_escapes_names(tmp_path: Path) -> None:
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    """Yield a headless Chromium; `make browser` installs it where it is missing."""
+    """Yield a headless Chromium; `make system` installs it where it is missing."""
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
     if not driver or not chromium:
-        pytest.skip("no Chromium and chromedriver here; `make browser` installs them")
+        pytest.skip("no Chromium and chromedriver here; `make system` installs them")
     webdriver = pytest.importorskip("selenium.webdriver")
     from selenium.webdriver.chrome.service import Service
 

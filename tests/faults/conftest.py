@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,16 +27,37 @@ def tiny_disk(run_folder: Path) -> Iterator[Path]:
     """Return a folder on a disk of 1 MB."""
     folder = run_folder / "disk"
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    _mounting("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder)
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def quota(run_folder: Path) -> Iterator[Path]:
+    """Return a folder that may hold 1 MiB, on a disk with room for more."""
+    if not shutil.which("btrfs"):
+        pytest.skip("btrfs-progs is not here (`make system`)")
+    image, disk = run_folder / "image", run_folder / "disk"
+    disk.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(128 << 20)  # the least that btrfs takes, but sparse
+    subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)
+    _mounting("mount", "-o", "loop", image, disk)
+    for command in (
+        ("quota", "enable", disk),
+        ("subvolume", "create", disk / "home"),
+        ("qgroup", "limit", "1M", disk / "home"),
+    ):
+        subprocess.run(["btrfs", *command], check=True, capture_output=True)
+    yield disk / "home"
+    subprocess.run(["umount", disk], check=True)
+
+
+def _mounting(*command: str | Path) -> None:
+    """Mount a disk, or skip the test where that is not allowed."""
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
 
 
 @pytest.fixture(scope="session")

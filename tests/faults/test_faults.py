@@ -466,6 +466,20 @@ def test_a_disk_that_fills_up_meanwhile(
     assert not force or (tiny_disk / "o.h5").read_bytes() == OLD
 
 
+@pytest.mark.parametrize("spent", [700_000, 1_000_000])
+def test_a_quota_that_is_used_up(run_folder: Path, quota: Path, spent: int) -> None:
+    """The disk says it has room, and yet refuses: exit 3, one line, the older output intact."""
+    (quota / "o.h5").write_bytes(OLD)
+    (quota / "ballast").write_bytes(os.urandom(spent))
+    subprocess.run(["sync", "-f", quota], check=True)  # btrfs counts what it has written
+    done = polyak("average", "ckpts", "-q", "--force", "-o", "disk/home/o.h5", cwd=run_folder)
+    assert done.returncode == 3
+    line = one_line(done.stderr)
+    assert line.startswith("disk/home/o.h5: no room to write it (Disk quota exceeded)"), line
+    assert sorted(os.listdir(quota)) == ["ballast", "o.h5"]
+    assert (quota / "o.h5").read_bytes() == OLD
+
+
 def test_a_disk_that_is_full_when_the_output_is_laid_out(run_folder: Path, tiny_disk: Path) -> None:
     """The library that writes the header fails; still one line that names the output's trouble."""
     (tiny_disk / "ballast").write_bytes(bytes(1 << 20))
