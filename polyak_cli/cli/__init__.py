@@ -1,0 +1,124 @@
+"""argv <-> tools: options, rendering, exit codes.
+
+The only part of the package that imports click, prints or exits.  Here is the way in and out; the
+commands, their options and what they print stand in modules of their own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+import click
+
+from polyak_cli.cli.commands import DONE, cli
+from polyak_cli.errors import PolyakError, UsageError
+
+#: Exit codes.  A command's own are 0 and 1, "the answer is no"; 128 and a signal's number is that
+#: of what a signal ended.
+USAGE, FAILED = 2, 3
+
+
+class _Terminated(BaseException):
+    """A signal asked the program to end; it is raised so that everything cleans up.
+
+    Ctrl-C too: click would answer a KeyboardInterrupt with an empty line.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _terminate(number: int, _frame: object) -> NoReturn:
+    for other in _SIGNALS:  # the clean-up itself is not to be interrupted
+        signal.signal(other, _pass_over)
+    raise _Terminated(number)
+
+
+def _pass_over(_number: int, _frame: object) -> None:
+    """Do nothing: of a signal that came just before it was set to SIG_IGN, Python complains."""
+
+
+def _ask_again(lost: sys.UnraisableHookArgs) -> None:
+    """Raise soon what Python dropped, as it does in destructors and weak references' callbacks."""
+    if not isinstance(lost.exc_value, _Terminated):
+        sys.__unraisablehook__(lost)
+        return
+    number = lost.exc_value.number
+    signal.signal(signal.SIGALRM, lambda _number, frame: _terminate(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, 0.001)  # seconds; dropped once more, it comes once more
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    _open_standard_streams()
+    # Nothing here uses BLAS, whose threads would cost memory and stand in the way of a fork.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    sys.unraisablehook = _ask_again
+    try:  # around it all: a signal may come between any two steps
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, _terminate)
+        code = _run(arguments)
+        # All is done and said; a late signal would only garble the ending.
+        for number in (*_SIGNALS, signal.SIGALRM):
+            signal.signal(number, _pass_over)
+    except _Terminated as ended:
+        interrupted = ended.number == signal.SIGINT
+        how = "interrupted" if interrupted else f"ended by {signal.Signals(ended.number).name}"
+        code = _fail(f"{how}; no unfinished file is left", 128 + ended.number)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End without taking the interpreter apart, which takes as long as averaging a small run."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or nobody reads any more
+            stream.flush()
+    os._exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Open what the caller closed (``>&-``), or a file opened later would get its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 (open to the end)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run a command and return its exit code; what is no PolyakError keeps its traceback."""
+    try:
+        code = cli.main(args=arguments, prog_name="polyak", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return USAGE
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        where = f"; see {context.command_path} --help" if context else ""
+        return _fail(error.format_message().rstrip(".") + where, USAGE)
+    except UsageError as error:
+        return _fail(str(error), USAGE)
+    except PolyakError as error:
+        return _fail(str(error), FAILED)
+    except MemoryError:
+        return _fail(
+            "memory ran out; use fewer --jobs or less --max-memory, or allow more (ulimit -v)",
+            FAILED,
+        )
+    return code if isinstance(code, int) else DONE
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(part.strip() for part in message.splitlines())  # click lists choices in lines
+    print(f"error: {line}", file=sys.stderr)
+    return code

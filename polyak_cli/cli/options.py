@@ -1,0 +1,305 @@
+"""Options: click with what it lacks, and those that several commands have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from polyak_cli.errors import shown
+
+# --- click, with what it lacks --------------------------------------------------------------------
+
+
+class GroupedOption(click.Option):
+    """An option that stands under a heading of the help text."""
+
+    def __init__(self, *args: Any, group: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+#: How a help text ends.
+EXAMPLE = "\b\nExample:\n  {}"
+
+
+class Command(click.Command):
+    """A command whose help has headings, and an example that can be pasted."""
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+        kwargs["epilog"] = EXAMPLE.format(example)
+        kwargs.setdefault("context_settings", {"show_default": True, "max_content_width": 100})
+        super().__init__(*args, **kwargs)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, a section for each group, in the order of declaration."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record and isinstance(parameter, click.Option):
+                sections.setdefault(getattr(parameter, "group", "Help"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class Size(click.ParamType[Any]):
+    """A number of bytes as people write it: 64MB, 1GiB, 1000000."""
+
+    name = "SIZE"
+    units: Mapping[str, int] = {
+        "": 1, "b": 1,
+        "k": 10**3, "kb": 10**3, "kib": 1 << 10,
+        "m": 10**6, "mb": 10**6, "mib": 1 << 20,
+        "g": 10**9, "gb": 10**9, "gib": 1 << 30,
+    }  # fmt: skip
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Return the bytes."""
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower()
+        unit = text.lstrip("0123456789.")
+        try:
+            return int(float(text[: len(text) - len(unit)]) * self.units[unit.strip()])
+        except (KeyError, ValueError, OverflowError):
+            self.fail(f"{shown(value)} is not a size; write it like 64MB or 1GiB", param, ctx)
+
+
+class Numbers(click.ParamType[Any]):
+    """Numbers with commas between them."""
+
+    name = "A,B,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        """Return the numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{shown(value)} is not a list of numbers like 0.5,0.3,0.2", param, ctx)
+
+
+class Gate(click.ParamType[Any]):
+    """A metric and the least value it may have."""
+
+    name = "METRIC=VALUE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, float]:
+        """Return the metric and the value."""
+        if isinstance(value, tuple):
+            return value
+        name, _, number = str(value).partition("=")
+        try:
+            least = float(number)
+        except ValueError:
+            least = math.nan
+        if not name.strip() or not math.isfinite(least):
+            self.fail(f"{shown(value)} is not a gate like accuracy=0.8", param, ctx)
+        return name.strip(), least
+
+
+def under(group: str, *declared: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[Any], Any]:
+    """Return a decorator that adds options under one heading."""
+
+    def decorate(function: Any) -> Any:
+        for names, settings in reversed(declared):
+            function = click.option(*names, cls=GroupedOption, group=group, **settings)(function)
+        return function
+
+    return decorate
+
+
+def option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Declare an option, as `click.option` would, to be put under a heading."""
+    return names, settings
+
+
+# --- options of several commands ------------------------------------------------------------------
+
+LAST = option("--last", type=int, metavar="N", help="Only the N newest.  [default: all]")
+FROM = option(
+    "--from", "from_epoch", type=int, metavar="EPOCH", help="The first epoch that counts."
+)
+TO = option("--to", "to_epoch", type=int, metavar="EPOCH", help="The last epoch that counts.")
+EXCLUDE = option(
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="File names that are not checkpoints; may be given again.",
+)
+EPOCH_PATTERN = option(
+    "--epoch-pattern",
+    metavar="REGEX",
+    help="Finds the epoch in unusual names: its group 'epoch', or its first group.",
+)
+MATCH = option(
+    "--match",
+    type=click.Choice(["name", "order"]),
+    default="name",
+    help="How tensors are paired; 'order' for layers that Keras numbered anew.",
+)
+DATA = option(
+    "--data",
+    required=True,
+    metavar="DATA",
+    help="blobs, a FILE.npz with x and y, a FILE.csv, or MODULE.py:FUNCTION that returns them.",
+)
+ROWS_AT_A_TIME = option("--batch-size", type=int, default=256, metavar="N", help="Rows at a time.")
+TRUST_CODE = option(
+    "--trust-code",
+    is_flag=True,
+    help="Run the code that a model file carries (a Lambda layer).",
+)
+HASH = option(
+    "--hash/--no-hash",
+    default=None,
+    help="Record each input's SHA-256 in the output.  [default: up to 64 MB in all]",
+)
+QUIET = option("-q", "--quiet", is_flag=True, help="Print only errors.")
+
+CHOOSING = under(
+    "Choosing checkpoints",
+    LAST,
+    FROM,
+    TO,
+    option(
+        "--every",
+        type=int,
+        metavar="K",
+        default=1,
+        help="Every K-th, counted back from the newest; before --last.",
+    ),
+    EXCLUDE,
+    option("--best", type=int, metavar="N", help="Only the N best by --monitor, after --last."),
+    option(
+        "--monitor",
+        metavar="METRIC",
+        help="The metric of --best, from the file names or --log.  [default: val_loss]",
+    ),
+    option(
+        "--mode",
+        type=click.Choice(["min", "max"]),
+        help="Whether less or more is better.  [default: told by the metric's name]",
+    ),
+    option("--log", type=click.Path(), metavar="CSV", help="A Keras CSVLogger file for --best."),
+    EPOCH_PATTERN,
+)
+
+
+def scheme_options(function: Any) -> Any:
+    """Add the scheme and its parameters, derived from the registry."""
+    from polyak_cli.schemes import SCHEMES
+
+    declared = [
+        option(
+            "--scheme",
+            type=click.Choice(list(SCHEMES)),
+            help="The rule that gives coefficients.  [default: equal]",
+        )
+    ]
+    for name, scheme in SCHEMES.items():
+        if scheme.parameter:
+            declared.append(
+                option(
+                    f"--{scheme.parameter.name}",
+                    type=float,
+                    help=f"Of {name}: {scheme.summary}.  [default: {scheme.parameter.default:g}]",
+                )
+            )
+    declared.append(
+        option(
+            "--coefficients",
+            type=Numbers(),
+            help="Your own, oldest first, instead of a scheme; they are normalised.",
+        )
+    )
+    return under("Coefficients", *declared)(function)
+
+
+AVERAGING = under(
+    "Averaging",
+    option(
+        "--dtype",
+        type=click.Choice(
+            ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]
+        ),
+        help="The stored float type.  [default: the checkpoints' own]",
+    ),
+    option(
+        "--optimizer",
+        type=click.Choice(["drop", "newest"]),
+        default="drop",
+        help="What becomes of the optimizer's state.",
+    ),
+    option(
+        "--include-tensors",
+        multiple=True,
+        metavar="GLOB",
+        help="Average only these; the others are carried from the newest.",
+    ),
+    option(
+        "--exclude-tensors",
+        multiple=True,
+        metavar="GLOB",
+        help="Carry these from the newest.",
+    ),
+    MATCH,
+    option(
+        "--use-ema",
+        is_flag=True,
+        help="Take the EMA that Keras keeps in the optimizer's state (use_ema=True).",
+    ),
+    option(
+        "--allow-nonfinite",
+        is_flag=True,
+        help="Average NaN and infinity too, instead of refusing them.",
+    ),
+)
+
+RECALIBRATING = under(
+    "Recalibrating",
+    option(
+        "--recalibrate",
+        metavar="DATA",
+        help="Run the average in Keras and gather BatchNorm's statistics anew; DATA as in polyak "
+        "recalibrate.",
+    ),
+    option(
+        "--split",
+        type=click.Choice(["train", "test"]),
+        help="Which part of the data.  [default: train, where the data are split]",
+    ),
+    option("--batch-size", type=int, metavar="N", help="Rows at a time, at most.  [default: 256]"),
+    option("--trust-code", is_flag=True, help="Run the code that the model carries."),
+)
+
+WRITING = under(
+    "Output",
+    option("-o", "--output", type=click.Path(), metavar="FILE", help="The file to write."),
+    option("--force", is_flag=True, help="Replace an existing output."),
+    HASH,
+    option(
+        "--verify",
+        is_flag=True,
+        help="Read the output back from the disk, average once more and compare, before anything "
+        "is replaced.",
+    ),
+    option("-n", "--dry-run", is_flag=True, help="Show the plan and write nothing."),
+    option("--json", "as_json", is_flag=True, help="Print plan or report as JSON."),
+    QUIET,
+    option("-v", "--verbose", is_flag=True, help="Name every tensor and what becomes of it."),
+)
+
+MACHINE = under(
+    "Machine",
+    option(
+        "--max-memory",
+        type=Size(),
+        help="Bound on the buffers, on top of Python and its libraries.  [default: 32MiB]",
+    ),
+    option("--jobs", type=int, metavar="N", help="Processes.  [default: processors, at most 8]"),
+)

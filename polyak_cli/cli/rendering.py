@@ -1,0 +1,409 @@
+"""What people read: plans, reports and tables as lines, and the bar of progress."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from polyak_cli.errors import OutputError, shown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from polyak_cli.averaging import Plan, Report
+    from polyak_cli.checkpoints import PassedOver
+    from polyak_cli.comparison import Comparison
+    from polyak_cli.differences import Differences, Distances
+    from polyak_cli.health import Health
+    from polyak_cli.inspection import Inspection
+    from polyak_cli.models import Score
+    from polyak_cli.recalibration import Recalibration
+    from polyak_cli.verification import Verification
+
+#: Problems that are shown of an average which does not verify.
+_MOST = 20
+
+
+def result(
+    data: Mapping[str, Any], as_json: bool, quiet: bool, lines: Callable[[], Iterator[str]]
+) -> None:
+    """Print what a command found: as JSON, or as lines for a person, who may want none."""
+    if as_json:
+        from polyak_cli.reports import as_json as text
+
+        print_lines([text(data)], sys.stdout)
+    elif not quiet:
+        print_lines(lines(), sys.stdout)
+
+
+def json_line(data: Mapping[str, Any]) -> None:
+    """Print what was found as one line of JSON."""
+    from polyak_cli.reports import as_json as text
+
+    print_lines([text(data, indent=None)], sys.stdout)
+
+
+def passed_over(one: PassedOver) -> str:
+    """Say what was passed over and why."""
+    return f"passed over: {shown(one.path)} ({one.reason})"
+
+
+def notes(told: Sequence[str], quiet: bool) -> None:
+    """Print what the user should know apart from the result."""
+    if not quiet:
+        print_lines((f"note: {note}" for note in told), sys.stderr)
+
+
+def print_lines(lines: Iterable[str], stream: TextIO) -> None:
+    """Print after the work is done, and see that it arrives."""
+    # A reader who has gone (`| head`) ends us as it ends any filter; nothing is left to clean up.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        for line in lines:
+            print(line, file=stream)
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is still buffered
+        raise OutputError(f"{stream.name}: the result cannot be shown: {error.strerror}") from None
+
+
+def plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
+    """Yield the plan as lines for a person."""
+    parameters = "".join(f", {name} {value:g}" for name, value in plan.parameters.items())
+    count = len(plan.checkpoints)
+    several = "s" if count > 1 else ""
+    yield f"{count} checkpoint{several}, {plan.scheme}{parameters}, oldest first:"
+    table = [["checkpoint", "epoch", "coefficient"]]
+    for checkpoint, coefficient in zip(plan.checkpoints, plan.coefficients, strict=True):
+        epoch = "-" if checkpoint.epoch is None else str(checkpoint.epoch)
+        table.append([shown(checkpoint.path.name, 60), epoch, f"{coefficient:.6f}"])
+    yield from _columns(table)
+    yield f"effective number of checkpoints: {plan.effective_number:.2f}"
+    yield (
+        f"tensors: {len(plan.averaged)} averaged, {len(plan.carried)} carried from "
+        f"{shown(plan.checkpoints[-1].path.name)}, {len(plan.dropped)} dropped"
+    )
+    if verbose:
+        yield from _fate_lines(plan)
+    over = plan.recalibrate
+    if over:
+        yield (
+            f"then BatchNorm's statistics are gathered anew: {over['rows']} rows of "
+            f"{over['data']}, batches of at most {over['batch_size']}"
+        )
+    yield from map(passed_over, plan.passed_over)
+    for one in plan.skipped:
+        yield from (f"skipped ({problem.kind}): {problem.text}" for problem in one.problems)
+    yield (
+        f"to read {_size(plan.bytes_to_read)}, to write about {_size(plan.bytes_to_write)}, "
+        f"memory about {_size(plan.memory)}"
+    )
+
+
+def _fate_lines(plan: Plan) -> Iterator[str]:
+    rows = (*plan.averaged_rows, *plan.carried_rows)
+    specs = {row[-1].name: row[-1] for row in rows} | dict(plan.tables[-1].others)
+    for fate, names in (
+        ("averaged", plan.averaged),
+        ("carried", plan.carried),
+        ("dropped", plan.dropped),
+    ):
+        for name in names:
+            spec = specs[name]
+            way = spec.storage.way if spec.storage else "HDF5 library"
+            shape = "x".join(map(str, spec.shape)) or "scalar"
+            yield f"  {fate} {shown(name)} {spec.dtype} {shape} ({way})"
+    ways = Counter(s.storage.way for row in plan.averaged_rows for s in row if s.storage)
+    yield "read by " + "; ".join(f"{way} (tensors: {n})" for way, n in ways.items())
+
+
+def report_lines(report: Report, verbose: bool) -> Iterator[str]:
+    """Yield the report as lines for a person."""
+    yield from plan_lines(report.plan, verbose)
+    shares = ", ".join(f"{part} {share:.0%}" for part, share in report.shares.items())
+    yield (
+        f"read {_size(report.bytes_read)} in {report.seconds:.2f} s "
+        f"({_size(report.speed)}/s; {shares}), peak memory {_size(report.peak_memory)}"
+    )
+    if report.recalibrated:
+        yield _gathered_line(report.recalibrated)
+    verified = ", verified: read back, it is the average bit for bit" if report.verified else ""
+    yield f"wrote {shown(report.output)} ({_size(report.bytes_written)}){verified}"
+
+
+def recalibration_lines(report: Recalibration) -> Iterator[str]:
+    """Yield what was gathered anew and where it is."""
+    yield _gathered_line(report)
+    yield f"wrote {shown(report.output)}"
+
+
+def _gathered_line(report: Recalibration) -> str:
+    return (
+        f"gathered {len(report.statistics)} statistics of {report.layers} BatchNorm layers anew: "
+        f"{report.rows} rows of {report.source}, batches of at most {report.batch_size}, "
+        f"{report.seconds:.2f} s"
+    )
+
+
+def verification_lines(found: Verification) -> Iterator[str]:
+    """Yield what does not verify, or that all does."""
+    name = shown(found.output)
+    for problem in found.problems[:_MOST]:
+        yield f"  {problem.text}"
+    if len(found.problems) > _MOST:
+        yield f"  and {len(found.problems) - _MOST} more; see them with --json"
+    if found.problems:
+        yield f"{name}: not verified"
+        return
+    several = "s" if len(found.inputs) > 1 else ""
+    yield (
+        f"{name}: verified, equal bit for bit to the average of {len(found.inputs)} "
+        f"checkpoint{several} ({_size(found.nbytes)})"
+    )
+
+
+def published_lines(report: Report) -> Iterator[str]:
+    """Yield one line, of which many stand below one another."""
+    plan = report.plan
+    names = [shown(one.path.name, 60) for one in plan.checkpoints]
+    span = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
+    rule = ", ".join([plan.scheme, *(f"{key} {value:g}" for key, value in plan.parameters.items())])
+    several = "s" if len(names) > 1 else ""
+    yield f"wrote {shown(report.output)}: {len(names)} checkpoint{several}, {span} ({rule})"
+
+
+def inside_lines(one: Inspection) -> Iterator[str]:
+    """Yield what is inside a checkpoint."""
+    from polyak_cli.inspection import stored
+
+    about = "".join(f", {key} {shown(text, 40)}" for key, text in one.data()["about"].items())
+    yield (
+        f"{shown(one.table.path)}: {one.format}{about}, {one.parameters:,} parameters, "
+        f"{_size(one.table.size)}"
+    )
+    table = [["tensor", "dtype", "shape", "bytes", "stored", "fate"]]
+    measured = any(tensor.statistics for tensor in one.tensors)
+    if measured:
+        table[0] += ["norm", "least", "greatest", "not finite"]
+    for spec, fate, statistics in one.tensors:
+        shape = "x".join(map(str, spec.shape)) or "scalar"
+        row = [shown(spec.name, 80), spec.dtype, shape, str(spec.nbytes), stored(spec), fate]
+        if measured:
+            row += ["-" if v is None else f"{v:.6g}" for v in statistics or [None] * 4]
+        table.append(row)
+    yield from _columns(table)
+    record = one.provenance
+    if isinstance(record, dict) and isinstance(record.get("inputs"), list):
+        inputs = [each for each in record["inputs"] if isinstance(each, dict)]
+        names = ", ".join(shown(each.get("name"), 60) for each in inputs)
+        yield (
+            f"an average by polyak {shown(record.get('polyak'))}, scheme "
+            f"{shown(record.get('scheme'))}, of {len(record['inputs'])} checkpoints: {names}"
+        )
+    if isinstance(record, dict) and isinstance(record.get("recalibrated"), dict):
+        over = record["recalibrated"]
+        yield (
+            f"BatchNorm's statistics gathered by polyak {shown(over.get('polyak'))} on "
+            f"{shown(over.get('rows'))} rows of {shown(over.get('data'))}"
+        )
+
+
+def difference_lines(found: Differences, verbose: bool) -> Iterator[str]:
+    """Yield the tensors of two files, the worst first."""
+    table = [["tensor", "relative", "largest", "cosine", ""]]
+    most = len(found.tensors) if verbose else 20
+    for tensor in found.tensors[:most]:
+        cosine = "-" if tensor.cosine is None else f"{tensor.cosine:.6f}"
+        equal = "equal" if tensor.equal else "differs"
+        numbers = [f"{tensor.relative:.3e}", f"{tensor.largest:.3e}", cosine, equal]
+        table.append([shown(tensor.name, 80), *numbers])
+    yield from _columns(table)
+    if len(found.tensors) > most:
+        yield f"and {len(found.tensors) - most} tensors more; see them with -v"
+    yield from found.apart
+    differing = sum(not tensor.equal for tensor in found.tensors) + len(found.apart)
+    yield "equal" if found.equal else f"{differing} tensors differ"
+
+
+def distance_lines(found: Distances) -> Iterator[str]:
+    """Yield the checkpoints of a run, and how far each is from others."""
+    table = [["checkpoint", "epoch", "to previous", "to average", ""]]
+    for path, epoch, to_previous, to_average, odd in found.checkpoints:
+        step = "-" if to_previous is None else f"{to_previous:.3e}"
+        number = "-" if epoch is None else str(epoch)
+        far = f"{to_average:.3e}"
+        table.append([shown(path.name, 60), number, step, far, "odd one out" if odd else ""])
+    yield from _columns(table)
+    yield f"distances relative to the norm of the average, over {found.tensors} float tensors"
+
+
+def health_lines(found: Health) -> Iterator[str]:
+    """Yield the checkpoints of a run and what is wrong with them, then each problem in words."""
+    from polyak_cli.health import written
+
+    columns = ["epoch", "written (UTC)", "size", "not finite", "to previous", "to next", ""]
+    table = [["checkpoint", *columns]]
+    for one in found.checkpoints:
+        cells = [
+            one.epoch,
+            written(one.modified),
+            None if one.size is None else _size(one.size),
+            one.nonfinite,
+            *(None if step is None else f"{step:.3e}" for step in (one.to_previous, one.to_next)),
+        ]
+        problems = ", ".join(problem.kind for problem in one.problems)
+        row = ["-" if cell is None else str(cell) for cell in cells]
+        table.append([shown(one.path.name, 60), *row, problems])
+    yield from _columns(table)
+    yield from map(passed_over, found.passed_over)
+    for problem in found.all_problems:
+        yield f"{problem.kind}: {problem.text}"
+    count = len(found.all_problems)
+    yield "healthy" if not count else f"{count} problem{'s' if count > 1 else ''}"
+
+
+def _score_data(score: Score) -> dict[str, Any]:
+    return {
+        "path": str(score.path),
+        "loss": score.loss,
+        "metrics": dict(score.metrics),
+        "rows": score.rows,
+        "notes": list(score.notes),
+    }
+
+
+def models_data(scores: Sequence[Score], compared: Comparison | None) -> dict[str, Any]:
+    """Return scores and gains as JSON can hold them."""
+    models = [_score_data(score) for score in scores]
+    if compared is None:
+        return {"models": models}
+    for model, one in zip(models, compared.models, strict=True):
+        model["gains"] = {gain.metric: gain.data() for gain in one.gains}
+    return {"baseline": _score_data(compared.baseline), "models": models}
+
+
+def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> Iterator[str]:
+    """Yield the scores, and what the models are ahead of the baseline."""
+    if compared is None:
+        yield from _score_lines(scores)
+        return
+    yield from _score_lines([*scores, compared.baseline])
+    baseline = compared.baseline
+    table = [["model", "metric", "difference", "from", "to", "McNemar p", "verdict"]]
+    for one in compared.models:
+        for gain in one.gains:
+            numbers = [f"{value:+.6f}" for value in gain.paired[:3]]
+            p = "-" if gain.mcnemar_p is None else f"{gain.mcnemar_p:.3g}"
+            table.append([shown(one.score.path, 60), gain.metric, *numbers, p, gain.verdict])
+    if len(table) == 1:
+        yield f"nothing can be compared with {shown(baseline.path, 60)}"
+        return
+    yield f"minus {shown(baseline.path, 60)}, with 95 % intervals over {baseline.rows} paired rows:"
+    yield from _columns(table)
+
+
+def _score_lines(scores: Sequence[Score]) -> Iterator[str]:
+    """Yield a row for each model, a column for each metric that any of them has."""
+    metrics = list(dict.fromkeys(name for score in scores for name in score.metrics))
+    table = [["model", "loss", *map(shown, metrics), "rows"]]
+    for score in scores:
+        values = [score.loss, *(score.metrics.get(name) for name in metrics)]
+        cells = ["-" if value is None else f"{value:.6f}" for value in values]
+        table.append([shown(score.path, 60), *cells, str(score.rows)])
+    yield from _columns(table)
+
+
+def sweep_lines(found: Mapping[str, Any], folder: Path, best: Path | None) -> Iterator[str]:
+    """Yield a row for each candidate, then what they say."""
+    from polyak_cli import reports
+
+    columns = [(split, metric) for metric in ("accuracy", "loss") for split in found["splits"]]
+    table = [["candidate", *(f"{metric} ({split})" for split, metric in columns)]]
+    for row in found["rows"]:
+        values = [row["metrics"][split].get(metric) for split, metric in columns]
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        table.append([shown(row["label"], 60), *cells])
+    yield from _columns(table)
+    yield from reports.sentences(found)
+    yield f"wrote {shown(folder / 'report.html')}"
+    if best:
+        yield f"wrote {shown(best)}"
+
+
+def training_lines(made: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what was trained and kept."""
+    yield (
+        f"trained {made['epochs']} epochs on {made['data']} with {made['optimizer']}, "
+        f"learning rate {made['learning_rate']:g}, seed {made['seed']}"
+    )
+    yield ", ".join(f"{name} {value:.4f}" for name, value in made["last"].items())
+    names = [path.rpartition(os.sep)[2] for path in made["checkpoints"]]
+    kept = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
+    yield f"kept {kept} and {shown(made['log'])}"
+    if made["plot"]:
+        yield f"drew {shown(made['plot'])}"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Align a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        yield ("  " + "  ".join(cells)).rstrip()
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+@contextmanager
+def progress(
+    what: str, total: int | None, silent: bool, *, in_bytes: bool = True
+) -> Iterator[Callable[..., None]]:
+    """Show a bar with amount, speed and time left on a terminal; nothing elsewhere.
+
+    What it yields takes the amount done, and the total where that was not known before.
+    """
+    if silent or not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    amount: list[bars.ProgressColumn] = (
+        [bars.DownloadColumn(), bars.TransferSpeedColumn()]
+        if in_bytes
+        else [bars.MofNCompleteColumn()]
+    )
+    bar = bars.Progress(
+        bars.TextColumn(what),
+        bars.BarColumn(),
+        *amount,
+        bars.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        # No thread of its own: children are forked before the first byte is read.
+        auto_refresh=False,
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+        drawn = 0.0
+
+        def advance(amount: int, total: int | None = None) -> None:
+            nonlocal drawn
+            bar.update(task, advance=amount, total=total)
+            if bar.get_time() - drawn > 0.1:  # seconds; drawing is slow beside folding
+                drawn = bar.get_time()
+                bar.refresh()
+
+        yield advance
