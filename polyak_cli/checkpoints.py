@@ -414,7 +414,7 @@ def _find(
             if identity in found:
                 told(Trouble("same file", path, _same_file(found[identity], path)))
             found.setdefault(identity, path)
-    if not found and not unusable and (as_given or not growing):
+    if not found and not unusable and as_given:
         raise CheckpointError("no checkpoint is left: --exclude matches every file that was named")
     notes = tuple(f"--exclude '{shown(pattern)}' matched nothing" for pattern in unmatched)
     return _Pool((*found.values(), *unusable), as_given, tuple(passed_over), notes)

@@ -124,6 +124,12 @@ def refusal(*sources: str | Path, **options: Any) -> str:
         (["model_7_of_500.h5"], [7]),
         (["model_7_version_2.h5"], [7]),
         (["run3.h5"], [3]),
+        (["epochs_7_64.h5"], [7]),
+        (["ep7_64.h5"], [7]),
+        (["E7_64.h5"], [7]),
+        (["r2_05.h5", "r2_06.h5"], [5, 6]),
+        (["w.9.0.25.h5", "w.10.1.31.h5"], [9, 10]),
+        (["w.9.0.25.9.5.h5", "w.10.1.31.10.4.h5"], [9, 10]),
     ],
 )
 def test_epochs_are_read_as_people_write_them(
@@ -320,6 +326,41 @@ def test_parts_of_checkpoints_are_passed_over_with_a_reason(run: Path) -> None:
     }
     passed = [one.path.name for one in checkpoints.survey(run).passed_over]
     assert passed == sorted(passed)
+
+
+def test_shards_of_weights_are_parts_where_their_table_is_there(run: Path) -> None:
+    """Else they look like a run of their own, and nothing says that they are none."""
+    make(
+        run, "m_1.weights.json", "m_1_00000.weights.h5", "m_1_00001.weights.h5", "m_2.weights.json"
+    )
+    found = select([run])
+    assert names(found) == ["m_1.weights.json", "m_2.weights.json"]
+    assert reasons(found) == {
+        "m_1_00000.weights.h5": "a part of m_1.weights.json",
+        "m_1_00001.weights.h5": "a part of m_1.weights.json",
+    }
+
+
+def test_what_every_source_passed_over_is_told_in_order(tmp_path: Path, run: Path) -> None:
+    """Not only the last one's, and whichever was named first."""
+    numbered(run, 1)
+    other = tmp_path / "a"
+    other.mkdir()
+    numbered(other, 2)
+    make(run, "run.txt")
+    make(other, "a.txt")
+    found = select([run, other])
+    assert [one.path.name for one in found.passed_over] == ["a.txt", "run.txt"]
+
+
+def test_tensorflow_s_checkpoints_are_named_by_their_prefix(run: Path) -> None:
+    """As `tf.train.Checkpoint` prints it; they keep the order given, as files do."""
+    for epoch in (3, 4):
+        make(run, f"ckpt-{epoch}.index", f"ckpt-{epoch}.data-00000-of-00001")
+    found = select([run / "ckpt-4", run / "ckpt-3"])
+    assert names(found) == ["ckpt-4.index", "ckpt-3.index"]
+    assert epochs(found) == [4, 3]
+    assert "no such file or directory" in refusal(run / "ckpt-5")
 
 
 def test_a_directory_is_not_searched_deeper(run: Path) -> None:
@@ -671,6 +712,26 @@ def test_folders_that_are_checkpoints_stand_for_their_files(
     assert f"{folders[0]}: {two}" in refusal(run)
 
 
+def test_a_folder_that_is_a_checkpoint_has_its_name_from_wherever_it_is_seen(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named as it was given, and by its own name where that was only a dot or two."""
+    for step in (90, 100):
+        (run / f"checkpoint-{step}").mkdir()
+        make(run / f"checkpoint-{step}", "model.safetensors")
+    monkeypatch.chdir(run)
+    found = select(["checkpoint-100", "checkpoint-90"])
+    assert [one.path for one in found.checkpoints] == [
+        Path("checkpoint-100"),
+        Path("checkpoint-90"),
+    ]
+    (run / "checkpoint-90/logs").mkdir()
+    monkeypatch.chdir(run / "checkpoint-90/logs")
+    assert epochs(select([".."])) == [90]
+    monkeypatch.chdir(run / "checkpoint-90")
+    assert epochs(select(["."])) == [90]
+
+
 # ---- surveys ---------------------------------------------------------------------------------
 
 
@@ -942,6 +1003,16 @@ def test_a_choice_says_what_it_left_out_and_whether_that_makes_gaps(run: Path) -
             "a.txt",
             "b.txt",
         ]
+
+
+def test_notes_of_order_and_of_metric_are_both_told(run: Path) -> None:
+    """One does not take the place of the other."""
+    numbered(run, 1, 2)
+    log = write_log(run, [0.5, 0.4, 0.3])
+    paths = [run / "model_2.h5", run / "model_1.h5"]
+    about_order, about_metric = select(paths, best=1, log=log).notes
+    assert about_order.startswith("the files are taken in the order given")
+    assert about_metric.startswith(str(log))
 
 
 def test_ties_go_to_the_newer_one(run: Path) -> None:
@@ -1426,6 +1497,10 @@ def test_a_growing_run_may_have_fewer_checkpoints_than_asked_for(tmp_path: Path)
     assert len(select([tmp_path], last=3, growing=True).checkpoints) == 2
     assert len(select([tmp_path], last=5, from_epoch=2, growing=True).checkpoints) == 1
     assert select([tmp_path], from_epoch=7, growing=True).checkpoints == ()
+    scored = make(tmp_path, "1-0.5.h5", "2-0.4.h5")
+    assert len(select(scored, best=3, growing=True).checkpoints) == 2
+    for path in scored:
+        path.unlink()
     with pytest.raises(CheckpointError):
         select([tmp_path], last=3)
     (tmp_path / "model_02.h5").touch()
