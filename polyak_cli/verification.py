@@ -107,7 +107,7 @@ def verify(
     Args:
         output: the average: a file, or a folder that is one.
         sources: folders in which the checkpoints are looked for, before the one that holds the
-            average.
+            average; without them, the folders in that one are looked into too.
         max_memory: bytes for buffers; `averaging.MAX_MEMORY`.
         jobs: processes; as many as there are processors, at most 8.
 
@@ -139,9 +139,11 @@ def verify(
         return Verification(Path(output), problems=(Discrepancy("record", path.name, text),))
     except CheckpointError as error:
         raise CheckpointError(f"{shown(output)}: {error}; there is nothing to recompute") from None
-    beside = path.parent.parent if _is_folder(table) else path.parent
-    folders = [*map(Path, sources), beside]
-    return _Examination(Path(output), table, record, folders, machine).result()
+    examination = _Examination(Path(output), table, record, machine)
+    examination.folders = [*map(Path, sources), _beside(table)]
+    if not sources:
+        examination.look_around()
+    return examination.result()
 
 
 def _opened(path: Path) -> Path:
@@ -162,6 +164,11 @@ def _opened(path: Path) -> Path:
 def _is_folder(table: Table) -> bool:
     """Tell whether an average is a folder, and not files whose names begin alike."""
     return getattr(formats.module(table.format), "FOLDER", False) and len(table.files) > 1
+
+
+def _beside(table: Table) -> Path:
+    """Return the folder that holds an average."""
+    return table.path.parent.parent if _is_folder(table) else table.path.parent
 
 
 # --- where the inputs are -------------------------------------------------------------------------
@@ -200,6 +207,18 @@ def _called(name: str, folders: Sequence[Path], own: Table) -> Iterator[Path]:
                 yield within
         elif folder.name == name and file_of(folder) != folder:
             yield folder
+
+
+def _holding(names: Sequence[str], place: Path, own: Table) -> list[Path]:
+    """Return the folders in a place that hold anything of these names."""
+    with contextlib.suppress(OSError), os.scandir(place) as entries:
+        folders = sorted(
+            place / entry.name
+            for entry in entries
+            if not entry.name.startswith(".") and entry.is_dir()
+        )
+        return [one for one in folders if any(any(_called(name, [one], own)) for name in names)]
+    return []
 
 
 def _is_part(path: Path, own: Table) -> bool:
@@ -247,11 +266,24 @@ class _Examination:
     output: Path
     table: Table
     record: Record
-    folders: Sequence[Path]
     machine: averaging.Options
+    folders: list[Path] = field(default_factory=list)
     places: list[_Place] = field(default_factory=list)
     problems: list[Discrepancy] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def look_around(self) -> None:
+        """Look into the folders beside the average too; of several, digests tell which is meant."""
+        names = [one.name for one in self.record.inputs]
+        beside = _beside(self.table)
+        if all(any(_called(name, [beside], self.table)) for name in names):
+            return
+        found = _holding(names, beside, self.table)
+        if len(found) == 1 or all(one.sha256 for one in self.record.inputs):
+            self.folders += found
+        elif found:
+            several = " and ".join(shown(folder) for folder in found[:2])
+            self.notes.append(f"{several} hold files of such names: choose one with --source")
 
     def result(self) -> Verification:
         """Look at all of it."""
@@ -418,7 +450,7 @@ class _Examination:
         """Average once more and compare with what is there."""
         path = self.table.path
         opened = Path("copy", path.name) if _is_folder(self.table) else Path(path.name)
-        near = [self.folders[-1], Path(tempfile.gettempdir())]
+        near = [_beside(self.table), Path(tempfile.gettempdir())]
         nbytes = self.table.size * (1 + self.record.recalibrated)
         with publishing.scratch(near, nbytes) as folder:
             expected = averaging.again(plan, folder, opened, self.record.text)

@@ -127,6 +127,23 @@ def test_an_average_verifies(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
+def test_the_folders_beside_an_average_are_looked_into(run: Path) -> None:
+    """`polyak average ckpts/ -o final.h5` and `polyak verify final.h5` need no further word."""
+    (run / "empty").mkdir()
+    assert verify(run / "final.h5").verified
+    assert not verify(run / "final.h5", sources=[run / "empty"]).verified
+    shutil.copytree(run / "ckpts", run / "another")
+    shutil.copy(run / "ckpts/model_1.h5", run / "another/model_2.h5")
+    assert verify(run / "hashed.h5").verified  # digests tell which is meant
+    found = verify(run / "final.h5")
+    assert set(problems(found, "input")) == {f"model_{k}.h5" for k in (1, 2, 3)}
+    several = f"{run}/another and {run}/ckpts hold files of such names: choose one with --source"
+    assert several in found.notes
+    shutil.rmtree(run / "ckpts")
+    shutil.rmtree(run / "another")
+    assert verify(run / "final.h5").notes == ()
+
+
 @pytest.mark.parametrize(
     ("output", "options"),
     [

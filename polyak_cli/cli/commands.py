@@ -461,7 +461,8 @@ def recalibrate(
         multiple=True,
         type=click.Path(),
         metavar="DIR",
-        help="Look for them here first; may be given again.  [default: beside FILE]",
+        help="Look for them here first; may be given again.  [default: beside FILE, and in the "
+        "folders beside it]",
     ),
 )
 @under(
