@@ -231,9 +231,17 @@ def _ages(count: int) -> range:
 def _context() -> Context:
     # Imported here because equal and linear, and --help, can do without its start-up time.
     # Its exponents reach so far that exp() and pow() underflow quietly instead of failing.
-    from decimal import MAX_EMAX, MIN_EMIN, ROUND_HALF_EVEN, Context
+    from decimal import MAX_EMAX, MIN_EMIN, ROUND_HALF_EVEN, Context, InvalidOperation
 
-    return Context(prec=_DIGITS, rounding=ROUND_HALF_EVEN, Emin=MIN_EMIN, Emax=MAX_EMAX)
+    # What is not given here would come from the caller's decimal.DefaultContext.
+    return Context(
+        prec=_DIGITS,
+        rounding=ROUND_HALF_EVEN,
+        Emin=MIN_EMIN,
+        Emax=MAX_EMAX,
+        clamp=0,
+        traps=[InvalidOperation],
+    )
 
 
 def _normalised(raw: Sequence[float]) -> tuple[float, ...]:

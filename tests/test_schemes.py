@@ -395,6 +395,9 @@ def test_what_a_program_sets_in_decimal_changes_no_coefficient(
         with monkeypatch.context() as patch:
             patch.setattr(decimal.DefaultContext, name, value)
             assert [call() for call in calls] == usual
+    with monkeypatch.context() as patch:
+        patch.setitem(decimal.DefaultContext.traps, decimal.Inexact, True)
+        assert [call() for call in calls] == usual
 
 
 def test_schemes_import_neither_numpy_nor_decimal() -> None:
