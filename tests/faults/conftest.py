@@ -27,7 +27,7 @@ def tiny_disk(run_folder: Path) -> Iterator[Path]:
     """Return a folder on a disk of 1 MB."""
     folder = run_folder / "disk"
     folder.mkdir()
-    _mounting("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder)
+    _prepared("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder)
     yield folder
     subprocess.run(["umount", folder], check=True)
 
@@ -42,22 +42,21 @@ def quota(run_folder: Path) -> Iterator[Path]:
     with open(image, "wb") as file:
         file.truncate(128 << 20)  # the least that btrfs takes, but sparse
     subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)
-    _mounting("mount", "-o", "loop", image, disk)
-    for command in (
-        ("quota", "enable", disk),
-        ("subvolume", "create", disk / "home"),
-        ("qgroup", "limit", "1M", disk / "home"),
-    ):
-        subprocess.run(["btrfs", *command], check=True, capture_output=True)
-    yield disk / "home"
-    subprocess.run(["umount", disk], check=True)
+    _prepared("mount", "-o", "loop", image, disk)
+    try:
+        _prepared("btrfs", "quota", "enable", disk)
+        _prepared("btrfs", "subvolume", "create", disk / "home")
+        _prepared("btrfs", "qgroup", "limit", "1M", disk / "home")
+        yield disk / "home"
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
-def _mounting(*command: str | Path) -> None:
-    """Mount a disk, or skip the test where that is not allowed."""
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+def _prepared(*command: str | Path) -> None:
+    """Prepare a disk, or skip the test where that is not allowed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no such disk can be made here: {done.stderr.strip()}")
 
 
 @pytest.fixture(scope="session")
