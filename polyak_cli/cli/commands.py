@@ -23,14 +23,17 @@ from polyak_cli.cli.options import (
     EPOCH_PATTERN,
     EXAMPLE,
     EXCLUDE,
+    FOLDER,
     FROM,
     HASH,
+    JSON,
     LAST,
     MACHINE,
     MATCH,
     QUIET,
     RECALIBRATING,
     ROWS_AT_A_TIME,
+    SOURCES,
     TO,
     TRUST_CODE,
     WRITING,
@@ -83,7 +86,7 @@ def _check_address_space() -> None:
 @cli.command(
     cls=Command, example="polyak average ckpts/ --last 10 --scheme exp --alpha 2 -o final.h5"
 )
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=click.Path())
+@SOURCES
 @CHOOSING
 @under(
     "Health",
@@ -276,7 +279,7 @@ def watch(
 )
 @under(
     "Output",
-    option("--json", "as_json", is_flag=True, help="Print the scores as JSON."),
+    JSON,
     QUIET,
 )
 def evaluate(
@@ -414,7 +417,7 @@ def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
         "-o", "--output", type=click.Path(), required=True, metavar="FILE", help="What to write."
     ),
     option("--force", is_flag=True, help="Replace an existing output."),
-    option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    JSON,
     QUIET,
 )
 def recalibrate(
@@ -467,7 +470,7 @@ def recalibrate(
 )
 @under(
     "Output",
-    option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    JSON,
     QUIET,
 )
 @MACHINE
@@ -500,7 +503,7 @@ def verify(
         is_flag=True,
         help="Read every value: norm, least, greatest, and how many are not finite.",
     ),
-    option("--json", "as_json", is_flag=True, help="Print it as JSON."),
+    JSON,
 )
 def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
     """Show format, version, provenance and the table of tensors of each checkpoint.
@@ -545,7 +548,7 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
 )
 @under(
     "Output",
-    option("--json", "as_json", is_flag=True, help="Print it as JSON."),
+    JSON,
     QUIET,
     option("-v", "--verbose", is_flag=True, help="Show every tensor, not only the worst."),
 )
@@ -634,11 +637,11 @@ def _label(path: Path, epoch: int | None) -> str:
     short_help="Find what is wrong with checkpoints.",
     example="polyak check ckpts/ --last 10",
 )
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=click.Path())
+@SOURCES
 @under("Choosing checkpoints", LAST, FROM, TO, EXCLUDE, EPOCH_PATTERN, MATCH)
 @under(
     "Output",
-    option("--json", "as_json", is_flag=True, help="Print it as JSON."),
+    JSON,
     QUIET,
 )
 @under(
@@ -669,7 +672,7 @@ def check(sources: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) 
     short_help="Find the best average on data.",
     example="polyak sweep ckpts/ --data blobs -o report --write-best final.h5",
 )
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=click.Path())
+@SOURCES
 @CHOOSING
 @under(
     "Candidates",
@@ -718,12 +721,12 @@ def check(sources: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) 
 )
 @under(
     "Output",
-    option("-o", "--output", type=click.Path(), required=True, metavar="DIR", help="The folder."),
+    FOLDER,
     option(
         "--write-best", type=click.Path(), metavar="FILE", help="Write the winner as a model file."
     ),
     option("--force", is_flag=True, help="Replace an older report and model file."),
-    option("--json", "as_json", is_flag=True, help="Print the results as JSON."),
+    JSON,
     QUIET,
 )
 @MACHINE
@@ -802,7 +805,7 @@ def sweep(
 )
 @under(
     "Output",
-    option("-o", "--output", type=click.Path(), required=True, metavar="DIR", help="The folder."),
+    FOLDER,
     option("--keep", type=int, default=10, metavar="N", help="Keep the last N checkpoints."),
     option(
         "--plot",
@@ -811,7 +814,7 @@ def sweep(
         help="Draw the learning curves as .png or .svg.",
     ),
     option("--force", is_flag=True, help="Replace an earlier run in the folder."),
-    option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    JSON,
     QUIET,
 )
 def train(

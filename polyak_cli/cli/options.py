@@ -120,6 +120,7 @@ def option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any
 
 # --- options of several commands ------------------------------------------------------------------
 
+SOURCES = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=click.Path())
 LAST = option("--last", type=int, metavar="N", help="Only the N newest.  [default: all]")
 FROM = option(
     "--from", "from_epoch", type=int, metavar="EPOCH", help="The first epoch that counts."
@@ -159,6 +160,10 @@ HASH = option(
     default=None,
     help="Record each input's SHA-256 in the output.  [default: up to 64 MB in all]",
 )
+FOLDER = option(
+    "-o", "--output", type=click.Path(), required=True, metavar="DIR", help="The folder."
+)
+JSON = option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 QUIET = option("-q", "--quiet", is_flag=True, help="Print only errors.")
 
 CHOOSING = under(
@@ -289,7 +294,7 @@ WRITING = under(
         "is replaced.",
     ),
     option("-n", "--dry-run", is_flag=True, help="Show the plan and write nothing."),
-    option("--json", "as_json", is_flag=True, help="Print plan or report as JSON."),
+    JSON,
     QUIET,
     option("-v", "--verbose", is_flag=True, help="Name every tensor and what becomes of it."),
 )
