@@ -239,7 +239,6 @@ def _context() -> Context:
         rounding=ROUND_HALF_EVEN,
         Emin=MIN_EMIN,
         Emax=MAX_EMAX,
-        clamp=0,
         traps=[InvalidOperation],
     )
 
