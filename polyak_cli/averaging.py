@@ -361,7 +361,7 @@ def plan(
     drop = _drops(tables, options)
     formats.check_conversion(target, tables[-1], averaged=stored, drop_optimizer=drop)
     others = tables[-1].others
-    dropped = [n for n in others if n in tables[-1].optimizer] if _drops(tables, options) else []
+    dropped = [name for name in others if drop and name in tables[-1].optimizer]
     made = Plan(
         output=target,
         checkpoints=selection.checkpoints,
@@ -389,10 +389,15 @@ def plan(
         carried_rows=tuple(carried),
     )
     if target:
-        # The average stays until it is copied, and what is verified until it is compared.
-        copies = 1 + bool(made.recalibrate) + options.get("verify", False)
-        publishing.check_room(target, copies * made.bytes_to_write)
+        _check_room(made, target)
     return made
+
+
+def _check_room(plan: Plan, target: Path) -> None:
+    """Refuse what will not fit on the disk."""
+    # The average stays until it is copied, and what is verified until it is compared.
+    copies = 1 + bool(plan.recalibrate) + plan.options.get("verify", False)
+    publishing.check_room(target, copies * plan.bytes_to_write)
 
 
 def run(plan: Plan, *, progress: Progress | None = None) -> Report:
