@@ -109,6 +109,7 @@ class Contract(abc.ABC):
             report = average(folder, output, **options)
             assert_same(self.read(output), naive(models, report.plan.coefficients))
 
+    @pytest.mark.slow
     def test_processes_change_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

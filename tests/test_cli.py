@@ -953,6 +953,7 @@ def test_an_abandoned_pipe_gives_no_traceback(run_folder: Path, arguments: list[
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_do_no_harm(run_folder: Path, closed: str) -> None:
     """As from a daemon: the output is the same, whichever descriptors are missing."""

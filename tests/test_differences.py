@@ -178,6 +178,7 @@ def test_a_run_shows_the_odd_one_out(tmp_path: Path) -> None:
     assert found.tensors == 1
 
 
+@pytest.mark.slow
 def test_a_run_as_a_command(tmp_path: Path) -> None:
     """A table with a line a checkpoint, JSON, and a picture."""
     pytest.importorskip("matplotlib")

@@ -80,6 +80,7 @@ def test_words_say_that_a_gain_is_within_noise() -> None:
     assert "within noise" in text
 
 
+@pytest.mark.slow
 def test_an_older_report_is_kept_unless_forced(tmp_path: Path) -> None:
     """A folder with a report is refused before any work; another file in it is no matter."""
     pytest.importorskip("matplotlib")

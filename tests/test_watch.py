@@ -178,6 +178,7 @@ def test_own_coefficients_wait_for_as_many_checkpoints(folder: Path) -> None:
     assert len(names(report)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["latest.h5", "latest_99.h5", "latest.safetensors"])
 def test_the_output_may_lie_among_the_checkpoints(folder: Path, output: str) -> None:
     """It is never taken for one, whatever its name or kind, also beside a single one."""
@@ -300,6 +301,7 @@ def test_a_half_written_checkpoint_is_waited_for(folder: Path) -> None:
     assert (folder / "o.h5").read_bytes() == made(folder, scheme="exp", last=3)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_stays_broken_is_told_once_and_stops_nothing(folder: Path) -> None:
     """Newer ones are averaged without it; when it is whole, it counts."""
     rest = halves(folder / "ckpts/model_4.h5", write(folder / "four.h5", 4))

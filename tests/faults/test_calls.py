@@ -225,6 +225,7 @@ def test_any_call_may_fail_in_every_format(tmp_path: Path, shim: Path, name: str
     Trials(tmp_path, shim, WAYS[name]).draw(1, 24)
 
 
+@pytest.mark.slow
 def test_a_call_fails(tmp_path: Path, shim: Path) -> None:
     """EIO and a quota are told of the right file; short reads and writes are gone on with."""
     trials = Trials(tmp_path, shim, WAYS["h5"])

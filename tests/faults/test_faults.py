@@ -347,7 +347,7 @@ def test_what_is_ignored_stays_ignored(run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("name", ["model_1.h5", "model_3.h5"])
+@pytest.mark.parametrize("name", [pytest.param("model_1.h5", marks=pytest.mark.slow), "model_3.h5"])
 @pytest.mark.parametrize("moment", [LAID_OUT, FOLDED], ids=["before", "after"])
 def test_a_checkpoint_that_training_rewrites_is_noticed(
     run_folder: Path, moment: str, name: str, change: Callable[[Path], None]

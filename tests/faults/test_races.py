@@ -65,7 +65,7 @@ def _publish(folder: Path, times: int) -> tuple[set[str], set[str], int]:
 
 def test_whoever_reads_the_output_sees_all_of_one(run_folder: Path) -> None:
     """While it is replaced, and replaced again, a reader finds the older or the newer, whole."""
-    made, seen, _ = _publish(run_folder, 10)
+    made, seen, _ = _publish(run_folder, 4)
     assert seen <= made
 
 
