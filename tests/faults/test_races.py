@@ -102,9 +102,14 @@ def test_a_checkpoint_is_changed_at_any_moment(tmp_path: Path) -> None:
         ends[process.returncode] += 1
         found = (tmp_path / "o.h5").read_bytes()
         assert sorted(os.listdir(tmp_path)) == ["ckpts", "kept", "o.h5"]
-        if process.returncode == 0 and found != whole:  # it came before the first look
-            assert polyak(*command[3:], cwd=tmp_path).returncode == 0
-            assert found == (tmp_path / "o.h5").read_bytes()
+        if process.returncode == 0 and found != whole:
+            # It came before the first look, which may have met the moment between the removal of
+            # the file and its being written again.
+            possible = []
+            for options in ([], ["--exclude", path.name]):
+                assert polyak(*command[3:], *options, cwd=tmp_path).returncode == 0
+                possible.append((tmp_path / "o.h5").read_bytes())
+            assert any(found == one for one in possible)  # pytest would compare them for hours
         elif process.returncode:
             assert process.returncode == 3, err
             assert one_line(err).startswith(f"ckpts/{path.name}"), err
