@@ -139,11 +139,11 @@ def verify(
         return Verification(Path(output), problems=(Discrepancy("record", path.name, text),))
     except CheckpointError as error:
         raise CheckpointError(f"{shown(output)}: {error}; there is nothing to recompute") from None
-    examination = _Examination(Path(output), table, record, machine)
-    examination.folders = [*map(Path, sources), _beside(table)]
-    if not sources:
-        examination.look_around()
-    return examination.result()
+    folders = [*map(Path, sources), _beside(table)]
+    around, notes = ([], []) if sources else _around(record, table)
+    return _Examination(
+        Path(output), table, record, [*folders, *around], machine, notes=notes
+    ).result()
 
 
 def _opened(path: Path) -> Path:
@@ -209,6 +209,22 @@ def _called(name: str, folders: Sequence[Path], own: Table) -> Iterator[Path]:
             yield folder
 
 
+def _around(record: Record, own: Table) -> tuple[list[Path], list[str]]:
+    """Return the folders beside the average to look into too, and what is to be noted.
+
+    Of several that hold files of such names, digests tell which is meant.
+    """
+    names = [one.name for one in record.inputs]
+    beside = _beside(own)
+    if all(any(_called(name, [beside], own)) for name in names):
+        return [], []
+    found = _holding(names, beside, own)
+    if len(found) < 2 or all(one.sha256 for one in record.inputs):
+        return found, []
+    several = " and ".join(shown(folder) for folder in found[:2])
+    return [], [f"{several} hold files of such names: choose one with --source"]
+
+
 def _holding(names: Sequence[str], place: Path, own: Table) -> list[Path]:
     """Return the folders in a place that hold anything of these names."""
     with contextlib.suppress(OSError), os.scandir(place) as entries:
@@ -266,24 +282,11 @@ class _Examination:
     output: Path
     table: Table
     record: Record
+    folders: Sequence[Path]
     machine: averaging.Options
-    folders: list[Path] = field(default_factory=list)
     places: list[_Place] = field(default_factory=list)
     problems: list[Discrepancy] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def look_around(self) -> None:
-        """Look into the folders beside the average too; of several, digests tell which is meant."""
-        names = [one.name for one in self.record.inputs]
-        beside = _beside(self.table)
-        if all(any(_called(name, [beside], self.table)) for name in names):
-            return
-        found = _holding(names, beside, self.table)
-        if len(found) == 1 or all(one.sha256 for one in self.record.inputs):
-            self.folders += found
-        elif found:
-            several = " and ".join(shown(folder) for folder in found[:2])
-            self.notes.append(f"{several} hold files of such names: choose one with --source")
 
     def result(self) -> Verification:
         """Look at all of it."""

@@ -76,8 +76,7 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
     """Yield the plan as lines for a person."""
     parameters = "".join(f", {name} {value:g}" for name, value in plan.parameters.items())
     count = len(plan.checkpoints)
-    several = "s" if count > 1 else ""
-    yield f"{count} checkpoint{several}, {plan.scheme}{parameters}, oldest first:"
+    yield f"{_counted(count, 'checkpoint')}, {plan.scheme}{parameters}, oldest first:"
     table = [["checkpoint", "epoch", "coefficient"]]
     for checkpoint, coefficient in zip(plan.checkpoints, plan.coefficients, strict=True):
         epoch = "-" if checkpoint.epoch is None else str(checkpoint.epoch)
@@ -160,10 +159,9 @@ def verification_lines(found: Verification) -> Iterator[str]:
     if found.problems:
         yield f"{name}: not verified"
         return
-    several = "s" if len(found.inputs) > 1 else ""
     yield (
-        f"{name}: verified, equal bit for bit to the average of {len(found.inputs)} "
-        f"checkpoint{several} ({_size(found.nbytes)})"
+        f"{name}: verified, equal bit for bit to the average of "
+        f"{_counted(len(found.inputs), 'checkpoint')} ({_size(found.nbytes)})"
     )
 
 
@@ -173,8 +171,8 @@ def published_lines(report: Report) -> Iterator[str]:
     names = [shown(one.path.name, 60) for one in plan.checkpoints]
     span = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
     rule = ", ".join([plan.scheme, *(f"{key} {value:g}" for key, value in plan.parameters.items())])
-    several = "s" if len(names) > 1 else ""
-    yield f"wrote {shown(report.output)}: {len(names)} checkpoint{several}, {span} ({rule})"
+    count = _counted(len(names), "checkpoint")
+    yield f"wrote {shown(report.output)}: {count}, {span} ({rule})"
 
 
 def inside_lines(one: Inspection) -> Iterator[str]:
@@ -264,7 +262,7 @@ def health_lines(found: Health) -> Iterator[str]:
     for problem in found.all_problems:
         yield f"{problem.kind}: {problem.text}"
     count = len(found.all_problems)
-    yield "healthy" if not count else f"{count} problem{'s' if count > 1 else ''}"
+    yield _counted(count, "problem") if count else "healthy"
 
 
 def _score_data(score: Score) -> dict[str, Any]:
@@ -356,6 +354,10 @@ def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         yield ("  " + "  ".join(cells)).rstrip()
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' if count > 1 else ''}"
 
 
 def _size(nbytes: float) -> str:
