@@ -80,7 +80,7 @@ def test_hdf5(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", marked(cases.HDF5))
+@pytest.mark.parametrize("name", cases.HDF5)
 def test_hdf5_looked_into(tmp_path: Path, name: str) -> None:
     """`inspect` and `diff` read the same files under the same rules."""
     case = cases.HDF5[name]
