@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from polyak_cli.checkpoints import Checkpoint, PassedOver, Selection, model_files, select
     from polyak_cli.comparison import Compared, Comparison, Gain, compare
     from polyak_cli.data import Split, halves
-    from polyak_cli.differences import Differences, Distances, diff, distances
     from polyak_cli.errors import (
         CheckpointError,
         FormatError,
@@ -27,14 +26,15 @@ if TYPE_CHECKING:
         PolyakError,
         UsageError,
     )
-    from polyak_cli.health import Checked, Health, Problem, check
-    from polyak_cli.inspection import Inspection, inspect
+    from polyak_cli.examining.differences import Differences, Distances, diff, distances
+    from polyak_cli.examining.health import Checked, Health, Problem, check
+    from polyak_cli.examining.inspection import Inspection, inspect
+    from polyak_cli.examining.verification import Discrepancy, Verification, verify
     from polyak_cli.models import Examiner, Outcome, Score, TrainReport, evaluate, train
     from polyak_cli.recalibration import Recalibration, recalibrate
     from polyak_cli.schemes import coefficients, effective_number
     from polyak_cli.statistics import Paired, mcnemar, paired, verdict
     from polyak_cli.sweeping import Sweep, sweep
-    from polyak_cli.verification import Discrepancy, Verification, verify
     from polyak_cli.watching import watch
 
 __version__ = "0.1.0"
@@ -98,19 +98,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Checked": "health",
+    "Checked": "examining.health",
     "Checkpoint": "checkpoints",
     "CheckpointError": "errors",
     "Compared": "comparison",
     "Comparison": "comparison",
-    "Differences": "differences",
-    "Discrepancy": "verification",
-    "Distances": "differences",
+    "Differences": "examining.differences",
+    "Discrepancy": "examining.verification",
+    "Distances": "examining.differences",
     "Examiner": "models",
     "FormatError": "errors",
     "Gain": "comparison",
-    "Health": "health",
-    "Inspection": "inspection",
+    "Health": "examining.health",
+    "Inspection": "examining.inspection",
     "MismatchError": "errors",
     "MissingExtraError": "errors",
     "Options": "averaging",
@@ -120,7 +120,7 @@ _HOMES = {
     "PassedOver": "checkpoints",
     "Plan": "averaging",
     "PolyakError": "errors",
-    "Problem": "health",
+    "Problem": "examining.health",
     "Recalibration": "recalibration",
     "Report": "averaging",
     "Score": "models",
@@ -129,17 +129,17 @@ _HOMES = {
     "Sweep": "sweeping",
     "TrainReport": "models",
     "UsageError": "errors",
-    "Verification": "verification",
+    "Verification": "examining.verification",
     "average": "averaging",
-    "check": "health",
+    "check": "examining.health",
     "coefficients": "schemes",
     "compare": "comparison",
-    "diff": "differences",
-    "distances": "differences",
+    "diff": "examining.differences",
+    "distances": "examining.differences",
     "effective_number": "schemes",
     "evaluate": "models",
     "halves": "data",
-    "inspect": "inspection",
+    "inspect": "examining.inspection",
     "mcnemar": "statistics",
     "model_files": "checkpoints",
     "paired": "statistics",
@@ -150,7 +150,7 @@ _HOMES = {
     "sweep": "sweeping",
     "train": "models",
     "verdict": "statistics",
-    "verify": "verification",
+    "verify": "examining.verification",
     "watch": "watching",
 }
 

@@ -25,12 +25,10 @@ import numpy as np
 
 from polyak_cli import (
     __version__,
-    bitwise,
     checkpoints,
     ema,
     engine,
     formats,
-    health,
     records,
     schemes,
 )
@@ -44,8 +42,9 @@ from polyak_cli.errors import (
     UsageError,
     shown,
 )
+from polyak_cli.examining import bitwise, health
+from polyak_cli.examining.health import Checked
 from polyak_cli.formats import publishing
-from polyak_cli.health import Checked
 from polyak_cli.matching import Row, files_of, is_statistic, leaf, match, sources_of
 from polyak_cli.tensors import FLOATS, File, Table, TensorSpec, is_carried, itemsize
 

@@ -25,13 +25,13 @@ from polyak_cli import (
     Verification,
     average,
     averaging,
-    bitwise,
     inspect,
     models,
     recalibration,
     verify,
 )
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, UsageError
+from polyak_cli.examining import bitwise
 from polyak_cli.formats import publishing
 from polyak_cli.tensors import Extent, File, Identity, Table, TensorSpec
 from tests.command import PAUSE, SAMPLES, one_line, polyak, scripted, stopped, tree

@@ -482,7 +482,7 @@ def verify(
     The checkpoints that the record names are averaged once more, in a hidden copy that is removed
     again. Exit 1 when FILE is not verified: what differs is named, tensor or input.
     """
-    from polyak_cli import verification
+    from polyak_cli.examining import verification
 
     found = verification.verify(file, sources=sources, **machine)
     rendering.notes(found.notes, quiet)
@@ -512,7 +512,7 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
     """
     from pathlib import Path
 
-    from polyak_cli import inspection
+    from polyak_cli.examining import inspection
 
     found = list(inspection.inspect([Path(file) for file in files], statistics=stats))
     data = {"checkpoints": [one.data() for one in found]}
@@ -588,7 +588,7 @@ def _diff_files(
 ) -> int:
     from pathlib import Path
 
-    from polyak_cli import differences
+    from polyak_cli.examining import differences
 
     one, other = map(Path, sources)
     found = differences.diff(one, other, rtol=rtol, atol=atol)
@@ -603,7 +603,8 @@ def _diff_run(
 ) -> int:
     from pathlib import Path
 
-    from polyak_cli import checkpoints, differences, formats
+    from polyak_cli import checkpoints, formats
+    from polyak_cli.examining import differences
 
     plot = options["plot"]
     if plot:
@@ -659,7 +660,7 @@ def check(sources: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) 
     twice or missing, two runs or two models in one place, an outlier, and a run that was resumed
     from an earlier epoch. Every value is read once.
     """
-    from polyak_cli import health
+    from polyak_cli.examining import health
 
     found = health.check(sources, **options)
     rendering.notes(found.notes, quiet)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from polyak_cli.averaging import Plan, Report
     from polyak_cli.checkpoints import PassedOver
     from polyak_cli.comparison import Comparison
-    from polyak_cli.differences import Differences, Distances
-    from polyak_cli.health import Health
-    from polyak_cli.inspection import Inspection
+    from polyak_cli.examining.differences import Differences, Distances
+    from polyak_cli.examining.health import Health
+    from polyak_cli.examining.inspection import Inspection
+    from polyak_cli.examining.verification import Verification
     from polyak_cli.models import Score
     from polyak_cli.recalibration import Recalibration
-    from polyak_cli.verification import Verification
 
 #: Problems that are shown of an average which does not verify.
 _MOST = 20
@@ -177,7 +177,7 @@ def published_lines(report: Report) -> Iterator[str]:
 
 def inside_lines(one: Inspection) -> Iterator[str]:
     """Yield what is inside a checkpoint."""
-    from polyak_cli.inspection import stored
+    from polyak_cli.examining.inspection import stored
 
     about = "".join(f", {key} {shown(text, 40)}" for key, text in one.data()["about"].items())
     yield (
@@ -242,7 +242,7 @@ def distance_lines(found: Distances) -> Iterator[str]:
 
 def health_lines(found: Health) -> Iterator[str]:
     """Yield the checkpoints of a run and what is wrong with them, then each problem in words."""
-    from polyak_cli.health import written
+    from polyak_cli.examining.health import written
 
     columns = ["epoch", "written (UTC)", "size", "not finite", "to previous", "to next", ""]
     table = [["checkpoint", *columns]]

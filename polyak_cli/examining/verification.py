@@ -17,9 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from polyak_cli import __version__, averaging, bitwise, engine, formats, recalibration, records
+from polyak_cli import __version__, averaging, engine, formats, recalibration, records
 from polyak_cli.averaging import Plan
-from polyak_cli.bitwise import Deviation, Unlike
 from polyak_cli.checkpoints import Checkpoint, Selection, file_of, with_numbers
 from polyak_cli.errors import (
     CheckpointError,
@@ -29,6 +28,8 @@ from polyak_cli.errors import (
     UsageError,
     shown,
 )
+from polyak_cli.examining import bitwise
+from polyak_cli.examining.bitwise import Deviation, Unlike
 from polyak_cli.formats import publishing
 from polyak_cli.matching import files_of, sources_of
 from polyak_cli.records import Record
