@@ -84,8 +84,8 @@ def test_what_cannot_be_measured_is_told(
     """Tensors of one file only, of another shape, and texts: they are not equal, and why."""
     found = diff(*files(tmp_path, one, other))
     assert not found.equal
-    (apart,) = found.apart
-    assert re.search(message, apart)
+    (mismatch,) = found.mismatches
+    assert re.search(message, mismatch)
 
 
 def test_formats_types_and_whole_numbers_can_be_mixed(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_formats_types_and_whole_numbers_can_be_mixed(tmp_path: Path) -> None:
         ("d/k", True),
         ("d/e", True),
     ]
-    assert found.apart == ()
+    assert found.mismatches == ()
 
 
 def test_damaged_values_are_not_compared(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_run_shows_the_odd_one_out(tmp_path: Path) -> None:
     steps = [np.linalg.norm(models[k] - models[k - 1]) / scale for k in range(1, 6)]
     assert [row.to_previous for row in found.checkpoints[1:]] == pytest.approx(steps, rel=1e-9)
     assert found.checkpoints[0].to_previous is None
-    assert [row.epoch for row in found.checkpoints if row.odd] == [3]
+    assert [row.epoch for row in found.checkpoints if row.outlier] == [3]
     assert found.tensors == 1
 
 

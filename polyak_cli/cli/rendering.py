@@ -177,7 +177,7 @@ def published_lines(report: Report) -> Iterator[str]:
 
 def inside_lines(one: Inspection) -> Iterator[str]:
     """Yield what is inside a checkpoint."""
-    from polyak_cli.examining.inspection import stored
+    from polyak_cli.examining.inspection import describe_storage
 
     about = "".join(f", {key} {shown(text, 40)}" for key, text in one.data()["about"].items())
     yield (
@@ -190,7 +190,14 @@ def inside_lines(one: Inspection) -> Iterator[str]:
         table[0] += ["norm", "least", "greatest", "not finite"]
     for spec, fate, statistics in one.tensors:
         shape = "x".join(map(str, spec.shape)) or "scalar"
-        row = [shown(spec.name, 80), spec.dtype, shape, str(spec.nbytes), stored(spec), fate]
+        row = [
+            shown(spec.name, 80),
+            spec.dtype,
+            shape,
+            str(spec.nbytes),
+            describe_storage(spec),
+            fate,
+        ]
         if measured:
             row += ["-" if v is None else f"{v:.6g}" for v in statistics or [None] * 4]
         table.append(row)
@@ -223,8 +230,8 @@ def difference_lines(found: Differences, verbose: bool) -> Iterator[str]:
     yield from _columns(table)
     if len(found.tensors) > most:
         yield f"and {len(found.tensors) - most} tensors more; see them with -v"
-    yield from found.apart
-    differing = sum(not tensor.equal for tensor in found.tensors) + len(found.apart)
+    yield from found.mismatches
+    differing = sum(not tensor.equal for tensor in found.tensors) + len(found.mismatches)
     yield "equal" if found.equal else f"{differing} tensors differ"
 
 

@@ -1,0 +1,247 @@
+"""Fold the slabs of tensors into sums: norms, extremes, distances, equality.
+
+A reduction takes one slab after the other and keeps only sums, so that memory stays flat whatever
+the size of the tensors.  Knows neither formats nor what a sum means to the user.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from polyak_cli import engine
+from polyak_cli.engine import Memory
+from polyak_cli.errors import FormatError
+from polyak_cli.matching import Row, compared, files_of
+from polyak_cli.tensors import Bytes, Float64, Table, numbers
+
+#: Bytes for the buffers of one tool, where the user names no bound.
+BUFFER_BYTES = 16 << 20
+#: How many places back `NeighbourSums` measures distances: over two neighbours that do not count.
+REACH = 3
+
+
+class Reduction(Protocol):
+    """Sums over one tensor of one or more checkpoints."""
+
+    def add(self, slabs: Sequence[Float64]) -> None:
+        """Add the next slab, as each checkpoint has it.  The slabs may be overwritten."""
+
+
+_Reduction = TypeVar("_Reduction", bound=Reduction)
+
+
+def default_memory() -> Memory:
+    """Return the bound on the buffers of one tool in one process."""
+    return Memory.within(BUFFER_BYTES, 1)
+
+
+def fold_slabs(
+    tables: Sequence[Table],
+    rows: Sequence[Row],
+    add: Callable[[str, list[Float64]], None],
+) -> None:
+    """Pass every slab of every tensor to a function, in order.
+
+    Args:
+        tables: of the checkpoints.
+        rows: the tensors, as each checkpoint has them; empty tensors are left out.
+        add: takes the tensor's name and its slab in each checkpoint, in float64.
+
+    Raises:
+        FormatError: a file ends early, is damaged, or changed since it was scanned.
+    """
+    files = files_of(tables)
+    # Damaged or diverged models hold NaN, infinities, and values whose squares overflow.
+    with np.errstate(invalid="ignore", over="ignore"):
+        for tensor, slabs in engine.values(compared(tables, rows), files, default_memory()):
+            add(tensor.name, slabs)
+    engine.unchanged(files)
+
+
+def reduce_each(
+    tables: Sequence[Table], rows: Sequence[Row], create: Callable[[], _Reduction]
+) -> dict[str, _Reduction]:
+    """Fold every tensor into a reduction of its own; return them by name, without empty tensors.
+
+    Args:
+        tables: of the checkpoints.
+        rows: the tensors, as each checkpoint has them.
+        create: returns a new reduction.
+
+    Raises:
+        FormatError: as `fold_slabs`.
+    """
+    found: dict[str, _Reduction] = {}
+
+    def add(name: str, slabs: list[Float64]) -> None:
+        if name not in found:
+            found[name] = create()
+        found[name].add(slabs)
+
+    fold_slabs(tables, rows, add)
+    return found
+
+
+@dataclass(slots=True)
+class ValueSums:
+    """Norm and extremes of the finite values of one tensor, and the count of the others."""
+
+    squares: float = 0.0
+    min: float = math.inf
+    max: float = -math.inf
+    nonfinite: int = 0
+
+    def add(self, slabs: Sequence[Float64]) -> None:
+        """Add the next slab, of one checkpoint."""
+        (slab,) = slabs
+        finite = slab[np.isfinite(slab)]
+        self.squares += float(np.dot(finite, finite))
+        self.min = min(self.min, float(finite.min(initial=math.inf)))
+        self.max = max(self.max, float(finite.max(initial=-math.inf)))
+        self.nonfinite += len(slab) - len(finite)
+
+
+@dataclass(slots=True)
+class PairSums:
+    """How far two checkpoints are apart in one tensor.
+
+    ``aa``, ``bb`` and ``ab`` are inner products over the elements that are finite in both; ``dd``
+    is the squared distance, which is infinite where a value that is not finite has no equal.
+    """
+
+    rtol: float = 0.0
+    atol: float = 0.0
+    aa: float = 0.0
+    bb: float = 0.0
+    ab: float = 0.0
+    dd: float = 0.0
+    largest: float = 0.0  # of |a - b|
+    equal: bool = True  # |a - b| <= atol + rtol |a| throughout; NaN equals NaN
+
+    def add(self, slabs: Sequence[Float64]) -> None:
+        """Add the next slab of two checkpoints; it is overwritten."""
+        a, b = slabs
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        distance = np.abs(a - b)
+        distance[same] = 0.0  # inf - inf is NaN, but the two are equal
+        distance[np.isnan(distance)] = np.inf
+        within = distance <= self.atol + self.rtol * np.abs(a)
+        self.equal = self.equal and bool(np.all(same | within))
+        self.largest = max(self.largest, float(distance.max(initial=0.0)))
+        self.dd += float(np.dot(distance, distance))
+        unusable = ~(np.isfinite(a) & np.isfinite(b))
+        a[unusable] = b[unusable] = 0.0
+        self.aa += float(np.dot(a, a))
+        self.bb += float(np.dot(b, b))
+        self.ab += float(np.dot(a, b))
+
+
+class RunSums:
+    """Squared distances within a run, over all its tensors as one long vector.
+
+    Attributes:
+        average: the squared norm of the checkpoints' equal average.
+        steps: from each checkpoint to the next.
+        spread: from each checkpoint to the average.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.average = 0.0
+        self.steps = np.zeros(count - 1)
+        self.spread = np.zeros(count)
+
+    def add(self, slabs: Sequence[Float64]) -> bool:
+        """Add the next slab; return False, and add nothing, if a value is not finite."""
+        stacked = np.stack(slabs)
+        average = stacked.mean(axis=0)
+        if not np.isfinite(average).all():
+            return False
+        self.average += float(np.dot(average, average))
+        self.steps += (np.diff(stacked, axis=0) ** 2).sum(axis=1)
+        self.spread += ((stacked - average) ** 2).sum(axis=1)
+        return True
+
+
+class NeighbourSums:
+    """Sums over all float tensors of the checkpoints of one model, oldest first.
+
+    Which checkpoints hold NaN or infinity is known only at the end.  Distances are therefore also
+    kept across up to two neighbours that may turn out not to be finite.
+
+    Attributes:
+        nonfinite: how many values of each checkpoint are not finite.
+        first_nonfinite: checkpoint -> the first tensor that holds such a value.
+        squares: squared norm of each checkpoint.
+        distances: ``[k, j]`` is the squared distance from checkpoint ``k - j`` to ``k``.
+        same: every bit is that of the checkpoint before.
+        damaged: checkpoint -> why its values cannot be read.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.nonfinite = np.zeros(count, np.int64)
+        self.first_nonfinite: dict[int, str] = {}
+        self.squares = np.zeros(count)
+        self.distances = np.zeros((count, REACH + 1))
+        self.same = np.arange(count) > 0
+        self.damaged: dict[int, FormatError] = {}
+
+    def read(self, tables: Sequence[Table], rows: Sequence[Row], memory: Memory) -> None:
+        """Read every value of the float tensors, once.
+
+        Raises:
+            FormatError: a file changed since it was scanned, or a chunk exceeds the memory.
+        """
+        with np.errstate(invalid="ignore", over="ignore"):
+            self._read(tables, rows, memory)
+        engine.unchanged(files_of(tables))
+
+    def _read(self, tables: Sequence[Table], rows: Sequence[Row], memory: Memory) -> None:
+        # A ring of the newest slabs: row k lies in place k % (REACH + 1); the last is scratch.
+        recent: list[Float64] = []
+        before: Bytes | None = None
+        held = REACH + 4  # slabs to compare, their difference, two as stored, and masks
+        tensors = compared(tables, rows)
+        for tensor, k, stored in engine.pieces(tensors, files_of(tables), memory, held):
+            if k == 0:
+                size = min(tensor.size, max(1, memory.most // (1 + held)))
+                if not recent or len(recent[0]) < size:
+                    recent = [np.empty(size) for _ in range(REACH + 2)]
+            values = recent[k % (REACH + 1)]
+            if isinstance(stored, FormatError):
+                self.damaged.setdefault(k, stored)
+                self.same[k : k + 2] = False
+                values.fill(np.nan)  # no distance to it is finite
+                before = None
+                continue
+            source = tensor.sources[k]
+            count = len(stored) // (source.storage.nbytes // tensor.size)
+            numbers(stored, tensor.dtypes[k], source.byteorder, values[:count])
+            self._add(tensor.name, k, [slab[:count] for slab in recent])
+            if self.same[k]:
+                self.same[k] = before is not None and np.array_equal(stored, before)
+            before = stored
+
+    def _add(self, name: str, k: int, recent: Sequence[Float64]) -> None:
+        """Add a slab of checkpoint ``k``, which lies in the ring among those before it."""
+        *ring, difference = recent
+        values = ring[k % len(ring)]
+        squares = float(np.dot(values, values))
+        self.squares[k] += squares
+        if not np.isfinite(squares):  # a square may overflow where the value is finite
+            nonfinite = len(values) - np.count_nonzero(np.isfinite(values))
+            self.nonfinite[k] += nonfinite
+            if nonfinite:
+                self.first_nonfinite.setdefault(k, name)
+        for reach in range(1, min(k, REACH) + 1):
+            np.subtract(values, ring[(k - reach) % len(ring)], out=difference)
+            self.distances[k, reach] += np.dot(difference, difference)
+
+    def distance(self, one: int, other: int) -> float | None:
+        """Return how far two checkpoints are apart, None where that was not measured."""
+        reach = other - one
+        return float(np.sqrt(self.distances[other, reach])) if reach <= REACH else None
