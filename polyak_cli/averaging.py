@@ -540,8 +540,8 @@ def several(
     Args:
         plan: which tensors of which checkpoints; its own coefficients do not count.
         coefficients: for each output, one a checkpoint, oldest first; see `schemes.coefficients`.
-        outputs: the files to write, named as those of the format are; their records have no digests
-            of the inputs.
+        outputs: the files to write, named as those of the format are; their records have only
+            the sampled digests of the inputs.
         progress: told the bytes read by every finished piece of work.
 
     Raises:
@@ -549,10 +549,11 @@ def several(
         OSError: there is no room.
     """
     rows = [tuple(row) for row in coefficients]
-    options: Options = {**plan.options, "hash": False}  # not for each of them anew
+    options: Options = {**plan.options, "hash": False}
+    sampled = [records.sampled_digest(table.files) for table in plan.tables]
     custom = replace(plan, scheme="custom", parameters={}, options=options)
     rooms = [
-        _room(each, output, records.text(records.sealed(provenance(each))))
+        _room(each, output, records.text(records.sealed(provenance(each, sampled))))
         for each, output in zip(
             (replace(custom, coefficients=row) for row in rows), outputs, strict=True
         )
@@ -1066,21 +1067,33 @@ def _bytes_to_write(
     return template.size + change - sum(template.others[n].nbytes for n in dropped)
 
 
-def provenance(plan: Plan) -> dict[str, Any]:
-    """Return the record that the output carries, but for the seal of `records`.
+def provenance(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the record that the output carries, without the seal of `records`.
 
-    No clock and no folder are in it, so that the bytes repeat.
+    No clock and no absolute path are in it, so that the bytes repeat.
+
+    Args:
+        plan: what is averaged.
+        sampled: `records.sampled_digest` of each checkpoint, where it is known already.
+
+    Raises:
+        FormatError: a checkpoint cannot be read.
     """
     options = plan.options
+    sampled = sampled or [records.sampled_digest(table.files) for table in plan.tables]
+    names = [checkpoint.path.name for checkpoint in plan.checkpoints]
+    paths = records.relative_paths([checkpoint.path for checkpoint in plan.checkpoints])
     inputs: list[dict[str, Any]] = [
         {
-            "name": checkpoint.path.name,
+            "name": name,
+            **({"path": path} if paths != names else {}),
             "epoch": checkpoint.epoch,
             "size": table.size,
             "coefficient": coefficient,
+            "sampled_sha256": digest,
         }
-        for checkpoint, table, coefficient in zip(
-            plan.checkpoints, plan.tables, plan.coefficients, strict=True
+        for name, path, checkpoint, table, coefficient, digest in zip(
+            names, paths, plan.checkpoints, plan.tables, plan.coefficients, sampled, strict=True
         )
     ]
     wanted = options.get("hash")

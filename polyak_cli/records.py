@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from polyak_cli.errors import CheckpointError, FormatError, shown
+from polyak_cli.tensors import File
 
 #: The digest of all else in the record.
 SEAL = "sha256"
@@ -31,6 +34,8 @@ _OPTIONS: Mapping[str, tuple[type, ...]] = {
 }
 #: The longest name that a file system takes, in bytes.
 _LONGEST = 255
+#: A sampled digest reads at most this many pieces of this many bytes: 3.93 MB.
+SAMPLES, SAMPLE_BYTES = 64, 60 << 10
 #: How far from 1 the sum of the coefficients may be: each was rounded once.
 _SUM = 1e-9
 
@@ -57,16 +62,21 @@ class Input:
 
     Attributes:
         name: of its file or folder.
+        path: relative to the folder that all inputs have in common, with "/"; the bare name where
+            no two inputs have the same name.
         epoch: that its name tells, None where it tells none.
         size: bytes of all its files.
         coefficient: how much it counts.
+        sampled: its `sampled_digest`; "" in a record of polyak 0.1.0.
         sha256: of each of its files; empty where none was recorded: see ``--hash``.
     """
 
     name: str
+    path: str
     epoch: int | None
     size: int
     coefficient: float
+    sampled: str
     sha256: tuple[str, ...]
 
 
@@ -161,6 +171,7 @@ def _input(found: Any) -> Input:
         raise _foreign("an input that is no table")
     name, epoch, size = (found.get(key) for key in ("name", "epoch", "size"))
     coefficient, digests = found.get("coefficient"), found.get("sha256", [])
+    path, sampled = found.get("path", name), found.get("sampled_sha256", "")
     if not isinstance(name, str) or not _is_name(name):
         raise _foreign(f"an input called {shown(name, 60)}, expected the bare name of a file")
     where = f"input '{shown(name, 60)}' has"
@@ -173,7 +184,17 @@ def _input(found: Any) -> Input:
     listed = digests if isinstance(digests, list) else [digests]
     if not all(isinstance(digest, str) for digest in listed):
         raise _foreign(f"{where} a SHA-256 that is no text")
-    return Input(name, epoch, size, coefficient, tuple(listed))
+    if not isinstance(sampled, str):
+        raise _foreign(f"{where} a sampled SHA-256 that is no text")
+    if not isinstance(path, str) or not _is_path(path, name):
+        raise _foreign(f"{where} the path {shown(path, 60)}, expected one below a common folder")
+    return Input(name, path, epoch, size, coefficient, sampled, tuple(listed))
+
+
+def _is_path(path: str, name: str) -> bool:
+    """Return whether a text is a relative path that ends in a name and leads nowhere else."""
+    *folders, last = path.split("/")
+    return last == name and all(_is_name(folder) for folder in folders)
 
 
 def _is_name(name: str) -> bool:
@@ -204,3 +225,77 @@ def _statistics(recalibrated: Mapping[str, Any]) -> dict[str, str] | None:
     if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
         raise _foreign("no digests of the statistics")
     return found
+
+
+# --- digests --------------------------------------------------------------------------------------
+
+
+def sampled_digest(files: Sequence[File]) -> str:
+    """Return the SHA-256 over the sizes of a checkpoint's files and evenly spaced pieces of them.
+
+    The files count as one run of N bytes: one after the other, in the order of the table.  What
+    is hashed, in this order:
+
+    1. the size of each file in decimal digits, joined by newlines, and two newlines at the end;
+    2. all N bytes where N is at most ``SAMPLES * SAMPLE_BYTES`` (3,932,160); else `SAMPLES` pieces
+       of `SAMPLE_BYTES` bytes, of which piece k = 0 ... 63 begins at byte
+       ``k * (N - SAMPLE_BYTES) // (SAMPLES - 1)``.
+
+    The sizes alone decide what is read: never more than 4 MB of a checkpoint.
+
+    Raises:
+        FormatError: a file cannot be read, or has become shorter.
+    """
+    sizes = [file.identity.size for file in files]
+    found = hashlib.sha256(("\n".join(map(str, sizes)) + "\n\n").encode())
+    ranges = sampled_ranges(sum(sizes))
+    end = 0
+    for file, size in zip(files, sizes, strict=True):
+        start, end = end, end + size
+        pieces = [(max(a, start) - start, min(b, end) - start) for a, b in ranges]
+        _update(found, file, [(a, b) for a, b in pieces if a < b])
+    return found.hexdigest()
+
+
+def sampled_ranges(nbytes: int) -> list[tuple[int, int]]:
+    """Return the ranges, begin and end, of a checkpoint's bytes that its sampled digest covers."""
+    if nbytes <= SAMPLES * SAMPLE_BYTES:
+        return [(0, nbytes)]
+    starts = (k * (nbytes - SAMPLE_BYTES) // (SAMPLES - 1) for k in range(SAMPLES))
+    return [(start, start + SAMPLE_BYTES) for start in starts]
+
+
+def _update(found: hashlib._Hash, file: File, ranges: Sequence[tuple[int, int]]) -> None:
+    """Hash ranges of a file."""
+    if not ranges:
+        return
+    path = Path(file.path)
+    try:
+        with open(path, "rb", buffering=0) as opened:
+            for start, end in ranges:
+                for offset in range(start, end, SAMPLE_BYTES):
+                    count = min(SAMPLE_BYTES, end - offset)
+                    read = os.pread(opened.fileno(), count, offset)
+                    if len(read) < count:
+                        raise FormatError(f"{shown(path)}: ended early; it is being written to")
+                    found.update(read)
+    except OSError as error:
+        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+
+
+def relative_paths(paths: Sequence[Path]) -> list[str]:
+    """Return a path for each input that tells inputs of one name apart.
+
+    Args:
+        paths: of the inputs.
+
+    Returns:
+        The bare names where they differ; else paths relative to the folder that all inputs have
+        in common, with "/".  No folder above that one is in them.
+    """
+    names = [path.name for path in paths]
+    if len({*names}) == len(names):
+        return names
+    whole = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - links are not followed
+    common = os.path.commonpath([os.path.dirname(path) for path in whole])  # noqa: PTH120 - as above
+    return [str(PurePosixPath(Path(path).relative_to(common))) for path in whole]

@@ -543,6 +543,12 @@ def record(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def sampled_sha256(path: Path) -> str:
+    """Return the sampled digest of a small file, all of which it covers."""
+    content = path.read_bytes()
+    return hashlib.sha256(b"%d\n\n%b" % (len(content), content)).hexdigest()
+
+
 def test_every_output_says_where_it_came_from(tmp_path: Path) -> None:
     """Version, scheme, parameters and each input's name, epoch, size and coefficient; no paths."""
     paths = write_run(tmp_path)
@@ -556,6 +562,7 @@ def test_every_output_says_where_it_came_from(tmp_path: Path) -> None:
             "epoch": epoch,
             "size": path.stat().st_size,
             "coefficient": coefficient,
+            "sampled_sha256": sampled_sha256(path),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
         for path, epoch, coefficient in zip(
