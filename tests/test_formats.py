@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 
 from polyak_cli import formats
 from polyak_cli.errors import FormatError, OutputError, PolyakError
-from polyak_cli.formats import hdf5, publishing, sandbox, twins
-from polyak_cli.formats.chunks import Chunks
+from polyak_cli.formats import publishing, sandbox, twins
+from polyak_cli.formats.hdf5 import library
+from polyak_cli.formats.hdf5.chunks import Chunks
 from polyak_cli.tensors import Extent, File, Identity, Table, TensorSpec
 from tests.oracle import write_model
 
@@ -600,7 +601,7 @@ def test_what_it_wrote_is_recognised(tmp_path: Path) -> None:
 
 def test_filter_plugins_are_off() -> None:
     """A file cannot make libhdf5 load a shared object."""
-    assert hdf5.SIGNATURE
+    assert library.SIGNATURE
     assert os.environ["HDF5_PLUGIN_PRELOAD"] == "::"
 
 

@@ -21,7 +21,7 @@ import pytest
 from polyak_cli import average
 from polyak_cli.errors import FormatError, MismatchError
 from polyak_cli.formats import zips
-from polyak_cli.formats.windows import Window
+from polyak_cli.formats.hdf5.windows import Window
 from tests.command import scripted
 from tests.contract import Contract, Tensors, assert_same, naive
 

@@ -14,7 +14,7 @@ import pytest
 
 from polyak_cli import average, plan
 from polyak_cli.errors import FormatError, MismatchError, OutputError
-from polyak_cli.formats import keras_names
+from polyak_cli.formats.keras import names as keras_names
 from tests.contract import Contract, Tensors, assert_same, naive
 from tests.oracle import Array, nearest_bfloat16, read_model, write_model
 

@@ -36,10 +36,18 @@ from polyak_cli.tensors import (
     TensorSpec,
 )
 
+#: The module of a format that is called otherwise.
+_HOMES = {
+    "hdf5": "hdf5.keras_files",
+    "keras_zip": "keras.archive",
+    "weights_json": "keras.shards",
+}
+
 
 def module(name: str) -> Format:
     """Return the module of a format, imported when it is first needed."""
-    return cast(Format, importlib.import_module(f"polyak_cli.formats.{name}"))
+    home = _HOMES.get(name, name)
+    return cast(Format, importlib.import_module(f"polyak_cli.formats.{home}"))
 
 
 def scan(paths: Sequence[Path], *, jobs: int = 1, everything: bool = False) -> list[Table]:
@@ -163,7 +171,7 @@ def _storage(kind: str, *row: Any) -> Storage:
         from polyak_cli.formats.zips import Deflated
 
         return Deflated(*row)
-    from polyak_cli.formats.chunks import Chunks
+    from polyak_cli.formats.hdf5.chunks import Chunks
 
     shape, chunk_shape, itemsize, filters, index = row
     places = {tuple(position): (offset, size, skip) for position, offset, size, skip in index}
@@ -178,10 +186,11 @@ def descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
     Raises:
         FormatError: a file is foreign, damaged, hostile, or still being written.
     """
-    from polyak_cli.formats import hdf5, sandbox
+    from polyak_cli.formats import sandbox
+    from polyak_cli.formats.hdf5 import keras_files
 
     names = [str(path) for path in paths]
-    yield from sandbox.values(hdf5.description, names, names)
+    yield from sandbox.values(keras_files.description, names, names)
 
 
 def averages(paths: Sequence[Path], *, jobs: int = 1) -> Collection[Path]:

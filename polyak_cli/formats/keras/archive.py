@@ -16,8 +16,11 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from polyak_cli.errors import FormatError, OutputError, shown
-from polyak_cli.formats import hdf5, keras_emas, zips
-from polyak_cli.formats.windows import Window
+from polyak_cli.formats import zips
+from polyak_cli.formats.hdf5 import keras_files, skeleton
+from polyak_cli.formats.hdf5.windows import Window
+from polyak_cli.formats.keras import emas
+from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.tensors import Alive, Extent, Layout, Scan, Table, TensorSpec
 
 NAME = "Keras .keras"
@@ -33,10 +36,10 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
         config, weights = _parts(members)
         said = _configuration(zips.whole(file, config))
         with _inner(file, weights, alive) as window:
-            found = hdf5.weights(window, alive, everything=request.everything)
+            found = keras_files.weights(window, alive, everything=request.everything)
         if not found["tensors"]:
             raise FormatError(f"its {WEIGHTS} holds no tensor of a Keras model")
-        table = hdf5.weights_table(found)
+        table = keras_files.weights_table(found)
         for row in (*table["tensors"], *table["others"]):
             row[5] = _in_archive(row[5], weights, row[0])
         if request.everything:
@@ -51,7 +54,7 @@ def _emas(said: dict[str, Any], table: dict[str, Any], labels: dict[str, str]) -
     state = {row[0]: row[1] for row in table["others"]}
     shapes = {place: row[1] for place, row in own.items()}
     try:
-        slots = keras_emas.slots(said, shapes, state, labels)
+        slots = emas.slots(said, shapes, state, labels)
     except FormatError as error:
         return {"cautions": {**table["cautions"], "ema": str(error)}}
     return {"slots": {slot: [own[place][0] for place in of] for slot, of in slots.items()}}
@@ -164,7 +167,7 @@ def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
         offset = archive.begin(WEIGHTS, _ALIGNMENT)
         target = Window(request.output, archive.file.fileno(), offset)
         with _inner(file, weights, alive) as source:
-            places = hdf5.merge(_inside(request), [source], alive, target)["places"]
+            places = skeleton.merge(_inside(request), [source], alive, target)["places"]
         archive.finish(WEIGHTS, offset, target.size)
         return {
             "places": {where: [offset + start, *rest] for where, (start, *rest) in places.items()},
@@ -188,7 +191,7 @@ def _inside(request: Layout) -> Layout:
         template,
         tensors=inside(template.tensors),
         others=inside(template.others),
-        suffixes=(hdf5.WEIGHTS_SUFFIX,),
+        suffixes=(WEIGHTS_SUFFIX,),
     )
     return request._replace(template=table)
 
@@ -198,7 +201,7 @@ def texts(table: Table, alive: Alive) -> dict[str, str]:
     with zips.opened(table.files[0].path) as (file, members, _):
         _, weights = _parts(members)
         with _inner(file, weights, alive) as window:
-            said = hdf5.texts_in(window, alive)
+            said = keras_files.texts_in(window, alive)
         for member in members:
             if member is not weights:
                 try:
@@ -232,6 +235,6 @@ def is_average(path: str, alive: Alive) -> bool:
             if weights.method != zips.STORED:
                 return False
             with _inner(file, weights, alive) as window:
-                return hdf5.is_average(window, alive)
+                return keras_files.is_average(window, alive)
     except FormatError:
         return False

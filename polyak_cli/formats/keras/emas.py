@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats.keras_names import in_order
+from polyak_cli.formats.keras.names import in_order
 
 #: Slots that an optimizer keeps of each variable by default, and settings that add another one.
 _KEPT = {

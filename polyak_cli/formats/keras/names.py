@@ -15,6 +15,11 @@ ASIDE = frozenset({"/optimizer", "/metrics"})
 #: A layer's class or attribute that is a BatchNorm by its name, such as sync_batch_normalization_1.
 _BATCH_NORM = re.compile(r"(.*_)?(bn|batch_?norm(alization)?)(_?\d+)*", re.IGNORECASE)
 _OPTIMIZER = re.compile(r"(?:.*/)?[^/]*optimizer(?:_\d+)?(?=/)", re.IGNORECASE)
+#: Where a whole model keeps its optimizer's state.
+OPTIMIZER = "/optimizer_weights"
+#: By this attribute Keras 3 knows bfloat16 in a weights file, where it stands as two bare bytes.
+DTYPE = b"dtype"
+WEIGHTS_SUFFIX = ".weights.h5"
 _EMA = "_average"
 _OLDER_EMA = re.compile(r"/optimizer_weights/[^/]+/average/(.*)")
 

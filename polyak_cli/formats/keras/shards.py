@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats import hdf5, keras_names
+from polyak_cli.formats.hdf5 import keras_files, skeleton
+from polyak_cli.formats.keras import names as keras_names
+from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.tensors import Alive, Identity, Layout, Scan, Table
 
 NAME = "sharded Keras weights"
-SUFFIXES = (hdf5.WEIGHTS_SUFFIX,)
+SUFFIXES = (WEIGHTS_SUFFIX,)
 CHECKED = False
 
 
@@ -33,7 +35,7 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
     for shard, groups in _shards(index).items():
         path = index.parent / shard
         files.append([str(path), list(_identity(index, path))])
-        part = hdf5.weights(str(path), alive, everything=request.everything)
+        part = keras_files.weights(str(path), alive, everything=request.everything)
         for rows in (part["tensors"], part["others"]):
             for row in rows:
                 row[7:] = [len(files) - 1]
@@ -42,7 +44,7 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
         found["labels"] |= {k: label for k, label in part["labels"].items() if label}
         _check_groups(part, groups, path, request.everything)
     _check_once(found["tensors"], index)
-    return hdf5.weights_table(found) | {"files": files}
+    return keras_files.weights_table(found) | {"files": files}
 
 
 def _shards(index: Path) -> dict[str, list[str]]:
@@ -120,14 +122,14 @@ def _check_once(rows: list[list[Any]], index: Path) -> None:
 
 def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
     """See `tensors.Format.lay_out`."""
-    return hdf5.merge(request, [file.path for file in request.template.files[1:]], alive)
+    return skeleton.merge(request, [file.path for file in request.template.files[1:]], alive)
 
 
 def texts(table: Table, alive: Alive) -> dict[str, str]:
     """See `conversion.Source.texts`; what the JSON says follows from the shards."""
     said: dict[str, str] = {}
     for shard in table.files[1:]:
-        said |= hdf5.texts_in(shard.path, alive)
+        said |= keras_files.texts_in(shard.path, alive)
     return said
 
 

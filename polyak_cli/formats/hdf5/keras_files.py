@@ -1,0 +1,457 @@
+"""HDF5 files that Keras writes: scanned into a table of tensors.
+
+Reads whole-model `.h5` of every Keras generation, legacy weights-only `.h5`, and `.weights.h5`.
+Walks by the names that Keras wrote.  Executes nothing of the model configuration.  Runs in a child
+of `sandbox`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import h5py
+import numpy as np
+from h5py import h5a, h5d, h5g, h5s, h5t
+
+from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.formats.hdf5.chunks import UNDONE
+from polyak_cli.formats.hdf5.library import (
+    FILTERS,
+    PACKAGES,
+    PLUGINS,
+    Place,
+    check_attributes,
+    describe_type,
+    list_links,
+    list_names,
+    open_child,
+    open_file,
+    quote,
+    read_properties,
+    read_shape,
+    read_strings,
+    read_text,
+    to_bytes,
+    to_text,
+    walk,
+)
+from polyak_cli.formats.hdf5.skeleton import PROVENANCE, lay_out, seal
+from polyak_cli.formats.keras import names as keras_names
+from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
+from polyak_cli.tensors import (
+    Alive,
+    Scan,
+    Table,
+)
+
+#: What this module offers as a format, with `skeleton`.
+__all__ = ["check", "is_average", "lay_out", "scan", "seal", "texts"]
+NAME = "Keras HDF5"
+#: What Keras opens as HDF5; it goes by the suffix, and it is case-sensitive.
+SUFFIXES = (".h5", ".hdf5")
+CHECKED = False
+WHOLE_CAUTIONS = {
+    "bfloat16": "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it "
+    "opens",
+    "optimizer": "optimizer state is the newest checkpoint's: Keras cannot fit() on from an .h5 "
+    "model with optimizer state, and its momentum does not belong to averaged values",
+}
+WEIGHTS_CAUTIONS = {
+    "optimizer": "optimizer state is the newest checkpoint's: its momentum does not belong to "
+    "averaged values",
+    "ema": "a weights file numbers the optimizer's variables without saying which are EMA slots "
+    "and of what; save whole models with model.save()",
+}
+#: Attributes that say what tensors there are, and of which type: any format says that in its way.
+_LISTS = re.compile(
+    rb".*@(layer_names|weight_names)\d*|@polyak_provenance|.*/vars@name|.*/\d+@dtype", re.DOTALL
+)
+_STEP = 500  # tensors between two signs of life
+
+
+def is_average(path: Place, alive: Alive) -> bool:
+    """Tell whether this tool wrote the file; a file that cannot be read it did not."""
+    alive()
+    try:
+        with open_file(path) as (root, _):
+            return bool(h5a.exists(root, PROVENANCE))
+    except FormatError:
+        return False
+
+
+def description(path: str, alive: Alive) -> list[str]:
+    """Return what a file says of its model: what it is, how it was trained, which Keras."""
+    alive()
+    with open_file(path) as (root, _):
+        keys = (b"model_config", b"training_config", b"keras_version")
+        return [read_text(root, key).decode(errors="replace") for key in keys]
+
+
+def texts(table: Table, alive: Alive) -> dict[str, str]:
+    """See `conversion.Source.texts`."""
+    return texts_in(table.files[0].path, alive)
+
+
+def texts_in(path: Place, alive: Alive) -> dict[str, str]:
+    """Return the texts of a file; what only lists the names of tensors is not among them."""
+    said: dict[str, str] = {}
+    with open_file(path) as (root, _):
+        below = ((where, item) for where, _, item in walk(root, alive, {OPTIMIZER}))
+        for where, item in (("", root), *below):
+            for k in range(h5a.get_num_attrs(item)):
+                attribute = h5a.open(item, index=k)
+                if _LISTS.fullmatch(b"%b@%b" % (to_bytes(where), attribute.name)):
+                    continue
+                name = to_text(attribute.name)
+                if not isinstance(attribute.get_type(), h5t.TypeStringID) or attribute.shape != ():
+                    raise OutputError(
+                        f"the attribute '{shown(name)}' of '{shown(where or '/')}', which is not a "
+                        "text, would be lost"
+                    )
+                text = to_text(read_text(item, attribute.name))
+                if said.get(name) != text:  # Keras repeats some in /model_weights
+                    said[f"{where[1:]}/{name}" if where else name] = text
+    return said
+
+
+def scan(request: Scan, alive: Alive) -> dict[str, Any]:
+    """Return the table of a file as JSON: the model's tensors, the others, a digest of the config.
+
+    Raises:
+        FormatError: the file is damaged, hostile, or holds no Keras model; names file and tensor.
+    """
+    with open_file(request.path) as (root, size):
+        reader = _Reader(size, alive)
+        home = _model_group(root)
+        if home is None:
+            found = _weights(root, reader, request.everything)
+            if not found["tensors"]:
+                raise FormatError(_no_model(root))
+            return weights_table(found)
+        tensors = reader.model(root, home, request.everything)
+        others = reader.others
+        state = [row[0] for row in others if row[0].startswith(f"{OPTIMIZER}/")]
+        config = read_text(root, b"model_config")
+        return {
+            "tensors": tensors,
+            "others": others,
+            "optimizer": state,
+            "config": hashlib.sha256(config).hexdigest() if config else "",
+            "average": bool(h5a.exists(root, PROVENANCE)),
+            "about": _about(root) if request.everything else {},
+            "order": reader.layers,
+            "slots": keras_names.slots(reader.variables, state),
+            "cautions": WHOLE_CAUTIONS,
+        }
+
+
+def _about(root: Any) -> dict[str, str]:
+    """Return the short texts in which a file says what it is."""
+    keys = {"keras_version": b"keras_version", "backend": b"backend", "provenance": PROVENANCE}
+    texts = {name: read_text(root, key) for name, key in keys.items()}
+    return {name: text.decode(errors="replace") for name, text in texts.items() if text}
+
+
+def _model_group(root: Any) -> Any:
+    """Return the group that lists the layers, or None for a weights file, which has no lists."""
+    if h5a.exists(root, b"layer_names") or h5a.exists(root, b"layer_names0"):
+        return root  # legacy weights-only: the same layout one level up
+    links = [link for link in list_links(root) if link.name == b"model_weights"]
+    return open_child(root, links[0], "") if links else None
+
+
+def _no_model(root: Any) -> str:
+    names = list_names(root)
+    if {b"vars", b"layers", b"_layer_checkpoint_dependencies"} & {*names}:
+        return "is a Keras weights file that holds no tensor of a model"
+    held = ", ".join(shown(to_text(name), 40) for name in names[:5]) or "nothing"
+    return f"holds no Keras model: expected the group 'model_weights', found {held}"
+
+
+def weights(path: Place, alive: Alive, *, everything: bool) -> dict[str, Any]:
+    """Read a weights file, or a part of one; `weights_table` makes a table of it.
+
+    Raises:
+        FormatError: the file is damaged or hostile; names file and tensor.
+    """
+    with open_file(path) as (root, size):
+        return _weights(root, _Reader(size, alive), everything)
+
+
+def _weights(root: Any, reader: _Reader, everything: bool) -> dict[str, Any]:
+    return {
+        "tensors": reader.weights(root, everything),
+        "others": reader.others,
+        "labels": reader.labels,
+        "average": bool(h5a.exists(root, PROVENANCE)),
+        "about": _about(root) if everything else {},
+    }
+
+
+def weights_table(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table of a weights file, as `scan` does, from what `weights` found."""
+    rows = {row[4]: row for row in found["tensors"]}
+    aside = keras_names.optimizers({place: (row[2], row[1]) for place, row in rows.items()})
+    groups = tuple(f"{group}/" for group in aside)
+    own = sorted((p for p in rows if not p.startswith(groups)), key=keras_names.in_order)
+    others = found["others"] + [
+        [place, *row[1:]] for place, row in rows.items() if place.startswith(groups)
+    ]
+    optimizer = ("/optimizer/", *groups)
+    moving = keras_names.statistics(own, found["labels"])
+    return {
+        "tensors": [rows[place] for place in own],
+        "others": others,
+        "optimizer": [row[0] for row in others if row[0].startswith(optimizer)],
+        "config": "",
+        "average": found["average"],
+        "about": found["about"],
+        "statistics": [rows[place][0] for place in moving],
+        "suffixes": [WEIGHTS_SUFFIX],
+        "cautions": WEIGHTS_CAUTIONS,
+    }
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Walks one file; every tensor becomes a row of JSON."""
+
+    size: int
+    alive: Alive
+    others: list[list[Any]] = field(default_factory=list)  # what is not the model's own
+    layers: list[str] = field(default_factory=list)  # those that have tensors, as Keras loads them
+    variables: dict[str, str] = field(default_factory=dict)  # of a model: tensor -> variable's path
+    labels: dict[str, str] = field(default_factory=dict)  # of weights: group -> layer's name
+    kinds: dict[bytes, tuple[str, str]] = field(default_factory=dict)  # of types seen before
+
+    def model(self, root: Any, home: Any, everything: bool) -> list[list[Any]]:
+        """Return the model's tensors in the order in which Keras lists them.
+
+        Args:
+            root: of the file.
+            home: the group that lists the layers.
+            everything: walk all of the file, and note what is not the model's.
+        """
+        base = "" if home is root else "/model_weights"
+        layers = _read_names(home, b"layer_names", base or "/")
+        if b"top_level_model_weights" in list_names(home):
+            layers.append(b"top_level_model_weights")
+        _refuse_twice(layers, "layer", base or "/")
+        places = {f"{base}/{to_text(layer)}": layer for layer in layers}
+        listed: dict[str, list[str]] = {}  # place of a layer -> places of its tensors
+        rows: dict[str, list[Any]] = {}
+        known: set[str] = set()
+        if everything:
+            check_attributes(root, "/")
+        found = walk(root, self.alive) if everything else walk(home, self.alive, where=base)
+        for path, _, item in found:
+            if path in places:
+                listed[path] = _listed(item, path, places[path])
+                known.update(listed[path])
+            if everything:
+                check_attributes(item, path)
+            if path in known:
+                rows[path] = self.row(item, path[len(base) + 1 :], path)
+            elif everything:
+                self.other(item, path)
+        tensors = []
+        for place, layer in places.items():
+            for tensor in self.layer(listed, place, layer):
+                if tensor not in rows:
+                    raise FormatError(
+                        f"tensor {quote(tensor[len(base) + 1 :])} is named but does not exist in "
+                        "the file"
+                    )
+                tensors.append(rows[tensor])
+                self.variables[rows[tensor][0]] = tensor[len(place) + 1 :]
+        return tensors
+
+    def layer(self, listed: Mapping[str, list[str]], place: str, layer: bytes) -> list[str]:
+        """Return where the tensors of a layer lie, which must be there itself."""
+        _check_name(layer, to_text(layer))
+        if place not in listed:
+            raise FormatError(f"{quote(place)} is named but does not exist in the file")
+        if listed[place]:
+            self.layers.append(to_text(layer))
+        return listed[place]
+
+    def weights(self, root: Any, everything: bool) -> list[list[Any]]:
+        """Return the tensors of a weights file, which lists none of them."""
+        rows = []
+        if everything:
+            check_attributes(root, "/")
+        for path, _, item in walk(root, self.alive, () if everything else keras_names.ASIDE):
+            if everything:
+                check_attributes(item, path)
+            if isinstance(item, h5d.DatasetID) and keras_names.is_variable(path):
+                row = self.row(item, path.removeprefix("/"), path)
+                if row[2] == "bfloat16" and read_text(item, DTYPE) not in (b"", b"bfloat16"):
+                    row[2] = "opaque"
+                rows.append(row)
+            elif everything:
+                self.other(item, path)
+            if isinstance(item, h5g.GroupID) and path.endswith("/vars"):
+                self.labels[path] = read_text(item, b"name").decode(errors="replace")
+        return rows
+
+    def other(self, dataset: Any, path: str) -> None:
+        """Note a dataset that is not the model's: optimizer state and whatever else."""
+        if isinstance(dataset, h5d.DatasetID):
+            read_properties(dataset, path)
+            kind = self.kind(dataset.get_type(), path)
+            offset, nbytes = dataset.get_offset(), dataset.get_storage_size()
+            storage = None if offset is None else ["extent", offset, nbytes]
+            self.others.append([path, read_shape(dataset, path), *kind, path, storage, ""])
+
+    def kind(self, datatype: Any, name: str) -> tuple[str, str]:
+        """Return what `_kind` does, which takes its time, once for all tensors of a type."""
+        code = datatype.encode()
+        if code not in self.kinds:
+            self.kinds[code] = describe_type(datatype, name)
+        return self.kinds[code]
+
+    def row(self, dataset: Any, name: str, location: str) -> list[Any]:
+        """Describe one of the model's tensors, having refused what must not be read."""
+        if not isinstance(dataset, h5d.DatasetID):
+            raise FormatError(f"tensor {quote(name)} is a group, not a dataset")
+        offset = dataset.get_offset()
+        # What has an offset is contiguous and in this file; anything else is looked at closely.
+        properties = read_properties(dataset, name) if offset is None else None
+        shape = read_shape(dataset, name)
+        datatype = dataset.get_type()
+        dtype, byteorder = self.kind(datatype, name)
+        if isinstance(datatype, h5t.TypeStringID) and datatype.is_variable_str():
+            digest = self.digest(dataset, shape)
+            return [name, shape, dtype, byteorder, location, None, digest]
+        nbytes = math.prod(shape) * datatype.get_size()
+        if nbytes == 0:
+            storage: list[Any] = ["extent", 0, 0]
+        elif offset is not None:
+            self.inside(offset, nbytes, name)
+            storage = ["extent", offset, nbytes]
+        else:
+            storage = self.storage(dataset, properties, shape, datatype.get_size(), name)
+        return [name, shape, dtype, byteorder, location, storage, ""]
+
+    def storage(
+        self, dataset: Any, properties: Any, shape: list[int], itemsize: int, name: str
+    ) -> list[Any]:
+        """Return where values lie that are not one run of bytes."""
+        nbytes = math.prod(shape) * itemsize
+        kind = properties.get_layout()
+        if kind == h5d.COMPACT:
+            raw = np.empty(nbytes, np.uint8)
+            space = h5s.create_simple(tuple(shape))
+            dataset.read(space, space, raw, dataset.get_type())
+            return ["inline", raw.tobytes().hex()]
+        if kind == h5d.CHUNKED:
+            return self.chunks(dataset, properties, shape, itemsize, name)
+        raise FormatError(
+            f"tensor {quote(name)} was never written ({nbytes} bytes are missing); "
+            "the file was not saved to its end"
+        )
+
+    def chunks(
+        self, dataset: Any, properties: Any, shape: list[int], itemsize: int, name: str
+    ) -> list[Any]:
+        """Return the index of a chunked dataset."""
+        filters = [properties.get_filter(k)[0] for k in range(properties.get_nfilters())]
+        for number in filters:
+            if number not in UNDONE:
+                what, plugin = FILTERS.get(number, "unknown"), ""
+                if number in FILTERS and number >= PLUGINS:
+                    package = PACKAGES.get(number, "hdf5plugin")
+                    plugin = f"; the package {package} brings it to h5py"
+                raise FormatError(
+                    f"tensor {quote(name)} is stored through HDF5 filter {number} ({what}{plugin}"
+                    "), which is not read here; save it uncompressed or with gzip"
+                )
+        chunk_shape = list(properties.get_chunk())
+        wanted = math.prod(-(-n // c) for n, c in zip(shape, chunk_shape, strict=True))
+        found = dataset.get_num_chunks()
+        if found < wanted:
+            raise FormatError(
+                f"tensor {quote(name)} was written in part ({found} of {wanted} chunks); "
+                "the file was not saved to its end"
+            )
+        index: list[Any] = []
+
+        def note(info: Any) -> None:
+            position = [k // c for k, c in zip(info.chunk_offset, chunk_shape, strict=True)]
+            self.inside(info.byte_offset, info.size, name)
+            index.append([position, info.byte_offset, info.size, info.filter_mask])
+            if len(index) % _STEP == 0:
+                self.alive()
+
+        dataset.chunk_iter(note)
+        return ["chunks", shape, chunk_shape, itemsize, filters, index]
+
+    def inside(self, offset: int, nbytes: int, name: str) -> None:
+        """Refuse bytes that the file does not have."""
+        if offset + nbytes > self.size:
+            raise FormatError(
+                f"tensor {quote(name)} lies outside the file: it needs {offset + nbytes} bytes, "
+                f"the file has {self.size}; it is truncated or damaged"
+            )
+
+    def digest(self, dataset: Any, shape: list[int]) -> str:
+        """Digest variable-length strings, which only libhdf5 can find in the file's heap."""
+        total = hashlib.sha256()
+        values = h5py.Dataset(dataset)
+        step = max(1, 1024 // max(1, math.prod(shape[1:])))
+        rows: Iterator[Any] = (
+            iter([values[()]])
+            if not shape
+            else (values[k : k + step] for k in range(0, shape[0], step))
+        )
+        for row in rows:
+            self.alive()
+            for value in np.ravel(np.asarray(row, dtype=object)):
+                total.update(b"%d:%b" % (len(value), value))
+        return total.hexdigest()
+
+
+def _listed(group: Any, place: str, layer: bytes) -> list[str]:
+    """Return where the tensors lie that a layer's group lists."""
+    if not isinstance(group, h5g.GroupID):
+        raise FormatError(f"{quote(place)} is not a group")
+    names = _read_names(group, b"weight_names", place)
+    _refuse_twice(names, "weight", to_text(layer))
+    for name in names:
+        _check_name(name, f"{to_text(layer)}/{to_text(name)}")
+    return [f"{place}/{to_text(name)}" for name in names]
+
+
+def _check_name(name: bytes, what: str) -> None:
+    if any(part in (b"", b".", b"..") for part in name.split(b"/")):
+        raise FormatError(f"the name {quote(what)} is empty, absolute or relative")
+
+
+def _refuse_twice(names: Sequence[bytes], what: str, where: str) -> None:
+    ((often, times),) = Counter(names).most_common(1) or [(b"", 1)]
+    if times > 1:
+        raise FormatError(f"the {what} {quote(to_text(often))} is listed twice in {quote(where)}")
+
+
+def _read_names(location: Any, key: bytes, where: str) -> list[bytes]:
+    """Return a list of names, which Keras splits (key0, key1, ...) when it is over 64 KB."""
+    if h5a.exists(location, key):
+        return read_strings(location, key, where)
+    names: list[bytes] = []
+    part = 0
+    while h5a.exists(location, key + b"%d" % part):
+        names += read_strings(location, key + b"%d" % part, where)
+        part += 1
+    if not part:
+        raise FormatError(f"{quote(where)} has no list {quote(to_text(key))} of its content")
+    return names
+
+
+def check(path: str, alive: Alive) -> None:
+    """See `tensors.Format.check`; what Keras writes has no checksums, and `chunks` looks at its."""

@@ -1,0 +1,416 @@
+"""libhdf5, held carefully: files opened, errors made plain, links, attributes and types checked.
+
+Walks through hard links only, and never reads a tensor's values: those are `pread` by the engine.
+Knows nothing of Keras.  Runs in a child of `sandbox`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+from h5py import h5a, h5d, h5f, h5fd, h5g, h5l, h5o, h5p, h5s, h5t
+
+from polyak_cli.errors import FormatError, PolyakError, shown
+from polyak_cli.formats.hdf5.windows import Window
+from polyak_cli.tensors import (
+    FLOATS,
+    Alive,
+    read_at,
+    unreadable,
+)
+
+#: A file, or a part of one.
+Place = str | Window
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+#: What users would call the content, by its first bytes.
+FOREIGN = {
+    b"PK\x03\x04": "a zip archive (.keras, .pt or .npz)",
+    b"\x1f\x8b": "gzip-compressed",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x93NUMPY": "a numpy array",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+}
+#: Filters that this tool does not undo, by the names their users know.
+FILTERS = {
+    4: "szip",
+    5: "nbit",
+    6: "scale-offset",
+    305: "lzo",
+    307: "bzip2",
+    32001: "blosc",
+    32004: "lz4",
+    32008: "bitshuffle",
+    32013: "zfp",
+    32015: "zstd",
+    32017: "sz",
+    32018: "fcidecomp",
+    32024: "sz3",
+    32026: "blosc2",
+    32028: "sperr",
+}
+#: The package that brings a filter which is neither the library's own nor one of hdf5plugin's.
+PACKAGES = {305: "tables"}
+PLUGINS = 256  # the HDF5 Group gives out numbers from here on; lower ones are the library's own
+_FLOAT_TYPES = [
+    (name, order, h5t.py_create(np.dtype(order + code)))
+    for name, code in FLOATS.items()
+    if code.startswith("f")
+    for order in "<>"
+]
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+NAMELESS = b"window"  # what libhdf5 calls a file that has no path
+_MAXIMUM_DEPTH = 64
+_CACHE = 1 << 20  # bytes of libhdf5's cache of headers
+
+
+@contextlib.contextmanager
+def open_file(path: Place) -> Iterator[tuple[Any, int]]:
+    """Yield the root group and the size of the file, with h5py's errors made ours.
+
+    Raises:
+        FormatError: named by path, for everything that a damaged file makes libhdf5 say.
+        OSError: another file, to which it is copied, cannot be written.
+    """
+    size = _look(path)
+    with explain_errors(path, size):
+        name = NAMELESS if isinstance(path, Window) else os.fsencode(path)
+        file = h5f.open(name, h5f.ACC_RDONLY, fapl=make_access(path))
+        try:
+            yield h5o.open(file, b"/"), size
+        except FormatError as error:
+            raise FormatError(f"{shown(path)}: {error}") from None
+        finally:
+            if isinstance(path, Window) and path.error:  # whatever else it led to
+                raise FormatError(f"{shown(path)}: {unreadable(path.error)}")
+
+
+def make_access(path: Place) -> Any:
+    """Return how a file is opened that is laid out, or that is a part of another."""
+    access = h5p.create(h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5f.CLOSE_STRONG)  # with everything still open in it
+    # What Keras writes through h5py; HDF5 2.0 would start from a newer version by itself.
+    access.set_libver_bounds(h5f.LIBVER_EARLIEST, h5f.LIBVER_LATEST)
+    if isinstance(path, Window):
+        access.set_fileobj_driver(h5fd.fileobj_driver, path)
+    # libhdf5 lets its cache of headers grow, to hundreds of megabytes for 100,000 tensors, though
+    # each is read once; kept small, it is twice as quick too.
+    cache = access.get_mdc_config()
+    cache.set_initial_size = True
+    cache.initial_size = cache.min_size = cache.max_size = _CACHE
+    cache.incr_mode = cache.flash_incr_mode = cache.decr_mode = 0
+    access.set_mdc_config(cache)
+    return access
+
+
+@contextlib.contextmanager
+def explain_errors(path: Place, size: int) -> Iterator[None]:
+    """Say what h5py's errors mean to the user."""
+    try:
+        yield
+    except Exception as error:
+        # h5py raises half a dozen types for a damaged file; what comes from elsewhere is a bug.
+        if isinstance(error, PolyakError) or not _from_h5py(error):
+            raise
+        number = _errno(error)
+        if number in _NO_ROOM or re.search("file write failed|create file", str(error)):
+            raise OSError(number, os.strerror(number)) from None
+        raise FormatError(f"{shown(path)}: {_reason(error, size)}") from None
+
+
+def _errno(error: Exception) -> int:
+    """Return the number of the system's error that libhdf5 tells of, 0 where it is of another."""
+    numbers = re.findall(r"errno = (\d+)\b", str(error))  # the last: a file may be called so
+    return int(numbers[-1]) if numbers else 0
+
+
+def _look(path: Place) -> int:
+    """Look before opening (HOSTILE.md rule 1): a regular file that begins like HDF5; its size."""
+    if isinstance(path, Window):
+        _check_signature(path, path.descriptor, path.offset, path.size)
+        return path.size
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError(f"{shown(path)}: is not a regular file; a checkpoint is one .h5 file")
+        if status.st_size == 0:
+            raise FormatError(f"{shown(path)}: is empty (0 bytes); save it again or leave it out")
+        _check_signature(path, descriptor, 0, status.st_size)
+        return status.st_size
+    finally:
+        os.close(descriptor)
+
+
+def _check_signature(path: Place, descriptor: int, start: int, size: int) -> None:
+    """Refuse what does not begin like HDF5."""
+    offset = 0
+    while offset < size:  # a user block may stand before the signature
+        if _head(path, descriptor, start + offset, len(SIGNATURE)) == SIGNATURE:
+            return
+        offset = offset * 2 or 512
+    head = _head(path, descriptor, start, min(32, size))
+    what = next((name for magic, name in FOREIGN.items() if head.startswith(magic)), None)
+    begins = f"it is {what}" if what else f"it begins with {head[:8]!r}"
+    raise FormatError(f"{shown(path)}: is not an HDF5 file ({begins}); expected a Keras .h5 file")
+
+
+def _head(path: Place, descriptor: int, offset: int, nbytes: int) -> bytes:
+    try:
+        return read_at(descriptor, offset, nbytes)
+    except FormatError as error:
+        raise FormatError(f"{shown(path)}: {error}") from None
+
+
+def _from_h5py(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code.co_filename.replace("\\", "/") if trace else ""
+    return "h5py/" in code and not isinstance(error, MemoryError)
+
+
+def _reason(error: Exception, size: int) -> str:
+    """Say in the user's words what libhdf5 means."""
+    text = str(error)
+    if "unable to lock file" in text:
+        return "is still being written by another process; wait until it is closed"
+    if "already open for write" in text:  # a mark in the file, which stays when its writer dies
+        return (
+            "is still being written by another process, or that was killed; wait until it is "
+            "closed, or save it again"
+        )
+    if "truncated file" in text:
+        wanted = text.rpartition("stored_eof = ")[2].rstrip(")")
+        return f"is truncated: it has {size} bytes, its header says {shown(wanted)}; save it again"
+    if _errno(error):
+        return f"cannot be read: {os.strerror(_errno(error))}"
+    return f"is damaged or not a Keras model file: {shown(text)}"
+
+
+def describe_type(datatype: Any, name: str) -> tuple[str, str]:
+    """Return the dtype's name and byte order; refuse what points elsewhere."""
+    size = datatype.get_size()
+    order = ">" if _order(datatype) == h5t.ORDER_BE else "<"
+    if isinstance(datatype, h5t.TypeFloatID):
+        for float_name, float_order, known in _FLOAT_TYPES:
+            if datatype.equal(known):
+                return float_name, float_order
+        if size == 2 and datatype.get_fields() == (15, 7, 8, 0, 7) and datatype.get_ebias() == 127:
+            return "bfloat16", order
+        return f"float{8 * size}", order
+    if isinstance(datatype, h5t.TypeIntegerID):
+        sign = "" if datatype.get_sign() == h5t.SGN_2 else "u"
+        return f"{sign}int{8 * size}", order
+    if isinstance(datatype, h5t.TypeEnumID):
+        members = {datatype.get_member_name(k) for k in range(datatype.get_nmembers())}
+        return ("bool" if members == {b"FALSE", b"TRUE"} else "enum"), order
+    if isinstance(datatype, h5t.TypeStringID):
+        return "string", "<"
+    if isinstance(datatype, h5t.TypeOpaqueID):  # how h5py stores bfloat16, without a word of it
+        return ("bfloat16" if size == 2 else "opaque"), "<"
+    if isinstance(datatype, h5t.TypeBitfieldID):
+        return "bitfield", order
+    if isinstance(datatype, h5t.TypeCompoundID) and not is_pointing(datatype):
+        return "compound", "<"
+    raise FormatError(
+        f"tensor {quote(name)} is of an HDF5 type that is not carried here "
+        f"({type(datatype).__name__.removeprefix('Type').removesuffix('ID').lower()})"
+    )
+
+
+def _order(datatype: Any) -> int:
+    if isinstance(datatype, h5t.TypeEnumID):
+        return int(datatype.get_super().get_order())
+    if isinstance(datatype, (h5t.TypeFloatID, h5t.TypeIntegerID, h5t.TypeBitfieldID)):
+        return int(datatype.get_order())
+    return int(h5t.ORDER_LE)
+
+
+def is_pointing(datatype: Any) -> bool:
+    """Tell whether values of a type lie or point outside of themselves, or a part of them does."""
+    if isinstance(datatype, h5t.TypeArrayID):
+        return is_pointing(datatype.get_super())
+    if isinstance(datatype, h5t.TypeCompoundID):
+        return any(is_pointing(datatype.get_member_type(k)) for k in range(datatype.get_nmembers()))
+    if isinstance(datatype, h5t.TypeStringID):
+        return bool(datatype.is_variable_str())
+    return isinstance(datatype, (h5t.TypeVlenID, h5t.TypeReferenceID))
+
+
+def read_shape(dataset: Any, name: str) -> list[int]:
+    """Return the shape of a dataset, which must have one."""
+    space = dataset.get_space()
+    if space.get_simple_extent_type() == h5s.NULL:
+        raise FormatError(f"tensor {quote(name)} has no shape (an empty HDF5 dataspace)")
+    return [int(n) for n in space.get_simple_extent_dims()]
+
+
+def read_properties(dataset: Any, name: str) -> Any:
+    """Return how a dataset is stored, having refused values in other files (CVE-2026-1669)."""
+    properties = dataset.get_create_plist()
+    if properties.get_external_count():
+        raise FormatError(f"tensor {quote(name)} points to another file (external storage)")
+    if properties.get_layout() == h5d.VIRTUAL:
+        raise FormatError(f"tensor {quote(name)} points to other datasets (virtual layout)")
+    return properties
+
+
+def to_text(name: bytes) -> str:
+    """Decode a name; bytes that are not UTF-8 survive the way back."""
+    return name.decode("utf-8", "surrogateescape")
+
+
+def to_bytes(text: str) -> bytes:
+    """Encode a name that `to_text` decoded."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def quote(name: str) -> str:
+    """Quote a name for a message."""
+    return f"'{shown(name)}'"
+
+
+class _Link(NamedTuple):
+    """What a group says of something that it holds."""
+
+    name: bytes
+    is_hard: bool
+    address: int  # of the object's header, by which it is known
+
+
+def list_links(group: Any) -> list[_Link]:
+    """Return what a group holds, in the order in which it keeps it."""
+    found: list[tuple[int, _Link]] = []
+
+    def note(name: bytes, link: Any) -> None:  # the next one has the same object
+        order = link.corder if link.corder_valid else 0
+        found.append((order, _Link(name, link.type == h5l.TYPE_HARD, link.u)))
+
+    group.links.iterate(note, info=True)
+    found.sort(key=lambda pair: pair[0])
+    return [link for _, link in found]
+
+
+def list_names(group: Any) -> list[bytes]:
+    """Return the names in a group."""
+    return [link.name for link in list_links(group)]
+
+
+def open_child(group: Any, link: _Link, where: str) -> Any:
+    """Open what a hard link names; soft and external links lead to places not of this tree."""
+    if not link.is_hard:
+        full = quote(f"{where}/{to_text(link.name)}")
+        raise FormatError(f"{full} is a soft or external link, which is not followed")
+    return h5o.open(group, link.name)
+
+
+def read_strings(location: Any, key: bytes, where: str) -> list[bytes]:
+    """Read an attribute that must be a list of strings.
+
+    The type is checked first: a damaged one makes libhdf5 crash on reading (HOSTILE.md rule 4).
+    """
+    attribute = h5a.open(location, key)
+    if attribute.get_space().get_simple_extent_type() != h5s.NULL:
+        if attribute.shape == (0,):
+            return []  # Keras writes the empty list as an array of float64
+        if isinstance(attribute.get_type(), h5t.TypeStringID) and len(attribute.shape) == 1:
+            values = np.empty(attribute.shape, attribute.dtype)
+            attribute.read(values)
+            return [value if isinstance(value, bytes) else b"" for value in values.tolist()]
+    raise FormatError(f"{quote(to_text(key))} of {quote(where)} is not a list of names")
+
+
+def read_text(location: Any, key: bytes) -> bytes:
+    """Return the bytes of a string attribute, or b'' where there is none."""
+    if not h5a.exists(location, key):
+        return b""
+    attribute = h5a.open(location, key)
+    if not isinstance(attribute.get_type(), h5t.TypeStringID) or attribute.shape != ():
+        raise FormatError(f"{quote(to_text(key))} is not a text")
+    value = np.empty((), attribute.dtype)
+    attribute.read(value)
+    content = value.item()
+    return content if isinstance(content, bytes) else b""
+
+
+def walk(
+    root: Any, alive: Alive, shut: Collection[str] = (), where: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (path, parent group, object) for all of the tree, groups before what they hold.
+
+    Args:
+        root: where to begin.
+        alive: told before every object.
+        shut: paths of groups not to enter.
+        where: the path of the root.
+
+    Raises:
+        FormatError: a soft or external link, a group that is reached twice, or a tree too deep.
+    """
+    passed = {h5o.get_info(root).addr}
+    entered = [(where, root, iter(list_links(root)))]
+    while entered:
+        where, group, links = entered[-1]
+        for link in links:
+            alive()
+            path = f"{where}/{to_text(link.name)}"
+            child = open_child(group, link, where)
+            yield path, group, child
+            if isinstance(child, h5g.GroupID) and path not in shut:
+                if link.address in passed or len(entered) > _MAXIMUM_DEPTH:
+                    raise FormatError(f"the group {quote(path)} is linked twice or nested too deep")
+                passed.add(link.address)
+                entered.append((path, child, iter(list_links(child))))
+                break
+        else:
+            entered.pop()
+
+
+def write_text(target: Any, key: bytes, text: str) -> None:
+    """Create a text attribute, as h5py does."""
+    datatype = h5t.TypeID.copy(h5t.C_S1)
+    datatype.set_size(h5t.VARIABLE)
+    datatype.set_cset(h5t.CSET_UTF8)
+    made = h5a.create(target, key, datatype, h5s.create(h5s.SCALAR))
+    made.write(np.array(text.encode(), dtype=h5py.string_dtype()))
+
+
+def check_attributes(item: Any, path: str) -> None:
+    """Refuse an object with an attribute that a copy would lose."""
+    for k in range(h5a.get_num_attrs(item)):
+        _check_attribute(h5a.open(item, index=k), path)
+
+
+def copy_attribute(attribute: Any, target: Any, path: str) -> None:
+    """Copy an attribute byte for byte, having checked it."""
+    _check_attribute(attribute, path)
+    space = attribute.get_space()
+    made = h5a.create(target, attribute.name, attribute.get_type(), space)
+    if space.get_simple_extent_type() != h5s.NULL:
+        values = np.empty(attribute.shape, attribute.dtype)
+        attribute.read(values)
+        made.write(values)
+
+
+def _check_attribute(attribute: Any, path: str) -> None:
+    """Refuse an attribute that points to something else, which a copy would lose."""
+    datatype = attribute.get_type()
+    text = isinstance(datatype, h5t.TypeStringID)
+    if isinstance(datatype, h5t.TypeCompoundID) or (is_pointing(datatype) and not text):
+        what = type(datatype).__name__.removeprefix("Type").removesuffix("ID").lower()
+        raise FormatError(
+            f"the attribute {quote(to_text(attribute.name))} of {quote(path)} is of a type that "
+            f"is not carried here ({what})"
+        )

@@ -1,0 +1,310 @@
+"""The output that is like a Keras HDF5 file, complete but for its averaged tensors.
+
+Attributes, groups, configuration and carried tensors are copied; averaged tensors get room.  Knows
+nothing of values: those are written by offset.  Runs in a child of `sandbox`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from h5py import h5a, h5d, h5f, h5g, h5o, h5p, h5s, h5t
+
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.formats.hdf5.library import (
+    NAMELESS,
+    Place,
+    copy_attribute,
+    describe_type,
+    explain_errors,
+    make_access,
+    open_file,
+    quote,
+    read_properties,
+    read_shape,
+    to_bytes,
+    walk,
+    write_text,
+)
+from polyak_cli.formats.hdf5.windows import Window
+from polyak_cli.formats.keras import names as keras_names
+from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
+from polyak_cli.tensors import (
+    FLOATS,
+    Alive,
+    Extent,
+    Layout,
+    Table,
+    TensorSpec,
+    read_exactly,
+    write_exactly,
+)
+
+PROVENANCE = b"polyak_provenance"
+_SMALL = 1 << 16  # bytes of a tensor whose values may be copied, to be overwritten
+
+
+def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
+    """See `tensors.Format.lay_out`.
+
+    Attributes, groups, configuration and carried tensors are copied.  The file is built anew, not
+    copied and edited: HDF5 leaves what is deleted as dead space.
+    """
+    (template,) = request.template.files
+    return merge(request, [template.path], alive)
+
+
+def merge(
+    request: Layout, paths: Sequence[Place], alive: Alive, output: Window | None = None
+) -> dict[str, Any]:
+    """Lay out one file like several that share a tree: the parts of a weights file.
+
+    Args:
+        request: what to lay out.
+        paths: the parts.
+        alive: told now and then.
+        output: where to write; None for a file of its own.  Offsets count from its beginning.
+
+    Raises:
+        OSError: there is no room in the window.
+    """
+    moved = {}
+    name = NAMELESS if output else os.fsencode(request.output)
+    with explain_errors(paths[-1], 0):
+        made = h5f.create(name, h5f.ACC_TRUNC, fapl=make_access(output or request.output))
+        try:
+            copy = _Copy(request, {"": h5o.open(made, b"/")})
+            if len(paths) == 1:
+                copy.whole = _whole_groups(request.template, request.averaged)
+            for path in paths:
+                with open_file(path) as (root, _):
+                    copy.tree(root, alive)
+                moved[path], copy.moved = copy.moved, []
+            copy.provenance()
+        finally:
+            made.close()
+            if output and output.error:  # whatever else it led to
+                raise output.error
+    for path, runs in moved.items():
+        _move(path, output or request.output, runs, alive)
+    return {"places": copy.averaged}
+
+
+def seal(output: str, laid_out: Mapping[str, Any]) -> None:
+    """See `tensors.Format.seal`; nothing is left to do."""
+
+
+def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[TensorSpec]]:
+    """Return the groups that may be copied as they are, and what is averaged in each.
+
+    Those that hold small tensors only, of unchanged type.  None at all where tensors share their
+    storage: the links between them would be lost.
+    """
+    specs = [*table.tensors.values(), *table.others.values()]
+    offsets = [s.storage.offset for s in specs if isinstance(s.storage, Extent) and s.nbytes]
+    if len(set(offsets)) < len(offsets):
+        return {}
+    groups: dict[str, list[TensorSpec]] = {}
+    large = set()
+    for spec in table.tensors.values():
+        parts = spec.location.split("/")
+        depth = 3 if parts[1] == "model_weights" else 2
+        group = "/".join(parts[: -1 if _is_weights(table) else depth])
+        held = groups.setdefault(group, [])
+        plain = isinstance(spec.storage, Extent) and spec.nbytes <= _SMALL
+        if not plain or averaged.get(spec.location, spec.dtype) != spec.dtype:
+            large.add(group)
+        elif spec.location in averaged and spec.nbytes:
+            held.append(spec)
+    return {group: held for group, held in groups.items() if group not in large}
+
+
+def _is_weights(table: Table) -> bool:
+    return table.suffixes == (WEIGHTS_SUFFIX,)
+
+
+def _optimizers(table: Table) -> set[str]:
+    """Return the groups that hold the optimizer's state."""
+    if not _is_weights(table):
+        return {OPTIMIZER}
+    return {"/optimizer", *(keras_names.optimizer_of(name) for name in table.optimizer)}
+
+
+@dataclass(slots=True)
+class _Copy:
+    """The output that grows while the template's tree is walked."""
+
+    request: Layout
+    groups: dict[str, Any]
+    linked: list[tuple[str, Any, Any]] = field(default_factory=list)  # what has several names
+    places: dict[tuple[int, int], str] = field(default_factory=dict)  # where it is by now
+    dropped: Collection[str] = ()
+    whole: Mapping[str, Sequence[TensorSpec]] = field(default_factory=dict)  # see `_whole_groups`
+    averaged: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    moved: list[tuple[int, int, int]] = field(default_factory=list)  # from, to, bytes
+
+    def __post_init__(self) -> None:
+        if self.request.drop_optimizer:
+            self.dropped = _optimizers(self.request.template)
+
+    def tree(self, root: Any, alive: Alive) -> None:
+        """Copy a template, or one part of it."""
+        self.linked.clear()
+        self.places.clear()
+        self.attributes(root, self.groups[""], "/")
+        for path, parent, item in walk(root, alive, {*self.whole, *self.dropped}):
+            self.item(path, parent, item)
+        self.links()
+
+    def item(self, path: str, parent: Any, item: Any) -> None:
+        """Copy one object of the template, unless it is dropped."""
+        if path in self.dropped:
+            return
+        if path in self.groups:  # an earlier part has it too
+            if not isinstance(item, h5g.GroupID):
+                raise FormatError(f"tensor {quote(path)} is a group in another part")
+            self.attributes(item, self.groups[path], path)
+            return
+        info = h5o.get_info(item)
+        if info.rc > 1 and isinstance(item, h5d.DatasetID):
+            # Two averaged names of one tensor part: an older checkpoint may keep them apart.
+            if path not in self.request.averaged:
+                self.linked.append((path, parent, item))
+                return
+            self.places.setdefault((info.fileno, info.addr), path)
+        self.make(path, parent, item)
+
+    def links(self) -> None:
+        """Copy what has several names, once; its other names are hard links again."""
+        for path, parent, item in self.linked:
+            info = h5o.get_info(item)
+            first = self.places.setdefault((info.fileno, info.addr), path)
+            if first == path:
+                self.make(path, parent, item)
+                continue
+            where, _, last = path.rpartition("/")
+            there, _, its_name = first.rpartition("/")
+            target = self.groups[where]
+            target.links.create_hard(to_bytes(last), self.groups[there], to_bytes(its_name))
+
+    def make(self, path: str, parent: Any, item: Any) -> None:
+        """Create one object like the template's."""
+        where, _, last = path.rpartition("/")
+        target, name = self.groups[where], to_bytes(last)
+        if path in self.whole:
+            self.copy_whole(path, parent, target, name)
+        elif isinstance(item, h5g.GroupID):
+            self.groups[path] = self.group(item, target, name, path)
+        elif path in self.request.averaged:
+            wanted = self.request.averaged[path]
+            made, byteorder = self.room(item, target, name, path, wanted)
+            if made.get_offset() is not None:
+                self.averaged[path] = (made.get_offset(), wanted, byteorder)
+        elif _is_large(item, path):
+            made, _ = self.room(item, target, name, path, None)
+            self.moved.append((item.get_offset(), made.get_offset(), item.get_storage_size()))
+        else:
+            h5o.copy(parent, name, target, name)
+
+    def copy_whole(self, path: str, parent: Any, target: Any, name: bytes) -> None:
+        """Let libhdf5 copy a group of small tensors at once, which is ten times as fast."""
+        h5o.copy(parent, name, target, name)
+        for spec in self.whole[path]:
+            made = h5d.open(self.groups[""], to_bytes(spec.location))
+            wanted = self.request.averaged[spec.location]
+            self.averaged[spec.location] = (made.get_offset(), wanted, spec.byteorder)
+
+    def group(self, source: Any, target: Any, name: bytes, path: str) -> Any:
+        """Create a group like its source."""
+        properties = source.get_create_plist()
+        properties.set_obj_track_times(False)  # the same bytes at any time of day
+        made = h5g.create(target, name, gcpl=properties)
+        self.attributes(source, made, path)
+        return made
+
+    def room(
+        self, source: Any, target: Any, name: bytes, path: str, wanted: str | None
+    ) -> tuple[Any, str]:
+        """Allocate a tensor without filling it: it is written by offset.  None: of its own type."""
+        dtype, byteorder = describe_type(source.get_type(), path)
+        datatype = source.get_type()
+        if wanted and wanted != dtype:
+            byteorder = "<"
+            code = "V2" if wanted == "bfloat16" else byteorder + FLOATS[wanted]
+            datatype = h5t.py_create(np.dtype(code))
+        shape = tuple(read_shape(source, path))
+        space = h5s.create_simple(shape) if shape else h5s.create(h5s.SCALAR)
+        properties = h5p.create(h5p.DATASET_CREATE)
+        properties.set_layout(h5d.CONTIGUOUS)
+        properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+        properties.set_fill_time(h5d.FILL_TIME_NEVER)
+        properties.set_obj_track_times(False)
+        made = h5d.create(target, name, datatype, space, properties)
+        self.attributes(source, made, path)
+        if wanted and wanted != dtype and _is_weights(self.request.template):
+            _say_dtype(made, wanted)
+        return made, byteorder
+
+    def attributes(self, source: Any, target: Any, path: str) -> None:
+        """Copy the attributes byte for byte, of types that point nowhere."""
+        for k in range(h5a.get_num_attrs(source)):
+            attribute = h5a.open(source, index=k)
+            if attribute.name == PROVENANCE and path == "/":
+                continue  # the template was an average itself; this one has its own
+            if h5a.exists(target, attribute.name):
+                continue  # of an earlier part
+            copy_attribute(attribute, target, path)
+
+    def provenance(self) -> None:
+        """Write down where the average comes from."""
+        write_text(self.groups[""], PROVENANCE, self.request.provenance)
+
+
+def _say_dtype(dataset: Any, dtype: str) -> None:
+    """Have Keras know a type that changed to or from bfloat16."""
+    if h5a.exists(dataset, DTYPE):
+        h5a.delete(dataset, DTYPE)
+    if dtype == "bfloat16":
+        write_text(dataset, DTYPE, dtype)
+
+
+def _is_large(item: Any, path: str) -> bool:
+    """Tell whether a carried object is one long run of bytes; refuse values in other files."""
+    if not isinstance(item, h5d.DatasetID):
+        return False
+    read_properties(item, path)
+    datatype = item.get_type()
+    in_heap = isinstance(datatype, h5t.TypeStringID) and datatype.is_variable_str()
+    return item.get_offset() is not None and item.get_storage_size() > _SMALL and not in_heap
+
+
+def _move(
+    template: Place, output: Place, moved: Sequence[tuple[int, int, int]], alive: Alive
+) -> None:
+    """Copy large carried tensors by offset: libhdf5 would give no sign of life meanwhile."""
+    buffer = np.empty(1 << 20, np.uint8)
+    with _bytes_of(template, "rb") as source, _bytes_of(output, "r+b") as target:
+        for start, to, nbytes in moved:
+            for done in range(0, nbytes, len(buffer)):
+                piece = buffer[: nbytes - done]
+                try:
+                    read_exactly(source.descriptor, source.offset + start + done, piece)
+                except FormatError as error:
+                    raise FormatError(f"{shown(template)}: {error}") from None
+                write_exactly(target.descriptor, target.offset + to + done, piece)
+                alive()
+
+
+@contextlib.contextmanager
+def _bytes_of(path: Place, mode: str) -> Iterator[Window]:
+    """Yield a file, or the part of one, for reading and writing by offset."""
+    if isinstance(path, Window):
+        yield path
+        return
+    with open(path, mode) as file:
+        yield Window(path, file.fileno(), 0)
