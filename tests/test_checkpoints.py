@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyak_cli import checkpoints
-from polyak_cli.checkpoints import Selection, model_files, select
+from polyak_cli.checkpoints import Selection, metrics, model_files, ordering, select
 from polyak_cli.errors import CheckpointError, PolyakError, UsageError
 
 quietly = settings(derandomize=True, deadline=None)
@@ -225,7 +225,7 @@ def test_any_usual_way_of_writing_an_epoch_is_read(
     written = {f"{before}{joint}{e:0{width}d}{after.format(metric)}.h5": e for e in found}
     given_names = list(written)
     shuffle.shuffle(given_names)
-    assert checkpoints._epochs([Path(name) for name in given_names]) == [
+    assert ordering._epochs([Path(name) for name in given_names]) == [
         written[name] for name in given_names
     ]
 
@@ -238,7 +238,7 @@ def test_no_name_makes_the_reader_fail_otherwise(stems: list[str]) -> None:
     paths = [Path(f"{stem}.h5") for stem in stems if not set(stem) & {"/", "\0"}]
     answer: object = None
     try:
-        answer = len(checkpoints._epochs(paths)) if paths else 0
+        answer = len(ordering._epochs(paths)) if paths else 0
     except CheckpointError as error:
         answer = str(error)
     assert answer == len(paths) or (isinstance(answer, str) and answer.isprintable())
@@ -951,8 +951,8 @@ def test_restrictions_equal_plain_list_arithmetic(
     inside = [e for e in sorted(found) if (first or 0) <= e <= (60 if final is None else final)]
     expected = [e for i, e in enumerate(inside) if (len(inside) - 1 - i) % every == 0]
     try:
-        within = checkpoints._within(ordered, first, final)
-        chosen = checkpoints._newest(within[::-1][::every][::-1], last, len(ordered))
+        within = ordering.restrict_epochs(ordered, first, final)
+        chosen = ordering.take_newest(within[::-1][::every][::-1], last, len(ordered))
     except CheckpointError:
         assert not expected or len(expected) < (last or 0)
     else:
@@ -1123,7 +1123,7 @@ def test_a_metric_that_is_not_in_a_name_is_an_error(
 )
 def test_the_mode_is_told_from_the_name_of_the_metric(monitor: str, mode: str | None) -> None:
     """Losses and errors are minimised, scores maximised, and anything else asked for."""
-    assert checkpoints._better(monitor) == mode
+    assert metrics._better(monitor) == mode
 
 
 # ---- the best, by log ------------------------------------------------------------------------
@@ -1192,7 +1192,7 @@ def test_the_metric_in_the_names_settles_the_alignment(run: Path) -> None:
 )
 def test_a_name_says_its_metric_up_to_the_last_digit(numeral: str, worth: float) -> None:
     """Half of what one in the last digit is worth may have been rounded off."""
-    assert checkpoints._last_digit(numeral) == worth
+    assert metrics._last_digit(numeral) == worth
 
 
 def test_an_alignment_that_nothing_settles_is_noted(run: Path) -> None:
@@ -1366,9 +1366,9 @@ def test_rounded_metrics_agree_with_the_rows_they_come_from(
         checkpoints.Checkpoint(Path(f"{row + start:02d}-{loss:{digits}}.h5"), row + start, None)
         for row, loss in enumerate(losses)
     ]
-    log = checkpoints._Log("log", dict(enumerate(losses)), len(losses) - 1, ())
+    log = metrics._Log("log", dict(enumerate(losses)), len(losses) - 1, ())
     if all("." in f"{loss:{digits}}" for loss in losses):
-        assert checkpoints._agrees(files, start, "val_loss", log)
+        assert metrics._agrees(files, start, "val_loss", log)
 
 
 # ---- at large --------------------------------------------------------------------------------

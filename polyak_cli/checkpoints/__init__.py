@@ -1,0 +1,253 @@
+"""WHICH files: find the checkpoints of a run, order them by epoch, and choose some of them.
+
+Knows directories, names, and the CSV log that Keras writes beside a run.  Does not know what is
+inside a checkpoint, and never opens one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyak_cli.checkpoints.listing import (
+    KINDS_OF_MODEL,
+    Checkpoint,
+    PassedOver,
+    StrPath,
+    Trouble,
+    describe_nothing_found,
+    expand_source,
+    file_of,
+    find_candidates,
+    find_objection,
+    list_sources,
+    refuse,
+)
+from polyak_cli.checkpoints.metrics import check_monitor, take_best
+from polyak_cli.checkpoints.ordering import (
+    is_thinned,
+    order_as_far_as_known,
+    order_by_epoch,
+    place_in_run,
+    restrict_epochs,
+    sort_by_epoch_or_name,
+    take_newest,
+    with_numbers,
+)
+from polyak_cli.errors import CheckpointError, UsageError, shown
+
+__all__ = [
+    "Checkpoint",
+    "PassedOver",
+    "Selection",
+    "Trouble",
+    "file_of",
+    "model_files",
+    "select",
+    "survey",
+    "with_numbers",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The checkpoints to average, oldest first, and what there is to say about the choice.
+
+    ``positions`` has one number a checkpoint: how far into the run it was saved, in epochs counted
+    from 1, or just 1, 2, 3, ... where not every epoch is known. ``left_out`` are the checkpoints of
+    the run that were found and not chosen. ``thinned`` says that some between them were left out on
+    purpose, so that a gap in the epochs means nothing. ``troubles`` are what `survey` found.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    passed_over: tuple[PassedOver, ...]
+    notes: tuple[str, ...]
+    positions: tuple[float, ...]
+    left_out: tuple[Path, ...] = ()
+    thinned: bool = False
+    troubles: tuple[Trouble, ...] = ()
+
+
+def _no_file(_: Sequence[Path]) -> Collection[Path]:
+    return ()
+
+
+def select(
+    sources: Sequence[StrPath],
+    *,
+    last: int | None = None,
+    from_epoch: int | None = None,
+    to_epoch: int | None = None,
+    every: int = 1,
+    exclude: Sequence[str] = (),
+    best: int | None = None,
+    monitor: str | None = None,
+    mode: str | None = None,
+    log: StrPath | None = None,
+    epoch_pattern: str | None = None,
+    growing: bool = False,
+    written_by_us: Callable[[Sequence[Path]], Collection[Path]] = _no_file,
+) -> Selection:
+    r"""Find the checkpoints of a run and choose some of them.
+
+    The restrictions apply in this order: ``exclude``, ``from_epoch`` and ``to_epoch``, ``every``,
+    ``last``, ``best``.
+
+    Args:
+        sources: directories (not searched deeper, but for folders that are one checkpoint each, as
+            Transformers saves them), patterns with ``* ? [``, and files. Files alone
+            keep the order given, oldest first; with a directory or a pattern among the sources, all
+            are ordered by the epoch in their names.
+        last: how many of the newest to take; never fewer.
+        from_epoch: the first epoch to take.
+        to_epoch: the last epoch to take.
+        every: take the newest, and each ``every``-th before it.
+        exclude: patterns for file names or whole paths that are to be left out.
+        best: how many to take by metric; ties go to the newer one. They stay in order of epoch.
+        monitor: the metric for ``best``, ``val_loss`` unless given.
+        mode: ``min`` or ``max``, whichever is better; told from the metric's name unless given.
+        log: a CSV file of Keras' CSVLogger to read the metric from, instead of from the file names.
+        epoch_pattern: a regular expression searched for in each file's name; its group ``epoch``,
+            else its first group, else all that it matches, is the epoch.
+        growing: the run goes on, so that it is no error when there are fewer checkpoints than were
+            asked for, or none at all yet.
+        written_by_us: says which of the given files are averages that an earlier run wrote there.
+            Asked about regular files found in directories and by patterns only.
+
+    Raises:
+        UsageError: the arguments contradict one another or are out of range.
+        CheckpointError: the checkpoints cannot be found, ordered or selected.
+    """
+    _check_counts(last=last, every=every, best=best)
+    monitor, better = check_monitor(best, monitor, mode, log)
+    _check_bounds(from_epoch, to_epoch)
+    pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
+    pool = find_candidates(list_sources(sources), exclude, growing, written_by_us, refuse)
+    ordered, notes = order_by_epoch(pool, pattern)
+    spaced = restrict_epochs(ordered, from_epoch, to_epoch, growing)[::-1][::every][::-1]
+    chosen = take_newest(spaced, last, len(ordered), growing)
+    if best is not None and chosen:
+        chosen, metric_notes = take_best(chosen, ordered, best, growing, monitor, better, log)
+        notes += metric_notes
+    taken = {one.path for one in chosen}
+    return Selection(
+        checkpoints=tuple(chosen),
+        passed_over=tuple(sorted(pool.passed_over, key=lambda passed: str(passed.path))),
+        notes=(*pool.notes, *notes),
+        positions=place_in_run(chosen, ordered),
+        left_out=tuple(one.path for one in ordered if one.path not in taken),
+        thinned=growing or every > 1 or best is not None or is_thinned(pool, exclude),
+    )
+
+
+def survey(
+    sources: StrPath | Sequence[StrPath],
+    *,
+    last: int | None = None,
+    from_epoch: int | None = None,
+    to_epoch: int | None = None,
+    exclude: Sequence[str] = (),
+    epoch_pattern: str | None = None,
+    written_by_us: Callable[[Sequence[Path]], Collection[Path]] = _no_file,
+) -> Selection:
+    """Find the checkpoints of a run as `select` does, but tell of what it would refuse.
+
+    They are ordered by epoch, however the files were named; those whose epoch is not known come
+    first.  Files named one by one that do not all tell an epoch keep the order given.
+
+    Args:
+        sources: as of `select`, like the other arguments.
+        last: how many of the newest to take; never fewer.
+        from_epoch: the first epoch to take.
+        to_epoch: the last epoch to take.
+        exclude: patterns for file names or whole paths that are to be left out.
+        epoch_pattern: a regular expression that finds the epoch in a name.
+        written_by_us: says which of the given files are averages.
+
+    Returns:
+        The checkpoints, with the ``troubles`` that were found.
+
+    Raises:
+        UsageError: the arguments contradict one another or are out of range.
+        CheckpointError: there are no checkpoints.
+    """
+    _check_counts(last=last)
+    _check_bounds(from_epoch, to_epoch)
+    pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
+    troubles: list[Trouble] = []
+    pool = find_candidates(list_sources(sources), exclude, False, written_by_us, troubles.append)
+    ordered = order_as_far_as_known(pool, pattern, troubles.append)
+    # Whether --from and --to mean those of unknown epoch cannot be told: they are looked at too.
+    known = [one for one in ordered if one.epoch is not None]
+    within = set(restrict_epochs(known, from_epoch, to_epoch) if known else ())
+    kept = [one for one in ordered if one.epoch is None or one in within]
+    chosen = take_newest(kept, last, len(ordered))
+    taken = {one.path for one in chosen}
+    left_out = tuple(one.path for one in ordered if one.path not in taken)
+    return Selection(
+        checkpoints=tuple(chosen),
+        passed_over=tuple(sorted(pool.passed_over, key=lambda passed: str(passed.path))),
+        notes=pool.notes,
+        positions=place_in_run(chosen, ordered),
+        left_out=left_out,
+        thinned=is_thinned(pool, exclude),
+        troubles=tuple(trouble for trouble in troubles if trouble.path not in left_out),
+    )
+
+
+def model_files(sources: StrPath | Sequence[StrPath]) -> tuple[list[Path], list[PassedOver]]:
+    """Find every whole model that the sources name, to look at each by itself.
+
+    Unlike `select`, this takes what lies together for no run: averages stand beside epochs, and a
+    name needs no number.
+
+    Args:
+        sources: directories (not searched deeper), patterns with ``* ? [``, and files, which are
+            taken whatever their names.
+
+    Returns:
+        The files, source by source, those of a directory or a pattern ordered by epoch where all
+        their names tell one, else by name, numbers by their value; and what was passed over.
+
+    Raises:
+        UsageError: no sources are named.
+        CheckpointError: a source is not there, cannot be listed, or holds no model.
+    """
+    found: list[Path] = []
+    passed_over: list[PassedOver] = []
+    for source in list_sources(sources):
+        if os.path.lexists(source) and not Path(source).is_dir():
+            found.append(Path(source))
+            continue
+        paths, _ = expand_source(source)
+        reasons = {path: find_objection(path, KINDS_OF_MODEL, "whole model") for path in paths}
+        passed = [PassedOver(path, reason) for path, reason in reasons.items() if reason]
+        models = [path for path, reason in reasons.items() if not reason]
+        if not models:
+            raise CheckpointError(describe_nothing_found(source, passed, "model", KINDS_OF_MODEL))
+        found += sort_by_epoch_or_name(models)
+        passed_over += passed
+    return found, passed_over
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UsageError(f"--{name} is {count}, but must be at least 1")
+
+
+def _check_bounds(from_epoch: int | None, to_epoch: int | None) -> None:
+    if from_epoch is not None and to_epoch is not None and from_epoch > to_epoch:
+        raise UsageError(f"--from {from_epoch} is after --to {to_epoch}: nothing lies between them")
+
+
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(
+            f"--epoch-pattern '{shown(pattern)}' is no regular expression: {shown(error)}"
+        ) from error

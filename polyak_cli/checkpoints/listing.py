@@ -1,0 +1,412 @@
+"""From what the user names to candidates: directories, patterns and files.
+
+Judges by names and by os.stat() alone, so a pipe or a device that is named like a checkpoint cannot
+hold the program up.  Opens no checkpoint and does not order them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import glob
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from polyak_cli.checkpoints.names import split_words
+from polyak_cli.errors import CheckpointError, UsageError, shown
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One saved model file of a run, or a folder that is one, with what was read about it.
+
+    ``epoch`` is None for a file that was named by itself and has no number in its name; ``metric``
+    is None unless the best checkpoints were asked for.
+    """
+
+    path: Path
+    epoch: int | None
+    metric: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """Something in a directory, or excluded, that is not taken for a checkpoint of the run."""
+
+    path: Path
+    reason: str
+
+
+class Trouble(NamedTuple):
+    """What keeps the checkpoints of a run from being told apart or ordered."""
+
+    kind: str  # "unreadable", "same file", "no epoch", "duplicate epoch" or "other run"
+    path: Path  # which checkpoint it is about
+    text: str
+
+
+#: How files end that are taken for checkpoints in a directory, by kind; what a file really is, its
+#: content tells later.  The first that fits counts.
+_KINDS_OF_FILE = {
+    ".weights.h5": ".weights.h5",
+    ".weights.json": ".weights.json",
+    ".h5": ".h5",
+    ".hdf5": ".h5",
+    ".keras": ".keras",
+    ".npz": ".npz",
+    ".pt": ".pt",
+    ".pth": ".pth",
+    ".bin": ".bin",
+    ".ckpt": ".ckpt",
+    ".index": ".index",
+    ".safetensors": ".safetensors",
+    ".safetensors.index.json": ".safetensors.index.json",
+}
+
+#: The kind of a folder that is one checkpoint, and the files that make it such: it is opened by the
+#: one that it has.
+_FOLDER = "checkpoint folders"
+
+_OPENERS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+
+#: What lies beside TensorFlow's checkpoints, each of which goes by its .index file.
+_DATA = re.compile(r"(.+)\.data-\d{5}-of-\d{5}", re.DOTALL)
+
+#: One of the files that a sharded save of Keras consists of, beside the .weights.json.
+_SHARD = re.compile(r"(.+)_[0-9]{5,}\.weights\.h5")
+
+#: One of the files of which a sharded safetensors checkpoint consists, beside its index.
+_PIECE = re.compile(r".*-\d{5}-of-\d{5}\.safetensors", re.IGNORECASE | re.DOTALL)
+
+#: The same for models with their architecture, which weights alone are not.
+KINDS_OF_MODEL = {".weights.h5": "", ".h5": ".h5", ".hdf5": ".h5", ".keras": ".keras"}
+
+#: Parts of a name, between dots, by which programs mark a file that they have not finished.
+_UNFINISHED = split_words(
+    "tmp temp part partial incomplete unfinished crdownload download swp swo lock"
+)
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """All candidates; ``as_given`` if every one was named by itself, so that their order counts."""
+
+    paths: tuple[Path, ...]
+    as_given: bool
+    passed_over: tuple[PassedOver, ...]
+    notes: tuple[str, ...]
+
+
+def find_candidates(
+    sources: Sequence[StrPath],
+    exclude: Sequence[str],
+    growing: bool,
+    written_by_us: Callable[[Sequence[Path]], Collection[Path]],
+    told: Callable[[Trouble], None],
+) -> Pool:
+    """Find all candidates.
+
+    What is ambiguous goes to ``told``; where that does not raise, the rest is gone on with.
+    """
+    unusable: list[Path] = []
+    found: dict[tuple[int, int], Path] = {}
+    passed_over: list[PassedOver] = []
+    unmatched = dict.fromkeys(exclude)
+    as_given = True
+    for source in sources:
+        paths, listed = expand_source(source)
+        as_given = as_given and not listed
+        if listed:
+            paths = [path for path in paths if not _is_part(path)]
+        kept, passed = _sifted(paths, listed, exclude, unmatched)
+        if listed:
+            kept, others = _one_kind(source, kept, told)
+            passed += others
+        files: list[tuple[Path, tuple[int, int]]] = []
+        for path in kept:
+            try:
+                files.append((path, _identity(path)))
+            except CheckpointError as error:
+                told(Trouble("unreadable", path, str(error)))
+                unusable.append(path)
+        if listed:
+            opened = {file_of(path): path for path, _ in files}
+            ours = {opened[file] for file in written_by_us(list(opened))} if files else set()
+            passed += [PassedOver(path, "written by polyak") for path, _ in files if path in ours]
+            files = [(path, identity) for path, identity in files if path not in ours]
+            if not files and not unusable and not growing:
+                raise CheckpointError(describe_nothing_found(source, passed))
+        passed_over += passed
+        for path, identity in files:
+            if identity in found:
+                told(Trouble("same file", path, _same_file(found[identity], path)))
+            found.setdefault(identity, path)
+    if not found and not unusable and as_given:
+        raise CheckpointError("no checkpoint is left: --exclude matches every file that was named")
+    notes = tuple(f"--exclude '{shown(pattern)}' matched nothing" for pattern in unmatched)
+    return Pool((*found.values(), *unusable), as_given, tuple(passed_over), notes)
+
+
+def refuse(trouble: Trouble) -> None:
+    """Raise a problem as an error: what `select` does with the first that it meets."""
+    raise CheckpointError(trouble.text) from None
+
+
+def list_sources(sources: StrPath | Sequence[StrPath]) -> Sequence[StrPath]:
+    """Return the sources as several; a single string is a sequence of strings too, its letters."""
+    sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    if not sources:
+        raise UsageError("no checkpoints named: give a directory, a pattern or files")
+    return sources
+
+
+def expand_source(source: StrPath) -> tuple[list[Path], bool]:
+    """Return what a source stands for, and whether that was listed rather than named by itself."""
+    text = os.fspath(source)
+    # Path("") is the current directory, which nobody means who passes an unset variable.
+    if not text or "\0" in text:
+        raise CheckpointError(f"{shown(text)!r} is no path: give a directory, a pattern or files")
+    try:
+        mode = os.stat(text).st_mode  # noqa: PTH116 - Path() would forget a trailing slash
+    except OSError as error:
+        if glob.has_magic(text) and not os.path.lexists(text):
+            return _matches(text), True
+        # TensorFlow names a checkpoint by what its files' names begin with.
+        if error.errno == errno.ENOENT and os.path.isfile(f"{text}.index"):  # noqa: PTH113 - as above
+            return [Path(f"{text}.index")], False
+        raise CheckpointError(_unusable(Path(text), error)) from error
+    if not stat.S_ISDIR(mode):
+        return [_whole(Path(text))], False
+    try:
+        with os.scandir(text) as entries:
+            names = sorted(entry.name for entry in entries)
+    except OSError as error:
+        raise CheckpointError(
+            f"{shown(text)}: the directory cannot be listed: {error.strerror}"
+        ) from error
+    listed = [Path(text, name) for name in names]
+    # Beside the checkpoints of a run, its final model may lie in the very folder.
+    if not set(_OPENERS).isdisjoint(names) and not any(_is_another(path) for path in listed):
+        folder = Path(text)
+        return [folder if folder.name not in ("", "..") else folder.resolve()], False
+    return listed, True
+
+
+def _is_another(path: Path) -> bool:
+    """Tell whether something in a folder makes it more than one checkpoint."""
+    if path.name in _OPENERS or _PIECE.fullmatch(path.name):
+        return False
+    return _kind_by_suffix(path, _KINDS_OF_FILE).startswith(".safetensors") or bool(_openers(path))
+
+
+def file_of(path: Path) -> Path:
+    """Return the file by which a checkpoint is opened: itself, or one in a folder that is one.
+
+    Raises:
+        CheckpointError: the folder has several such files.
+    """
+    found = _openers(path)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{shown(path)}: holds {shown(found[0].name)} and {shown(found[1].name)}, either of "
+            "which could be the checkpoint; move one away"
+        )
+    return found[0] if found else path
+
+
+def _openers(path: Path) -> list[Path]:
+    """Return the files by which a folder could be opened as one checkpoint."""
+    if _kind_by_suffix(path, _KINDS_OF_FILE) or not path.is_dir():  # the name tells without a look
+        return []
+    return [path / name for name in _OPENERS if (path / name).is_file()]
+
+
+def _whole(path: Path) -> Path:
+    """Return the folder that a file stands for, as it has the epoch in its name; else the file."""
+    known = path.name in _OPENERS and path.parent.name not in ("", "..")
+    return path.parent if known and _openers(path.parent) == [path] else path
+
+
+def _matches(pattern: str) -> list[Path]:
+    paths = sorted(
+        _whole(Path(match))
+        for match in glob.glob(pattern)  # noqa: PTH207 - may be absolute
+    )
+    if not paths:
+        raise CheckpointError(
+            f"{shown(pattern)}: no file matches this pattern, and nothing has that very name"
+        )
+    return paths
+
+
+def _sifted(
+    paths: Sequence[Path], listed: bool, exclude: Sequence[str], unmatched: dict[str, None]
+) -> tuple[list[Path], list[PassedOver]]:
+    """Part the candidates from the rest; patterns that match are taken out of ``unmatched``."""
+    kept: list[Path] = []
+    passed: list[PassedOver] = []
+    for path in paths:
+        matching = [pattern for pattern in exclude if is_matched(path, pattern)]
+        for pattern in matching:
+            unmatched.pop(pattern, None)
+        reason = f"--exclude '{shown(matching[0])}'" if matching else None
+        if reason is None and listed:
+            reason = find_objection(path, _KINDS_OF_FILE, "checkpoint")
+        if reason is None:
+            kept.append(path)
+        else:
+            passed.append(PassedOver(path, reason))
+    return kept, passed
+
+
+def is_matched(path: Path, pattern: str) -> bool:
+    """Return whether a pattern matches a file's name or its whole path."""
+    return fnmatch.fnmatchcase(path.name, pattern) or fnmatch.fnmatchcase(str(path), pattern)
+
+
+def _is_part(path: Path) -> bool:
+    """Tell whether a file belongs to a checkpoint that goes by another file's name."""
+    shard = _DATA.fullmatch(path.name)
+    return shard is not None and path.with_name(f"{shard[1]}.index").is_file()
+
+
+def find_objection(path: Path, kinds: Mapping[str, str], what: str) -> str | None:
+    """Return why something in a directory is by its name not what is looked for, or None."""
+    name = path.name.casefold()
+    if name.startswith("."):
+        return "hidden"
+    if name.endswith("~") or not _UNFINISHED.isdisjoint(re.split(r"[.]|(?<=^tmp)-", name)):
+        return "unfinished, by its name"
+    if name == "checkpoint" and path.is_file():
+        return "TensorFlow's list of checkpoints"
+    if _DATA.fullmatch(name):
+        return "a data shard of a TensorFlow checkpoint whose .index is not here"
+    if _PIECE.fullmatch(name):
+        return "one shard of several, which belong to an index"
+    if not find_kind(path, kinds):
+        return "a directory" if path.is_dir() else f"not named like a {what}"
+    shard = _SHARD.fullmatch(path.name)
+    whole = path.with_name(f"{shard[1]}.weights.json") if shard else None
+    return f"a part of {shown(whole.name)}" if whole and whole.is_file() else None
+
+
+def find_kind(path: Path, kinds: Mapping[str, str] = _KINDS_OF_FILE) -> str:
+    """Return of which of the kinds a file is by its name, '' where it is of none."""
+    kind = _kind_by_suffix(path, kinds)
+    return kind or (_FOLDER if kinds is _KINDS_OF_FILE and _openers(path) else "")
+
+
+def _kind_by_suffix(path: Path, kinds: Mapping[str, str]) -> str:
+    name = path.name.casefold()
+    return next((kind for end, kind in kinds.items() if name.endswith(end)), "")
+
+
+def _one_kind(
+    source: StrPath, paths: Sequence[Path], told: Callable[[Trouble], None]
+) -> tuple[list[Path], list[PassedOver]]:
+    """Part a directory's checkpoints from single files of other kinds, such as a data set.
+
+    There may be several of more than one kind, or one of each, which is told.
+    """
+    kinds = Counter(find_kind(path) for path in paths)
+    common = [kind for kind, count in kinds.items() if count > 1] or list(kinds)
+    if len(common) > 1:
+        one, other = sorted(common)[:2]
+        files = "" if other == _FOLDER else " files"  # a folder's kind is the last, as sorted
+        text = (
+            f"{shown(os.fspath(source))}: holds {kinds[one]} {one} and {kinds[other]} {other}"
+            f"{files}, which are not of one run; leave one kind out, for instance with "
+            f"--exclude '*{max({one, other} - {_FOLDER}, key=len)}'"
+        )
+        told(Trouble("other run", Path(source), text))
+    kept = [path for path in paths if find_kind(path) in common]
+    reason = f"the only {{}} among {kinds[common[0]]} {common[0]}" if common else ""
+    others = [(path, find_kind(path)) for path in paths if find_kind(path) not in common]
+    passed = [
+        PassedOver(path, reason.format("folder" if kind == _FOLDER else f"{kind} file"))
+        for path, kind in others
+    ]
+    return kept, passed
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return device and inode of a regular file.
+
+    Raises:
+        CheckpointError: it is anything else.
+    """
+    try:
+        status = file_of(path).stat()
+    except OSError as error:
+        raise CheckpointError(_unusable(path, error)) from error
+    if stat.S_ISREG(status.st_mode):
+        return status.st_dev, status.st_ino
+    kind = next((kind for test, kind in _KINDS if test(status.st_mode)), "a special file")
+    raise CheckpointError(
+        f"{shown(path)} is {kind}, not a checkpoint file: {advise_exclusion(path)}"
+    )
+
+
+def _unusable(path: Path, error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return (
+            f"{shown(path)} is a symbolic link that leads back to itself: {advise_exclusion(path)}"
+        )
+    if error.errno == errno.ENOENT and path.is_symlink():
+        return f"{shown(path)} is a symbolic link to a file that is gone: {advise_exclusion(path)}"
+    if error.errno == errno.ENOENT:
+        return f"{shown(path)}: there is no such file or directory"
+    return f"{shown(path)} cannot be used: {error.strerror}"
+
+
+def _same_file(first: Path, second: Path) -> str:
+    if str(first) == str(second):
+        return f"{shown(first)} is given twice: name each checkpoint once"
+    extra = first if first.is_symlink() and not second.is_symlink() else second
+    return (
+        f"{shown(first)} and {shown(second)} are one and the same file, through a link or another "
+        f"way of writing its path: {advise_exclusion(extra, whole=first.name == second.name)}"
+    )
+
+
+def advise_exclusion(path: Path, whole: bool = False) -> str:
+    """Return the advice to exclude a file, with a pattern that matches no other in its folder."""
+    return f"leave it out with --exclude '{shown(glob.escape(str(path) if whole else path.name))}'"
+
+
+def describe_nothing_found(
+    source: StrPath,
+    passed: Sequence[PassedOver],
+    what: str = "checkpoint",
+    kinds: Mapping[str, str] = _KINDS_OF_FILE,
+) -> str:
+    """Return the message for a source in which nothing is left."""
+    ends = ", ".join(end for end, kind in kinds.items() if kind)
+    text = f"{shown(os.fspath(source))}: there is no {what} here: looked for files in {ends}"
+    if not passed:
+        return f"{text}, but found nothing at all"
+    some = ", ".join(f"{shown(one.path.name, 60)} ({one.reason})" for one in passed[:3])
+    more = f" and {len(passed) - 3} more" if len(passed) > 3 else ""
+    return f"{text}, passed over {some}{more}"

@@ -1,0 +1,363 @@
+"""Order the checkpoints of a run by epoch, tell runs apart, and keep a part of them.
+
+Knows what the names of one run have in common.  Reads no directory, no log and no checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from polyak_cli.checkpoints.listing import (
+    Checkpoint,
+    Pool,
+    Trouble,
+    advise_exclusion,
+    find_kind,
+    is_matched,
+    refuse,
+)
+from polyak_cli.checkpoints.names import DATE, VERSIONS, Name, Role, has_whole_number, parse_name
+from polyak_cli.errors import CheckpointError, shown
+
+
+def is_thinned(pool: Pool, exclude: Sequence[str]) -> bool:
+    """Tell whether something was excluded that may be a checkpoint of the run."""
+    passed = (one.path for one in pool.passed_over)
+    excluded = (path for path in passed if any(is_matched(path, pattern) for pattern in exclude))
+    return any(find_kind(path) and _epoch_alone(path) is not None for path in excluded)
+
+
+_SAY_WHERE = "say where the epoch is with --epoch-pattern, for instance '(\\d+)\\.h5$'"
+
+
+def order_by_epoch(
+    pool: Pool, pattern: re.Pattern[str] | None
+) -> tuple[list[Checkpoint], list[str]]:
+    """Return all checkpoints, oldest first, and what is to be noted about their order."""
+    if not pool.paths:
+        return [], []
+    if pattern is not None:
+        epochs: list[int | None] = [_matched_epoch(path, pattern) for path in pool.paths]
+    elif pool.as_given:
+        epochs = _epochs_if_any(pool.paths)
+    else:
+        epochs = [*_epochs(pool.paths)]
+    found = [Checkpoint(path, epoch, None) for path, epoch in zip(pool.paths, epochs, strict=True)]
+    if pool.as_given:
+        return found, _order_notes(found)
+    found.sort(key=lambda checkpoint: checkpoint.epoch or 0)
+    _tell_of_doubles(found, refuse)
+    return found, []
+
+
+def _tell_of_doubles(ordered: Sequence[Checkpoint], told: Callable[[Trouble], None]) -> None:
+    for earlier, later in pairwise(ordered):
+        if earlier.epoch == later.epoch is not None:
+            text = (
+                f"{shown(earlier.path)} and {shown(later.path)} are both epoch {later.epoch}: "
+                f"leave one out with --exclude, or {_SAY_WHERE}"
+            )
+            told(Trouble("duplicate epoch", later.path, text))
+
+
+def order_as_far_as_known(
+    pool: Pool, pattern: re.Pattern[str] | None, told: Callable[[Trouble], None]
+) -> list[Checkpoint]:
+    """Return all checkpoints, oldest first, and tell of those whose names do not say enough."""
+    epochs: Sequence[int | None]
+    others: Collection[Path] = ()
+    if pattern is not None:
+        epochs = [_matched_epoch_if_any(path, pattern, told) for path in pool.paths]
+    elif pool.as_given:
+        epochs = _epochs_if_any(pool.paths)
+    else:
+        known, others = _epochs_of_runs(pool.paths, told)
+        epochs = [known.get(path) for path in pool.paths]
+    found = [Checkpoint(path, epoch, None) for path, epoch in zip(pool.paths, epochs, strict=True)]
+    if pool.as_given and None in epochs:
+        return found
+    found.sort(key=lambda one: -math.inf if one.epoch is None else one.epoch)
+    _tell_of_doubles([one for one in found if one.path not in others], told)
+    return found
+
+
+def _matched_epoch_if_any(
+    path: Path, pattern: re.Pattern[str], told: Callable[[Trouble], None]
+) -> int | None:
+    try:
+        return _matched_epoch(path, pattern)
+    except CheckpointError as error:
+        told(Trouble("no epoch", path, str(error)))
+        return None
+
+
+def _epochs_of_runs(
+    paths: Sequence[Path], told: Callable[[Trouble], None]
+) -> tuple[dict[Path, int], set[Path]]:
+    """Return the epochs that names tell, and which files are not of the largest run."""
+    runs: dict[Hashable, list[Name]] = {}
+    for path in paths:
+        name = parse_name(path)
+        if has_whole_number(name):
+            runs.setdefault((find_kind(path), name.signature), []).append(name)
+        else:
+            told(Trouble("no epoch", path, _no_number(name)))
+    known: dict[Path, int] = {}
+    parted: list[list[Name]] = []
+    for alike in runs.values():
+        try:
+            field = _epoch_field(alike)
+        except CheckpointError as error:
+            told(Trouble("no epoch", alike[0].path, str(error)))
+            parted.append(alike)
+            continue
+        known |= {name.path: int(name.numbers[field].value) for name in alike}
+        within: dict[Hashable, list[Name]] = {}
+        for name in alike:
+            within.setdefault(_other_numbers(name, field), []).append(name)
+        parted += within.values()
+    # On a tie, that which goes on longest is taken for the run.
+    parted.sort(key=lambda run: (len(run), max(known.get(name.path, 0) for name in run)))
+    others = [name.path for run in parted[:-1] for name in run]
+    for path in others:
+        usual = shown(parted[-1][0].path)
+        text = (
+            f"{shown(path)} looks like a checkpoint of another run than {usual} "
+            f"({len(parted[-1])} are named like this one): leave one kind out with --exclude, or "
+            f"{_SAY_WHERE}"
+        )
+        told(Trouble("other run", path, text))
+    return known, set(others)
+
+
+def sort_by_epoch_or_name(paths: Sequence[Path]) -> list[Path]:
+    """Return files in the order of their epochs, or of their names where that is not clear."""
+    try:
+        epochs = dict(zip(paths, _epochs(paths), strict=True))
+    except CheckpointError:
+        epochs = {}
+    if len(set(epochs.values())) == len(paths):
+        return sorted(paths, key=lambda path: epochs[path])
+    return sorted(paths, key=with_numbers)
+
+
+def with_numbers(path: Path) -> list[str | int]:
+    """Return a key that sorts model_9 before model_10."""
+    parts = re.split(r"(\d+)", str(path))  # text and digits in turn, text first
+    return [int(part) if place % 2 else part.casefold() for place, part in enumerate(parts)]
+
+
+def _matched_epoch(path: Path, pattern: re.Pattern[str]) -> int:
+    match = pattern.search(path.name)
+    if match is None:
+        raise CheckpointError(
+            f"{shown(path)}: --epoch-pattern '{shown(pattern.pattern)}' matches nothing in its "
+            "name: correct the pattern or leave the file out with --exclude"
+        )
+    group: str | int = "epoch" if "epoch" in pattern.groupindex else min(pattern.groups, 1)
+    text = match[group]
+    if text is None or not re.fullmatch(r"[-+]?\d+", text):
+        raise CheckpointError(
+            f"{shown(path)}: --epoch-pattern '{shown(pattern.pattern)}' finds "
+            f"{'no epoch' if text is None else repr(shown(text))} in its name, but the group "
+            "'epoch', else the first group, must be a whole number"
+        )
+    return int(text)
+
+
+def _epochs_if_any(paths: Sequence[Path]) -> list[int | None]:
+    """Read epochs from files named one by one, whose order does not depend on them."""
+    try:
+        return [*_epochs(paths)]
+    except CheckpointError:
+        return [_epoch_alone(path) for path in paths]
+
+
+def _epoch_alone(path: Path) -> int | None:
+    try:
+        return _epochs([path])[0]
+    except CheckpointError:
+        return None
+
+
+def _order_notes(given: Sequence[Checkpoint]) -> list[str]:
+    known = [checkpoint for checkpoint in given if checkpoint.epoch is not None]
+    for earlier, later in pairwise(known):
+        if (earlier.epoch or 0) >= (later.epoch or 0):
+            return [
+                "the files are taken in the order given, oldest first, which is not that of their "
+                f"epochs: {shown(earlier.path)} (epoch {earlier.epoch}) stands before "
+                f"{shown(later.path)} (epoch {later.epoch}), and {shown(given[-1].path)} counts as "
+                "the newest; name their directory instead to order them by epoch"
+            ]
+    return []
+
+
+def _epochs(paths: Sequence[Path]) -> list[int]:
+    """Read the epoch from the names of one run's files.
+
+    Raises:
+        CheckpointError: a name has no number, the names are not alike, or none or several of their
+            numbers could be the epoch.
+    """
+    names = [parse_name(path) for path in paths]
+    for name in names:
+        if not has_whole_number(name):
+            raise CheckpointError(_no_number(name))
+    _require_alike(names, [name.signature for name in names])
+    # Equal signatures: the names have the same numbers in the same places from here on.
+    field = _epoch_field(names)
+    _require_alike(names, [_other_numbers(name, field) for name in names])
+    return [int(name.numbers[field].value) for name in names]
+
+
+def _no_number(name: Name) -> str:
+    return (
+        f"{shown(name.path)}: its name holds no whole number that could be the epoch: "
+        f"{advise_exclusion(name.path)}, or {_SAY_WHERE}"
+    )
+
+
+def _other_numbers(name: Name, field: int) -> tuple[int | float, ...]:
+    """Return the numbers besides the epoch that must not change within a run."""
+    return tuple(
+        number.value
+        for index, number in enumerate(name.numbers)
+        if number.role is Role.PLAIN and index != field
+    )
+
+
+def _require_alike(names: Sequence[Name], keys: Sequence[Hashable]) -> None:
+    kinds = Counter(keys)
+    if len(kinds) == 1:
+        return
+    (usual, many), (odd, few), *_ = kinds.most_common()
+    one, other = names[keys.index(usual)].path, names[keys.index(odd)].path
+    raise CheckpointError(
+        f"{shown(one)} and {shown(other)} look like checkpoints of two runs ({many} named like the "
+        f"one, {few} like the other): leave one kind out with --exclude, or {_SAY_WHERE}"
+    )
+
+
+def _epoch_field(names: Sequence[Name]) -> int:
+    """Return which of the numbers that the names have in common is the epoch."""
+    first = names[0].numbers
+    for role in (Role.EPOCH, Role.PLAIN, Role.COUNTER):
+        places = [index for index, number in enumerate(first) if number.role is role]
+        varying = [i for i in places if len({name.numbers[i].value for name in names}) > 1]
+        if len(varying) > 1:
+            raise CheckpointError(_ambiguous(names, varying))
+        if varying:
+            return varying[0]
+        if places and role is Role.EPOCH:
+            return places[-1]
+    return _likeliest_field(names[0])
+
+
+def _likeliest_field(name: Name) -> int:
+    """Return the number that is most like an epoch where comparing names does not tell."""
+
+    def likeliness(index: int) -> tuple[int, bool, bool, int]:
+        number = name.numbers[index]
+        ranks = {Role.PLAIN: 3, Role.COUNTER: 2, Role.FIXED: 1}
+        named = number.label == "of" or number.label in VERSIONS or DATE.fullmatch(number.text)
+        # resnet50_10: a number that is part of a word is rather a name.
+        part_of_word = bool(number.label) and not number.joint
+        return ranks[number.role], not named, not part_of_word, index
+
+    whole = [index for index, number in enumerate(name.numbers) if isinstance(number.value, int)]
+    possible = [index for index in whole if name.numbers[index].role is not Role.MEASURE]
+    if not possible:
+        number = name.numbers[whole[-1]]
+        raise CheckpointError(
+            f"{shown(name.path)}: the {number.text} in its name looks like the metric "
+            f"'{shown(number.label)}', not like an epoch: {_SAY_WHERE}"
+        )
+    return max(possible, key=likeliness)
+
+
+def _ambiguous(names: Sequence[Name], varying: Sequence[int]) -> str:
+    numbers = [names[0].numbers[index].text for index in varying]
+    return (
+        f"{shown(names[0].path)}: {', '.join(numbers[:-1])} and {numbers[-1]} in its name vary "
+        f"from file to file, so each could be the epoch: {_SAY_WHERE}, or leave files of another "
+        "run out with --exclude"
+    )
+
+
+def restrict_epochs(
+    ordered: Sequence[Checkpoint],
+    from_epoch: int | None,
+    to_epoch: int | None,
+    growing: bool = False,
+) -> list[Checkpoint]:
+    """Return the checkpoints from one epoch to another, both included."""
+    if from_epoch is None and to_epoch is None:
+        return list(ordered)
+    low = -math.inf if from_epoch is None else from_epoch
+    high = math.inf if to_epoch is None else to_epoch
+    kept = [one for one in ordered if low <= require_epoch(one, "--from and --to") <= high]
+    if not kept and not growing:
+        bounds = [
+            *([] if from_epoch is None else [f"--from {from_epoch}"]),
+            *([] if to_epoch is None else [f"--to {to_epoch}"]),
+        ]
+        raise CheckpointError(
+            f"{' '.join(bounds)}: no checkpoint has such an epoch; there are "
+            f"{describe_epochs(ordered)}"
+        )
+    return kept
+
+
+def take_newest(
+    checkpoints: list[Checkpoint], last: int | None, total: int, growing: bool = False
+) -> list[Checkpoint]:
+    """Return the last of the checkpoints; ``total`` is how many there were before restrictions."""
+    if last is None:
+        return checkpoints
+    if not growing and last > len(checkpoints):
+        rest = "" if total == len(checkpoints) else f" after the other options, out of {total}"
+        raise CheckpointError(
+            f"{shown(checkpoints[-1].path.parent)}: --last {last}, but there "
+            f"{'is' if len(checkpoints) == 1 else 'are'} only {describe_epochs(checkpoints)}"
+            f"{rest}; ask for fewer, or name more files"
+        )
+    return checkpoints[-last:]
+
+
+def place_in_run(chosen: Sequence[Checkpoint], ordered: Sequence[Checkpoint]) -> tuple[float, ...]:
+    """Return the ``positions`` of a `Selection`."""
+    epochs = [one.epoch for one in chosen if one.epoch is not None]
+    # A run that has an epoch 0 has as many epochs behind it as the number says, plus one.
+    shift = max(0, 1 - min((one.epoch for one in ordered if one.epoch is not None), default=1))
+    positions = [float(epoch + shift) for epoch in epochs]
+    rising = all(a < b for a, b in pairwise(positions))
+    if len(epochs) == len(chosen) and rising:
+        return tuple(positions)
+    return tuple(float(place) for place in range(1, len(chosen) + 1))
+
+
+def require_epoch(checkpoint: Checkpoint, option: str) -> int:
+    """Return a checkpoint's epoch, or raise that an option needs it."""
+    if checkpoint.epoch is None:
+        raise CheckpointError(
+            f"{shown(checkpoint.path)}: {option} needs the epoch, and its name holds no number "
+            f"that could be it: {_SAY_WHERE}"
+        )
+    return checkpoint.epoch
+
+
+def describe_epochs(checkpoints: Sequence[Checkpoint]) -> str:
+    """Return how many there are, and of which epochs."""
+    count = f"{len(checkpoints)} checkpoint{'' if len(checkpoints) == 1 else 's'}"
+    epochs = [one.epoch for one in checkpoints if one.epoch is not None]
+    if not epochs:
+        return count
+    if len(epochs) == 1:
+        return f"{count} (epoch {epochs[0]})"
+    return f"{count} (epochs {min(epochs)} to {max(epochs)})"
