@@ -42,7 +42,7 @@ from polyak_cli.errors import (
     UsageError,
     shown,
 )
-from polyak_cli.examining import bitwise, health
+from polyak_cli.examining import health
 from polyak_cli.examining.health import Checked
 from polyak_cli.formats import publishing
 from polyak_cli.matching import Row, files_of, is_statistic, leaf, match, sources_of
@@ -506,17 +506,17 @@ def _verify(
     Raises:
         OutputError: what differs.
     """
-    publishing.from_disk(files)
-    opened = Path(output.name, files[-1].name) if hidden.is_dir() else Path(output.name)
-    nbytes = plan.bytes_to_write * (1 + own)
-    with publishing.scratch([output.resolve().parent], nbytes) as folder:
-        expected = again(plan, folder, opened, record)
-        if own:
-            from polyak_cli import recalibration
+    from polyak_cli.examining.recompute import Written, compare_again
 
-            (written,) = formats.scan([hidden], everything=True)
-            expected = recalibration.restored(expected, written)
-        found = bitwise.compare(files, expected)
+    publishing.from_disk(files)
+    written = Written(
+        files=files,
+        opened=Path(output.name, files[-1].name) if hidden.is_dir() else Path(output.name),
+        record=record,
+        nbytes=plan.bytes_to_write,
+        recalibrated=formats.scan([hidden], everything=True)[0] if own else None,
+    )
+    found = compare_again(plan, written, [output.resolve().parent])
     if found:
         first, *others = [*map(str, found.tensors), *found.outside]
         more = f" (and {len(others)} more)" if others else ""

@@ -79,6 +79,11 @@ class Input:
     sampled: str
     sha256: tuple[str, ...]
 
+    @property
+    def is_covered(self) -> bool:
+        """Whether its digests cover all of its bytes."""
+        return bool(self.sha256) or (self.sampled != "" and self.size <= SAMPLES * SAMPLE_BYTES)
+
 
 @dataclass(frozen=True, slots=True)
 class Record:

@@ -28,6 +28,7 @@ from polyak_cli import (
     inspect,
     models,
     recalibration,
+    records,
     verify,
 )
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, UsageError
@@ -134,14 +135,13 @@ def test_the_folders_beside_an_average_are_looked_into(run: Path) -> None:
     assert not verify(run / "final.h5", sources=[run / "empty"]).verified
     shutil.copytree(run / "ckpts", run / "another")
     shutil.copy(run / "ckpts/model_1.h5", run / "another/model_2.h5")
-    assert verify(run / "hashed.h5").verified  # digests tell which is meant
-    found = verify(run / "final.h5")
-    assert set(problems(found, "input")) == {f"model_{k}.h5" for k in (1, 2, 3)}
-    several = f"{run}/another and {run}/ckpts hold files of such names: choose one with --source"
-    assert several in found.notes
+    for name in ("hashed.h5", "final.h5"):
+        assert verify(run / name).verified  # digests say which folder is meant
     shutil.rmtree(run / "ckpts")
     shutil.rmtree(run / "another")
-    assert verify(run / "final.h5").notes == ()
+    found = verify(run / "final.h5")
+    assert set(problems(found, "input")) == {f"model_{k}.h5" for k in (1, 2, 3)}
+    assert found.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -253,17 +253,15 @@ def test_flipped_bits_all_over_the_file_are_caught(run: Path, suffix: str) -> No
 
 
 def test_the_tensor_and_the_element_are_named(run: Path) -> None:
-    """With digests of the inputs, it is told that they are innocent."""
-    with h5py.File(run / "hashed.h5", "r+") as file:
-        file["model_weights/dense/kernel"][2, 3] += 1
-    found = verified(run, "hashed.h5")
-    (text,) = problems(found, "tensor").values()
-    assert "dense/kernel' differs in 1 of 1000 elements, first in element 53" in text
-    assert problems(found, "input") == {}
-    assert "every input has the SHA-256 recorded: the average was changed" in found.notes
-    with h5py.File(run / "final.h5", "r+") as file:
-        file["model_weights/dense/kernel"][2, 3] += 1
-    assert "cannot be told" in verified(run).notes[-1]
+    """A note says that the inputs are as recorded."""
+    for name in ("hashed.h5", "final.h5"):
+        with h5py.File(run / name, "r+") as file:
+            file["model_weights/dense/kernel"][2, 3] += 1
+        found = verified(run, name)
+        (text,) = problems(found, "tensor").values()
+        assert "dense/kernel' differs in 1 of 1000 elements, first in element 53" in text
+        assert problems(found, "input") == {}
+        assert "every input has the SHA-256 recorded: the average was changed" in found.notes
 
 
 def test_a_carried_tensor_and_an_attribute_are_named(run: Path) -> None:
@@ -334,14 +332,14 @@ def exchange(run: Path) -> None:
 
 
 def test_a_changed_input_is_named(run: Path) -> None:
-    """By its digest; without one, because it was modified later than the average."""
+    """By its digest: of all bytes if that was recorded, else by the sampled one."""
     change(run / "ckpts/model_2.h5")
     found = verified(run, "hashed.h5")
     text = "'model_2.h5' was changed: its SHA-256 is not the one recorded"
     assert problems(found, "input") == {"model_2.h5": text}
     assert "element 26" in " ".join(problems(found, "tensor").values())
     found = verified(run)
-    text = "'model_2.h5' was modified after the average was written"
+    text = "'model_2.h5' was changed: its sampled SHA-256 is not the one recorded"
     assert problems(found, "input") == {"model_2.h5": text}
 
 
@@ -386,13 +384,12 @@ def test_an_input_of_another_size_is_named(run: Path) -> None:
 
 
 def test_exchanged_inputs_are_named(run: Path) -> None:
-    """By their digests; without, because the average is right with the two exchanged again."""
+    """By their digests, sampled or of all bytes."""
     exchange(run)
-    found = problems(verified(run, "hashed.h5"), "input")
-    assert "holds what 'model_2.h5' held" in found["model_1.h5"]
-    assert "holds what 'model_1.h5' held" in found["model_2.h5"]
-    found = problems(verified(run), "input")
-    assert found == {"model_1.h5": "'model_1.h5' and 'model_2.h5' were exchanged"}
+    for name in ("hashed.h5", "final.h5"):
+        found = problems(verified(run, name), "input")
+        assert "holds what 'model_2.h5' held" in found["model_1.h5"]
+        assert "holds what 'model_1.h5' held" in found["model_2.h5"]
 
 
 def test_a_missing_input_is_named(run: Path) -> None:
@@ -414,6 +411,128 @@ def test_renamed_inputs_are_named(run: Path, name: str) -> None:
     assert "epoch_2.h5 has what was averaged: it was renamed" in texts["model_1.h5"]
     assert "epoch_1.h5 has what was averaged: it was renamed" in texts["model_2.h5"]
     assert problems(found, "tensor") == {}
+
+
+def test_a_moved_input_is_named(run: Path) -> None:
+    """A file of the same name in another folder, found by its digest."""
+    (run / "ckpts/old").mkdir()
+    (run / "ckpts/model_2.h5").rename(run / "ckpts/old/model_2.h5")
+    found = verified(run)
+    (text,) = problems(found, "input").values()
+    assert text.endswith("ckpts/old/model_2.h5 has what was averaged: it was moved")
+    assert problems(found, "tensor") == {}
+
+
+def write_large(path: Path, seed: int) -> Path:
+    """Write a checkpoint that its sampled digest does not cover."""
+    values = np.random.default_rng(seed).normal(size=(1200, 1000)).astype(np.float32)
+    return write_model(path, {"dense": {"kernel": values}})
+
+
+def flip_unsampled(path: Path) -> None:
+    """Flip a bit of an element that the sampled digest does not cover."""
+    with h5py.File(path) as file:
+        start = file["model_weights/dense/kernel"].id.get_offset()
+    ranges = records.sampled_ranges(path.stat().st_size)
+    end = next(end for _, end in ranges if end > start)
+    place = end + (start - end) % 4 + 2  # an upper bit of the fraction
+    assert all(not begin <= place < stop for begin, stop in ranges)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << 6
+    path.write_bytes(content)
+
+
+def test_a_change_that_the_sample_does_not_see_is_found(tmp_path: Path) -> None:
+    """The average shows it; a note says which inputs cannot be excluded, --hash which it is."""
+    (tmp_path / "ckpts").mkdir()
+    for k in (1, 2):
+        write_large(tmp_path / f"ckpts/model_{k}.h5", k)
+    average(tmp_path / "ckpts", tmp_path / "final.h5", hash=False)
+    average(tmp_path / "ckpts", tmp_path / "hashed.h5", hash=True)
+    assert verify(tmp_path / "final.h5").verified
+    flip_unsampled(tmp_path / "ckpts/model_2.h5")
+    found = verify(tmp_path / "final.h5")
+    (text,) = problems(found, "tensor").values()
+    assert "kernel' differs in 1 of 1200000 elements" in text
+    assert problems(found, "input") == {}
+    assert "does not cover all bytes of 'model_1.h5', 'model_2.h5': one of" in found.notes[-1]
+    found = verify(tmp_path / "hashed.h5")
+    assert [*problems(found, "input")] == ["model_2.h5"]
+
+
+@pytest.mark.parametrize("name", ["final.h5", "hashed.h5"])
+def test_what_cannot_be_a_checkpoint_is_passed_over(run: Path, name: str) -> None:
+    """Folders and files of the names that cannot be read or are of another format: never final."""
+    before = [f"{kind}-before" for kind in ("dir", "fifo", "npz", "loop", "text")]
+    for folder in before:
+        (run / folder).mkdir()
+    (run / "dir-before/model_1.h5").mkdir()
+    os.mkfifo(run / "fifo-before/model_1.h5")
+    np.savez(run / "npz-before/model_1.npz", kernel=np.ones(3))
+    (run / "npz-before/model_1.npz").rename(run / "npz-before/model_1.h5")
+    (run / "loop-before/model_1.h5").symlink_to("model_1.h5")
+    (run / "text-before/model_1.h5").write_bytes(b"no checkpoint")
+    sources = [run / folder for folder in (*before, "ckpts")]
+    assert verify(run / name, sources=sources).verified
+    assert verify(run / name).verified  # they are beside the average, too
+    (run / "ckpts/model_1.h5").unlink()
+    for kept in ("dir-before", "fifo-before", "npz-before", "text-before"):
+        found = verify(run / name, sources=[run / kept, run / "ckpts"])
+        (text,) = problems(found, "input").values()
+        assert text.startswith("'model_1.h5' cannot be averaged: "), text
+        assert found.inputs[0] == ("model_1.h5", None)
+    sources = [run / "loop-before", run / "ckpts"]
+    (text,) = problems(verify(run / name, sources=sources), "input").values()
+    assert text.startswith("'model_1.h5' is missing: ")
+
+
+def test_a_folder_that_may_not_be_read_is_passed_over(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the system refuses there, the checkpoints are found elsewhere."""
+    (run / "another").mkdir()
+    shutil.copy(run / "ckpts/model_1.h5", run / "another/model_1.h5")
+    real_stat, real_iterdir = os.stat, Path.iterdir
+
+    def refuse(folder: str) -> None:  # tests may run as root, whom the system refuses nothing
+        if folder == str(run / "another"):
+            raise PermissionError(13, "Permission denied", folder)
+
+    def stat(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if isinstance(path, (str, os.PathLike)):
+            refuse(str(Path(path).parent))
+        return real_stat(path, *arguments, **options)
+
+    def iterdir(path: Path) -> Any:
+        refuse(str(path))
+        return real_iterdir(path)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert verify(run / "final.h5").verified
+    assert verify(run / "final.h5", sources=[run / "another", run / "ckpts"]).verified
+    (run / "ckpts/model_1.h5").rename(run / "ckpts/epoch_1.h5")
+    assert [*problems(verify(run / "final.h5"), "input")] == ["model_1.h5"]
+
+
+def test_inputs_of_one_name_are_found_by_their_paths(tmp_path: Path) -> None:
+    """In a folder like the one they lay in, wherever it is; an exchange names both paths."""
+    for k in (1, 2):
+        values = np.full((40, 25), k, np.float32)
+        (tmp_path / f"run/step_{k}").mkdir(parents=True)
+        write_model(tmp_path / f"run/step_{k}/model.h5", {"dense": {"kernel": values}})
+    inputs = [tmp_path / f"run/step_{k}/model.h5" for k in (1, 2)]
+    average(inputs, tmp_path / "o.h5", coefficients=[1, 3])
+    assert verify(tmp_path / "o.h5").verified
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert verify(tmp_path / "o.h5").verified
+    one, two = tmp_path / "moved/step_1", tmp_path / "moved/step_2"
+    one.rename(tmp_path / "other")
+    two.rename(one)
+    (tmp_path / "other").rename(two)
+    found = problems(verify(tmp_path / "o.h5"), "input")
+    assert "holds what 'step_2/model.h5' held" in found["step_1/model.h5"]
+    assert "holds what 'step_1/model.h5' held" in found["step_2/model.h5"]
 
 
 def test_an_input_that_cannot_be_read_is_named(run: Path) -> None:
@@ -473,6 +592,11 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "size": lambda record: record | one_input(record, size=-1),
     "epoch": lambda record: record | one_input(record, epoch=True),
     "digest": lambda record: record | one_input(record, sha256=[5]),
+    "sampled digest": lambda record: record | one_input(record, sampled_sha256=5),
+    "a path of another name": lambda record: record | one_input(record, path="a/b.h5"),
+    "a path that leads out": lambda record: record | one_input(record, path="../model_1.h5"),
+    "an absolute path": lambda record: record | one_input(record, path="/model_1.h5"),
+    "no path": lambda record: record | one_input(record, path=5),
 }
 
 
@@ -516,6 +640,58 @@ def test_what_is_no_average_is_refused(run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"final.h5: was recalibrated by polyak, but is no"):
         verify(run / "final.h5")
     assert polyak("verify", "none.h5", cwd=run).returncode == 3
+
+
+# --- records of polyak 0.1.0 ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """Return a folder with checkpoints and averages that polyak 0.1.0 wrote."""
+    shutil.copytree(Path(__file__).parent / "data/polyak-0.1.0", tmp_path / "old")
+    return tmp_path / "old"
+
+
+@pytest.mark.parametrize("name", ["final.h5", "hashed.h5", "same_names.safetensors"])
+def test_averages_of_the_first_version_verify(old: Path, name: str) -> None:
+    """Their records have no sampled digests; names, sizes and whole digests are compared."""
+    folders = ["a", "b"] if name.startswith("same") else ["ckpts"]
+    found = verify(old / name, sources=[old / folder for folder in folders])
+    assert (found.problems, found.notes) == ((), ())
+
+
+def test_without_digests_the_folder_must_be_named(old: Path) -> None:
+    """If several folders hold files of the names; a whole digest says which is meant."""
+    for folder in ("a", "b"):
+        shutil.rmtree(old / folder)
+    shutil.copytree(old / "ckpts", old / "another")
+    shutil.copy(old / "ckpts/model_1.h5", old / "another/model_2.h5")
+    assert verify(old / "hashed.h5").verified
+    found = verify(old / "final.h5")
+    assert set(problems(found, "input")) == {f"model_{k}.h5" for k in (1, 2, 3)}
+    several = f"{old}/another and {old}/ckpts hold files of such names: choose one with --source"
+    assert several in found.notes
+
+
+def test_without_digests_a_change_is_found_but_not_located(old: Path) -> None:
+    """Input or average: a note says that it cannot be told; with a whole digest it can."""
+    exchange(old)
+    found = verified(old)
+    assert "dense/kernel" in " ".join(problems(found, "tensor"))
+    assert problems(found, "input") == {}
+    assert "no digests of the inputs were recorded (--hash), so it cannot be told" in found.notes[0]
+    found = verified(old, "hashed.h5")
+    assert [*problems(found, "input")] == ["model_1.h5", "model_2.h5"]
+    assert "files were exchanged" in found.problems[0].text
+
+
+def test_without_digests_a_missing_input_is_not_guessed(old: Path) -> None:
+    """A renamed file is found by its whole digest only; without one the input is missing."""
+    (old / "ckpts/model_2.h5").rename(old / "ckpts/epoch_2.h5")
+    (text,) = problems(verified(old), "input").values()
+    assert text.startswith("'model_2.h5' is missing: nothing in ")
+    (text,) = problems(verified(old, "hashed.h5"), "input").values()
+    assert text.endswith("epoch_2.h5 has what was averaged: it was renamed")
 
 
 # --- the copy -------------------------------------------------------------------------------------
@@ -688,6 +864,7 @@ def table(path: Path, **places: tuple[int, int]) -> Table:
     return Table(path, "hdf5", (file,), specs, {}, frozenset(), "", False)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.sets(st.integers(0, 79), min_size=1))
 def test_what_differs_is_counted(
     tmp_path_factory: pytest.TempPathFactory, step: int, changed: set[int]

@@ -1,7 +1,6 @@
-"""BIT FOR BIT: where the files of an output are not those that the same work gave again.
+"""Compare the files of two outputs bit for bit, and name the tensors in which they differ.
 
-Compares bytes by offset, in flat memory, and says in which tensors they lie.  Knows no format, and
-nothing of how either output came to be.
+Compares bytes by offset, in flat memory.  Knows no format, and not how either output was made.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ _STEP = 1 << 20
 Offsets = npt.NDArray[np.int64]
 
 
-class Unlike(NamedTuple):
-    """A tensor that is not the same."""
+class TensorDeviation(NamedTuple):
+    """A tensor that differs."""
 
     name: str
-    elements: int  # how many differ; 0 where they were not counted
+    elements: int  # how many elements differ; 0 if they were not counted
     first: int  # the first of them, in the order in which they are stored
-    size: int  # how many there are
+    size: int  # how many elements the tensor has
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Return a sentence without its full stop."""
         if not self.elements:
             return f"tensor '{shown(self.name)}' differs"
         return (
@@ -43,13 +42,13 @@ class Unlike(NamedTuple):
 
 
 class Deviation(NamedTuple):
-    """How an output deviates from what it should be; false where it does not."""
+    """How an output deviates from what it should be; false if it does not."""
 
-    tensors: tuple[Unlike, ...] = ()
-    outside: tuple[str, ...] = ()  # of the tensors: a sentence for each file
+    tensors: tuple[TensorDeviation, ...] = ()
+    outside: tuple[str, ...] = ()  # differences outside the tensors, a sentence each
 
     def __bool__(self) -> bool:
-        """Tell whether there is any deviation."""
+        """Return whether there is any deviation."""
         return bool(self.tensors or self.outside)
 
 
@@ -57,21 +56,21 @@ def compare(found: Sequence[Path], expected: Table) -> Deviation:
     """Compare the files of an output with those of another that is laid out in the same way.
 
     Args:
-        found: a file for each of the table's, in their order.
-        expected: the output that is known to be right, with all its tensors.
+        found: the output's files, in the order of the table's.
+        expected: the table of the output that is known to be right.
 
     Raises:
-        FormatError: a file cannot be read, or becomes shorter meanwhile.
+        FormatError: a file cannot be read, or becomes shorter while it is read.
     """
     specs = [*expected.tensors.values(), *expected.others.values()]
-    tensors: list[Unlike] = []
+    tensors: list[TensorDeviation] = []
     outside: list[str] = []
     for number, (path, (other, _)) in enumerate(zip(found, expected.files, strict=True)):
         counts = _Counts([spec for spec in specs if spec.file == number])
         try:
-            with open(path, "rb", buffering=0) as ours, open(other, "rb", buffering=0) as right:
-                sizes = [each.seek(0, 2) for each in (ours, right)]
-                for offsets in _unequal(ours, right, min(sizes)):
+            with open(path, "rb", buffering=0) as a, open(other, "rb", buffering=0) as b:
+                sizes = [each.seek(0, 2) for each in (a, b)]
+                for offsets in _unequal(a, b, min(sizes)):
                     counts.add(offsets)
         except OSError as error:
             raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
@@ -87,7 +86,7 @@ def compare(found: Sequence[Path], expected: Table) -> Deviation:
 
 
 def _unequal(one: BinaryIO, other: BinaryIO, size: int) -> Iterator[Offsets]:
-    """Yield the offsets of the bytes that differ, piece by piece."""
+    """Yield the offsets of the bytes that differ, in order, one array for each piece."""
     a, b = np.empty(_STEP, np.uint8), np.empty(_STEP, np.uint8)
     for start in range(0, size, _STEP):
         count = min(_STEP, size - start)
@@ -98,7 +97,7 @@ def _unequal(one: BinaryIO, other: BinaryIO, size: int) -> Iterator[Offsets]:
 
 
 class _Counts:
-    """How many elements of each tensor of a file differ, and how many bytes outside of them."""
+    """Counts the elements that differ in each tensor of a file, and the bytes outside tensors."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         placed = [(s.storage.offset, s) for s in specs if isinstance(s.storage, Extent) and s.size]
@@ -106,18 +105,19 @@ class _Counts:
         self.starts = [offset for offset, _ in placed]
         self.specs = [spec for _, spec in placed]
         self.ends = [offset + spec.nbytes for offset, spec in placed]
-        self.reach = [*itertools.accumulate(self.ends, max)]  # of all up to here
+        # The largest end so far: tensors may overlap, and a long one may hold several others.
+        self.reach = [*itertools.accumulate(self.ends, max)]
         self.found: dict[int, list[int]] = {}  # tensor -> how many elements, the first, the last
         self.outside = 0
         self.first = -1
 
     def add(self, offsets: Offsets) -> None:
-        """Count bytes, which come in order."""
+        """Count bytes that differ; calls come in order of the offsets."""
         left = offsets
         while left.size:
             k = bisect.bisect_right(self.starts, left[0]) - 1
             end = self.starts[k + 1] if k + 1 < len(self.starts) else left[-1] + 1
-            # What tensors share, as tied ones and views do, counts for the last that has it.
+            # Bytes that tensors share (tied weights, views) count for the last that has them.
             while k >= 0 and self.ends[k] <= left[0] < self.reach[k]:
                 k -= 1
             if k >= 0 and left[0] < self.ends[k]:
@@ -132,16 +132,16 @@ class _Counts:
         width = self.specs[k].nbytes // self.specs[k].size or 1
         elements = np.unique((offsets - self.starts[k]) // width)
         count, first, last = self.found.get(k, (0, int(elements[0]), -1))
-        again = int(elements[0]) == last  # an element that two pieces share
+        again = int(elements[0]) == last  # one element may lie in two pieces
         self.found[k] = [count + len(elements) - again, first, int(elements[-1])]
 
-    def tensors(self) -> Iterator[Unlike]:
-        """Yield the tensors that differ, as they lie in the file."""
+    def tensors(self) -> Iterator[TensorDeviation]:
+        """Yield the tensors that differ, in the order of the file."""
         for k, (count, first, _) in sorted(self.found.items()):
-            yield Unlike(self.specs[k].name, count, first, self.specs[k].size)
+            yield TensorDeviation(self.specs[k].name, count, first, self.specs[k].size)
 
 
 def _split(offsets: Offsets, end: int) -> tuple[Offsets, Offsets]:
-    """Part the offsets before an end from the others."""
+    """Split offsets into those before an end and the others."""
     count = int(np.searchsorted(offsets, end))
     return offsets[:count], offsets[count:]

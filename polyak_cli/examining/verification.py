@@ -1,21 +1,19 @@
-"""THE TOOL of `polyak verify`: is an average what its record says, bit for bit?
+"""The tool of `polyak verify`: check that an average is what its record says, bit for bit.
 
-Finds the checkpoints that the record names, averages them once more, and compares all files byte
-by byte.  What differs is named; which of the inputs is to blame is told as far as it can be.
+Finds the checkpoints that the record names, compares their digests, averages them once more, and
+compares all files byte by byte.  Does not know how an average is made, and guesses nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-import numpy as np
 
 from polyak_cli import __version__, averaging, engine, formats, recalibration, records
 from polyak_cli.averaging import Plan
@@ -28,42 +26,34 @@ from polyak_cli.errors import (
     UsageError,
     shown,
 )
-from polyak_cli.examining import bitwise
-from polyak_cli.examining.bitwise import Deviation, Unlike
-from polyak_cli.formats import publishing
-from polyak_cli.matching import files_of, sources_of
+from polyak_cli.examining.bitwise import Deviation
+from polyak_cli.examining.recompute import Written, compare_again
+from polyak_cli.formats.detection import detect
 from polyak_cli.records import Record
-from polyak_cli.tensors import Bytes, Float64, Table, itemsize, narrow
+from polyak_cli.tensors import File, Identity, Table
 
 _StrPath = str | os.PathLike[str]
-
-#: Files of a folder that are tried in place of an input that is missing.
-_TRIED = 24
-#: Elements by which it is tried who could be exchanged or renamed.
-_SAMPLE = 1 << 12
-#: Inputs of which each pair is tried.
-_PAIRED = 40
 
 
 class Discrepancy(NamedTuple):
     """Why an average does not verify."""
 
     kind: Literal["file", "record", "input", "tensor", "metadata"]
-    name: str  # of the input or tensor; of the output's file otherwise
-    text: str  # in words, the name included
+    name: str  # of the input or the tensor; else of the output's file
+    text: str  # a sentence that includes the name
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What came of verifying an average.
+    """The result of verifying an average.
 
     Attributes:
         output: the average, as the user named it.
-        inputs: name and place of each checkpoint it was made of, oldest first; None where it was
-            not found.
-        problems: why it does not verify; none where it does.
+        inputs: name and path of each checkpoint it was made of, oldest first; the path is None if
+            the checkpoint was not found.
+        problems: why it does not verify; empty if it does.
         nbytes: how many bytes were compared.
-        unverified: tensors that cannot be recomputed: BatchNorm's statistics, gathered anew.
+        unverified: tensors that cannot be recomputed: BatchNorm statistics gathered over data.
         notes: what the user should know, a line each.
     """
 
@@ -80,7 +70,7 @@ class Verification:
         return not self.problems
 
     def data(self) -> dict[str, Any]:
-        """Return it as what JSON can hold."""
+        """Return it as JSON types."""
         return {
             "output": str(self.output),
             "verified": self.verified,
@@ -103,26 +93,28 @@ def verify(
 ) -> Verification:
     """Recompute an average from the record in it, and compare it bit for bit.
 
-    The record is no signature: who can write both the file and its record can make them agree.
+    The record is no signature: anyone who can write both the file and its record can make them
+    agree.
 
     Args:
-        output: the average: a file, or a folder that is one.
-        sources: folders in which the checkpoints are looked for, before the one that holds the
-            average; without them, the folders in that one are looked into too.
-        max_memory: bytes for buffers; `averaging.MAX_MEMORY`.
-        jobs: processes; as many as there are processors, at most 8.
+        output: the average: a file, or a folder of shards.
+        sources: folders to search for the checkpoints, before the folder that holds the average;
+            without them, the folders beside the average are searched too.
+        max_memory: bytes for buffers; `averaging.MAX_MEMORY` if None.
+        jobs: processes; as many as there are processors, at most 8, if None.
 
     Raises:
         UsageError: a source is no folder, or a number is out of range.
-        FormatError: there is no such file, or it is not one that holds a record.
-        CheckpointError: the folder holds several that it could be, or it is no average.
+        FormatError: there is no such file, or it holds no record.
+        CheckpointError: the folder holds several files that could be the average, or the file is
+            no average.
         OutputError: there is no room for a copy to compare with.
     """
     machine: averaging.Options = {"max_memory": max_memory, "jobs": jobs}
     averaging.check_options(machine)
-    path = _opened(Path(output))
+    path = _find_opener(Path(output))
     for folder in map(Path, sources):
-        if not os.path.isdir(folder):  # noqa: PTH112 - Path's raises where one may not look
+        if not _is_folder(folder):
             raise UsageError(f"--source {shown(folder)}: is no folder; name one with checkpoints")
     try:
         (table,) = formats.scan([path])
@@ -140,15 +132,14 @@ def verify(
         return Verification(Path(output), problems=(Discrepancy("record", path.name, text),))
     except CheckpointError as error:
         raise CheckpointError(f"{shown(output)}: {error}; there is nothing to recompute") from None
-    folders = [*map(Path, sources), _beside(table)]
-    around, notes = ([], []) if sources else _around(record, table)
-    return _Examination(
-        Path(output), table, record, [*folders, *around], machine, notes=notes
-    ).result()
+    folders = [*map(Path, sources), _folder_of(table)]
+    others, notes = ([], []) if sources else _folders_beside(record, table)
+    search = _Search(record, [*folders, *others], table)
+    return _Verifier(Path(output), table, record, search, machine, notes=notes).run()
 
 
-def _opened(path: Path) -> Path:
-    """Return the file that opens an average; TensorFlow's may be named by what its files have."""
+def _find_opener(path: Path) -> Path:
+    """Return the file that opens an average; TensorFlow's may be named by its files' prefix."""
     found = file_of(path)
     if not found.exists():
         index = path.with_name(f"{path.name}.index")
@@ -162,173 +153,295 @@ def _opened(path: Path) -> Path:
     return found
 
 
-def _is_folder(table: Table) -> bool:
-    """Tell whether an average is a folder, and not files whose names begin alike."""
+def _is_sharded(table: Table) -> bool:
+    """Return whether an average is a folder, not files whose names begin alike."""
     return getattr(formats.module(table.format), "FOLDER", False) and len(table.files) > 1
 
 
-def _beside(table: Table) -> Path:
+def _folder_of(table: Table) -> Path:
     """Return the folder that holds an average."""
-    return table.path.parent.parent if _is_folder(table) else table.path.parent
+    return table.path.parent.parent if _is_sharded(table) else table.path.parent
 
 
 # --- where the inputs are -------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Place:
-    """One input, and where it was found."""
+class _Input:
+    """One input of the record, and the checkpoint found for it.
+
+    Attributes:
+        recorded: what the record says of it.
+        path: the checkpoint, None if it was not found.
+        files: of the checkpoint.
+        is_recorded: it has the size that was recorded, and the digest if there is one.
+        is_renamed: it was found by its digest, under another name.
+        error: why a checkpoint of its name was passed over.
+    """
 
     recorded: records.Input
     path: Path | None = None
+    files: tuple[File, ...] = ()
+    is_recorded: bool = False
+    is_renamed: bool = False
+    error: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that were found."""
+        return sum(file.identity.size for file in self.files)
 
     def problem(self, text: str) -> Discrepancy:
-        """Say what is wrong with it."""
-        return Discrepancy("input", self.recorded.name, f"'{shown(self.recorded.name, 80)}' {text}")
+        """Return a problem of this input."""
+        name = self.recorded.path
+        return Discrepancy("input", name, f"'{shown(name, 80)}' {text}")
 
 
-def _located(record: Record, folders: Sequence[Path], own: Table) -> list[_Place]:
-    """Look for every input by its name, in this order of the folders."""
-    places: list[_Place] = []
-    for one in record.inputs:
-        taken = {place.path for place in places}
-        paths = [path for path in _called(one.name, folders, own) if path not in taken]
-        # Where several folders have the name, that is it which is as the record says.
-        fitting = [path for path in paths if len(paths) > 1 and _fits(path, one)]
-        places.append(_Place(one, next(iter([*fitting, *paths]), None)))
-    return places
+class _Search:
+    """Finds the inputs of a record in folders.
+
+    A candidate that cannot be read, or is of another format than the inputs found by their
+    digests, is passed over: the search continues, and such a candidate is never taken.
+    """
+
+    def __init__(self, record: Record, folders: Sequence[Path], own: Table) -> None:
+        self.folders = folders
+        self.own = own
+        self.inputs = [_Input(one) for one in record.inputs]
+
+    def run(self) -> list[_Input]:
+        """Look for every input by name and digest, then by name alone, then by digest alone."""
+        for one in self.inputs:
+            self._find_recorded(one)
+        for one in self.inputs:
+            if one.path is None:
+                self._find_readable(one)
+        self._find_renamed([one for one in self.inputs if one.path is None])
+        return self.inputs
+
+    def _paths(self, recorded: records.Input) -> list[Path]:
+        """Return the paths with an input's name that no other input has taken."""
+        taken = {one.path for one in self.inputs}
+        return [p for p in _paths_named(recorded, self.folders, self.own) if p not in taken]
+
+    def _find_recorded(self, one: _Input) -> None:
+        """Take the first checkpoint of the name that is as recorded."""
+        for path in self._paths(one.recorded):
+            with contextlib.suppress(PolyakError, OSError):
+                files = _files_of(path, one.recorded.size)
+                if _is_recorded(files, one.recorded):
+                    one.path, one.files, one.is_recorded = path, files, True
+                    return
+
+    def _find_readable(self, one: _Input) -> None:
+        """Take the first checkpoint of the name that can be read and has the expected format."""
+        for path in self._paths(one.recorded):
+            try:
+                (table,) = formats.scan([file_of(path)])
+                self._check_format(path, table.format)
+            except PolyakError as error:
+                one.error = one.error or str(error)
+            except OSError as error:
+                one.error = one.error or f"{shown(path)}: cannot be read: {error.strerror}"
+            else:
+                one.path, one.files = path, table.files
+                one.is_recorded = _is_recorded(one.files, one.recorded)
+                return
+
+    def _check_format(self, path: Path, found: str) -> None:
+        """Refuse a format that is not that of the inputs which are as recorded."""
+        known = next((one.path for one in self.inputs if one.path and one.is_recorded), None)
+        expected = detect(file_of(known)) if known else found
+        if found != expected:
+            one, other = (formats.module(name).NAME for name in (found, expected))
+            raise FormatError(
+                f"{shown(path)}: is a {one} file, but other checkpoints of the record are {other}"
+            )
+
+    def _find_renamed(self, missing: Sequence[_Input]) -> None:
+        """Take checkpoints of other names that have the digests of missing inputs."""
+        wanted = [one for one in missing if one.recorded.sampled or one.recorded.sha256]
+        names = {one.recorded.name for one in self.inputs}
+        sizes = {one.recorded.size for one in wanted}
+        for path in _paths_not_named(names, self.folders, self.own) if wanted else ():
+            with contextlib.suppress(PolyakError, OSError):
+                nbytes = path.stat().st_size
+                if nbytes in sizes or _is_folder(path):
+                    self._take_renamed(wanted, path, _files_of(path, nbytes))
+
+    def _take_renamed(self, wanted: Sequence[_Input], path: Path, files: tuple[File, ...]) -> None:
+        """Take a checkpoint of another name for the input whose digest it has, if there is one."""
+        sampled = records.sampled_digest(files)
+        # Records of polyak 0.1.0 have no other digest than that of all bytes.
+        digests = () if all(one.recorded.sampled for one in wanted) else _digests(files)
+        for one in wanted:
+            recorded = one.recorded
+            same = recorded.sampled == sampled if recorded.sampled else recorded.sha256 == digests
+            if one.path is None and same:
+                one.path, one.files = path, files
+                one.is_recorded = one.is_renamed = True
+                return
 
 
-def _called(name: str, folders: Sequence[Path], own: Table) -> Iterator[Path]:
-    """Yield what has a name in the folders, or is such a folder itself, but for the average."""
+def _paths_named(recorded: records.Input, folders: Sequence[Path], own: Table) -> Iterator[Path]:
+    """Yield what has an input's path or name in the folders, or is such a folder itself.
+
+    The average's own files are left out.
+    """
     for folder in folders:
-        within = folder / name
-        if os.path.exists(within):  # noqa: PTH110 - as above
-            if not _is_part(within, own):
-                yield within
-        elif folder.name == name and file_of(folder) != folder:
+        places = dict.fromkeys([folder / recorded.path, folder / recorded.name])
+        found = [path for path in places if os.path.exists(path)]  # noqa: PTH110 - see `_is_folder`
+        yield from (path for path in found if not _is_part(path, own))
+        if not found and folder.name == recorded.name and _is_checkpoint(folder):
             yield folder
 
 
-def _around(record: Record, own: Table) -> tuple[list[Path], list[str]]:
-    """Return the folders beside the average to look into too, and what is to be noted.
+def _paths_not_named(names: set[str], folders: Sequence[Path], own: Table) -> Iterator[Path]:
+    """Yield what has another name than the inputs, or such a name in another folder."""
+    for folder in folders:
+        for path in sorted(_entries(folder), key=with_numbers):
+            if not _is_folder(path) or _is_checkpoint(path):
+                if path.name not in names and not _is_part(path, own):
+                    yield path
+            else:
+                yield from (one for one in _entries(path) if one.name in names)
 
-    Of several that hold files of such names, digests tell which is meant.
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what a folder holds, without hidden entries; nothing if it cannot be read."""
+    with contextlib.suppress(OSError):
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return []
+
+
+def _is_folder(path: Path) -> bool:
+    """Return whether a path is a folder; unlike `Path.is_dir`, never raise."""
+    return os.path.isdir(path)  # noqa: PTH112 - Path's raises where one may not look
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is one checkpoint."""
+    with contextlib.suppress(PolyakError, OSError):
+        return file_of(folder) != folder
+    return False
+
+
+def _is_part(path: Path, own: Table) -> bool:
+    """Return whether a file is one of the average's."""
+    with contextlib.suppress(PolyakError, OSError):
+        status = file_of(path).stat()
+        return any(
+            (status.st_dev, status.st_ino) == (identity.device, identity.inode)
+            for _, identity in own.files
+        )
+    return False
+
+
+def _files_of(path: Path, nbytes: int) -> tuple[File, ...]:
+    """Return the files of a checkpoint that may have so many bytes.
+
+    Raises:
+        PolyakError: it cannot be read as a checkpoint.
+        OSError: it has gone.
     """
-    names = [one.name for one in record.inputs]
-    beside = _beside(own)
-    if all(any(_called(name, [beside], own)) for name in names):
+    opener = file_of(path)
+    status = opener.stat()
+    # A FIFO would block whoever opens it.
+    if stat.S_ISREG(status.st_mode) and opener == path and status.st_size == nbytes:
+        return (File(str(path), Identity.of(status)),)
+    (table,) = formats.scan([opener])
+    return table.files
+
+
+def _is_recorded(files: Sequence[File], recorded: records.Input) -> bool:
+    """Return whether a checkpoint has the recorded size, and the digest if there is one."""
+    if sum(file.identity.size for file in files) != recorded.size:
+        return False
+    if recorded.sampled:
+        return records.sampled_digest(files) == recorded.sampled
+    return not recorded.sha256 or _digests(files) == recorded.sha256
+
+
+def _digests(files: Sequence[File]) -> tuple[str, ...]:
+    return tuple(averaging.sha256(Path(file.path)) for file in files)
+
+
+def _folders_beside(record: Record, own: Table) -> tuple[list[Path], list[str]]:
+    """Return the folders beside the average to search too, and notes.
+
+    If several hold files of the names, only digests can say which is meant.
+    """
+    beside = _folder_of(own)
+    if all(any(_paths_named(one, [beside], own)) for one in record.inputs):
         return [], []
-    found = _holding(names, beside, own)
-    if len(found) < 2 or all(one.sha256 for one in record.inputs):
+    found = [
+        folder
+        for folder in _entries(beside)
+        if _is_folder(folder)
+        and any(any(_paths_named(one, [folder], own)) for one in record.inputs)
+    ]
+    if len(found) < 2 or all(one.sampled or one.sha256 for one in record.inputs):
         return found, []
     several = " and ".join(shown(folder) for folder in found[:2])
     return [], [f"{several} hold files of such names: choose one with --source"]
 
 
-def _holding(names: Sequence[str], place: Path, own: Table) -> list[Path]:
-    """Return the folders in a place that hold anything of these names."""
-    with contextlib.suppress(OSError), os.scandir(place) as entries:
-        folders = sorted(
-            place / entry.name
-            for entry in entries
-            if not entry.name.startswith(".") and entry.is_dir()
-        )
-        return [one for one in folders if any(any(_called(name, [one], own)) for name in names)]
-    return []
-
-
-def _is_part(path: Path, own: Table) -> bool:
-    """Tell whether a file is one of the average's."""
-    status = file_of(path).stat()
-    return any(
-        (status.st_dev, status.st_ino) == (identity.device, identity.inode)
-        for _, identity in own.files
-    )
-
-
-def _fits(path: Path, recorded: records.Input) -> bool:
-    """Tell whether a single file is as recorded; of what has several files, nothing is told."""
-    if not path.is_file() or path.stat().st_size != recorded.size:
-        return False
-    return not recorded.sha256 or (averaging.sha256(path),) == recorded.sha256
-
-
-def _of_the_size(places: Sequence[_Place], folders: Sequence[Path], own: Table) -> list[Path]:
-    """Return files of other names that could be the inputs which are missing, by name."""
-    named = {place.recorded.name for place in places}
-    sizes = {place.recorded.size for place in places if place.path is None}
-    found = set()
-    for folder in folders:
-        with contextlib.suppress(OSError), os.scandir(folder) as entries:
-            found |= {
-                folder / entry.name
-                for entry in entries
-                if entry.name not in named
-                and not entry.name.startswith(".")
-                and entry.is_file()
-                and entry.stat().st_size in sizes
-            }
-    others = (path for path in found if not _is_part(path, own))
-    return sorted(others, key=with_numbers)[:_TRIED]
-
-
-# --- the examination ------------------------------------------------------------------------------
+# --- comparing ------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Examination:
-    """An average whose record could be read."""
+class _Verifier:
+    """Verifies one average whose record could be read."""
 
     output: Path
     table: Table
     record: Record
-    folders: Sequence[Path]
+    search: _Search
     machine: averaging.Options
-    places: list[_Place] = field(default_factory=list)
+    inputs: list[_Input] = field(default_factory=list)
     problems: list[Discrepancy] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def result(self) -> Verification:
-        """Look at all of it."""
+    def run(self) -> Verification:
+        """Verify inputs, statistics and output."""
         if not self.record.is_sealed:
             self.notes.append(
                 f"its record, by polyak {shown(self.record.version, 40)}, has no digest of itself: "
                 "what was changed in the record alone may go unnoticed"
             )
-        self.places = _located(self.record, self.folders, self.table)
-        self._replace_missing()
+        self.inputs = self.search.run()
+        gathered: tuple[str, ...] = ()
         try:
-            gathered = self._gathered()
-            plan = self._plan([place.path for place in self.places])
+            self._compare_inputs()
+            gathered = self._compare_statistics()
+            plan = self._plan()
             if plan:
-                self._compare_inputs(plan)
-                self._compare(plan)
+                self._compare_output(plan)
         except (FormatError, MismatchError, CheckpointError) as error:
             gathered = ()
-            self._cannot(error)
+            self._explain(error)
         engine.unchanged(self.table.files)
         return Verification(
             output=self.output,
-            inputs=tuple((place.recorded.name, place.path) for place in self.places),
+            inputs=tuple((one.recorded.name, one.path) for one in self.inputs),
             problems=tuple(self.problems),
             nbytes=self.table.size,
             unverified=gathered,
             notes=tuple(self.notes),
         )
 
-    def _plan(self, paths: Sequence[Path | None]) -> Plan | None:
-        """Return the plan by which the average was made, None where a checkpoint is missing.
+    def _plan(self) -> Plan | None:
+        """Return the plan by which the average was made, None if a checkpoint is missing.
 
         Raises:
-            PolyakError: the checkpoints are not ones that could be averaged so.
+            PolyakError: the checkpoints cannot be averaged as recorded.
         """
-        found = [path for path in paths if path]
-        if len(found) < len(paths):
+        paths = [one.path for one in self.inputs if one.path]
+        if len(paths) < len(self.inputs):
             return None
-        given = zip(found, self.record.inputs, strict=True)
+        given = zip(paths, self.record.inputs, strict=True)
         chosen = tuple(Checkpoint(path, one.epoch, None) for path, one in given)
-        positions = tuple(float(k) for k in range(1, len(found) + 1))
+        positions = tuple(float(k) for k in range(1, len(paths) + 1))
         # The type is not the checkpoints' concern, and neither is that of the output.
         options: Any = {**self.record.options, **self.machine}
         try:
@@ -344,78 +457,60 @@ class _Examination:
             options=options,
         )
 
-    def _cannot(self, error: PolyakError) -> None:
+    def _explain(self, error: PolyakError) -> None:
         """Say why nothing can be recomputed, and which input is to blame."""
-        tried = [place for place in self.places if place.path]
-        files = [file_of(place.path) for place in tried if place.path]
-        for place, outcome in zip(tried, formats.tried(files), strict=True):
-            if isinstance(outcome, PolyakError):
-                self.problems.append(place.problem(f"cannot be averaged: {outcome}"))
-        if not self.problems:
+        found = [(one, one.path) for one in self.inputs if one.path]
+        outcomes = formats.tried([file_of(path) for _, path in found])
+        blamed = [
+            one.problem(f"cannot be averaged: {outcome}")
+            for (one, _), outcome in zip(found, outcomes, strict=True)
+            if isinstance(outcome, PolyakError)
+        ]
+        if not blamed:
             text = f"the average cannot be recomputed: {error}"
-            self.problems.append(Discrepancy("file", self.table.path.name, text))
+            blamed = [Discrepancy("file", self.table.path.name, text)]
+        self.problems += blamed
 
     # --- inputs -----------------------------------------------------------------------------------
 
-    def _replace_missing(self) -> None:
-        """Name the inputs that are missing, and what was found in their places."""
-        missing = [place for place in self.places if place.path is None]
-        if not missing:
+    def _compare_inputs(self) -> None:
+        """Name the inputs that are missing, renamed, changed or exchanged."""
+        where = " or ".join(dict.fromkeys(shown(folder) for folder in self.search.folders))
+        for one in self.inputs:
+            if one.path is None:
+                text = f"nothing in {where} has that name; name its folder with --source"
+                text = f"cannot be averaged: {one.error}" if one.error else f"is missing: {text}"
+                self.problems.append(one.problem(text))
+                continue
+            if one.is_renamed:
+                how = "moved" if one.path.name == one.recorded.name else "renamed"
+                text = f"is missing, and {shown(one.path)} has what was averaged: it was {how}"
+                self.problems.append(one.problem(text))
+            self._compare_digests(one)
+
+    def _compare_digests(self, one: _Input) -> None:
+        """Compare the size and all digests of an input that was found."""
+        recorded = one.recorded
+        if one.size != recorded.size:
+            text = f"has {one.size} bytes, but had {recorded.size} when it was averaged"
+            self.problems.append(one.problem(text))
             return
-        candidates = _of_the_size(self.places, self.folders, self.table)
-        if all(place.recorded.sha256 for place in missing):
-            held: dict[tuple[str, ...], Path] = {}
-            held.update(((averaging.sha256(path),), path) for path in candidates)
-            for place in missing:
-                place.path = held.get(place.recorded.sha256)
+        digests = _digests(one.files) if recorded.sha256 else ()
+        if one.is_recorded and digests == recorded.sha256:
+            return
+        sampled = records.sampled_digest(one.files)
+        for other in self.record.inputs:
+            if (other.sampled, other.sha256) == (other.sampled and sampled, digests):
+                text = f"holds what '{shown(other.path, 80)}' held: files were exchanged"
+                break
         else:
-            for paths in itertools.islice(itertools.permutations(candidates, len(missing)), _TRIED):
-                if self._stand_for(missing, paths):
-                    for place, path in zip(missing, paths, strict=True):
-                        place.path = path
-                    break
-        where = " or ".join(dict.fromkeys(shown(folder) for folder in self.folders))
-        for place in missing:
-            text = f"is missing: nothing in {where} has that name; name its folder with --source"
-            if place.path:
-                text = f"is missing, and {shown(place.path)} has what was averaged: it was renamed"
-            self.problems.append(place.problem(text))
-
-    def _stand_for(self, missing: Sequence[_Place], paths: Sequence[Path]) -> bool:
-        """Tell whether files of other names give the average in place of those missing."""
-        pairs = zip(paths, missing, strict=True)
-        if not all(path.stat().st_size == place.recorded.size for path, place in pairs):
-            return False
-        named = iter(paths)
-        with contextlib.suppress(PolyakError):
-            plan = self._plan([place.path or next(named) for place in self.places])
-            if plan:
-                largest = max(plan.averaged_rows, key=lambda row: row[-1].size)[-1]
-                return _Sample.of(plan, self.table, largest.name, 0).holds()
-        return False
-
-    def _compare_inputs(self, plan: Plan) -> None:
-        """Compare sizes, and digests where they are recorded."""
-        for place, table in zip(self.places, plan.tables, strict=True):
-            recorded = place.recorded
-            if table.size != recorded.size:
-                text = f"has {table.size} bytes, but had {recorded.size} when it was averaged"
-                self.problems.append(place.problem(text))
-            elif recorded.sha256:
-                digests = averaging.digests(table)
-                if digests != recorded.sha256:
-                    self.problems.append(place.problem(self._held_by(digests)))
-
-    def _held_by(self, digests: tuple[str, ...]) -> str:
-        """Say what an input holds that is not what it held."""
-        for one in self.record.inputs:
-            if one.sha256 == digests:
-                return f"holds what '{shown(one.name, 80)}' held: files were exchanged"
-        return "was changed: its SHA-256 is not the one recorded"
+            what = "SHA-256" if recorded.sha256 else "sampled SHA-256"
+            text = f"was changed: its {what} is not the one recorded"
+        self.problems.append(one.problem(text))
 
     # --- the output -------------------------------------------------------------------------------
 
-    def _gathered(self) -> tuple[str, ...]:
+    def _compare_statistics(self) -> tuple[str, ...]:
         """Compare statistics that cannot be recomputed with their digests; return their names."""
         if not self.record.recalibrated:
             return ()
@@ -432,8 +527,8 @@ class _Examination:
                 self.problems.append(Discrepancy("tensor", name, text))
         return tuple(values)
 
-    def _compare(self, plan: Plan) -> None:
-        """Average once more and compare; say what differs and who is to blame."""
+    def _compare_output(self, plan: Plan) -> None:
+        """Average once more and compare; say what differs, and what was changed."""
         deviation = self._deviation(plan)
         if not deviation:
             return
@@ -448,145 +543,33 @@ class _Examination:
                 "what is outside of them in another way"
             )
         if not blamed:
-            self._blame(plan, deviation.tensors)
+            self.notes.append(self._suspects())
 
     def _deviation(self, plan: Plan) -> Deviation:
-        """Average once more and compare with what is there."""
+        """Average once more and compare with the output."""
         path = self.table.path
-        opened = Path("copy", path.name) if _is_folder(self.table) else Path(path.name)
-        near = [_beside(self.table), Path(tempfile.gettempdir())]
-        nbytes = self.table.size * (1 + self.record.recalibrated)
-        with publishing.scratch(near, nbytes) as folder:
-            expected = averaging.again(plan, folder, opened, self.record.text)
-            if self.record.recalibrated:
-                expected = recalibration.restored(expected, self.table)
-            found = [path.with_name(Path(file.path).name) for file in expected.files]
-            if not _laid_out_alike(self.table, expected):
-                return _by_tensors(self.table, expected)
-            deviation = bitwise.compare(found, expected)
-        if deviation.outside and self.table.config != expected.config:
-            more = (*deviation.outside, "the configuration of the model is not that of the newest")
-            return deviation._replace(outside=more)
-        return deviation
+        written = Written(
+            files=[Path(file.path) for file in self.table.files],
+            opened=Path("copy", path.name) if _is_sharded(self.table) else Path(path.name),
+            record=self.record.text,
+            nbytes=self.table.size,
+            recalibrated=self.table if self.record.recalibrated else None,
+        )
+        near = [_folder_of(self.table), Path(tempfile.gettempdir())]
+        return compare_again(plan, written, near, table=self.table)
 
-    def _blame(self, plan: Plan, unlike: Sequence[Unlike]) -> None:
-        """Say which input it may be that was changed, or that it was the output."""
-        if all(one.sha256 for one in self.record.inputs):
-            self.notes.append("every input has the SHA-256 recorded: the average was changed")
-            return
-        averaged = {*plan.averaged} & {one.name for one in unlike}
-        sampled = max((one for one in unlike if one.name in averaged), key=_elements, default=None)
-        if sampled:
-            pair = _Sample.of(plan, self.table, sampled.name, sampled.first).exchanged()
-            if pair:
-                one, other = (self.places[k] for k in pair)
-                text = f"and '{shown(other.recorded.name, 80)}' were exchanged"
-                self.problems.append(one.problem(text))
-                return
-        made = max(identity.mtime_ns for _, identity in self.table.files)
-        later = [
-            place
-            for place, table in zip(self.places, plan.tables, strict=True)
-            if any(identity.mtime_ns > made for _, identity in table.files)
-        ]
-        for place in later:
-            self.problems.append(place.problem("was modified after the average was written"))
-        if not later:
-            self.notes.append(
+    def _suspects(self) -> str:
+        """Say what may have been changed, where no input is known to be."""
+        if any(not one.sampled and not one.sha256 for one in self.record.inputs):
+            return (
                 "no digests of the inputs were recorded (--hash), so it cannot be told whether an "
                 "input or the average was changed"
             )
-
-
-def _elements(unlike: Unlike) -> int:
-    return unlike.elements
-
-
-def _laid_out_alike(one: Table, other: Table) -> bool:
-    """Tell whether both have the same tensors at the same places."""
-
-    def places(table: Table) -> dict[str, Any]:
-        specs = table.tensors | table.others  # type: ignore[operator] # both are dicts
-        return {name: (s.dtype, s.shape, s.storage, s.file) for name, s in specs.items()}
-
-    return len(one.files) == len(other.files) and places(one) == places(other)
-
-
-def _by_tensors(found: Table, expected: Table) -> Deviation:
-    """Compare outputs that are laid out differently, tensor by tensor."""
-    ours, right = ({**table.tensors, **table.others} for table in (found, expected))
-    apart = [f"tensor '{shown(name)}' is missing" for name in right if name not in ours]
-    apart += [f"tensor '{shown(name)}' is one too many" for name in ours if name not in right]
-    unlike = []
-    rows = []
-    for name in (name for name in right if name in ours):
-        a, b = ours[name], right[name]
-        if (a.dtype, a.shape, a.digest) != (b.dtype, b.shape, b.digest):
-            unlike.append(name)
-        elif a.storage and b.storage:
-            rows.append((name, sources_of([found, expected], (a, b))))
-    memory = engine.Memory.within(averaging.MAX_MEMORY, 1)
-    differing, _ = engine.differing(rows, [*found.files, *expected.files], memory)
-    tensors = [Unlike(n, 0, 0, right[n].size) for n in right if n in {*unlike, *differing}]
-    return Deviation(tuple(tensors), (*apart, "the tensors do not lie where they should"))
-
-
-# --- who is to blame ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """Some elements of one tensor, as every input and the average have them."""
-
-    inputs: Sequence[Float64]
-    coefficients: Sequence[float]
-    average: Float64
-    dtype: str
-
-    @classmethod
-    def of(cls, plan: Plan, average: Table, name: str, first: int) -> _Sample:
-        """Take the elements of an averaged tensor from one of them on."""
-        row = next(row for row in plan.averaged_rows if row[-1].name == name)
-        specs = (*row, average.tensors[name])
-        tables = (*plan.tables, average)
-        files = files_of(tables)
-        dtypes = [spec.dtype for spec in specs]
-        tensor = engine.Compared(name, specs[-1].size, dtypes, sources_of(tables, specs))
-        start = 0
-        memory = engine.Memory.within(averaging.MAX_MEMORY, 1)
-        for _, slabs in engine.values([tensor], files, memory):
-            if first < start + slabs[0].size:
-                part = slice(first - start, first - start + _SAMPLE)
-                *inputs, found = (slab[part].copy() for slab in slabs)
-                return cls(inputs, plan.coefficients, found, specs[-1].dtype)
-            start += slabs[0].size
-        raise AssertionError(f"{name} has no element {first}")
-
-    def holds(self, inputs: Sequence[Float64] | None = None) -> bool:
-        """Tell whether the average is that of the inputs."""
-        total = np.zeros_like(self.average)
-        begun = False
-        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            for coefficient, values in zip(self.coefficients, inputs or self.inputs, strict=True):
-                if coefficient:
-                    term = coefficient * values
-                    total = total + term if begun else term
-                    begun = True
-        return bool(np.array_equal(self._stored(total), self._stored(self.average)))
-
-    def _stored(self, values: Float64) -> Bytes:
-        raw = np.empty(values.size * itemsize(self.dtype), np.uint8)
-        narrow(values, self.dtype, "<", raw)
-        return raw
-
-    def exchanged(self) -> tuple[int, int] | None:
-        """Return the one pair of inputs that gives the average when exchanged, if there is one."""
-        if len(self.inputs) > _PAIRED or self.holds():
-            return None
-        found = []
-        for i, j in itertools.combinations(range(len(self.inputs)), 2):
-            inputs = [*self.inputs]
-            inputs[i], inputs[j] = inputs[j], inputs[i]
-            if self.holds(inputs):
-                found.append((i, j))
-        return found[0] if len(found) == 1 else None
+        suspects = [one.path for one in self.record.inputs if not one.is_covered]
+        if not suspects:
+            return "every input has the SHA-256 recorded: the average was changed"
+        names = ", ".join(f"'{shown(name, 80)}'" for name in suspects)
+        return (
+            "every input has the sampled SHA-256 recorded, which does not cover all bytes of "
+            f"{names}: one of these was changed, or the average (--hash records what tells)"
+        )
