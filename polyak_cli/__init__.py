@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from polyak_cli.averaging import Options, Plan, Report, average, plan, run
-    from polyak_cli.checkpoints import Checkpoint, PassedOver, Selection, model_files, select
+    from polyak_cli.checkpoints import (
+        Checkpoint,
+        PassedOver,
+        Problem,
+        Selection,
+        model_files,
+        select,
+    )
     from polyak_cli.comparison import Compared, Comparison, Gain, compare
     from polyak_cli.data import Split, halves
     from polyak_cli.errors import (
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from polyak_cli.examining.differences import Differences, Distances, diff, distances
-    from polyak_cli.examining.health import Checked, Health, Problem, check
+    from polyak_cli.examining.health import Checked, Health, check
     from polyak_cli.examining.inspection import Inspection, inspect
     from polyak_cli.examining.verification import Discrepancy, Verification, verify
     from polyak_cli.models import Examiner, Outcome, Score, TrainReport, evaluate, train
@@ -120,7 +127,7 @@ _HOMES = {
     "PassedOver": "checkpoints",
     "Plan": "averaging",
     "PolyakError": "errors",
-    "Problem": "examining.health",
+    "Problem": "checkpoints",
     "Recalibration": "recalibration",
     "Report": "averaging",
     "Score": "models",

@@ -184,7 +184,7 @@ def test_two_kinds_of_files_are_refused(run: Path, files: list[str]) -> None:
     message = refusal(run)
     assert message.startswith(f"{run}: holds {count} .h5 and {count} .weights.h5 files, which are")
     assert message.endswith("--exclude '*.weights.h5'")
-    ((kind, path, text), *_) = checkpoints.survey(run).troubles
+    ((kind, text, path), *_) = checkpoints.survey(run).problems
     assert (kind, path, text) == ("other run", run, message)
     chosen = select([run], exclude=["*.weights.h5"]).checkpoints
     assert [checkpoint.path.name for checkpoint in chosen] == files[: len(chosen)]
@@ -742,14 +742,14 @@ def test_a_survey_tells_what_a_choice_would_refuse(run: Path) -> None:
     (run / "model_8.h5").symlink_to("model_3.h5")
     (run / "model_9.h5").symlink_to("gone.h5")
     found = checkpoints.survey(run)
-    assert sorted((one.kind, one.path.name) for one in found.troubles) == [
+    assert sorted((one.kind, one.path.name) for one in found.problems) == [
         ("duplicate epoch", "model_2.h5"),
         ("no epoch", "final.h5"),
         ("other run", "net_7.h5"),
         ("same file", "model_8.h5"),
         ("unreadable", "model_9.h5"),
     ]
-    texts = {one.kind: one.text for one in found.troubles}
+    texts = {one.kind: one.text for one in found.problems}
     assert texts["duplicate epoch"].startswith(
         f"{run / 'model_02.h5'} and {run / 'model_2.h5'} are both epoch 2: leave one out with"
     )
@@ -771,11 +771,11 @@ def test_a_survey_can_be_restricted(run: Path) -> None:
     assert epochs(found) == [None, 2, 3]
     assert [path.name for path in found.left_out] == ["model_1.h5", "model_4.h5"]
     found = survey([run], last=2)
-    assert (epochs(found), found.troubles, found.thinned) == ([3, 4], (), False)
+    assert (epochs(found), found.problems, found.thinned) == ([3, 4], (), False)
     assert found.left_out == tuple(paths[:3])
     assert found.positions == (3.0, 4.0)
     found = survey([run], exclude=["best.h5", "model_2.h5"])
-    assert (epochs(found), found.troubles, found.thinned) == ([1, 3, 4], (), True)
+    assert (epochs(found), found.problems, found.thinned) == ([1, 3, 4], (), True)
     assert reasons(found) == {
         "best.h5": "--exclude 'best.h5'",
         "model_2.h5": "--exclude 'model_2.h5'",
@@ -783,7 +783,7 @@ def test_a_survey_can_be_restricted(run: Path) -> None:
     assert not survey([run], exclude=["best.h5"]).thinned
     found = survey([run], epoch_pattern=r"_(\d)")
     assert epochs(found) == [None, 1, 2, 3, 4]
-    ((kind, path, text),) = found.troubles
+    ((kind, text, path),) = found.problems
     assert (kind, path) == ("no epoch", paths[0])
     assert text.startswith(f"{paths[0]}: --epoch-pattern '_(\\d)' matches nothing")
     assert epochs(survey([paths[4], paths[1]])) == [1, 4]
@@ -818,22 +818,22 @@ def test_the_run_of_a_survey_is_the_largest_and_then_the_longest(run: Path) -> N
     """Of two as large, that which goes on longest; names whose epoch is not clear are a run too."""
     make(run, "a_1.h5", "a_2.h5", "b_1.h5", "b_3.h5")
     found = checkpoints.survey(run)
-    assert {one.path.name for one in found.troubles} == {"a_1.h5", "a_2.h5"}
-    assert {one.kind for one in found.troubles} == {"other run"}
+    assert {one.path.name for one in found.problems} == {"a_1.h5", "a_2.h5"}
+    assert {one.kind for one in found.problems} == {"other run"}
     make(run, "c_1_5.h5", "c_2_6.h5", "c_3_7.h5")
     found = checkpoints.survey(run, exclude=["a_*"])
-    kinds = {(one.kind, one.path.name) for one in found.troubles}
+    kinds = {(one.kind, one.path.name) for one in found.problems}
     assert kinds == {("no epoch", "c_1_5.h5"), ("other run", "b_1.h5"), ("other run", "b_3.h5")}
     assert epochs(found) == [None, None, None, 1, 3]
-    assert "1 and 5 in its name vary" in found.troubles[0].text
+    assert "1 and 5 in its name vary" in found.problems[0].text
     make(run, "d_1.h5", "d_2.h5", "d_3.h5")
     found = checkpoints.survey(run, exclude=["a_*"])
-    others = [one for one in found.troubles if one.kind == "other run"]
+    others = [one for one in found.problems if one.kind == "other run"]
     assert sorted(one.path.name[0] for one in others) == ["b", "b", "c", "c", "c"]
     assert all(f"another run than {run / 'd_1.h5'} (3 are" in one.text for one in others)
     make(run, "5_epoch1.h5", "5_epoch2.h5", "6_epoch3.h5")
     found = checkpoints.survey(run, exclude=["[a-d]_*"])
-    assert [one.path.name for one in found.troubles] == ["6_epoch3.h5"]
+    assert [one.path.name for one in found.problems] == ["6_epoch3.h5"]
 
 
 # ---- restrictions ----------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from polyak_cli.checkpoints.listing import (
     KINDS_OF_MODEL,
     Checkpoint,
     PassedOver,
+    Problem,
     StrPath,
-    Trouble,
     describe_nothing_found,
     expand_source,
     file_of,
@@ -42,8 +42,8 @@ from polyak_cli.errors import CheckpointError, UsageError, shown
 __all__ = [
     "Checkpoint",
     "PassedOver",
+    "Problem",
     "Selection",
-    "Trouble",
     "file_of",
     "model_files",
     "select",
@@ -59,7 +59,7 @@ class Selection:
     ``positions`` has one number a checkpoint: how far into the run it was saved, in epochs counted
     from 1, or just 1, 2, 3, ... where not every epoch is known. ``left_out`` are the checkpoints of
     the run that were found and not chosen. ``thinned`` says that some between them were left out on
-    purpose, so that a gap in the epochs means nothing. ``troubles`` are what `survey` found.
+    purpose, so that a gap in the epochs means nothing. ``problems`` are what `survey` found.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -68,7 +68,7 @@ class Selection:
     positions: tuple[float, ...]
     left_out: tuple[Path, ...] = ()
     thinned: bool = False
-    troubles: tuple[Trouble, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
 
 def _no_file(_: Sequence[Path]) -> Collection[Path]:
@@ -168,7 +168,7 @@ def survey(
         written_by_us: says which of the given files are averages.
 
     Returns:
-        The checkpoints, with the ``troubles`` that were found.
+        The checkpoints, with the ``problems`` that were found.
 
     Raises:
         UsageError: the arguments contradict one another or are out of range.
@@ -177,9 +177,9 @@ def survey(
     _check_counts(last=last)
     _check_bounds(from_epoch, to_epoch)
     pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
-    troubles: list[Trouble] = []
-    pool = find_candidates(list_sources(sources), exclude, False, written_by_us, troubles.append)
-    ordered = order_as_far_as_known(pool, pattern, troubles.append)
+    problems: list[Problem] = []
+    pool = find_candidates(list_sources(sources), exclude, False, written_by_us, problems.append)
+    ordered = order_as_far_as_known(pool, pattern, problems.append)
     # Whether --from and --to mean those of unknown epoch cannot be told: they are looked at too.
     known = [one for one in ordered if one.epoch is not None]
     within = set(restrict_epochs(known, from_epoch, to_epoch) if known else ())
@@ -194,7 +194,7 @@ def survey(
         positions=place_in_run(chosen, ordered),
         left_out=left_out,
         thinned=is_thinned(pool, exclude),
-        troubles=tuple(trouble for trouble in troubles if trouble.path not in left_out),
+        problems=tuple(problem for problem in problems if problem.path not in left_out),
     )
 
 

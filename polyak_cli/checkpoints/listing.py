@@ -45,12 +45,24 @@ class PassedOver:
     reason: str
 
 
-class Trouble(NamedTuple):
-    """What keeps the checkpoints of a run from being told apart or ordered."""
+class Problem(NamedTuple):
+    """Something wrong with a checkpoint of a run, or with the run.
 
-    kind: str  # "unreadable", "same file", "no epoch", "duplicate epoch" or "other run"
-    path: Path  # which checkpoint it is about
+    Attributes:
+        kind: of a checkpoint: "unreadable", "nonfinite", "identical", "outlier", "other model",
+            "other run", "duplicate epoch" or "no epoch".  Of a run: "gap", "resumed", "same file",
+            or "other run" if files of two formats lie together.
+        text: a sentence that names the file.
+        path: of the checkpoint or folder, if the search for checkpoints found the problem.
+    """
+
+    kind: str
     text: str
+    path: Path = Path()
+
+    def data(self) -> dict[str, str]:
+        """Return it as JSON types."""
+        return {"kind": self.kind, "text": self.text}
 
 
 #: How files end that are taken for checkpoints in a directory, by kind; what a file really is, its
@@ -124,7 +136,7 @@ def find_candidates(
     exclude: Sequence[str],
     growing: bool,
     written_by_us: Callable[[Sequence[Path]], Collection[Path]],
-    told: Callable[[Trouble], None],
+    told: Callable[[Problem], None],
 ) -> Pool:
     """Find all candidates.
 
@@ -149,7 +161,7 @@ def find_candidates(
             try:
                 files.append((path, _identity(path)))
             except CheckpointError as error:
-                told(Trouble("unreadable", path, str(error)))
+                told(Problem("unreadable", str(error), path))
                 unusable.append(path)
         if listed:
             opened = {file_of(path): path for path, _ in files}
@@ -161,7 +173,7 @@ def find_candidates(
         passed_over += passed
         for path, identity in files:
             if identity in found:
-                told(Trouble("same file", path, _same_file(found[identity], path)))
+                told(Problem("same file", _same_file(found[identity], path), path))
             found.setdefault(identity, path)
     if not found and not unusable and as_given:
         raise CheckpointError("no checkpoint is left: --exclude matches every file that was named")
@@ -169,9 +181,9 @@ def find_candidates(
     return Pool((*found.values(), *unusable), as_given, tuple(passed_over), notes)
 
 
-def refuse(trouble: Trouble) -> None:
+def refuse(problem: Problem) -> None:
     """Raise a problem as an error: what `select` does with the first that it meets."""
-    raise CheckpointError(trouble.text) from None
+    raise CheckpointError(problem.text) from None
 
 
 def list_sources(sources: StrPath | Sequence[StrPath]) -> Sequence[StrPath]:
@@ -324,7 +336,7 @@ def _kind_by_suffix(path: Path, kinds: Mapping[str, str]) -> str:
 
 
 def _one_kind(
-    source: StrPath, paths: Sequence[Path], told: Callable[[Trouble], None]
+    source: StrPath, paths: Sequence[Path], told: Callable[[Problem], None]
 ) -> tuple[list[Path], list[PassedOver]]:
     """Part a directory's checkpoints from single files of other kinds, such as a data set.
 
@@ -340,7 +352,7 @@ def _one_kind(
             f"{files}, which are not of one run; leave one kind out, for instance with "
             f"--exclude '*{max({one, other} - {_FOLDER}, key=len)}'"
         )
-        told(Trouble("other run", Path(source), text))
+        told(Problem("other run", text, Path(source)))
     kept = [path for path in paths if find_kind(path) in common]
     reason = f"the only {{}} among {kinds[common[0]]} {common[0]}" if common else ""
     others = [(path, find_kind(path)) for path in paths if find_kind(path) not in common]

@@ -15,7 +15,7 @@ from pathlib import Path
 from polyak_cli.checkpoints.listing import (
     Checkpoint,
     Pool,
-    Trouble,
+    Problem,
     advise_exclusion,
     find_kind,
     is_matched,
@@ -55,18 +55,18 @@ def order_by_epoch(
     return found, []
 
 
-def _tell_of_doubles(ordered: Sequence[Checkpoint], told: Callable[[Trouble], None]) -> None:
+def _tell_of_doubles(ordered: Sequence[Checkpoint], told: Callable[[Problem], None]) -> None:
     for earlier, later in pairwise(ordered):
         if earlier.epoch == later.epoch is not None:
             text = (
                 f"{shown(earlier.path)} and {shown(later.path)} are both epoch {later.epoch}: "
                 f"leave one out with --exclude, or {_SAY_WHERE}"
             )
-            told(Trouble("duplicate epoch", later.path, text))
+            told(Problem("duplicate epoch", text, later.path))
 
 
 def order_as_far_as_known(
-    pool: Pool, pattern: re.Pattern[str] | None, told: Callable[[Trouble], None]
+    pool: Pool, pattern: re.Pattern[str] | None, told: Callable[[Problem], None]
 ) -> list[Checkpoint]:
     """Return all checkpoints, oldest first, and tell of those whose names do not say enough."""
     epochs: Sequence[int | None]
@@ -87,17 +87,17 @@ def order_as_far_as_known(
 
 
 def _matched_epoch_if_any(
-    path: Path, pattern: re.Pattern[str], told: Callable[[Trouble], None]
+    path: Path, pattern: re.Pattern[str], told: Callable[[Problem], None]
 ) -> int | None:
     try:
         return _matched_epoch(path, pattern)
     except CheckpointError as error:
-        told(Trouble("no epoch", path, str(error)))
+        told(Problem("no epoch", str(error), path))
         return None
 
 
 def _epochs_of_runs(
-    paths: Sequence[Path], told: Callable[[Trouble], None]
+    paths: Sequence[Path], told: Callable[[Problem], None]
 ) -> tuple[dict[Path, int], set[Path]]:
     """Return the epochs that names tell, and which files are not of the largest run."""
     runs: dict[Hashable, list[Name]] = {}
@@ -106,14 +106,14 @@ def _epochs_of_runs(
         if has_whole_number(name):
             runs.setdefault((find_kind(path), name.signature), []).append(name)
         else:
-            told(Trouble("no epoch", path, _no_number(name)))
+            told(Problem("no epoch", _no_number(name), path))
     known: dict[Path, int] = {}
     parted: list[list[Name]] = []
     for alike in runs.values():
         try:
             field = _epoch_field(alike)
         except CheckpointError as error:
-            told(Trouble("no epoch", alike[0].path, str(error)))
+            told(Problem("no epoch", str(error), alike[0].path))
             parted.append(alike)
             continue
         known |= {name.path: int(name.numbers[field].value) for name in alike}
@@ -131,7 +131,7 @@ def _epochs_of_runs(
             f"({len(parted[-1])} are named like this one): leave one kind out with --exclude, or "
             f"{_SAY_WHERE}"
         )
-        told(Trouble("other run", path, text))
+        told(Problem("other run", text, path))
     return known, set(others)
 
 

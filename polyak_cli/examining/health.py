@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli import checkpoints, engine, formats
-from polyak_cli.checkpoints import Checkpoint, PassedOver, Selection, file_of
+from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, file_of
 from polyak_cli.engine import Memory
 from polyak_cli.errors import MismatchError, PolyakError, UsageError, shown
 from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, default_memory
@@ -37,16 +37,6 @@ OUTLYING, ASIDE = 5.0, 2.0
 _ENOUGH = 4
 #: Files all written within this many seconds may be copies, whose times say nothing of a run.
 _COPYING_SECONDS = 60.0
-
-
-class Problem(NamedTuple):
-    """Something wrong with a checkpoint or a run."""
-
-    #: A checkpoint's: "unreadable", "nonfinite", "identical", "outlier", "other model", "other
-    #: run", "duplicate epoch" or "no epoch".  A run's: "gap", "resumed", "same file", or "other
-    #: run" if files of two formats lie together.
-    kind: str
-    text: str  # a sentence that names the file
 
 
 class Checked(NamedTuple):
@@ -66,7 +56,7 @@ class Checked(NamedTuple):
         return self._asdict() | {
             "path": str(self.path),
             "modified": written(self.modified),
-            "problems": [problem._asdict() for problem in self.problems],
+            "problems": [problem.data() for problem in self.problems],
         }
 
 
@@ -94,7 +84,7 @@ class Health:
         return {
             "healthy": self.healthy,
             "checkpoints": [one.data() for one in self.checkpoints],
-            "problems": [problem._asdict() for problem in self.problems],
+            "problems": [problem.data() for problem in self.problems],
             "passed_over": [
                 {"path": str(passed.path), "reason": passed.reason} for passed in self.passed_over
             ],
@@ -209,11 +199,11 @@ def _attach_problems(examined: Sequence[_Examined], selection: Selection) -> lis
     """Attach the problems found while choosing; return those that belong to no checkpoint."""
     known = {one.checkpoint.path: one for one in examined}
     of_run = []
-    for trouble in selection.troubles:
-        if trouble.path in known:
-            known[trouble.path].add_problem(trouble.kind, trouble.text)
+    for problem in selection.problems:
+        if problem.path in known:
+            known[problem.path].problems.append(problem)
         else:
-            of_run.append(Problem(trouble.kind, trouble.text))
+            of_run.append(problem)
     return of_run
 
 
