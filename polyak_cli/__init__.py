@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from polyak_cli.averaging import Options, Plan, Report, average, plan, run
+    from polyak_cli.averaging.options import Options
+    from polyak_cli.averaging.planning import Plan, plan
     from polyak_cli.checkpoints import (
         Checkpoint,
         PassedOver,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from polyak_cli.examining.inspection import Inspection, inspect
     from polyak_cli.examining.verification import Discrepancy, Verification, verify
     from polyak_cli.models import Examiner, Outcome, Score, TrainReport, evaluate, train
+    from polyak_cli.pipeline import Report, average, run
     from polyak_cli.recalibration import Recalibration, recalibrate
     from polyak_cli.schemes import coefficients, effective_number
     from polyak_cli.statistics import Paired, mcnemar, paired, verdict
@@ -120,16 +122,16 @@ _HOMES = {
     "Inspection": "examining.inspection",
     "MismatchError": "errors",
     "MissingExtraError": "errors",
-    "Options": "averaging",
+    "Options": "averaging.options",
     "Outcome": "models",
     "OutputError": "errors",
     "Paired": "statistics",
     "PassedOver": "checkpoints",
-    "Plan": "averaging",
+    "Plan": "averaging.planning",
     "PolyakError": "errors",
     "Problem": "checkpoints",
     "Recalibration": "recalibration",
-    "Report": "averaging",
+    "Report": "pipeline",
     "Score": "models",
     "Selection": "checkpoints",
     "Split": "data",
@@ -137,7 +139,7 @@ _HOMES = {
     "TrainReport": "models",
     "UsageError": "errors",
     "Verification": "examining.verification",
-    "average": "averaging",
+    "average": "pipeline",
     "check": "examining.health",
     "coefficients": "schemes",
     "compare": "comparison",
@@ -150,9 +152,9 @@ _HOMES = {
     "mcnemar": "statistics",
     "model_files": "checkpoints",
     "paired": "statistics",
-    "plan": "averaging",
+    "plan": "averaging.planning",
     "recalibrate": "recalibration",
-    "run": "averaging",
+    "run": "pipeline",
     "select": "checkpoints",
     "sweep": "sweeping",
     "train": "models",

@@ -14,7 +14,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, TypedDict, Unpack, cast
 
-from polyak_cli import averaging
+from polyak_cli import pipeline
+from polyak_cli.averaging import options as averaging_options
 from polyak_cli.errors import CheckpointError, MissingExtraError, UsageError, shown
 
 try:
@@ -78,8 +79,8 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
 
     def __init__(
         self,
-        checkpoints: averaging.Source,
-        output: averaging.Source = "latest.h5",
+        checkpoints: averaging_options.Source,
+        output: averaging_options.Source = "latest.h5",
         *,
         last: int = 10,
         scheme: str = "exp",
@@ -92,17 +93,17 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         self.output = Path(output)
         self.folder, self.pattern, self.suffix = _named(os.fspath(checkpoints), self.output)
         self.last, self.every, self.keep, self.force = last, every, keep, force
-        self.options = cast(averaging.Options, {"scheme": scheme, **settings})
-        self.report: averaging.Report | None = None
+        self.options = cast(averaging_options.Options, {"scheme": scheme, **settings})
+        self.report: pipeline.Report | None = None
         self._run: list[Path] | None = None  # its checkpoints, oldest first; None before it begins
         _check_numbers(last, every, keep)
-        averaging.check_options(self.options)
+        averaging_options.check_options(self.options)
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Refuse what would only be found out after an epoch."""
         del logs
         if not self.force:
-            averaging.check_replaceable(self.output)
+            pipeline.check_replaceable(self.output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._run = None
 
@@ -122,7 +123,7 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         options = self.options.copy()
         options["last"] = min(self.last, len(run))
         options["force"] = True
-        self.report = averaging.average(run, self.output, **options)
+        self.report = pipeline.average(run, self.output, **options)
         old = run[: -self.keep] if self.keep else []
         for path in old:  # only when the average is there
             path.unlink(missing_ok=True)

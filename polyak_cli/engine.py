@@ -24,25 +24,27 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from polyak_cli.children import Child, Writer, raised
 from polyak_cli.errors import FormatError, MismatchError, PolyakError, shown
-from polyak_cli.tensors import (
+from polyak_cli.processes.children import Child, Writer, raised
+from polyak_cli.storage.local import (
     PAGE,
     Bytes,
-    Extent,
     File,
-    Float64,
     Identity,
-    LaidOut,
-    Storage,
     clashes,
     expect,
+    page_aligned,
+    write_exactly,
+)
+from polyak_cli.tensors import (
+    Extent,
+    Float64,
+    LaidOut,
+    Storage,
     itemsize,
     narrow,
     numbers,
-    page_aligned,
     widen,
-    write_exactly,
 )
 
 #: Elements folded at a time: 256 KiB of float32, with its float64 sum and product within L2.

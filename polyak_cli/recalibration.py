@@ -18,23 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from polyak_cli import __version__, data, engine, formats, records
+from polyak_cli import __version__, data, engine, formats
+from polyak_cli.averaging import records
+from polyak_cli.averaging.matching import is_statistic
 from polyak_cli.engine import Compared, Memory, Source
 from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
-from polyak_cli.formats import publishing
-from polyak_cli.matching import is_statistic
+from polyak_cli.formats import outputs
 from polyak_cli.models import Moments, check_model, moments
-from polyak_cli.tensors import (
-    FLOATS,
-    Bytes,
-    Float64,
-    LaidOut,
-    Table,
-    itemsize,
-    narrow,
-    widen,
-    write_exactly,
-)
+from polyak_cli.storage import publishing
+from polyak_cli.storage.local import Bytes, write_exactly
+from polyak_cli.tensors import FLOATS, Float64, LaidOut, Table, itemsize, narrow, widen
 
 BATCH_SIZE = 256
 #: What Keras opens as a whole model.
@@ -124,7 +117,7 @@ def recalibrate(
     path, target = Path(model), Path(output)
     (table,) = formats.scan([path], everything=True)
     check(table, target, rows, batch_size)
-    formats.check_output(target, [table], force=force)
+    outputs.check_output(target, [table], force=force)
     formats.check([table], jobs=1)
     publishing.check_room(target, table.size)
     with publishing.publish(target, force=force) as hidden:
@@ -162,7 +155,7 @@ def check(table: Table, output: Path | None, rows: data.Split, batch_size: int) 
             "are recalibrated, .h5 or .keras: they can be run"
         )
     check_model(table)
-    if formats.target(output, table) != table.format:
+    if outputs.target(output, table) != table.format:
         raise OutputError(
             f"{shown(output)}: would not be a Keras model; give the output the suffix of "
             f"{shown(table.path)}"

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyak_cli import __version__, averaging, data, recalibration, schemes
+from polyak_cli import __version__, data, pipeline, recalibration, schemes
+from polyak_cli.averaging import options as averaging_options
+from polyak_cli.averaging import planning, records, writing
 from polyak_cli.comparison import Gain, gains
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.models import Examiner, Outcome
@@ -156,7 +158,7 @@ class Sweep:
         notes: what the user should know.
     """
 
-    plan: averaging.Plan
+    plan: planning.Plan
     splits: Mapping[str, tuple[str, int]]
     metric: str
     rows: tuple[Row, ...]
@@ -221,7 +223,7 @@ class Sweep:
 
 
 def sweep(
-    sources: averaging.Source | Sequence[averaging.Source],
+    sources: averaging_options.Source | Sequence[averaging_options.Source],
     rows: data.Dataset,
     *,
     windows: str | None = None,
@@ -274,7 +276,7 @@ def sweep(
             )
     if recalibrate is not None:
         options |= {"recalibrate": recalibrate, "batch_size": batch_size, "trust_code": trust_code}
-    plan = averaging.plan(sources, write_best, force=force, **options)
+    plan = planning.plan(sources, write_best, force=force, **options)
     wanted = candidates(
         plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
     )
@@ -298,15 +300,15 @@ def sweep(
         rows=tuple(scored),
         winner=winner,
         gains=_gains(winner, scored, metric),
-        digests=tuple(averaging.digests(table) for table in plan.tables),
+        digests=tuple(records.digests(table) for table in plan.tables),
         notes=(*plan.notes, *rows.notes, *dict.fromkeys(examiner.notes)),
     )
 
 
 def _write(
     candidate: Candidate,
-    plan: averaging.Plan,
-    sources: averaging.Source | Sequence[averaging.Source],
+    plan: planning.Plan,
+    sources: averaging_options.Source | Sequence[averaging_options.Source],
     output: Path,
 ) -> None:
     """Write the winner as `average` does, from the checkpoints that count in it."""
@@ -315,7 +317,7 @@ def _write(
     if candidate.kind == "average" and options.get("best") is None and not plan.skipped:
         parameters = _parameters(candidate.scheme, candidate.parameter)
         own: Any = {**options, "last": candidate.window, "scheme": candidate.scheme, **parameters}
-        averaging.average(sources, output, **own)
+        pipeline.average(sources, output, **own)
         return
     members = [
         (checkpoint.path, coefficient)
@@ -328,7 +330,7 @@ def _write(
             own.pop(key, None)
     else:
         own["coefficients"] = [coefficient for _, coefficient in members]
-    averaging.average([path for path, _ in members], output, **own)
+    pipeline.average([path for path, _ in members], output, **own)
 
 
 #: Options that choose checkpoints, which are chosen by then.
@@ -366,7 +368,7 @@ def _splits(rows: data.Dataset, select_on: str, seed: int) -> dict[str, data.Spl
 class _Bench:
     """Where candidates are made and scored."""
 
-    plan: averaging.Plan
+    plan: planning.Plan
     examiner: Examiner
     splits: tuple[str, ...]
     folder: Path
@@ -401,7 +403,7 @@ class _Bench:
         for first in range(0, len(several), self.batch):
             part = several[first : first + self.batch]
             paths = [self.folder / f"{k}{suffix}" for k in range(len(part))]
-            averaging.several(self.plan, part, paths)
+            writing.several(self.plan, part, paths)
             for coefficients, path in zip(part, paths, strict=True):
                 yield coefficients, self.examined(self.recalibrated(path))
                 path.unlink()

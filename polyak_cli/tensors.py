@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from polyak_cli.errors import FormatError
+from polyak_cli.storage.local import Bytes, File, read_exactly
 
-Bytes = npt.NDArray[np.uint8]
 Float64 = npt.NDArray[np.float64]
-#: Says "still alive" to whoever waits for a header's reader; see `formats.sandbox`.
-Alive = Callable[[], None]
-
-#: Bytes of a page of memory.
-PAGE = 4096
 #: The float types that are averaged, and the numpy type of their bytes; numpy has no bfloat16 and
 #: no float8, whose types are those of ONNX and PyTorch ("fn": finite, with NaN but no infinity).
 FLOATS: Mapping[str, str] = {
@@ -140,77 +133,6 @@ class Inline:
         buffer[:] = np.frombuffer(self.data, np.uint8, len(buffer), start)
 
 
-def page_aligned(nbytes: int) -> Bytes:
-    """Return bytes that begin at a page of memory; their content is undefined."""
-    whole = np.empty(nbytes + PAGE, np.uint8)
-    start = -whole.ctypes.data % PAGE
-    return whole[start : start + nbytes]
-
-
-def clashes(distance: int) -> bool:
-    """Tell whether the system copies slowly to a place so many bytes behind where it copies from.
-
-    On AMD's Zen processors ``rep movsb``, with which Linux copies between page cache and buffers,
-    is four times slower where the target lies 1 to 63 bytes behind the source, modulo a page.
-    `np.empty` and `bytearray` begin 16 bytes behind a page, and tensors anywhere in their files.
-    """
-    return 0 < distance % PAGE < 64
-
-
-def read_exactly(descriptor: int, offset: int, buffer: Bytes) -> None:
-    """Fill ``buffer`` from the file's bytes at ``offset``.
-
-    Raises:
-        FormatError: the file ends first, or cannot be read; the message lacks the file.
-    """
-    view = memoryview(buffer.data)
-    while len(view):
-        try:
-            count = os.preadv(descriptor, [view], offset)
-        except OSError as error:
-            raise unreadable(error) from None
-        if count == 0:
-            raise FormatError(f"the file ends {len(view)} bytes before the tensor does")
-        view, offset = view[count:], offset + count
-
-
-def read_at(descriptor: int, offset: int, nbytes: int) -> bytes:
-    """Return the file's bytes at ``offset``, fewer only where it ends.
-
-    The system may give fewer at a time: where a signal comes, on a network, and beyond 2 GiB.
-
-    Raises:
-        FormatError: the file cannot be read; the message lacks it.
-    """
-    parts = []
-    try:
-        while nbytes and (part := os.pread(descriptor, nbytes, offset)):
-            parts.append(part)
-            nbytes, offset = nbytes - len(part), offset + len(part)
-    except OSError as error:
-        raise unreadable(error) from None
-    return b"".join(parts)
-
-
-def unreadable(error: OSError) -> FormatError:
-    """Return what a failed read means, for whoever knows the file to name it."""
-    return FormatError(f"cannot be read: {error.strerror}")
-
-
-def expect(descriptor: int, offset: int, nbytes: int) -> None:
-    """Have the system fetch bytes that will be read soon, without waiting for them."""
-    if hasattr(os, "posix_fadvise"):  # macOS has none, and reads ahead by itself
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
-
-
-def write_exactly(descriptor: int, offset: int, buffer: Bytes | bytes) -> None:
-    """Write all of ``buffer`` at ``offset``, which the system may take in several parts."""
-    view = memoryview(buffer if isinstance(buffer, bytes) else buffer.data)
-    while len(view):
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
-
-
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One named array of a checkpoint, as its header describes it."""
@@ -234,27 +156,6 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of the values; 0 where only the format's library knows."""
         return self.storage.nbytes if self.storage else 0
-
-
-class Identity(NamedTuple):
-    """What tells that a path still names the very bytes whose header was scanned."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Identity:
-        """Return the identity that `os.stat` or `os.fstat` tells."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-class File(NamedTuple):
-    """One file of a checkpoint, as it was when its header was scanned."""
-
-    path: str
-    identity: Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,77 +192,6 @@ class LaidOut(NamedTuple):
     dtype: str
     byteorder: str
     file: int = 0  # in which of the output's files
-
-
-class Scan(NamedTuple):
-    """What to scan: a checkpoint, and whether also what is not the model's own."""
-
-    path: str
-    everything: bool
-
-
-class Layout(NamedTuple):
-    """What to lay out: an output like the template, with room for its averaged tensors."""
-
-    template: Table
-    output: str  # the hidden path to write
-    averaged: Mapping[str, str]  # location -> dtype to store
-    drop_optimizer: bool
-    provenance: str  # the record to write into it, as JSON
-
-
-class Format(Protocol):
-    """What a module of `formats` offers for one way of storing checkpoints.
-
-    All but `seal` run in a child of `formats.sandbox`, call ``alive`` every few hundred tensors and
-    return what JSON can hold.
-    """
-
-    NAME: str  # as its users call it
-    SUFFIXES: tuple[str, ...]  # what an output of it may be called
-    CHECKED: bool  # its files hold checksums of their tensors
-
-    def scan(self, request: Scan, alive: Alive) -> dict[str, Any]:
-        """Read a header.
-
-        Returns:
-            ``tensors`` and ``others``, rows of [name, shape, dtype, byteorder, location, storage,
-            digest, file, arrangement] where the last three may be left out; ``optimizer``, names
-            among the others; ``config``, ``average``; and ``files``, [path, identity] each, where
-            there are several.  Where there are such, ``about``, texts that it holds about itself,
-            with ``provenance`` among them, where everything is asked for; ``order``, the layers in
-            their order, where loading goes by position; ``statistics``, names of BatchNorm's moving
-            statistics; ``slots``, EMA among the optimizer's -> the tensors that it may be of;
-            ``suffixes`` of this very layout; ``fixed``, that types and optimizer state must stay;
-            ``tails``, of the further files that an output has, in place of its suffix; and
-            ``cautions``, what a user should know who stores a dtype, keeps the "optimizer", or
-            wants the "ema" that a file has not.
-
-        Raises:
-            FormatError: the file is damaged, hostile or holds no model; names file and tensor.
-        """
-
-    def lay_out(self, request: Layout, alive: Alive) -> dict[str, Any]:
-        """Write all of an output but its averaged tensors.
-
-        Returns:
-            ``places``: location -> [offset, dtype, byteorder, file] of every averaged tensor that
-            is not empty; ``files`` where there are several, the others called like the output with
-            something appended (see `publishing.publish`); and whatever `seal` wants to know.
-        """
-
-    def check(self, path: str, alive: Alive) -> None:
-        """Compare the tensors with their checksums, where the format has such.
-
-        Raises:
-            FormatError: one is wrong; names file and tensor.
-        """
-
-    def seal(self, output: str, laid_out: Mapping[str, Any]) -> None:
-        """Finish an output whose tensors are written: checksums."""
-
-    def is_average(self, path: str, alive: Alive) -> bool:
-        """Tell whether this tool wrote the file; a file that cannot be read it did not."""
 
 
 def is_carried(dtype: str) -> bool:

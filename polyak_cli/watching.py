@@ -20,11 +20,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Unpack
 
-from polyak_cli import averaging, checkpoints, formats
-from polyak_cli.averaging import Options, Plan, Report
+from polyak_cli import checkpoints, formats, pipeline
+from polyak_cli.averaging import options as averaging_options
+from polyak_cli.averaging import planning, records
+from polyak_cli.averaging.options import Options
+from polyak_cli.averaging.planning import Plan
 from polyak_cli.checkpoints import Selection
 from polyak_cli.errors import CheckpointError, OutputError, PolyakError, UsageError, shown
-from polyak_cli.tensors import File, Identity
+from polyak_cli.pipeline import Report
+from polyak_cli.storage.local import File, Identity
 
 INTERVAL = 2.0  # seconds
 #: Looks that find the same trouble in an unchanged file before it is told.
@@ -34,8 +38,8 @@ _Files = tuple[File, ...]
 
 
 def watch(
-    directory: averaging.Source,
-    output: averaging.Source,
+    directory: averaging_options.Source,
+    output: averaging_options.Source,
     *,
     interval: float = INTERVAL,
     once: bool = False,
@@ -69,11 +73,11 @@ def watch(
     """
     if not (interval > 0 and math.isfinite(interval)):
         raise UsageError(f"--interval is {interval:g}; expected a number of seconds above 0")
-    averaging.check_options(options)
+    averaging_options.check_options(options)
     if options.get("on_unhealthy"):
         raise UsageError("on_unhealthy belongs to average; what cannot be read is waited for here")
     if not options.get("force"):
-        averaging.check_replaceable(Path(output))
+        pipeline.check_replaceable(Path(output))
     options["force"] = True  # from now on: it is an average, or the user has said so
     watched = _Watched(Path(directory), Path(output), options, told or (lambda _: None), once)
     return _reports(watched, interval, 2 if once else None)
@@ -131,7 +135,7 @@ class _Watched:
             plan = self._due(selection)
             if not plan:
                 return None
-            report = averaging.run(plan)
+            report = pipeline.run(plan)
         except (UsageError, OutputError):
             raise
         except PolyakError as error:
@@ -173,7 +177,9 @@ class _Watched:
 
         options, own = self.options.copy(), self._own_name()
         options["exclude"] = [*options.get("exclude", ()), *own]
-        selection = averaging.select(self.directory, options, growing=True, written_by_us=sift)
+        selection = averaging_options.select(
+            self.directory, options, growing=True, written_by_us=sift
+        )
         self._tell(selection)
         about = []
         for one in selection.passed_over:
@@ -237,7 +243,7 @@ class _Watched:
             return None
         if self.held is not None and not self._outdated(chosen, self.held):
             return None
-        plan = averaging.plan(selection, self.output, **self.options)
+        plan = planning.plan(selection, self.output, **self.options)
         if _files_of(plan) != chosen:
             return None  # one was written to since: the next look finds it so
         if self.held is None and self._up_to_date(plan, selection.left_out):
@@ -259,13 +265,13 @@ class _Watched:
 
         Checkpoints that have gone since do not count here either.
         """
-        record = averaging.recorded(self.output) if self.output.exists() else None
+        record = records.recorded(self.output) if self.output.exists() else None
         if not isinstance(record, dict) or not isinstance(record.get("inputs"), list):
             return False
         written = checkpoints.file_of(self.output).stat().st_mtime_ns
         if any(file.identity.mtime_ns > written for table in plan.tables for file in table.files):
             return False
-        new = averaging.provenance(plan)
+        new = records.provenance(plan)
         if record == new:
             return True
         ours, theirs = (

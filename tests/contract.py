@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from polyak_cli import average, engine, inspect, verify
-from polyak_cli.averaging import Options
+from polyak_cli.averaging.options import Options
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
 from tests.oracle import Array
 

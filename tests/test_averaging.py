@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 
 import polyak_cli
 from polyak_cli import average, engine, plan, run
-from polyak_cli.averaging import Options
+from polyak_cli.averaging.options import Options
 from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, UsageError
 from tests.oracle import Array, naive_average, nearest_bfloat16, read_model, same_bits, write_model
 

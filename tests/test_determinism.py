@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from polyak_cli import average, engine, records
-from polyak_cli.averaging import Options
+from polyak_cli import average, engine
+from polyak_cli.averaging import records
+from polyak_cli.averaging.options import Options
 from tests.command import SAMPLES
 from tests.oracle import naive_average, read_model, write_model
 

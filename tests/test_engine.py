@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from polyak_cli import engine
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
-from polyak_cli.tensors import Bytes, Extent, File, Identity, Inline, LaidOut, page_aligned
+from polyak_cli.storage.local import Bytes, File, Identity, page_aligned
+from polyak_cli.tensors import Extent, Inline, LaidOut
 
 
 def tensor(size: int, offset: int = 0, count: int = 1) -> engine.Averaged:

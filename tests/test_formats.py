@@ -24,10 +24,14 @@ from hypothesis import strategies as st
 
 from polyak_cli import formats
 from polyak_cli.errors import FormatError, OutputError, PolyakError
-from polyak_cli.formats import publishing, sandbox, twins
+from polyak_cli.formats import outputs as formats_outputs
+from polyak_cli.formats import same_skeleton as twins
 from polyak_cli.formats.hdf5 import library
 from polyak_cli.formats.hdf5.chunks import Chunks
-from polyak_cli.tensors import Extent, File, Identity, Table, TensorSpec
+from polyak_cli.processes import sandbox
+from polyak_cli.storage import publishing
+from polyak_cli.storage.local import File, Identity
+from polyak_cli.tensors import Extent, Table, TensorSpec
 from tests.oracle import write_model
 
 KERNEL = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -582,7 +586,7 @@ def test_an_output_that_is_an_input_is_refused_through_links(tmp_path: Path) -> 
     os.link(path, tmp_path / "hard.h5")
     for name in ("m.h5", "soft.h5", "hard.h5"):
         with pytest.raises(OutputError, match="is the checkpoint"):
-            formats.check_output(tmp_path / name, [table], force=True)
+            formats_outputs.check_output(tmp_path / name, [table], force=True)
 
 
 def test_no_room_is_told_before_the_work(tmp_path: Path) -> None:

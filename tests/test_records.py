@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from polyak_cli import average, inspect, records
+from polyak_cli import average, inspect
+from polyak_cli.averaging import records
 from polyak_cli.errors import FormatError
-from polyak_cli.tensors import File, Identity
+from polyak_cli.storage.local import File, Identity
 from tests.oracle import write_model
 
 #: The definition in the README, in numbers.

@@ -10,7 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
-from polyak_cli import averaging, engine
+from polyak_cli import engine, pipeline
+from polyak_cli.averaging import planning, writing
 from tests.oracle import write_model
 
 
@@ -26,9 +27,9 @@ def test_several_averages_are_each_what_average_writes(tmp_path: Path) -> None:
     ]
     rows = [[0.25] * 4, [0.0, 0.0, 0.5, 0.5], [0.0, 1.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]]
     outputs = [tmp_path / f"out_{k}.h5" for k in range(len(rows))]
-    averaging.several(averaging.plan(paths), rows, outputs)
+    writing.several(planning.plan(paths), rows, outputs)
     for row, output in zip(rows, outputs, strict=True):
-        averaging.average(paths, tmp_path / "one.h5", coefficients=row, force=True, hash=False)
+        pipeline.average(paths, tmp_path / "one.h5", coefficients=row, force=True, hash=False)
         assert output.read_bytes() == (tmp_path / "one.h5").read_bytes()
         with h5py.File(output) as file:
             assert file["model_weights/d/n"][()] == 3
@@ -42,7 +43,7 @@ def test_several_averages_read_each_byte_once(
         write_model(tmp_path / f"m_{k}.h5", {"d": {"k": np.full(200_000, k, np.float32)}})
         for k in range(3)
     ]
-    plan = averaging.plan(paths, jobs=1)
+    plan = planning.plan(paths, jobs=1)
     reads: Counter[tuple[int, int]] = Counter()
     total = 0
     preadv = os.preadv
@@ -57,6 +58,6 @@ def test_several_averages_read_each_byte_once(
     monkeypatch.setattr(engine, "SPREAD", 1 << 40)
     monkeypatch.setattr(os, "preadv", counted)
     rows = [[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.0, 0.5, 0.5]]
-    averaging.several(plan, rows, [tmp_path / f"out_{k}.h5" for k in range(3)])
+    writing.several(plan, rows, [tmp_path / f"out_{k}.h5" for k in range(3)])
     assert max(reads.values()) == 1
     assert total == 3 * 200_000 * 4

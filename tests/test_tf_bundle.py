@@ -13,8 +13,11 @@ import pytest
 
 from polyak_cli import average, plan
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, PolyakError
-from polyak_cli.formats import crc32c, publishing, sstables, tf_bundle
-from polyak_cli.tensors import Scan
+from polyak_cli.formats import crc32c
+from polyak_cli.formats.format import Scan
+from polyak_cli.formats.tensorflow import bundle as tf_bundle
+from polyak_cli.formats.tensorflow import sstables
+from polyak_cli.storage import publishing
 from tests.oracle import Array
 
 MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)

@@ -19,8 +19,9 @@ import pytest
 
 from polyak_cli import average
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
-from polyak_cli.formats import pickles, torch_zip
-from polyak_cli.tensors import Scan
+from polyak_cli.formats.format import Scan
+from polyak_cli.formats.torch import archive as torch_zip
+from polyak_cli.formats.torch import pickles
 
 REBUILD = "torch._utils _rebuild_tensor_v2"
 PROTO, STOP = b"\x80\x02", b"."

@@ -24,17 +24,17 @@ from polyak_cli import (
     Split,
     Verification,
     average,
-    averaging,
     inspect,
     models,
     recalibration,
-    records,
     verify,
 )
+from polyak_cli.averaging import records
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, UsageError
 from polyak_cli.examining import bitwise
-from polyak_cli.formats import publishing
-from polyak_cli.tensors import Extent, File, Identity, Table, TensorSpec
+from polyak_cli.storage import publishing
+from polyak_cli.storage.local import File, Identity
+from polyak_cli.tensors import Extent, Table, TensorSpec
 from tests.command import PAUSE, SAMPLES, one_line, polyak, scripted, stopped, tree
 from tests.oracle import Array, write_model
 
@@ -370,7 +370,7 @@ def test_digests_are_recorded_unasked_of_few_bytes(
         (size - 1, True, True),
         (size, False, False),
     ):
-        monkeypatch.setattr(averaging, "HASHED", bound)
+        monkeypatch.setattr(records, "HASHED", bound)
         average(run / "ckpts", run / "o.h5", hash=wanted, force=True)
         (found,) = inspect([run / "o.h5"])
         assert ["sha256" in one for one in found.provenance["inputs"]] == [expected] * 3
@@ -716,7 +716,7 @@ def test_no_room_for_the_copy_is_told(run: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_signal_leaves_no_copy(run: Path) -> None:
     """The copy is gone and the exit code is the signal's."""
     before = tree(run)
-    code = PAUSE.format(module="averaging", function="again")
+    code = PAUSE.format(module="averaging.writing", function="again")
     process = stopped(code, "verify", "final.h5", "--source", "ckpts", cwd=run)
     assert tree(run) != before
     process.send_signal(signal.SIGTERM)
@@ -730,7 +730,7 @@ def test_a_signal_leaves_no_copy(run: Path) -> None:
 
 #: A disk that gives back something else than it was given, at one byte of the new output.
 ROTTEN = """
-import polyak_cli.formats.publishing as publishing
+import polyak_cli.storage.publishing as publishing
 real = publishing.from_disk
 def from_disk(paths):
     real(paths)

@@ -30,10 +30,11 @@ from polyak_cli import (
     Report,
     UsageError,
     average,
-    averaging,
     formats,
+    pipeline,
     watch,
 )
+from polyak_cli.averaging import planning
 from tests.command import POLYAK, ROOT, environment, one_line, polyak, script
 from tests.oracle import naive_average, read_model, same_bits, write_model
 
@@ -423,14 +424,14 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_no_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trainer that keeps only its newest ones deletes when it likes."""
-    real = averaging.run
+    real = pipeline.run
 
-    def run(plan: averaging.Plan) -> Report:
-        monkeypatch.setattr(averaging, "run", real)
+    def run(plan: planning.Plan) -> Report:
+        monkeypatch.setattr(pipeline, "run", real)
         (folder / "ckpts/model_1.h5").unlink()
         return real(plan)
 
-    monkeypatch.setattr(averaging, "run", run)
+    monkeypatch.setattr(pipeline, "run", run)
     told: list[str] = []
     reports = watch(folder / "ckpts", folder / "o.h5", interval=0.01, told=told.append)
     assert names(next(reports)) == ["model_2.h5", "model_3.h5"]

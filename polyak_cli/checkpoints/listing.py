@@ -182,6 +182,7 @@ def find_candidates(
 
 
 def refuse(problem: Problem) -> None:
+    """Raise the error that a problem stands for."""
     """Raise a problem as an error: what `select` does with the first that it meets."""
     raise CheckpointError(problem.text) from None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 def split_words(words: str) -> frozenset[str]:
     """Return the words of a text as a set."""
+    """Return the words of a text as a set."""
     return frozenset(words.split())
 
 
@@ -105,6 +106,7 @@ class Name:
 
 
 def parse_name(path: Path) -> Name:
+    """Divide a file's name into numbers and the labels before them."""
     """Find the numbers in a file's name, and what the names of a run have in common."""
     stem = _SUFFIX.sub("", path.name)
     numbers: list[_Number] = []

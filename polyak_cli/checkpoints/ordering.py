@@ -296,6 +296,7 @@ def restrict_epochs(
     to_epoch: int | None,
     growing: bool = False,
 ) -> list[Checkpoint]:
+    """Return the checkpoints between two epochs, both included."""
     """Return the checkpoints from one epoch to another, both included."""
     if from_epoch is None and to_epoch is None:
         return list(ordered)
@@ -317,6 +318,7 @@ def restrict_epochs(
 def take_newest(
     checkpoints: list[Checkpoint], last: int | None, total: int, growing: bool = False
 ) -> list[Checkpoint]:
+    """Return the newest checkpoints, as many as were asked for."""
     """Return the last of the checkpoints; ``total`` is how many there were before restrictions."""
     if last is None:
         return checkpoints
@@ -343,6 +345,7 @@ def place_in_run(chosen: Sequence[Checkpoint], ordered: Sequence[Checkpoint]) ->
 
 
 def require_epoch(checkpoint: Checkpoint, option: str) -> int:
+    """Return a checkpoint's epoch, or refuse an option that needs it."""
     """Return a checkpoint's epoch, or raise that an option needs it."""
     if checkpoint.epoch is None:
         raise CheckpointError(

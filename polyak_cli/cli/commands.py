@@ -118,10 +118,11 @@ def average(
     """
     if not output and not dry_run:
         raise UsageError("--output is missing; name the file to write with -o, or use --dry-run")
-    from polyak_cli import averaging
+    from polyak_cli import pipeline
+    from polyak_cli.averaging import planning
 
     notes = _load_rows(options)
-    plan = averaging.plan(sources, output, **options)
+    plan = planning.plan(sources, output, **options)
     if dry_run:
         rendering.notes([*notes, *plan.notes], quiet)
         rendering.result(plan.data(), as_json, quiet, lambda: rendering.plan_lines(plan, verbose))
@@ -130,7 +131,7 @@ def average(
         _apart(options["recalibrate"]),
         rendering.progress("averaging", plan.bytes_to_read, quiet or as_json) as advance,
     ):
-        report = averaging.run(plan, progress=advance)
+        report = pipeline.run(plan, progress=advance)
     rendering.notes([*notes, *report.notes], quiet)
     rendering.result(report.data(), as_json, quiet, lambda: rendering.report_lines(report, verbose))
 

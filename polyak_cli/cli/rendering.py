@@ -15,7 +15,7 @@ from polyak_cli.errors import OutputError, shown
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polyak_cli.averaging import Plan, Report
+    from polyak_cli.averaging.planning import Plan
     from polyak_cli.checkpoints import PassedOver
     from polyak_cli.comparison import Comparison
     from polyak_cli.examining.differences import Differences, Distances
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from polyak_cli.examining.inspection import Inspection
     from polyak_cli.examining.verification import Verification
     from polyak_cli.models import Score
+    from polyak_cli.pipeline import Report
     from polyak_cli.recalibration import Recalibration
 
 #: Problems that are shown of an average which does not verify.

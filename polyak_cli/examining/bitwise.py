@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.tensors import Extent, Table, TensorSpec, read_exactly
+from polyak_cli.storage.local import read_exactly
+from polyak_cli.tensors import Extent, Table, TensorSpec
 
 #: Bytes compared at a time.
 _STEP = 1 << 20

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli import checkpoints, engine, formats
+from polyak_cli.averaging.matching import Row, files_of, match, sources_of
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, file_of
 from polyak_cli.engine import Memory
 from polyak_cli.errors import MismatchError, PolyakError, UsageError, shown
 from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, default_memory
 from polyak_cli.formats.detection import detect
-from polyak_cli.matching import Row, files_of, match, sources_of
 from polyak_cli.tensors import FLOATS, Table
 
 Source = str | os.PathLike[str]

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli import averaging, engine
-from polyak_cli.averaging import Plan
+from polyak_cli import engine
+from polyak_cli.averaging import writing
+from polyak_cli.averaging.matching import sources_of
+from polyak_cli.averaging.planning import Plan
 from polyak_cli.errors import shown
 from polyak_cli.examining import bitwise
 from polyak_cli.examining.bitwise import Deviation, TensorDeviation
 from polyak_cli.examining.reductions import default_memory
-from polyak_cli.formats import publishing
-from polyak_cli.matching import sources_of
+from polyak_cli.storage import publishing
 from polyak_cli.tensors import Table
 
 
@@ -57,7 +58,7 @@ def compare_again(
     """
     nbytes = written.nbytes * (1 if written.recalibrated is None else 2)
     with publishing.scratch(near, nbytes) as folder:
-        expected = averaging.again(plan, folder, written.opened, written.record)
+        expected = writing.again(plan, folder, written.opened, written.record)
         if written.recalibrated is not None:
             from polyak_cli import recalibration  # which knows of Keras
 

@@ -15,8 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from polyak_cli import __version__, averaging, engine, formats, recalibration, records
-from polyak_cli.averaging import Plan
+from polyak_cli import __version__, engine, formats, recalibration
+from polyak_cli.averaging import options as averaging_options
+from polyak_cli.averaging import planning, records
+from polyak_cli.averaging.planning import Plan
+from polyak_cli.averaging.records import Record
 from polyak_cli.checkpoints import Checkpoint, Selection, file_of, with_numbers
 from polyak_cli.errors import (
     CheckpointError,
@@ -29,8 +32,8 @@ from polyak_cli.errors import (
 from polyak_cli.examining.bitwise import Deviation
 from polyak_cli.examining.recompute import Written, compare_again
 from polyak_cli.formats.detection import detect
-from polyak_cli.records import Record
-from polyak_cli.tensors import File, Identity, Table
+from polyak_cli.storage.local import File, Identity
+from polyak_cli.tensors import Table
 
 _StrPath = str | os.PathLike[str]
 
@@ -110,8 +113,8 @@ def verify(
             no average.
         OutputError: there is no room for a copy to compare with.
     """
-    machine: averaging.Options = {"max_memory": max_memory, "jobs": jobs}
-    averaging.check_options(machine)
+    machine: averaging_options.Options = {"max_memory": max_memory, "jobs": jobs}
+    averaging_options.check_options(machine)
     path = _find_opener(Path(output))
     for folder in map(Path, sources):
         if not _is_folder(folder):
@@ -363,7 +366,7 @@ def _is_recorded(files: Sequence[File], recorded: records.Input) -> bool:
 
 
 def _digests(files: Sequence[File]) -> tuple[str, ...]:
-    return tuple(averaging.sha256(Path(file.path)) for file in files)
+    return tuple(records.sha256(Path(file.path)) for file in files)
 
 
 def _folders_beside(record: Record, own: Table) -> tuple[list[Path], list[str]]:
@@ -397,7 +400,7 @@ class _Verifier:
     table: Table
     record: Record
     search: _Search
-    machine: averaging.Options
+    machine: averaging_options.Options
     inputs: list[_Input] = field(default_factory=list)
     problems: list[Discrepancy] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -445,8 +448,8 @@ class _Verifier:
         # The type is not the checkpoints' concern, and neither is that of the output.
         options: Any = {**self.record.options, **self.machine}
         try:
-            plan = averaging.plan(Selection(chosen, (), (), positions), **options | {"dtype": None})
-            averaging.check_options(options)
+            plan = planning.plan(Selection(chosen, (), (), positions), **options | {"dtype": None})
+            averaging_options.check_options(options)
         except UsageError as error:
             raise FormatError(f"its record has options that are refused: {error}") from None
         converted = self.table.format != plan.tables[-1].format

@@ -13,7 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from polyak_cli.errors import FormatError, OutputError, shown
-from polyak_cli.tensors import Alive, Identity, Layout, Table, TensorSpec, write_exactly
+from polyak_cli.formats.format import Layout
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage.local import Identity, write_exactly
+from polyak_cli.tensors import Table, TensorSpec
 
 _STEP = 1 << 20
 

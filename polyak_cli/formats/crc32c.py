@@ -14,7 +14,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from polyak_cli.tensors import Alive, Bytes, read_exactly
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage.local import Bytes, read_exactly
 
 _Words = npt.NDArray[np.uint32]
 

@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.tensors import read_at
+from polyak_cli.storage.local import read_at
 
 #: Bytes of a zip archive's end in which its list of members is looked for.
 _TAIL = 1 << 20

@@ -17,7 +17,9 @@ import numpy as np
 
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import conversion, zips
-from polyak_cli.tensors import FLOATS, Alive, Layout, Scan, Table, itemsize
+from polyak_cli.formats.format import Layout, Scan
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.tensors import FLOATS, Table, itemsize
 
 NAME = "numpy .npz"
 SUFFIXES = (".npz",)

@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import conversion
+from polyak_cli.formats.format import Layout, Scan
 from polyak_cli.formats.zips import WHOLE
-from polyak_cli.tensors import FLOATS, Alive, Identity, Layout, Scan, Table, TensorSpec, read_at
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage.local import Identity, read_at
+from polyak_cli.tensors import FLOATS, Table, TensorSpec
 
 NAME = "safetensors"
 SUFFIXES = (".safetensors",)

@@ -24,8 +24,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.tensors import (
-    Alive,
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage.local import (
     Bytes,
     Identity,
     read_at,

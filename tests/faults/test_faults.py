@@ -483,7 +483,7 @@ def test_a_quota_that_is_used_up(run_folder: Path, quota: Path, spent: int) -> N
 def test_a_disk_that_is_full_when_the_output_is_laid_out(run_folder: Path, tiny_disk: Path) -> None:
     """The library that writes the header fails; still one line that names the output's trouble."""
     (tiny_disk / "ballast").write_bytes(bytes(1 << 20))
-    blind = "import polyak_cli.formats.publishing as f\nf.check_room = lambda *_: None"
+    blind = "import polyak_cli.storage.publishing as f\nf.check_room = lambda *_: None"
     done = scripted(blind, "average", "ckpts", "-o", "disk/o.h5", cwd=run_folder)
     assert (done.returncode, done.stdout) == (3, "")
     line = one_line(done.stderr)

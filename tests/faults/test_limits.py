@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from polyak_cli import children
 from polyak_cli.errors import PolyakError
+from polyak_cli.processes import children
 from tests.command import Done, one_line, polyak, scripted
 from tests.faults.runs import OLD, write_run
 from tests.oracle import Array, naive_average, read_model, same_bits

@@ -24,8 +24,10 @@ import numpy as np
 
 from polyak_cli import average, formats
 from polyak_cli.errors import PolyakError
-from polyak_cli.formats import detection, sandbox
-from polyak_cli.tensors import File, Identity, Scan
+from polyak_cli.formats import detection, wire
+from polyak_cli.formats.format import Scan
+from polyak_cli.processes import sandbox
+from polyak_cli.storage.local import File, Identity
 from tests.oracle import write_model
 from tests.test_keras_zip import members, write_archive
 from tests.test_safetensors import put
@@ -166,7 +168,7 @@ def outcomes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             if not message:
                 try:
                     file = File(str(path), Identity.of(path.stat()))
-                    formats._table(name, file, outcome)
+                    wire.build_table(name, file, outcome)
                 except PolyakError as error:
                     message = str(error)
             took, begun = time.monotonic() - begun, time.monotonic()

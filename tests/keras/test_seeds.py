@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli import averaging, data, models, sweeping
+from polyak_cli import data, models, sweeping
+from polyak_cli.averaging import planning, writing
 
 pytestmark = pytest.mark.slow
 SEEDS, LAST = 10, 10
@@ -43,11 +44,11 @@ def accuracies(tmp_path_factory: pytest.TempPathFactory) -> Accuracies:
         folder = tmp_path_factory.mktemp(f"seed_{seed}")
         report = models.train(folder, seed=seed, keep=LAST)
         found["single"].append([accuracy(path, rows) for path in report.checkpoints])
-        plan = averaging.plan(folder)
+        plan = planning.plan(folder)
         chosen = [("equal", None), ("linear", None), ("exp", 2.0)]
         averages = sweeping.candidates(plan.positions, range(1, LAST + 1), chosen)[LAST:]
         outputs = [folder / f"average_{k}.out.h5" for k in range(len(averages))]
-        averaging.several(plan, [average.coefficients for average in averages], outputs)
+        writing.several(plan, [average.coefficients for average in averages], outputs)
         for k, name in enumerate(SCHEMES):
             own = outputs[k * LAST : (k + 1) * LAST]
             found[name].append([accuracy(path, rows) for path in own])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyak_cli import __version__, averaging, data, sweeping
+from polyak_cli import __version__, data, pipeline, sweeping
 from tests.command import polyak, script
 from tests.test_cli import EAGER, on_terminal
 
@@ -58,7 +58,7 @@ def test_every_candidate_has_the_scores_of_its_own_average(
         elif candidate.kind == "average" and candidate.window in (2, 4):
             path = tmp_path / "average.h5"
             alpha: Any = {} if candidate.parameter is None else {"alpha": candidate.parameter}
-            averaging.average(
+            pipeline.average(
                 SAMPLE, path, last=candidate.window, scheme=candidate.scheme, force=True, **alpha
             )
         else:
@@ -173,7 +173,7 @@ def test_averages_are_recalibrated_before_they_are_scored(tmp_path: Path) -> Non
         recalibrate=rows,
         write_best=tmp_path / "best.h5",
     )
-    averaging.average(
+    pipeline.average(
         sorted(tmp_path.glob("m_*.h5")), tmp_path / "average.h5", recalibrate=rows, batch_size=256
     )
     (row,) = [row for row in found.rows if row.candidate.kind == "average"]

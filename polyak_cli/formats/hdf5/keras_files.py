@@ -20,6 +20,7 @@ import numpy as np
 from h5py import h5a, h5d, h5g, h5s, h5t
 
 from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.formats.format import Scan
 from polyak_cli.formats.hdf5.chunks import UNDONE
 from polyak_cli.formats.hdf5.library import (
     FILTERS,
@@ -44,11 +45,8 @@ from polyak_cli.formats.hdf5.library import (
 from polyak_cli.formats.hdf5.skeleton import PROVENANCE, lay_out, seal
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
-from polyak_cli.tensors import (
-    Alive,
-    Scan,
-    Table,
-)
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.tensors import Table
 
 #: What this module offers as a format, with `skeleton`.
 __all__ = ["check", "is_average", "lay_out", "scan", "seal", "texts"]

@@ -20,12 +20,9 @@ from h5py import h5a, h5d, h5f, h5fd, h5g, h5l, h5o, h5p, h5s, h5t
 
 from polyak_cli.errors import FormatError, PolyakError, shown
 from polyak_cli.formats.hdf5.windows import Window
-from polyak_cli.tensors import (
-    FLOATS,
-    Alive,
-    read_at,
-    unreadable,
-)
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage.local import read_at, unreadable
+from polyak_cli.tensors import FLOATS
 
 #: A file, or a part of one.
 Place = str | Window

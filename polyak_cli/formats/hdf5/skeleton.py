@@ -16,6 +16,7 @@ import numpy as np
 from h5py import h5a, h5d, h5f, h5g, h5o, h5p, h5s, h5t
 
 from polyak_cli.errors import FormatError, shown
+from polyak_cli.formats.format import Layout
 from polyak_cli.formats.hdf5.library import (
     NAMELESS,
     Place,
@@ -34,16 +35,9 @@ from polyak_cli.formats.hdf5.library import (
 from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
-from polyak_cli.tensors import (
-    FLOATS,
-    Alive,
-    Extent,
-    Layout,
-    Table,
-    TensorSpec,
-    read_exactly,
-    write_exactly,
-)
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage.local import read_exactly, write_exactly
+from polyak_cli.tensors import FLOATS, Extent, Table, TensorSpec
 
 PROVENANCE = b"polyak_provenance"
 _SMALL = 1 << 16  # bytes of a tensor whose values may be copied, to be overwritten

@@ -17,11 +17,13 @@ from typing import Any, BinaryIO
 
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import zips
+from polyak_cli.formats.format import Layout, Scan
 from polyak_cli.formats.hdf5 import keras_files, skeleton
 from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.formats.keras import emas
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
-from polyak_cli.tensors import Alive, Extent, Layout, Scan, Table, TensorSpec
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.tensors import Extent, Table, TensorSpec
 
 NAME = "Keras .keras"
 SUFFIXES = (".keras",)

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from polyak_cli.errors import FormatError, shown
+from polyak_cli.formats.format import Layout, Scan
 from polyak_cli.formats.hdf5 import keras_files, skeleton
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.zips import WHOLE
-from polyak_cli.tensors import Alive, Identity, Layout, Scan, Table
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage.local import Identity
+from polyak_cli.tensors import Table
 
 NAME = "sharded Keras weights"
 SUFFIXES = (WEIGHTS_SUFFIX,)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.tensors import Alive
+from polyak_cli.processes.sandbox import Alive
 
 #: Opcodes of a pickle; 100,000 tensors need some three millions.
 MOST = 10_000_000

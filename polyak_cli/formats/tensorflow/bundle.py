@@ -19,18 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats import crc32c, sstables
-from polyak_cli.formats.sstables import Pair, from_number, varint
+from polyak_cli.formats import crc32c
+from polyak_cli.formats.format import Layout, Scan
+from polyak_cli.formats.tensorflow import sstables
+from polyak_cli.formats.tensorflow.sstables import Pair, from_number, varint
 from polyak_cli.formats.zips import WHOLE
-from polyak_cli.tensors import (
-    FLOATS,
-    Alive,
-    Identity,
-    Layout,
-    Scan,
-    read_exactly,
-    write_exactly,
-)
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage.local import Identity, read_exactly, write_exactly
+from polyak_cli.tensors import FLOATS
 
 NAME = "TensorFlow checkpoint"
 SUFFIXES = (".index",)

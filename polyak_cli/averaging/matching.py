@@ -12,7 +12,8 @@ from typing import cast
 
 from polyak_cli.engine import Compared, Source
 from polyak_cli.errors import MismatchError, shown
-from polyak_cli.tensors import File, Storage, Table, TensorSpec
+from polyak_cli.storage.local import File
+from polyak_cli.tensors import Storage, Table, TensorSpec
 
 Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest first
 #: BatchNorm's statistics, as Keras, tf_keras's renorm and PyTorch call them.

@@ -22,19 +22,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from polyak_cli.errors import FormatError, OutputError, shown
-from polyak_cli.formats import pickles, zips
-from polyak_cli.formats.pickles import SIZES, Pairs, Stored, Tensor
-from polyak_cli.tensors import (
-    FLOATS,
-    Alive,
-    Layout,
-    Scan,
-    Table,
-    read_at,
-    read_exactly,
-    unreadable,
-    write_exactly,
-)
+from polyak_cli.formats import zips
+from polyak_cli.formats.format import Layout, Scan
+from polyak_cli.formats.torch import pickles
+from polyak_cli.formats.torch.pickles import SIZES, Pairs, Stored, Tensor
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage.local import read_at, read_exactly, unreadable, write_exactly
+from polyak_cli.tensors import FLOATS, Table
 
 NAME = "PyTorch"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")

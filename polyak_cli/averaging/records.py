@@ -6,17 +6,31 @@ neither how it is stored nor what is averaged.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from polyak_cli.errors import CheckpointError, FormatError, shown
-from polyak_cli.tensors import File
+from polyak_cli import __version__, checkpoints, formats
+from polyak_cli.averaging import records
+from polyak_cli.averaging.fates import drops_optimizer
+from polyak_cli.averaging.planning import Plan
+from polyak_cli.errors import (
+    CheckpointError,
+    FormatError,
+    PolyakError,
+    shown,
+)
+from polyak_cli.storage.local import File
+from polyak_cli.tensors import Table
+
+if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
+    pass
+import math
 
 #: The digest of all else in the record.
 SEAL = "sha256"
@@ -304,3 +318,94 @@ def relative_paths(paths: Sequence[Path]) -> list[str]:
     whole = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - links are not followed
     common = os.path.commonpath([os.path.dirname(path) for path in whole])  # noqa: PTH120 - as above
     return [str(PurePosixPath(Path(path).relative_to(common))) for path in whole]
+
+
+#: Bytes of all inputs up to which their digests are recorded unasked: it takes no time then.
+HASHED = 64 << 20
+
+
+def recorded(output: Path) -> Any:
+    """Return what `provenance` was written into an output, None where there is nothing of it."""
+    with contextlib.suppress(PolyakError, ValueError, RecursionError):
+        (table,) = formats.scan([checkpoints.file_of(output)])
+        record = json.loads(table.about.get("provenance", "null"))
+        return records.unsealed(record) if isinstance(record, dict) else None
+    return None
+
+
+def provenance(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the record that the output carries, without the seal of `records`.
+
+    No clock and no absolute path are in it, so that the bytes repeat.
+
+    Args:
+        plan: what is averaged.
+        sampled: `records.sampled_digest` of each checkpoint, where it is known already.
+
+    Raises:
+        FormatError: a checkpoint cannot be read.
+    """
+    options = plan.options
+    sampled = sampled or [records.sampled_digest(table.files) for table in plan.tables]
+    names = [checkpoint.path.name for checkpoint in plan.checkpoints]
+    paths = records.relative_paths([checkpoint.path for checkpoint in plan.checkpoints])
+    inputs: list[dict[str, Any]] = [
+        {
+            "name": name,
+            **({"path": path} if paths != names else {}),
+            "epoch": checkpoint.epoch,
+            "size": table.size,
+            "coefficient": coefficient,
+            "sampled_sha256": digest,
+        }
+        for name, path, checkpoint, table, coefficient, digest in zip(
+            names, paths, plan.checkpoints, plan.tables, plan.coefficients, sampled, strict=True
+        )
+    ]
+    wanted = options.get("hash")
+    if wanted or (wanted is None and sum(table.size for table in plan.tables) <= HASHED):
+        for record, table in zip(inputs, plan.tables, strict=True):
+            found = digests(table)
+            record["sha256"] = found[0] if len(found) == 1 else list(found)
+    skipped = [
+        {"name": one.path.name, "reasons": [problem.kind for problem in one.problems]}
+        for one in plan.skipped
+    ]
+    return {
+        "polyak": __version__,
+        "scheme": plan.scheme,
+        "parameters": dict(plan.parameters),
+        "options": {
+            "dtype": options.get("dtype"),
+            "optimizer": "drop" if drops_optimizer(plan.tables, options) else "newest",
+            "match": options.get("match", "name"),
+            "use_ema": options.get("use_ema", False),
+            "include_tensors": list(options.get("include_tensors", ())),
+            "exclude_tensors": list(options.get("exclude_tensors", ())),
+            "allow_nonfinite": options.get("allow_nonfinite", False),
+        },
+        "inputs": inputs,
+        **({"skipped": skipped} if skipped else {}),
+    }
+
+
+def digests(table: Table) -> tuple[str, ...]:
+    """Return the SHA-256 of each file of a checkpoint.
+
+    Raises:
+        FormatError: one cannot be read.
+    """
+    return tuple(sha256(Path(file.path)) for file in table.files)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        FormatError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None

@@ -18,8 +18,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polyak_cli.children import Child, Writer, failure, raised
 from polyak_cli.errors import FormatError, PolyakError, shown
+from polyak_cli.processes.children import Child, Writer, failure, raised
 
 CPU_SECONDS = 4  # without a sign of life: a loop inside libhdf5
 WALL_SECONDS = 120  # without a sign of life: a file system that does not answer
@@ -205,3 +205,7 @@ def _limit_memory() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard == resource.RLIM_INFINITY or limit < hard:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+#: Says "still alive" to whoever waits for a header's reader; see `formats.sandbox`.
+Alive = Callable[[], None]

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.errors import FormatError
-from polyak_cli.tensors import Bytes, Extent, File, Identity, Table, read_exactly
+from polyak_cli.storage.local import Bytes, File, Identity, read_exactly
+from polyak_cli.tensors import Extent, Table
 
 #: Bytes compared at a time; shorter tensors are read along, and passed over then.
 _STEP = 1 << 18

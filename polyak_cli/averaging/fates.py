@@ -1,0 +1,167 @@
+"""Decide which tensors are averaged, carried or dropped, and what a user should know of it.
+
+Reads no values and opens no file.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from polyak_cli.averaging.matching import Row, is_statistic, leaf
+from polyak_cli.averaging.options import Options
+from polyak_cli.checkpoints import Checkpoint
+from polyak_cli.errors import (
+    MismatchError,
+    UsageError,
+    shown,
+)
+from polyak_cli.tensors import FLOATS, Table, TensorSpec, is_carried
+
+if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
+    pass
+
+
+def drops_optimizer(tables: Sequence[Table], options: Options) -> bool:
+    """Tell whether the output leaves the optimizer's state out."""
+    return options.get("optimizer", "drop") == "drop" and not tables[-1].fixed
+
+
+def stored_dtype(spec: TensorSpec, options: Options) -> str:
+    """Return the type in which an averaged tensor is stored."""
+    return options.get("dtype") or spec.dtype
+
+
+def map_stored_dtypes(averaged: Iterable[Row], options: Options) -> dict[str, str]:
+    """Return where in the template each averaged tensor lies, and the type to store."""
+    return {row[-1].location: stored_dtype(row[-1], options) for row in averaged}
+
+
+def decide_fates(rows: Sequence[Row], options: Options, where: str) -> tuple[list[Row], list[Row]]:
+    """Divide the model's tensors into those to average and those to carry.
+
+    Raises:
+        MismatchError: a tensor can be neither, or nothing is left to average.
+        UsageError: a glob matches nothing.
+    """
+    include, exclude = options.get("include_tensors", ()), options.get("exclude_tensors", ())
+    names = [row[-1].name for row in rows]
+    for option, globs in (("include", include), ("exclude", exclude)):
+        for glob in globs:
+            if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+                raise UsageError(f"--{option}-tensors '{shown(glob)}' matches no tensor")
+    averaged: list[Row] = []
+    carried: list[Row] = []
+    for row in rows:
+        name, dtype = row[-1].name, row[-1].dtype
+        wanted = not include or any(fnmatch.fnmatchcase(name, glob) for glob in include)
+        wanted = wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+        if wanted and dtype in FLOATS:
+            averaged.append(row)
+        elif wanted and not is_carried(dtype):
+            raise MismatchError(
+                f"{where}: tensor '{shown(name)}' is of type {dtype}, which is not averaged; "
+                f"expected {', '.join(FLOATS)}. Use --exclude-tensors to carry it from the newest"
+            )
+        else:
+            carried.append(row)
+    _refuse_quantised(averaged, carried, where)
+    if not averaged:
+        raise MismatchError(
+            f"{where}: nothing to average; expected a float tensor that no option leaves out"
+        )
+    return averaged, carried
+
+
+def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row], where: str) -> None:
+    """Refuse kernels of 8 bits with a float scale: the two mean nothing but together."""
+    names = {row[-1].name for row in averaged}
+    numbered = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2].isdigit()}
+    for row in (*averaged, *carried):
+        spec = row[-1]
+        folder, _, last = spec.name.rpartition("/")
+        narrow = spec.dtype in ("int8", "uint8")
+        nameless = narrow and last.isdigit() and spec.shape and folder in numbered  # weights files
+        scaled = not names.isdisjoint((f"{spec.name}_scale", f"{spec.name}_scale_inv"))
+        if nameless or (scaled and (narrow or spec.dtype.startswith("float8"))):
+            raise MismatchError(
+                f"{where}: tensor '{shown(spec.name)}' is quantised ({spec.dtype} with a scale); "
+                "average the checkpoints before quantisation, or carry all of its layer with "
+                "--exclude-tensors"
+            )
+
+
+def list_notes(
+    tables: Sequence[Table], averaged: Sequence[Row], carried: Sequence[Row], options: Options
+) -> list[str]:
+    """Say what a user should know before the run."""
+    notes = [
+        f"{shown(table.path)} is itself an average that polyak wrote"
+        for table in tables
+        if table.average
+    ]
+    if len({table.config for table in tables}) > 1:
+        notes.append(
+            "the model configuration is not the same in all checkpoints; the newest one's is kept"
+        )
+    names = [row[-1].name for row in averaged]
+    statistics = [name for name in names if is_statistic(tables[-1], name)]
+    if statistics and options.get("recalibrate") is None:
+        notes.append(
+            f"{len(statistics)} BatchNorm moving statistics are averaged ("
+            f"{_some(statistics)}); they are estimates for each checkpoint, not for the average: "
+            "recalculate them with one pass over training data (--recalibrate DATA) when the "
+            "learning rate was high or the average scores below its checkpoints"
+        )
+    stored = {stored_dtype(row[-1], options) for row in averaged}
+    if not drops_optimizer(tables, options) and tables[-1].optimizer:
+        stored.add("optimizer")
+    notes += [text for key, text in tables[-1].cautions.items() if key in stored]
+    if tables[-1].fixed and tables[-1].optimizer:
+        notes.append(
+            "optimizer state is the newest checkpoint's: such a file keeps it even where it is to "
+            "be dropped, and it does not belong to averaged values"
+        )
+    strings = [row[-1].name for row in carried if len({spec.digest for spec in row}) > 1]
+    return notes + [describe_difference(name) for name in strings]
+
+
+def note_missing_emas(names: Sequence[str]) -> list[str]:
+    """Say which float tensors have no EMA, and are averaged themselves."""
+    if not names:
+        return []
+    return [
+        f"{len(names)} float tensors have no EMA in the optimizer's state, as what is not trained; "
+        f"their own values are averaged ({_some(names)})"
+    ]
+
+
+def note_files_beside(newest: Checkpoint, template: Table) -> list[str]:
+    """Say what a folder has besides its tensors, which an average does not."""
+    if newest.path == template.path:
+        return []
+    return [
+        "only the tensors are written: a program may want config.json, the tokenizer's files and "
+        f"the like of {shown(newest.path)} beside them"
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    first = ", ".join(shown(name, 80) for name in names[:3])
+    return first + (", ..." if len(names) > 3 else "")
+
+
+def describe_difference(name: str) -> str:
+    """Say that a carried tensor differs between the checkpoints."""
+    return f"tensor '{shown(name)}' is not the same in all checkpoints; the newest one's is carried"
+
+
+def is_compared(row: Row) -> bool:
+    """Tell whether a carried tensor should be the same everywhere.
+
+    Not where it was asked for, and PyTorch's BatchNorm counts its batches.
+    """
+    spec = row[-1]
+    counts = spec.dtype in FLOATS or leaf(spec.name) == "num_batches_tracked"
+    return not counts and all(spec.storage is not None for spec in row)

@@ -1,0 +1,180 @@
+"""Carry out a plan: write the skeleton of an output, fold its tensors, finish it.
+
+Gives no output its name, and decides nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polyak_cli import engine, formats
+from polyak_cli.averaging import records
+from polyak_cli.averaging.fates import (
+    describe_difference,
+    drops_optimizer,
+    is_compared,
+    map_stored_dtypes,
+)
+from polyak_cli.averaging.matching import Row, files_of, sources_of
+from polyak_cli.averaging.options import Options, Progress, plan_memory
+from polyak_cli.averaging.planning import Plan
+from polyak_cli.averaging.records import provenance
+from polyak_cli.formats import outputs as formats_outputs
+from polyak_cli.storage import publishing
+from polyak_cli.storage.local import File
+from polyak_cli.tensors import Table
+
+if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
+    pass
+
+
+def write_average(
+    plan: Plan, hidden: Path, record: str, progress: Progress
+) -> tuple[engine.Totals, list[Path], list[str]]:
+    """Write the whole output under its hidden name; return what that took, its files and notes."""
+    options = plan.options
+    formats.check(plan.tables, jobs=plan_memory(options).jobs)
+    room = _room(plan, hidden, record)
+    totals = _fold(plan, [plan.coefficients], [room], progress)
+    inputs = files_of(plan.tables)
+    compared, differing = _differing(plan, inputs, progress)
+    engine.unchanged(inputs)
+    return totals.plus(compared), [*map(Path, room.files)], differing
+
+
+def again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
+    """Write a plan's average once more, as `run` writes it; return its table.
+
+    Args:
+        plan: what to average.
+        folder: where to write it; it should be empty.
+        opened: the name, below that, of the file that opens it; of one in a folder where the
+            output is such.
+        record: that it carries.
+
+    Raises:
+        PolyakError: as `run`.
+        OSError: there is no room.
+    """
+    formats.check(plan.tables, jobs=plan_memory(plan.options).jobs)
+    hidden = folder / ".again"
+    if len(opened.parts) > 1:
+        hidden.mkdir()
+    else:
+        hidden.touch()
+    room = _room(plan, hidden, record)
+    _fold(plan, [plan.coefficients], [room], lambda _: None)
+    engine.unchanged(files_of(plan.tables))
+    publishing.take_names(hidden, folder / opened.parts[0])
+    (table,) = formats.scan([folder / opened], everything=True)
+    return table
+
+
+def several(
+    plan: Plan,
+    coefficients: Sequence[Sequence[float]],
+    outputs: Sequence[Path],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write several averages of the same checkpoints, each of whose bytes is read once.
+
+    The outputs are neither synced nor published: they are for looking at.
+
+    Args:
+        plan: which tensors of which checkpoints; its own coefficients do not count.
+        coefficients: for each output, one a checkpoint, oldest first; see `schemes.coefficients`.
+        outputs: the files to write, named as those of the format are; their records have only
+            the sampled digests of the inputs.
+        progress: told the bytes read by every finished piece of work.
+
+    Raises:
+        PolyakError: as `run`.
+        OSError: there is no room.
+    """
+    rows = [tuple(row) for row in coefficients]
+    options: Options = {**plan.options, "hash": False}
+    sampled = [records.sampled_digest(table.files) for table in plan.tables]
+    custom = replace(plan, scheme="custom", parameters={}, options=options)
+    rooms = [
+        _room(each, output, records.text(records.sealed(provenance(each, sampled))))
+        for each, output in zip(
+            (replace(custom, coefficients=row) for row in rows), outputs, strict=True
+        )
+    ]
+    _fold(plan, rows, rooms, progress or (lambda _: None))
+    engine.unchanged(files_of(plan.tables))
+
+
+def _room(plan: Plan, output: Path, record: str) -> formats.Room:
+    """Write all of an output, the record included, but its averaged tensors."""
+    return formats.lay_out(
+        plan.tables[-1],
+        output,
+        averaged=map_stored_dtypes(plan.averaged_rows, plan.options),
+        drop_optimizer=drops_optimizer(plan.tables, plan.options),
+        name=formats_outputs.target(plan.output, plan.tables[-1]),
+        provenance=record,
+    )
+
+
+def _fold(
+    plan: Plan,
+    coefficients: Sequence[Sequence[float]],
+    rooms: Sequence[formats.Room],
+    progress: Progress,
+) -> engine.Totals:
+    """Average the tensors into the outputs, a row of coefficients each."""
+    options = plan.options
+    files = [file for room in rooms for file in room.files]
+    nonfinite = options.get("allow_nonfinite", False)
+    work = engine.Fold(files_of(plan.tables), files, np.array(coefficients), nonfinite)
+    memory = plan_memory(options, len(rooms))
+    totals = engine.fold(_Averaged(plan, rooms), work, memory, progress)
+    for room in rooms:
+        room.seal()
+    return totals
+
+
+@dataclass(frozen=True, slots=True)
+class _Averaged:
+    """The tensors to average, made anew whenever they are gone through: 100,000 fill the memory."""
+
+    plan: Plan
+    rooms: Sequence[formats.Room]
+
+    def __iter__(self) -> Iterator[engine.Averaged]:
+        """Yield them as they lie in the template, which is how they are read best."""
+        firsts = [*itertools.accumulate((len(room.files) for room in self.rooms), initial=0)]
+        for row in sorted(self.plan.averaged_rows, key=_place):
+            spec = row[-1]
+            if spec.size:
+                sources = sources_of(self.plan.tables, row)
+                places = [room.places[spec.location] for room in self.rooms]
+                targets = [
+                    place._replace(file=first + place.file) if first else place
+                    for first, place in zip(firsts, places, strict=False)
+                ]
+                yield engine.Averaged(spec.name, spec.size, spec.dtype, sources, targets)
+
+
+def _place(row: Row) -> tuple[int, int, int]:
+    """Return where a tensor lies in the template."""
+    spec = row[-1]
+    offset, start = (getattr(spec.storage, key, 0) for key in ("offset", "start"))
+    return spec.file, offset, start
+
+
+def _differing(
+    plan: Plan, inputs: Sequence[File], progress: Progress
+) -> tuple[engine.Totals, list[str]]:
+    """Compare what is carried and should be the same everywhere."""
+    rows = [(r[-1].name, sources_of(plan.tables, r)) for r in plan.carried_rows if is_compared(r)]
+    found, totals = engine.differing(rows, inputs, plan_memory(plan.options), progress)
+    return totals, [describe_difference(name) for name, _ in rows if name in found]

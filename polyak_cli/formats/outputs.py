@@ -1,0 +1,192 @@
+"""Decide which name, folder and format an output may have.
+
+Writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from polyak_cli.errors import OutputError, PolyakError, shown
+from polyak_cli.formats import module
+from polyak_cli.formats.format import Layout
+from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage import publishing
+from polyak_cli.tensors import COMMON, Table
+
+#: Suffix of an output -> the format to which checkpoints of others are converted.
+_TARGETS = {".safetensors": "safetensors", ".npz": "npz"}
+
+
+def target(output: Path | None, template: Table) -> str:
+    """Return the format of an output: the template's, unless its suffix is that of another."""
+    form = module(template.format)
+    if output and not output.name.endswith(form.SUFFIXES) and hasattr(form, "texts"):
+        return _TARGETS.get(output.suffix, template.format)
+    return template.format
+
+
+def is_folder(output: Path, template: Table) -> bool:
+    """Tell whether an output is to be a folder: named without suffix, for several files."""
+    folder = getattr(module(template.format), "FOLDER", False)
+    return folder and len(template.files) > 1 and not output.suffix
+
+
+def check_conversion(
+    output: Path | None, template: Table, *, averaged: Mapping[str, str], drop_optimizer: bool
+) -> None:
+    """Refuse, before any work, an output whose format cannot hold what is to be in it.
+
+    Args:
+        output: the file or folder that will be written; None for one of the template's format.
+        template: the checkpoint that it will be like.
+        averaged: location in the template -> dtype to store.
+        drop_optimizer: leave its state out.
+
+    Raises:
+        OutputError: what would be lost.
+    """
+    from polyak_cli.processes import sandbox
+
+    name = target(output, template)
+    for dtype in sorted({*averaged.values()} - getattr(module(name), "TYPES", COMMON)):
+        raise OutputError(
+            f"{shown(output or template.path)}: is {module(name).NAME}, which has no type {dtype}; "
+            "choose another --dtype, or safetensors for the output"
+        )
+    if not output or (name == template.format and not _merges(output, template)):
+        return
+    request = Layout(template, "", averaged, drop_optimizer, "")
+    (outcome,) = sandbox.each(_refuse, [(name, request)], [str(template.path)])
+    if isinstance(outcome, OutputError):
+        raise OutputError(f"{shown(output)}: {shown(template.path)} {outcome}")
+    if isinstance(outcome, PolyakError):
+        raise outcome
+
+
+def _merges(output: Path, template: Table) -> bool:
+    """Tell whether the shards of a folder, each with texts of its own, become one file."""
+    folder = getattr(module(template.format), "FOLDER", False)
+    return folder and len(template.files) > 1 and not is_folder(output, template)
+
+
+def _refuse(request: tuple[str, Layout], alive: Alive) -> None:
+    """Refuse, in a child, what cannot be converted or merged."""
+    from polyak_cli.formats import conversion
+
+    name, layout = request
+    said = cast(conversion.Source, module(layout.template.format)).texts(layout.template, alive)
+    if name != layout.template.format:
+        conversion.refuse(layout)
+        cast(conversion.Target, module(name)).refuse(layout, said)
+
+
+def check_output(
+    output: Path, tables: Sequence[Table], *, force: bool, run: Sequence[Path] = ()
+) -> None:
+    """Refuse, before any work, an output that could not or must not be written.
+
+    Args:
+        output: the file or folder to write.
+        tables: of the checkpoints, the template last.
+        force: replace an older output.
+        run: further checkpoints of the same run, which are not to be replaced either.
+
+    Raises:
+        OutputError: what is in the way, and what to do.
+    """
+    try:
+        _check_place(output, tables, force=force)
+        for path in run:
+            if output.exists() and path.exists() and output.samefile(path):
+                raise OutputError(
+                    f"{shown(output)}: is a checkpoint of the run, if not one that is averaged; "
+                    "name another output"
+                )
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{shown(output)}: cannot be written: {shown(reason)}") from None
+
+
+def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
+    name = shown(output)
+    folder_wanted = is_folder(output, tables[-1])
+    if output.is_dir() and not folder_wanted:
+        raise OutputError(f"{name}: is a folder; name the file to write in it")
+    named = target(output, tables[-1])
+    form = module(named)
+    suffixes = (named == tables[-1].format and tables[-1].suffixes) or form.SUFFIXES
+    if not folder_wanted and not output.name.endswith(suffixes):
+        raise OutputError(
+            f"{name}: the checkpoints are {form.NAME}, which is opened only as "
+            f"{' or '.join(suffixes)}; give the output that suffix{_otherwise(tables[-1])}"
+        )
+    _check_weights_suffix(output, tables[-1], suffixes)
+    folder = output.resolve().parent
+    if not folder.is_dir():
+        raise OutputError(f"{name}: there is no folder {shown(folder)}; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{name}: the folder {shown(folder)} is not writable")
+    for further in _further(output, tables[-1]):
+        if os.path.lexists(further) and not force:
+            raise OutputError(f"{shown(further)}: already exists; use --force to replace it")
+    if not os.path.lexists(output):
+        return
+    if folder_wanted and output.exists():
+        inputs = [file for table in tables for file in table.files]
+        publishing.check_folder(output, inputs, force=force)
+        return
+    if output.exists():
+        _check_existing(output, tables)
+    if not force:
+        raise OutputError(f"{name}: already exists; use --force to replace it")
+
+
+def _check_weights_suffix(output: Path, template: Table, suffixes: Sequence[str]) -> None:
+    """Refuse what Keras would take for another layout by its name, unless it was called so."""
+    weights = getattr(module(target(output, template)), "WEIGHTS_SUFFIX", None)
+    if not weights or weights in suffixes or template.path.name.endswith(weights):
+        return
+    if output.name.endswith(weights):
+        raise OutputError(
+            f"{shown(output)}: {shown(template.path)} is of Keras's older layout, which "
+            f"load_weights() refuses in a file called {weights}; call the output "
+            f"{' or '.join(suffixes)}"
+        )
+
+
+def _further(output: Path, template: Table) -> list[Path]:
+    """Return the files that an output consists of besides the one that is named.
+
+    Raises:
+        OutputError: the name is a link, beside whose target they would not be found.
+    """
+    further = [publishing.beside(output, tail) for tail in template.tails]
+    if further and output.is_symlink():
+        raise OutputError(
+            f"{shown(output)}: is a link, and the output has several files; name the place itself"
+        )
+    return further
+
+
+def _otherwise(template: Table) -> str:
+    """Say what else an output may be called."""
+    form = module(template.format)
+    shards = ", or none for a folder of as many files" if is_folder(Path("x"), template) else ""
+    others = [end for end in _TARGETS if end not in form.SUFFIXES] if hasattr(form, "texts") else []
+    return shards + (f", or {' or '.join(others)} to convert it" if others else "")
+
+
+def _check_existing(output: Path, tables: Sequence[Table]) -> None:
+    """Refuse to replace an input or what is no file, --force or not."""
+    status = output.stat()
+    for path, identity in (file for table in tables for file in table.files):
+        if (status.st_dev, status.st_ino) == (identity.device, identity.inode):
+            raise OutputError(
+                f"{shown(output)}: is the checkpoint {shown(path)} itself; name another output"
+            )
+    if not output.is_file():
+        raise OutputError(f"{shown(output)}: is not a regular file; name another output")

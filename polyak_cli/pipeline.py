@@ -1,0 +1,228 @@
+"""Average checkpoints into one published file: the only place where the stages meet.
+
+Prints nothing and knows no file format.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from polyak_cli import checkpoints, formats
+from polyak_cli.averaging import records
+from polyak_cli.averaging.options import Options, Progress, Source, batch_size_of, measure_peak
+from polyak_cli.averaging.planning import Plan, plan
+from polyak_cli.averaging.records import provenance
+from polyak_cli.averaging.writing import write_average
+from polyak_cli.errors import (
+    OutputError,
+    UsageError,
+    shown,
+)
+from polyak_cli.formats import outputs
+from polyak_cli.storage import publishing
+
+if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
+    from polyak_cli.recalibration import Recalibration
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        output: the file that was written.
+        plan: what was to be done.
+        bytes_read: of tensors; checksums that a format keeps are computed besides.
+        bytes_written: the size of the output.
+        seconds: wall clock, from the first byte to the renamed output, but for the recalibration,
+            which tells its own.
+        peak_memory: bytes, of the largest process.
+        shares: of the workers' time: "reading", "folding", "writing"; sum 1.
+        notes: the plan's, and what only the bytes could tell.
+        recalibrated: what was gathered anew of BatchNorm's statistics, if that was asked for.
+        verified: what the disk holds was found equal, bit for bit, to the average computed twice.
+    """
+
+    output: Path
+    plan: Plan
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_memory: int
+    shares: Mapping[str, float]
+    notes: tuple[str, ...]
+    recalibrated: Recalibration | None = None
+    verified: bool = False
+
+    @property
+    def speed(self) -> float:
+        """Bytes read in a second."""
+        return self.bytes_read / self.seconds if self.seconds else 0.0
+
+    def data(self) -> dict[str, Any]:
+        """Return the report, with its plan, as what JSON can hold."""
+        return self.plan.data() | {
+            "output": str(self.output),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "seconds": self.seconds,
+            "speed": self.speed,
+            "peak_memory": self.peak_memory,
+            "shares": dict(self.shares),
+            "notes": list(self.notes),
+            "recalibrated": self.recalibrated.data() if self.recalibrated else None,
+            "verified": self.verified,
+        }
+
+
+def average(
+    sources: Source | Sequence[Source] | checkpoints.Selection,
+    output: Source,
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> Report:
+    """Average checkpoints into one model file: ``run(plan(...))``.
+
+    Averaging the iterates of stochastic gradient descent: Polyak and Juditsky, "Acceleration of
+    stochastic approximation by averaging", 1992; in the form of the schemes of `schemes`.
+
+    Args:
+        sources: directories, globs or files, or what `select` chose.
+        output: the file to write, ``.h5`` or ``.hdf5``.
+        progress: told the bytes read by every finished piece of work.
+        **options: see `Options`.
+
+    Raises:
+        PolyakError: a leaf of it for whatever the input, the options or the disk do not allow;
+            nothing is written then.
+    """
+    return run(plan(sources, output, **options), progress=progress)
+
+
+def run(plan: Plan, *, progress: Progress | None = None) -> Report:
+    """Do what a plan says.
+
+    Args:
+        plan: of `plan`, with an output.
+        progress: told the bytes read by every finished piece of work.
+
+    Raises:
+        PolyakError: an input is damaged or changed meanwhile, a value is not finite, or the output
+            cannot be written; nothing is left then, and an older output is untouched.
+    """
+    if plan.output is None:
+        raise UsageError("the plan has no output; name the file to write")
+    begun = time.perf_counter()
+    force = plan.options.get("force", False)
+    folder = outputs.is_folder(plan.output, plan.tables[-1])
+    verify = plan.options.get("verify", False)
+    record = records.text(records.sealed(provenance(plan)))
+    with publishing.publish(plan.output, force=force, folder=folder) as hidden:
+        totals, files, notes = write_average(plan, hidden, record, progress or (lambda _: None))
+        recalibrated = _recalibrated(plan, plan.output, hidden)
+        if recalibrated:
+            notes += recalibrated.notes
+        nbytes = sum(file.stat().st_size for file in files)
+        if verify:
+            _verify(plan, plan.output, hidden, files, record, own=recalibrated is not None)
+        written = hidden.stat().st_ino
+    if verify and plan.output.stat().st_ino != written:
+        raise OutputError(
+            f"{shown(plan.output)}: another file has taken its name since; see what else writes it"
+        )
+    spent = totals.reading + totals.folding + totals.writing
+    return Report(
+        output=plan.output,
+        plan=plan,
+        bytes_read=totals.bytes_read,
+        bytes_written=nbytes,
+        seconds=time.perf_counter() - begun - (recalibrated.seconds if recalibrated else 0.0),
+        peak_memory=measure_peak(),
+        shares={
+            part: getattr(totals, part) / spent if spent else 0.0
+            for part in ("reading", "folding", "writing")
+        },
+        notes=(*plan.notes, *notes),
+        recalibrated=recalibrated,
+        verified=verify,
+    )
+
+
+def _verify(
+    plan: Plan, output: Path, hidden: Path, files: Sequence[Path], record: str, *, own: bool
+) -> None:
+    """Refuse an output that is not, on the disk, what averaging once more gives.
+
+    Args:
+        plan: what was done.
+        output: what it will be called.
+        hidden: what it is called now.
+        files: of which it consists.
+        record: of the average.
+        own: it has statistics of its own, gathered anew, which are compared with its record.
+
+    Raises:
+        OutputError: what differs.
+    """
+    from polyak_cli.examining.recompute import Written, compare_again
+
+    publishing.from_disk(files)
+    written = Written(
+        files=files,
+        opened=Path(output.name, files[-1].name) if hidden.is_dir() else Path(output.name),
+        record=record,
+        nbytes=plan.bytes_to_write,
+        recalibrated=formats.scan([hidden], everything=True)[0] if own else None,
+    )
+    found = compare_again(plan, written, [output.resolve().parent])
+    if found:
+        first, *others = [*map(str, found.tensors), *found.outside]
+        more = f" (and {len(others)} more)" if others else ""
+        raise OutputError(
+            f"{shown(output)}: read back, it is not what was written: {first}{more}; nothing was "
+            "published. See whether disk and memory are sound"
+        )
+
+
+def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | None:
+    """Put the average with new statistics in its place, if that was asked for."""
+    rows = plan.options.get("recalibrate")
+    if rows is None:
+        return None
+    from polyak_cli import recalibration
+
+    # Keras goes by the suffix; what begins with the hidden name is removed whatever happens.
+    average = hidden.with_name(f"{hidden.name}.average{output.suffix}")
+    hidden.rename(average)
+    hidden.touch()
+    (table,) = formats.scan([average], everything=True)
+    made = recalibration.rewrite(
+        replace(table, path=output),
+        hidden,
+        output,
+        rows,
+        batch_size_of(plan.options),
+        plan.options.get("trust_code", False),
+    )
+    average.unlink()
+    return made
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse an output that is there already and was not written by this tool.
+
+    For those who write one file again and again, without being asked each time.
+
+    Raises:
+        OutputError: with what to do.
+    """
+    if output.exists() and not formats.averages([checkpoints.file_of(output)]):
+        raise OutputError(
+            f"{shown(output)}: already exists and is no average by polyak; name another output, or "
+            "use --force to replace it"
+        )
