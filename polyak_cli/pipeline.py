@@ -15,7 +15,6 @@ from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import records
 from polyak_cli.averaging.options import Options, Progress, Source, batch_size_of, measure_peak
 from polyak_cli.averaging.planning import Plan, plan
-from polyak_cli.averaging.records import provenance
 from polyak_cli.averaging.writing import write_average
 from polyak_cli.errors import (
     OutputError,
@@ -121,7 +120,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     force = plan.options.get("force", False)
     folder = outputs.is_folder(plan.output, plan.tables[-1])
     verify = plan.options.get("verify", False)
-    record = records.text(records.sealed(provenance(plan)))
+    record = records.encode(records.seal(records.make_record(plan)))
     with publishing.publish(plan.output, force=force, folder=folder) as hidden:
         totals, files, notes = write_average(plan, hidden, record, progress or (lambda _: None))
         recalibrated = _recalibrated(plan, plan.output, hidden)

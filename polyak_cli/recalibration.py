@@ -182,7 +182,7 @@ def rewrite(
     values = {names[location]: np.ravel(values) for location, values in found.after.items()}
     record = _record(table, found, rows, batch_size)
     record["recalibrated"]["statistics"] = digests(table, values)
-    _write(table, values, hidden, records.text(records.sealed(record)))
+    _write(table, values, hidden, records.encode(records.seal(record)))
     return Recalibration(
         model=table.path,
         output=output,

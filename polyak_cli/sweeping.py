@@ -300,7 +300,7 @@ def sweep(
         rows=tuple(scored),
         winner=winner,
         gains=_gains(winner, scored, metric),
-        digests=tuple(records.digests(table) for table in plan.tables),
+        digests=tuple(records.hash_files(table.files) for table in plan.tables),
         notes=(*plan.notes, *rows.notes, *dict.fromkeys(examiner.notes)),
     )
 

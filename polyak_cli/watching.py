@@ -265,13 +265,13 @@ class _Watched:
 
         Checkpoints that have gone since do not count here either.
         """
-        record = records.recorded(self.output) if self.output.exists() else None
+        record = records.read_output_record(self.output) if self.output.exists() else None
         if not isinstance(record, dict) or not isinstance(record.get("inputs"), list):
             return False
         written = checkpoints.file_of(self.output).stat().st_mtime_ns
         if any(file.identity.mtime_ns > written for table in plan.tables for file in table.files):
             return False
-        new = records.provenance(plan)
+        new = records.make_record(plan)
         if record == new:
             return True
         ours, theirs = (

@@ -187,7 +187,7 @@ def test_the_averages_of_the_samples_have_golden_digests(
     changelog says so then.  The record of provenance, which holds polyak's version, is left out of
     both: here, it is always the same.
     """
-    monkeypatch.setattr(records, "sealed", lambda _: {"always": "the same"})
+    monkeypatch.setattr(records, "seal", lambda _: {"always": "the same"})
     output = tmp_path / f"o{suffix}"
     average(SAMPLES, output, **SCHEMES[scheme])
     assert tensors_digest(output) == TENSORS[scheme]

@@ -60,7 +60,7 @@ def test_a_sampled_digest_is_what_the_readme_defines(tmp_path: Path, sizes: list
         path = tmp_path / f"part_{k}"
         path.write_bytes(content)
         files.append(scanned(path))
-    assert records.sampled_digest(files) == expected_digest(contents)
+    assert records.compute_sampled_digest(files) == expected_digest(contents)
 
 
 def test_at_most_4_mb_of_a_checkpoint_are_read(
@@ -83,7 +83,7 @@ def test_at_most_4_mb_of_a_checkpoint_are_read(
             with open(path, "wb") as file:
                 file.truncate(size)
         read = 0
-        records.sampled_digest([scanned(path) for path in paths])
+        records.compute_sampled_digest([scanned(path) for path in paths])
         assert 3_900_000 < read <= 4_000_000
 
 
@@ -94,10 +94,10 @@ def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     file = scanned(path)
     path.write_bytes(bytes(50))
     with pytest.raises(FormatError, match=r"m.h5: ended early"):
-        records.sampled_digest([file])
+        records.compute_sampled_digest([file])
     path.unlink()
     with pytest.raises(FormatError, match=r"m.h5: cannot be read: No such file"):
-        records.sampled_digest([file])
+        records.compute_sampled_digest([file])
 
 
 def inputs_of(output: Path) -> list[dict[str, Any]]:
@@ -158,6 +158,9 @@ def test_paths_are_recorded_where_names_repeat(
 def test_a_path_is_relative_to_the_innermost_common_folder() -> None:
     """Also where one checkpoint lies in the folder and another below it."""
     paths = [Path("/a/b/m.h5"), Path("/a/b/c/m.h5")]
-    assert records.relative_paths(paths) == ["m.h5", "c/m.h5"]
-    assert records.relative_paths([Path("/a/m_1.h5"), Path("/b/m_2.h5")]) == ["m_1.h5", "m_2.h5"]
-    assert records.relative_paths([Path("/a/m.h5"), Path("/b/m.h5")]) == ["a/m.h5", "b/m.h5"]
+    assert records.list_relative_paths(paths) == ["m.h5", "c/m.h5"]
+    assert records.list_relative_paths([Path("/a/m_1.h5"), Path("/b/m_2.h5")]) == [
+        "m_1.h5",
+        "m_2.h5",
+    ]
+    assert records.list_relative_paths([Path("/a/m.h5"), Path("/b/m.h5")]) == ["a/m.h5", "b/m.h5"]

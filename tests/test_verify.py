@@ -433,7 +433,7 @@ def flip_unsampled(path: Path) -> None:
     """Flip a bit of an element that the sampled digest does not cover."""
     with h5py.File(path) as file:
         start = file["model_weights/dense/kernel"].id.get_offset()
-    ranges = records.sampled_ranges(path.stat().st_size)
+    ranges = records.list_sampled_ranges(path.stat().st_size)
     end = next(end for _, end in ranges if end > start)
     place = end + (start - end) % 4 + 2  # an upper bit of the fraction
     assert all(not begin <= place < stop for begin, stop in ranges)

@@ -305,7 +305,7 @@ def _suspicions(
     if options.get("on_unhealthy"):
         return []
     modified = [max(file.identity.mtime_ns for file in table.files) / 1e9 for table in tables]
-    found = health.suspicions(selection.checkpoints, modified, selection.thinned)
+    found = health.find_suspicions(selection.checkpoints, modified, selection.thinned)
     return [problem.text for problem in found]
 
 

@@ -24,7 +24,6 @@ from polyak_cli.averaging.fates import (
 from polyak_cli.averaging.matching import Row, files_of, sources_of
 from polyak_cli.averaging.options import Options, Progress, plan_memory
 from polyak_cli.averaging.planning import Plan
-from polyak_cli.averaging.records import provenance
 from polyak_cli.formats import outputs as formats_outputs
 from polyak_cli.storage import publishing
 from polyak_cli.storage.local import File
@@ -100,10 +99,10 @@ def several(
     """
     rows = [tuple(row) for row in coefficients]
     options: Options = {**plan.options, "hash": False}
-    sampled = [records.sampled_digest(table.files) for table in plan.tables]
+    sampled = [records.compute_sampled_digest(table.files) for table in plan.tables]
     custom = replace(plan, scheme="custom", parameters={}, options=options)
     rooms = [
-        _room(each, output, records.text(records.sealed(provenance(each, sampled))))
+        _room(each, output, records.encode(records.seal(records.make_record(each, sampled))))
         for each, output in zip(
             (replace(custom, coefficients=row) for row in rows), outputs, strict=True
         )

@@ -250,14 +250,14 @@ def distance_lines(found: Distances) -> Iterator[str]:
 
 def health_lines(found: Health) -> Iterator[str]:
     """Yield the checkpoints of a run and what is wrong with them, then each problem in words."""
-    from polyak_cli.examining.health import written
+    from polyak_cli.examining.health import format_time
 
     columns = ["epoch", "written (UTC)", "size", "not finite", "to previous", "to next", ""]
     table = [["checkpoint", *columns]]
     for one in found.checkpoints:
         cells = [
             one.epoch,
-            written(one.modified),
+            format_time(one.modified),
             None if one.size is None else _size(one.size),
             one.nonfinite,
             *(None if step is None else f"{step:.3e}" for step in (one.to_previous, one.to_next)),

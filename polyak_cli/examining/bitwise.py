@@ -71,11 +71,11 @@ def compare(found: Sequence[Path], expected: Table) -> Deviation:
         try:
             with open(path, "rb", buffering=0) as a, open(other, "rb", buffering=0) as b:
                 sizes = [each.seek(0, 2) for each in (a, b)]
-                for offsets in _unequal(a, b, min(sizes)):
+                for offsets in _find_unequal(a, b, min(sizes)):
                     counts.add(offsets)
         except OSError as error:
             raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
-        tensors += counts.tensors()
+        tensors += counts.list_tensors()
         if sizes[0] != sizes[1]:
             outside.append(f"has {sizes[0]} bytes; expected {sizes[1]}")
         if counts.outside:
@@ -86,7 +86,7 @@ def compare(found: Sequence[Path], expected: Table) -> Deviation:
     return Deviation(tuple(tensors), tuple(outside))
 
 
-def _unequal(one: BinaryIO, other: BinaryIO, size: int) -> Iterator[Offsets]:
+def _find_unequal(one: BinaryIO, other: BinaryIO, size: int) -> Iterator[Offsets]:
     """Yield the offsets of the bytes that differ, in order, one array for each piece."""
     a, b = np.empty(_STEP, np.uint8), np.empty(_STEP, np.uint8)
     for start in range(0, size, _STEP):
@@ -136,7 +136,7 @@ class _Counts:
         again = int(elements[0]) == last  # one element may lie in two pieces
         self.found[k] = [count + len(elements) - again, first, int(elements[-1])]
 
-    def tensors(self) -> Iterator[TensorDeviation]:
+    def list_tensors(self) -> Iterator[TensorDeviation]:
         """Yield the tensors that differ, in the order of the file."""
         for k, (count, first, _) in sorted(self.found.items()):
             yield TensorDeviation(self.specs[k].name, count, first, self.specs[k].size)

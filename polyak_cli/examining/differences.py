@@ -21,7 +21,7 @@ from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.examining.reductions import (
     PairSums,
     RunSums,
-    default_memory,
+    bound_memory,
     fold_slabs,
     reduce_each,
 )
@@ -86,7 +86,7 @@ def diff(one: Path, other: Path, *, rtol: float = 0.0, atol: float = 0.0) -> Dif
     rows, mismatches = _pair(tables)
     sums = reduce_each(tables, rows, lambda: PairSums(rtol, atol))
     names = [row[0].name for row in rows]
-    found = [_difference(name, sums.get(name, PairSums())) for name in names]
+    found = [_summarise(name, sums.get(name, PairSums())) for name in names]
     found.sort(key=lambda tensor: (tensor.equal, -tensor.relative, -tensor.largest))
     return Differences((one, other), tuple(found), tuple(mismatches))
 
@@ -105,7 +105,8 @@ def _pair(tables: Sequence[Table]) -> tuple[list[Row], list[str]]:
     for name in (name for name in one.tensors if name in other.tensors):
         a, b = one.tensors[name], other.tensors[name]
         if (a.shape, a.arrangement) != (b.shape, b.arrangement):
-            mismatches.append(f"'{shown(name)}' has shape {_shape(a)} and {_shape(b)}")
+            shapes = f"{_describe_shape(a)} and {_describe_shape(b)}"
+            mismatches.append(f"'{shown(name)}' has shape {shapes}")
         elif is_numeric(a) and is_numeric(b):
             rows.append((a, b))
         elif (a.dtype, a.digest) != (b.dtype, b.digest):
@@ -113,23 +114,23 @@ def _pair(tables: Sequence[Table]) -> tuple[list[Row], list[str]]:
         elif a.storage and b.storage:
             others.append((a, b))
     pairs = [(row[0].name, sources_of(tables, row)) for row in others]
-    unequal, _ = engine.differing(pairs, files_of(tables), default_memory())
+    unequal, _ = engine.differing(pairs, files_of(tables), bound_memory())
     mismatches += [f"'{shown(name)}' is not the same" for name in unequal]
     return rows, sorted(mismatches)
 
 
-def _shape(spec: TensorSpec) -> str:
+def _describe_shape(spec: TensorSpec) -> str:
     return f"{spec.shape} {spec.arrangement}".rstrip()
 
 
-def _difference(name: str, sums: PairSums) -> Difference:
+def _summarise(name: str, sums: PairSums) -> Difference:
     norms = math.sqrt(sums.aa) * math.sqrt(sums.bb)
-    relative = _ratio(math.sqrt(sums.dd), math.sqrt(sums.aa))
+    relative = _divide(math.sqrt(sums.dd), math.sqrt(sums.aa))
     cosine = sums.ab / norms if norms else None
     return Difference(name, relative, sums.largest, cosine, sums.equal)
 
 
-def _ratio(part: float, whole: float) -> float:
+def _divide(part: float, whole: float) -> float:
     if part == 0:
         return 0.0
     return part / whole if whole else math.inf
@@ -199,8 +200,8 @@ def distances(selection: Selection, *, by: str = "name") -> Distances:
 
     fold_slabs(tables, rows, add)
     norm = math.sqrt(sums.average)
-    to_average = [_ratio(math.sqrt(squares), norm) for squares in sums.spread]
-    to_previous = [None, *(_ratio(math.sqrt(squares), norm) for squares in sums.steps)]
+    to_average = [_divide(math.sqrt(squares), norm) for squares in sums.spread]
+    to_previous = [None, *(_divide(math.sqrt(squares), norm) for squares in sums.steps)]
     limit = OUTLYING * float(np.median(to_average))
     return Distances(
         tuple(

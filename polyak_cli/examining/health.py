@@ -24,7 +24,7 @@ from polyak_cli.averaging.matching import Row, files_of, match, sources_of
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, file_of
 from polyak_cli.engine import Memory
 from polyak_cli.errors import MismatchError, PolyakError, UsageError, shown
-from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, default_memory
+from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, bound_memory
 from polyak_cli.formats.detection import detect
 from polyak_cli.tensors import FLOATS, Table
 
@@ -55,7 +55,7 @@ class Checked(NamedTuple):
         """Return it as JSON types."""
         return self._asdict() | {
             "path": str(self.path),
-            "modified": written(self.modified),
+            "modified": format_time(self.modified),
             "problems": [problem.data() for problem in self.problems],
         }
 
@@ -92,7 +92,7 @@ class Health:
         }
 
 
-def written(seconds: float | None) -> str | None:
+def format_time(seconds: float | None) -> str | None:
     """Return a file's time in UTC as ISO 8601, None if there is no such date."""
     with contextlib.suppress(OverflowError, ValueError, OSError):
         if seconds is not None:
@@ -149,11 +149,11 @@ def check(
     _examine(examined)
     _measure_all(examined, match, memory)
     alike = [one for one in examined if not one.has("other run")]
-    of_run += suspicions(
+    of_run += find_suspicions(
         [one.checkpoint for one in alike], [one.modified for one in alike], selection.thinned
     )
     return Health(
-        tuple(one.checked() for one in examined),
+        tuple(one.build_result() for one in examined),
         tuple(of_run),
         selection.passed_over,
         selection.notes,
@@ -181,7 +181,7 @@ class _Examined:
         """Add a problem of this checkpoint."""
         self.problems.append(Problem(kind, text))
 
-    def checked(self) -> Checked:
+    def build_result(self) -> Checked:
         """Return the result for this checkpoint."""
         return Checked(
             self.checkpoint.path,
@@ -225,19 +225,19 @@ def _examine(examined: Sequence[_Examined]) -> None:
         if not one.has("unreadable"):
             by_format.setdefault(detect(path), []).append((one, path))
     for found in by_format.values():
-        for (one, _), table in zip(found, _tables([path for _, path in found]), strict=True):
+        for (one, _), table in zip(found, _scan_each([path for _, path in found]), strict=True):
             if isinstance(table, PolyakError):
                 one.add_problem("unreadable", str(table))
             else:
                 one.table = table
 
 
-def _tables(paths: Sequence[Path]) -> Sequence[Table | PolyakError]:
+def _scan_each(paths: Sequence[Path]) -> Sequence[Table | PolyakError]:
     """Scan files of one format, each alone if they cannot be scanned together."""
     try:
         return formats.scan(paths)
     except PolyakError as error:
-        return [error] if len(paths) == 1 else [_tables([path])[0] for path in paths]
+        return [error] if len(paths) == 1 else [_scan_each([path])[0] for path in paths]
 
 
 # --- the values -----------------------------------------------------------------------------------
@@ -245,19 +245,19 @@ def _tables(paths: Sequence[Path]) -> Sequence[Table | PolyakError]:
 
 def _measure_all(examined: Sequence[_Examined], by: str, memory: Memory) -> None:
     """Read all values: those of the run together, each checkpoint of another model alone."""
-    run = [one for one in _of_one_model(examined, by) if not one.has("other run")]
+    run = [one for one in _select_model(examined, by) if not one.has("other run")]
     apart = [[one] for one in examined if one.table and one not in run]
     for group in (run, *apart):
         if group:
             _measure(group, by, memory)
 
 
-def _of_one_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
+def _select_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
     """Return the checkpoints of the most frequent model; add a problem to the others."""
     models: list[list[tuple[_Examined, Table]]] = []  # newest first, as are their checkpoints
     for one in reversed(examined):
         if one.table:
-            same = (model for model in models if not _mismatch(one.table, model[0][1], by))
+            same = (model for model in models if not _describe_mismatch(one.table, model[0][1], by))
             home = next(same, None)
             if home is None:
                 models.append(home := [])
@@ -267,11 +267,11 @@ def _of_one_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
     usual = max(models, key=len)  # the newest on a tie
     for model in models:
         for one, table in model if model is not usual else ():
-            one.add_problem("other model", _mismatch(table, usual[0][1], by))
+            one.add_problem("other model", _describe_mismatch(table, usual[0][1], by))
     return [one for one, _ in reversed(usual)]
 
 
-def _mismatch(table: Table, template: Table, by: str) -> str:
+def _describe_mismatch(table: Table, template: Table, by: str) -> str:
     """Return why two checkpoints cannot belong to one run, "" if they can."""
     if table.format != template.format:
         found, expected = (formats.module(one.format).NAME for one in (table, template))
@@ -298,13 +298,14 @@ def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> None:
         if one.nonfinite:
             text = f"{path}: tensor '{shown(sums.first_nonfinite[k])}' holds NaN or infinity"
             one.add_problem("nonfinite", f"{text}; {one.nonfinite} of its numbers are not finite")
-        if sums.same[k] and _same_carried(tables[k - 1 : k + 1], [r[k - 1 : k + 1] for r in rows]):
+        pair = slice(k - 1, k + 1)
+        if sums.same[k] and _has_same_carried(tables[pair], [row[pair] for row in rows]):
             text = f"{path}: every tensor is bit for bit that of {shown(tables[k - 1].path)}"
             one.add_problem("identical", text)
     _compare_neighbours(run, sums)
 
 
-def _same_carried(tables: Sequence[Table], rows: Sequence[Row]) -> bool:
+def _has_same_carried(tables: Sequence[Table], rows: Sequence[Row]) -> bool:
     """Return whether the tensors of two checkpoints that are no floats are the same."""
     carried = [row for row in rows if row[0].dtype not in FLOATS]
     if any(row[0].digest != row[1].digest for row in carried):
@@ -312,7 +313,7 @@ def _same_carried(tables: Sequence[Table], rows: Sequence[Row]) -> bool:
     pairs = [
         (row[0].name, sources_of(tables, row)) for row in carried if all(s.storage for s in row)
     ]
-    unequal, _ = engine.differing(pairs, files_of(tables), default_memory())
+    unequal, _ = engine.differing(pairs, files_of(tables), bound_memory())
     return not unequal
 
 
@@ -321,9 +322,9 @@ def _compare_neighbours(run: Sequence[_Examined], sums: NeighbourSums) -> None:
     sound = [k for k, one in enumerate(run) if one.nonfinite == 0]
     if len(sound) < 2:
         return
-    steps = [sums.distance(a, b) for a, b in pairwise(sound)]
-    around = [sums.distance(a, b) for a, b in zip(sound, sound[2:], strict=False)]
-    for place, times in _outliers(steps, around):
+    steps = [sums.measure_distance(a, b) for a, b in pairwise(sound)]
+    around = [sums.measure_distance(a, b) for a, b in zip(sound, sound[2:], strict=False)]
+    for place, times in _find_outliers(steps, around):
         one = run[sound[place]]
         one.add_problem(
             "outlier",
@@ -332,16 +333,17 @@ def _compare_neighbours(run: Sequence[_Examined], sums: NeighbourSums) -> None:
         )
     norm = statistics.median(math.sqrt(sums.squares[k]) for k in sound)
     for k, before, after in zip(sound, [None, *steps], [*steps, None], strict=True):
-        run[k].to_previous, run[k].to_next = _relative(before, norm), _relative(after, norm)
+        run[k].to_previous, run[k].to_next = _divide(before, norm), _divide(after, norm)
 
 
-def _relative(distance: float | None, norm: float) -> float | None:
+def _divide(distance: float | None, norm: float) -> float | None:
+    """Return a distance relative to a norm, which may be 0."""
     if distance is None or distance == 0:
         return distance
     return distance / norm if norm else float("inf")
 
 
-def _outliers(
+def _find_outliers(
     steps: Sequence[float | None], around: Sequence[float | None]
 ) -> Iterator[tuple[int, float]]:
     """Yield the index of each outlier, and how many times too far it lies.
@@ -379,7 +381,7 @@ def _outliers(
 # --- epochs and times -----------------------------------------------------------------------------
 
 
-def suspicions(
+def find_suspicions(
     run: Sequence[Checkpoint], modified: Sequence[float | None], thinned: bool
 ) -> list[Problem]:
     """Return the problems that epochs and file times show in a run as a whole.
@@ -396,12 +398,12 @@ def suspicions(
     ]
     if any(a[0] > b[0] for a, b in pairwise(known)):  # named one by one, in another order
         return []
-    found = [] if thinned else _gaps([(epoch, path) for epoch, path, _ in known])
+    found = [] if thinned else _find_gaps([(epoch, path) for epoch, path, _ in known])
     timed = [(epoch, path, time) for epoch, path, time in known if time is not None]
-    return found + _resumed(timed)
+    return found + _find_resumed(timed)
 
 
-def _gaps(run: Sequence[tuple[int, Path]]) -> list[Problem]:
+def _find_gaps(run: Sequence[tuple[int, Path]]) -> list[Problem]:
     """Find missing epochs in a run whose checkpoints are mostly evenly spaced."""
     steps = [b[0] - a[0] for a, b in pairwise(run) if b[0] > a[0]]
     usual, times = Counter(steps).most_common(1)[0] if steps else (0, 0)
@@ -421,7 +423,7 @@ def _gaps(run: Sequence[tuple[int, Path]]) -> list[Problem]:
     ]
 
 
-def _resumed(run: Sequence[tuple[int, Path, float]]) -> list[Problem]:
+def _find_resumed(run: Sequence[tuple[int, Path, float]]) -> list[Problem]:
     """Find checkpoints of an earlier run that a resumed run has not replaced yet.
 
     A run of 10 epochs, resumed from epoch 5 and now at 8, has written 6 to 8 last.  In order of
@@ -444,13 +446,14 @@ def _resumed(run: Sequence[tuple[int, Path, float]]) -> list[Problem]:
     return [
         Problem(
             "resumed",
-            f"{_names(left)} {'was' if len(left) == 1 else 'were'} written before "
-            f"{_names(newer)}: the run seems to have been resumed from "
+            f"{_describe_span(left)} {'was' if len(left) == 1 else 'were'} written before "
+            f"{_describe_span(newer)}: the run seems to have been resumed from "
             f"{f'epoch {run[start - 1][0]}' if start else 'its beginning'} since",
         )
     ]
 
 
-def _names(run: Sequence[tuple[int, Path, float]]) -> str:
+def _describe_span(run: Sequence[tuple[int, Path, float]]) -> str:
+    """Return the first and the last name of consecutive checkpoints."""
     first, last = shown(run[0][1]), shown(run[-1][1].name)
     return first if len(run) == 1 else f"{first} to {last}"

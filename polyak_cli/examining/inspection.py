@@ -76,11 +76,11 @@ class Inspection:
             "parameters": self.parameters,
             "about": about,
             "provenance": self.provenance,
-            "tensors": [_data(tensor) for tensor in self.tensors],
+            "tensors": [_encode(tensor) for tensor in self.tensors],
         }
 
 
-def _data(tensor: Inspected) -> dict[str, Any]:
+def _encode(tensor: Inspected) -> dict[str, Any]:
     """Return one tensor as JSON types."""
     spec, fate, statistics = tensor
     return {
@@ -119,11 +119,11 @@ def inspect(paths: Sequence[Path], *, statistics: bool = False) -> Iterator[Insp
         yield Inspection(
             table,
             formats.module(table.format).NAME,
-            tuple(Inspected(s, _fate(table, s), found.get(s.name)) for s in specs),
+            tuple(Inspected(s, _decide_fate(table, s), found.get(s.name)) for s in specs),
         )
 
 
-def _fate(table: Table, spec: TensorSpec) -> str:
+def _decide_fate(table: Table, spec: TensorSpec) -> str:
     """Return what averaging without options does with a tensor."""
     if spec.name in table.optimizer and not table.fixed:
         return "dropped"
@@ -139,10 +139,10 @@ def _measure(table: Table, specs: Sequence[TensorSpec]) -> dict[str, Statistics]
     formats.check([table], jobs=1)
     rows = [(spec,) for spec in specs if is_numeric(spec)]
     sums = reduce_each([table], rows, ValueSums)
-    return {name: _statistics(found) for name, found in sums.items()}
+    return {name: _summarise(found) for name, found in sums.items()}
 
 
-def _statistics(sums: ValueSums) -> Statistics:
+def _summarise(sums: ValueSums) -> Statistics:
     has_finite = sums.min <= sums.max
     return Statistics(
         math.sqrt(sums.squares),

@@ -17,7 +17,7 @@ from polyak_cli.averaging.planning import Plan
 from polyak_cli.errors import shown
 from polyak_cli.examining import bitwise
 from polyak_cli.examining.bitwise import Deviation, TensorDeviation
-from polyak_cli.examining.reductions import default_memory
+from polyak_cli.examining.reductions import bound_memory
 from polyak_cli.storage import publishing
 from polyak_cli.tensors import Table
 
@@ -95,7 +95,7 @@ def _compare_tensors(found: Table, expected: Table) -> Deviation:
             unequal.add(name)
         elif all(spec.storage for spec in row):
             rows.append((name, sources_of([found, expected], row)))
-    differing, _ = engine.differing(rows, [*found.files, *expected.files], default_memory())
+    differing, _ = engine.differing(rows, [*found.files, *expected.files], bound_memory())
     unequal.update(differing)
     tensors = [TensorDeviation(name, 0, 0, b[name].size) for name in b if name in unequal]
     return Deviation(tuple(tensors), (*mismatches, "the tensors do not lie where they should"))

@@ -36,7 +36,7 @@ class Reduction(Protocol):
 _Reduction = TypeVar("_Reduction", bound=Reduction)
 
 
-def default_memory() -> Memory:
+def bound_memory() -> Memory:
     """Return the bound on the buffers of one tool in one process."""
     return Memory.within(BUFFER_BYTES, 1)
 
@@ -59,7 +59,7 @@ def fold_slabs(
     files = files_of(tables)
     # Damaged or diverged models hold NaN, infinities, and values whose squares overflow.
     with np.errstate(invalid="ignore", over="ignore"):
-        for tensor, slabs in engine.values(compared(tables, rows), files, default_memory()):
+        for tensor, slabs in engine.values(compared(tables, rows), files, bound_memory()):
             add(tensor.name, slabs)
     engine.unchanged(files)
 
@@ -242,7 +242,7 @@ class NeighbourSums:
             np.subtract(values, ring[(k - reach) % len(ring)], out=difference)
             self.distances[k, reach] += np.dot(difference, difference)
 
-    def distance(self, one: int, other: int) -> float | None:
+    def measure_distance(self, one: int, other: int) -> float | None:
         """Return how far two checkpoints are apart, None where that was not measured."""
         reach = other - one
         return float(np.sqrt(self.distances[other, reach])) if reach <= REACH else None

@@ -135,8 +135,8 @@ def verify(
         return Verification(Path(output), problems=(Discrepancy("record", path.name, text),))
     except CheckpointError as error:
         raise CheckpointError(f"{shown(output)}: {error}; there is nothing to recompute") from None
-    folders = [*map(Path, sources), _folder_of(table)]
-    others, notes = ([], []) if sources else _folders_beside(record, table)
+    folders = [*map(Path, sources), _find_folder(table)]
+    others, notes = ([], []) if sources else _find_folders_beside(record, table)
     search = _Search(record, [*folders, *others], table)
     return _Verifier(Path(output), table, record, search, machine, notes=notes).run()
 
@@ -161,7 +161,7 @@ def _is_sharded(table: Table) -> bool:
     return getattr(formats.module(table.format), "FOLDER", False) and len(table.files) > 1
 
 
-def _folder_of(table: Table) -> Path:
+def _find_folder(table: Table) -> Path:
     """Return the folder that holds an average."""
     return table.path.parent.parent if _is_sharded(table) else table.path.parent
 
@@ -194,7 +194,7 @@ class _Input:
         """Bytes of all files that were found."""
         return sum(file.identity.size for file in self.files)
 
-    def problem(self, text: str) -> Discrepancy:
+    def make_problem(self, text: str) -> Discrepancy:
         """Return a problem of this input."""
         name = self.recorded.path
         return Discrepancy("input", name, f"'{shown(name, 80)}' {text}")
@@ -222,23 +222,23 @@ class _Search:
         self._find_renamed([one for one in self.inputs if one.path is None])
         return self.inputs
 
-    def _paths(self, recorded: records.Input) -> list[Path]:
+    def _list_paths(self, recorded: records.Input) -> list[Path]:
         """Return the paths with an input's name that no other input has taken."""
         taken = {one.path for one in self.inputs}
-        return [p for p in _paths_named(recorded, self.folders, self.own) if p not in taken]
+        return [p for p in _find_named(recorded, self.folders, self.own) if p not in taken]
 
     def _find_recorded(self, one: _Input) -> None:
         """Take the first checkpoint of the name that is as recorded."""
-        for path in self._paths(one.recorded):
+        for path in self._list_paths(one.recorded):
             with contextlib.suppress(PolyakError, OSError):
-                files = _files_of(path, one.recorded.size)
+                files = _list_files(path, one.recorded.size)
                 if _is_recorded(files, one.recorded):
                     one.path, one.files, one.is_recorded = path, files, True
                     return
 
     def _find_readable(self, one: _Input) -> None:
         """Take the first checkpoint of the name that can be read and has the expected format."""
-        for path in self._paths(one.recorded):
+        for path in self._list_paths(one.recorded):
             try:
                 (table,) = formats.scan([file_of(path)])
                 self._check_format(path, table.format)
@@ -266,17 +266,17 @@ class _Search:
         wanted = [one for one in missing if one.recorded.sampled or one.recorded.sha256]
         names = {one.recorded.name for one in self.inputs}
         sizes = {one.recorded.size for one in wanted}
-        for path in _paths_not_named(names, self.folders, self.own) if wanted else ():
+        for path in _find_others(names, self.folders, self.own) if wanted else ():
             with contextlib.suppress(PolyakError, OSError):
                 nbytes = path.stat().st_size
                 if nbytes in sizes or _is_folder(path):
-                    self._take_renamed(wanted, path, _files_of(path, nbytes))
+                    self._take_renamed(wanted, path, _list_files(path, nbytes))
 
     def _take_renamed(self, wanted: Sequence[_Input], path: Path, files: tuple[File, ...]) -> None:
         """Take a checkpoint of another name for the input whose digest it has, if there is one."""
-        sampled = records.sampled_digest(files)
+        sampled = records.compute_sampled_digest(files)
         # Records of polyak 0.1.0 have no other digest than that of all bytes.
-        digests = () if all(one.recorded.sampled for one in wanted) else _digests(files)
+        digests = () if all(one.recorded.sampled for one in wanted) else records.hash_files(files)
         for one in wanted:
             recorded = one.recorded
             same = recorded.sampled == sampled if recorded.sampled else recorded.sha256 == digests
@@ -286,7 +286,7 @@ class _Search:
                 return
 
 
-def _paths_named(recorded: records.Input, folders: Sequence[Path], own: Table) -> Iterator[Path]:
+def _find_named(recorded: records.Input, folders: Sequence[Path], own: Table) -> Iterator[Path]:
     """Yield what has an input's path or name in the folders, or is such a folder itself.
 
     The average's own files are left out.
@@ -299,18 +299,18 @@ def _paths_named(recorded: records.Input, folders: Sequence[Path], own: Table) -
             yield folder
 
 
-def _paths_not_named(names: set[str], folders: Sequence[Path], own: Table) -> Iterator[Path]:
+def _find_others(names: set[str], folders: Sequence[Path], own: Table) -> Iterator[Path]:
     """Yield what has another name than the inputs, or such a name in another folder."""
     for folder in folders:
-        for path in sorted(_entries(folder), key=with_numbers):
+        for path in sorted(_list_entries(folder), key=with_numbers):
             if not _is_folder(path) or _is_checkpoint(path):
                 if path.name not in names and not _is_part(path, own):
                     yield path
             else:
-                yield from (one for one in _entries(path) if one.name in names)
+                yield from (one for one in _list_entries(path) if one.name in names)
 
 
-def _entries(folder: Path) -> list[Path]:
+def _list_entries(folder: Path) -> list[Path]:
     """Return what a folder holds, without hidden entries; nothing if it cannot be read."""
     with contextlib.suppress(OSError):
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -340,7 +340,7 @@ def _is_part(path: Path, own: Table) -> bool:
     return False
 
 
-def _files_of(path: Path, nbytes: int) -> tuple[File, ...]:
+def _list_files(path: Path, nbytes: int) -> tuple[File, ...]:
     """Return the files of a checkpoint that may have so many bytes.
 
     Raises:
@@ -361,27 +361,22 @@ def _is_recorded(files: Sequence[File], recorded: records.Input) -> bool:
     if sum(file.identity.size for file in files) != recorded.size:
         return False
     if recorded.sampled:
-        return records.sampled_digest(files) == recorded.sampled
-    return not recorded.sha256 or _digests(files) == recorded.sha256
+        return records.compute_sampled_digest(files) == recorded.sampled
+    return not recorded.sha256 or records.hash_files(files) == recorded.sha256
 
 
-def _digests(files: Sequence[File]) -> tuple[str, ...]:
-    return tuple(records.sha256(Path(file.path)) for file in files)
-
-
-def _folders_beside(record: Record, own: Table) -> tuple[list[Path], list[str]]:
+def _find_folders_beside(record: Record, own: Table) -> tuple[list[Path], list[str]]:
     """Return the folders beside the average to search too, and notes.
 
     If several hold files of the names, only digests can say which is meant.
     """
-    beside = _folder_of(own)
-    if all(any(_paths_named(one, [beside], own)) for one in record.inputs):
+    beside = _find_folder(own)
+    if all(any(_find_named(one, [beside], own)) for one in record.inputs):
         return [], []
     found = [
         folder
-        for folder in _entries(beside)
-        if _is_folder(folder)
-        and any(any(_paths_named(one, [folder], own)) for one in record.inputs)
+        for folder in _list_entries(beside)
+        if _is_folder(folder) and any(any(_find_named(one, [folder], own)) for one in record.inputs)
     ]
     if len(found) < 2 or all(one.sampled or one.sha256 for one in record.inputs):
         return found, []
@@ -417,7 +412,7 @@ class _Verifier:
         try:
             self._compare_inputs()
             gathered = self._compare_statistics()
-            plan = self._plan()
+            plan = self._make_plan()
             if plan:
                 self._compare_output(plan)
         except (FormatError, MismatchError, CheckpointError) as error:
@@ -433,7 +428,7 @@ class _Verifier:
             notes=tuple(self.notes),
         )
 
-    def _plan(self) -> Plan | None:
+    def _make_plan(self) -> Plan | None:
         """Return the plan by which the average was made, None if a checkpoint is missing.
 
         Raises:
@@ -465,7 +460,7 @@ class _Verifier:
         found = [(one, one.path) for one in self.inputs if one.path]
         outcomes = formats.tried([file_of(path) for _, path in found])
         blamed = [
-            one.problem(f"cannot be averaged: {outcome}")
+            one.make_problem(f"cannot be averaged: {outcome}")
             for (one, _), outcome in zip(found, outcomes, strict=True)
             if isinstance(outcome, PolyakError)
         ]
@@ -483,12 +478,12 @@ class _Verifier:
             if one.path is None:
                 text = f"nothing in {where} has that name; name its folder with --source"
                 text = f"cannot be averaged: {one.error}" if one.error else f"is missing: {text}"
-                self.problems.append(one.problem(text))
+                self.problems.append(one.make_problem(text))
                 continue
             if one.is_renamed:
                 how = "moved" if one.path.name == one.recorded.name else "renamed"
                 text = f"is missing, and {shown(one.path)} has what was averaged: it was {how}"
-                self.problems.append(one.problem(text))
+                self.problems.append(one.make_problem(text))
             self._compare_digests(one)
 
     def _compare_digests(self, one: _Input) -> None:
@@ -496,12 +491,12 @@ class _Verifier:
         recorded = one.recorded
         if one.size != recorded.size:
             text = f"has {one.size} bytes, but had {recorded.size} when it was averaged"
-            self.problems.append(one.problem(text))
+            self.problems.append(one.make_problem(text))
             return
-        digests = _digests(one.files) if recorded.sha256 else ()
+        digests = records.hash_files(one.files) if recorded.sha256 else ()
         if one.is_recorded and digests == recorded.sha256:
             return
-        sampled = records.sampled_digest(one.files)
+        sampled = records.compute_sampled_digest(one.files)
         for other in self.record.inputs:
             if (other.sampled, other.sha256) == (other.sampled and sampled, digests):
                 text = f"holds what '{shown(other.path, 80)}' held: files were exchanged"
@@ -509,7 +504,7 @@ class _Verifier:
         else:
             what = "SHA-256" if recorded.sha256 else "sampled SHA-256"
             text = f"was changed: its {what} is not the one recorded"
-        self.problems.append(one.problem(text))
+        self.problems.append(one.make_problem(text))
 
     # --- the output -------------------------------------------------------------------------------
 
@@ -532,7 +527,7 @@ class _Verifier:
 
     def _compare_output(self, plan: Plan) -> None:
         """Average once more and compare; say what differs, and what was changed."""
-        deviation = self._deviation(plan)
+        deviation = self._recompute(plan)
         if not deviation:
             return
         blamed = any(problem.kind == "input" for problem in self.problems)
@@ -546,9 +541,9 @@ class _Verifier:
                 "what is outside of them in another way"
             )
         if not blamed:
-            self.notes.append(self._suspects())
+            self.notes.append(self._describe_suspects())
 
-    def _deviation(self, plan: Plan) -> Deviation:
+    def _recompute(self, plan: Plan) -> Deviation:
         """Average once more and compare with the output."""
         path = self.table.path
         written = Written(
@@ -558,10 +553,10 @@ class _Verifier:
             nbytes=self.table.size,
             recalibrated=self.table if self.record.recalibrated else None,
         )
-        near = [_folder_of(self.table), Path(tempfile.gettempdir())]
+        near = [_find_folder(self.table), Path(tempfile.gettempdir())]
         return compare_again(plan, written, near, table=self.table)
 
-    def _suspects(self) -> str:
+    def _describe_suspects(self) -> str:
         """Say what may have been changed, where no input is known to be."""
         if any(not one.sampled and not one.sha256 for one in self.record.inputs):
             return (
