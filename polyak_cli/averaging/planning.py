@@ -35,6 +35,7 @@ from polyak_cli.averaging.options import (
     select,
 )
 from polyak_cli.checkpoints import Checkpoint, PassedOver
+from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.errors import (
     CheckpointError,
     FormatError,
@@ -305,7 +306,7 @@ def _suspicions(
     if options.get("on_unhealthy"):
         return []
     modified = [max(file.identity.mtime_ns for file in table.files) / 1e9 for table in tables]
-    found = health.find_suspicions(selection.checkpoints, modified, selection.thinned)
+    found = find_suspicions(selection.checkpoints, modified, selection.thinned)
     return [problem.text for problem in found]
 
 
