@@ -26,11 +26,13 @@ import numpy.typing as npt
 
 from polyak_cli.errors import FormatError, MismatchError, PolyakError, shown
 from polyak_cli.processes.children import Child, Writer, raised
-from polyak_cli.storage.local import (
-    PAGE,
+from polyak_cli.storage import (
     Bytes,
     File,
-    Identity,
+    Version,
+)
+from polyak_cli.storage.local import (
+    PAGE,
     clashes,
     expect,
     page_aligned,
@@ -270,7 +272,7 @@ def fold(
     """
     parts = bundles(slabs(tensors, memory.piece, memory.most), memory.piece)
     cut = batches(parts, memory.piece * PIECES)
-    nbytes = sum(file.identity.size for file in work.inputs)
+    nbytes = sum(file.version.size for file in work.inputs)
     here = _here(work, cut) if nbytes < SPREAD or memory.jobs == 1 else None
     total = Totals()
     with (
@@ -785,7 +787,7 @@ class _Files:
     def _open(self, k: int) -> int:
         path, identity = self.inputs[k]
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if Identity.of(os.fstat(descriptor)) != identity:
+        if Version.of(os.fstat(descriptor)) != identity:
             os.close(descriptor)
             raise FormatError("the file changed while it was read; is training still running?")
         return descriptor
@@ -805,7 +807,7 @@ def unchanged(inputs: Sequence[File]) -> None:
     """
     for path, identity in inputs:
         with contextlib.suppress(OSError):
-            if Identity.of(Path(path).stat()) == identity:
+            if Version.of(Path(path).stat()) == identity:
                 continue
         raise FormatError(
             f"{shown(path)}: changed or vanished while it was read; is training still running?"

@@ -25,8 +25,13 @@ from polyak_cli.engine import Compared, Memory, Source
 from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
 from polyak_cli.formats import outputs
 from polyak_cli.models import Moments, check_model, moments
-from polyak_cli.storage import publishing
-from polyak_cli.storage.local import Bytes, write_exactly
+from polyak_cli.storage import (
+    Bytes,
+    publishing,
+)
+from polyak_cli.storage.local import (
+    write_exactly,
+)
 from polyak_cli.tensors import FLOATS, Float64, LaidOut, Table, itemsize, narrow, widen
 
 BATCH_SIZE = 256

@@ -16,7 +16,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from polyak_cli.storage.local import Bytes, File, read_exactly
+from polyak_cli.storage import (
+    Bytes,
+    File,
+)
+from polyak_cli.storage.local import (
+    read_exactly,
+)
 
 Float64 = npt.NDArray[np.float64]
 #: The float types that are averaged, and the numpy type of their bytes; numpy has no bfloat16 and
@@ -182,7 +188,7 @@ class Table:
     @property
     def size(self) -> int:
         """Bytes of all its files."""
-        return sum(file.identity.size for file in self.files)
+        return sum(file.version.size for file in self.files)
 
 
 class LaidOut(NamedTuple):

@@ -28,7 +28,10 @@ from polyak_cli.averaging.planning import Plan
 from polyak_cli.checkpoints import Selection
 from polyak_cli.errors import CheckpointError, OutputError, PolyakError, UsageError, shown
 from polyak_cli.pipeline import Report
-from polyak_cli.storage.local import File, Identity
+from polyak_cli.storage import (
+    File,
+    Version,
+)
 
 INTERVAL = 2.0  # seconds
 #: Looks that find the same trouble in an unchanged file before it is told.
@@ -269,7 +272,7 @@ class _Watched:
         if not isinstance(record, dict) or not isinstance(record.get("inputs"), list):
             return False
         written = checkpoints.file_of(self.output).stat().st_mtime_ns
-        if any(file.identity.mtime_ns > written for table in plan.tables for file in table.files):
+        if any(file.version.mtime_ns > written for table in plan.tables for file in table.files):
             return False
         new = records.make_record(plan)
         if record == new:
@@ -307,7 +310,7 @@ def _files_of(plan: Plan) -> dict[Path, _Files]:
 def _file(path: Path) -> _Files:
     """Return a file as it is now, nothing where it is gone."""
     try:
-        return (File(str(path), Identity.of(path.stat())),)
+        return (File(str(path), Version.of(path.stat())),)
     except OSError:
         return ()
 

@@ -21,7 +21,14 @@ from hypothesis import strategies as st
 
 from polyak_cli import engine
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
-from polyak_cli.storage.local import Bytes, File, Identity, page_aligned
+from polyak_cli.storage import (
+    Bytes,
+    File,
+    Version,
+)
+from polyak_cli.storage.local import (
+    page_aligned,
+)
 from polyak_cli.tensors import Extent, Inline, LaidOut
 
 
@@ -70,7 +77,7 @@ def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
     for k, array in enumerate(arrays):
         path = folder / f"{k}.raw"
         path.write_bytes(array.tobytes())
-        inputs.append(File(str(path), Identity.of(path.stat())))
+        inputs.append(File(str(path), Version.of(path.stat())))
     return inputs
 
 
@@ -171,7 +178,7 @@ def test_small_tensors_side_by_side_are_each_averaged(
             content += arrays_here[t].tobytes()
         path = folder / f"{k}.raw"
         path.write_bytes(content)
-        inputs.append(File(str(path), Identity.of(path.stat())))
+        inputs.append(File(str(path), Version.of(path.stat())))
         arrays.append(arrays_here)
         places.append(places_here)
     tensors, expected = [], bytearray(b"\xaa" * len(content))

@@ -29,8 +29,11 @@ from polyak_cli.formats import same_skeleton as twins
 from polyak_cli.formats.hdf5 import library
 from polyak_cli.formats.hdf5.chunks import Chunks
 from polyak_cli.processes import sandbox
-from polyak_cli.storage import publishing
-from polyak_cli.storage.local import File, Identity
+from polyak_cli.storage import (
+    File,
+    Version,
+    publishing,
+)
 from polyak_cli.tensors import Extent, Table, TensorSpec
 from tests.oracle import write_model
 
@@ -621,7 +624,7 @@ def test_checkpoints_that_differ_in_values_share_one_scan(tmp_path: Path) -> Non
     tables = formats.scan(paths)
     assert all(table.tensors is tables[-1].tensors for table in tables)
     assert [table.path for table in tables] == paths
-    assert [table.files[0].identity.inode for table in tables] == [
+    assert [table.files[0].version.inode for table in tables] == [
         path.stat().st_ino for path in paths
     ]
     assert [read(table, "d/k") for table in tables] == [(KERNEL + k).tobytes() for k in range(3)]
@@ -684,7 +687,7 @@ def test_a_twin_differs_within_tensors_only(
         for place in set(places):
             other[place] ^= 1
         (folder / str(k)).write_bytes(other)
-        files.append(File(str(folder / str(k)), Identity.of((folder / str(k)).stat())))
+        files.append(File(str(folder / str(k)), Version.of((folder / str(k)).stat())))
     inside = {p for start, length in spans for p in range(start, min(start + length, 1000))}
     tensors = {
         str(k): TensorSpec(str(k), (), "uint8", "<", "", Extent(start, min(length, 1000 - start)))

@@ -15,7 +15,10 @@ from safetensors.numpy import save_file
 from polyak_cli import average, inspect
 from polyak_cli.averaging import records
 from polyak_cli.errors import FormatError
-from polyak_cli.storage.local import File, Identity
+from polyak_cli.storage import (
+    File,
+    Version,
+)
 from tests.oracle import write_model
 
 #: The definition in the README, in numbers.
@@ -35,7 +38,7 @@ def expected_digest(contents: list[bytes]) -> str:
 
 def scanned(path: Path) -> File:
     """Return a file as it is now."""
-    return File(str(path), Identity.of(path.stat()))
+    return File(str(path), Version.of(path.stat()))
 
 
 @pytest.mark.parametrize(

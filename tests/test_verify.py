@@ -32,8 +32,11 @@ from polyak_cli import (
 from polyak_cli.averaging import records
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, UsageError
 from polyak_cli.examining import bitwise
-from polyak_cli.storage import publishing
-from polyak_cli.storage.local import File, Identity
+from polyak_cli.storage import (
+    File,
+    Version,
+    publishing,
+)
 from polyak_cli.tensors import Extent, Table, TensorSpec
 from tests.command import PAUSE, SAMPLES, one_line, polyak, scripted, stopped, tree
 from tests.oracle import Array, write_model
@@ -860,7 +863,7 @@ def table(path: Path, **places: tuple[int, int]) -> Table:
         name: TensorSpec(name, (size,), "float32", "<", name, Extent(offset, 4 * size))
         for name, (offset, size) in places.items()
     }
-    file = File(str(path), Identity.of(path.stat()))
+    file = File(str(path), Version.of(path.stat()))
     return Table(path, "hdf5", (file,), specs, {}, frozenset(), "", False)
 
 

@@ -12,7 +12,9 @@ from typing import cast
 
 from polyak_cli.engine import Compared, Source
 from polyak_cli.errors import MismatchError, shown
-from polyak_cli.storage.local import File
+from polyak_cli.storage import (
+    File,
+)
 from polyak_cli.tensors import Storage, Table, TensorSpec
 
 Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest first

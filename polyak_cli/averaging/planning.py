@@ -305,7 +305,7 @@ def _suspicions(
     """Say what epochs and file times tell, unless all of it has been looked at."""
     if options.get("on_unhealthy"):
         return []
-    modified = [max(file.identity.mtime_ns for file in table.files) / 1e9 for table in tables]
+    modified = [max(file.version.mtime_ns for file in table.files) / 1e9 for table in tables]
     found = find_suspicions(selection.checkpoints, modified, selection.thinned)
     return [problem.text for problem in found]
 

@@ -20,7 +20,7 @@ from polyak_cli import __version__, checkpoints, formats
 from polyak_cli.averaging.fates import drops_optimizer
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.errors import CheckpointError, FormatError, PolyakError, shown
-from polyak_cli.storage.local import File
+from polyak_cli.storage import File
 
 #: The key of the record's own digest, over all other keys.
 SEAL = "sha256"
@@ -260,7 +260,7 @@ def compute_sampled_digest(files: Sequence[File]) -> str:
     Raises:
         FormatError: a file cannot be read, or has become shorter.
     """
-    sizes = [file.identity.size for file in files]
+    sizes = [file.version.size for file in files]
     found = hashlib.sha256(("\n".join(map(str, sizes)) + "\n\n").encode())
     ranges = list_sampled_ranges(sum(sizes))
     end = 0

@@ -25,8 +25,10 @@ from polyak_cli.averaging.matching import Row, files_of, sources_of
 from polyak_cli.averaging.options import Options, Progress, plan_memory
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.formats import outputs as formats_outputs
-from polyak_cli.storage import publishing
-from polyak_cli.storage.local import File
+from polyak_cli.storage import (
+    File,
+    publishing,
+)
 from polyak_cli.tensors import Table
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for

@@ -216,8 +216,8 @@ def _examine(examined: Sequence[_Examined]) -> None:
                 status = path.stat()
                 one.size, one.modified = status.st_size, status.st_mtime
         else:
-            one.size = sum(file.identity.size for file in outcome.files)
-            one.modified = max(file.identity.mtime_ns for file in outcome.files) / 1e9
+            one.size = sum(file.version.size for file in outcome.files)
+            one.modified = max(file.version.mtime_ns for file in outcome.files) / 1e9
     by_format: dict[str, list[tuple[_Examined, Path]]] = {}
     for one, path in zip(there, paths, strict=True):
         if not one.has("unreadable"):

@@ -17,7 +17,9 @@ from polyak_cli import engine
 from polyak_cli.averaging.matching import Row, compared, files_of
 from polyak_cli.engine import Memory
 from polyak_cli.errors import FormatError
-from polyak_cli.storage.local import Bytes
+from polyak_cli.storage import (
+    Bytes,
+)
 from polyak_cli.tensors import Float64, Table, numbers
 
 #: Bytes for the buffers of one tool, where the user names no bound.

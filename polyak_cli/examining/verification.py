@@ -32,7 +32,10 @@ from polyak_cli.errors import (
 from polyak_cli.examining.bitwise import Deviation
 from polyak_cli.examining.recompute import Written, compare_again
 from polyak_cli.formats.detection import detect
-from polyak_cli.storage.local import File, Identity
+from polyak_cli.storage import (
+    File,
+    Version,
+)
 from polyak_cli.tensors import Table
 
 _StrPath = str | os.PathLike[str]
@@ -192,7 +195,7 @@ class _Input:
     @property
     def size(self) -> int:
         """Bytes of all files that were found."""
-        return sum(file.identity.size for file in self.files)
+        return sum(file.version.size for file in self.files)
 
     def make_problem(self, text: str) -> Discrepancy:
         """Return a problem of this input."""
@@ -351,14 +354,14 @@ def _list_files(path: Path, nbytes: int) -> tuple[File, ...]:
     status = opener.stat()
     # A FIFO would block whoever opens it.
     if stat.S_ISREG(status.st_mode) and opener == path and status.st_size == nbytes:
-        return (File(str(path), Identity.of(status)),)
+        return (File(str(path), Version.of(status)),)
     (table,) = formats.scan([opener])
     return table.files
 
 
 def _is_recorded(files: Sequence[File], recorded: records.Input) -> bool:
     """Return whether a checkpoint has the recorded size, and the digest if there is one."""
-    if sum(file.identity.size for file in files) != recorded.size:
+    if sum(file.version.size for file in files) != recorded.size:
         return False
     if recorded.sampled:
         return records.compute_sampled_digest(files) == recorded.sampled

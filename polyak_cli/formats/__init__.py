@@ -21,8 +21,11 @@ from polyak_cli.formats.detection import detect
 from polyak_cli.formats.format import Format, Layout, Scan
 from polyak_cli.formats.wire import build_table
 from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage import (
+    File,
+    Version,
+)
 from polyak_cli.storage import publishing as publishing
-from polyak_cli.storage.local import File, Identity
 from polyak_cli.tensors import COMMON as COMMON
 from polyak_cli.tensors import Extent as Extent
 from polyak_cli.tensors import Inline as Inline
@@ -103,9 +106,9 @@ def _scanned(name: str, files: Sequence[File], jobs: int, *, everything: bool) -
         return [build_table(name, file, found) for file, found in zip(files, scanned, strict=True)]
 
 
-def _identity(path: Path) -> Identity:
+def _identity(path: Path) -> Version:
     try:
-        return Identity.of(path.stat())
+        return Version.of(path.stat())
     except OSError as error:
         raise PolyakError(f"{shown(path)}: cannot be read: {error.strerror}") from None
 
@@ -160,7 +163,7 @@ def tried(paths: Sequence[Path], *, jobs: int = 1) -> list[Tried | PolyakError]:
         outcome
         if isinstance(outcome, PolyakError)
         else Tried(
-            tuple(File(path, Identity(*identity)) for path, identity in outcome["files"]),
+            tuple(File(path, Version(*identity)) for path, identity in outcome["files"]),
             outcome["average"],
         )
         for outcome in sandbox.each(_try, requests, names, max(1, min(jobs, len(paths))))

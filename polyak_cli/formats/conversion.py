@@ -15,7 +15,12 @@ import numpy as np
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats.format import Layout
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage.local import Identity, write_exactly
+from polyak_cli.storage import (
+    Version,
+)
+from polyak_cli.storage.local import (
+    write_exactly,
+)
 from polyak_cli.tensors import Table, TensorSpec
 
 _STEP = 1 << 20
@@ -65,7 +70,7 @@ def refuse(request: Layout) -> None:
             raise OutputError(f"tensor '{shown(spec.name)}' is stored in {spec.arrangement}")
 
 
-def require_same(path: str, found: Identity, scanned: Identity) -> None:
+def require_same(path: str, found: Version, scanned: Version) -> None:
     """Refuse a file that is no more the one that was scanned."""
     if found != scanned:
         raise FormatError(f"{shown(path)}: changed while it was read; is training still running?")
@@ -111,5 +116,5 @@ class Carrier:
         if number not in self.opened:
             path, identity = self.table.files[number]
             self.opened[number] = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            require_same(path, Identity.of(os.fstat(self.opened[number])), identity)
+            require_same(path, Version.of(os.fstat(self.opened[number])), identity)
         return self.opened[number]

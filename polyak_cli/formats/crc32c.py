@@ -15,7 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage.local import Bytes, read_exactly
+from polyak_cli.storage import (
+    Bytes,
+)
+from polyak_cli.storage.local import (
+    read_exactly,
+)
 
 _Words = npt.NDArray[np.uint32]
 

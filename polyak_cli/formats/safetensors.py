@@ -21,7 +21,12 @@ from polyak_cli.formats import conversion
 from polyak_cli.formats.format import Layout, Scan
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage.local import Identity, read_at
+from polyak_cli.storage import (
+    Version,
+)
+from polyak_cli.storage.local import (
+    read_at,
+)
 from polyak_cli.tensors import FLOATS, Table, TensorSpec
 
 NAME = "safetensors"
@@ -84,7 +89,7 @@ class _Header(NamedTuple):
     """What one file says."""
 
     path: str
-    identity: Identity
+    version: Version
     metadata: Mapping[str, str]
     entries: Sequence[_Entry]  # in its order
     data: int  # offset of the tensors in the file
@@ -93,7 +98,7 @@ class _Header(NamedTuple):
 class _Index(NamedTuple):
     """What the index of a sharded checkpoint says."""
 
-    identity: Identity
+    version: Version
     content: Mapping[str, Any]
     shards: Mapping[str, set[str]]  # file name -> the tensors that should be in it
 
@@ -107,11 +112,11 @@ def scan(request: Scan, alive: Alive) -> dict[str, Any]:
     if _begins_like_json(request.path):
         index = _index(request.path, alive)
         headers = _shards(request.path, index, alive)
-        files = [[header.path, list(header.identity)] for header in headers]
-        files.append([request.path, list(index.identity)])
+        files = [[header.path, list(header.version)] for header in headers]
+        files.append([request.path, list(index.version)])
     else:
         headers = [_header(request.path, alive)]
-        files = [[request.path, list(headers[0].identity)]]
+        files = [[request.path, list(headers[0].version)]]
     return {
         "tensors": [row for number, header in enumerate(headers) for row in _rows(header, number)],
         "others": [],
@@ -180,7 +185,7 @@ def _header(path: str, alive: Alive) -> _Header:
         _check_extents(entries, status.st_size - 8 - length)
     except FormatError as error:
         raise FormatError(f"{shown(path)}: {error}") from None
-    return _Header(path, Identity.of(status), metadata, entries, 8 + length)
+    return _Header(path, Version.of(status), metadata, entries, 8 + length)
 
 
 def _object(raw: bytes, alive: Alive) -> dict[str, Any]:
@@ -284,7 +289,7 @@ def _index(path: str, alive: Alive) -> _Index:
             shards.setdefault(name, set()).add(tensor)
     except FormatError as error:
         raise FormatError(f"{shown(path)}: {error}") from None
-    return _Index(Identity.of(status), content, shards)
+    return _Index(Version.of(status), content, shards)
 
 
 def _shards(path: str, index: _Index, alive: Alive) -> list[_Header]:
@@ -363,7 +368,7 @@ def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
     files = _tensor_files(request.template)
     headers = [_header(file.path, alive) for file in files]
     for header, file in zip(headers, files, strict=True):
-        conversion.require_same(header.path, header.identity, file.identity)
+        conversion.require_same(header.path, header.version, file.version)
     if not Path(request.output).is_dir():
         entries = [entry for header in headers for entry in header.entries]
         moved = len(headers) > 1

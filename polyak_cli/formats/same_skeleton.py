@@ -16,7 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.errors import FormatError
-from polyak_cli.storage.local import Bytes, File, Identity, read_exactly
+from polyak_cli.storage import (
+    Bytes,
+    File,
+    Version,
+)
+from polyak_cli.storage.local import (
+    read_exactly,
+)
 from polyak_cli.tensors import Extent, Table
 
 #: Bytes compared at a time; shorter tensors are read along, and passed over then.
@@ -30,8 +37,8 @@ def twins(table: Table, files: Sequence[File]) -> list[bool]:
     Not those either that cannot be read or are still being written: a scan will say why.
     """
     template = table.files[0]
-    size = template.identity.size
-    alike = [k for k, file in enumerate(files) if file.identity.size == size]
+    size = template.version.size
+    alike = [k for k, file in enumerate(files) if file.version.size == size]
     if len(table.files) > 1:
         return [False] * len(files)
     extents = _extents(table)
@@ -70,11 +77,11 @@ def _alike(
 
 
 @contextlib.contextmanager
-def _opened(path: str, identity: Identity) -> Iterator[int]:
+def _opened(path: str, identity: Version) -> Iterator[int]:
     """Open the file that was meant, unless somebody holds it locked for writing."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        if Identity.of(os.fstat(descriptor)) != identity:
+        if Version.of(os.fstat(descriptor)) != identity:
             raise FormatError("it was replaced")
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as libhdf5 looks for a writer
         yield descriptor

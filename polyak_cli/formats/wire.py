@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.storage.local import File, Identity
+from polyak_cli.storage import (
+    File,
+    Version,
+)
 from polyak_cli.tensors import Extent, Inline, Storage, Table, TensorSpec
 
 
@@ -21,7 +24,7 @@ def build_table(name: str, file: File, scanned: Mapping[str, Any]) -> Table:
     tensors = {row[0]: _spec(*row) for row in scanned["tensors"]}
     if len(tensors) < len(scanned["tensors"]):
         raise FormatError(f"{shown(file.path)}: two of its tensors have the same name")
-    files = [File(path, Identity(*identity)) for path, identity in scanned.get("files", ())]
+    files = [File(path, Version(*identity)) for path, identity in scanned.get("files", ())]
     return Table(
         path=Path(file.path),
         format=name,

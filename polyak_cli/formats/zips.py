@@ -25,9 +25,11 @@ import numpy as np
 
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage.local import (
+from polyak_cli.storage import (
     Bytes,
-    Identity,
+    Version,
+)
+from polyak_cli.storage.local import (
     read_at,
     read_exactly,
     unreadable,
@@ -288,7 +290,7 @@ class Deflated:
     def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
         """See `tensors.Storage.read_into`."""
         wanted = self.start + start
-        key = (*Identity.of(os.fstat(descriptor)), self.offset)  # descriptors are used again
+        key = (*Version.of(os.fstat(descriptor)), self.offset)  # descriptors are used again
         stream = _streams.pop(key, None)
         if stream is None or stream.position > wanted:
             stream = _Stream(descriptor, self.offset, self.stored)

@@ -1,4 +1,162 @@
-"""Open, read and write the bytes of files; publish outputs whole or not at all.
+"""Where bytes live: inputs are opened and read by range, outputs appear whole or not at all.
 
-Knows no format and no tensor.
+Knows no format and no tensor.  Nothing else in the package opens a checkpoint or an output by its
+name.  Local files are the only store so far; the protocols say what another one has to offer.
 """
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+#: A buffer of bytes that reads fill and writes empty.
+Bytes = npt.NDArray[np.uint8]
+
+
+class Version(NamedTuple):
+    """What tells that a name still stands for the very bytes that were seen before.
+
+    Two versions of one name are equal if and only if its bytes were not replaced or changed.
+    """
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Version:
+        """Return the version that `os.stat` or `os.fstat` reports."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class File(NamedTuple):
+    """One file of a checkpoint, as it was when its header was scanned."""
+
+    path: str
+    version: Version
+
+
+class InputFile(Protocol):
+    """One file or object, as it was when it was opened."""
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+
+    @property
+    def version(self) -> Version:
+        """The version that was opened."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+
+    def read_into(self, offset: int, buffer: Bytes) -> None:
+        """Fill a buffer from an offset on.
+
+        Raises:
+            FormatError: the file ends first, or cannot be read; the message lacks its name, which
+                the caller knows and puts in front.
+        """
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Return bytes from an offset on, fewer only where the file ends.
+
+        Raises:
+            FormatError: the file cannot be read; the message lacks its name.
+        """
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have offset and length of each range fetched, without waiting for the bytes."""
+
+    def close(self) -> None:
+        """Close it; a second call does nothing."""
+
+    def __enter__(self) -> Self:
+        """Return the open file."""
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+
+
+class OutputFile(Protocol):
+    """One file that is being written and has not got its final name yet."""
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+
+    def write(self, offset: int, content: Bytes | bytes) -> None:
+        """Write all of the content at an offset.
+
+        Raises:
+            OSError: it does not fit, or cannot be written.
+        """
+
+    def truncate(self, size: int) -> None:
+        """Set the size."""
+
+    def sync(self) -> None:
+        """Have the disk hold what was written."""
+
+    def close(self) -> None:
+        """Close it; a second call does nothing."""
+
+    def __enter__(self) -> Self:
+        """Return the open file."""
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+
+
+class Store(Protocol):
+    """A place of named bytes.  Names are texts, as a URL is no path."""
+
+    def open(self, key: str, version: Version | None = None) -> InputFile:
+        """Open an input.
+
+        Args:
+            key: its name.
+            version: refuse any other; None to take the present one.
+
+        Raises:
+            FormatError: it is missing, no regular file, unreadable, or another version; the
+                message names it.
+        """
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Yield the names of what lies directly under a prefix, sorted."""
+
+    def create(
+        self, key: str, *, force: bool, folder: bool = False
+    ) -> AbstractContextManager[Path]:
+        """Yield a hidden place that takes the name when the block ends well; see `publishing`.
+
+        Args:
+            key: the name.
+            force: replace what has the name already.
+            folder: make a folder of files instead of a file.
+
+        Raises:
+            OutputError: it cannot be written, or the name was taken and ``force`` is not given.
+        """
+
+
+def resolve(name: str | os.PathLike[str]) -> tuple[Store, str]:
+    """Return the store of a name, and the key by which the store knows it."""
+    from polyak_cli.storage.local import LocalStore
+
+    return LocalStore(), os.fspath(name)
+
+
+def open_input(name: str | os.PathLike[str], version: Version | None = None) -> InputFile:
+    """Open an input in the store that its name belongs to; see `Store.open`."""
+    store, key = resolve(name)
+    return store.open(key, version)

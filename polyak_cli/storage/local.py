@@ -1,21 +1,28 @@
-"""Read and write runs of bytes of local files, by offset.
+"""Files of this machine: read and written by offset, with few system calls.
 
-Knows no format.
+Knows no format.  `tests/faults` makes `os.preadv`, `os.pread` and `os.pwrite` fail one by one, so
+these stay the only calls that move bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import NamedTuple
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
-from polyak_cli.errors import FormatError
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.storage import Bytes, InputFile, OutputFile, Version
 
-Bytes = npt.NDArray[np.uint8]
 #: Bytes of a page of memory.
 PAGE = 4096
+#: Bytes that `copy_range` moves at a time.
+_STEP = 1 << 20
 
 
 def page_aligned(nbytes: int) -> Bytes:
@@ -35,76 +42,218 @@ def clashes(distance: int) -> bool:
     return 0 < distance % PAGE < 64
 
 
-def read_exactly(descriptor: int, offset: int, buffer: Bytes) -> None:
-    """Fill ``buffer`` from the file's bytes at ``offset``.
-
-    Raises:
-        FormatError: the file ends first, or cannot be read; the message lacks the file.
-    """
-    view = memoryview(buffer.data)
-    while len(view):
-        try:
-            count = os.preadv(descriptor, [view], offset)
-        except OSError as error:
-            raise unreadable(error) from None
-        if count == 0:
-            raise FormatError(f"the file ends {len(view)} bytes before the tensor does")
-        view, offset = view[count:], offset + count
-
-
-def read_at(descriptor: int, offset: int, nbytes: int) -> bytes:
-    """Return the file's bytes at ``offset``, fewer only where it ends.
-
-    The system may give fewer at a time: where a signal comes, on a network, and beyond 2 GiB.
-
-    Raises:
-        FormatError: the file cannot be read; the message lacks it.
-    """
-    parts = []
-    try:
-        while nbytes and (part := os.pread(descriptor, nbytes, offset)):
-            parts.append(part)
-            nbytes, offset = nbytes - len(part), offset + len(part)
-    except OSError as error:
-        raise unreadable(error) from None
-    return b"".join(parts)
-
-
 def unreadable(error: OSError) -> FormatError:
     """Return what a failed read means, for whoever knows the file to name it."""
     return FormatError(f"cannot be read: {error.strerror}")
 
 
+class LocalInput:
+    """A regular file, open for reading; see `storage.InputFile`."""
+
+    def __init__(self, name: str, descriptor: int, version: Version) -> None:
+        self.name = name
+        self.version = version
+        self._descriptor = descriptor
+
+    @property
+    def size(self) -> int:
+        """Its bytes, when it was opened."""
+        return self.version.size
+
+    def fileno(self) -> int:
+        """Return the descriptor, for libraries that take one."""
+        return self._descriptor
+
+    def read_into(self, offset: int, buffer: Bytes) -> None:
+        """See `storage.InputFile.read_into`."""
+        view = memoryview(buffer.data)
+        while len(view):
+            try:
+                count = os.preadv(self._descriptor, [view], offset)
+            except OSError as error:
+                raise unreadable(error) from None
+            if count == 0:
+                raise FormatError(f"the file ends {len(view)} bytes before the tensor does")
+            view, offset = view[count:], offset + count
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """See `storage.InputFile.read`.
+
+        The system may give fewer bytes at a time: after a signal, on a network, beyond 2 GiB.
+        """
+        parts = []
+        try:
+            while nbytes and (part := os.pread(self._descriptor, nbytes, offset)):
+                parts.append(part)
+                nbytes, offset = nbytes - len(part), offset + len(part)
+        except OSError as error:
+            raise unreadable(error) from None
+        return b"".join(parts)
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """See `storage.InputFile.prefetch`."""
+        if hasattr(os, "posix_fadvise"):  # macOS has none, and reads ahead by itself
+            for offset, nbytes in ranges:
+                os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """See `storage.InputFile.close`."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        """Return the open file."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+
+class LocalOutput:
+    """A file that is being written; see `storage.OutputFile`."""
+
+    def __init__(self, path: str, *, create: bool = False) -> None:
+        """Open a file that exists, or with ``create`` one that must not exist yet."""
+        self.name = path
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
+        self._descriptor = os.open(path, flags, 0o666)
+
+    def fileno(self) -> int:
+        """Return the descriptor, for libraries that take one."""
+        return self._descriptor
+
+    def write(self, offset: int, content: Bytes | bytes) -> None:
+        """See `storage.OutputFile.write`; the system may take the content in several parts."""
+        view = memoryview(content if isinstance(content, bytes) else content.data)
+        while len(view):
+            count = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[count:], offset + count
+
+    def truncate(self, size: int) -> None:
+        """See `storage.OutputFile.truncate`."""
+        os.ftruncate(self._descriptor, size)
+
+    def sync(self) -> None:
+        """See `storage.OutputFile.sync`."""
+        getattr(os, "fdatasync", os.fsync)(self._descriptor)  # macOS has only fsync
+
+    def close(self) -> None:
+        """See `storage.OutputFile.close`."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        """Return the open file."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+
+class LocalStore:
+    """The files of this machine; see `storage.Store`."""
+
+    def open(self, key: str, version: Version | None = None) -> LocalInput:
+        """See `storage.Store.open`.  Links are followed, as caches of models consist of them."""
+        try:
+            # Without O_NONBLOCK, opening a FIFO waits for its writer.
+            descriptor = os.open(key, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise FormatError(f"{shown(key)}: cannot be read: {error.strerror}") from error
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError(f"{shown(key)}: is not a regular file")
+            found = Version.of(status)
+            if version not in (None, found):
+                raise FormatError(
+                    f"{shown(key)}: changed while it was read; is training still running?"
+                )
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return LocalInput(key, descriptor, found)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """See `storage.Store.list`."""
+        with os.scandir(prefix) as entries:
+            yield from sorted(entry.path for entry in entries)
+
+    def create(
+        self, key: str, *, force: bool, folder: bool = False
+    ) -> AbstractContextManager[Path]:
+        """See `storage.Store.create`."""
+        from polyak_cli.storage.publishing import publish
+
+        return publish(Path(key), force=force, folder=folder)
+
+
+def open_local(path: str | os.PathLike[str], version: Version | None = None) -> LocalInput:
+    """Open a file of this machine, where a library needs its descriptor; see `Store.open`."""
+    return LocalStore().open(os.fspath(path), version)
+
+
+def copy_range(
+    source: InputFile,
+    offset: int,
+    target: OutputFile,
+    to: int,
+    nbytes: int,
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
+    """Copy bytes from an input to an output, in pieces of bounded size.
+
+    Args:
+        source: the input.
+        offset: where the bytes begin in it.
+        target: the output.
+        to: where they go.
+        nbytes: how many.
+        after_each: called after each piece, as a sign of life.
+
+    Raises:
+        FormatError: the input ends first, or cannot be read; the message lacks its name.
+        OSError: the output cannot be written.
+    """
+    buffer = np.empty(min(_STEP, nbytes), np.uint8)
+    for done in range(0, nbytes, _STEP):
+        piece = buffer[: nbytes - done]
+        source.read_into(offset + done, piece)
+        target.write(to + done, piece)
+        after_each()
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put a file's name in front of errors that lack it."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{shown(name)}: {error}") from None
+
+
+def read_exactly(descriptor: int, offset: int, buffer: Bytes) -> None:
+    """Fill a buffer from a descriptor; see `LocalInput.read_into`."""
+    LocalInput("", descriptor, Version(0, 0, 0, 0)).read_into(offset, buffer)
+
+
+def read_at(descriptor: int, offset: int, nbytes: int) -> bytes:
+    """Return bytes from a descriptor; see `LocalInput.read`."""
+    return LocalInput("", descriptor, Version(0, 0, 0, 0)).read(offset, nbytes)
+
+
 def expect(descriptor: int, offset: int, nbytes: int) -> None:
-    """Have the system fetch bytes that will be read soon, without waiting for them."""
-    if hasattr(os, "posix_fadvise"):  # macOS has none, and reads ahead by itself
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+    """Have bytes of a descriptor fetched; see `LocalInput.prefetch`."""
+    LocalInput("", descriptor, Version(0, 0, 0, 0)).prefetch([(offset, nbytes)])
 
 
 def write_exactly(descriptor: int, offset: int, buffer: Bytes | bytes) -> None:
-    """Write all of ``buffer`` at ``offset``, which the system may take in several parts."""
+    """Write to a descriptor; see `LocalOutput.write`."""
     view = memoryview(buffer if isinstance(buffer, bytes) else buffer.data)
     while len(view):
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
-
-
-class Identity(NamedTuple):
-    """What tells that a path still names the very bytes whose header was scanned."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Identity:
-        """Return the identity that `os.stat` or `os.fstat` tells."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-class File(NamedTuple):
-    """One file of a checkpoint, as it was when its header was scanned."""
-
-    path: str
-    identity: Identity

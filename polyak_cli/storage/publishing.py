@@ -16,7 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from polyak_cli.errors import OutputError, shown
-from polyak_cli.storage.local import File
+from polyak_cli.storage import (
+    File,
+)
 
 #: How the files end that an output may replace: shards, and the index of them.
 _OURS = (".safetensors", ".safetensors.index.json")

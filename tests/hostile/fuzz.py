@@ -27,7 +27,10 @@ from polyak_cli.errors import PolyakError
 from polyak_cli.formats import detection, wire
 from polyak_cli.formats.format import Scan
 from polyak_cli.processes import sandbox
-from polyak_cli.storage.local import File, Identity
+from polyak_cli.storage import (
+    File,
+    Version,
+)
 from tests.oracle import write_model
 from tests.test_keras_zip import members, write_archive
 from tests.test_safetensors import put
@@ -167,7 +170,7 @@ def outcomes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             message = str(outcome) if isinstance(outcome, PolyakError) else ""
             if not message:
                 try:
-                    file = File(str(path), Identity.of(path.stat()))
+                    file = File(str(path), Version.of(path.stat()))
                     wire.build_table(name, file, outcome)
                 except PolyakError as error:
                     message = str(error)

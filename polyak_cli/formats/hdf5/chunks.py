@@ -16,7 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.errors import FormatError
-from polyak_cli.storage.local import Bytes, read_exactly
+from polyak_cli.storage import (
+    Bytes,
+)
+from polyak_cli.storage.local import (
+    read_exactly,
+)
 
 DEFLATE, SHUFFLE, FLETCHER32, LZF = 1, 2, 3, 32000
 #: The filters that are undone here, by the names their users know.

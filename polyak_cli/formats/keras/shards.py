@@ -21,7 +21,9 @@ from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage.local import Identity
+from polyak_cli.storage import (
+    Version,
+)
 from polyak_cli.tensors import Table
 
 NAME = "sharded Keras weights"
@@ -32,7 +34,7 @@ CHECKED = False
 def scan(request: Scan, alive: Alive) -> dict[str, Any]:
     """See `tensors.Format.scan`."""
     index = Path(request.path)
-    files = [[request.path, list(Identity.of(index.stat()))]]
+    files = [[request.path, list(Version.of(index.stat()))]]
     found: dict[str, Any] = {"tensors": [], "others": [], "labels": {}, "average": False}
     found["about"] = {}  # this tool writes no such index
     for shard, groups in _shards(index).items():
@@ -88,7 +90,7 @@ def _weight_map(index: Path) -> Iterator[tuple[str, list[str]]]:
         yield group, listed
 
 
-def _identity(index: Path, shard: Path) -> Identity:
+def _identity(index: Path, shard: Path) -> Version:
     """Return which file a shard is; a link may lead to one that was not meant."""
     try:
         status = os.lstat(shard)
@@ -100,7 +102,7 @@ def _identity(index: Path, shard: Path) -> Identity:
         raise FormatError(
             f"{shown(index)}: its shard {shown(shard.name)} is a link or no regular file"
         )
-    return Identity.of(status)
+    return Version.of(status)
 
 
 def _check_groups(part: Mapping[str, Any], groups: list[str], path: Path, everything: bool) -> None:

@@ -25,7 +25,13 @@ from polyak_cli.formats.tensorflow import sstables
 from polyak_cli.formats.tensorflow.sstables import Pair, from_number, varint
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage.local import Identity, read_exactly, write_exactly
+from polyak_cli.storage import (
+    Version,
+)
+from polyak_cli.storage.local import (
+    read_exactly,
+    write_exactly,
+)
 from polyak_cli.tensors import FLOATS
 
 NAME = "TensorFlow checkpoint"
@@ -106,7 +112,7 @@ class _Bundle(NamedTuple):
     byteorder: str
     paths: list[str]  # the index, then the shards
     descriptors: list[int]
-    identities: list[Identity]
+    identities: list[Version]
     record: bytes | None  # this tool's, if it wrote the checkpoint
 
 
@@ -142,7 +148,7 @@ def _opened(path: str) -> Iterator[_Bundle]:
         yield _Bundle(pairs, entries, byteorder, paths, descriptors, identities, record)
 
 
-def _open(path: str, stack: contextlib.ExitStack) -> tuple[int, Identity]:
+def _open(path: str, stack: contextlib.ExitStack) -> tuple[int, Version]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -156,7 +162,7 @@ def _open(path: str, stack: contextlib.ExitStack) -> tuple[int, Identity]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         raise FormatError(f"{shown(path)}: is not a regular file")
-    return descriptor, Identity.of(status)
+    return descriptor, Version.of(status)
 
 
 def _tail(shard: int, shards: int) -> str:
