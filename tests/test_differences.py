@@ -1,4 +1,4 @@
-"""How far checkpoints are apart: two files tensor by tensor, and a run."""
+"""Distances between checkpoints: two files tensor by tensor, and a run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_numbers_are_those_of_numpy(tmp_path: Path) -> None:
 def test_equal_means_within_the_tolerances(
     tmp_path: Path, one: float, other: float, rtol: float, atol: float, equal: bool
 ) -> None:
-    """|a - b| <= atol + rtol |a|; what is not finite equals itself only."""
+    """|a - b| <= atol + rtol |a|; NaN and infinities equal only themselves."""
     a, b = files(tmp_path, {"k": np.array([2.0, one])}, {"k": np.array([2.0, other])})
     found = diff(a, b, rtol=rtol, atol=atol)
     assert found.equal is equal
@@ -78,10 +78,10 @@ def test_equal_means_within_the_tolerances(
         ({"s": np.array([b"x"])}, {"s": np.array([b"y"])}, "'d/s' is not the same"),
     ],
 )
-def test_what_cannot_be_measured_is_told(
+def test_what_cannot_be_measured_is_reported(
     tmp_path: Path, one: dict[str, Array], other: dict[str, Array], message: str
 ) -> None:
-    """Tensors of one file only, of another shape, and texts: they are not equal, and why."""
+    """Tensors of one file only, of another shape, and texts: a sentence says why they differ."""
     found = diff(*files(tmp_path, one, other))
     assert not found.equal
     (mismatch,) = found.mismatches
@@ -89,7 +89,7 @@ def test_what_cannot_be_measured_is_told(
 
 
 def test_formats_types_and_whole_numbers_can_be_mixed(tmp_path: Path) -> None:
-    """An npz and an .h5 are compared by value; float64 holds what float32 says."""
+    """An npz and an .h5 file are compared by value, whatever the types."""
     a = write_model(tmp_path / "a.h5", {"d": {"k": A, "n": np.array([1, 2]), "e": A[:0]}})
     arrays: dict[str, Any] = {"d/k": A.astype(">f8"), "d/n": np.array([1, 3]), "d/e": A[:0]}
     np.savez(tmp_path / "b.npz", **arrays)
@@ -103,7 +103,7 @@ def test_formats_types_and_whole_numbers_can_be_mixed(tmp_path: Path) -> None:
 
 
 def test_damaged_values_are_not_compared(tmp_path: Path) -> None:
-    """A checksum that is wrong is an error of either file, of a run and of the statistics."""
+    """A wrong checksum is an error in either file, in a run, and with statistics."""
     for k in (1, 2):
         np.savez(tmp_path / f"m_{k}.npz", k=A)
     good, bad = tmp_path / "m_1.npz", tmp_path / "m_2.npz"
@@ -120,10 +120,10 @@ def test_damaged_values_are_not_compared(tmp_path: Path) -> None:
             look()
 
 
-def test_a_file_that_changes_meanwhile_is_refused(
+def test_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was measured is then neither the older file nor the newer one."""
+    """The measured values are of neither the older nor the newer file."""
     a, b = files(tmp_path, {"k": A}, {"k": B})
     values = engine.values
 
@@ -143,7 +143,7 @@ def test_a_file_that_changes_meanwhile_is_refused(
 
 
 def test_the_command_answers_with_its_exit_code(tmp_path: Path) -> None:
-    """0 when equal, 1 when not, 2 for what makes no sense; the same as JSON."""
+    """0 if equal, 1 if not, 2 for a usage error; --json has the same result."""
     one, other = SAMPLES / "model_498.h5", SAMPLES / "model_499.h5"
     done = polyak("diff", one, other, cwd=tmp_path)
     assert done.returncode == 1
@@ -160,8 +160,8 @@ def test_the_command_answers_with_its_exit_code(tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
-def test_a_run_shows_the_odd_one_out(tmp_path: Path) -> None:
-    """Distances to the previous and to the average, as numpy finds them."""
+def test_a_run_shows_its_outlier(tmp_path: Path) -> None:
+    """Distances to the previous checkpoint and to the average, as numpy computes them."""
     models = [A.astype(np.float64) + RNG.normal(size=A.shape) * 0.01 for _ in range(6)]
     models[3] += 5 * (models[3] - A)
     for k, values in enumerate(models):
@@ -180,7 +180,7 @@ def test_a_run_shows_the_odd_one_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_as_a_command(tmp_path: Path) -> None:
-    """A table with a line a checkpoint, JSON, and a picture."""
+    """A table with one line for each checkpoint, JSON, and a picture."""
     pytest.importorskip("matplotlib")
     done = polyak("diff", SAMPLES, "--last", "4", "--plot", "d.svg", cwd=tmp_path)
     assert done.returncode == 0
@@ -193,7 +193,7 @@ def test_a_run_as_a_command(tmp_path: Path) -> None:
 
 
 def test_a_run_of_one_or_of_two_models_is_refused(tmp_path: Path) -> None:
-    """There is nothing to compare, or it does not belong together."""
+    """One checkpoint has nothing to compare with; two models do not belong together."""
     write_model(tmp_path / "m_1.h5", {"d": {"k": A}})
     with pytest.raises(UsageError, match="only one checkpoint"):
         distances(select([tmp_path]))

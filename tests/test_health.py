@@ -1,4 +1,4 @@
-"""What is wrong with the checkpoints of a run: one run a problem, and runs that are healthy."""
+"""Checking a run: healthy runs, and one run for each kind of problem."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.command import SAMPLES, one_line, polyak
 from tests.oracle import Array, naive_average, read_model, same_bits, write_model
 
 NEXT = 0.01  # from one checkpoint to the next, relative to the model
-BEGUN = 1_700_000_000  # when the first checkpoint was written, in seconds since 1970
+BEGUN = 1_700_000_000  # time of the first checkpoint, in seconds since 1970
 
 
 def walk(count: int, steps: Sequence[float] = (), seed: int = 0) -> list[Array]:
-    """Return the models of a run: a random walk, with steps of its own where they are given."""
+    """Return the models of a run: a random walk, with the given step sizes if there are any."""
     rng = np.random.default_rng(seed)
     models = [rng.normal(size=(60, 50))]
     for k in range(count - 1):
@@ -50,14 +50,14 @@ def written(
 
 
 def kinds(found: Health) -> dict[str, list[str]]:
-    """Return what is wrong, by checkpoint; what is of the run as a whole stands under ''."""
+    """Return the kinds of problems by checkpoint; those of the whole run have the key ''."""
     about = {one.path.name: [problem.kind for problem in one.problems] for one in found.checkpoints}
     about[""] = [problem.kind for problem in found.problems]
     return {name: problems for name, problems in about.items() if problems}
 
 
 def checked(folder: Path, *options: str, expected: int = 1, **same: Any) -> Health:
-    """Run the command, see that it says the same as the API, and return what that found."""
+    """Run the command, check that it reports what the API returns, and return that."""
     found = check(folder, **same)
     done = polyak("check", folder, *options, cwd=folder.parent)
     assert (done.returncode, done.stderr) == (expected, "")
@@ -77,7 +77,7 @@ def checked(folder: Path, *options: str, expected: int = 1, **same: Any) -> Heal
 
 
 def test_the_sample_run_is_healthy() -> None:
-    """Nothing is wrong with it, as it is in a clone."""
+    """It has no problem, with the file times of a clone."""
     found = checked(SAMPLES, expected=0)
     assert [one.epoch for one in found.checkpoints] == list(range(490, 500))
     assert plan(SAMPLES).notes == ()
@@ -138,7 +138,7 @@ def test_uneven_steps_are_no_outliers(tmp_path: Path, steps: Sequence[float]) ->
 
 
 def test_an_oscillation_is_no_row_of_outliers(tmp_path: Path) -> None:
-    """Each checkpoint is far from both its neighbours, which are near to one another: as usual."""
+    """If every checkpoint is far from both its neighbours, none is an outlier."""
     one, other, *_ = walk(2, [1.0])
     models = [near + (other - one) * (k % 2) for k, near in enumerate(walk(10))]
     written(tmp_path / "run", models)
@@ -158,13 +158,13 @@ def test_an_oscillation_is_no_row_of_outliers(tmp_path: Path) -> None:
     ],
 )
 def test_regular_and_irregular_epochs_are_no_gaps(tmp_path: Path, epochs: list[int]) -> None:
-    """Every fifth epoch, a first one before them, or only the best: none is missing for certain."""
+    """Every fifth epoch, with an early first one, or only the best: no epoch is surely missing."""
     written(tmp_path / "run", walk(len(epochs)), epochs)
     assert check(tmp_path / "run").healthy
 
 
 def in_order(*order: int) -> list[int]:
-    """Return when each epoch was written, if they were in such an order."""
+    """Return the time of each epoch if they were written in this order."""
     return [order.index(k + 1) * 100 for k in range(len(order))]
 
 
@@ -180,8 +180,8 @@ def in_order(*order: int) -> list[int]:
         in_order(2, 3, 4, 5, 6, 7, 8, 9, 10, 1),  # the first one was touched
     ],
 )
-def test_times_of_copies_tell_nothing(tmp_path: Path, seconds: list[float]) -> None:
-    """Copies have one time, or times in the order of names or in none."""
+def test_times_of_copies_mean_nothing(tmp_path: Path, seconds: list[float]) -> None:
+    """Copies share one time, or have times in the order of names or in no order."""
     for path, since in zip(written(tmp_path / "run", walk(10)), seconds, strict=True):
         os.utime(path, ns=(int((BEGUN + since) * 1e9),) * 2)
     assert check(tmp_path / "run").healthy
@@ -189,8 +189,8 @@ def test_times_of_copies_tell_nothing(tmp_path: Path, seconds: list[float]) -> N
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_few_checkpoints_are_looked_at_too(tmp_path: Path, count: int) -> None:
-    """Even one; there is then nothing to compare it with."""
+def test_few_checkpoints_are_checked_too(tmp_path: Path, count: int) -> None:
+    """Even a single one, which has no neighbour."""
     written(tmp_path / "run", walk(count, [NEXT, 1.0][: count - 1]))
     found = check(tmp_path / "run")
     assert found.healthy
@@ -201,7 +201,7 @@ def test_few_checkpoints_are_looked_at_too(tmp_path: Path, count: int) -> None:
 
 
 def test_a_truncated_and_a_foreign_file_are_unreadable(tmp_path: Path) -> None:
-    """What was cut off, what is empty and what is no checkpoint; distances reach over them."""
+    """Truncated, empty and foreign files are unreadable; distances are measured across them."""
     paths = written(tmp_path / "run", walk(8))
     content = paths[2].read_bytes()
     paths[2].write_bytes(content[: len(content) * 2 // 3])
@@ -220,7 +220,7 @@ def test_a_truncated_and_a_foreign_file_are_unreadable(tmp_path: Path) -> None:
 
 
 def test_a_newest_checkpoint_that_is_damaged_in_its_optimizer(tmp_path: Path) -> None:
-    """It would be the template, of which everything is read."""
+    """It would be the template, whose optimizer state is read too."""
     paths = written(tmp_path / "run", walk(3))
     with h5py.File(paths[2], "r+") as file:
         file.create_group("optimizer_weights")["m"] = h5py.ExternalLink("other.h5", "/m")
@@ -230,7 +230,7 @@ def test_a_newest_checkpoint_that_is_damaged_in_its_optimizer(tmp_path: Path) ->
 
 
 def test_damage_that_only_the_values_show_is_of_its_checkpoint(tmp_path: Path) -> None:
-    """A chunk that cannot be inflated or a wrong checksum spares the other checkpoints."""
+    """A damaged chunk or a wrong checksum is a problem of one checkpoint only."""
     storage = {"chunks": (60, 50), "compression": "gzip"}
     (tmp_path / "packed").mkdir()
     (tmp_path / "zip").mkdir()
@@ -252,7 +252,7 @@ def test_damage_that_only_the_values_show_is_of_its_checkpoint(tmp_path: Path) -
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_counted(tmp_path: Path, value: float) -> None:
-    """Two numbers of one tensor; the neighbours are compared with one another instead."""
+    """Two numbers of one tensor; its neighbours are compared with each other instead."""
     models = walk(6)
     models[3][20, :2] = value
     written(tmp_path / "run", models)
@@ -266,7 +266,7 @@ def test_what_is_not_finite_is_counted(tmp_path: Path, value: float) -> None:
 
 
 def test_a_run_that_diverged_to_its_end(tmp_path: Path) -> None:
-    """All that are not finite are named, however many; the others keep their distances."""
+    """All checkpoints that are not finite are named; the others keep their distances."""
     models = walk(9)
     for model in models[4:]:
         model[:] = np.nan
@@ -277,7 +277,7 @@ def test_a_run_that_diverged_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_the_same_as_the_one_before(tmp_path: Path) -> None:
-    """Every bit of every tensor, whatever else the files hold; a zero has a sign."""
+    """Every bit of every tensor counts, and nothing else in the files; a zero has a sign."""
     models = walk(5)
     models[2] = models[1]
     models[3][0, 0] = 0.0
@@ -293,7 +293,7 @@ def test_a_checkpoint_that_is_the_same_as_the_one_before(tmp_path: Path) -> None
 
 
 def test_carried_tensors_count_where_checkpoints_are_the_same(tmp_path: Path) -> None:
-    """A step counter, a text, or a variable-length text that has changed makes another model."""
+    """Checkpoints with another step counter or text are not the same."""
     for name, one, other in (
         ("n", np.array([1]), np.array([2])),
         ("s", np.array([b"x"]), np.array([b"y"])),
@@ -308,7 +308,7 @@ def test_carried_tensors_count_where_checkpoints_are_the_same(tmp_path: Path) ->
 
 
 def test_a_gap_of_epochs(tmp_path: Path) -> None:
-    """Where epochs are evenly spaced, a missing one is told; not where it was excluded."""
+    """A missing epoch is reported if the others are evenly spaced and it was not excluded."""
     written(tmp_path / "run", walk(6), [5, 10, 15, 20, 30, 35])
     found = checked(tmp_path / "run")
     assert kinds(found) == {"": ["gap"]}
@@ -319,8 +319,8 @@ def test_a_gap_of_epochs(tmp_path: Path) -> None:
     assert check(tmp_path / "run", exclude=["model_25.h5"]).healthy
 
 
-def test_a_gap_is_still_told_where_something_else_was_excluded(tmp_path: Path) -> None:
-    """The final model is no epoch of the run."""
+def test_a_gap_is_still_reported_where_something_else_was_excluded(tmp_path: Path) -> None:
+    """Excluding the final model does not hide a gap."""
     paths = written(tmp_path / "run", walk(5), [1, 2, 3, 5, 6])
     write_model(tmp_path / "run" / "final.h5", {"d": {"k": walk(1)[0]}})
     found = check(tmp_path / "run", exclude=["final.h5"])
@@ -329,7 +329,7 @@ def test_a_gap_is_still_told_where_something_else_was_excluded(tmp_path: Path) -
 
 
 def test_an_epoch_twice(tmp_path: Path) -> None:
-    """Two files of one epoch are both looked at, where averaging refuses them."""
+    """Both files of one epoch are checked; averaging refuses them."""
     models = walk(5)
     written(tmp_path / "run", models, [1, 2, 3, 4, 5])
     written(tmp_path / "run", [models[2] + NEXT], [3], name="model_00{}.h5")
@@ -342,7 +342,7 @@ def test_an_epoch_twice(tmp_path: Path) -> None:
 
 
 def test_a_name_without_an_epoch(tmp_path: Path) -> None:
-    """It is told and looked at; --from and --to leave it in, and an unusual name can be read."""
+    """The file is reported and checked; --from and --to keep it, and --exclude removes it."""
     written(tmp_path / "run", walk(4))
     written(tmp_path / "run", walk(1), [0], name="final.h5")
     assert kinds(check(tmp_path / "run"))["final.h5"] == ["no epoch"]
@@ -354,7 +354,7 @@ def test_a_name_without_an_epoch(tmp_path: Path) -> None:
 
 
 def test_two_runs_by_their_names(tmp_path: Path) -> None:
-    """Those of the smaller one are named, and are no neighbours of the larger one's."""
+    """The checkpoints of the smaller run are named, and are not compared with the larger run."""
     written(tmp_path / "run", walk(5, seed=0), name="run1_epoch_{}.h5")
     written(tmp_path / "run", walk(3, seed=1), name="run2_epoch_{}.h5")
     found = checked(tmp_path / "run")
@@ -364,7 +364,7 @@ def test_two_runs_by_their_names(tmp_path: Path) -> None:
 
 
 def test_two_kinds_of_file(tmp_path: Path) -> None:
-    """Files of two formats are two runs, as averaging says too."""
+    """Files of two formats are two runs; averaging says the same."""
     models = walk(5)
     written(tmp_path / "run", models[:3])
     for k in (4, 5):
@@ -379,7 +379,7 @@ def test_two_kinds_of_file(tmp_path: Path) -> None:
 
 
 def test_two_models(tmp_path: Path) -> None:
-    """The run is what most checkpoints are of, the newest on a tie; others tell the difference."""
+    """The model of most checkpoints counts, on a tie the newest; the others' problem says why."""
     models = walk(5)
     models[1] = models[1][:7]
     written(tmp_path / "run", models)
@@ -390,8 +390,8 @@ def test_two_models(tmp_path: Path) -> None:
     assert kinds(check(tmp_path / "run", to_epoch=2)) == {"model_1.h5": ["other model"]}
 
 
-def test_layers_that_keras_numbered_anew(tmp_path: Path) -> None:
-    """They are another model by name, and the same by --match order."""
+def test_layers_that_keras_renumbered(tmp_path: Path) -> None:
+    """They are another model by name, and the same model with --match order."""
     for k, (model, layer) in enumerate(zip(walk(2), ("dense", "dense_1"), strict=True)):
         (tmp_path / "run").mkdir(exist_ok=True)
         write_model(tmp_path / "run" / f"m_{k}.h5", {layer: {"kernel": model}})
@@ -401,7 +401,7 @@ def test_layers_that_keras_numbered_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [1, 4, 7])
 def test_an_outlier(tmp_path: Path, place: int) -> None:
-    """One that lies aside is told; its neighbours, which are as far from it, are not."""
+    """The outlier is reported; its neighbours, just as far from it, are not."""
     models = walk(9)
     models[place] = models[place] + 0.5 * walk(1, seed=7)[0]
     written(tmp_path / "run", models)
@@ -409,7 +409,7 @@ def test_an_outlier(tmp_path: Path, place: int) -> None:
 
 
 def test_the_newest_as_an_outlier(tmp_path: Path) -> None:
-    """Its one step must be far larger than any before."""
+    """It has one step only, which must be far larger than any before."""
     models = walk(6)
     models[-1] = models[-1] + 0.5 * walk(1, seed=7)[0]
     written(tmp_path / "run", models)
@@ -425,7 +425,7 @@ def test_the_newest_as_an_outlier(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_that_was_resumed(tmp_path: Path, order: tuple[int, ...], text: str) -> None:
-    """Checkpoints that an earlier run left behind the newer ones; a note of the average too."""
+    """Later epochs written earlier are reported, and noted by the plan of an average."""
     for path, since in zip(written(tmp_path / "run", walk(10)), in_order(*order), strict=True):
         os.utime(path, (BEGUN + since,) * 2)
     found = check(tmp_path / "run")
@@ -435,7 +435,7 @@ def test_a_run_that_was_resumed(tmp_path: Path, order: tuple[int, ...], text: st
 
 
 def test_one_file_under_two_names(tmp_path: Path) -> None:
-    """A link to a checkpoint is no further checkpoint."""
+    """A link to a checkpoint does not count as another checkpoint."""
     written(tmp_path / "run", walk(3))
     (tmp_path / "run" / "model_4.h5").symlink_to("model_3.h5")
     found = check(tmp_path / "run")
@@ -444,7 +444,7 @@ def test_one_file_under_two_names(tmp_path: Path) -> None:
 
 
 def test_files_named_one_by_one_are_ordered_by_epoch(tmp_path: Path) -> None:
-    """A shell lists model_10 before model_9; without epochs, the order given counts."""
+    """A shell lists model_10 before model_9; names without epochs keep the given order."""
     paths = written(tmp_path / "run", walk(11))
     found = check(sorted(paths))
     assert found.healthy
@@ -458,7 +458,7 @@ def test_files_named_one_by_one_are_ordered_by_epoch(tmp_path: Path) -> None:
 
 
 def test_json_is_what_the_api_returns(tmp_path: Path) -> None:
-    """With problems of checkpoints and of the run; --quiet leaves the exit code alone."""
+    """With problems of checkpoints and of the run; --quiet does not change the exit code."""
     models = walk(5)
     models[2][:] = np.nan
     written(tmp_path / "run", models, [1, 2, 3, 4, 9])
@@ -474,8 +474,8 @@ def test_json_is_what_the_api_returns(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
-def test_what_cannot_be_looked_at_is_an_error(tmp_path: Path) -> None:
-    """No directory, nothing in it, or options that make no sense: 3 or 2, in one line."""
+def test_what_cannot_be_checked_is_an_error(tmp_path: Path) -> None:
+    """No directory, an empty one, or wrong options: exit 3 or 2, with one line."""
     (tmp_path / "empty").mkdir()
     for arguments, code in ((["nowhere"], 3), ([SAMPLES, "--max-memory", "1k"], 2)):
         done = polyak("check", *arguments, cwd=tmp_path)
@@ -493,10 +493,10 @@ def test_what_cannot_be_looked_at_is_an_error(tmp_path: Path) -> None:
             check(source, **options)
 
 
-def test_a_file_that_changes_meanwhile_is_refused(
+def test_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was measured is then neither the older file nor the newer one."""
+    """The measured values are of neither the older nor the newer file."""
     from polyak_cli import engine
 
     paths = written(tmp_path / "run", walk(3))
@@ -517,7 +517,7 @@ def test_a_file_that_changes_meanwhile_is_refused(
 
 @pytest.fixture
 def ill(tmp_path: Path) -> Path:
-    """Return a run of six whose fourth is not finite, and whose newest is cut off."""
+    """Return a run of six: the fourth is not finite, the newest is truncated."""
     models = walk(6)
     models[3][0, 0] = np.nan
     paths = written(tmp_path / "run", models)
@@ -527,7 +527,7 @@ def ill(tmp_path: Path) -> Path:
 
 
 def test_fail_refuses_a_run_with_a_problem(ill: Path) -> None:
-    """In one line, which names the first problem and the way out; nothing is written."""
+    """One line names the first problem and what to do; nothing is written."""
     done = polyak("average", ill, "--on-unhealthy", "fail", "-o", "o.h5", cwd=ill.parent)
     assert done.returncode == 3
     line = one_line(done.stderr)
@@ -540,7 +540,7 @@ def test_fail_refuses_a_run_with_a_problem(ill: Path) -> None:
 
 
 def test_skip_averages_the_rest(ill: Path, tmp_path: Path) -> None:
-    """To the bits of the average of the healthy ones, whose newest is the template; all is told."""
+    """The bits are those of the healthy checkpoints' average; everything skipped is reported."""
     output = tmp_path / "o.h5"
     arguments = ("average", ill, "--on-unhealthy", "skip", "--scheme", "linear", "-o", output)
     done = polyak(*arguments, cwd=tmp_path)
@@ -565,7 +565,7 @@ def test_skip_averages_the_rest(ill: Path, tmp_path: Path) -> None:
 
 
 def test_skip_leaves_a_healthy_run_as_it_is(tmp_path: Path) -> None:
-    """The same bytes as without it, and no word of it in the record."""
+    """The bytes are the same as without the option, and the record does not mention it."""
     average(SAMPLES, tmp_path / "a.h5", scheme="exp")
     average(SAMPLES, tmp_path / "b.h5", scheme="exp", on_unhealthy="skip")
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
@@ -574,7 +574,7 @@ def test_skip_leaves_a_healthy_run_as_it_is(tmp_path: Path) -> None:
 
 
 def test_skip_takes_those_chosen_first(ill: Path) -> None:
-    """--last 3 means three, of which one is left; coefficients of one's own go with theirs."""
+    """--last counts before skipping; custom coefficients stay with their checkpoints."""
     made = plan(ill, last=3, on_unhealthy="skip", coefficients=[5, 1, 7])
     assert [one.path.name for one in made.checkpoints] == ["model_5.h5"]
     assert made.coefficients == (1.0,)
@@ -585,7 +585,7 @@ def test_skip_takes_those_chosen_first(ill: Path) -> None:
 
 
 def test_skip_never_replaces_what_it_skips(ill: Path) -> None:
-    """A checkpoint that is not healthy is still one of the run."""
+    """An unhealthy checkpoint is still one of the run."""
     with pytest.raises(errors.OutputError):
         plan(ill, ill / "model_4.h5", on_unhealthy="skip", force=True)
 
@@ -597,7 +597,7 @@ def test_a_run_without_a_healthy_checkpoint_is_an_error(ill: Path) -> None:
 
 
 def test_what_is_wrong_with_the_run_cannot_be_skipped(tmp_path: Path) -> None:
-    """A gap is a note, with skip as without; an error with fail; and no gap if made on purpose."""
+    """A gap is a note, also with skip, and an error with fail; an excluded epoch is no gap."""
     written(tmp_path / "run", walk(6), [1, 2, 3, 5, 6, 7])
     (note,) = plan(tmp_path / "run").notes
     assert "checkpoints are missing" in note
@@ -611,7 +611,7 @@ def test_what_is_wrong_with_the_run_cannot_be_skipped(tmp_path: Path) -> None:
 
 
 def test_options_that_do_not_go_with_it(tmp_path: Path) -> None:
-    """EMAs are not looked at, other words mean nothing, and watching waits instead."""
+    """--use-ema and `watch` are refused, and so are unknown words."""
     with pytest.raises(errors.UsageError, match="--use-ema"):
         plan(SAMPLES, on_unhealthy="skip", use_ema=True)
     wrong: Any = "ignore"

@@ -1,4 +1,4 @@
-"""Looking inside: the table of tensors, statistics, provenance, on files of every kind."""
+"""Inspecting: the table of tensors, statistics, and provenance."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.command import SAMPLES, one_line, polyak
 from tests.oracle import write_model
 
 
-def test_the_table_says_where_everything_is_and_what_becomes_of_it(tmp_path: Path) -> None:
-    """Names, types, shapes, offsets and fates, in the file's order; the bytes are really there."""
+def test_the_table_has_place_and_fate_of_every_tensor(tmp_path: Path) -> None:
+    """Names, types, shapes, offsets and fates, in the file's order; the offsets are right."""
     kernel = np.arange(6, dtype=np.float32).reshape(2, 3)
     layers = {"d": {"k": kernel, "n": np.array(3), "z": np.ones(2, np.complex64)}}
     state = {"m": np.ones(2, np.float32)}
@@ -37,7 +37,7 @@ def test_the_table_says_where_everything_is_and_what_becomes_of_it(tmp_path: Pat
 
 
 def test_statistics_are_of_the_finite_values(tmp_path: Path) -> None:
-    """Norm, least and greatest as numpy finds them, over many slabs; the rest is counted."""
+    """Norm, minimum and maximum as numpy computes them, over many slabs; the rest is counted."""
     values = np.random.default_rng(0).normal(size=1_000_000).astype(np.float32)
     values[[5, 500_000]] = np.nan, -np.inf
     layers = {"d": {"k": values, "n": np.array([3, -4]), "m": np.array([True, False])}}
@@ -53,8 +53,8 @@ def test_statistics_are_of_the_finite_values(tmp_path: Path) -> None:
     assert empty is None
 
 
-def test_an_average_tells_where_it_comes_from(tmp_path: Path) -> None:
-    """The record that `average` wrote is shown, in HDF5 and in npz."""
+def test_an_average_says_where_it_comes_from(tmp_path: Path) -> None:
+    """The record that `average` wrote is returned, from HDF5 and from npz."""
     average(SAMPLES, tmp_path / "final.h5", scheme="exp", alpha=2)
     for k in range(2):
         np.savez(tmp_path / f"m_{k}.npz", x=np.ones(3))
@@ -68,20 +68,20 @@ def test_an_average_tells_where_it_comes_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "record", ["no JSON", "[" * 10_000, "3", '{"inputs": 3}', '{"inputs": [3, {"name": 4}]}']
 )
-def test_a_record_that_somebody_else_wrote_does_no_harm(tmp_path: Path, record: str) -> None:
-    """Any text may stand where ours would; it is shown as data, and never costs a traceback."""
+def test_a_record_by_another_program_does_no_harm(tmp_path: Path, record: str) -> None:
+    """Any text in place of a record is shown as data, without a traceback."""
     path = write_model(tmp_path / "m.h5", {"d": {"k": np.ones(3, np.float32)}})
     with h5py.File(path, "r+") as file:
         file.attrs["polyak_provenance"] = record
     done = polyak("inspect", "m.h5", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0].startswith("m.h5: ")
-    (told,) = inspect([path])
-    assert told.provenance == (json.loads(record) if "3" in record else record)
+    (found,) = inspect([path])
+    assert found.provenance == (json.loads(record) if "3" in record else record)
 
 
 def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
-    """A line a tensor for a person, the same as data, several files at once."""
+    """One line for each tensor, or JSON; several files at once."""
     average(SAMPLES, tmp_path / "final.h5")
     files = [SAMPLES / "model_499.h5", tmp_path / "final.h5"]
     done = polyak("inspect", *files, "--stats", cwd=tmp_path)
@@ -95,7 +95,7 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_checkpoint_costs_one_line(tmp_path: Path) -> None:
-    """Exit 3, the file named, nothing printed."""
+    """Exit 3, and an error that names the file; nothing is printed."""
     (tmp_path / "x.h5").write_bytes(b"no such format")
     done = polyak("inspect", "x.h5", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (3, "")

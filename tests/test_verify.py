@@ -1,4 +1,4 @@
-"""Verifying an average: what is equal verifies, and whatever was changed is caught and named."""
+"""Verifying an average: an unchanged one verifies, and every change is found and named."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_run(folder: Path, count: int = 3) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return what `run` is a copy of."""
+    """Return the folder that `run` copies."""
     folder = tmp_path_factory.mktemp("made")
     write_run(folder / "ckpts")
     average(folder / "ckpts", folder / "final.h5", scheme="exp", hash=False)
@@ -68,13 +68,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, made: Path) -> Path:
-    """Return a folder with a run in ckpts/ and averages of it, without and with digests."""
+    """Return a folder with a run in ckpts/ and averages of it, without and with whole digests."""
     shutil.copytree(made, tmp_path / "run")  # the times stay
     return tmp_path / "run"
 
 
 def verified(run: Path, name: str = "final.h5") -> Verification:
-    """Verify an average of the run, which leaves the folder as it was."""
+    """Verify an average of the run; check that the folder stays as it was."""
     before = tree(run)
     found = verify(run / name, sources=[run / "ckpts"])
     assert tree(run) == before
@@ -82,7 +82,7 @@ def verified(run: Path, name: str = "final.h5") -> Verification:
 
 
 def problems(found: Verification, kind: str) -> dict[str, str]:
-    """Return what is wrong, by what it is wrong with."""
+    """Return the problems of one kind, by the name of the input, tensor or file."""
     return {problem.name: problem.text for problem in found.problems if problem.kind == kind}
 
 
@@ -101,12 +101,12 @@ def rewrite_record(path: Path, record: object) -> None:
 
 
 def unsealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record as it was before it had a digest of itself."""
+    """Return a record as written before records had their own digest."""
     return {key: value for key, value in record.items() if key != "sha256"}
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record whose digest is right, as somebody who means harm would make it."""
+    """Return a record with the right digest, as an attacker would make it."""
     rest = unsealed(record)
     text = json.dumps(rest, separators=(",", ":"))
     return rest | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -116,7 +116,7 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def test_an_average_verifies(tmp_path: Path) -> None:
-    """The command says so, exits with 0, and gives the same as data; nothing is left."""
+    """The command says so and exits with 0; --json has the same result; no file is left behind."""
     shutil.copytree(SAMPLES, tmp_path / "ckpts")
     average(tmp_path / "ckpts", tmp_path / "ckpts/final.h5", last=4, scheme="linear")
     before = tree(tmp_path)
@@ -131,8 +131,8 @@ def test_an_average_verifies(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-def test_the_folders_beside_an_average_are_looked_into(run: Path) -> None:
-    """`polyak average ckpts/ -o final.h5` and `polyak verify final.h5` need no further word."""
+def test_the_folders_beside_an_average_are_searched(run: Path) -> None:
+    """`polyak verify final.h5` finds the checkpoints of `polyak average ckpts/ -o final.h5`."""
     (run / "empty").mkdir()
     assert verify(run / "final.h5").verified
     assert not verify(run / "final.h5", sources=[run / "empty"]).verified
@@ -159,7 +159,7 @@ def test_the_folders_beside_an_average_are_looked_into(run: Path) -> None:
 def test_every_option_of_the_average_is_followed(
     run: Path, output: str, options: dict[str, Any]
 ) -> None:
-    """Types, conversions, what is carried and what counts for nothing are done as recorded."""
+    """Types, conversions, carried tensors and coefficients of 0 are as recorded."""
     average(run / "ckpts", run / output, **options)
     assert verified(run, output).problems == ()
 
@@ -169,13 +169,13 @@ def test_every_option_of_the_average_is_followed(
 )
 @given(st.lists(st.floats(0, 1e6), min_size=3, max_size=3).filter(lambda found: sum(found) > 1e-3))
 def test_coefficients_are_taken_as_recorded(run: Path, coefficients: list[float]) -> None:
-    """Whatever they are, they are exact in the record and are not normalised again."""
+    """They are exact in the record and are not normalised again."""
     average(run / "ckpts", run / "o.h5", coefficients=coefficients, force=True)
     assert verified(run, "o.h5").verified
 
 
 def test_a_moved_and_renamed_average_verifies(run: Path) -> None:
-    """What it is called and where it lies are no part of what it says."""
+    """The record holds neither the name nor the folder of the average."""
     (run / "elsewhere").mkdir()
     (run / "final.h5").rename(run / "elsewhere/model_3.h5")
     assert verified(run, "elsewhere/model_3.h5").problems == ()
@@ -183,8 +183,8 @@ def test_a_moved_and_renamed_average_verifies(run: Path) -> None:
     assert [*missing] == ["model_1.h5", "model_2.h5", "model_3.h5"]  # not the average itself
 
 
-def test_inputs_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    """Two folders with a checkpoint of one name: that is taken which is as the record says."""
+def test_inputs_of_one_name_are_distinguished(tmp_path: Path) -> None:
+    """Of two checkpoints of the same name, the one with the recorded digest is used."""
     one, two = (write_run(tmp_path / name, 2) for name in ("a", "b"))
     write_model(two[0], {"dense": {"kernel": np.ones((40, 25), np.float32)}})
     write_model(one[0], {"dense": {"kernel": np.zeros((40, 25), np.float32)}})
@@ -194,7 +194,7 @@ def test_inputs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_older_records_have_no_digest_of_themselves(run: Path) -> None:
-    """They are verified as far as can be, which a note tells."""
+    """They are verified as far as possible, and a note says so."""
     rewrite_record(run / "final.h5", unsealed(record_of(run / "final.h5")))
     found = verified(run)
     assert problems(found, "tensor") == problems(found, "input") == {}
@@ -205,7 +205,7 @@ def test_older_records_have_no_digest_of_themselves(run: Path) -> None:
 
 
 def flips(path: Path, count: int) -> list[int]:
-    """Return positions all over a file, those of its record among them."""
+    """Return positions all over a file, including some in its record."""
     content = path.read_bytes()
     start = content.find(b'"coefficient')
     chosen = random.Random(7).sample(range(len(content)), count)
@@ -214,7 +214,7 @@ def flips(path: Path, count: int) -> list[int]:
 
 
 def check_flips(run: Path, suffix: str, count: int) -> None:
-    """Flip one bit at each of some positions: none verifies, and no error has two lines."""
+    """Flip one bit at some positions: no such file verifies, and every error is one line."""
     if suffix == ".npz":
         shutil.rmtree(run / "ckpts")
         (run / "ckpts").mkdir()
@@ -230,7 +230,7 @@ def check_flips(run: Path, suffix: str, count: int) -> None:
         output.write_bytes(content)
         try:
             found = verify(output, sources=[run / "ckpts"])
-        except PolyakError as error:  # the very mark of a record is gone
+        except PolyakError as error:  # the record itself is gone
             texts = [str(error)]
         else:
             texts = [problem.text for problem in found.problems]
@@ -244,7 +244,7 @@ def check_flips(run: Path, suffix: str, count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".h5", ".safetensors", ".npz"])
 def test_a_flipped_bit_is_caught(run: Path, suffix: str) -> None:
-    """In a tensor, in metadata, in the record, or in what nobody reads."""
+    """In a tensor, in metadata, in the record, or in bytes that no reader uses."""
     check_flips(run, suffix, 4)
 
 
@@ -268,7 +268,7 @@ def test_the_tensor_and_the_element_are_named(run: Path) -> None:
 
 
 def test_a_carried_tensor_and_an_attribute_are_named(run: Path) -> None:
-    """What is not averaged is compared too."""
+    """Tensors and attributes that are not averaged are compared too."""
     with h5py.File(run / "hashed.h5", "r+") as file:
         file["model_weights/dense/steps"][4] = 9
     (text,) = problems(verified(run, "hashed.h5"), "tensor").values()
@@ -281,7 +281,7 @@ def test_a_carried_tensor_and_an_attribute_are_named(run: Path) -> None:
 
 
 def test_a_damaged_average_is_not_verified(run: Path) -> None:
-    """A header that cannot be read is told with the reader's reason, and exit 1."""
+    """The reason why the header cannot be read is reported, and the exit code is 1."""
     content = (run / "final.h5").read_bytes()
     (run / "final.h5").write_bytes(content[: len(content) // 2])
     assert "final.h5" in problems(verified(run), "file")["final.h5"]
@@ -291,7 +291,7 @@ def test_a_damaged_average_is_not_verified(run: Path) -> None:
 
 
 def test_tensors_that_lie_elsewhere_are_compared_one_by_one(run: Path) -> None:
-    """A file that another program wrote anew is not equal, though its tensors are."""
+    """A file rewritten by another program differs, even if its tensors are equal."""
     with h5py.File(run / "final.h5", "r+") as file:
         file["new"] = file["model_weights/dense/kernel"][()]
         del file["model_weights/dense/kernel"]
@@ -304,8 +304,8 @@ def test_tensors_that_lie_elsewhere_are_compared_one_by_one(run: Path) -> None:
     assert "dense/kernel' differs" in " ".join(problems(verified(run), "tensor").values())
 
 
-def test_another_version_is_told_apart(run: Path) -> None:
-    """Bytes outside the tensors may be another version's doing, which is said."""
+def test_another_version_is_noted(run: Path) -> None:
+    """A note says that another version may write other bytes outside the tensors."""
     record = record_of(run / "final.h5") | {"polyak": "0.0.9"}
     rewrite_record(run / "final.h5", sealed(record))
     found = verified(run)
@@ -319,7 +319,7 @@ def test_another_version_is_told_apart(run: Path) -> None:
 
 
 def change(path: Path) -> None:
-    """Change one value of a checkpoint, which keeps its size; the clock goes on meanwhile."""
+    """Change one value of a checkpoint; its size stays, its time becomes later."""
     with h5py.File(path, "r+") as file:
         file["model_weights/dense/kernel"][1, 1] += 1
     later = path.stat().st_mtime_ns + 10**9
@@ -327,7 +327,7 @@ def change(path: Path) -> None:
 
 
 def exchange(run: Path) -> None:
-    """Exchange the names of two checkpoints, whose times stay."""
+    """Exchange the names of two checkpoints; their times stay."""
     one, two = run / "ckpts/model_1.h5", run / "ckpts/model_2.h5"
     one.rename(run / "other")
     two.rename(one)
@@ -348,7 +348,7 @@ def test_a_changed_input_is_named(run: Path) -> None:
 
 @pytest.mark.slow
 def test_a_bit_anywhere_in_any_input_is_named(run: Path) -> None:
-    """Also where the average is none the worse for it, as in what only the newest one gives."""
+    """Even if the average does not depend on the bit."""
     random = np.random.default_rng(2)
     for k in (1, 2, 3):
         path = run / f"ckpts/model_{k}.h5"
@@ -365,7 +365,7 @@ def test_a_bit_anywhere_in_any_input_is_named(run: Path) -> None:
 def test_digests_are_recorded_unasked_of_few_bytes(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to a bound on all inputs together, or when asked for; never when asked not to."""
+    """Up to a bound on the size of all inputs, or with --hash; never with --no-hash."""
     size = sum(path.stat().st_size for path in (run / "ckpts").iterdir())
     for bound, wanted, expected in (
         (size, None, True),
@@ -380,7 +380,7 @@ def test_digests_are_recorded_unasked_of_few_bytes(
 
 
 def test_an_input_of_another_size_is_named(run: Path) -> None:
-    """With both sizes."""
+    """The message has both sizes."""
     with h5py.File(run / "ckpts/model_2.h5", "r+") as file:
         file.attrs["more"] = "x" * 10_000
     assert "bytes, but had" in problems(verified(run), "input")["model_2.h5"]
@@ -396,7 +396,7 @@ def test_exchanged_inputs_are_named(run: Path) -> None:
 
 
 def test_a_missing_input_is_named(run: Path) -> None:
-    """With where it was looked for."""
+    """The message names the folders that were searched."""
     (run / "ckpts/model_2.h5").unlink()
     for name in ("final.h5", "hashed.h5"):
         (text,) = problems(verified(run, name), "input").values()
@@ -406,7 +406,7 @@ def test_a_missing_input_is_named(run: Path) -> None:
 
 @pytest.mark.parametrize("name", ["final.h5", "hashed.h5"])
 def test_renamed_inputs_are_named(run: Path, name: str) -> None:
-    """A file of another name that has what was averaged: all else is compared with it."""
+    """A file of another name with the recorded digest is used for the comparison."""
     for k in (1, 2):
         (run / f"ckpts/model_{k}.h5").rename(run / f"ckpts/epoch_{3 - k}.h5")
     found = verified(run, name)
@@ -539,20 +539,20 @@ def test_inputs_of_one_name_are_found_by_their_paths(tmp_path: Path) -> None:
 
 
 def test_an_input_that_cannot_be_read_is_named(run: Path) -> None:
-    """With the reader's reason."""
+    """The message has the reader's reason."""
     path = run / "ckpts/model_2.h5"
     path.write_bytes(path.read_bytes()[:100])
     assert "cannot be averaged" in problems(verified(run), "input")["model_2.h5"]
 
 
-def test_an_input_of_another_model_is_told(run: Path) -> None:
-    """What cannot be averaged any more is told in the words of averaging."""
+def test_an_input_of_another_model_is_reported(run: Path) -> None:
+    """The message is the one of averaging."""
     write_model(run / "ckpts/model_2.h5", {"dense": {"kernel": np.ones(3, np.float32)}})
     assert "cannot be recomputed: " in problems(verified(run), "file")["final.h5"]
 
 
 def test_a_link_is_followed_but_no_name_leads_out(run: Path) -> None:
-    """Only names are looked for, in the folders that the user named."""
+    """Only plain names are looked up, in the folders that the user named."""
     (run / "outside.h5").write_bytes((run / "ckpts/model_2.h5").read_bytes())
     record = record_of(run / "final.h5")
     for name in ("../outside.h5", str(run / "outside.h5"), "..", "", "\udfff", "a\0b", "x" * 300):
@@ -609,8 +609,8 @@ def one_input(record: Mapping[str, Any], **changed: object) -> dict[str, Any]:
     return {"inputs": [first | changed, *others]}
 
 
-def test_a_record_that_polyak_did_not_write_is_told_in_one_line(run: Path) -> None:
-    """Whatever is wrong with it, and though its digest be right: no traceback, and exit 1."""
+def test_a_record_that_polyak_did_not_write_is_refused_in_one_line(run: Path) -> None:
+    """Even if its digest is right: no traceback, and exit 1."""
     record = record_of(run / "final.h5")
     for name, damage in DAMAGES.items():
         damaged = damage(record)
@@ -621,7 +621,7 @@ def test_a_record_that_polyak_did_not_write_is_told_in_one_line(run: Path) -> No
 
 
 def test_a_change_in_the_record_is_caught(run: Path) -> None:
-    """Whatever field it is in, and where it means the same to a reader of JSON."""
+    """In any field, and even if the JSON means the same."""
     record = record_of(run / "final.h5")
     text = json.dumps(record, separators=(",", ":"))
     for one, other in (('"alpha":2.0', '"alpha":3.0'), ('"epoch":1', '"epoch":4'), (",", ", ")):
@@ -677,12 +677,12 @@ def test_without_digests_the_folder_must_be_named(old: Path) -> None:
 
 
 def test_without_digests_a_change_is_found_but_not_located(old: Path) -> None:
-    """Input or average: a note says that it cannot be told; with a whole digest it can."""
+    """A note says that the record cannot show what was changed; a whole digest can."""
     exchange(old)
     found = verified(old)
     assert "dense/kernel" in " ".join(problems(found, "tensor"))
     assert problems(found, "input") == {}
-    assert "no digests of the inputs were recorded (--hash), so it cannot be told" in found.notes[0]
+    assert "no digests of the inputs were recorded (--hash), so nothing shows" in found.notes[0]
     found = verified(old, "hashed.h5")
     assert [*problems(found, "input")] == ["model_1.h5", "model_2.h5"]
     assert "files were exchanged" in found.problems[0].text
@@ -700,8 +700,8 @@ def test_without_digests_a_missing_input_is_not_guessed(old: Path) -> None:
 # --- the copy -------------------------------------------------------------------------------------
 
 
-def test_no_room_for_the_copy_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what to do; a folder for temporary files is the second choice."""
+def test_no_room_for_the_copy_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says what to do; the folder for temporary files is the second choice."""
     asked: list[Path] = []
 
     def free(folder: Path) -> int:
@@ -768,7 +768,7 @@ def test_a_write_that_goes_wrong_is_caught(run: Path, place: str, named: str) ->
 
 
 def test_a_verified_average_is_the_same_and_says_so(run: Path) -> None:
-    """The bytes are those of a run without, and report and data tell."""
+    """The bytes are the same as without --verify; report and --json say that it was verified."""
     options = ("--scheme", "exp", "--verify", "-o")
     done = polyak("average", "ckpts", *options, "again.h5", cwd=run)
     assert (done.returncode, done.stderr) == (0, "")
@@ -782,7 +782,7 @@ def test_a_verified_average_is_the_same_and_says_so(run: Path) -> None:
 
 
 def test_verifying_needs_room_for_two(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told before any work."""
+    """It is refused before any work."""
     size = (run / "final.h5").stat().st_size
     monkeypatch.setattr(publishing, "_free", lambda _: size * 3 // 2)
     average(run / "ckpts", run / "one.h5")
@@ -790,8 +790,8 @@ def test_verifying_needs_room_for_two(run: Path, monkeypatch: pytest.MonkeyPatch
         average(run / "ckpts", run / "two.h5", verify=True)
 
 
-def test_a_name_that_another_took_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has the name in the end is the file that was verified."""
+def test_a_name_that_another_took_is_reported(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that finally has the name is the one that was verified."""
     real = publishing._rename_new
 
     def rename(named: Mapping[Path, Path]) -> None:
@@ -810,7 +810,7 @@ def test_a_name_that_another_took_is_told(run: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def recalibrated(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a run whose averages have a statistic that was gathered, as if Keras had been here."""
+    """Return a run whose average has a recalibrated statistic, with Keras replaced by a stub."""
     values = np.random.default_rng(1).normal(size=(3, 7))
     for k, row in enumerate(values.astype(np.float32), 1):
         tensors = {"kernel": np.outer(row, row), "moving_mean": row}
@@ -830,11 +830,11 @@ def recalibrated(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_gathered_statistics_are_compared_with_their_digests(recalibrated: Path) -> None:
-    """They cannot be recomputed; all else is, to the last byte of metadata."""
+    """They cannot be recomputed; everything else is, including all metadata."""
     found = verified(recalibrated)
     assert found.problems == ()
     assert found.unverified == ("dense/moving_mean",)
-    assert "1 BatchNorm statistics were gathered anew" in found.notes[0]
+    assert "1 BatchNorm statistics were recalibrated" in found.notes[0]
     whole = (recalibrated / "final.h5").read_bytes()
     for name, element in (("moving_mean", 2), ("kernel", (3, 3))):
         with h5py.File(recalibrated / "final.h5", "r+") as file:
@@ -844,7 +844,7 @@ def test_gathered_statistics_are_compared_with_their_digests(recalibrated: Path)
         (recalibrated / "final.h5").write_bytes(whole)
 
 
-def test_older_records_do_not_tell_which_statistics_are_new(recalibrated: Path) -> None:
+def test_older_records_do_not_name_the_statistics(recalibrated: Path) -> None:
     """A note says that they are not verified."""
     record = unsealed(record_of(recalibrated / "final.h5"))
     del record["recalibrated"]["statistics"]
@@ -858,7 +858,7 @@ def test_older_records_do_not_tell_which_statistics_are_new(recalibrated: Path) 
 
 
 def table(path: Path, **places: tuple[int, int]) -> Table:
-    """Return a table of float32 tensors at offsets, of so many elements."""
+    """Return a table of float32 tensors; each place is an offset and a number of elements."""
     specs = {
         name: TensorSpec(name, (size,), "float32", "<", name, Extent(offset, 4 * size))
         for name, (offset, size) in places.items()
@@ -872,7 +872,7 @@ def table(path: Path, **places: tuple[int, int]) -> Table:
 def test_what_differs_is_counted(
     tmp_path_factory: pytest.TempPathFactory, step: int, changed: set[int]
 ) -> None:
-    """Elements and bytes outside, whatever the pieces; what tensors share counts for one."""
+    """Elements, and bytes outside tensors, for any piece size; shared bytes count once."""
     folder = tmp_path_factory.mktemp("bytes")
     right, found = folder / "right", folder / "found"
     right.write_bytes(bytes(80))
@@ -896,7 +896,7 @@ def test_what_differs_is_counted(
 
 
 def test_a_problem_is_data() -> None:
-    """Results can be put into JSON as they are."""
+    """Results convert to JSON directly."""
     found = Verification(Path("o.h5"), problems=(Discrepancy("file", "o.h5", "is gone"),))
     assert not found.verified
     assert json.loads(json.dumps(found.data()))["problems"][0]["text"] == "is gone"

@@ -194,8 +194,8 @@ def distances(selection: Selection, *, by: str = "name") -> Distances:
     def add(name: str, slabs: list[Float64]) -> None:
         if not sums.add(slabs):
             raise MismatchError(
-                f"tensor '{shown(name)}' holds what is not finite; leave the checkpoint out "
-                "with --exclude. `polyak inspect --stats` says which it is"
+                f"tensor '{shown(name)}' holds a value that is not finite; find the checkpoint "
+                "with `polyak inspect --stats`, and leave it out with --exclude"
             )
 
     fold_slabs(tables, rows, add)

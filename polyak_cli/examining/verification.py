@@ -344,7 +344,7 @@ def _is_part(path: Path, own: Table) -> bool:
 
 
 def _list_files(path: Path, nbytes: int) -> tuple[File, ...]:
-    """Return the files of a checkpoint that may have so many bytes.
+    """Return the files of a checkpoint that may have ``nbytes`` bytes.
 
     Raises:
         PolyakError: it cannot be read as a checkpoint.
@@ -408,7 +408,7 @@ class _Verifier:
         if not self.record.is_sealed:
             self.notes.append(
                 f"its record, by polyak {shown(self.record.version, 40)}, has no digest of itself: "
-                "what was changed in the record alone may go unnoticed"
+                "a change in the record alone may go unnoticed"
             )
         self.inputs = self.search.run()
         gathered: tuple[str, ...] = ()
@@ -516,7 +516,7 @@ class _Verifier:
         if not self.record.recalibrated:
             return ()
         values = recalibration.statistics_of(self.table)
-        what = f"{len(values)} BatchNorm statistics were gathered anew over rows of data"
+        what = f"{len(values)} BatchNorm statistics were recalibrated on rows of data"
         if self.record.statistics is None:
             self.notes.append(f"{what}, and no digest of them was recorded: they are not verified")
             return tuple(values)
@@ -524,7 +524,7 @@ class _Verifier:
         digests = recalibration.digests(self.table, values)
         for name, digest in digests.items():
             if digest != self.record.statistics[name]:
-                text = f"tensor '{shown(name)}' is not what was gathered: its SHA-256 is another"
+                text = f"tensor '{shown(name)}' is not as recalibrated: its SHA-256 is another"
                 self.problems.append(Discrepancy("tensor", name, text))
         return tuple(values)
 
@@ -541,7 +541,7 @@ class _Verifier:
             self.notes.append(
                 f"every tensor is equal bit for bit; the file was written by polyak "
                 f"{shown(self.record.version, 40)}, and this is {__version__}, which may lay out "
-                "what is outside of them in another way"
+                "the rest of the file differently"
             )
         if not blamed:
             self.notes.append(self._describe_suspects())
@@ -563,7 +563,7 @@ class _Verifier:
         """Say what may have been changed, where no input is known to be."""
         if any(not one.sampled and not one.sha256 for one in self.record.inputs):
             return (
-                "no digests of the inputs were recorded (--hash), so it cannot be told whether an "
+                "no digests of the inputs were recorded (--hash), so nothing shows whether an "
                 "input or the average was changed"
             )
         suspects = [one.path for one in self.record.inputs if not one.is_covered]
@@ -572,5 +572,5 @@ class _Verifier:
         names = ", ".join(f"'{shown(name, 80)}'" for name in suspects)
         return (
             "every input has the sampled SHA-256 recorded, which does not cover all bytes of "
-            f"{names}: one of these was changed, or the average (--hash records what tells)"
+            f"{names}: one of these or the average was changed; --hash records what shows which"
         )
