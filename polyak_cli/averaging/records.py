@@ -357,8 +357,8 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
             **({"path": path} if paths != names else {}),
             "epoch": checkpoint.epoch,
             "size": table.size,
-            "coefficient": coefficient,
             "sampled_sha256": digest,
+            "coefficient": coefficient,
         }
         for name, path, checkpoint, table, coefficient, digest in zip(
             names, paths, plan.checkpoints, plan.tables, plan.coefficients, sampled, strict=True
