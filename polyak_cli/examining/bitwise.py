@@ -9,13 +9,14 @@ import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from polyak_cli.errors import FormatError, shown
-from polyak_cli.storage.local import read_exactly
+from polyak_cli.errors import shown
+from polyak_cli.storage import InputFile, open_input
+from polyak_cli.storage.local import naming
 from polyak_cli.tensors import Extent, Table, TensorSpec
 
 #: Bytes compared at a time.
@@ -68,13 +69,10 @@ def compare(found: Sequence[Path], expected: Table) -> Deviation:
     outside: list[str] = []
     for number, (path, (other, _)) in enumerate(zip(found, expected.files, strict=True)):
         counts = _Counts([spec for spec in specs if spec.file == number])
-        try:
-            with open(path, "rb", buffering=0) as a, open(other, "rb", buffering=0) as b:
-                sizes = [each.seek(0, 2) for each in (a, b)]
-                for offsets in _find_unequal(a, b, min(sizes)):
-                    counts.add(offsets)
-        except OSError as error:
-            raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+        with open_input(path) as a, open_input(other) as b:
+            sizes = (a.size, b.size)
+            for offsets in _find_unequal(a, b, min(sizes)):
+                counts.add(offsets)
         tensors += counts.list_tensors()
         if sizes[0] != sizes[1]:
             outside.append(f"has {sizes[0]} bytes; expected {sizes[1]}")
@@ -86,13 +84,14 @@ def compare(found: Sequence[Path], expected: Table) -> Deviation:
     return Deviation(tuple(tensors), tuple(outside))
 
 
-def _find_unequal(one: BinaryIO, other: BinaryIO, size: int) -> Iterator[Offsets]:
+def _find_unequal(one: InputFile, other: InputFile, size: int) -> Iterator[Offsets]:
     """Yield the offsets of the bytes that differ, in order, one array for each piece."""
     a, b = np.empty(_STEP, np.uint8), np.empty(_STEP, np.uint8)
     for start in range(0, size, _STEP):
         count = min(_STEP, size - start)
-        read_exactly(one.fileno(), start, a[:count])
-        read_exactly(other.fileno(), start, b[:count])
+        for file, buffer in ((one, a), (other, b)):
+            with naming(file.name):
+                file.read_into(start, buffer[:count])
         if not np.array_equal(a[:count], b[:count]):
             yield np.flatnonzero(a[:count] != b[:count]) + start
 
