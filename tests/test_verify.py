@@ -463,6 +463,16 @@ def test_a_change_that_the_sample_does_not_see_is_found(tmp_path: Path) -> None:
     assert [*problems(found, "input")] == ["model_2.h5"]
 
 
+def test_other_files_beside_an_average_are_no_obstacle(run: Path) -> None:
+    """Files of the same names beside it, of another run: the search goes on in the folders."""
+    for k in (1, 2, 3):
+        write_model(run / f"model_{k}.h5", {"dense": {"kernel": np.full((40, 25), k, np.float32)}})
+    assert verify(run / "final.h5").verified
+    (run / "model_2.h5").unlink()
+    os.mkfifo(run / "model_2.h5")
+    assert verify(run / "final.h5").verified
+
+
 @pytest.mark.parametrize("name", ["final.h5", "hashed.h5"])
 def test_what_cannot_be_a_checkpoint_is_passed_over(run: Path, name: str) -> None:
     """Folders and files of the names that cannot be read or are of another format: never final."""
@@ -674,6 +684,10 @@ def test_without_digests_the_folder_must_be_named(old: Path) -> None:
     assert set(problems(found, "input")) == {f"model_{k}.h5" for k in (1, 2, 3)}
     several = f"{old}/another and {old}/ckpts hold files of such names: choose one with --source"
     assert several in found.notes
+    for k in (1, 2, 3):
+        (old / f"another/model_{k}.h5").unlink()
+        (old / f"another/model_{k}.h5").mkdir()
+    assert verify(old / "final.h5").verified
 
 
 def test_without_digests_a_change_is_found_but_not_located(old: Path) -> None:

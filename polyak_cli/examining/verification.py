@@ -32,10 +32,7 @@ from polyak_cli.errors import (
 from polyak_cli.examining.bitwise import Deviation
 from polyak_cli.examining.recompute import Written, compare_again
 from polyak_cli.formats.detection import detect
-from polyak_cli.storage import (
-    File,
-    Version,
-)
+from polyak_cli.storage import File, Version, open_input
 from polyak_cli.tensors import Table
 
 _StrPath = str | os.PathLike[str]
@@ -150,12 +147,9 @@ def _find_opener(path: Path) -> Path:
     if not found.exists():
         index = path.with_name(f"{path.name}.index")
         found = index if index.is_file() else found
-    try:
-        os.close(os.open(found, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError as error:
-        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
-    if not found.is_file():
+    if found.exists() and not found.is_file():
         raise FormatError(f"{shown(path)}: is neither a file nor a folder that is one checkpoint")
+    open_input(found).close()  # the reason why it cannot be read, before a child is started
     return found
 
 
@@ -214,9 +208,12 @@ class _Search:
         self.folders = folders
         self.own = own
         self.inputs = [_Input(one) for one in record.inputs]
+        self._taken: set[Path] = set()  # two inputs never share a checkpoint
 
     def run(self) -> list[_Input]:
         """Look for every input by name and digest, then by name alone, then by digest alone."""
+        # All inputs that are as recorded come first: their format is known to be right, and no
+        # changed input may take a checkpoint that is exactly another one.
         for one in self.inputs:
             self._find_recorded(one)
         for one in self.inputs:
@@ -227,8 +224,12 @@ class _Search:
 
     def _list_paths(self, recorded: records.Input) -> list[Path]:
         """Return the paths with an input's name that no other input has taken."""
-        taken = {one.path for one in self.inputs}
-        return [p for p in _find_named(recorded, self.folders, self.own) if p not in taken]
+        found = _find_named(recorded, self.folders, self.own)
+        return [path for path in found if path not in self._taken]
+
+    def _take(self, one: _Input, path: Path, files: tuple[File, ...]) -> None:
+        one.path, one.files = path, files
+        self._taken.add(path)
 
     def _find_recorded(self, one: _Input) -> None:
         """Take the first checkpoint of the name that is as recorded."""
@@ -236,7 +237,8 @@ class _Search:
             with contextlib.suppress(PolyakError, OSError):
                 files = _list_files(path, one.recorded.size)
                 if _is_recorded(files, one.recorded):
-                    one.path, one.files, one.is_recorded = path, files, True
+                    self._take(one, path, files)
+                    one.is_recorded = True
                     return
 
     def _find_readable(self, one: _Input) -> None:
@@ -246,12 +248,12 @@ class _Search:
                 (table,) = formats.scan([file_of(path)])
                 self._check_format(path, table.format)
             except PolyakError as error:
-                one.error = one.error or str(error)
+                one.error = one.error or str(error)  # of the first folder, the likeliest
             except OSError as error:
                 one.error = one.error or f"{shown(path)}: cannot be read: {error.strerror}"
             else:
-                one.path, one.files = path, table.files
-                one.is_recorded = _is_recorded(one.files, one.recorded)
+                self._take(one, path, table.files)
+                one.is_recorded = _is_recorded(table.files, one.recorded)
                 return
 
     def _check_format(self, path: Path, found: str) -> None:
@@ -284,7 +286,7 @@ class _Search:
             recorded = one.recorded
             same = recorded.sampled == sampled if recorded.sampled else recorded.sha256 == digests
             if one.path is None and same:
-                one.path, one.files = path, files
+                self._take(one, path, files)
                 one.is_recorded = one.is_renamed = True
                 return
 
@@ -352,7 +354,7 @@ def _list_files(path: Path, nbytes: int) -> tuple[File, ...]:
     """
     opener = file_of(path)
     status = opener.stat()
-    # A FIFO would block whoever opens it.
+    # The headers of a single file need not be read: its digest says whether it is the one.
     if stat.S_ISREG(status.st_mode) and opener == path and status.st_size == nbytes:
         return (File(str(path), Version.of(status)),)
     (table,) = formats.scan([opener])
@@ -374,17 +376,30 @@ def _find_folders_beside(record: Record, own: Table) -> tuple[list[Path], list[s
     If several hold files of the names, only digests can say which is meant.
     """
     beside = _find_folder(own)
-    if all(any(_find_named(one, [beside], own)) for one in record.inputs):
-        return [], []
-    found = [
+    named = [
         folder
         for folder in _list_entries(beside)
         if _is_folder(folder) and any(any(_find_named(one, [folder], own)) for one in record.inputs)
     ]
-    if len(found) < 2 or all(one.sampled or one.sha256 for one in record.inputs):
-        return found, []
-    several = " and ".join(shown(folder) for folder in found[:2])
+    if all(one.sampled or one.sha256 for one in record.inputs):
+        return named, []
+    # Without digests, sizes are all there is: a folder of other sizes is not meant.
+    if all(_has_recorded(beside, one, own) for one in record.inputs):
+        return [], []
+    likely = [f for f in named if any(_has_recorded(f, one, own) for one in record.inputs)]
+    if len(likely) < 2:
+        return likely or named, []
+    several = " and ".join(shown(folder) for folder in likely[:2])
     return [], [f"{several} hold files of such names: choose one with --source"]
+
+
+def _has_recorded(folder: Path, recorded: records.Input, own: Table) -> bool:
+    """Return whether a folder has an input, under its name and as recorded."""
+    for path in _find_named(recorded, [folder], own):
+        with contextlib.suppress(PolyakError, OSError):
+            if _is_recorded(_list_files(path, recorded.size), recorded):
+                return True
+    return False
 
 
 # --- comparing ------------------------------------------------------------------------------------
@@ -497,6 +512,7 @@ class _Verifier:
             self.problems.append(one.make_problem(text))
             return
         digests = records.hash_files(one.files) if recorded.sha256 else ()
+        # The sampled digest may miss a change that the digest of all bytes shows.
         if one.is_recorded and digests == recorded.sha256:
             return
         sampled = records.compute_sampled_digest(one.files)
@@ -537,6 +553,7 @@ class _Verifier:
         self.problems += [Discrepancy("tensor", one.name, str(one)) for one in deviation.tensors]
         name = self.table.path.name
         self.problems += [Discrepancy("metadata", name, text) for text in deviation.outside]
+        # A newer version may write the same tensors with other metadata, which is no damage.
         if deviation.outside and not deviation.tensors and self.record.version != __version__:
             self.notes.append(
                 f"every tensor is equal bit for bit; the file was written by polyak "
