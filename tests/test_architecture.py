@@ -202,7 +202,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_help_loads_nothing_heavy() -> None:
     """`polyak --help` and the help of every command load click alone."""
     code = (
-        "from polyak_cli.cli.commands import cli\n"
+        "from polyak_cli.cli import cli\n"
         "cli.main(['average', '--help'], standalone_mode=False)\n"
         "cli.main(['--help'], standalone_mode=False)"
     )

@@ -26,7 +26,8 @@ import numpy as np
 import pytest
 
 import polyak_cli
-from polyak_cli.cli.commands import _below, cli
+from polyak_cli.cli import cli
+from polyak_cli.cli.models import _below
 from polyak_cli.errors import UsageError
 from polyak_cli.models import Score
 from polyak_cli.reports import as_json

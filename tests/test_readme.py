@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
-from polyak_cli.cli.commands import cli
+from polyak_cli.cli import cli
 from polyak_cli.schemes import SCHEMES
 
 ROOT = Path(__file__).parent.parent

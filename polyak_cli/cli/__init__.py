@@ -1,13 +1,14 @@
 """argv <-> tools: options, rendering, exit codes.
 
-The only part of the package that imports click, prints or exits.  Here is the way in and out; the
-commands, their options and what they print stand in modules of their own.
+The only part of the package that imports click, prints or exits.  Here are the way in
+and out and the group of commands; the other modules hold commands, options, and what is printed.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,12 +17,58 @@ from typing import NoReturn
 
 import click
 
-from polyak_cli.cli.commands import DONE, cli
+from polyak_cli import __version__
+from polyak_cli.cli.averaging import average, verify, watch
+from polyak_cli.cli.looking import check, diff, inspect
+from polyak_cli.cli.models import completion, evaluate, recalibrate, sweep, train
+from polyak_cli.cli.options import DONE, EXAMPLE
 from polyak_cli.errors import PolyakError, UsageError
 
 #: Exit codes.  A command's own are 0 and 1, "the answer is no"; 128 and a signal's number is that
 #: of what a signal ended.
 USAGE, FAILED = 2, 3
+#: Bytes of address space without which numpy and h5py cannot be relied on to load and work.
+_ADDRESS_SPACE = 160 << 20
+
+
+@click.group(
+    context_settings={"max_content_width": 100},
+    epilog=EXAMPLE.format("polyak average ckpts/ --last 10 -o final.h5"),
+)
+@click.version_option(__version__, "-V", "--version", prog_name="polyak")
+def cli() -> None:
+    """Average the checkpoints of a training run into one better-behaved model."""
+    _check_address_space()
+
+
+def _check_address_space() -> None:
+    """Refuse a limit under which the libraries cannot be loaded: they end in their own ways.
+
+    Raises:
+        PolyakError: with both sizes.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _ADDRESS_SPACE:
+        raise PolyakError(
+            f"the address space is limited to {limit >> 10} KiB (ulimit -v), and numpy and h5py "
+            f"alone take most of {_ADDRESS_SPACE >> 10} KiB; allow at least as much"
+        )
+
+
+for _command in (
+    average,
+    check,
+    completion,
+    diff,
+    evaluate,
+    inspect,
+    recalibrate,
+    sweep,
+    train,
+    verify,
+    watch,
+):
+    cli.add_command(_command)
 
 
 class _Terminated(BaseException):

@@ -10,6 +10,9 @@ import click
 
 from polyak_cli.errors import shown
 
+#: Exit codes; besides these, 3 for what failed and 2 for wrong usage: see `polyak_cli.cli`.
+DONE, ANSWER_IS_NO = 0, 1
+
 # --- click, with what it lacks --------------------------------------------------------------------
 
 

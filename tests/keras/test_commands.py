@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from polyak_cli import FormatError, Split, average, data, evaluate, plan, train
-from polyak_cli.cli.commands import cli
+from polyak_cli.cli import cli
 from tests.command import SAMPLES, one_line, polyak, tree
 
 pytestmark = pytest.mark.slow

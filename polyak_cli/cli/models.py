@@ -1,50 +1,39 @@
-"""The commands: argv to a tool's call, and its result to lines and an exit code.
+"""The commands that need a model or data: evaluate, sweep, recalibrate, train; and completion.
 
-Heavy packages are imported inside the commands that need them, so that ``--help`` is quick.
+Each turns argv into one call of the tool, and its result into lines and an exit code.  Heavy
+packages are imported inside the commands, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
 import math
-import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from polyak_cli import __version__
 from polyak_cli.cli import rendering
 from polyak_cli.cli.options import (
-    AVERAGING,
+    ANSWER_IS_NO,
     CHOOSING,
     DATA,
-    EPOCH_PATTERN,
-    EXAMPLE,
-    EXCLUDE,
+    DONE,
     FOLDER,
-    FROM,
-    HASH,
     JSON,
-    LAST,
     MACHINE,
-    MATCH,
     QUIET,
-    RECALIBRATING,
     ROWS_AT_A_TIME,
     SOURCES,
-    TO,
     TRUST_CODE,
-    WRITING,
     Command,
     Gate,
-    Size,
     option,
-    scheme_options,
     under,
 )
-from polyak_cli.errors import PolyakError, UsageError, shown
+from polyak_cli.cli.progress import show_progress
+from polyak_cli.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,90 +42,8 @@ if TYPE_CHECKING:
     from polyak_cli.data import Split
     from polyak_cli.models import Score
 
-#: Exit codes; besides these, 3 for what failed and 2 for wrong usage: see `polyak_cli.cli`.
-DONE, ANSWER_IS_NO = 0, 1
-#: Bytes of address space without which numpy and h5py cannot be relied on to load and work.
-_ADDRESS_SPACE = 160 << 20
 
-
-@click.group(
-    context_settings={"max_content_width": 100},
-    epilog=EXAMPLE.format("polyak average ckpts/ --last 10 -o final.h5"),
-)
-@click.version_option(__version__, "-V", "--version", prog_name="polyak")
-def cli() -> None:
-    """Average the checkpoints of a training run into one better-behaved model."""
-    _check_address_space()
-
-
-def _check_address_space() -> None:
-    """Refuse a limit under which the libraries cannot be loaded: they end in their own ways.
-
-    Raises:
-        PolyakError: with both sizes.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY and limit < _ADDRESS_SPACE:
-        raise PolyakError(
-            f"the address space is limited to {limit >> 10} KiB (ulimit -v), and numpy and h5py "
-            f"alone take most of {_ADDRESS_SPACE >> 10} KiB; allow at least as much"
-        )
-
-
-@cli.command(
-    cls=Command, example="polyak average ckpts/ --last 10 --scheme exp --alpha 2 -o final.h5"
-)
-@SOURCES
-@CHOOSING
-@under(
-    "Health",
-    option(
-        "--on-unhealthy",
-        type=click.Choice(["fail", "skip"]),
-        help="Look for what `polyak check` finds first, at the price of a second reading, and "
-        "refuse to average, or leave unhealthy checkpoints out.  [default: neither]",
-    ),
-)
-@scheme_options
-@AVERAGING
-@RECALIBRATING
-@WRITING
-@MACHINE
-def average(
-    sources: tuple[str, ...],
-    output: str | None,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **options: Any,
-) -> None:
-    """Average checkpoints into one model file.
-
-    SOURCE is a directory or a glob, whose checkpoints are ordered by the epoch in their names, or
-    files one by one, oldest first.
-    """
-    if not output and not dry_run:
-        raise UsageError("--output is missing; name the file to write with -o, or use --dry-run")
-    from polyak_cli import pipeline
-    from polyak_cli.averaging import planning
-
-    notes = _load_rows(options)
-    plan = planning.plan(sources, output, **options)
-    if dry_run:
-        rendering.notes([*notes, *plan.notes], quiet)
-        rendering.result(plan.data(), as_json, quiet, lambda: rendering.plan_lines(plan, verbose))
-        return
-    with (
-        _apart(options["recalibrate"]),
-        rendering.progress("averaging", plan.bytes_to_read, quiet or as_json) as advance,
-    ):
-        report = pipeline.run(plan, progress=advance)
-    rendering.notes([*notes, *report.notes], quiet)
-    rendering.result(report.data(), as_json, quiet, lambda: rendering.report_lines(report, verbose))
-
-
-def _load_rows(options: dict[str, Any]) -> Sequence[str]:
+def load_rows(options: dict[str, Any]) -> Sequence[str]:
     """Replace the name of a data set among the options by its rows; return its notes."""
     name, split = options["recalibrate"], options.pop("split")
     if name is None:
@@ -145,14 +52,14 @@ def _load_rows(options: dict[str, Any]) -> Sequence[str]:
         return ()
     from polyak_cli import data as datasets
 
-    with _apart(name):
+    with keep_prints_apart(name):
         dataset = datasets.load(name)
     options["recalibrate"] = dataset.split(split, default="train")
     return dataset.notes
 
 
 @contextmanager
-def _apart(recalibrates: object) -> Iterator[None]:
+def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     """Keep what a framework or a user's own code prints apart from the result, if any is run."""
     if recalibrates is None:
         yield
@@ -163,83 +70,7 @@ def _apart(recalibrates: object) -> Iterator[None]:
         yield
 
 
-@cli.command(
-    cls=Command,
-    short_help="Keep the average of a run in training current.",
-    example="polyak watch ckpts/ --last 10 --scheme exp -o latest.h5",
-)
-@click.argument("directory", metavar="DIR", type=click.Path())
-@under(
-    "Watching",
-    option(
-        "--interval",
-        type=float,
-        default=2.0,
-        metavar="SECONDS",
-        help="Between two looks at the directory.",
-    ),
-    option("--once", is_flag=True, help="Bring the output up to date and end, as from cron."),
-)
-@CHOOSING
-@scheme_options
-@AVERAGING
-@under(
-    "Output",
-    option(
-        "-o",
-        "--output",
-        type=click.Path(),
-        required=True,
-        metavar="FILE",
-        help="The file to write, and to replace each time.",
-    ),
-    option("--force", is_flag=True, help="Replace an output that is no average by polyak."),
-    HASH,
-    option("--json", "as_json", is_flag=True, help="Print each report as one line of JSON."),
-    QUIET,
-    option("-v", "--verbose", is_flag=True, help="Print each report in full."),
-)
-@MACHINE
-def watch(
-    directory: str,
-    output: str,
-    interval: float,
-    once: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **options: Any,
-) -> None:
-    """Keep the average of a directory's checkpoints current while training writes them.
-
-    A checkpoint counts when two looks found it unchanged and it can be read whole; until then the
-    average is that of the others. Fewer than --last or --best are no error: all are averaged.
-    """
-    from polyak_cli.watching import watch
-
-    noted: tuple[str, ...] = ()
-    for report in watch(
-        directory,
-        output,
-        interval=interval,
-        once=once,
-        told=lambda note: rendering.notes([note], quiet),
-        **options,
-    ):
-        rendering.notes([note for note in report.notes if note not in noted], quiet)
-        noted = report.notes  # most are the same each time
-        if as_json:
-            rendering.json_line(report.data())
-        elif not quiet:
-            rendering.print_lines(
-                rendering.report_lines(report, True)
-                if verbose
-                else rendering.published_lines(report),
-                sys.stdout,
-            )
-
-
-@cli.command(
+@click.command(
     cls=Command,
     short_help="Score model files on data.",
     example="polyak evaluate final.h5 --data blobs --fail-under accuracy=0.8",
@@ -389,7 +220,7 @@ def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
             yield f"{found}, but the loss is {loss!r}, not a finite number"
 
 
-@cli.command(
+@click.command(
     cls=Command,
     short_help="Gather BatchNorm's statistics anew.",
     example="polyak recalibrate average.h5 --data train.npz -o final.h5",
@@ -451,225 +282,7 @@ def recalibrate(
     rendering.result(report.data(), as_json, quiet, lambda: rendering.recalibration_lines(report))
 
 
-@cli.command(
-    cls=Command,
-    short_help="See that an average is what its record says.",
-    example="polyak verify final.h5 --source ckpts/",
-)
-@click.argument("file", metavar="FILE", type=click.Path())
-@under(
-    "Checkpoints",
-    option(
-        "--source",
-        "sources",
-        multiple=True,
-        type=click.Path(),
-        metavar="DIR",
-        help="Look for them here first; may be given again.  [default: beside FILE, and in the "
-        "folders beside it]",
-    ),
-)
-@under(
-    "Output",
-    JSON,
-    QUIET,
-)
-@MACHINE
-def verify(
-    file: str, sources: tuple[str, ...], as_json: bool, quiet: bool, **machine: int | None
-) -> int:
-    """See that an average is, bit for bit, what the record in it says.
-
-    The checkpoints that the record names are averaged once more, in a hidden copy that is removed
-    again. Exit 1 when FILE is not verified: what differs is named, tensor or input.
-    """
-    from polyak_cli.examining import verification
-
-    found = verification.verify(file, sources=sources, **machine)
-    rendering.notes(found.notes, quiet)
-    rendering.result(found.data(), as_json, quiet, lambda: rendering.verification_lines(found))
-    return DONE if found.verified else ANSWER_IS_NO
-
-
-@cli.command(
-    cls=Command,
-    short_help="Show what is inside checkpoints.",
-    example="polyak inspect final.h5 --stats",
-)
-@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path())
-@under(
-    "Output",
-    option(
-        "--stats",
-        is_flag=True,
-        help="Read every value: norm, least, greatest, and how many are not finite.",
-    ),
-    JSON,
-)
-def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
-    """Show format, version, provenance and the table of tensors of each checkpoint.
-
-    The fate of a tensor is what averaging does with it unless told otherwise.
-    """
-    from pathlib import Path
-
-    from polyak_cli.examining import inspection
-
-    found = list(inspection.inspect([Path(file) for file in files], statistics=stats))
-    data = {"checkpoints": [one.data() for one in found]}
-    rendering.result(
-        data,
-        as_json,
-        False,
-        lambda: (line for one in found for line in rendering.inside_lines(one)),
-    )
-
-
-@cli.command(
-    cls=Command,
-    short_help="Show how far checkpoints are apart.",
-    example="polyak diff ckpts/model_09.h5 ckpts/model_10.h5 --rtol 1e-3",
-)
-@click.argument("sources", nargs=-1, required=True, metavar="A B | DIR", type=click.Path())
-@under(
-    "Two files",
-    option("--rtol", type=float, metavar="R", help="Equal within R times A.  [default: 0]"),
-    option("--atol", type=float, metavar="T", help="Equal within T.  [default: 0]"),
-)
-@under(
-    "A run",
-    LAST,
-    EXCLUDE,
-    option(
-        "--match",
-        type=click.Choice(["name", "order"]),
-        help="How tensors are paired.  [default: name]",
-    ),
-    option("--plot", type=click.Path(), metavar="FILE", help="Draw the distances as .png or .svg."),
-)
-@under(
-    "Output",
-    JSON,
-    QUIET,
-    option("-v", "--verbose", is_flag=True, help="Show every tensor, not only the worst."),
-)
-def diff(
-    sources: tuple[str, ...],
-    rtol: float | None,
-    atol: float | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **of_a_run: Any,
-) -> int:
-    """Show how far checkpoints are apart.
-
-    A and B are two checkpoint files: relative distance, largest difference and cosine of each
-    tensor, the worst first; exit 0 when all are equal within the tolerances, 1 when not.
-
-    DIR is a directory, a glob, or three files or more: the distance from each checkpoint to the
-    next, and of each to the average of all, to see which is the odd one out.
-    """
-    from pathlib import Path
-
-    given = [f"--{name}" for name, value in of_a_run.items() if value]
-    from polyak_cli.checkpoints import file_of
-
-    if len(sources) == 2 and all(file_of(Path(source)).is_file() for source in sources):
-        if given:
-            raise UsageError(f"{given[0]} belongs to a run, not to two files")
-        return _diff_files(sources, rtol or 0.0, atol or 0.0, as_json, quiet, verbose)
-    if rtol is not None or atol is not None:
-        raise UsageError("--rtol and --atol belong to two files, not to a run")
-    return _diff_run(sources, of_a_run, as_json, quiet)
-
-
-def _diff_files(
-    sources: Sequence[str], rtol: float, atol: float, as_json: bool, quiet: bool, verbose: bool
-) -> int:
-    from pathlib import Path
-
-    from polyak_cli.examining import differences
-
-    one, other = map(Path, sources)
-    found = differences.diff(one, other, rtol=rtol, atol=atol)
-    rendering.result(
-        found.data(), as_json, quiet, lambda: rendering.difference_lines(found, verbose)
-    )
-    return DONE if found.equal else ANSWER_IS_NO
-
-
-def _diff_run(
-    sources: Sequence[str], options: Mapping[str, Any], as_json: bool, quiet: bool
-) -> int:
-    from pathlib import Path
-
-    from polyak_cli import checkpoints, formats
-    from polyak_cli.examining import differences
-
-    plot = options["plot"]
-    if plot:
-        from polyak_cli import plots
-
-        plots.check(Path(plot))
-    selection = checkpoints.select(
-        sources,
-        last=options["last"],
-        exclude=options["exclude"],
-        written_by_us=formats.averages,
-    )
-    found = differences.distances(selection, by=options["match"] or "name")
-    if plot:
-        plots.distances(
-            [_label(row.path, row.epoch) for row in found.checkpoints],
-            [row.to_previous for row in found.checkpoints],
-            [row.to_average for row in found.checkpoints],
-            Path(plot),
-        )
-    rendering.result(found.data(), as_json, quiet, lambda: rendering.distance_lines(found))
-    return DONE
-
-
-def _label(path: Path, epoch: int | None) -> str:
-    return shown(path.stem, 20) if epoch is None else str(epoch)
-
-
-@cli.command(
-    cls=Command,
-    short_help="Find what is wrong with checkpoints.",
-    example="polyak check ckpts/ --last 10",
-)
-@SOURCES
-@under("Choosing checkpoints", LAST, FROM, TO, EXCLUDE, EPOCH_PATTERN, MATCH)
-@under(
-    "Output",
-    JSON,
-    QUIET,
-)
-@under(
-    "Machine",
-    option(
-        "--max-memory",
-        type=Size(),
-        help="Bound on the buffers, on top of Python and its libraries.  [default: 16MiB]",
-    ),
-)
-def check(sources: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> int:
-    """Find what is wrong with the checkpoints of a run, or with the run; exit 1 if anything is.
-
-    Files that cannot be read, NaN and infinity, a checkpoint equal to the one before, an epoch
-    twice or missing, two runs or two models in one place, an outlier, and a run that was resumed
-    from an earlier epoch. Every value is read once.
-    """
-    from polyak_cli.examining import health
-
-    found = health.check(sources, **options)
-    rendering.notes(found.notes, quiet)
-    rendering.result(found.data(), as_json, quiet, lambda: rendering.health_lines(found))
-    return DONE if found.healthy else ANSWER_IS_NO
-
-
-@cli.command(
+@click.command(
     cls=Command,
     short_help="Find the best average on data.",
     example="polyak sweep ckpts/ --data blobs -o report --write-best final.h5",
@@ -757,10 +370,10 @@ def sweep(
     folder = Path(output)
     reports.check(folder, force=force)
     options["split"] = None
-    notes = _load_rows(options)
+    notes = load_rows(options)
     with (
         prints_on_stderr(),
-        rendering.progress("scoring", None, quiet or as_json, in_bytes=False) as advance,
+        show_progress("scoring", None, quiet or as_json, in_bytes=False) as advance,
     ):
         rows = datasets.load(data)
         best = Path(write_best) if write_best else None
@@ -782,7 +395,7 @@ def sweep(
     )
 
 
-@cli.command(
+@click.command(
     cls=Command,
     short_help="Train the sample network.",
     example="polyak train --data blobs -o ckpts --epochs 500 --keep 10",
@@ -841,7 +454,7 @@ def train(
         from polyak_cli import plots
 
         plots.check(Path(plot))
-    with rendering.progress("training", epochs, quiet or as_json, in_bytes=False) as advance:
+    with show_progress("training", epochs, quiet or as_json, in_bytes=False) as advance:
         report = models.train(
             Path(output),
             epochs=epochs,
@@ -869,7 +482,7 @@ def train(
     rendering.result(made, as_json, quiet, lambda: rendering.training_lines(made))
 
 
-@cli.command(
+@click.command(
     cls=Command,
     short_help="Print a shell's completion script.",
     example='eval "$(polyak completion bash)"',
@@ -882,4 +495,5 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     if kind is None:
         raise UsageError(f"there is no completion for {shell}")
-    rendering.print_lines([kind(cli, {}, "polyak", "_POLYAK_COMPLETE").source()], sys.stdout)
+    group = click.get_current_context().find_root().command
+    rendering.print_lines([kind(group, {}, "polyak", "_POLYAK_COMPLETE").source()], sys.stdout)

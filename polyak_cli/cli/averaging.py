@@ -1,0 +1,203 @@
+"""The commands about averages: average, watch, verify.
+
+Each turns argv into one call of the tool, and its result into lines and an exit code.  Heavy
+packages are imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from polyak_cli.cli import rendering
+from polyak_cli.cli.models import keep_prints_apart, load_rows
+from polyak_cli.cli.options import (
+    ANSWER_IS_NO,
+    AVERAGING,
+    CHOOSING,
+    DONE,
+    HASH,
+    JSON,
+    MACHINE,
+    QUIET,
+    RECALIBRATING,
+    SOURCES,
+    WRITING,
+    Command,
+    option,
+    scheme_options,
+    under,
+)
+from polyak_cli.cli.progress import show_progress
+from polyak_cli.errors import UsageError
+
+
+@click.command(
+    cls=Command, example="polyak average ckpts/ --last 10 --scheme exp --alpha 2 -o final.h5"
+)
+@SOURCES
+@CHOOSING
+@under(
+    "Health",
+    option(
+        "--on-unhealthy",
+        type=click.Choice(["fail", "skip"]),
+        help="Look for what `polyak check` finds first, at the price of a second reading, and "
+        "refuse to average, or leave unhealthy checkpoints out.  [default: neither]",
+    ),
+)
+@scheme_options
+@AVERAGING
+@RECALIBRATING
+@WRITING
+@MACHINE
+def average(
+    sources: tuple[str, ...],
+    output: str | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Average checkpoints into one model file.
+
+    SOURCE is a directory or a glob, whose checkpoints are ordered by the epoch in their names, or
+    files one by one, oldest first.
+    """
+    if not output and not dry_run:
+        raise UsageError("--output is missing; name the file to write with -o, or use --dry-run")
+    from polyak_cli import pipeline
+    from polyak_cli.averaging import planning
+
+    notes = load_rows(options)
+    plan = planning.plan(sources, output, **options)
+    if dry_run:
+        rendering.notes([*notes, *plan.notes], quiet)
+        rendering.result(plan.data(), as_json, quiet, lambda: rendering.plan_lines(plan, verbose))
+        return
+    with (
+        keep_prints_apart(options["recalibrate"]),
+        show_progress("averaging", plan.bytes_to_read, quiet or as_json) as advance,
+    ):
+        report = pipeline.run(plan, progress=advance)
+    rendering.notes([*notes, *report.notes], quiet)
+    rendering.result(report.data(), as_json, quiet, lambda: rendering.report_lines(report, verbose))
+
+
+@click.command(
+    cls=Command,
+    short_help="Keep the average of a run in training current.",
+    example="polyak watch ckpts/ --last 10 --scheme exp -o latest.h5",
+)
+@click.argument("directory", metavar="DIR", type=click.Path())
+@under(
+    "Watching",
+    option(
+        "--interval",
+        type=float,
+        default=2.0,
+        metavar="SECONDS",
+        help="Between two looks at the directory.",
+    ),
+    option("--once", is_flag=True, help="Bring the output up to date and end, as from cron."),
+)
+@CHOOSING
+@scheme_options
+@AVERAGING
+@under(
+    "Output",
+    option(
+        "-o",
+        "--output",
+        type=click.Path(),
+        required=True,
+        metavar="FILE",
+        help="The file to write, and to replace each time.",
+    ),
+    option("--force", is_flag=True, help="Replace an output that is no average by polyak."),
+    HASH,
+    option("--json", "as_json", is_flag=True, help="Print each report as one line of JSON."),
+    QUIET,
+    option("-v", "--verbose", is_flag=True, help="Print each report in full."),
+)
+@MACHINE
+def watch(
+    directory: str,
+    output: str,
+    interval: float,
+    once: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Keep the average of a directory's checkpoints current while training writes them.
+
+    A checkpoint counts when two looks found it unchanged and it can be read whole; until then the
+    average is that of the others. Fewer than --last or --best are no error: all are averaged.
+    """
+    from polyak_cli.watching import watch
+
+    noted: tuple[str, ...] = ()
+    for report in watch(
+        directory,
+        output,
+        interval=interval,
+        once=once,
+        told=lambda note: rendering.notes([note], quiet),
+        **options,
+    ):
+        rendering.notes([note for note in report.notes if note not in noted], quiet)
+        noted = report.notes  # most are the same each time
+        if as_json:
+            rendering.json_line(report.data())
+        elif not quiet:
+            rendering.print_lines(
+                rendering.report_lines(report, True)
+                if verbose
+                else rendering.published_lines(report),
+                sys.stdout,
+            )
+
+
+@click.command(
+    cls=Command,
+    short_help="See that an average is what its record says.",
+    example="polyak verify final.h5 --source ckpts/",
+)
+@click.argument("file", metavar="FILE", type=click.Path())
+@under(
+    "Checkpoints",
+    option(
+        "--source",
+        "sources",
+        multiple=True,
+        type=click.Path(),
+        metavar="DIR",
+        help="Look for them here first; may be given again.  [default: beside FILE, and in the "
+        "folders beside it]",
+    ),
+)
+@under(
+    "Output",
+    JSON,
+    QUIET,
+)
+@MACHINE
+def verify(
+    file: str, sources: tuple[str, ...], as_json: bool, quiet: bool, **machine: int | None
+) -> int:
+    """See that an average is, bit for bit, what the record in it says.
+
+    The checkpoints that the record names are averaged once more, in a hidden copy that is removed
+    again. Exit 1 when FILE is not verified: what differs is named, tensor or input.
+    """
+    from polyak_cli.examining import verification
+
+    found = verification.verify(file, sources=sources, **machine)
+    rendering.notes(found.notes, quiet)
+    rendering.result(found.data(), as_json, quiet, lambda: rendering.verification_lines(found))
+    return DONE if found.verified else ANSWER_IS_NO

@@ -1,0 +1,211 @@
+"""The commands that look at checkpoints: inspect, diff, check.
+
+Each turns argv into one call of the tool, and its result into lines and an exit code.  Heavy
+packages are imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from polyak_cli.cli import rendering
+from polyak_cli.cli.options import (
+    ANSWER_IS_NO,
+    DONE,
+    EPOCH_PATTERN,
+    EXCLUDE,
+    FROM,
+    JSON,
+    LAST,
+    MATCH,
+    QUIET,
+    SOURCES,
+    TO,
+    Command,
+    Size,
+    option,
+    under,
+)
+from polyak_cli.errors import UsageError, shown
+
+
+@click.command(
+    cls=Command,
+    short_help="Show what is inside checkpoints.",
+    example="polyak inspect final.h5 --stats",
+)
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path())
+@under(
+    "Output",
+    option(
+        "--stats",
+        is_flag=True,
+        help="Read every value: norm, least, greatest, and how many are not finite.",
+    ),
+    JSON,
+)
+def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
+    """Show format, version, provenance and the table of tensors of each checkpoint.
+
+    The fate of a tensor is what averaging does with it unless told otherwise.
+    """
+    from pathlib import Path
+
+    from polyak_cli.examining import inspection
+
+    found = list(inspection.inspect([Path(file) for file in files], statistics=stats))
+    data = {"checkpoints": [one.data() for one in found]}
+    rendering.result(
+        data,
+        as_json,
+        False,
+        lambda: (line for one in found for line in rendering.inside_lines(one)),
+    )
+
+
+@click.command(
+    cls=Command,
+    short_help="Show how far checkpoints are apart.",
+    example="polyak diff ckpts/model_09.h5 ckpts/model_10.h5 --rtol 1e-3",
+)
+@click.argument("sources", nargs=-1, required=True, metavar="A B | DIR", type=click.Path())
+@under(
+    "Two files",
+    option("--rtol", type=float, metavar="R", help="Equal within R times A.  [default: 0]"),
+    option("--atol", type=float, metavar="T", help="Equal within T.  [default: 0]"),
+)
+@under(
+    "A run",
+    LAST,
+    EXCLUDE,
+    option(
+        "--match",
+        type=click.Choice(["name", "order"]),
+        help="How tensors are paired.  [default: name]",
+    ),
+    option("--plot", type=click.Path(), metavar="FILE", help="Draw the distances as .png or .svg."),
+)
+@under(
+    "Output",
+    JSON,
+    QUIET,
+    option("-v", "--verbose", is_flag=True, help="Show every tensor, not only the worst."),
+)
+def diff(
+    sources: tuple[str, ...],
+    rtol: float | None,
+    atol: float | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **of_a_run: Any,
+) -> int:
+    """Show how far checkpoints are apart.
+
+    A and B are two checkpoint files: relative distance, largest difference and cosine of each
+    tensor, the worst first; exit 0 when all are equal within the tolerances, 1 when not.
+
+    DIR is a directory, a glob, or three files or more: the distance from each checkpoint to the
+    next, and of each to the average of all, to see which is the odd one out.
+    """
+    from pathlib import Path
+
+    given = [f"--{name}" for name, value in of_a_run.items() if value]
+    from polyak_cli.checkpoints import file_of
+
+    if len(sources) == 2 and all(file_of(Path(source)).is_file() for source in sources):
+        if given:
+            raise UsageError(f"{given[0]} belongs to a run, not to two files")
+        return _diff_files(sources, rtol or 0.0, atol or 0.0, as_json, quiet, verbose)
+    if rtol is not None or atol is not None:
+        raise UsageError("--rtol and --atol belong to two files, not to a run")
+    return _diff_run(sources, of_a_run, as_json, quiet)
+
+
+def _diff_files(
+    sources: Sequence[str], rtol: float, atol: float, as_json: bool, quiet: bool, verbose: bool
+) -> int:
+    from pathlib import Path
+
+    from polyak_cli.examining import differences
+
+    one, other = map(Path, sources)
+    found = differences.diff(one, other, rtol=rtol, atol=atol)
+    rendering.result(
+        found.data(), as_json, quiet, lambda: rendering.difference_lines(found, verbose)
+    )
+    return DONE if found.equal else ANSWER_IS_NO
+
+
+def _diff_run(
+    sources: Sequence[str], options: Mapping[str, Any], as_json: bool, quiet: bool
+) -> int:
+    from pathlib import Path
+
+    from polyak_cli import checkpoints, formats
+    from polyak_cli.examining import differences
+
+    plot = options["plot"]
+    if plot:
+        from polyak_cli import plots
+
+        plots.check(Path(plot))
+    selection = checkpoints.select(
+        sources,
+        last=options["last"],
+        exclude=options["exclude"],
+        written_by_us=formats.averages,
+    )
+    found = differences.distances(selection, by=options["match"] or "name")
+    if plot:
+        plots.distances(
+            [_label(row.path, row.epoch) for row in found.checkpoints],
+            [row.to_previous for row in found.checkpoints],
+            [row.to_average for row in found.checkpoints],
+            Path(plot),
+        )
+    rendering.result(found.data(), as_json, quiet, lambda: rendering.distance_lines(found))
+    return DONE
+
+
+def _label(path: Path, epoch: int | None) -> str:
+    return shown(path.stem, 20) if epoch is None else str(epoch)
+
+
+@click.command(
+    cls=Command,
+    short_help="Find what is wrong with checkpoints.",
+    example="polyak check ckpts/ --last 10",
+)
+@SOURCES
+@under("Choosing checkpoints", LAST, FROM, TO, EXCLUDE, EPOCH_PATTERN, MATCH)
+@under(
+    "Output",
+    JSON,
+    QUIET,
+)
+@under(
+    "Machine",
+    option(
+        "--max-memory",
+        type=Size(),
+        help="Bound on the buffers, on top of Python and its libraries.  [default: 16MiB]",
+    ),
+)
+def check(sources: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> int:
+    """Find what is wrong with the checkpoints of a run, or with the run; exit 1 if anything is.
+
+    Files that cannot be read, NaN and infinity, a checkpoint equal to the one before, an epoch
+    twice or missing, two runs or two models in one place, an outlier, and a run that was resumed
+    from an earlier epoch. Every value is read once.
+    """
+    from polyak_cli.examining import health
+
+    found = health.check(sources, **options)
+    rendering.notes(found.notes, quiet)
+    rendering.result(found.data(), as_json, quiet, lambda: rendering.health_lines(found))
+    return DONE if found.healthy else ANSWER_IS_NO
