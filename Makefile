@@ -80,7 +80,7 @@ fuzz: .venv/.ready
 check: lint types test smoke fuzz
 
 # Small changes to three modules, each of which some test should notice; tests/mutants.md explains
-# those that none does. MUTANTS="polyak_cli.schemes.*" runs only some.
+# those that none does. MUTANTS="polyak_cli.averaging.schemes.*" runs only some.
 mutants: .venv-mutants/.ready
 	.venv-mutants/bin/mutmut run $(MUTANTS)
 	.venv-mutants/bin/mutmut results

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from polyak_cli.averaging.options import Options
     from polyak_cli.averaging.planning import Plan, plan
+    from polyak_cli.averaging.schemes import coefficients, effective_number
     from polyak_cli.checkpoints import (
         Checkpoint,
         PassedOver,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from polyak_cli.models import Examiner, Outcome, Score, TrainReport, evaluate, train
     from polyak_cli.pipeline import Report, average, run
     from polyak_cli.recalibration import Recalibration, recalibrate
-    from polyak_cli.schemes import coefficients, effective_number
     from polyak_cli.statistics import Paired, mcnemar, paired, verdict
     from polyak_cli.sweeping import Sweep, sweep
     from polyak_cli.watching import watch
@@ -141,11 +141,11 @@ _HOMES = {
     "Verification": "examining.verification",
     "average": "pipeline",
     "check": "examining.health",
-    "coefficients": "schemes",
+    "coefficients": "averaging.schemes",
     "compare": "comparison",
     "diff": "examining.differences",
     "distances": "examining.differences",
-    "effective_number": "schemes",
+    "effective_number": "averaging.schemes",
     "evaluate": "models",
     "halves": "data",
     "inspect": "examining.inspection",

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyak_cli import __version__, data, pipeline, recalibration, schemes
+from polyak_cli import __version__, data, pipeline, recalibration
 from polyak_cli.averaging import options as averaging_options
-from polyak_cli.averaging import planning, records, writing
+from polyak_cli.averaging import planning, records, schemes, writing
 from polyak_cli.comparison import Gain, gains
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.models import Examiner, Outcome

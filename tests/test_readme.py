@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 import pytest
 
+from polyak_cli.averaging.schemes import SCHEMES
 from polyak_cli.cli import cli
-from polyak_cli.schemes import SCHEMES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from polyak_cli import schemes
+from polyak_cli.averaging import schemes
+from polyak_cli.averaging.schemes import SCHEMES, coefficients, effective_number, gamma, resolve
 from polyak_cli.errors import UsageError
-from polyak_cli.schemes import SCHEMES, coefficients, effective_number, gamma, resolve
 from tests.command import unmeasured
 
 quietly = settings(derandomize=True, deadline=None)
@@ -403,7 +403,7 @@ def test_what_a_program_sets_in_decimal_changes_no_coefficient(
 def test_schemes_import_neither_numpy_nor_decimal() -> None:
     """The registry, which --help shows, costs no start-up time."""
     code = (
-        "import sys, json; import polyak_cli.schemes;"
+        "import sys, json; import polyak_cli.averaging.schemes;"
         "print(json.dumps([name in sys.modules for name in ('numpy', 'decimal', '_decimal')]))"
     )
     done = subprocess.run(

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak_cli import schemes, sweeping
+from polyak_cli import sweeping
+from polyak_cli.averaging import schemes
 from polyak_cli.errors import UsageError
 
 

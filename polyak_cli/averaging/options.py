@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 
-from polyak_cli import checkpoints, engine, formats, schemes
+from polyak_cli import checkpoints, engine, formats
+from polyak_cli.averaging import schemes
 from polyak_cli.errors import (
     UsageError,
     shown,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from polyak_cli import checkpoints, engine, formats, schemes
-from polyak_cli.averaging import ema
+from polyak_cli import checkpoints, engine, formats
+from polyak_cli.averaging import ema, schemes
 from polyak_cli.averaging.fates import (
     decide_fates,
     drops_optimizer,

@@ -200,7 +200,7 @@ CHOOSING = under(
 
 def scheme_options(function: Any) -> Any:
     """Add the scheme and its parameters, derived from the registry."""
-    from polyak_cli.schemes import SCHEMES
+    from polyak_cli.averaging.schemes import SCHEMES
 
     declared = [
         option(
