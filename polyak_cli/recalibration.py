@@ -18,10 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from polyak_cli import __version__, data, engine, formats
+from polyak_cli import __version__, data, formats
 from polyak_cli.averaging import records
 from polyak_cli.averaging.matching import is_statistic
-from polyak_cli.engine import Compared, Memory, Source
+from polyak_cli.engine import reading
+from polyak_cli.engine.inputs import check_unchanged
+from polyak_cli.engine.kernel import narrow, widen
+from polyak_cli.engine.reading import ReadTensor
+from polyak_cli.engine.slabs import Memory, TensorSource
 from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
 from polyak_cli.formats import outputs
 from polyak_cli.models import Moments, check_model, moments
@@ -32,7 +36,7 @@ from polyak_cli.storage import (
 from polyak_cli.storage.local import (
     write_exactly,
 )
-from polyak_cli.tensors import FLOATS, Float64, LaidOut, Table, itemsize, narrow, widen
+from polyak_cli.tensors import FLOATS, Float64, LaidOut, Table, itemsize
 
 BATCH_SIZE = 256
 #: What Keras opens as a whole model.
@@ -272,13 +276,13 @@ def statistics_of(table: Table) -> dict[str, Float64]:
                 f"{shown(table.path)}: its record names the statistic '{shown(name, 60)}', which "
                 "it has not"
             )
-        source = Source(spec.storage, spec.byteorder, spec.file)
-        tensors.append(Compared(name, spec.size, [spec.dtype], [source]))
+        source = TensorSource(spec.storage, spec.byteorder, spec.file)
+        tensors.append(ReadTensor(name, spec.size, [spec.dtype], [source]))
     found = {tensor.name: np.empty(tensor.size) for tensor in tensors}
     done = dict.fromkeys(found, 0)
     with np.errstate(invalid="ignore"):
         filled = [tensor for tensor in tensors if tensor.size]
-        for tensor, (slab,) in engine.values(filled, table.files, Memory.within(_MEMORY, 1)):
+        for tensor, (slab,) in reading.read_values(filled, table.files, Memory.within(_MEMORY, 1)):
             start = done[tensor.name]
             done[tensor.name] = start + slab.size
             found[tensor.name][start : start + slab.size] = slab
@@ -319,13 +323,13 @@ def _check_before(table: Table, found: Moments) -> None:
     specs = [s for s in table.tensors.values() if s.location in found.before]
     loaded = {spec.name: np.ravel(found.before[spec.location]) for spec in specs}
     tensors = [
-        Compared(s.name, s.size, [s.dtype], [Source(s.storage, s.byteorder, s.file)])
+        ReadTensor(s.name, s.size, [s.dtype], [TensorSource(s.storage, s.byteorder, s.file)])
         for s in specs
         if s.size and s.storage
     ]
     done = dict.fromkeys(loaded, 0)
     with np.errstate(invalid="ignore", over="ignore"):
-        for tensor, (slab,) in engine.values(tensors, table.files, Memory.within(_MEMORY, 1)):
+        for tensor, (slab,) in reading.read_values(tensors, table.files, Memory.within(_MEMORY, 1)):
             start = done[tensor.name]
             done[tensor.name] = start + slab.size
             own = loaded[tensor.name][start : start + slab.size]
@@ -359,7 +363,7 @@ def _write(table: Table, values: Mapping[str, Float64], hidden: Path, record: st
             raw = _rounded(values[spec.name], place, where)
             write_exactly(file.fileno(), place.offset, raw)
     room.seal()
-    engine.unchanged(table.files)
+    check_unchanged(table.files)
 
 
 def _rounded(values: Float64, place: LaidOut, where: str) -> Bytes:

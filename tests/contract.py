@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli import average, engine, inspect, verify
+from polyak_cli import average, inspect, verify
 from polyak_cli.averaging.options import Options
+from polyak_cli.engine import executors, slabs
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
 from tests.oracle import Array
 
@@ -117,8 +118,8 @@ class Contract(abc.ABC):
         self.write_run(tmp_path / "run")
         one, other = tmp_path / f"one{self.result}", tmp_path / f"other{self.result}"
         average(tmp_path / "run", one, jobs=1)
-        monkeypatch.setattr(engine, "SPREAD", 0)
-        monkeypatch.setattr(engine, "PIECE", 100)
+        monkeypatch.setattr(executors, "SPREAD", 0)
+        monkeypatch.setattr(slabs, "PIECE", 100)
         average(tmp_path / "run", other, jobs=3)
         assert content(one) == content(other)
 

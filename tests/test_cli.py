@@ -898,7 +898,7 @@ def test_a_terminal_s_ctrl_c_restores_the_cursor(run_folder: Path) -> None:
     code, text = on_terminal(
         [
             *script(
-                f"{EAGER}\nimport os, signal, polyak_cli.engine as e\n"
+                f"{EAGER}\nimport os, signal, polyak_cli.engine.executors as e\n"
                 "def fold(*_): os.kill(os.getpid(), signal.SIGINT)\ne.fold = fold",
                 *("average", "ckpts", "-o", "o.h5"),
             )
@@ -1146,7 +1146,8 @@ def test_averaging_needs_no_extra(run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["averaging.planning.plan", "engine.fold", "formats.hdf5.keras_files.lay_out"]
+    "where",
+    ["averaging.planning.plan", "engine.executors.fold", "formats.hdf5.keras_files.lay_out"],
 )
 def test_a_bug_keeps_its_traceback_and_leaves_nothing(run_folder: Path, where: str) -> None:
     """What nobody foresaw is loud, and still cleans up."""

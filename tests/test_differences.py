@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyak_cli import diff, distances, engine, inspect, select
+from polyak_cli import diff, distances, inspect, select
+from polyak_cli.engine import reading
 from polyak_cli.errors import FormatError, MismatchError, UsageError
 from tests.command import SAMPLES, one_line, polyak
 from tests.oracle import Array, write_model
@@ -125,14 +126,14 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     """The measured values are of neither the older nor the newer file."""
     a, b = files(tmp_path, {"k": A}, {"k": B})
-    values = engine.values
+    values = reading.read_values
 
     def growing(*arguments: Any) -> Iterator[Any]:
         yield from values(*arguments)
         with open(a, "ab") as file:
             file.write(b"more")
 
-    monkeypatch.setattr(engine, "values", growing)
+    monkeypatch.setattr(reading, "read_values", growing)
     for look in (
         lambda: diff(a, b),
         lambda: distances(select([a, b])),

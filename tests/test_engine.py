@@ -19,23 +19,35 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polyak_cli import engine
+from polyak_cli.engine import executors, folding, reading
+from polyak_cli.engine.folding import FoldJob, Worker
+from polyak_cli.engine.inputs import Files, check_unchanged
+from polyak_cli.engine.reading import ReadTensor
+from polyak_cli.engine.slabs import (
+    GAP,
+    PIECE,
+    PIECES,
+    SMALL,
+    Bundle,
+    FoldTensor,
+    Memory,
+    Slab,
+    TensorSource,
+    bundle_slabs,
+    cut_slabs,
+    gather_batches,
+)
+from polyak_cli.engine.timing import Clock, Totals
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
-from polyak_cli.storage import (
-    Bytes,
-    File,
-    Version,
-)
-from polyak_cli.storage.local import (
-    page_aligned,
-)
+from polyak_cli.storage import Bytes, File, Version
+from polyak_cli.storage.local import page_aligned
 from polyak_cli.tensors import Extent, Inline, LaidOut
 
 
-def tensor(size: int, offset: int = 0, count: int = 1) -> engine.Averaged:
+def tensor(size: int, offset: int = 0, count: int = 1) -> FoldTensor:
     """Return a float32 tensor that all checkpoints keep at one place."""
-    sources = [engine.Source(Extent(offset, size * 4), "<", k) for k in range(count)]
-    return engine.Averaged("x", size, "float32", sources, [LaidOut(offset, "float32", "<")])
+    sources = [TensorSource(Extent(offset, size * 4), "<", k) for k in range(count)]
+    return FoldTensor("x", size, "float32", sources, [LaidOut(offset, "float32", "<")])
 
 
 class Banded(Extent):
@@ -50,7 +62,7 @@ class Banded(Extent):
 def test_slabs_cover_each_tensor_exactly_once(sizes: list[int], piece: int) -> None:
     """No element is folded twice or left out, and no slab is larger than a piece."""
     tensors = [tensor(size) for size in sizes]
-    cut = list(engine.slabs(tensors, piece, piece))
+    cut = list(cut_slabs(tensors, piece, piece))
     for one in tensors:
         spans = [(s.start, s.stop) for s in cut if s.tensor is one]
         covered = [k for start, stop in spans for k in range(start, stop)]
@@ -64,11 +76,11 @@ def test_bundles_and_batches_lose_no_slab(sizes: list[int], elements: int) -> No
     """Gathering slabs keeps each of them, in order, and no bundle is larger than a piece."""
     starts = np.cumsum([0, *sizes]) * 4
     tensors = [tensor(n, int(start)) for n, start in zip(sizes, starts, strict=False)]
-    cut = [slab for one in tensors for slab in engine.slabs([one], elements, elements)]
-    bundled = list(engine.bundles(cut, elements))
+    cut = [slab for one in tensors for slab in cut_slabs([one], elements, elements)]
+    bundled = list(bundle_slabs(cut, elements))
     assert [slab for bundle in bundled for slab in bundle] == cut
     assert all(sum(s.stop - s.start for s in bundle) <= elements for bundle in bundled)
-    assert [one for batch in engine.batches(bundled, elements) for one in batch] == bundled
+    assert [one for batch in gather_batches(bundled, elements) for one in batch] == bundled
 
 
 def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
@@ -84,14 +96,14 @@ def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
 @pytest.fixture(autouse=True, params=["here", "in children"])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every test with the work done here, and with it divided among children."""
-    monkeypatch.setattr(engine, "SPREAD", 0 if request.param == "in children" else 1 << 40)
+    monkeypatch.setattr(executors, "SPREAD", 0 if request.param == "in children" else 1 << 40)
 
 
 def run(
     folder: Path,
     arrays: Sequence[np.ndarray],
     coefficients: npt.ArrayLike,
-    memory: engine.Memory,
+    memory: Memory,
     allow_nonfinite: bool = False,
 ) -> list[np.ndarray]:
     """Fold whole files into as many outputs as there are rows."""
@@ -100,10 +112,10 @@ def run(
     outputs = [folder / f"out{row}" for row in range(len(np.array(coefficients)))]
     for output in outputs:
         output.write_bytes(b"")
-    sources = [engine.Source(Extent(0, size * 4), "<", k) for k in range(len(arrays))]
+    sources = [TensorSource(Extent(0, size * 4), "<", k) for k in range(len(arrays))]
     targets = [LaidOut(0, "float32", "<", row) for row in range(len(outputs))]
-    work = engine.Fold(inputs, [str(o) for o in outputs], np.array(coefficients), allow_nonfinite)
-    engine.fold([engine.Averaged("x", size, "float32", sources, targets)], work, memory)
+    work = FoldJob(inputs, [str(o) for o in outputs], np.array(coefficients), allow_nonfinite)
+    executors.fold([FoldTensor("x", size, "float32", sources, targets)], work, memory)
     return [np.fromfile(output, np.float32) for output in outputs]
 
 
@@ -126,7 +138,7 @@ def test_workers_and_pieces_change_no_bit(
         term = coefficients[k] * array.astype(np.float64)
         total = term if k == 0 else total + term
     folder = tmp_path_factory.mktemp("run")
-    (out,) = run(folder, arrays, [coefficients], engine.Memory(jobs, piece, piece))
+    (out,) = run(folder, arrays, [coefficients], Memory(jobs, piece, piece))
     assert out.tobytes() == total.astype(np.float32).tobytes()
 
 
@@ -184,19 +196,17 @@ def test_small_tensors_side_by_side_are_each_averaged(
     tensors, expected = [], bytearray(b"\xaa" * len(content))
     for t, (size, _, _) in enumerate(shape):
         nbytes = size * width
-        sources = [
-            engine.Source(Extent(places[k][t], nbytes), byteorder(k, t), k) for k in range(3)
-        ]
+        sources = [TensorSource(Extent(places[k][t], nbytes), byteorder(k, t), k) for k in range(3)]
         target = LaidOut(places[2][t], name, byteorder(2, t))
-        tensors.append(engine.Averaged(f"t{t}", size, name, sources, [target]))
+        tensors.append(FoldTensor(f"t{t}", size, name, sources, [target]))
         total = 0.2 * arrays[0][t].astype(np.float64)
         for coefficient, k in ((0.3, 1), (0.5, 2)):
             total = total + coefficient * arrays[k][t].astype(np.float64)
         stored = total.astype(f"{byteorder(2, t)}f{width}").tobytes()
         expected[places[2][t] : places[2][t] + nbytes] = stored
     (folder / "out").write_bytes(b"\xaa" * len(content))
-    work = engine.Fold(inputs, [str(folder / "out")], np.array([[0.2, 0.3, 0.5]]), False)
-    totals = engine.fold(tensors, work, engine.Memory(2, piece, piece))
+    work = FoldJob(inputs, [str(folder / "out")], np.array([[0.2, 0.3, 0.5]]), False)
+    totals = executors.fold(tensors, work, Memory(2, piece, piece))
     assert (folder / "out").read_bytes() == expected
     assert totals.bytes_read == 3 * sum(size for size, _, _ in shape) * width
 
@@ -205,7 +215,7 @@ def test_small_tensors_side_by_side_are_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hundred neighbours at the end of a file take two readings of it, without what is before."""
-    monkeypatch.setattr(engine, "SPREAD", 1 << 40)
+    monkeypatch.setattr(executors, "SPREAD", 1 << 40)
     before = np.zeros(10_000, np.float32)
     numbers = np.arange(995, dtype=np.float32)
     inputs = write_inputs(tmp_path, [np.concatenate([before, numbers])] * 2)
@@ -224,9 +234,9 @@ def test_small_tensors_side_by_side_are_read_at_once(
         return page_aligned(nbytes)
 
     monkeypatch.setattr(os, "preadv", counted)
-    monkeypatch.setattr(engine, "page_aligned", measured)
-    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
-    engine.fold(tensors, work, engine.Memory(1, 400, 400))
+    monkeypatch.setattr(folding, "page_aligned", measured)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    executors.fold(tensors, work, Memory(1, 400, 400))
     assert reads == [40_000, 40_000, 43_200, 43_200]
     assert max(buffers) < 10_000
     out = np.fromfile(tmp_path / "out", np.float32)[10_000:]
@@ -242,9 +252,9 @@ def test_a_nan_among_small_tensors_is_named_with_its_own_tensor(tmp_path: Path) 
     inputs = write_inputs(tmp_path, [array])
     (tmp_path / "out").write_bytes(b"")
     tensors = [tensor(10, 40 * k)._replace(name=f"t{k}") for k in range(10)]
-    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(MismatchError, match=r"0\.raw: tensor 't5' holds nan \(element 7\)"):
-        engine.fold(tensors, work, engine.Memory(2, 1000, 1000))
+        executors.fold(tensors, work, Memory(2, 1000, 1000))
 
 
 def test_small_tensors_that_a_tight_bound_cuts_are_averaged(tmp_path: Path) -> None:
@@ -253,10 +263,10 @@ def test_small_tensors_that_a_tight_bound_cuts_are_averaged(tmp_path: Path) -> N
     inputs = write_inputs(tmp_path, arrays)
     starts = [0, 15, 20, 25, 52, 53, 60]
     tensors = [tensor(b - a, 4 * a, 2) for a, b in pairwise(starts)]
-    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
     for piece in range(1, 31):
         (tmp_path / "out").write_bytes(b"")
-        engine.fold(tensors, work, engine.Memory(1, piece, piece))
+        executors.fold(tensors, work, Memory(1, piece, piece))
         out = np.fromfile(tmp_path / "out", np.float32)
         assert out.tolist() == ((arrays[0] + 1) / 2).tolist()
 
@@ -267,7 +277,7 @@ def test_several_outputs_come_from_one_reading(tmp_path: Path) -> None:
     arrays = [rng.normal(size=1000).astype(np.float32) for _ in range(3)]
     matrix = [[1.0, 0.0, 0.0], [0.25, 0.25, 0.5], [0.0, 0.5, 0.5]]
     for rows in (matrix, matrix[1:]):
-        outs = run(tmp_path, arrays, rows, engine.Memory(2, 300, 300))
+        outs = run(tmp_path, arrays, rows, Memory(2, 300, 300))
         for row, out in zip(rows, outs, strict=True):
             expected = sum(c * a.astype(np.float64) for c, a in zip(row, arrays, strict=True) if c)
             assert out.tobytes() == np.asarray(expected).astype(np.float32).tobytes()
@@ -276,7 +286,7 @@ def test_several_outputs_come_from_one_reading(tmp_path: Path) -> None:
 def test_a_coefficient_of_zero_is_not_even_read(tmp_path: Path) -> None:
     """NaN and infinity in a checkpoint that does not count leave no trace."""
     arrays = [np.array([np.nan, np.inf], np.float32), np.array([1, 2], np.float32)]
-    (out,) = run(tmp_path, arrays, [[0.0, 1.0]], engine.Memory(1, 10, 10))
+    (out,) = run(tmp_path, arrays, [[0.0, 1.0]], Memory(1, 10, 10))
     assert out.tolist() == [1.0, 2.0]
 
 
@@ -285,13 +295,13 @@ def test_a_nan_is_named_with_file_tensor_and_element(tmp_path: Path) -> None:
     arrays = [np.zeros(1000, np.float32), np.zeros(1000, np.float32)]
     arrays[1][777] = np.nan
     with pytest.raises(MismatchError, match=r"1\.raw: tensor 'x' holds nan \(element 777\)"):
-        run(tmp_path, arrays, [[0.5, 0.5]], engine.Memory(2, 100, 100))
+        run(tmp_path, arrays, [[0.5, 0.5]], Memory(2, 100, 100))
 
 
 def test_nonfinite_values_are_averaged_where_they_are_allowed(tmp_path: Path) -> None:
     """With leave, infinity and NaN go through the arithmetic like any number."""
     arrays = [np.array([np.inf, 1, np.inf], np.float32), np.array([1, np.nan, -np.inf], np.float32)]
-    (out,) = run(tmp_path, arrays, [[0.5, 0.5]], engine.Memory(2, 10, 10), allow_nonfinite=True)
+    (out,) = run(tmp_path, arrays, [[0.5, 0.5]], Memory(2, 10, 10), allow_nonfinite=True)
     assert np.isposinf(out[0])
     assert np.isnan(out[1:]).all()
 
@@ -300,30 +310,30 @@ def test_an_average_beyond_float64_is_told_apart_from_a_bad_checkpoint(tmp_path:
     """Where every value is finite and their sum is not, no checkpoint is blamed."""
     inputs = write_inputs(tmp_path, [np.array([1.0, 1.7e308])] * 2)
     (tmp_path / "out").write_bytes(b"")
-    sources = [engine.Source(Extent(0, 16), "<", k) for k in range(2)]
-    huge = engine.Averaged("x", 2, "float64", sources, [LaidOut(0, "float64", "<")])
+    sources = [TensorSource(Extent(0, 16), "<", k) for k in range(2)]
+    huge = FoldTensor("x", 2, "float64", sources, [LaidOut(0, "float64", "<")])
     coefficients = np.array([[0.75, 0.75]])
-    work = engine.Fold(inputs, [str(tmp_path / "out")], coefficients, False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], coefficients, False)
     with pytest.raises(MismatchError, match="the average of tensor 'x' overflows float64"):
-        engine.fold([huge], work, engine.Memory(2, 100, 100))
-    engine.fold([huge], replace(work, allow_nonfinite=True), engine.Memory(2, 100, 100))
+        executors.fold([huge], work, Memory(2, 100, 100))
+    executors.fold([huge], replace(work, allow_nonfinite=True), Memory(2, 100, 100))
     assert np.fromfile(tmp_path / "out").tolist() == [1.5, math.inf]
 
 
 def test_great_float64_values_are_no_false_alarm() -> None:
     """Finite values whose sum overflows are still told to be finite."""
-    assert engine._finite(np.full(10, 1e308))
-    assert not engine._finite(np.array([1.0, np.inf]))
-    assert not engine._finite(np.array([np.inf, -np.inf]))
+    assert folding._finite(np.full(10, 1e308))
+    assert not folding._finite(np.array([1.0, np.inf]))
+    assert not folding._finite(np.array([np.inf, -np.inf]))
 
 
 def test_an_input_that_ends_early_is_named(tmp_path: Path) -> None:
     """A short read is an error with file and tensor, not zeros."""
     inputs = write_inputs(tmp_path, [np.zeros(10, np.float32)])
     (tmp_path / "out").write_bytes(b"")
-    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(FormatError, match=r"0\.raw: tensor 'x': the file ends 40 bytes before"):
-        engine.fold([tensor(20)], work, engine.Memory(2, 100, 100))
+        executors.fold([tensor(20)], work, Memory(2, 100, 100))
 
 
 def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
@@ -332,11 +342,11 @@ def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
     (tmp_path / "new").write_bytes(b"\0" * 40)
     (tmp_path / "new").replace(inputs[0].path)
     (tmp_path / "out").write_bytes(b"")
-    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(FormatError, match="changed"):
-        engine.fold([tensor(10)], work, engine.Memory(2, 100, 100))
+        executors.fold([tensor(10)], work, Memory(2, 100, 100))
     with pytest.raises(FormatError, match="changed or vanished"):
-        engine.unchanged(inputs)
+        check_unchanged(inputs)
 
 
 def test_an_input_that_became_a_pipe_is_refused(
@@ -353,7 +363,7 @@ def test_an_input_that_became_a_pipe_is_refused(
         return real(path, flags)
 
     monkeypatch.setattr(os, "open", opened)
-    files = engine._Files(inputs)
+    files = Files(inputs)
     with pytest.raises(FormatError, match=r"/0\.raw: tensor 'x': the file changed while it was"):
         files.read(tensor(10).sources[0], 0, np.empty(40, np.uint8), "x")
 
@@ -364,11 +374,11 @@ def test_what_a_header_holds_is_averaged_with_what_lies_in_a_file(tmp_path: Path
     inputs = write_inputs(tmp_path, arrays)
     (tmp_path / "out").write_bytes(b"")
     one = tensor(100, 0, 2)
-    inline = engine.Source(Inline(arrays[1].tobytes()), "<", 1)
-    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    inline = TensorSource(Inline(arrays[1].tobytes()), "<", 1)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
     banded = one.sources[0]._replace(storage=Banded(0, 400))
     mixed = one._replace(sources=[banded, inline])
-    engine.fold([mixed], work, engine.Memory(1, 30, 30))
+    executors.fold([mixed], work, Memory(1, 30, 30))
     out = np.fromfile(tmp_path / "out", np.float32)
     assert out.tolist() == ((arrays[0] + 1) / 2).tolist()
 
@@ -378,7 +388,7 @@ def test_more_inputs_than_may_be_open(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("resource.getrlimit", lambda _: (66, 66))
     arrays = [np.full(1000, k, np.float32) for k in range(8)]
     before = len(os.listdir("/proc/self/fd"))
-    (out,) = run(tmp_path, arrays, [[0.125] * 8], engine.Memory(3, 100, 100))
+    (out,) = run(tmp_path, arrays, [[0.125] * 8], Memory(3, 100, 100))
     assert out.tolist() == [3.5] * 1000
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -387,7 +397,7 @@ def test_more_inputs_than_may_be_open(tmp_path: Path, monkeypatch: pytest.Monkey
 @given(st.integers(1 << 20, 1 << 34), st.integers(1, 256))
 def test_the_bound_on_memory_is_kept(nbytes: int, jobs: int) -> None:
     """Threads times their buffers stay within what was allowed, however many were asked for."""
-    memory = engine.Memory.within(nbytes, jobs)
+    memory = Memory.within(nbytes, jobs)
     assert 1 <= memory.jobs <= jobs
     assert memory.nbytes <= nbytes
     assert memory.jobs * memory.most * 24 <= nbytes
@@ -406,10 +416,10 @@ def test_an_error_of_the_disk_is_raised(
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fdatasync", broken)
-    monkeypatch.setattr(engine, "FLUSH", flush)
-    monkeypatch.setattr(engine, "PIECES", 1)
+    monkeypatch.setattr(executors, "FLUSH", flush)
+    monkeypatch.setattr(executors, "PIECES", 1)
     with pytest.raises(OSError, match="Input/output error"):
-        run(tmp_path, [np.zeros(10_000, np.float32)], [[1.0]], engine.Memory(2, 10, 10))
+        run(tmp_path, [np.zeros(10_000, np.float32)], [[1.0]], Memory(2, 10, 10))
 
 
 def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
@@ -421,19 +431,19 @@ def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
             del descriptor, start, buffer
             os.kill(os.getpid(), 9)
 
-    if engine.SPREAD:
+    if executors.SPREAD:
         return  # here it would be this very process
     inputs = write_inputs(tmp_path, arrays)
     (tmp_path / "out").write_bytes(b"")
-    source = engine.Source(Killing(0, 4000), "<", 0)
-    doomed = engine.Averaged("x", 1000, "float32", [source], [LaidOut(0, "float32", "<")])
-    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    source = TensorSource(Killing(0, 4000), "<", 0)
+    doomed = FoldTensor("x", 1000, "float32", [source], [LaidOut(0, "float32", "<")])
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     message = (
         r"^a worker was ended from outside \(SIGKILL\), perhaps because memory ran out; "
         r"use fewer --jobs or less --max-memory$"
     )
     with pytest.raises(PolyakError, match=message):
-        engine.fold([doomed], work, engine.Memory(2, 100, 100))
+        executors.fold([doomed], work, Memory(2, 100, 100))
 
 
 @pytest.mark.parametrize(
@@ -465,11 +475,11 @@ def test_where_a_tensor_lies_in_its_file_changes_nothing(
         tmp_path, [np.concatenate([padding, array.view(np.uint8)]) for array in arrays]
     )
     (tmp_path / "out").write_bytes(b"")
-    sources = [engine.Source(Extent(offset, 12_000), "<", k) for k in range(3)]
-    tensor = engine.Averaged("x", 3000, "float32", sources, [LaidOut(offset, "float32", "<")])
+    sources = [TensorSource(Extent(offset, 12_000), "<", k) for k in range(3)]
+    tensor = FoldTensor("x", 3000, "float32", sources, [LaidOut(offset, "float32", "<")])
     coefficients = np.array([[0.5, 0.3, 0.2]])
-    work = engine.Fold(inputs, [str(tmp_path / "out")], coefficients, False)
-    engine.fold([tensor], work, engine.Memory(2, 1000, 1000))
+    work = FoldJob(inputs, [str(tmp_path / "out")], coefficients, False)
+    executors.fold([tensor], work, Memory(2, 1000, 1000))
     wide = [array.astype(np.float64) for array in arrays]
     expected = ((0.5 * wide[0] + 0.3 * wide[1]) + 0.2 * wide[2]).astype(np.float32)
     assert (tmp_path / "out").read_bytes() == bytes(offset) + expected.tobytes()
@@ -480,14 +490,14 @@ def test_what_will_be_read_next_is_fetched_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
     """From a slow disk, all but the first slabs are announced before they are read, each once."""
-    monkeypatch.setattr(engine, "SPREAD", 1 << 40)
-    monkeypatch.setattr(engine, "FAST", math.inf if slow else 0.0)
+    monkeypatch.setattr(executors, "SPREAD", 1 << 40)
+    monkeypatch.setattr(folding, "FAST", math.inf if slow else 0.0)
     events: list[tuple[str, int, int]] = []
     real = os.preadv
 
     def announced(descriptor: int, offset: int, nbytes: int, _advice: int) -> None:
         events.append(("announced", descriptor, offset))
-        assert nbytes <= engine.PIECE * 4
+        assert nbytes <= PIECE * 4
 
     def read(descriptor: int, buffers: Any, offset: int) -> int:
         events.append(("read", descriptor, offset))
@@ -495,15 +505,15 @@ def test_what_will_be_read_next_is_fetched_ahead(
 
     monkeypatch.setattr(os, "posix_fadvise", announced)
     monkeypatch.setattr(os, "preadv", read)
-    arrays = [np.ones(engine.PIECE * 40, np.float32)] * 2
-    run(tmp_path, arrays, [[0.5, 0.5]], engine.Memory.within(1 << 25, 1))
+    arrays = [np.ones(PIECE * 40, np.float32)] * 2
+    run(tmp_path, arrays, [[0.5, 0.5]], Memory.within(1 << 25, 1))
     reads = [event for event in events if event[0] == "read"]
     assert len(reads) == 80
     if not slow:  # from memory, that would be in vain
         assert events == reads
         return
     # How slow the disk is shows with the first batch, while the second one is at hand already.
-    for _, descriptor, offset in reads[2 * 2 * engine.PIECES :]:
+    for _, descriptor, offset in reads[2 * 2 * PIECES :]:
         announcement = events.index(("announced", descriptor, offset))
         assert announcement < events.index(("read", descriptor, offset))
     assert len(set(events)) == len(events)
@@ -511,36 +521,36 @@ def test_what_will_be_read_next_is_fetched_ahead(
 
 def test_slabs_hold_whole_bands_where_they_fit() -> None:
     """What is stored in bands is cut between them, in as many as a piece or the bound holds."""
-    banded = engine.Source(Banded(0, 400), "<", 0)
-    whole = engine.Averaged("x", 100, "float32", [*tensor(100).sources, banded], [])
+    banded = TensorSource(Banded(0, 400), "<", 0)
+    whole = FoldTensor("x", 100, "float32", [*tensor(100).sources, banded], [])
     for piece, most, length in ((20, 50, 14), (5, 50, 7), (5, 6, 6), (20, 10, 10), (1, 1, 1)):
-        spans = [(s.start, s.stop) for s in engine.slabs([whole], piece, most)]
+        spans = [(s.start, s.stop) for s in cut_slabs([whole], piece, most)]
         assert spans == [(k, min(k + length, 100)) for k in range(0, 100, length)]
 
 
 def test_only_small_tensors_side_by_side_are_bundled() -> None:
     """The second is folded with the first up to some gap, span and size, and if it is like it."""
-    small = engine.SMALL // 4
+    small = SMALL // 4
 
-    def bundled(first: engine.Averaged, second: engine.Averaged, elements: int = 10_000) -> bool:
-        cut = list(engine.slabs([first, second], elements, elements))
-        return len(list(engine.bundles(cut, elements))) == 1
+    def bundled(first: FoldTensor, second: FoldTensor, elements: int = 10_000) -> bool:
+        cut = list(cut_slabs([first, second], elements, elements))
+        return len(list(bundle_slabs(cut, elements))) == 1
 
-    def at(offset: int, size: int = 10, **changes: Any) -> engine.Averaged:
+    def at(offset: int, size: int = 10, **changes: Any) -> FoldTensor:
         return tensor(size, offset, 2)._replace(**changes)
 
-    def moved(**changes: Any) -> Sequence[engine.Source]:
+    def moved(**changes: Any) -> Sequence[TensorSource]:
         same, other = at(40).sources
         return [same, other._replace(**changes)]
 
     assert bundled(at(0), at(40))
     assert bundled(at(0, small), at(4 * small))
-    assert bundled(at(0), at(40 + engine.GAP))
+    assert bundled(at(0), at(40 + GAP))
     assert bundled(at(0), at(16 * 100 - 40), elements=100)
     apart = {
         "too large": (at(0), at(40, small + 1)),
         "after one too large": (at(0, small + 1), at(4 * small + 4)),
-        "too far away": (at(0), at(41 + engine.GAP)),
+        "too far away": (at(0), at(41 + GAP)),
         "before": (at(40), at(0)),
         "overlapping": (at(0), at(39)),
         "of another type": (at(0), at(40, dtype="float16")),
@@ -556,43 +566,43 @@ def test_only_small_tensors_side_by_side_are_bundled() -> None:
 
 def test_batches_are_closed_by_elements_or_by_number() -> None:
     """A message is sent for so many elements, or for so many small tensors."""
-    ones: list[engine.Bundle] = [[engine.Slab(tensor(1), 0, 1)] for _ in range(600)]
-    assert [len(batch) for batch in engine.batches(ones, 1000)] == [256, 256, 88]
-    assert [len(batch) for batch in engine.batches(ones[:11], 5)] == [5, 5, 1]
+    ones: list[Bundle] = [[Slab(tensor(1), 0, 1)] for _ in range(600)]
+    assert [len(batch) for batch in gather_batches(ones, 1000)] == [256, 256, 88]
+    assert [len(batch) for batch in gather_batches(ones[:11], 5)] == [5, 5, 1]
     pairs = [[*ones[0], *ones[0]]] * 150
-    assert [len(batch) for batch in engine.batches(pairs, 1000)] == [128, 22]
+    assert [len(batch) for batch in gather_batches(pairs, 1000)] == [128, 22]
 
 
 @pytest.mark.parametrize(
     ("bound", "memory"),
     [
-        ((24 * 4096 * 3, 8), engine.Memory(3, 4096, 4096, 24)),
-        ((24 * 4096 * 2 + 5000, 8), engine.Memory(2, 4200, 4200, 24)),
-        ((1 << 30, 2), engine.Memory(2, engine.PIECE, (1 << 30) // 48, 24)),
-        ((40 * 4096, 1, 2), engine.Memory(1, 4096, 4096, 40)),
-        ((48 * 4096, 1, 3), engine.Memory(1, 4096, 4096, 48)),
-        ((1000, 4), engine.Memory(1, 256, 256, 24)),
+        ((24 * 4096 * 3, 8), Memory(3, 4096, 4096, 24)),
+        ((24 * 4096 * 2 + 5000, 8), Memory(2, 4200, 4200, 24)),
+        ((1 << 30, 2), Memory(2, PIECE, (1 << 30) // 48, 24)),
+        ((40 * 4096, 1, 2), Memory(1, 4096, 4096, 40)),
+        ((48 * 4096, 1, 3), Memory(1, 4096, 4096, 48)),
+        ((1000, 4), Memory(1, 256, 256, 24)),
     ],
 )
-def test_memory_is_shared_out_to_the_byte(bound: tuple[int, ...], memory: engine.Memory) -> None:
+def test_memory_is_shared_out_to_the_byte(bound: tuple[int, ...], memory: Memory) -> None:
     """24 bytes an element, 8 more for each of several averages; at least 4,096 elements a job."""
-    assert engine.Memory.within(*bound) == memory
+    assert Memory.within(*bound) == memory
 
 
 def test_a_worker_has_the_buffers_that_the_bound_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one average and for several, an element takes the bytes that `Memory` takes it for."""
     for averages in (1, 2, 3):
-        work = engine.Fold([], [], np.ones((averages, 1)), False)
-        worker = engine._Worker(work, engine._Files([]), [])
+        work = FoldJob([], [], np.ones((averages, 1)), False)
+        worker = Worker(work, Files([]), [])
         buffers: list[int] = []
 
         def measured(nbytes: int, buffers: list[int] = buffers) -> Bytes:
             buffers.append(nbytes)
             return page_aligned(nbytes)
 
-        monkeypatch.setattr(engine, "page_aligned", measured)
+        monkeypatch.setattr(folding, "page_aligned", measured)
         worker._allocate(1000)
-        element = engine.Memory.within(1 << 30, 1, averages).element
+        element = Memory.within(1 << 30, 1, averages).element
         assert sum(buffers) == 1000 * element + 2048  # room to move the stored values
 
 
@@ -600,19 +610,19 @@ def test_what_a_run_did_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Bytes are those of the tensors, seconds are split in three, and progress tells the bytes."""
     inputs = write_inputs(tmp_path, [np.ones(1000, np.float32)] * 3)
     (tmp_path / "out").write_bytes(b"")
-    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.0, 0.5]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.0, 0.5]]), False)
     told: list[int] = []
     flushed: list[int] = []
     monkeypatch.setattr(os, "fdatasync", flushed.append, raising=False)
-    monkeypatch.setattr(engine, "FLUSH", 1000)
-    totals = engine.fold([tensor(1000, 0, 3)], work, engine.Memory(2, 100, 100), told.append)
+    monkeypatch.setattr(executors, "FLUSH", 1000)
+    totals = executors.fold([tensor(1000, 0, 3)], work, Memory(2, 100, 100), told.append)
     assert (totals.bytes_read, totals.bytes_written) == (8000, 4000)
     assert sorted(told) == [1600, 6400]
     assert flushed
     assert min(totals[2:]) > 0.0
     times = iter([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
-    clock = engine._Clock()
+    clock = Clock()
     clock.read(10)
     clock.fold()
     clock.write(5)
@@ -620,7 +630,7 @@ def test_what_a_run_did_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     clock.fold()
     clock.write(50)
     assert clock.totals() == (110, 55, 1.0 + 8.0, 2.0 + 16.0, 4.0 + 32.0)
-    assert clock.totals().plus(engine.Totals(1, 2, 3.0, 4.0, 5.0)) == (111, 57, 12.0, 22.0, 41.0)
+    assert clock.totals().plus(Totals(1, 2, 3.0, 4.0, 5.0)) == (111, 57, 12.0, 22.0, 41.0)
 
 
 def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
@@ -631,34 +641,34 @@ def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
     arrays[1][269] += 1
     inputs = write_inputs(tmp_path, arrays)
 
-    def everywhere(start: int, stop: int) -> list[engine.Source]:
-        return [engine.Source(Extent(start, stop - start), "<", k) for k in range(3)]
+    def everywhere(start: int, stop: int) -> list[TensorSource]:
+        return [TensorSource(Extent(start, stop - start), "<", k) for k in range(3)]
 
     rows = [(f"t{k}", everywhere(90 * k, 90 * k + 90)) for k in range(4)]
     rows.append(("shorter", [*everywhere(0, 90)[:2], everywhere(0, 89)[2]]))
     told: list[int] = []
-    memory = engine.Memory(1, 10, 10)
-    found, totals = engine.differing(rows, inputs, memory, told.append)
+    memory = Memory(1, 10, 10)
+    found, totals = reading.find_differing(rows, inputs, memory, told.append)
     assert found == {"t1", "t2", "shorter"}
     # In pieces of 80 bytes, and no further than to the first that differs.
     assert sum(told) == totals.bytes_read == 270 + 240 + 260 + 270
-    assert engine.differing(rows, inputs, memory)[0] == found
-    assert engine.differing([("alone", everywhere(0, 90)[:1])], inputs, memory)[0] == set()
+    assert reading.find_differing(rows, inputs, memory)[0] == found
+    assert reading.find_differing([("alone", everywhere(0, 90)[:1])], inputs, memory)[0] == set()
     for k in range(2):
         ending = everywhere(0, 90)
-        ending[k] = engine.Source(Extent(300, 90), "<", k)
+        ending[k] = TensorSource(Extent(300, 90), "<", k)
         with pytest.raises(FormatError, match=rf"/{k}\.raw: tensor 'cut': the file ends 20 bytes"):
-            engine.differing([("cut", ending)], inputs, memory)
+            reading.find_differing([("cut", ending)], inputs, memory)
 
 
 def test_pieces_are_the_stored_bytes_of_each_checkpoint(tmp_path: Path) -> None:
     """Slab by slab, checkpoint by checkpoint, as long as the bound and the caller's buffers let."""
     arrays = [np.arange(100, dtype="<f4"), np.arange(100, dtype=">f8") / 3]
     inputs = write_inputs(tmp_path, arrays)
-    sources = [engine.Source(Extent(0, 400), "<", 0), engine.Source(Extent(0, 800), ">", 1)]
-    bands = [engine.Source(Banded(0, 400), "<", 0), sources[1]]
-    first = engine.Compared("x", 100, ["float32", "float64"], sources)
-    memory = engine.Memory(1, 1, 30)
+    sources = [TensorSource(Extent(0, 400), "<", 0), TensorSource(Extent(0, 800), ">", 1)]
+    bands = [TensorSource(Banded(0, 400), "<", 0), sources[1]]
+    first = ReadTensor("x", 100, ["float32", "float64"], sources)
+    memory = Memory(1, 1, 30)
     for one, most, held, length in (
         (first, 30, None, 10),
         (first, 30, 0, 30),
@@ -671,7 +681,9 @@ def test_pieces_are_the_stored_bytes_of_each_checkpoint(tmp_path: Path) -> None:
     ):
         got: list[list[bytes]] = [[], []]
         before = None
-        for tensor, k, stored in engine.pieces([one], inputs, memory._replace(most=most), held):
+        for tensor, k, stored in reading.read_pieces(
+            [one], inputs, memory._replace(most=most), held
+        ):
             assert not isinstance(stored, FormatError)
             assert tensor is one
             assert len(stored) == min(length, 100 - length * len(got[k])) * (4, 8)[k]
@@ -685,18 +697,18 @@ def test_pieces_are_the_stored_bytes_of_each_checkpoint(tmp_path: Path) -> None:
 def test_a_piece_that_cannot_be_read_is_an_error_in_its_place(tmp_path: Path) -> None:
     """The others are told all the same; for `values`, it ends the reading."""
     inputs = write_inputs(tmp_path, [np.zeros(n, np.float32) for n in (10, 5, 10)])
-    tensor = engine.Compared(
-        "x", 10, ["float32"] * 3, [engine.Source(Extent(0, 40), "<", k) for k in range(3)]
+    tensor = ReadTensor(
+        "x", 10, ["float32"] * 3, [TensorSource(Extent(0, 40), "<", k) for k in range(3)]
     )
-    memory = engine.Memory(1, 100, 100)
-    results = [(k, stored) for _, k, stored in engine.pieces([tensor], inputs, memory)]
+    memory = Memory(1, 100, 100)
+    results = [(k, stored) for _, k, stored in reading.read_pieces([tensor], inputs, memory)]
     assert [k for k, _ in results] == [0, 1, 2]
     assert [len(stored) for k, stored in results if not isinstance(stored, FormatError)] == [40, 40]
     assert str(results[1][1]).endswith(
         "/1.raw: tensor 'x': the file ends 20 bytes before the tensor does"
     )
     with pytest.raises(FormatError, match=r"/1\.raw: tensor 'x': the file ends 20 bytes"):
-        list(engine.values([tensor], inputs, memory))
+        list(reading.read_values([tensor], inputs, memory))
 
 
 def test_values_are_float64_whatever_is_stored(tmp_path: Path) -> None:
@@ -705,19 +717,19 @@ def test_values_are_float64_whatever_is_stored(tmp_path: Path) -> None:
     content = [np.arange(100).astype(code) for code in types.values()]
     inputs = write_inputs(tmp_path, content)
 
-    def compared(name: str, size: int, files: Sequence[int]) -> engine.Compared:
+    def compared(name: str, size: int, files: Sequence[int]) -> ReadTensor:
         sources = [
-            engine.Source(Extent(0, size * content[k].itemsize), types[dtype][0], k)
+            TensorSource(Extent(0, size * content[k].itemsize), types[dtype][0], k)
             for k, dtype in enumerate(types)
             if k in files
         ]
-        return engine.Compared(name, size, [[*types][k] for k in files], sources)
+        return ReadTensor(name, size, [[*types][k] for k in files], sources)
 
     tensors = [compared("a", 5, [0, 1, 2]), compared("b", 100, [0, 1, 2]), compared("c", 7, [1])]
     got: dict[str, list[list[list[float]]]] = {}
-    for tensor, slabs in engine.values(tensors, inputs, engine.Memory(1, 160, 160)):
-        assert all(slab.dtype == np.float64 for slab in slabs)
-        got.setdefault(tensor.name, []).append([slab.tolist() for slab in slabs])
+    for tensor, parts in reading.read_values(tensors, inputs, Memory(1, 160, 160)):
+        assert all(slab.dtype == np.float64 for slab in parts)
+        got.setdefault(tensor.name, []).append([slab.tolist() for slab in parts])
     assert got == {
         "a": [[[*range(5)]] * 3],
         "b": [[[*range(start, min(start + 40, 100))]] * 3 for start in (0, 40, 80)],
@@ -732,14 +744,14 @@ def test_what_must_be_held_whole_must_fit_the_bound(tmp_path: Path) -> None:
         held = 240
 
     inputs = write_inputs(tmp_path, [np.ones(2, np.float32)] * 2)
-    sources = [engine.Source(Extent(0, 8), "<", 0), engine.Source(Chunked(0, 8), "<", 1)]
-    tensors = [engine.Compared("x", 2, ["float32"] * 2, sources)]
-    assert len(list(engine.pieces(tensors, inputs, engine.Memory(1, 10, 10)))) == 2
+    sources = [TensorSource(Extent(0, 8), "<", 0), TensorSource(Chunked(0, 8), "<", 1)]
+    tensors = [ReadTensor("x", 2, ["float32"] * 2, sources)]
+    assert len(list(reading.read_pieces(tensors, inputs, Memory(1, 10, 10)))) == 2
     with pytest.raises(
         FormatError,
         match=r"/1\.raw: tensor 'x' is stored in chunks of 240 bytes, .*; expected at most 216$",
     ):
-        list(engine.pieces(tensors, inputs, engine.Memory(1, 9, 9)))
+        list(reading.read_pieces(tensors, inputs, Memory(1, 9, 9)))
 
 
 def test_a_nan_behind_a_checkpoint_that_does_not_count_is_named(tmp_path: Path) -> None:
@@ -751,7 +763,7 @@ def test_a_nan_behind_a_checkpoint_that_does_not_count_is_named(tmp_path: Path) 
         match=r"/2\.raw: tensor 'x' holds -inf \(element 3\); expected finite numbers\. Leave the "
         r"checkpoint out with --exclude, or use --allow-nonfinite$",
     ):
-        run(tmp_path, arrays, [[0.5, 0.0, 0.5]], engine.Memory(2, 10, 10))
+        run(tmp_path, arrays, [[0.5, 0.0, 0.5]], Memory(2, 10, 10))
 
 
 def folded_once(
@@ -764,10 +776,10 @@ def folded_once(
     """Return what one float64 tensor becomes in an output of some type."""
     inputs = write_inputs(folder, [np.array(values, np.float64)])
     (folder / "out").write_bytes(b"")
-    source = engine.Source(Extent(0, 8 * len(values)), "<", 0)
-    one = engine.Averaged("x", len(values), "float64", [source], [LaidOut(0, stored, "<")])
-    work = engine.Fold(inputs, [str(folder / "out")], np.array([[coefficient]]), allow_nonfinite)
-    engine.fold([one], work, engine.Memory(2, 10, 10))
+    source = TensorSource(Extent(0, 8 * len(values)), "<", 0)
+    one = FoldTensor("x", len(values), "float64", [source], [LaidOut(0, stored, "<")])
+    work = FoldJob(inputs, [str(folder / "out")], np.array([[coefficient]]), allow_nonfinite)
+    executors.fold([one], work, Memory(2, 10, 10))
     return (folder / "out").read_bytes()
 
 
@@ -795,7 +807,7 @@ def test_an_input_that_changes_before_it_is_fetched_ahead_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
 ) -> None:
     """Fetching ahead complains of nothing; the reading says which file it is."""
-    monkeypatch.setattr(engine, "FAST", math.inf)
+    monkeypatch.setattr(folding, "FAST", math.inf)
     inputs = write_inputs(tmp_path, [np.zeros(20_000, np.float32)] * 3)
     (tmp_path / "out").write_bytes(b"")
     if gone:
@@ -804,12 +816,12 @@ def test_an_input_that_changes_before_it_is_fetched_ahead_is_named(
     else:
         (tmp_path / "1.raw").write_bytes(b"")
         what = "tensor 'x': the file changed while it was read"
-    work = engine.Fold(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.25, 0.25]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.25, 0.25]]), False)
     with pytest.raises(FormatError, match=rf"/1\.raw: {what}"):
-        engine.fold([tensor(20_000, 0, 3)], work, engine.Memory(2, 20_000, 20_000))
+        executors.fold([tensor(20_000, 0, 3)], work, Memory(2, 20_000, 20_000))
     with pytest.raises(FormatError, match=r"/1\.raw: changed or vanished while it was read"):
-        engine.unchanged(inputs)
-    engine.unchanged([inputs[0], inputs[2]])
+        check_unchanged(inputs)
+    check_unchanged([inputs[0], inputs[2]])
 
 
 def test_as_many_inputs_stay_open_as_the_process_may_have(
@@ -819,8 +831,8 @@ def test_as_many_inputs_stay_open_as_the_process_may_have(
     inputs = write_inputs(tmp_path, [np.zeros(1, np.float32)] * 3)
     for limit, room in ((65, 1), (64, 0), (10, 0), (resource.RLIM_INFINITY, 3)):
         monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
-        assert engine._Files(inputs).room == room
-        with engine._Files(inputs) as files:
+        assert Files(inputs).room == room
+        with Files(inputs) as files:
             for source in tensor(1, 0, 3).sources:
                 files.read(source, 0, np.empty(4, np.uint8), "x")
             assert len(files.kept) == room
@@ -840,8 +852,8 @@ def test_what_is_written_goes_to_the_disk_meanwhile(
 
     monkeypatch.delattr(os, "fdatasync", raising=False)
     monkeypatch.setattr(os, call, flush, raising=False)
-    monkeypatch.setattr(engine, "FLUSH", 100)
-    with engine._Flusher([7, 8]) as flusher:
+    monkeypatch.setattr(executors, "FLUSH", 100)
+    with executors._Flusher([7, 8]) as flusher:
         flusher.wrote(60)
         flusher.wrote(39)
         none = flusher.flushing
@@ -870,10 +882,10 @@ def test_an_error_of_the_disk_while_flushing_is_raised(monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fdatasync", full, raising=False)
-    monkeypatch.setattr(engine, "FLUSH", 100)
+    monkeypatch.setattr(executors, "FLUSH", 100)
 
     def written(*, again: bool = False, error: Exception | None = None) -> None:
-        with engine._Flusher([7]) as flusher:
+        with executors._Flusher([7]) as flusher:
             flusher.wrote(100)
             assert flusher.flushing is not None
             flusher.flushing.exception(60)

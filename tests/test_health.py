@@ -497,17 +497,17 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The measured values are of neither the older nor the newer file."""
-    from polyak_cli import engine
+    from polyak_cli.engine import reading
 
     paths = written(tmp_path / "run", walk(3))
-    pieces = engine.pieces
+    pieces = reading.read_pieces
 
     def growing(*arguments: Any) -> Any:
         yield from pieces(*arguments)
         with open(paths[0], "ab") as file:
             file.write(b"more")
 
-    monkeypatch.setattr(engine, "pieces", growing)
+    monkeypatch.setattr(reading, "read_pieces", growing)
     with pytest.raises(errors.FormatError, match=r"model_1.h5: changed or vanished"):
         check(tmp_path / "run")
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyak_cli import formats
-from polyak_cli.engine import Memory
+from polyak_cli.engine.slabs import Memory
 from polyak_cli.examining import reductions
 from polyak_cli.examining.reductions import NeighbourSums, PairSums, RunSums, ValueSums
 from tests.oracle import Array, write_model

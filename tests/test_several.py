@@ -10,8 +10,9 @@ import h5py
 import numpy as np
 import pytest
 
-from polyak_cli import engine, pipeline
+from polyak_cli import pipeline
 from polyak_cli.averaging import planning, writing
+from polyak_cli.engine import executors
 from tests.oracle import write_model
 
 
@@ -55,7 +56,7 @@ def test_several_averages_read_each_byte_once(
         total += count
         return count
 
-    monkeypatch.setattr(engine, "SPREAD", 1 << 40)
+    monkeypatch.setattr(executors, "SPREAD", 1 << 40)
     monkeypatch.setattr(os, "preadv", counted)
     rows = [[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.0, 0.5, 0.5]]
     writing.several(plan, rows, [tmp_path / f"out_{k}.h5" for k in range(3)])

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
-from polyak_cli.engine import Compared, Source
+from polyak_cli.engine.reading import ReadTensor
+from polyak_cli.engine.slabs import TensorSource
 from polyak_cli.errors import MismatchError, shown
 from polyak_cli.storage import (
     File,
@@ -134,13 +135,13 @@ def _check_same(
             )
 
 
-def sources_of(tables: Sequence[Table], row: Row) -> list[Source]:
+def sources_of(tables: Sequence[Table], row: Row) -> list[TensorSource]:
     """Return where every checkpoint keeps a tensor; files are numbered across tables."""
     if any(spec.storage is None for spec in row):  # only strings have none, and those are carried
         raise AssertionError(f"{row[-1].name} has no storage")
     firsts = itertools.accumulate((len(table.files) for table in tables), initial=0)
     return [
-        Source(cast(Storage, spec.storage), spec.byteorder, first + spec.file)
+        TensorSource(cast(Storage, spec.storage), spec.byteorder, first + spec.file)
         for spec, first in zip(row, firsts, strict=False)
     ]
 
@@ -160,9 +161,9 @@ def files_of(tables: Sequence[Table]) -> list[File]:
     return [file for table in tables for file in table.files]
 
 
-def compared(tables: Sequence[Table], rows: Iterable[Row]) -> Iterator[Compared]:
+def compared(tables: Sequence[Table], rows: Iterable[Row]) -> Iterator[ReadTensor]:
     """Yield those of the tensors that are not empty as the engine wants to know of them."""
     for row in rows:
         if row[0].size:
             dtypes = [spec.dtype for spec in row]
-            yield Compared(row[0].name, row[0].size, dtypes, sources_of(tables, row))
+            yield ReadTensor(row[0].name, row[0].size, dtypes, sources_of(tables, row))

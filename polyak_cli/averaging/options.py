@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 
-from polyak_cli import checkpoints, engine, formats
+from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import schemes
+from polyak_cli.engine.slabs import Memory
 from polyak_cli.errors import (
     UsageError,
     shown,
@@ -193,10 +194,10 @@ def select(
     )
 
 
-def plan_memory(options: Options, averages: int = 1) -> engine.Memory:
+def plan_memory(options: Options, averages: int = 1) -> Memory:
     """Divide the bound on buffers among the processes that fold."""
     jobs = options.get("jobs") or min(8, _processors())
-    return engine.Memory.within(options.get("max_memory") or MAX_MEMORY, jobs, averages)
+    return Memory.within(options.get("max_memory") or MAX_MEMORY, jobs, averages)
 
 
 def _processors() -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from polyak_cli import checkpoints, engine, formats
+from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import ema, schemes
 from polyak_cli.averaging.fates import (
     decide_fates,
@@ -36,6 +36,7 @@ from polyak_cli.averaging.options import (
 )
 from polyak_cli.checkpoints import Checkpoint, PassedOver
 from polyak_cli.checkpoints.suspicions import find_suspicions
+from polyak_cli.engine.slabs import Memory
 from polyak_cli.errors import (
     CheckpointError,
     FormatError,
@@ -330,7 +331,7 @@ def _check_types(template: Table, averaged: Sequence[Row], options: Options) -> 
 
 
 def _check_chunks(
-    tables: Sequence[Table], rows: Sequence[Row], memory: engine.Memory, options: Options
+    tables: Sequence[Table], rows: Sequence[Row], memory: Memory, options: Options
 ) -> None:
     """Refuse chunks that do not fit: HDF5's filters work on whole chunks only."""
     bound = (options.get("max_memory") or MAX_MEMORY) // memory.jobs // 2

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polyak_cli import engine, formats
+from polyak_cli import formats
 from polyak_cli.averaging import records
 from polyak_cli.averaging.fates import (
     describe_difference,
@@ -24,6 +24,11 @@ from polyak_cli.averaging.fates import (
 from polyak_cli.averaging.matching import Row, files_of, sources_of
 from polyak_cli.averaging.options import Options, Progress, plan_memory
 from polyak_cli.averaging.planning import Plan
+from polyak_cli.engine import executors, reading
+from polyak_cli.engine.folding import FoldJob
+from polyak_cli.engine.inputs import check_unchanged
+from polyak_cli.engine.slabs import FoldTensor
+from polyak_cli.engine.timing import Totals
 from polyak_cli.formats import outputs as formats_outputs
 from polyak_cli.storage import (
     File,
@@ -37,7 +42,7 @@ if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
 
 def write_average(
     plan: Plan, hidden: Path, record: str, progress: Progress
-) -> tuple[engine.Totals, list[Path], list[str]]:
+) -> tuple[Totals, list[Path], list[str]]:
     """Write the whole output under its hidden name; return what that took, its files and notes."""
     options = plan.options
     formats.check(plan.tables, jobs=plan_memory(options).jobs)
@@ -45,7 +50,7 @@ def write_average(
     totals = _fold(plan, [plan.coefficients], [room], progress)
     inputs = files_of(plan.tables)
     compared, differing = _differing(plan, inputs, progress)
-    engine.unchanged(inputs)
+    check_unchanged(inputs)
     return totals.plus(compared), [*map(Path, room.files)], differing
 
 
@@ -71,7 +76,7 @@ def again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
         hidden.touch()
     room = _room(plan, hidden, record)
     _fold(plan, [plan.coefficients], [room], lambda _: None)
-    engine.unchanged(files_of(plan.tables))
+    check_unchanged(files_of(plan.tables))
     publishing.take_names(hidden, folder / opened.parts[0])
     (table,) = formats.scan([folder / opened], everything=True)
     return table
@@ -110,7 +115,7 @@ def several(
         )
     ]
     _fold(plan, rows, rooms, progress or (lambda _: None))
-    engine.unchanged(files_of(plan.tables))
+    check_unchanged(files_of(plan.tables))
 
 
 def _room(plan: Plan, output: Path, record: str) -> formats.Room:
@@ -130,14 +135,14 @@ def _fold(
     coefficients: Sequence[Sequence[float]],
     rooms: Sequence[formats.Room],
     progress: Progress,
-) -> engine.Totals:
+) -> Totals:
     """Average the tensors into the outputs, a row of coefficients each."""
     options = plan.options
     files = [file for room in rooms for file in room.files]
     nonfinite = options.get("allow_nonfinite", False)
-    work = engine.Fold(files_of(plan.tables), files, np.array(coefficients), nonfinite)
+    work = FoldJob(files_of(plan.tables), files, np.array(coefficients), nonfinite)
     memory = plan_memory(options, len(rooms))
-    totals = engine.fold(_Averaged(plan, rooms), work, memory, progress)
+    totals = executors.fold(_Averaged(plan, rooms), work, memory, progress)
     for room in rooms:
         room.seal()
     return totals
@@ -150,7 +155,7 @@ class _Averaged:
     plan: Plan
     rooms: Sequence[formats.Room]
 
-    def __iter__(self) -> Iterator[engine.Averaged]:
+    def __iter__(self) -> Iterator[FoldTensor]:
         """Yield them as they lie in the template, which is how they are read best."""
         firsts = [*itertools.accumulate((len(room.files) for room in self.rooms), initial=0)]
         for row in sorted(self.plan.averaged_rows, key=_place):
@@ -162,7 +167,7 @@ class _Averaged:
                     place._replace(file=first + place.file) if first else place
                     for first, place in zip(firsts, places, strict=False)
                 ]
-                yield engine.Averaged(spec.name, spec.size, spec.dtype, sources, targets)
+                yield FoldTensor(spec.name, spec.size, spec.dtype, sources, targets)
 
 
 def _place(row: Row) -> tuple[int, int, int]:
@@ -172,10 +177,8 @@ def _place(row: Row) -> tuple[int, int, int]:
     return spec.file, offset, start
 
 
-def _differing(
-    plan: Plan, inputs: Sequence[File], progress: Progress
-) -> tuple[engine.Totals, list[str]]:
+def _differing(plan: Plan, inputs: Sequence[File], progress: Progress) -> tuple[Totals, list[str]]:
     """Compare what is carried and should be the same everywhere."""
     rows = [(r[-1].name, sources_of(plan.tables, r)) for r in plan.carried_rows if is_compared(r)]
-    found, totals = engine.differing(rows, inputs, plan_memory(plan.options), progress)
+    found, totals = reading.find_differing(rows, inputs, plan_memory(plan.options), progress)
     return totals, [describe_difference(name) for name, _ in rows if name in found]

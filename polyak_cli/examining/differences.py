@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyak_cli import engine, formats
+from polyak_cli import formats
 from polyak_cli.averaging.matching import Row, files_of, match, sources_of
 from polyak_cli.checkpoints import Selection, file_of
+from polyak_cli.engine import reading
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.examining.reductions import (
     PairSums,
@@ -114,7 +115,7 @@ def _pair(tables: Sequence[Table]) -> tuple[list[Row], list[str]]:
         elif a.storage and b.storage:
             others.append((a, b))
     pairs = [(row[0].name, sources_of(tables, row)) for row in others]
-    unequal, _ = engine.differing(pairs, files_of(tables), bound_memory())
+    unequal, _ = reading.find_differing(pairs, files_of(tables), bound_memory())
     mismatches += [f"'{shown(name)}' is not the same" for name in unequal]
     return rows, sorted(mismatches)
 

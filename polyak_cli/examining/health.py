@@ -18,11 +18,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli import checkpoints, engine, formats
+from polyak_cli import checkpoints, formats
 from polyak_cli.averaging.matching import Row, files_of, match, sources_of
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, file_of
 from polyak_cli.checkpoints.suspicions import find_suspicions
-from polyak_cli.engine import Memory
+from polyak_cli.engine import reading
+from polyak_cli.engine.slabs import Memory
 from polyak_cli.errors import MismatchError, PolyakError, UsageError, shown
 from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, bound_memory
 from polyak_cli.formats.detection import detect
@@ -311,7 +312,7 @@ def _has_same_carried(tables: Sequence[Table], rows: Sequence[Row]) -> bool:
     pairs = [
         (row[0].name, sources_of(tables, row)) for row in carried if all(s.storage for s in row)
     ]
-    unequal, _ = engine.differing(pairs, files_of(tables), bound_memory())
+    unequal, _ = reading.find_differing(pairs, files_of(tables), bound_memory())
     return not unequal
 
 

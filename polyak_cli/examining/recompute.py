@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli import engine
 from polyak_cli.averaging import writing
 from polyak_cli.averaging.matching import sources_of
 from polyak_cli.averaging.planning import Plan
+from polyak_cli.engine import reading
 from polyak_cli.errors import shown
 from polyak_cli.examining import bitwise
 from polyak_cli.examining.bitwise import Deviation, TensorDeviation
@@ -95,7 +95,7 @@ def _compare_tensors(found: Table, expected: Table) -> Deviation:
             unequal.add(name)
         elif all(spec.storage for spec in row):
             rows.append((name, sources_of([found, expected], row)))
-    differing, _ = engine.differing(rows, [*found.files, *expected.files], bound_memory())
+    differing, _ = reading.find_differing(rows, [*found.files, *expected.files], bound_memory())
     unequal.update(differing)
     tensors = [TensorDeviation(name, 0, 0, b[name].size) for name in b if name in unequal]
     return Deviation(tuple(tensors), (*mismatches, "the tensors do not lie where they should"))

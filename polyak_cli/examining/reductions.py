@@ -13,14 +13,16 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from polyak_cli import engine
 from polyak_cli.averaging.matching import Row, compared, files_of
-from polyak_cli.engine import Memory
+from polyak_cli.engine import reading
+from polyak_cli.engine.inputs import check_unchanged
+from polyak_cli.engine.kernel import widen_any
+from polyak_cli.engine.slabs import Memory
 from polyak_cli.errors import FormatError
 from polyak_cli.storage import (
     Bytes,
 )
-from polyak_cli.tensors import Float64, Table, numbers
+from polyak_cli.tensors import Float64, Table
 
 #: Bytes for the buffers of one tool, where the user names no bound.
 BUFFER_BYTES = 16 << 20
@@ -61,9 +63,9 @@ def fold_slabs(
     files = files_of(tables)
     # Damaged or diverged models hold NaN, infinities, and values whose squares overflow.
     with np.errstate(invalid="ignore", over="ignore"):
-        for tensor, slabs in engine.values(compared(tables, rows), files, bound_memory()):
+        for tensor, slabs in reading.read_values(compared(tables, rows), files, bound_memory()):
             add(tensor.name, slabs)
-    engine.unchanged(files)
+    check_unchanged(files)
 
 
 def reduce_each(
@@ -201,7 +203,7 @@ class NeighbourSums:
         """
         with np.errstate(invalid="ignore", over="ignore"):
             self._read(tables, rows, memory)
-        engine.unchanged(files_of(tables))
+        check_unchanged(files_of(tables))
 
     def _read(self, tables: Sequence[Table], rows: Sequence[Row], memory: Memory) -> None:
         # A ring of the newest slabs: row k lies in place k % (REACH + 1); the last is scratch.
@@ -209,7 +211,7 @@ class NeighbourSums:
         before: Bytes | None = None
         held = REACH + 4  # slabs to compare, their difference, two as stored, and masks
         tensors = compared(tables, rows)
-        for tensor, k, stored in engine.pieces(tensors, files_of(tables), memory, held):
+        for tensor, k, stored in reading.read_pieces(tensors, files_of(tables), memory, held):
             if k == 0:
                 size = min(tensor.size, max(1, memory.most // (1 + held)))
                 if not recent or len(recent[0]) < size:
@@ -223,7 +225,7 @@ class NeighbourSums:
                 continue
             source = tensor.sources[k]
             count = len(stored) // (source.storage.nbytes // tensor.size)
-            numbers(stored, tensor.dtypes[k], source.byteorder, values[:count])
+            widen_any(stored, tensor.dtypes[k], source.byteorder, values[:count])
             self._add(tensor.name, k, [slab[:count] for slab in recent])
             if self.same[k]:
                 self.same[k] = before is not None and np.array_equal(stored, before)

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from polyak_cli import __version__, engine, formats, recalibration
+from polyak_cli import __version__, formats, recalibration
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import planning, records
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.averaging.records import Record
 from polyak_cli.checkpoints import Checkpoint, Selection, file_of, with_numbers
+from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.errors import (
     CheckpointError,
     FormatError,
@@ -436,7 +437,7 @@ class _Verifier:
         except (FormatError, MismatchError, CheckpointError) as error:
             gathered = ()
             self._explain(error)
-        engine.unchanged(self.table.files)
+        check_unchanged(self.table.files)
         return Verification(
             output=self.output,
             inputs=tuple((one.recorded.name, one.path) for one in self.inputs),

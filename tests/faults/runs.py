@@ -15,7 +15,8 @@ from tests.oracle import write_model
 OLD = b"an older average"
 
 LAID_OUT = PAUSE.format(module="formats", function="lay_out")  # no tensor has been read
-FOLDED = PAUSE.format(module="engine", function="fold")  # every tensor has been read and written
+# Every tensor has been read and written.
+FOLDED = PAUSE.format(module="engine.executors", function="fold")
 
 
 def write_run(folder: Path, count: int, elements: int) -> list[Path]:

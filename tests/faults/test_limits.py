@@ -73,7 +73,7 @@ def test_any_limit_of_address_space(run_folder: Path) -> None:
 def test_no_memory_left_is_one_line(run_folder: Path) -> None:
     """Wherever it runs out: exit 3, nothing unfinished."""
     code = (
-        "import polyak_cli.engine as module\n"
+        "import polyak_cli.engine.executors as module\n"
         "def fold(*arguments, **options):\n"
         "    raise MemoryError\n"
         "module.fold = fold\n"

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyak_cli.engine.kernel import narrow, widen
 from polyak_cli.storage.local import page_aligned
-from polyak_cli.tensors import FLOATS, narrow, widen
+from polyak_cli.tensors import FLOATS
 from tests.oracle import nearest_bfloat16
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=64)

@@ -1,0 +1,146 @@
+"""Read the same slabs of several checkpoints, for tools that look at tensors.
+
+Knows nothing of what is done with the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from polyak_cli.engine.inputs import Files
+from polyak_cli.engine.kernel import widen_any
+from polyak_cli.engine.slabs import FOLD_BYTES, Memory, TensorSource
+from polyak_cli.engine.timing import Clock, Progress, Totals
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.storage import Bytes, File
+from polyak_cli.tensors import Float64
+
+
+def find_differing(
+    tensors: Iterable[tuple[str, Sequence[TensorSource]]],
+    inputs: Sequence[File],
+    memory: Memory,
+    progress: Progress = lambda _: None,
+) -> tuple[set[str], Totals]:
+    """Return the names of tensors whose bytes are not the same everywhere, and what that took."""
+    step = memory.piece * 8
+    found = set()
+    clock = Clock()
+    with Files(inputs) as files:
+        for name, sources in tensors:
+            for read, same in _compared(sources, files, step, name):
+                clock.read(read)
+                progress(read)
+                if not same:
+                    found.add(name)
+                    break
+    return found, clock.totals()
+
+
+def _compared(
+    sources: Sequence[TensorSource], files: Files, step: int, name: str
+) -> Iterator[tuple[int, bool]]:
+    """Yield the bytes of each piece read, and whether it is the same as the first source's."""
+    nbytes = sources[0].storage.nbytes
+    if any(source.storage.nbytes != nbytes for source in sources):
+        yield 0, False
+        return
+    for start in range(0, nbytes, step):
+        first, other = (np.empty(min(step, nbytes - start), np.uint8) for _ in range(2))
+        files.read(sources[0], start, first, name)
+        yield len(first), True
+        for source in sources[1:]:
+            files.read(source, start, other, name)
+            yield len(other), np.array_equal(first, other)
+
+
+class ReadTensor(NamedTuple):
+    """One tensor of numbers, where each of several checkpoints keeps it."""
+
+    name: str
+    size: int
+    dtypes: Sequence[str]  # of each source
+    sources: Sequence[TensorSource]
+
+
+def read_pieces(
+    tensors: Iterable[ReadTensor], inputs: Sequence[File], memory: Memory, held: int | None = None
+) -> Iterator[tuple[ReadTensor, int, Bytes | FormatError]]:
+    """Yield the stored bytes of every slab of every tensor, from each checkpoint in turn.
+
+    Args:
+        tensors: of types of at most 8 bytes, and not empty.
+        inputs: the files of all checkpoints.
+        memory: bounds the buffers, which are used again: a piece is gone when the next but one
+            comes.
+        held: how many float64 buffers of a slab's length the caller keeps; one a checkpoint, if
+            not given.
+
+    Yields:
+        The tensor, the number of the checkpoint, and its bytes; or, in place of them, the error of
+        a file that ends early, is damaged, or changed since it was scanned.
+
+    Raises:
+        FormatError: a tensor cannot be read within the bound.
+    """
+    with Files(inputs) as files:
+        for tensor in tensors:
+            _check_held(tensor, inputs, memory)
+            buffers = len(tensor.sources) if held is None else held
+            count = min(tensor.size, max(1, memory.most // (1 + buffers)))
+            # Whole bands of chunks where they fit, or chunks would be decoded again and again.
+            band = max(
+                s.storage.alignment * tensor.size // s.storage.nbytes for s in tensor.sources
+            )
+            count -= count % band if 0 < band < count < tensor.size else 0
+            raw = [np.empty(count * 8, np.uint8) for _ in range(2)]
+            for start in range(0, tensor.size, count):
+                for k, source in enumerate(tensor.sources):
+                    width = source.storage.nbytes // tensor.size
+                    stored = raw[k % 2][: min(count, tensor.size - start) * width]
+                    try:
+                        files.read(source, start * width, stored, tensor.name)
+                    except FormatError as error:
+                        yield tensor, k, error
+                    else:
+                        yield tensor, k, stored
+
+
+def read_values(
+    tensors: Iterable[ReadTensor], inputs: Sequence[File], memory: Memory
+) -> Iterator[tuple[ReadTensor, list[Float64]]]:
+    """Yield every slab of every tensor as each checkpoint has it, in float64 and in flat memory.
+
+    Args:
+        tensors: of types that `kernel.widen_any` knows, and not empty.
+        inputs: the files of all checkpoints.
+        memory: bounds the buffers, which are used again: a slab is gone when the next one comes.
+
+    Raises:
+        FormatError: an input ends early, is damaged, or changed since it was scanned.
+    """
+    buffers: list[Float64] = []
+    for tensor, k, stored in read_pieces(tensors, inputs, memory):
+        if isinstance(stored, FormatError):
+            raise stored
+        source = tensor.sources[k]
+        count = len(stored) // (source.storage.nbytes // tensor.size)
+        if k == 0 and (len(buffers) != len(tensor.sources) or len(buffers[0]) < count):
+            buffers = [np.empty(count) for _ in tensor.sources]
+        widen_any(stored, tensor.dtypes[k], source.byteorder, buffers[k][:count])
+        if k == len(tensor.sources) - 1:
+            yield tensor, [buffer[:count] for buffer in buffers]
+
+
+def _check_held(tensor: ReadTensor, inputs: Sequence[File], memory: Memory) -> None:
+    """Refuse what cannot be read within the bound."""
+    for source in tensor.sources:
+        if source.storage.held > memory.most * FOLD_BYTES:
+            raise FormatError(
+                f"{shown(inputs[source.file].path)}: tensor '{shown(tensor.name)}' is stored in "
+                f"chunks of {source.storage.held} bytes, each of which must be held whole; "
+                f"expected at most {memory.most * FOLD_BYTES}"
+            )
