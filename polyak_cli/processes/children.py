@@ -1,8 +1,9 @@
-"""Forked children that report in lines of JSON: a process of one's own for work that needs it.
+"""Forked worker processes that report in lines of JSON.
 
-Reading strangers' headers needs one because libhdf5 may crash; folding needs them because threads
-hand the interpreter's lock to and fro too often.  JSON and never pickles: a child that was taken
-over by what it reads must not be able to run code here.  Knows nothing of the work.
+Untrusted headers are read in one because libhdf5 may crash; tensors are folded in several because
+threads would wait too often for the interpreter's lock.  Messages are JSON and never pickles: a
+child that a hostile file has taken over must not be able to run code here.  Knows nothing of the
+work.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ class Writer:
         self.descriptor = descriptor
 
     def send(self, message: Any) -> None:
-        """Send what JSON can hold."""
+        """Send a message of values that JSON can hold."""
         self.line(json.dumps(message).encode())
 
     def line(self, line: bytes = b"") -> None:
-        """Send a line; an empty one only says that the child is alive."""
+        """Send a line; an empty one is a heartbeat."""
         view = memoryview(line + b"\n")
         while view:
             view = view[os.write(self.descriptor, view) :]
 
 
 class Child:
-    """A process that works and reports; forked at once, and to be reaped or stopped."""
+    """A process that works and reports; forked at once, later reaped or stopped."""
 
     def __init__(self, work: Work) -> None:
         self.parent = os.getpid()
@@ -74,7 +75,10 @@ class Child:
                 self._unblock(mask)
 
     def _unblock(self, mask: Iterable[int | signal.Signals]) -> None:
-        """Let signals through again; one that has waited is raised here, and nobody has us yet."""
+        """Let signals through again.
+
+        A signal that waited is raised here, before the caller holds this child and could stop it.
+        """
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         except BaseException:
@@ -88,7 +92,7 @@ class Child:
         return bool(received)
 
     def next_line(self) -> bytes | None:
-        """Return the next line already received that is not a mere sign of life."""
+        """Return the next line already received that is not a heartbeat."""
         while (end := self.pending.find(b"\n")) >= 0:
             line = bytes(self.pending[:end])
             del self.pending[: end + 1]
@@ -97,7 +101,7 @@ class Child:
         return None
 
     def reap(self) -> str:
-        """Wait for the end of the child and return how it came: '' if as it should."""
+        """Wait for the end of the child and return how it ended: '' for success."""
         os.close(self.pipe)
         _, status = os.waitpid(self.pid, 0)
         self.pid = 0
@@ -107,7 +111,7 @@ class Child:
 
     def stop(self) -> None:
         """End the child, whatever it is doing."""
-        # A child inherits its parent's other children; they are not its own to end.
+        # A forked child inherits the objects of its siblings, which only the parent may end.
         if self.pid and self.parent == os.getpid():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -141,7 +145,7 @@ def _run(work: Work, writer: Writer, mask: Iterable[int | signal.Signals]) -> No
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """Return the message that tells the parent of an error; what is unexpected is a bug."""
+    """Return the message that reports an error to the parent; an unexpected one is a bug."""
     if isinstance(error, PolyakError):
         return {"error": [type(error).__name__, str(error)]}
     if isinstance(error, OSError) and error.errno:
@@ -152,7 +156,7 @@ def failure(error: Exception) -> dict[str, Any]:
 
 
 def raised(message: dict[str, Any]) -> Exception | None:
-    """Return the error that a message tells of, as it was in the child, if it tells of one."""
+    """Return the error that a message reports, as it was in the child, or None."""
     if "error" in message:
         kind, text = message["error"]
         leaf = getattr(importlib.import_module("polyak_cli.errors"), kind, None)

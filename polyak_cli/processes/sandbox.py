@@ -1,7 +1,7 @@
-"""Reading strangers' headers at arm's length: in a forked child, under limits of memory and time.
+"""Read untrusted headers in a forked child, under limits of memory and time.
 
-libhdf5 can be crashed, hung or bloated by one flipped byte of a header, with the interpreter's lock
-held.  So it runs in a child, and a child that dies costs one error line.  Knows nothing of formats.
+One flipped byte of a header can make libhdf5 crash, loop, or allocate without end, and it holds the
+interpreter's lock meanwhile.  A child that dies costs one error line.  Knows no format.
 """
 
 from __future__ import annotations
@@ -14,33 +14,62 @@ import resource
 import selectors
 import signal
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from polyak_cli.errors import FormatError, PolyakError, shown
 from polyak_cli.processes.children import Child, Writer, failure, raised
 
-CPU_SECONDS = 4  # without a sign of life: a loop inside libhdf5
-WALL_SECONDS = 120  # without a sign of life: a file system that does not answer
-PULSE_SECONDS = 0.1
+CPU_SECONDS = 4  # of processor time between two heartbeats; more is a loop inside libhdf5
+WALL_SECONDS = 120  # between two heartbeats; more is a file system that does not answer
+BEAT_SECONDS = 0.1  # between two heartbeats at least
 GROWTH_BYTES = 256 << 20  # address space on top of what the parent has
 
-Task = Callable[[Any, Callable[[], None]], Any]
+#: What a task calls while it works; `Heartbeat` is one.
+Alive = Callable[[], None]
+Item = TypeVar("Item")
+
+
+class Heartbeat:
+    """Reports that a task makes progress, at most every `BEAT_SECONDS`.
+
+    A task that sends no heartbeat for `CPU_SECONDS` of processor time, or for `WALL_SECONDS`, is
+    ended.  Loops use `over`; a step that is no loop calls the heartbeat itself.
+    """
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self.beat = beat
+        self.next = 0.0
+
+    def __call__(self) -> None:
+        """Report progress, unless that was done a moment ago."""
+        now = time.monotonic()
+        if now >= self.next:
+            self.next = now + BEAT_SECONDS
+            self.beat()
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items, with a heartbeat before each."""
+        for item in items:
+            self()
+            yield item
+
+
+Task = Callable[[Any, Heartbeat], Any]
 
 
 def each(
     task: Task, items: Sequence[Any], names: Sequence[str], jobs: int = 1
 ) -> Generator[Any, None, None]:
-    """Yield ``task(item, alive)`` for every item, in order, each run in a child.
+    """Yield ``task(item, heartbeat)`` for every item, in order, each run in a child.
 
     Args:
-        task: called in the child with the item and with a function that says "still alive", to be
-            called at least every few hundred tensors.  Returns what JSON can hold, or raises
-            PolyakError.
+        task: called in the child with the item and a heartbeat, which it must send at least every
+            few hundred tensors.  Returns what JSON can hold, or raises PolyakError.
         items: what to work on; reaches the child by fork, not by serialisation.
-        names: how each item is called in messages.
-        jobs: children at a time; the items are dealt out in turn.
+        names: how messages call each item.
+        jobs: number of children; child `k` takes every `jobs`-th item from item `k` on.
 
     Yields:
         For each item the value, or the PolyakError (not raised: the caller may want the others).
@@ -72,7 +101,7 @@ def values(
 
 @dataclass(slots=True)
 class _Lane:
-    """One child at a time, working through its share of the items."""
+    """One child at a time, which works through its share of the items."""
 
     task: Task
     items: Sequence[Any]
@@ -80,9 +109,11 @@ class _Lane:
     share: range
     done: int = 0
     child: Child | None = None
+    waited: bool = False  # in vain: the child was ended after `WALL_SECONDS`
 
     def start(self) -> None:
-        """Fork a child for what is left of the share."""
+        """Fork a child for the items that are left of the share."""
+        self.waited = False
         left = [self.items[k] for k in self.share[self.done :]]
         if left:
             self.child = Child(lambda writer: _work(self.task, left, writer))
@@ -93,15 +124,16 @@ class _Lane:
         name = shown(self.names[self.share[self.done]])
         self.done += 1
         if line is None:
-            outcome: Any = FormatError(f"{name}: {self._last_words()}")
+            outcome: Any = FormatError(f"{name}: {self._explain_end()}")
             self.start()
             return outcome
         message = json.loads(line)
         error = raised(message)
         if isinstance(error, MemoryError):
             return FormatError(
-                f"{name}: reading its header needs more than {GROWTH_BYTES >> 20} MiB of memory; "
-                "the file is damaged, hostile, or beyond what can be read"
+                f"{name}: reading its header needs more than {GROWTH_BYTES >> 20} MiB of memory, "
+                f"the limit of address space{_or_less('AS', 'ulimit -v')}; leave the file out or "
+                "save it again"
             )
         if isinstance(error, OSError):
             return FormatError(f"{name}: cannot be read: {error.strerror}")
@@ -121,22 +153,35 @@ class _Lane:
             with selectors.DefaultSelector() as selector:
                 selector.register(child.pipe, selectors.EVENT_READ)
                 if not selector.select(WALL_SECONDS):
+                    self.waited = True
                     os.kill(child.pid, signal.SIGKILL)
                     return None
             if not child.receive():
                 return None
         return None
 
-    def _last_words(self) -> str:
-        """Reap a child that ended early and say what became of it."""
+    def _explain_end(self) -> str:
+        """Reap a child that ended early, and say which limit it reached or how else it ended."""
         how = self.child.reap() if self.child else ""
-        if how in ("SIGXCPU", "SIGKILL"):
+        if self.waited:
             return (
-                "reading its header does not end; the file is damaged, hostile, or on a file "
-                "system that does not answer. Leave it out or save it again"
+                f"reading its header does not end: {WALL_SECONDS} seconds without a heartbeat, "
+                "the limit of waiting; its file system may not answer. Leave the file out, or try "
+                "again"
             )
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        scarce = ", or needs more memory than ulimit -v allows" * (limit != resource.RLIM_INFINITY)
+        if how == "SIGXCPU":
+            return (
+                f"reading its header does not end: {CPU_SECONDS} seconds of processor time "
+                f"without a heartbeat, the limit{_or_less('CPU', 'ulimit -t')}. Leave the file "
+                "out or save it again"
+            )
+        if how == "SIGKILL":
+            return (
+                "the process that reads its header was killed from outside (SIGKILL), perhaps "
+                f"because memory ran out{_or_less('CPU', 'ulimit -t')}; use fewer --jobs, or leave "
+                "the file out"
+            )
+        scarce = _or_less("AS", "it needs more memory than ulimit -v allows")
         return (
             f"reading its header crashed the HDF5 library ({how}); the file is damaged or "
             f"hostile{scarce}. Leave it out or save it again"
@@ -148,64 +193,58 @@ class _Lane:
             self.child.stop()
 
 
+def _or_less(limit: str, name: str) -> str:
+    """Return the other explanation that a limit of the user's is, where there is one."""
+    soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{limit}"))
+    return f", or {name}" if soft != resource.RLIM_INFINITY else ""
+
+
 def _work(task: Task, items: Sequence[Any], writer: Writer) -> None:
     """Work through the items in the child."""
-    _hold_its_tongue()
+    _silence_stderr()
     _limit_memory()
-    gc.disable()  # a third of the time of 100,000 tensors, for cycles that nobody makes
-    alive = _Pulse(writer)
-    for item in items:
-        alive()
+    gc.disable()  # it takes a third of the time of 100,000 tensors, and no cycles are made
+
+    def beat() -> None:
+        writer.line()
+        _grant_processor_time()
+
+    heartbeat = Heartbeat(beat)
+    for item in heartbeat.over(items):
         try:
-            writer.send({"value": task(item, alive)})
-        except Exception as error:  # told to the parent; the next item may do better
+            writer.send({"value": task(item, heartbeat)})
+        except Exception as error:  # the parent reports it; the next item may do better
             writer.send(failure(error))
 
 
-def _hold_its_tongue() -> None:
-    """Lead standard error nowhere: what is to be told of a file is told by the parent, in one line.
+def _silence_stderr() -> None:
+    """Redirect stderr to /dev/null: the parent reports each file's error in one line.
 
-    Else the allocator, which finds its heap spoilt, a library that warns of an old header, and an
-    interpreter that is out of memory would each add words of their own.
+    Otherwise the allocator that finds its heap damaged, a library that warns of an old header, and
+    an interpreter without memory would each print lines of their own.
     """
-    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(null, 2)
+    os.close(null)
 
 
-class _Pulse:
-    """Says "still alive", though not more often than is of use."""
-
-    def __init__(self, writer: Writer) -> None:
-        self.writer = writer
-        self.next = 0.0
-
-    def __call__(self) -> None:
-        """Say so, and grant the next stretch of processor time."""
-        now = time.monotonic()
-        if now < self.next:
-            return
-        self.next = now + PULSE_SECONDS
-        self.writer.line()
-        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        granted = int(time.process_time()) + 1 + CPU_SECONDS
-        with contextlib.suppress(ValueError):  # a hard limit of the user's that is nearer still
-            resource.setrlimit(resource.RLIMIT_CPU, (granted, hard))
+def _grant_processor_time() -> None:
+    """Move the limit of processor time to `CPU_SECONDS` from now."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    granted = int(time.process_time()) + 1 + CPU_SECONDS
+    with contextlib.suppress(ValueError):  # a hard limit of the user's that is nearer still
+        resource.setrlimit(resource.RLIMIT_CPU, (granted, hard))
 
 
 def _limit_memory() -> None:
-    """Allow so much more address space than the process has now, and no core file."""
+    """Allow `GROWTH_BYTES` of address space more than the process has now, and no core file."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         with open("/proc/self/statm", "rb") as statm:
             pages = int(statm.read().split()[0])
     except OSError:
-        return  # only Linux tells, and only there is RLIMIT_AS kept
+        return  # only Linux has this file, and only Linux enforces RLIMIT_AS
     limit = pages * resource.getpagesize() + GROWTH_BYTES
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard == resource.RLIM_INFINITY or limit < hard:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-
-
-#: Says "still alive" to whoever waits for a header's reader; see `formats.sandbox`.
-Alive = Callable[[], None]
