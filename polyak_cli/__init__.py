@@ -24,8 +24,6 @@ if TYPE_CHECKING:
         model_files,
         select,
     )
-    from polyak_cli.comparison import Compared, Comparison, Gain, compare
-    from polyak_cli.data import Split, halves
     from polyak_cli.errors import (
         CheckpointError,
         FormatError,
@@ -35,15 +33,18 @@ if TYPE_CHECKING:
         PolyakError,
         UsageError,
     )
+    from polyak_cli.evaluation.comparison import Compared, Comparison, Gain, compare
+    from polyak_cli.evaluation.data import Split, halves
+    from polyak_cli.evaluation.evaluator import Examiner, Outcome, Score, evaluate
+    from polyak_cli.evaluation.recalibration import Recalibration, recalibrate
+    from polyak_cli.evaluation.sample_run import TrainReport, train
+    from polyak_cli.evaluation.significance import Paired, mcnemar, paired, verdict
+    from polyak_cli.evaluation.sweeping import Sweep, sweep
     from polyak_cli.examining.differences import Differences, Distances, diff, distances
     from polyak_cli.examining.health import Checked, Health, check
     from polyak_cli.examining.inspection import Inspection, inspect
     from polyak_cli.examining.verification import Discrepancy, Verification, verify
-    from polyak_cli.models import Examiner, Outcome, Score, TrainReport, evaluate, train
     from polyak_cli.pipeline import Report, average, run
-    from polyak_cli.recalibration import Recalibration, recalibrate
-    from polyak_cli.statistics import Paired, mcnemar, paired, verdict
-    from polyak_cli.sweeping import Sweep, sweep
     from polyak_cli.watching import watch
 
 __version__ = "0.1.0"
@@ -110,55 +111,55 @@ _HOMES = {
     "Checked": "examining.health",
     "Checkpoint": "checkpoints",
     "CheckpointError": "errors",
-    "Compared": "comparison",
-    "Comparison": "comparison",
+    "Compared": "evaluation.comparison",
+    "Comparison": "evaluation.comparison",
     "Differences": "examining.differences",
     "Discrepancy": "examining.verification",
     "Distances": "examining.differences",
-    "Examiner": "models",
+    "Examiner": "evaluation.evaluator",
     "FormatError": "errors",
-    "Gain": "comparison",
+    "Gain": "evaluation.comparison",
     "Health": "examining.health",
     "Inspection": "examining.inspection",
     "MismatchError": "errors",
     "MissingExtraError": "errors",
     "Options": "averaging.options",
-    "Outcome": "models",
+    "Outcome": "evaluation.evaluator",
     "OutputError": "errors",
-    "Paired": "statistics",
+    "Paired": "evaluation.significance",
     "PassedOver": "checkpoints",
     "Plan": "averaging.planning",
     "PolyakError": "errors",
     "Problem": "checkpoints",
-    "Recalibration": "recalibration",
+    "Recalibration": "evaluation.recalibration",
     "Report": "pipeline",
-    "Score": "models",
+    "Score": "evaluation.evaluator",
     "Selection": "checkpoints",
-    "Split": "data",
-    "Sweep": "sweeping",
-    "TrainReport": "models",
+    "Split": "evaluation.data",
+    "Sweep": "evaluation.sweeping",
+    "TrainReport": "evaluation.sample_run",
     "UsageError": "errors",
     "Verification": "examining.verification",
     "average": "pipeline",
     "check": "examining.health",
     "coefficients": "averaging.schemes",
-    "compare": "comparison",
+    "compare": "evaluation.comparison",
     "diff": "examining.differences",
     "distances": "examining.differences",
     "effective_number": "averaging.schemes",
-    "evaluate": "models",
-    "halves": "data",
+    "evaluate": "evaluation.evaluator",
+    "halves": "evaluation.data",
     "inspect": "examining.inspection",
-    "mcnemar": "statistics",
+    "mcnemar": "evaluation.significance",
     "model_files": "checkpoints",
-    "paired": "statistics",
+    "paired": "evaluation.significance",
     "plan": "averaging.planning",
-    "recalibrate": "recalibration",
+    "recalibrate": "evaluation.recalibration",
     "run": "pipeline",
     "select": "checkpoints",
-    "sweep": "sweeping",
-    "train": "models",
-    "verdict": "statistics",
+    "sweep": "evaluation.sweeping",
+    "train": "evaluation.sample_run",
+    "verdict": "evaluation.significance",
     "verify": "examining.verification",
     "watch": "watching",
 }

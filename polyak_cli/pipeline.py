@@ -25,7 +25,7 @@ from polyak_cli.formats import outputs
 from polyak_cli.storage import publishing
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
-    from polyak_cli.recalibration import Recalibration
+    from polyak_cli.evaluation.recalibration import Recalibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | Non
     rows = plan.options.get("recalibrate")
     if rows is None:
         return None
-    from polyak_cli import recalibration
+    from polyak_cli.evaluation import recalibration
 
     # Keras goes by the suffix; what begins with the hidden name is removed whatever happens.
     average = hidden.with_name(f"{hidden.name}.average{output.suffix}")

@@ -30,8 +30,8 @@ from polyak_cli.averaging.schemes import SCHEMES
 from polyak_cli.cli import cli
 from polyak_cli.cli.models import _below
 from polyak_cli.errors import UsageError
-from polyak_cli.models import Score
-from polyak_cli.reports import as_json
+from polyak_cli.evaluation.evaluator import Score
+from polyak_cli.evaluation.reports import as_json
 from tests.command import (
     POLYAK,
     SAMPLES,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from polyak_cli import plots
 from polyak_cli.errors import MissingExtraError, OutputError, UsageError
+from polyak_cli.evaluation import plots
 
 HISTORY = {
     "loss": (1.0, 0.5, 0.4),

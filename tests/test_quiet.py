@@ -7,7 +7,8 @@ import sys
 def run(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter, whose standard error is descriptor 2 itself."""
     imports = (
-        "import logging, os, sys, warnings\nfrom polyak_cli.quiet import hushed, prints_on_stderr"
+        "import logging, os, sys, warnings\n"
+        "from polyak_cli.evaluation.quiet import hushed, prints_on_stderr"
     )
     script = f"{imports}\n{code}"
     return subprocess.run(

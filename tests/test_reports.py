@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from polyak_cli import reports
 from polyak_cli.errors import OutputError
+from polyak_cli.evaluation import reports
 
 
 def found(evil: str = "model_3.h5") -> dict[str, Any]:

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak_cli import statistics
 from polyak_cli.errors import UsageError
-from polyak_cli.statistics import Paired, mcnemar, paired, verdict
+from polyak_cli.evaluation import significance
+from polyak_cli.evaluation.significance import Paired, mcnemar, paired, verdict
 
 quietly = settings(derandomize=True, deadline=None, max_examples=50)
 numbers = st.floats(-1e6, 1e6)
@@ -212,4 +212,4 @@ def test_the_verdict_is_whether_zero_is_in_the_interval(
 
 def test_the_constants_are_those_of_the_documentation() -> None:
     """Ten thousand resamples from seed 0, 95 %."""
-    assert (statistics.SEED, statistics.RESAMPLES, statistics.CONFIDENCE) == (0, 10_000, 0.95)
+    assert (significance.SEED, significance.RESAMPLES, significance.CONFIDENCE) == (0, 10_000, 0.95)

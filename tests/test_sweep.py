@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak_cli import sweeping
 from polyak_cli.averaging import schemes
 from polyak_cli.errors import UsageError
+from polyak_cli.evaluation import candidates, soups
 
 
 def test_schemes_are_read_with_their_parameters() -> None:
     """A parameter stands behind a colon; without one, it is the scheme's default."""
-    assert sweeping.parse_schemes("equal,linear, exp:2,ema") == [
+    assert candidates.parse_schemes("equal,linear, exp:2,ema") == [
         ("equal", None),
         ("linear", None),
         ("exp", 2.0),
@@ -27,20 +27,20 @@ def test_schemes_are_read_with_their_parameters() -> None:
 def test_what_is_no_scheme_is_refused(text: str) -> None:
     """Unknown names, parameters that are none or out of range, and stray ones."""
     with pytest.raises(UsageError):
-        sweeping.parse_schemes(text)
+        candidates.parse_schemes(text)
 
 
 def test_windows_are_numbers_and_ranges() -> None:
     """Without a list, every window there is."""
-    assert sweeping.parse_windows("1-3, 7,2", 10) == [1, 2, 3, 7]
-    assert sweeping.parse_windows(None, 4) == [1, 2, 3, 4]
+    assert candidates.parse_windows("1-3, 7,2", 10) == [1, 2, 3, 7]
+    assert candidates.parse_windows(None, 4) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("text", ["", "0", "11", "3-2", "1-11", "a", "1-", "-3", "1,,2", "2.5"])
 def test_what_is_no_window_is_refused(text: str) -> None:
     """Windows lie between 1 and the number of checkpoints."""
     with pytest.raises(UsageError, match="--windows"):
-        sweeping.parse_windows(text, 10)
+        candidates.parse_windows(text, 10)
 
 
 @settings(derandomize=True, deadline=None)
@@ -49,8 +49,8 @@ def test_candidates_are_all_singles_windows_and_schemes(count: int, data: st.Dat
     """Coefficients sum to 1, are zero outside the window, and are those of `average --last`."""
     windows = data.draw(st.lists(st.integers(1, count), min_size=1, unique=True))
     positions = [float(k + 1) for k in range(count)]
-    chosen = sweeping.parse_schemes("equal,exp:2,power:0.1")
-    found = sweeping.candidates(positions, windows, chosen)
+    chosen = candidates.parse_schemes("equal,exp:2,power:0.1")
+    found = candidates.list_candidates(positions, windows, chosen)
     assert [c.coefficients.index(1.0) for c in found[:count]] == list(range(count))
     averages = found[count:]
     assert {(c.scheme, c.window) for c in averages} == {(n, w) for n, _ in chosen for w in windows}
@@ -74,7 +74,7 @@ def test_a_step_of_the_search_keeps_coefficients_such(
         return
     coefficients = [c / total for c in raw]
     k = data.draw(st.integers(0, len(raw) - 1))
-    for near in sweeping._near(coefficients, k, step):
+    for near in soups._near(coefficients, k, step):
         assert min(near) >= 0
         assert math.isclose(math.fsum(near), 1)
         assert near[k] != coefficients[k]

@@ -25,12 +25,11 @@ from polyak_cli import (
     Verification,
     average,
     inspect,
-    models,
-    recalibration,
     verify,
 )
 from polyak_cli.averaging import records
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, UsageError
+from polyak_cli.evaluation import batchnorm, recalibration
 from polyak_cli.examining import bitwise
 from polyak_cli.storage import (
     File,
@@ -830,11 +829,11 @@ def recalibrated(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tensors = {"kernel": np.outer(row, row), "moving_mean": row}
         write_model(run / f"ckpts/model_{k}.h5", {"dense": tensors})
 
-    def moments(table: Table, *_: object, **__: object) -> models.Moments:
+    def moments(table: Table, *_: object, **__: object) -> batchnorm.Moments:
         with h5py.File(table.files[0].path) as file:
             place = "/model_weights/dense/moving_mean"
             before = {place: file[place][()]}
-        return models.Moments(before, {place: np.linspace(0, 1, 7) / 3}, 1, 1, ())
+        return batchnorm.Moments(before, {place: np.linspace(0, 1, 7) / 3}, 1, 1, ())
 
     monkeypatch.setattr(recalibration, "moments", moments)
     monkeypatch.setattr(recalibration, "check_model", lambda _: None)

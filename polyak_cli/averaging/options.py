@@ -25,7 +25,7 @@ from polyak_cli.errors import (
 from polyak_cli.tensors import FLOATS
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
-    from polyak_cli.data import Split
+    from polyak_cli.evaluation.data import Split
 
 Source = str | os.PathLike[str]
 Progress = Callable[[int], None]

@@ -314,7 +314,7 @@ def _suspicions(
 def _check_recalibration(template: Table, output: Path | None, options: Options) -> None:
     rows = options.get("recalibrate")
     if rows is not None:
-        from polyak_cli import recalibration
+        from polyak_cli.evaluation import recalibration
 
         recalibration.check(template, output, rows, batch_size_of(options))
 

@@ -151,7 +151,7 @@ def _diff_run(
 
     plot = options["plot"]
     if plot:
-        from polyak_cli import plots
+        from polyak_cli.evaluation import plots
 
         plots.check(Path(plot))
     selection = checkpoints.select(

@@ -38,9 +38,9 @@ from polyak_cli.errors import UsageError, shown
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polyak_cli.comparison import Comparison
-    from polyak_cli.data import Split
-    from polyak_cli.models import Score
+    from polyak_cli.evaluation.comparison import Comparison
+    from polyak_cli.evaluation.data import Split
+    from polyak_cli.evaluation.evaluator import Score
 
 
 def load_rows(options: dict[str, Any]) -> Sequence[str]:
@@ -50,7 +50,7 @@ def load_rows(options: dict[str, Any]) -> Sequence[str]:
         if split:
             raise UsageError("--split belongs to --recalibrate, which is missing")
         return ()
-    from polyak_cli import data as datasets
+    from polyak_cli.evaluation import data as datasets
 
     with keep_prints_apart(name):
         dataset = datasets.load(name)
@@ -64,7 +64,7 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     if recalibrates is None:
         yield
         return
-    from polyak_cli.quiet import prints_on_stderr
+    from polyak_cli.evaluation.quiet import prints_on_stderr
 
     with prints_on_stderr():
         yield
@@ -134,8 +134,8 @@ def evaluate(
     if fail_if_worse and baseline is None:
         raise UsageError("--fail-if-worse has nothing to compare with; name a model by --baseline")
     from polyak_cli import checkpoints
-    from polyak_cli import data as datasets
-    from polyak_cli.quiet import prints_on_stderr
+    from polyak_cli.evaluation import data as datasets
+    from polyak_cli.evaluation.quiet import prints_on_stderr
 
     paths, passed_over = checkpoints.model_files(models)
     with prints_on_stderr():
@@ -166,10 +166,10 @@ def _scored(
     paths: Sequence[Path], baseline: str | None, rows: Split, **options: Any
 ) -> tuple[list[Score], Comparison | None]:
     """Score the models, and compare them where there is something to compare with."""
-    from polyak_cli import comparison, models
+    from polyak_cli.evaluation import comparison, evaluator
 
     if baseline is None:
-        return [*models.evaluate(paths, rows, **options)], None
+        return [*evaluator.evaluate(paths, rows, **options)], None
     compared = comparison.compare(paths, baseline, rows, **options)
     return [one.score for one in compared.models], compared
 
@@ -268,9 +268,9 @@ def recalibrate(
     MODEL is a whole Keras model, such as an average, whose statistics are averages of estimates
     that were made for other weights.  The output is MODEL with nothing else changed.
     """
-    from polyak_cli import data as datasets
-    from polyak_cli import recalibration
-    from polyak_cli.quiet import prints_on_stderr
+    from polyak_cli.evaluation import data as datasets
+    from polyak_cli.evaluation import recalibration
+    from polyak_cli.evaluation.quiet import prints_on_stderr
 
     with prints_on_stderr():
         dataset = datasets.load(data)
@@ -363,9 +363,9 @@ def sweep(
     """
     from pathlib import Path
 
-    from polyak_cli import data as datasets
-    from polyak_cli import reports, sweeping
-    from polyak_cli.quiet import prints_on_stderr
+    from polyak_cli.evaluation import data as datasets
+    from polyak_cli.evaluation import reports, sweeping
+    from polyak_cli.evaluation.quiet import prints_on_stderr
 
     folder = Path(output)
     reports.check(folder, force=force)
@@ -448,14 +448,14 @@ def train(
     """Train the sample network and keep a checkpoint of each of the last epochs."""
     from pathlib import Path
 
-    from polyak_cli import models
+    from polyak_cli.evaluation import sample_run
 
     if plot:
-        from polyak_cli import plots
+        from polyak_cli.evaluation import plots
 
         plots.check(Path(plot))
     with show_progress("training", epochs, quiet or as_json, in_bytes=False) as advance:
-        report = models.train(
+        report = sample_run.train(
             Path(output),
             epochs=epochs,
             keep=keep,

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
     from polyak_cli.averaging.planning import Plan
     from polyak_cli.checkpoints import PassedOver
-    from polyak_cli.comparison import Comparison
+    from polyak_cli.evaluation.comparison import Comparison
+    from polyak_cli.evaluation.evaluator import Score
+    from polyak_cli.evaluation.recalibration import Recalibration
     from polyak_cli.examining.differences import Differences, Distances
     from polyak_cli.examining.health import Health
     from polyak_cli.examining.inspection import Inspection
     from polyak_cli.examining.verification import Verification
-    from polyak_cli.models import Score
     from polyak_cli.pipeline import Report
-    from polyak_cli.recalibration import Recalibration
 
 #: Problems that are shown of an average which does not verify.
 _MOST = 20
@@ -34,7 +34,7 @@ def result(
 ) -> None:
     """Print what a command found: as JSON, or as lines for a person, who may want none."""
     if as_json:
-        from polyak_cli.reports import as_json as text
+        from polyak_cli.evaluation.reports import as_json as text
 
         print_lines([text(data)], sys.stdout)
     elif not quiet:
@@ -43,7 +43,7 @@ def result(
 
 def json_line(data: Mapping[str, Any]) -> None:
     """Print what was found as one line of JSON."""
-    from polyak_cli.reports import as_json as text
+    from polyak_cli.evaluation.reports import as_json as text
 
     print_lines([text(data, indent=None)], sys.stdout)
 
@@ -325,7 +325,7 @@ def _score_lines(scores: Sequence[Score]) -> Iterator[str]:
 
 def sweep_lines(found: Mapping[str, Any], folder: Path, best: Path | None) -> Iterator[str]:
     """Yield a row for each candidate, then what they say."""
-    from polyak_cli import reports
+    from polyak_cli.evaluation import reports
 
     columns = [(split, metric) for metric in ("accuracy", "loss") for split in found["splits"]]
     table = [["candidate", *(f"{metric} ({split})" for split, metric in columns)]]

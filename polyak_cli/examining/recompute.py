@@ -60,7 +60,7 @@ def compare_again(
     with publishing.scratch(near, nbytes) as folder:
         expected = writing.again(plan, folder, written.opened, written.record)
         if written.recalibrated is not None:
-            from polyak_cli import recalibration  # which knows of Keras
+            from polyak_cli.evaluation import recalibration  # which knows of Keras
 
             expected = recalibration.restored(expected, written.recalibrated)
         if table is not None and not _is_laid_out_alike(table, expected):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from polyak_cli import __version__, formats, recalibration
+from polyak_cli import __version__, formats
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import planning, records
 from polyak_cli.averaging.planning import Plan
@@ -30,6 +30,7 @@ from polyak_cli.errors import (
     UsageError,
     shown,
 )
+from polyak_cli.evaluation import recalibration
 from polyak_cli.examining.bitwise import Deviation
 from polyak_cli.examining.recompute import Written, compare_again
 from polyak_cli.formats.detection import detect

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak_cli import Examiner, average, halves, paired, recalibrate
-from polyak_cli.data import Split
-from polyak_cli.statistics import verdict
+from polyak_cli.evaluation.data import Split
+from polyak_cli.evaluation.significance import verdict
 
 ROOT = Path(__file__).parents[2]
 EPOCHS, LAST, SEEDS = 40, 10, 8

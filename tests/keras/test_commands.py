@@ -18,8 +18,9 @@ import h5py
 import numpy as np
 import pytest
 
-from polyak_cli import FormatError, Split, average, data, evaluate, plan, train
+from polyak_cli import FormatError, Split, average, evaluate, plan, train
 from polyak_cli.cli import cli
+from polyak_cli.evaluation import data
 from tests.command import SAMPLES, one_line, polyak, tree
 
 pytestmark = pytest.mark.slow

@@ -11,10 +11,11 @@ import h5py
 import numpy as np
 import pytest
 
-from polyak_cli import average, compare, data, evaluate, models
-from polyak_cli.comparison import gains
+from polyak_cli import average, compare, evaluate
 from polyak_cli.errors import FormatError, UsageError
-from polyak_cli.statistics import mcnemar, paired
+from polyak_cli.evaluation import data, evaluator
+from polyak_cli.evaluation.comparison import gains
+from polyak_cli.evaluation.significance import mcnemar, paired
 from tests.command import Done, one_line, polyak
 from tests.keras.test_evaluate import CLASSES, ROWS, SAMPLE, SAMPLES, network, saved, split
 
@@ -27,10 +28,10 @@ def ruined(path: Path, bias: float) -> Path:
     return path
 
 
-def made(**given: Any) -> models.Outcome:
+def made(**given: Any) -> evaluator.Outcome:
     """Return an outcome of four rows."""
     whole = {"loss": 0.5, "metrics": {}, "losses": np.ones(4), "correct": np.ones(4, bool)}
-    return models.Outcome(**{**whole, "predictions": None, "loss_name": "a", **given})
+    return evaluator.Outcome(**{**whole, "predictions": None, "loss_name": "a", **given})
 
 
 # --- the pairing ----------------------------------------------------------------------------------
@@ -44,7 +45,7 @@ def test_models_are_compared_row_by_row() -> None:
     assert [found.baseline, *(one.score for one in found.models)] == [
         *evaluate([SAMPLE, *paths], rows)
     ]
-    examiner = models.Examiner([rows])
+    examiner = evaluator.Examiner([rows])
     (theirs,), *each = map(examiner.outcomes, [SAMPLE, *paths])
     for one, (ours,) in zip(found.models, each, strict=True):
         accuracy, loss = one.gains

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak_cli import data
 from polyak_cli.errors import FormatError, PolyakError, UsageError
+from polyak_cli.evaluation import data
 
 
 def only(dataset: data.Dataset) -> data.Split:

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak_cli import data, models
 from polyak_cli.errors import FormatError, MismatchError, MissingExtraError, PolyakError, UsageError
+from polyak_cli.evaluation import data, evaluator, keras_files
 
 HERE = Path(__file__).parent
 SAMPLES = HERE.parents[1] / "sample_checkpoints"
@@ -34,9 +34,9 @@ def split(features: Any = ROWS, labels: Any = CLASSES) -> data.Split:
     return data.Split("rows.npz", features, labels)
 
 
-def score(path: Path, rows: data.Split | None = None, **options: Any) -> models.Score:
+def score(path: Path, rows: data.Split | None = None, **options: Any) -> evaluator.Score:
     """Return the score of one file."""
-    (found,) = models.evaluate([path], rows or split(), **options)
+    (found,) = evaluator.evaluate([path], rows or split(), **options)
     return found
 
 
@@ -128,7 +128,7 @@ def test_files_of_one_run_are_scored_each_by_its_own_weights(tmp_path: Path) -> 
     other.compile(loss="mse")
     other.save(tmp_path / "other.h5")
     paths = [SAMPLES / "model_490.h5", SAMPLE, tmp_path / "other.h5", SAMPLES / "model_491.h5"]
-    together = list(models.evaluate(paths, rows))
+    together = list(evaluator.evaluate(paths, rows))
     apart = [score(path, rows) for path in paths]
     assert together == apart
     assert len({found.loss for found in together}) == 4
@@ -136,7 +136,7 @@ def test_files_of_one_run_are_scored_each_by_its_own_weights(tmp_path: Path) -> 
 
 def test_scores_come_one_by_one() -> None:
     """A score can be shown before the next file is loaded."""
-    scores = models.evaluate([SAMPLE, SAMPLE], data.load("blobs").split("train"))
+    scores = evaluator.evaluate([SAMPLE, SAMPLE], data.load("blobs").split("train"))
     assert isinstance(scores, Iterator)
     assert next(scores).path == SAMPLE
 
@@ -542,7 +542,7 @@ def test_a_later_bad_file_is_found_before_an_earlier_one_is_scored(tmp_path: Pat
     """All files are looked at first, so that a typo does not cost an hour."""
     (tmp_path / "bad.h5").write_bytes(b"no")
     with pytest.raises(FormatError, match=r"bad\.h5"):
-        models.evaluate([SAMPLE, tmp_path / "bad.h5"], data.load("blobs").split())
+        evaluator.evaluate([SAMPLE, tmp_path / "bad.h5"], data.load("blobs").split())
 
 
 @pytest.mark.parametrize("version", ["2.13.1", "3.0.5", "3.9.2", "3.10.0", "3.11.2"])
@@ -552,14 +552,14 @@ def test_a_keras_that_runs_hidden_code_is_refused(
     """Before 3.11.3 the safe mode is ignored for .h5: found and needed version are told."""
     monkeypatch.setattr("importlib.metadata.version", lambda _name: version)
     with pytest.raises(PolyakError, match=rf"3\.11\.3 or newer, found {version}.*CVE-2025-9905"):
-        models.evaluate([SAMPLE], split())
+        evaluator.evaluate([SAMPLE], split())
 
 
 @pytest.mark.parametrize("version", ["3.11.3", "3.12.0", "4.0.0.dev1"])
 def test_a_newer_keras_is_not_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """Versions are compared as numbers, not as text."""
     monkeypatch.setattr("importlib.metadata.version", lambda _name: version)
-    models.evaluate([SAMPLE], split())
+    evaluator.evaluate([SAMPLE], split())
 
 
 @pytest.mark.parametrize("missing", ["keras", "tensorflow"])
@@ -573,9 +573,9 @@ def test_a_missing_framework_names_the_extra(monkeypatch: pytest.MonkeyPatch, mi
         return "3.15.1"
 
     monkeypatch.setattr("importlib.metadata.version", version)
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(keras_files, "find_spec", lambda name: None if name == missing else name)
     with pytest.raises(MissingExtraError, match=r"polyak evaluate needs .*'polyak\[tensorflow\]'"):
-        models.evaluate([SAMPLE], split())
+        evaluator.evaluate([SAMPLE], split())
 
 
 # --- every generation of Keras --------------------------------------------------------------------
@@ -604,7 +604,7 @@ def test_the_files_of_every_keras_3_are_scored(generation: str) -> None:
     """With BatchNormalization and a nested model, as numpy scores them."""
     paths = sorted((GENERATIONS / generation).glob("*.h5"))
     assert len(paths) == 3
-    for found in models.evaluate(paths, split()):
+    for found in evaluator.evaluate(paths, split()):
         output = forward(found.path, ROWS)
         shares = np.exp(output) / np.exp(output).sum(1, keepdims=True)
         entropy = -np.log(shares[range(50), CLASSES]).mean()
@@ -631,10 +631,10 @@ def test_nothing_reaches_the_terminal(tmp_path: Path, level: str | None) -> None
         environment["TF_CPP_MIN_LOG_LEVEL"] = level
     code = (
         "from pathlib import Path\n"
-        "from polyak_cli import data, models\n"
-        f"models.train(Path({str(tmp_path)!r}), epochs=2)\n"
+        "from polyak_cli.evaluation import data, evaluator, sample_run\n"
+        f"sample_run.train(Path({str(tmp_path)!r}), epochs=2)\n"
         f"paths = [Path({str(SAMPLE)!r}), Path({str(tmp_path)!r}) / 'model_1.h5']\n"
-        "for score in models.evaluate(paths, data.load('blobs').split()): print(score.rows)\n"
+        "for score in evaluator.evaluate(paths, data.load('blobs').split()): print(score.rows)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -648,9 +648,9 @@ def test_importing_the_module_imports_no_framework() -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from polyak_cli import data, models, plots\n"
+        "from polyak_cli.evaluation import data, evaluator, plots, sample_run\n"
         "from polyak_cli.errors import PolyakError\n"
-        "try: models.evaluate([Path('none.h5')], None)\n"
+        "try: evaluator.evaluate([Path('none.h5')], None)\n"
         "except PolyakError as error: print(error)\n"
         "print({'keras', 'tensorflow', 'sklearn', 'matplotlib'} & set(sys.modules))\n"
     )
@@ -673,14 +673,14 @@ def test_importing_the_module_imports_no_framework() -> None:
 def test_a_number_is_shown_as_the_shortest_of_its_float32(share: tuple[int, int]) -> None:
     """It is the same float32, and no longer than any other decimal of it."""
     single = np.float32(share[0] / share[1])
-    short = models._shortest(float(single))
+    short = evaluator._shortest(float(single))
     assert np.float32(short) == single
     assert len(repr(short)) <= len(repr(float(single)))
 
 
 def test_a_number_of_more_than_float32_is_left_alone() -> None:
     """A metric computed in float64 keeps its digits."""
-    assert models._shortest(0.1) == 0.1
-    assert models._shortest(1 / 3) == 1 / 3
-    assert models._shortest(float(np.float32(0.792))) == 0.792
-    assert np.isnan(models._shortest(float("nan")))
+    assert evaluator._shortest(0.1) == 0.1
+    assert evaluator._shortest(1 / 3) == 1 / 3
+    assert evaluator._shortest(float(np.float32(0.792))) == 0.792
+    assert np.isnan(evaluator._shortest(float("nan")))

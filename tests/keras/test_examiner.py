@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyak_cli import data, models
 from polyak_cli.errors import FormatError, MismatchError, UsageError
+from polyak_cli.evaluation import data, evaluator
 from tests.keras.test_evaluate import (
     CLASSES,
     ONE_HOT,
@@ -27,13 +27,13 @@ from tests.keras.test_evaluate import (
 )
 
 
-def outcome(path: Path, rows: data.Split | None = None, **options: Any) -> models.Outcome:
+def outcome(path: Path, rows: data.Split | None = None, **options: Any) -> evaluator.Outcome:
     """Return what a model makes of one split."""
-    (found,) = models.Examiner([rows or split()], **options).outcomes(path)
+    (found,) = evaluator.Examiner([rows or split()], **options).outcomes(path)
     return found
 
 
-def agrees(path: Path, rows: data.Split | None = None) -> models.Outcome:
+def agrees(path: Path, rows: data.Split | None = None) -> evaluator.Outcome:
     """Return the outcome, having seen that its rows agree with it and it with `evaluate`."""
     found = outcome(path, rows, batch_size=16)
     expected = score(path, rows, batch_size=16)
@@ -139,7 +139,7 @@ def test_several_outputs_add_their_losses(tmp_path: Path) -> None:
         found = agrees(tmp_path / "model.h5", split(labels=labels))
         assert found.losses is not None
         assert (found.correct, found.predictions) == (None, None)
-    examiner = models.Examiner([split(labels=(ONE_HOT, sizes))])
+    examiner = evaluator.Examiner([split(labels=(ONE_HOT, sizes))])
     examiner.outcomes(tmp_path / "model.h5")
     with pytest.raises(UsageError, match="a model of one output"):
         examiner.judged([sizes])
@@ -202,7 +202,7 @@ def test_an_examiner_mixes_neither_files_nor_splits(tmp_path: Path) -> None:
     splits = [data.halves(blobs.split("test"))[1], blobs.split("train")]
     other = network(inputs=2)
     paths = [SAMPLES / "model_490.h5", saved(other, tmp_path / "other.h5", "mse", None), SAMPLE]
-    examiner = models.Examiner(splits)
+    examiner = evaluator.Examiner(splits)
     for path in paths:
         shutil.copy(path, tmp_path / "candidate.h5")
         together = examiner.outcomes(tmp_path / "candidate.h5")
@@ -219,7 +219,7 @@ def test_predictions_of_others_are_judged_as_the_models_own() -> None:
     """Its own give its own score; the mean of two models' gives that of the mean."""
     blobs = data.load("blobs")
     splits = [blobs.split("test"), blobs.split("train")]
-    examiner = models.Examiner(splits)
+    examiner = evaluator.Examiner(splits)
     first = examiner.outcomes(SAMPLES / "model_490.h5")
     second = examiner.outcomes(SAMPLE)
     own = examiner.judged([one.predictions for one in second])  # type: ignore[misc]
@@ -242,7 +242,7 @@ def test_predictions_of_others_are_judged_as_the_models_own() -> None:
 def test_judging_names_the_accuracy_as_the_model_does(tmp_path: Path) -> None:
     """So that both stand in one column."""
     path = saved(network(), tmp_path / "model.h5", "mse", ["categorical_accuracy"])
-    examiner = models.Examiner([split()])
+    examiner = evaluator.Examiner([split()])
     (own,) = examiner.outcomes(path)
     (found,) = examiner.judged([own.predictions])  # type: ignore[list-item]
     assert found.metrics == own.metrics
@@ -250,7 +250,7 @@ def test_judging_names_the_accuracy_as_the_model_does(tmp_path: Path) -> None:
 
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     """Before a model was examined, after one that failed, and predictions of another shape."""
-    examiner = models.Examiner([split()])
+    examiner = evaluator.Examiner([split()])
     with pytest.raises(UsageError, match="examined before"):
         examiner.judged([ONE_HOT])
     examiner.outcomes(saved(network(), tmp_path / "model.h5", "mse", None))
@@ -269,9 +269,9 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
 def test_an_examiner_checks_its_batch_size_and_tells_each_note_once(tmp_path: Path) -> None:
     """A note that every file of a run has is one note."""
     with pytest.raises(UsageError, match="--batch-size 0 is out of range"):
-        models.Examiner([split()], batch_size=0)
+        evaluator.Examiner([split()], batch_size=0)
     network().save(tmp_path / "model.h5")
-    examiner = models.Examiner([split()])
+    examiner = evaluator.Examiner([split()])
     for _ in range(2):
         (found,) = examiner.outcomes(tmp_path / "model.h5")
     assert examiner.notes == list(found.notes)
@@ -308,7 +308,7 @@ def test_a_run_s_model_is_built_once(
         paths.append(tmp_path / f"model_{epoch}{suffix}")
         expected.append(model.predict(ROWS, verbose=0))
     built = loads(monkeypatch)
-    examiner = models.Examiner([split()])
+    examiner = evaluator.Examiner([split()])
     for path, predictions in zip(paths, expected, strict=True):
         (found,) = examiner.outcomes(path)
         assert found.predictions == pytest.approx(predictions, abs=1e-6)
@@ -335,7 +335,7 @@ def test_a_model_with_a_vocabulary_is_built_anew(
         paths.append(tmp_path / f"{known[0]}.keras")
         model.save(paths[-1])
     built = loads(monkeypatch)
-    examiner = models.Examiner([split(rows, CLASSES[:8])])
+    examiner = evaluator.Examiner([split(rows, CLASSES[:8])])
     first, second = (examiner.outcomes(path)[0].predictions for path in paths)
     assert built == paths
     assert first is not None
@@ -353,7 +353,7 @@ def test_models_with_assets_are_built_anew_though_described_alike(
         archive.writestr("assets/layers/none/words.txt", "one")
     shutil.copy(tmp_path / "1.keras", tmp_path / "2.keras")
     built = loads(monkeypatch)
-    examiner = models.Examiner([split()])
+    examiner = evaluator.Examiner([split()])
     for name in ("1.keras", "2.keras"):
         examiner.outcomes(tmp_path / name)
     assert built == [tmp_path / "1.keras", tmp_path / "2.keras"]

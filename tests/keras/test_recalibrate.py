@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli import average, data, models, plan, recalibrate, recalibration, verify
+from polyak_cli import average, plan, recalibrate, verify
 from polyak_cli.errors import (
     FormatError,
     MismatchError,
@@ -24,6 +24,7 @@ from polyak_cli.errors import (
     PolyakError,
     UsageError,
 )
+from polyak_cli.evaluation import batchnorm, data, recalibration
 from tests.command import SAMPLES, one_line, polyak, tree
 
 layers = keras.layers
@@ -527,7 +528,7 @@ def test_statistics_that_are_not_the_files_are_never_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Should Keras load something else for a tensor than what lies there, nothing is written."""
-    own = models._stored
+    own = batchnorm._stored
 
     def crossed(model: Any, table: Any) -> dict[int, list[str]]:
         stored = own(model, table)
@@ -535,10 +536,10 @@ def test_statistics_that_are_not_the_files_are_never_written(
         mean, variance = id(one.moving_mean), id(one.moving_variance)
         return stored | {mean: stored[variance], variance: stored[mean]}
 
-    monkeypatch.setattr(models, "_stored", crossed)
+    monkeypatch.setattr(batchnorm, "_stored", crossed)
     line = refusal(MismatchError, folder / "dense.h5", tmp_path / "o.h5", split())
     assert "is not what Keras loaded for it" in line
-    monkeypatch.setattr(models, "_stored", lambda *_: {})
+    monkeypatch.setattr(batchnorm, "_stored", lambda *_: {})
     line = refusal(MismatchError, folder / "dense.h5", tmp_path / "o.h5", split())
     assert "the statistics of layer 'one' are not where this Keras would keep them" in line
     assert tree(tmp_path) == {}

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli import data, models, sweeping
 from polyak_cli.averaging import planning, writing
+from polyak_cli.evaluation import candidates, data, sample_run
 
 pytestmark = pytest.mark.slow
 SEEDS, LAST = 10, 10
@@ -42,11 +42,11 @@ def accuracies(tmp_path_factory: pytest.TempPathFactory) -> Accuracies:
     found: dict[str, list[list[float]]] = {name: [] for name in ("single", *SCHEMES)}
     for seed in range(SEEDS):
         folder = tmp_path_factory.mktemp(f"seed_{seed}")
-        report = models.train(folder, seed=seed, keep=LAST)
+        report = sample_run.train(folder, seed=seed, keep=LAST)
         found["single"].append([accuracy(path, rows) for path in report.checkpoints])
         plan = planning.plan(folder)
         chosen = [("equal", None), ("linear", None), ("exp", 2.0)]
-        averages = sweeping.candidates(plan.positions, range(1, LAST + 1), chosen)[LAST:]
+        averages = candidates.list_candidates(plan.positions, range(1, LAST + 1), chosen)[LAST:]
         outputs = [folder / f"average_{k}.out.h5" for k in range(len(averages))]
         writing.several(plan, [average.coefficients for average in averages], outputs)
         for k, name in enumerate(SCHEMES):

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyak_cli import __version__, data, pipeline, sweeping
+from polyak_cli import __version__, pipeline
+from polyak_cli.evaluation import data, sweeping
 from tests.command import polyak, script
 from tests.test_cli import EAGER, on_terminal
 

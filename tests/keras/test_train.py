@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli import data, models
 from polyak_cli.errors import MissingExtraError, OutputError, UsageError
+from polyak_cli.evaluation import data, keras_files, sample_run
 
 SAMPLES = Path(__file__).parents[2] / "sample_checkpoints"
 
@@ -38,7 +38,7 @@ def accuracy_and_loss(path: Path) -> tuple[float, float]:
 def test_the_last_epochs_are_kept_and_all_are_logged(tmp_path: Path) -> None:
     """Each of the last epochs leaves a model file named from 0, every epoch a row of the log."""
     seen: list[tuple[int, Mapping[str, float]]] = []
-    report = models.train(
+    report = sample_run.train(
         tmp_path / "new" / "run", epochs=4, keep=2, progress=lambda *both: seen.append(both)
     )
     assert report.output == tmp_path / "new" / "run"
@@ -60,7 +60,7 @@ def test_the_last_epochs_are_kept_and_all_are_logged(tmp_path: Path) -> None:
 
 def test_what_is_logged_is_what_the_checkpoint_does(tmp_path: Path) -> None:
     """The test accuracy and loss of the last epoch are those that numpy finds in its file."""
-    report = models.train(tmp_path, epochs=3, keep=1)
+    report = sample_run.train(tmp_path, epochs=3, keep=1)
     right, loss = accuracy_and_loss(report.checkpoints[0])
     assert report.history["val_accuracy"][-1] == pytest.approx(right, abs=1e-6)
     assert report.history["val_loss"][-1] == pytest.approx(loss, rel=1e-5)
@@ -69,7 +69,7 @@ def test_what_is_logged_is_what_the_checkpoint_does(tmp_path: Path) -> None:
 def test_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     """Two runs write the same files, another seed others; nothing hangs on what ran before."""
     for name, seed in (("one", 3), ("other", 4), ("again", 3)):
-        models.train(tmp_path / name, epochs=3, keep=2, seed=seed)
+        sample_run.train(tmp_path / name, epochs=3, keep=2, seed=seed)
 
     def content(name: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
@@ -80,7 +80,7 @@ def test_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_fewer_epochs_than_are_to_be_kept_are_all_kept(tmp_path: Path) -> None:
     """--keep is of how many at the end, at most."""
-    report = models.train(tmp_path, epochs=2, keep=10)
+    report = sample_run.train(tmp_path, epochs=2, keep=10)
     assert [path.name for path in report.checkpoints] == ["model_0.h5", "model_1.h5"]
 
 
@@ -92,7 +92,7 @@ def test_the_optimizer_is_the_one_asked_for(
     tmp_path: Path, optimizer: str, rate: float | None, expected: float
 ) -> None:
     """The file says which optimizer, learning rate, loss and metric it was trained with."""
-    report = models.train(tmp_path, epochs=1, optimizer=optimizer, learning_rate=rate)
+    report = sample_run.train(tmp_path, epochs=1, optimizer=optimizer, learning_rate=rate)
     assert (report.optimizer, report.learning_rate) == (optimizer, expected)
     with h5py.File(report.checkpoints[0]) as file:
         training = json.loads(file.attrs["training_config"])
@@ -106,13 +106,13 @@ def test_the_optimizer_is_the_one_asked_for(
 
 def test_an_earlier_run_is_not_mixed_with_a_new_one(tmp_path: Path) -> None:
     """A folder with checkpoints is refused; --force removes them, and nothing else."""
-    models.train(tmp_path, epochs=5, keep=1)
+    sample_run.train(tmp_path, epochs=5, keep=1)
     (tmp_path / "notes.txt").write_text("mine")
     before = (tmp_path / "model_4.h5").read_bytes()
     with pytest.raises(OutputError, match=r"holds checkpoints already \(model_4\.h5\).*--force"):
-        models.train(tmp_path, epochs=2, keep=1)
+        sample_run.train(tmp_path, epochs=2, keep=1)
     assert (tmp_path / "model_4.h5").read_bytes() == before
-    models.train(tmp_path, epochs=2, keep=1, force=True)
+    sample_run.train(tmp_path, epochs=2, keep=1, force=True)
     assert {p.name for p in tmp_path.iterdir()} == {"model_1.h5", "training.csv", "notes.txt"}
 
 
@@ -134,7 +134,7 @@ def test_numbers_out_of_range_are_refused(
 ) -> None:
     """Before anything is written."""
     with pytest.raises(UsageError, match=message):
-        models.train(tmp_path / "run", **arguments)
+        sample_run.train(tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()
 
 
@@ -142,9 +142,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     """A file where the folder should be, or above it, is named."""
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file: is not a folder to write to"):
-        models.train(tmp_path / "file", epochs=1)
+        sample_run.train(tmp_path / "file", epochs=1)
     with pytest.raises(OutputError, match="below: cannot be written: Not a directory"):
-        models.train(tmp_path / "file" / "below", epochs=1)
+        sample_run.train(tmp_path / "file" / "below", epochs=1)
 
 
 def test_an_interrupted_run_leaves_whole_checkpoints_only(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_an_interrupted_run_leaves_whole_checkpoints_only(tmp_path: Path) -> Non
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        models.train(tmp_path, epochs=3, progress=interrupt)
+        sample_run.train(tmp_path, epochs=3, progress=interrupt)
     found = sorted(path.name for path in tmp_path.iterdir())
     assert found == ["model_0.h5", "model_1.h5", "training.csv"]
 
@@ -173,7 +173,7 @@ def test_a_failed_save_leaves_nothing_under_the_name(
 
     monkeypatch.setattr(keras.Model, "save", fail)
     with pytest.raises(OutputError, match="cannot be written: No space left on device"):
-        models.train(tmp_path, epochs=1)
+        sample_run.train(tmp_path, epochs=1)
     assert [path.name for path in tmp_path.iterdir()] in ([], ["training.csv"])
 
 
@@ -181,9 +181,9 @@ def test_a_missing_framework_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without TensorFlow the message is what to install."""
-    monkeypatch.setattr(models, "find_spec", lambda _name: None)
+    monkeypatch.setattr(keras_files, "find_spec", lambda _name: None)
     with pytest.raises(MissingExtraError, match=r"polyak train needs .*'polyak\[tensorflow\]'"):
-        models.train(tmp_path, epochs=1)
+        sample_run.train(tmp_path, epochs=1)
 
 
 # --- the samples ----------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_a_missing_framework_names_the_extra(
 
 def test_the_samples_are_of_this_command(tmp_path: Path) -> None:
     """The shipped run begins as the command with its defaults begins, rounding aside."""
-    report = models.train(tmp_path, epochs=2)
+    report = sample_run.train(tmp_path, epochs=2)
     with open(SAMPLES / "training.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 500

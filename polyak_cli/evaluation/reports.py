@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyak_cli import plots
 from polyak_cli.errors import OutputError, shown
+from polyak_cli.evaluation import plots
 
 Data = Mapping[str, Any]
 #: The inks of `plots.sweep`, in place of which the page puts those of its theme.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from polyak_cli import data, models, statistics
 from polyak_cli.errors import shown
+from polyak_cli.evaluation import data, evaluator, significance
 
 _StrPath = str | os.PathLike[str]
 
@@ -30,7 +30,7 @@ class Gain:
     """
 
     metric: str
-    paired: statistics.Paired
+    paired: significance.Paired
     verdict: str
     mcnemar_p: float | None = None
 
@@ -44,7 +44,7 @@ class Gain:
 class Compared:
     """A model's score, and its gains over the baseline: accuracy first, then loss."""
 
-    score: models.Score
+    score: evaluator.Score
     gains: tuple[Gain, ...]
 
 
@@ -52,7 +52,7 @@ class Compared:
 class Comparison:
     """The baseline's score and the models, in the order given."""
 
-    baseline: models.Score
+    baseline: evaluator.Score
     models: tuple[Compared, ...]
 
 
@@ -80,7 +80,7 @@ def compare(
         MismatchError: the rows do not fit a model.
         PolyakError: Keras is too old, or cannot load a model, or a model carries code.
     """
-    examiner = models.Examiner([rows], batch_size=batch_size, trust_code=trust_code)
+    examiner = evaluator.Examiner([rows], batch_size=batch_size, trust_code=trust_code)
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(path) for path in several]
     examiner.look([Path(baseline), *files])
@@ -94,22 +94,22 @@ def compare(
     return Comparison(_score(Path(baseline), theirs, rows), tuple(compared))
 
 
-def gains(ours: models.Outcome, theirs: models.Outcome) -> tuple[Gain, ...]:
+def gains(ours: evaluator.Outcome, theirs: evaluator.Outcome) -> tuple[Gain, ...]:
     """Return what can be compared of two outcomes on the same rows: accuracy, then loss."""
     found = []
     if ours.correct is not None and theirs.correct is not None:
-        paired = statistics.paired(ours.correct, theirs.correct)
-        p = statistics.mcnemar(ours.correct, theirs.correct)
-        verdict = statistics.verdict(paired, higher_is_better=True)
+        paired = significance.paired(ours.correct, theirs.correct)
+        p = significance.mcnemar(ours.correct, theirs.correct)
+        verdict = significance.verdict(paired, higher_is_better=True)
         found.append(Gain("accuracy", paired, verdict, p))
     if ours.losses is not None and theirs.losses is not None and ours.loss_name == theirs.loss_name:
-        paired = statistics.paired(ours.losses, theirs.losses)
-        found.append(Gain("loss", paired, statistics.verdict(paired, higher_is_better=False)))
+        paired = significance.paired(ours.losses, theirs.losses)
+        found.append(Gain("loss", paired, significance.verdict(paired, higher_is_better=False)))
     return tuple(found)
 
 
 def _not_compared(
-    ours: models.Outcome, theirs: models.Outcome, baseline: _StrPath
+    ours: evaluator.Outcome, theirs: evaluator.Outcome, baseline: _StrPath
 ) -> tuple[str, ...]:
     """Say so where both have a loss, but not the same one."""
     if ours.losses is None or theirs.losses is None or ours.loss_name == theirs.loss_name:
@@ -118,5 +118,5 @@ def _not_compared(
     return (f"its loss is {names}: they are not compared",)
 
 
-def _score(path: Path, outcome: models.Outcome, rows: data.Split) -> models.Score:
-    return models.Score(path, outcome.loss, outcome.metrics, rows.rows, outcome.notes)
+def _score(path: Path, outcome: evaluator.Outcome, rows: data.Split) -> evaluator.Score:
+    return evaluator.Score(path, outcome.loss, outcome.metrics, rows.rows, outcome.notes)

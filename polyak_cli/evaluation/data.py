@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, UsageError, shown
-from polyak_cli.quiet import hushed
+from polyak_cli.evaluation.quiet import hushed
 
 Array: TypeAlias = npt.NDArray[Any]
 #: One array; or several of the same length, by name or by position, for a model with several inputs

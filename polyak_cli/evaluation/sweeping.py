@@ -6,141 +6,37 @@ gains is told on the other.  Each batch of averages is folded in one reading of 
 
 from __future__ import annotations
 
-import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from polyak_cli import __version__, data, pipeline, recalibration
+from polyak_cli import __version__, pipeline
 from polyak_cli.averaging import options as averaging_options
-from polyak_cli.averaging import planning, records, schemes, writing
-from polyak_cli.comparison import Gain, gains
+from polyak_cli.averaging import planning, records, writing
 from polyak_cli.errors import MismatchError, UsageError, shown
-from polyak_cli.models import Examiner, Outcome
+from polyak_cli.evaluation import data, recalibration
+from polyak_cli.evaluation.candidates import (
+    Candidate,
+    Row,
+    find_best,
+    list_candidates,
+    make_parameter,
+    parse_schemes,
+    parse_windows,
+)
+from polyak_cli.evaluation.comparison import Gain, gains
+from polyak_cli.evaluation.evaluator import Examiner, Outcome
+from polyak_cli.evaluation.soups import SEARCHES
 
 #: Schemes of the tutorial and their relatives, as `--schemes` takes them.
 SCHEMES = "equal,linear,exp:1,exp:2,exp:5,ema:0.9,power:0.1"
 #: Averages that lie on the disk at a time.
 BATCH = 8
-
-
-class Candidate(NamedTuple):
-    """One way to make a model of the checkpoints.
-
-    Attributes:
-        kind: "single", "average", "ensemble" of predictions, or "soup" that a search found.
-        scheme: its name, "" where there is none.
-        parameter: of the scheme, None where it has none.
-        window: how many checkpoints count, the newest of them but for singles and soups.
-        coefficients: one a checkpoint of the sweep, oldest first, sum 1.
-    """
-
-    kind: str
-    scheme: str
-    parameter: float | None
-    window: int
-    coefficients: tuple[float, ...]
-
-    @property
-    def name(self) -> str:
-        """Its scheme as `--schemes` takes it, or its kind."""
-        parameter = "" if self.parameter is None else f":{self.parameter:g}"
-        return f"{self.scheme or self.kind}{parameter}"
-
-
-class Row(NamedTuple):
-    """A candidate, and what it made of the rows: split -> outcome."""
-
-    candidate: Candidate
-    outcomes: Mapping[str, Outcome]
-
-    def value(self, metric: str, split: str) -> float:
-        """Return a metric, or the loss; NaN where there is no such."""
-        outcome = self.outcomes[split]
-        found = outcome.loss if metric == "loss" else outcome.metrics.get(metric)
-        return math.nan if found is None else found
-
-
-def parse_schemes(text: str) -> list[tuple[str, float | None]]:
-    """Read a list such as ``equal,exp:2``.
-
-    Raises:
-        UsageError: a scheme is unknown, or its parameter is out of range or not its own.
-    """
-    found = []
-    for part in text.split(","):
-        name, _, number = part.strip().partition(":")
-        if name not in schemes.SCHEMES:
-            raise UsageError(
-                f"--schemes: there is no scheme {shown(name)!r}; choose of "
-                f"{', '.join(schemes.SCHEMES)}"
-            )
-        parameter = schemes.SCHEMES[name].parameter
-        try:
-            value = float(number) if number else parameter.default if parameter else None
-        except ValueError:
-            raise UsageError(f"--schemes: {shown(part)!r} is not written like exp:2") from None
-        if value is not None and not parameter:
-            raise UsageError(f"--schemes: {name} takes no parameter, found {shown(part)!r}")
-        schemes.resolve(name, **_parameters(name, value))
-        if (name, value) not in found:
-            found.append((name, value))
-    return found
-
-
-def _parameters(scheme: str, value: float | None) -> dict[str, Any]:
-    """Return a scheme's parameter as an option."""
-    parameter = schemes.SCHEMES[scheme].parameter
-    return {parameter.name: value} if parameter else {}
-
-
-def parse_windows(text: str | None, count: int) -> list[int]:
-    """Read a list such as ``1-10,20``; None is every window there is.
-
-    Raises:
-        UsageError: it is no list of numbers, or a window is larger than the run.
-    """
-    if text is None:
-        return list(range(1, count + 1))
-    found: set[int] = set()
-    for part in text.split(","):
-        low, dash, high = part.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
-            raise UsageError(f"--windows: {shown(part)!r} is not written like 5 or 1-10")
-        first, last = int(low), int(high or low)
-        if not 1 <= first <= last <= count:
-            raise UsageError(
-                f"--windows: {shown(part)!r} is out of range; there are {count} checkpoints"
-            )
-        found.update(range(first, last + 1))
-    return sorted(found)
-
-
-def candidates(
-    positions: Sequence[float], windows: Sequence[int], chosen: Sequence[tuple[str, float | None]]
-) -> list[Candidate]:
-    """Return every single checkpoint, oldest first, and every window of every scheme.
-
-    Args:
-        positions: where each checkpoint stands in the run, oldest first.
-        windows: how many of the newest count.
-        chosen: schemes and their parameters, as of `parse_schemes`.
-    """
-    count = len(positions)
-    found = [
-        Candidate("single", "", None, 1, tuple(float(k == j) for j in range(count)))
-        for k in range(count)
-    ]
-    for (name, value), window in itertools.product(chosen, windows):
-        newest = schemes.coefficients(name, positions[count - window :], **_parameters(name, value))
-        whole = (*(0.0,) * (count - window), *newest)
-        found.append(Candidate("average", name, value, window, whole))
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,19 +161,19 @@ def sweep(
 
     Raises:
         UsageError: windows, schemes or splits are not such.
-        PolyakError: as `averaging.plan` and `models.Examiner`.
+        PolyakError: as `averaging.plan` and `evaluator.Examiner`.
     """
     if batch < 1:
         raise UsageError(f"--batch {batch} is out of range; expected 1 or more")
     for name in search:
-        if name not in _SEARCHES:
+        if name not in SEARCHES:
             raise UsageError(
-                f"--search: there is no {shown(name)}; choose of {', '.join(_SEARCHES)}"
+                f"--search: there is no {shown(name)}; choose of {', '.join(SEARCHES)}"
             )
     if recalibrate is not None:
         options |= {"recalibrate": recalibrate, "batch_size": batch_size, "trust_code": trust_code}
     plan = planning.plan(sources, write_best, force=force, **options)
-    wanted = candidates(
+    wanted = list_candidates(
         plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
     )
     splits = _splits(rows, select_on, seed)
@@ -288,9 +184,9 @@ def sweep(
         scored += _ensembles(bench, scored)
         metric = _metric(scored)
         for name in search:
-            scored.append(_SEARCHES[name](bench, scored, metric))
+            scored.append(SEARCHES[name](bench.scored, scored, metric))
     competing = [row for row in scored if row.candidate.kind != "ensemble"]
-    winner = _best(competing, metric)
+    winner = find_best(competing, metric)
     if write_best:
         _write(winner.candidate, plan, sources, write_best)
     return Sweep(
@@ -315,7 +211,7 @@ def _write(
     options = plan.options
     # --last counts before --best and before what is skipped.
     if candidate.kind == "average" and options.get("best") is None and not plan.skipped:
-        parameters = _parameters(candidate.scheme, candidate.parameter)
+        parameters = make_parameter(candidate.scheme, candidate.parameter)
         own: Any = {**options, "last": candidate.window, "scheme": candidate.scheme, **parameters}
         pipeline.average(sources, output, **own)
         return
@@ -445,9 +341,6 @@ def _ensembles(bench: _Bench, rows: Sequence[Row]) -> Iterator[Row]:
             yield Row(Candidate("ensemble", "", None, window, whole), outcomes)
 
 
-# --- choosing -------------------------------------------------------------------------------------
-
-
 def _metric(rows: Sequence[Row]) -> str:
     """Return what to choose by.
 
@@ -464,89 +357,9 @@ def _metric(rows: Sequence[Row]) -> str:
     )
 
 
-def _order(row: Row, metric: str) -> tuple[float, float]:
-    """Return what is less for the better of two; the loss decides between equals."""
-    loss = row.value("loss", "selection")
-    loss = math.inf if math.isnan(loss) else loss
-    if metric == "loss":
-        return loss, loss
-    correct = row.outcomes["selection"].correct
-    return (math.inf if correct is None else -float(np.mean(correct))), loss
-
-
-def _best(rows: Sequence[Row], metric: str) -> Row:
-    """Return the best on the selection rows; the first of equals."""
-    return min(rows, key=lambda row: _order(row, metric))
-
-
 def _gains(winner: Row, rows: Sequence[Row], metric: str) -> dict[str, tuple[Gain, ...]]:
     """Compare the winner on the reporting rows, row by row."""
     singles = [row for row in rows if row.candidate.kind == "single"]
-    others = {"newest": singles[-1], "best single": _best(singles, metric)}
+    others = {"newest": singles[-1], "best single": find_best(singles, metric)}
     ours = winner.outcomes["reporting"]
     return {over: gains(ours, other.outcomes["reporting"]) for over, other in others.items()}
-
-
-# --- soups ----------------------------------------------------------------------------------------
-
-
-def _greedy(bench: _Bench, rows: Sequence[Row], metric: str) -> Row:
-    """Add checkpoints, the best first, and keep one only where the score strictly improves.
-
-    Wortsman et al., "Model soups", 2022, recipe 1.
-    """
-    singles = [row for row in rows if row.candidate.kind == "single"]
-    ranked = sorted(singles, key=lambda row: _order(row, metric))
-    best, members = ranked[0], {ranked[0].candidate.coefficients.index(1.0)}
-    for row in ranked[1:]:
-        tried = members | {row.candidate.coefficients.index(1.0)}
-        coefficients = tuple(1 / len(tried) if k in tried else 0.0 for k in range(len(singles)))
-        (found,) = bench.scored([Candidate("soup", "greedy", None, len(tried), coefficients)])
-        if _order(found, metric) < _order(best, metric):
-            best, members = found, tried
-    kept = best.candidate.coefficients
-    return Row(Candidate("soup", "greedy", None, len(members), kept), best.outcomes)
-
-
-def _coefficients(bench: _Bench, rows: Sequence[Row], metric: str) -> Row:
-    """Fit coefficients that are not negative and sum to 1, by pattern search.
-
-    From the best candidate, it goes toward or away from one checkpoint by half of what it can, by a
-    quarter, ..., as long as the score improves: Kolda, Lewis and Torczon, "Optimization by direct
-    search", 2003.  All steps of a round are folded in few readings of the checkpoints.
-    """
-    best = _best([row for row in rows if row.candidate.kind != "ensemble"], metric)
-    count = len(best.candidate.coefficients)
-    step = 0.5
-    while step > _FINEST:
-        tried = [
-            Candidate("soup", "coefficients", None, sum(c > 0 for c in near), near)
-            for k in range(count)
-            for near in _near(best.candidate.coefficients, k, step)
-        ]
-        found = _best([*bench.scored(tried)], metric) if tried else best
-        if _order(found, metric) < _order(best, metric):
-            best = found
-        else:
-            step /= 2
-    kept = best.candidate.coefficients
-    window = sum(c > 0 for c in kept)
-    return Row(Candidate("soup", "coefficients", None, window, kept), best.outcomes)
-
-
-def _near(coefficients: Sequence[float], k: int, step: float) -> Iterator[tuple[float, ...]]:
-    """Yield what is a step toward one checkpoint, and a step away from it."""
-    for share in (coefficients[k] * (1 - step) + step, coefficients[k] * (1 - step)):
-        rest = 1 - coefficients[k]
-        if rest > 0 and share != coefficients[k]:
-            moved = [c * (1 - share) / rest for c in coefficients]
-            moved[k] = share
-            total = math.fsum(moved)
-            yield tuple(c / total for c in moved)
-
-
-_FINEST = 1 / 32
-_SEARCHES: Mapping[str, Callable[[_Bench, Sequence[Row], str], Row]] = {
-    "greedy": _greedy,
-    "coefficients": _coefficients,
-}

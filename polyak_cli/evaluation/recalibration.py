@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from polyak_cli import __version__, data, formats
+from polyak_cli import __version__, formats
 from polyak_cli.averaging import records
 from polyak_cli.averaging.matching import is_statistic
 from polyak_cli.engine import reading
@@ -27,8 +27,10 @@ from polyak_cli.engine.kernel import narrow, widen
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import Memory, TensorSource
 from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
+from polyak_cli.evaluation import data
+from polyak_cli.evaluation.batchnorm import Moments, moments
+from polyak_cli.evaluation.keras_files import check_model
 from polyak_cli.formats import outputs
-from polyak_cli.models import Moments, check_model, moments
 from polyak_cli.storage import (
     Bytes,
     publishing,
@@ -101,7 +103,7 @@ def recalibrate(
     """Gather the moving statistics of a model's BatchNorm layers anew, in one pass over rows.
 
     The output is the model bit for bit but for these statistics, and for the record of where it
-    comes from, which tells of this.  How they are gathered: `models.moments`.
+    comes from, which tells of this.  How they are gathered: `batchnorm.moments`.
 
     >>> rows = Split("my training rows", x, y)                            # doctest: +SKIP
     >>> recalibrate("average.h5", "final.h5", rows).layers                # doctest: +SKIP

@@ -1,0 +1,1 @@
+"""Tools that need a model or data: scoring, recalibrating, comparing and sweeping."""

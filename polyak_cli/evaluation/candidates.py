@@ -1,0 +1,148 @@
+"""The candidates of a sweep, the options that list them, and their order by score.
+
+This module scores nothing and reads no file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polyak_cli.averaging import schemes
+from polyak_cli.errors import UsageError, shown
+from polyak_cli.evaluation.evaluator import Outcome
+
+
+class Candidate(NamedTuple):
+    """One way to make a model of the checkpoints.
+
+    Attributes:
+        kind: "single", "average", "ensemble" of predictions, or "soup" that a search found.
+        scheme: its name, "" where there is none.
+        parameter: of the scheme, None where it has none.
+        window: how many checkpoints count, the newest of them but for singles and soups.
+        coefficients: one a checkpoint of the sweep, oldest first, sum 1.
+    """
+
+    kind: str
+    scheme: str
+    parameter: float | None
+    window: int
+    coefficients: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """Its scheme as `--schemes` takes it, or its kind."""
+        parameter = "" if self.parameter is None else f":{self.parameter:g}"
+        return f"{self.scheme or self.kind}{parameter}"
+
+
+class Row(NamedTuple):
+    """A candidate, and what it made of the rows: split -> outcome."""
+
+    candidate: Candidate
+    outcomes: Mapping[str, Outcome]
+
+    def value(self, metric: str, split: str) -> float:
+        """Return a metric, or the loss; NaN where there is no such."""
+        outcome = self.outcomes[split]
+        found = outcome.loss if metric == "loss" else outcome.metrics.get(metric)
+        return math.nan if found is None else found
+
+
+def parse_schemes(text: str) -> list[tuple[str, float | None]]:
+    """Read a list such as ``equal,exp:2``.
+
+    Raises:
+        UsageError: a scheme is unknown, or its parameter is out of range or not its own.
+    """
+    found = []
+    for part in text.split(","):
+        name, _, number = part.strip().partition(":")
+        if name not in schemes.SCHEMES:
+            raise UsageError(
+                f"--schemes: there is no scheme {shown(name)!r}; choose of "
+                f"{', '.join(schemes.SCHEMES)}"
+            )
+        parameter = schemes.SCHEMES[name].parameter
+        try:
+            value = float(number) if number else parameter.default if parameter else None
+        except ValueError:
+            raise UsageError(f"--schemes: {shown(part)!r} is not written like exp:2") from None
+        if value is not None and not parameter:
+            raise UsageError(f"--schemes: {name} takes no parameter, found {shown(part)!r}")
+        schemes.resolve(name, **make_parameter(name, value))
+        if (name, value) not in found:
+            found.append((name, value))
+    return found
+
+
+def make_parameter(scheme: str, value: float | None) -> dict[str, Any]:
+    """Return a scheme's parameter as an option."""
+    parameter = schemes.SCHEMES[scheme].parameter
+    return {parameter.name: value} if parameter else {}
+
+
+def parse_windows(text: str | None, count: int) -> list[int]:
+    """Read a list such as ``1-10,20``; None is every window there is.
+
+    Raises:
+        UsageError: it is no list of numbers, or a window is larger than the run.
+    """
+    if text is None:
+        return list(range(1, count + 1))
+    found: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise UsageError(f"--windows: {shown(part)!r} is not written like 5 or 1-10")
+        first, last = int(low), int(high or low)
+        if not 1 <= first <= last <= count:
+            raise UsageError(
+                f"--windows: {shown(part)!r} is out of range; there are {count} checkpoints"
+            )
+        found.update(range(first, last + 1))
+    return sorted(found)
+
+
+def list_candidates(
+    positions: Sequence[float], windows: Sequence[int], chosen: Sequence[tuple[str, float | None]]
+) -> list[Candidate]:
+    """Return every single checkpoint, oldest first, and every window of every scheme.
+
+    Args:
+        positions: where each checkpoint stands in the run, oldest first.
+        windows: how many of the newest count.
+        chosen: schemes and their parameters, as of `parse_schemes`.
+    """
+    count = len(positions)
+    found = [
+        Candidate("single", "", None, 1, tuple(float(k == j) for j in range(count)))
+        for k in range(count)
+    ]
+    for (name, value), window in itertools.product(chosen, windows):
+        newest = schemes.coefficients(
+            name, positions[count - window :], **make_parameter(name, value)
+        )
+        whole = (*(0.0,) * (count - window), *newest)
+        found.append(Candidate("average", name, value, window, whole))
+    return found
+
+
+def rank(row: Row, metric: str) -> tuple[float, float]:
+    """Return what is less for the better of two; the loss decides between equals."""
+    loss = row.value("loss", "selection")
+    loss = math.inf if math.isnan(loss) else loss
+    if metric == "loss":
+        return loss, loss
+    correct = row.outcomes["selection"].correct
+    return (math.inf if correct is None else -float(np.mean(correct))), loss
+
+
+def find_best(rows: Sequence[Row], metric: str) -> Row:
+    """Return the best on the selection rows; the first of equals."""
+    return min(rows, key=lambda row: rank(row, metric))

@@ -1,0 +1,209 @@
+"""Describe Keras model files, open them safely, and reword what Keras raises.
+
+Every file is inspected in a separate process by `formats` before Keras opens it.  Models are loaded
+in Keras's safe mode, and nothing that a file names is imported.  This module knows no data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import re
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, shown
+from polyak_cli.tensors import Table
+
+#: Older ones run the code of a Lambda layer in any .h5 file, safe mode or not: CVE-2025-9905.
+LEAST_KERAS = (3, 11, 3)
+_LONGEST_CONFIG = 64 << 20  # bytes of a config.json
+
+
+def require_keras(command: str) -> None:
+    """Look at what is installed, before any of its code runs.
+
+    Raises:
+        MissingExtraError: keras or tensorflow is not installed.
+        PolyakError: this Keras is too old to open a stranger's file.
+    """
+    try:
+        version = importlib.metadata.version("keras")
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingExtraError(command, "tensorflow") from None
+    if find_spec("tensorflow") is None:
+        raise MissingExtraError(command, "tensorflow")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < LEAST_KERAS:
+        least = ".".join(map(str, LEAST_KERAS))
+        raise PolyakError(
+            f"{command} needs Keras {least} or newer, found {shown(version)}, which runs code "
+            "hidden in .h5 files (CVE-2025-9905): pip install --upgrade 'polyak[tensorflow]'"
+        )
+
+
+def import_keras(command: str) -> Any:
+    """Import keras and return it, checked as `require_keras` does."""
+    require_keras(command)
+    import keras
+
+    return keras
+
+
+def describe_hdf5_files(paths: Sequence[Path]) -> Iterator[Description]:
+    """Yield what each file says of its model, having refused what Keras must not or cannot open."""
+    from polyak_cli import formats
+
+    for table in formats.scan(paths, jobs=4):
+        check_architecture(table)
+    for path, texts in zip(paths, formats.descriptions(paths), strict=True):
+        check_suffix(path)
+        architecture, training, keras = texts
+        yield Description(architecture, _measuring(path, training), keras)
+
+
+def check_architecture(table: Table) -> None:
+    """Refuse a file of which Keras could not build a model."""
+    if not table.config:
+        raise FormatError(
+            f"{shown(table.path)}: holds weights only, no architecture; expected a whole "
+            "model: save it with model.save()"
+        )
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse an HDF5 file that Keras would take for something else."""
+    from polyak_cli import formats
+
+    if path.suffix not in formats.module("hdf5").SUFFIXES:
+        raise FormatError(
+            f"{shown(path)}: is an HDF5 file, which Keras opens only by the suffix .h5 or "
+            ".hdf5; rename it"
+        )
+
+
+def is_zip(path: Path) -> bool:
+    """Return whether a file is a zip archive, as .keras files are."""
+    try:
+        return path.is_file() and zipfile.is_zipfile(path)
+    except OSError as error:
+        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Collect warnings, which would reach the terminal as two lines of somebody's source."""
+    lines: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for category in (DeprecationWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        yield lines
+    lines += dict.fromkeys(f"Keras warns: {shown(warning.message)}" for warning in caught)
+
+
+@contextlib.contextmanager
+def reword_keras_errors(path: Path, what: str, held_back: Callable[[], str]) -> Iterator[None]:
+    """Make whatever Keras raises one line.
+
+    Raises:
+        PolyakError: the model carries code, is of unknown parts, or does not work.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error).rpartition("Exception encountered: ")[2]
+        if "arbitrary code execution" in text or "safe_mode" in text or "unsafe_deser" in text:
+            raise PolyakError(
+                f"{shown(path)}: carries code of its own (a Lambda layer or the like), which "
+                "loading it would run; use --trust-code if you trust its source"
+            ) from error
+        unknown = re.search(r"Unknown layer: '([^']*)'|Could not locate class '([^']*)'", text)
+        if unknown:
+            raise PolyakError(
+                f"{shown(path)}: needs '{shown(unknown[1] or unknown[2], 60)}', which Keras does "
+                "not know; register it (keras.saving.register_keras_serializable) in the file of "
+                "--data MODULE.py:FUNCTION"
+            ) from error
+        lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
+        reason = lines[-1] if lines[0].startswith("Graph execution error") else lines[0]
+        if held_back():
+            reason = f"{shown(reason)} ({shown(held_back())})"
+        raise PolyakError(f"{shown(path)}: Keras {what}: {shown(reason, 400)}") from error
+
+
+class Description(NamedTuple):
+    """What a file says of its model; "" for what it does not."""
+
+    architecture: str  # JSON
+    training: str  # JSON, without the optimizer
+    keras: str  # the version that wrote it
+    assets: bool = False  # vocabularies and the like, which belong to the model and are no tensors
+
+
+def _measuring(path: Path, text: str) -> str:
+    """Leave the optimizer out of a training configuration: its rate may change by epoch."""
+    training = dict(parse_json_object(path, text, "training configuration")) if text else {}
+    for key in ("optimizer", "optimizer_config"):
+        training.pop(key, None)
+    return json.dumps(training) if training else ""
+
+
+def name_writer(description: Description) -> str:
+    """Say which Keras wrote a file that this one may not understand."""
+    if not description.keras.startswith(("0.", "1.", "2.")):
+        return ""
+    return f" (it was written by Keras {shown(description.keras, 20)})"
+
+
+def describe_archive(path: Path) -> Description:
+    """Read the description of a .keras file."""
+    text, assets = _zip_config(path)
+    config = dict(parse_json_object(path, text, "config.json"))
+    training = config.pop("compile_config", None)
+    measuring = _measuring(path, json.dumps(training)) if training else ""
+    return Description(json.dumps(config), measuring, "", assets)
+
+
+def _zip_config(path: Path) -> tuple[bytes, bool]:
+    """Return the configuration, and whether there are assets."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("config.json") as member:
+            config = member.read(_LONGEST_CONFIG + 1)
+            assets = any(name.startswith("assets/") for name in archive.namelist())
+    except (KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise FormatError(f"{shown(path)}: is damaged or no Keras model: {shown(error)}") from None
+    if len(config) > _LONGEST_CONFIG:
+        raise FormatError(
+            f"{shown(path)}: its config.json is longer than {_LONGEST_CONFIG} bytes; the file is "
+            "damaged or hostile"
+        )
+    return config, assets
+
+
+def parse_json_object(path: Path, text: str | bytes, what: str) -> Mapping[str, Any]:
+    """Parse a stranger's JSON object."""
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{shown(path)}: its {what} is damaged: {shown(error)}") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{shown(path)}: its {what} is damaged: it is not a JSON object")
+    return parsed
+
+
+def check_model(table: Table) -> None:
+    """Refuse what Keras could not run, as far as it can be told without Keras.
+
+    Raises:
+        MissingExtraError: keras or tensorflow is not installed.
+        FormatError: the file holds no architecture.
+        PolyakError: Keras is too old.
+    """
+    require_keras("recalibrating BatchNorm")
+    check_architecture(table)

@@ -1,0 +1,78 @@
+"""Search for soups: averages whose members or coefficients are chosen by their score.
+
+This module scores candidates through the function that it is given; it opens no file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from polyak_cli.evaluation.candidates import Candidate, Row, find_best, rank
+
+#: Makes and scores candidates, and yields a row for each, in order.
+Score = Callable[[Sequence[Candidate]], Iterable[Row]]
+
+
+def _greedy(score: Score, rows: Sequence[Row], metric: str) -> Row:
+    """Add checkpoints, the best first, and keep one only where the score strictly improves.
+
+    Wortsman et al., "Model soups", 2022, recipe 1.
+    """
+    singles = [row for row in rows if row.candidate.kind == "single"]
+    ranked = sorted(singles, key=lambda row: rank(row, metric))
+    best, members = ranked[0], {ranked[0].candidate.coefficients.index(1.0)}
+    for row in ranked[1:]:
+        tried = members | {row.candidate.coefficients.index(1.0)}
+        coefficients = tuple(1 / len(tried) if k in tried else 0.0 for k in range(len(singles)))
+        (found,) = score([Candidate("soup", "greedy", None, len(tried), coefficients)])
+        if rank(found, metric) < rank(best, metric):
+            best, members = found, tried
+    kept = best.candidate.coefficients
+    return Row(Candidate("soup", "greedy", None, len(members), kept), best.outcomes)
+
+
+def _coefficients(score: Score, rows: Sequence[Row], metric: str) -> Row:
+    """Fit coefficients that are not negative and sum to 1, by pattern search.
+
+    From the best candidate, it goes toward or away from one checkpoint by half of what it can, by a
+    quarter, ..., as long as the score improves: Kolda, Lewis and Torczon, "Optimization by direct
+    search", 2003.  All steps of a round are folded in few readings of the checkpoints.
+    """
+    best = find_best([row for row in rows if row.candidate.kind != "ensemble"], metric)
+    count = len(best.candidate.coefficients)
+    step = 0.5
+    while step > _FINEST:
+        tried = [
+            Candidate("soup", "coefficients", None, sum(c > 0 for c in near), near)
+            for k in range(count)
+            for near in _near(best.candidate.coefficients, k, step)
+        ]
+        found = find_best([*score(tried)], metric) if tried else best
+        if rank(found, metric) < rank(best, metric):
+            best = found
+        else:
+            step /= 2
+    kept = best.candidate.coefficients
+    window = sum(c > 0 for c in kept)
+    return Row(Candidate("soup", "coefficients", None, window, kept), best.outcomes)
+
+
+def _near(coefficients: Sequence[float], k: int, step: float) -> Iterator[tuple[float, ...]]:
+    """Yield what is a step toward one checkpoint, and a step away from it."""
+    for share in (coefficients[k] * (1 - step) + step, coefficients[k] * (1 - step)):
+        rest = 1 - coefficients[k]
+        if rest > 0 and share != coefficients[k]:
+            moved = [c * (1 - share) / rest for c in coefficients]
+            moved[k] = share
+            total = math.fsum(moved)
+            yield tuple(c / total for c in moved)
+
+
+_FINEST = 1 / 32
+
+
+SEARCHES: Mapping[str, Callable[[Score, Sequence[Row], str], Row]] = {
+    "greedy": _greedy,
+    "coefficients": _coefficients,
+}
