@@ -31,7 +31,7 @@ from polyak_cli.cli import cli
 from polyak_cli.cli.models import _below
 from polyak_cli.errors import UsageError
 from polyak_cli.evaluation.evaluator import Score
-from polyak_cli.evaluation.reports import as_json
+from polyak_cli.evaluation.reports import format_json
 from tests.command import (
     POLYAK,
     SAMPLES,
@@ -1093,7 +1093,7 @@ def test_a_gate_on_the_loss_is_of_the_loss() -> None:
 def test_json_has_null_where_a_number_is_none() -> None:
     """At any depth; what is finite, text or a truth value stays as it is."""
     numbers = {"a": [math.nan, 1.5, (math.inf, 2)], "b": {"c": -math.inf, "d": True}, "e": "nan"}
-    assert json.loads(as_json(numbers)) == {
+    assert json.loads(format_json(numbers)) == {
         "a": [None, 1.5, [None, 2]],
         "b": {"c": None, "d": True},
         "e": "nan",

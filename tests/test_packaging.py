@@ -35,7 +35,7 @@ def test_averaging_needs_four_packages_and_the_rest_is_extra() -> None:
     assert names(PROJECT["dependencies"]) == {"click", "numpy", "h5py", "rich"}
     assert names(extras["tensorflow"]) == {"tensorflow", "keras", "scikit-learn"}
     assert "keras>=3.11.3" in extras["tensorflow"]
-    assert names(extras["plot"]) == {"matplotlib"}
+    assert names(extras["plot"]) == {"matplotlib", "jinja2"}
     assert extras["all"] == ["polyak[tensorflow,plot]"]
     assert PROJECT["requires-python"] == ">=3.11"
     assert PROJECT["license"] == "MIT"

@@ -20,9 +20,9 @@ HISTORY = {
 def test_the_curves_are_drawn_by_suffix(tmp_path: Path) -> None:
     """PNG or SVG, in small or capital letters, with axes and curves named."""
     pytest.importorskip("matplotlib")
-    plots.learning_curves(HISTORY, tmp_path / "curves.PNG")
+    plots.draw_learning_curves(HISTORY, tmp_path / "curves.PNG")
     assert (tmp_path / "curves.PNG").read_bytes().startswith(b"\x89PNG")
-    plots.learning_curves(HISTORY, tmp_path / "curves.svg")
+    plots.draw_learning_curves(HISTORY, tmp_path / "curves.svg")
     svg = (tmp_path / "curves.svg").read_text(encoding="utf-8")
     for text in ("Epoch", "Loss", "Accuracy", "train", "test"):
         assert f">{text}" in svg
@@ -32,19 +32,19 @@ def test_the_curves_are_drawn_by_suffix(tmp_path: Path) -> None:
 def test_the_same_numbers_give_the_same_file(tmp_path: Path, suffix: str) -> None:
     """No dates and no random identifiers, and the user's settings do not matter."""
     mpl = pytest.importorskip("matplotlib")
-    plots.learning_curves(HISTORY, tmp_path / f"one{suffix}")
+    plots.draw_learning_curves(HISTORY, tmp_path / f"one{suffix}")
     with mpl.rc_context({"svg.hashsalt": "other", "font.size": 20}):
-        plots.learning_curves(HISTORY, tmp_path / f"two{suffix}")
+        plots.draw_learning_curves(HISTORY, tmp_path / f"two{suffix}")
     one = (tmp_path / f"one{suffix}").read_bytes()
     assert one == (tmp_path / f"two{suffix}").read_bytes()
-    plots.learning_curves(HISTORY | {"loss": (1.0, 0.5, 0.3)}, tmp_path / f"two{suffix}")
+    plots.draw_learning_curves(HISTORY | {"loss": (1.0, 0.5, 0.3)}, tmp_path / f"two{suffix}")
     assert one != (tmp_path / f"two{suffix}").read_bytes()
 
 
 def test_a_history_without_test_points_is_drawn(tmp_path: Path) -> None:
     """What is missing is not drawn."""
     pytest.importorskip("matplotlib")
-    plots.learning_curves({"loss": (1.0,)}, tmp_path / "curves.svg")
+    plots.draw_learning_curves({"loss": (1.0,)}, tmp_path / "curves.svg")
     svg = (tmp_path / "curves.svg").read_text(encoding="utf-8")
     assert ">train" in svg
     assert ">test" not in svg
@@ -54,17 +54,17 @@ def test_a_history_without_test_points_is_drawn(tmp_path: Path) -> None:
 def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
     """With those that are known."""
     with pytest.raises(UsageError, match=r"neither \.png nor \.svg"):
-        plots.check(tmp_path / name)
+        plots.check_path(tmp_path / name)
 
 
 def test_a_plot_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     """A missing folder before any work, a folder of that name at the end."""
     pytest.importorskip("matplotlib")
     with pytest.raises(OutputError, match="there is no folder"):
-        plots.check(tmp_path / "none" / "curves.png")
+        plots.check_path(tmp_path / "none" / "curves.png")
     (tmp_path / "curves.png").mkdir()
     with pytest.raises(OutputError, match=r"curves\.png: cannot be written: Is a directory"):
-        plots.learning_curves(HISTORY, tmp_path / "curves.png")
+        plots.draw_learning_curves(HISTORY, tmp_path / "curves.png")
 
 
 def test_a_missing_matplotlib_names_the_extra(
@@ -80,4 +80,4 @@ def test_a_missing_matplotlib_names_the_extra(
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtraError, match=r"'polyak\[plot\]'"):
-        plots.check(tmp_path / "curves.png")
+        plots.check_path(tmp_path / "curves.png")

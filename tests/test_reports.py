@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from polyak_cli.errors import OutputError
+from polyak_cli.errors import MissingExtraError, OutputError
 from polyak_cli.evaluation import reports
 
 
@@ -62,18 +62,18 @@ def found(evil: str = "model_3.h5") -> dict[str, Any]:
 def test_csv_and_json_hold_every_number() -> None:
     """A line and an object for each candidate, whose numbers read back the same."""
     data = found()
-    lines = list(csv.DictReader(io.StringIO(reports.as_csv(data))))
+    lines = list(csv.DictReader(io.StringIO(reports.format_csv(data))))
     assert [line["label"] for line in lines] == [row["label"] for row in data["rows"]]
     for line, row in zip(lines, data["rows"], strict=True):
         assert [float(c) for c in line["coefficients"].split()] == row["coefficients"]
         assert float(line["reporting_accuracy"]) == row["metrics"]["reporting"]["accuracy"]
         assert line["reporting_loss"] == ""
-    assert json.loads(reports.as_json(data)) == data
+    assert json.loads(reports.format_json(data)) == data
 
 
 def test_words_say_that_a_gain_is_within_noise() -> None:
     """Winner, both numbers of rows, the difference, its interval and p are told."""
-    text = " ".join(reports.sentences(found()))
+    text = " ".join(reports.write_sentences(found()))
     assert "equal, last 2" in text
     for part in ("50 rows", "51 other rows", "+0.1000", "-0.0200 to +0.2000", "p 0.25"):
         assert part in text
@@ -85,15 +85,23 @@ def test_an_older_report_is_kept_unless_forced(tmp_path: Path) -> None:
     """A folder with a report is refused before any work; another file in it is no matter."""
     pytest.importorskip("matplotlib")
     folder = tmp_path / "report"
-    reports.check(folder, force=False)
-    reports.write(found(), folder)
+    reports.check_folder(folder, force=False)
+    reports.write_files(found(), folder)
     assert {path.name for path in folder.iterdir()} == {*reports.NAMES}
     with pytest.raises(OutputError, match=r"holds an older report .*--force"):
-        reports.check(folder, force=False)
-    reports.check(folder, force=True)
+        reports.check_folder(folder, force=False)
+    reports.check_folder(folder, force=True)
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    reports.write(found(), folder)
+    reports.write_files(found(), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+
+
+def test_a_missing_jinja2_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report is refused before any work, with the install that it needs."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(reports, "find_spec", lambda _name: None)
+    with pytest.raises(MissingExtraError, match=r"an HTML report needs .*'polyak\[plot\]'"):
+        reports.check_folder(tmp_path / "report", force=False)
 
 
 class _Outside(HTMLParser):
@@ -116,7 +124,7 @@ class _Outside(HTMLParser):
 def test_the_page_fetches_nothing_and_escapes_names(tmp_path: Path) -> None:
     """No address is in it, and a file's name with markup in it stays text."""
     pytest.importorskip("matplotlib")
-    reports.write(found("<b-evil onclick=x>.h5"), tmp_path / "report")
+    reports.write_files(found("<b-evil onclick=x>.h5"), tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
     outside = _Outside()
     outside.feed(page)
@@ -159,7 +167,7 @@ def cells(browser: Any, column: int) -> list[str]:
 @pytest.mark.slow
 def test_a_browser_sorts_the_table_and_shows_both_themes(tmp_path: Path, browser: Any) -> None:
     """Chromium opens the page without an error; columns sort both ways, themes differ, it fits."""
-    reports.write(found(), tmp_path / "report")
+    reports.write_files(found(), tmp_path / "report")
     browser.get((tmp_path / "report" / "report.html").as_uri())
     titles = [button.text for button in browser.find_elements("css selector", "th button")]
     assert titles[:3] == ["candidate", "kind", "window"]

@@ -153,7 +153,7 @@ def _diff_run(
     if plot:
         from polyak_cli.evaluation import plots
 
-        plots.check(Path(plot))
+        plots.check_path(Path(plot))
     selection = checkpoints.select(
         sources,
         last=options["last"],
@@ -162,7 +162,7 @@ def _diff_run(
     )
     found = differences.distances(selection, by=options["match"] or "name")
     if plot:
-        plots.distances(
+        plots.draw_distances(
             [_label(row.path, row.epoch) for row in found.checkpoints],
             [row.to_previous for row in found.checkpoints],
             [row.to_average for row in found.checkpoints],

@@ -368,7 +368,7 @@ def sweep(
     from polyak_cli.evaluation.quiet import prints_on_stderr
 
     folder = Path(output)
-    reports.check(folder, force=force)
+    reports.check_folder(folder, force=force)
     options["split"] = None
     notes = load_rows(options)
     with (
@@ -388,7 +388,7 @@ def sweep(
             **options,
         )
     data_found = found.data()
-    reports.write(data_found, folder)
+    reports.write_files(data_found, folder)
     rendering.notes([*notes, *found.notes], quiet)
     rendering.result(
         data_found, as_json, quiet, lambda: rendering.sweep_lines(data_found, folder, best)
@@ -453,7 +453,7 @@ def train(
     if plot:
         from polyak_cli.evaluation import plots
 
-        plots.check(Path(plot))
+        plots.check_path(Path(plot))
     with show_progress("training", epochs, quiet or as_json, in_bytes=False) as advance:
         report = sample_run.train(
             Path(output),
@@ -466,7 +466,7 @@ def train(
             progress=lambda _epoch, _metrics: advance(1),
         )
     if plot:
-        plots.learning_curves(report.history, Path(plot))
+        plots.draw_learning_curves(report.history, Path(plot))
     last = {name: values[-1] for name, values in report.history.items()}
     made = {
         "data": data,

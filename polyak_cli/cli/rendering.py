@@ -34,7 +34,7 @@ def result(
 ) -> None:
     """Print what a command found: as JSON, or as lines for a person, who may want none."""
     if as_json:
-        from polyak_cli.evaluation.reports import as_json as text
+        from polyak_cli.evaluation.reports import format_json as text
 
         print_lines([text(data)], sys.stdout)
     elif not quiet:
@@ -43,7 +43,7 @@ def result(
 
 def json_line(data: Mapping[str, Any]) -> None:
     """Print what was found as one line of JSON."""
-    from polyak_cli.evaluation.reports import as_json as text
+    from polyak_cli.evaluation.reports import format_json as text
 
     print_lines([text(data, indent=None)], sys.stdout)
 
@@ -334,7 +334,7 @@ def sweep_lines(found: Mapping[str, Any], folder: Path, best: Path | None) -> It
         cells = ["-" if value is None else f"{value:.4f}" for value in values]
         table.append([shown(row["label"], 60), *cells])
     yield from _columns(table)
-    yield from reports.sentences(found)
+    yield from reports.write_sentences(found)
     yield f"wrote {shown(folder / 'report.html')}"
     if best:
         yield f"wrote {shown(best)}"

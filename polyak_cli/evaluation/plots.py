@@ -1,7 +1,7 @@
-"""Pictures: learning curves, how far checkpoints are apart, and what a sweep found.
+"""Draw learning curves, the distances between checkpoints, and the scores of a sweep.
 
-The only module that imports matplotlib, inside its functions and without a display.  The same
-numbers give the same file: no dates, no random identifiers.
+Only this module imports matplotlib, inside its functions; no display is needed.  The same numbers
+give the same file: no dates, no random identifiers.  It does not know how the numbers were made.
 """
 
 from __future__ import annotations
@@ -15,34 +15,40 @@ from typing import Any
 from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown
 
 SUFFIXES = (".png", ".svg")
-_TRAIN, _TEST, _INK = "#0072b2", "#d55e00", "#444444"  # told apart by the colour-blind too
+#: Colours of lines and of the grid; the HTML page replaces them by those of its theme.
+INK = "#444444"
+GRID = "#e6e6e6"
+# The palette of Okabe and Ito ("Color Universal Design", 2008), which colour-blind readers can
+# distinguish, and two more.
+_TRAIN, _TEST = "#0072b2", "#d55e00"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7fd5")
 _STYLE: Any = {  # matplotlib types it as a dict of 300 literal keys
-    "svg.hashsalt": "polyak",
-    "svg.fonttype": "none",
+    "svg.hashsalt": "polyak",  # else the identifiers in the SVG are random
+    "svg.fonttype": "none",  # text stays text, so that the page can colour it
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "grid.color": GRID,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
+# matplotlib writes its version and the time into a file unless these are None.
 _UNSTAMPED: Mapping[str, Any] = {".png": {"Software": None}, ".svg": {"Date": None}}
 
 
-def check(path: Path) -> None:
-    """Refuse a name that no picture can be written under, before any work.
+def check_path(path: Path) -> None:
+    """Refuse a path that no picture can be written to, before any work.
 
     Raises:
         UsageError: the suffix is neither .png nor .svg.
         MissingExtraError: matplotlib is not installed.
-        OutputError: there is no such folder.
+        OutputError: its folder does not exist.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(
@@ -50,19 +56,19 @@ def check(path: Path) -> None:
             "suffixes"
         )
     try:
-        import matplotlib  # noqa: F401 - only whether it is there
+        import matplotlib  # noqa: F401 - imported only to see whether it is installed
     except ImportError:
         raise MissingExtraError("a plot", "plot") from None
     if not path.resolve().parent.is_dir():
         raise OutputError(f"{shown(path)}: there is no folder to write it in; create it first")
 
 
-def learning_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw loss and accuracy over the epochs, on the training and on the test points.
+def draw_learning_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw loss and accuracy over the epochs, for the training and the test points.
 
     Args:
         history: metric -> its value after each epoch, counted from 0: loss and accuracy, and
-            val_loss and val_accuracy, as in Keras's history; one that is missing is not drawn.
+            val_loss and val_accuracy, as in Keras's history; a missing one is not drawn.
         path: the .png or .svg file; replaced if it exists.
 
     Raises:
@@ -70,29 +76,30 @@ def learning_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    with _figure(path) as figure:
+    with _open_figure(path) as figure:
         for axes, metric, label in zip(
             figure.subplots(1, 2),
             ("loss", "accuracy"),
             ("Loss (categorical cross-entropy)", "Accuracy"),
             strict=True,
         ):
-            _curves(axes, history, metric)
+            _draw_curves(axes, history, metric)
             axes.set(xlabel="Epoch", ylabel=label)
 
 
-def distances(
+def draw_distances(
     labels: Sequence[str],
     to_previous: Sequence[float | None],
     to_average: Sequence[float],
     path: Path,
 ) -> None:
-    """Draw how far each checkpoint of a run is from the one before and from the average.
+    """Draw the distance of each checkpoint from the previous one and from the average.
 
     Args:
-        labels: of the checkpoints, oldest first.
-        to_previous: relative to the norm of the average; None for the oldest.
-        to_average: the same, to the average.
+        labels: names of the checkpoints, oldest first.
+        to_previous: distance to the previous checkpoint, divided by the norm of the average; None
+            for the oldest.
+        to_average: distance to the average, divided by the same norm.
         path: the .png or .svg file; replaced if it exists.
 
     Raises:
@@ -101,7 +108,7 @@ def distances(
         OutputError: the file cannot be written.
     """
     places = range(len(labels))
-    with _figure(path) as figure:
+    with _open_figure(path) as figure:
         axes = figure.subplots()
         axes.plot(places, to_average, "o-", color=_TEST, lw=1.2, ms=4, label="to the average")
         steps = [math.nan if step is None else step for step in to_previous]
@@ -113,11 +120,11 @@ def distances(
         axes.legend(frameon=False)
 
 
-def sweep(found: Mapping[str, Any], path: Path) -> None:
-    """Draw how candidates score on the reporting rows: singles as points, a line for each scheme.
+def draw_sweep(found: Mapping[str, Any], path: Path) -> None:
+    """Draw the scores on the reporting rows: singles as points, one line a scheme.
 
     Args:
-        found: of `sweeping.Sweep.data`.
+        found: the result of `sweeping.Sweep.data`.
         path: the .png or .svg file; replaced if it exists.
 
     Raises:
@@ -125,27 +132,27 @@ def sweep(found: Mapping[str, Any], path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    metrics = [name for name in ("accuracy", "loss") if _points(found, "single", name)]
-    with _figure(path) as figure:
+    metrics = [name for name in ("accuracy", "loss") if _select_points(found, "single", name)]
+    with _open_figure(path) as figure:
         panels = figure.subplots(1, max(1, len(metrics)), squeeze=False)[0]
         for axes, metric in zip(panels, metrics, strict=False):
-            _candidates(axes, found, metric)
+            _draw_candidates(axes, found, metric)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", frameon=False)
 
 
-def _candidates(axes: Any, found: Mapping[str, Any], metric: str) -> None:
-    """Draw one metric of all candidates over the number of checkpoints that count."""
-    singles = [value for _, value in _points(found, "single", metric)]
-    ages = range(len(singles), 0, -1)  # the newest stands where a window of one does
-    axes.axhspan(min(singles), max(singles), color=_INK, alpha=0.12, lw=0)
-    axes.plot(ages, singles, "o", color=_INK, ms=4, label="single")
+def _draw_candidates(axes: Any, found: Mapping[str, Any], metric: str) -> None:
+    """Draw one metric of all candidates over the number of checkpoints averaged."""
+    singles = [value for _, value in _select_points(found, "single", metric)]
+    ages = range(len(singles), 0, -1)  # the newest is drawn where a window of 1 is
+    axes.axhspan(min(singles), max(singles), color=INK, alpha=0.12, lw=0)
+    axes.plot(ages, singles, "o", color=INK, ms=4, label="single")
     names = dict.fromkeys(
         (row["kind"], row["scheme"], row["parameter"])
         for row in found["rows"]
         if row["kind"] in ("average", "ensemble")
     )
     for k, (kind, scheme, parameter) in enumerate(names):
-        line = _points(found, kind, metric, scheme, parameter)
+        line = _select_points(found, kind, metric, scheme, parameter)
         label = (scheme or kind) + ("" if parameter is None else f" {parameter:g}")
         style = "--" if kind == "ensemble" else "-"
         colour = _COLOURS[k % len(_COLOURS)]
@@ -153,14 +160,14 @@ def _candidates(axes: Any, found: Mapping[str, Any], metric: str) -> None:
     axes.set(xlabel="Checkpoints averaged (single: its age)", ylabel=metric.capitalize())
 
 
-def _points(
+def _select_points(
     found: Mapping[str, Any],
     kind: str,
     metric: str,
     scheme: str = "",
     parameter: float | None = None,
 ) -> list[tuple[int, float]]:
-    """Return window and value of the candidates of one kind that have the metric."""
+    """Return (window, value) of the candidates of one kind that have the metric."""
     values = [
         (row["window"], row["metrics"]["reporting"].get(metric))
         for row in found["rows"]
@@ -170,13 +177,14 @@ def _points(
 
 
 @contextlib.contextmanager
-def _figure(path: Path) -> Iterator[Any]:
-    """Yield an empty figure, which is written when it has been drawn."""
-    check(path)
+def _open_figure(path: Path) -> Iterator[Any]:
+    """Yield an empty figure, and write it at the end of the block."""
+    check_path(path)
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE):
+        # Figure and not pyplot: pyplot chooses a backend, which may want a display.
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         yield figure
         suffix = path.suffix.lower()
@@ -186,8 +194,8 @@ def _figure(path: Path) -> Iterator[Any]:
             raise OutputError(f"{shown(path)}: cannot be written: {error.strerror}") from error
 
 
-def _curves(axes: Any, history: Mapping[str, Sequence[float]], metric: str) -> None:
-    """Draw one metric, the test points over the training points."""
+def _draw_curves(axes: Any, history: Mapping[str, Sequence[float]], metric: str) -> None:
+    """Draw one metric: the training points, and the test points on top."""
     for name, label, colour in ((metric, "train", _TRAIN), (f"val_{metric}", "test", _TEST)):
         if name in history:
             axes.plot(range(len(history[name])), history[name], color=colour, lw=1.2, label=label)

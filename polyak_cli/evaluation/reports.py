@@ -1,42 +1,39 @@
-"""What a sweep found as files: CSV, JSON, and one HTML page that needs nothing else.
+"""Write the results of a sweep as files: CSV, JSON, figures, and one HTML page.
 
-Knows the data of `sweeping.Sweep.data` and nothing of how it came about.
+The page needs no other file and fetches nothing.  This module knows the data that
+`sweeping.Sweep.data` returns; it does not know how the candidates were made or scored.
 """
 
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
 import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from polyak_cli.errors import OutputError, shown
+from polyak_cli.errors import MissingExtraError, OutputError, shown
 from polyak_cli.evaluation import plots
 
 Data = Mapping[str, Any]
-#: The inks of `plots.sweep`, in place of which the page puts those of its theme.
-INK = "#444444"
-_GRID = "#e6e6e6"
-
-
-#: What a report's folder gets.
+#: The files of a report.
 NAMES = ("sweep.csv", "sweep.json", "sweep.png", "sweep.svg", "report.html")
 
 
-def check(folder: Path, *, force: bool) -> None:
-    """Refuse, before any work, a folder that a report must not or cannot be written to.
+def check_folder(folder: Path, *, force: bool) -> None:
+    """Refuse a folder that a report must not or cannot be written to, before any work.
 
     Raises:
-        OutputError: what is in the way.
-        MissingExtraError: matplotlib is not installed.
+        OutputError: a file or an older report is in the way.
+        MissingExtraError: matplotlib or jinja2 is not installed.
     """
-    plots.check(folder.resolve().parent / NAMES[2])
+    plots.check_path(folder.resolve().parent / NAMES[2])
+    check_jinja()
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{shown(folder)}: exists and is no folder; name another for the report")
     older = [name for name in NAMES if (folder / name).exists()]
@@ -46,21 +43,34 @@ def check(folder: Path, *, force: bool) -> None:
         )
 
 
-def write(found: Data, folder: Path) -> list[Path]:
-    """Write the report's files, each of which appears whole.
+def check_jinja() -> None:
+    """Refuse to make a page without jinja2.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    # find_spec, so that nothing is imported before there is a page to render.
+    if find_spec("jinja2") is None:
+        raise MissingExtraError("an HTML report", "plot")
+
+
+def write_files(found: Data, folder: Path) -> list[Path]:
+    """Write the files of a report; each appears under its name only when it is complete.
 
     Raises:
         OutputError: they cannot be written.
+        MissingExtraError: matplotlib or jinja2 is not installed.
     """
     try:
         folder.mkdir(exist_ok=True)
+        # Beside their final names, so that `replace` is a rename within one file system.
         with tempfile.TemporaryDirectory(prefix=".polyak-report-", dir=folder) as hidden:
             csv_file, json_file, png, svg, page = (Path(hidden) / name for name in NAMES)
-            csv_file.write_text(as_csv(found))
-            json_file.write_text(as_json(found) + "\n")
-            plots.sweep(found, png)
-            plots.sweep(found, svg)
-            page.write_text(as_html(found, svg.read_text()))
+            csv_file.write_text(format_csv(found))
+            json_file.write_text(format_json(found) + "\n")
+            plots.draw_sweep(found, png)
+            plots.draw_sweep(found, svg)
+            page.write_text(render_page(found, svg.read_text()))
             return [
                 path.replace(folder / path.name) for path in (csv_file, json_file, png, svg, page)
             ]
@@ -68,23 +78,23 @@ def write(found: Data, folder: Path) -> list[Path]:
         raise OutputError(f"{shown(folder)}: cannot be written: {error.strerror}") from error
 
 
-def as_json(found: Data, indent: int | None = 2) -> str:
-    """Return everything; numbers that JSON has no word for are null."""
-    return json.dumps(_finite(found), indent=indent, allow_nan=False)
+def format_json(found: Data, indent: int | None = 2) -> str:
+    """Return everything as JSON; NaN and infinity, which JSON cannot express, become null."""
+    return json.dumps(_replace_non_finite(found), indent=indent, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_replace_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_csv(found: Data) -> str:
-    """Return a line for each candidate; coefficients with spaces between them, oldest first."""
+def format_csv(found: Data) -> str:
+    """Return one line a candidate; coefficients are separated by spaces, oldest first."""
     text = io.StringIO()
-    columns = _columns(found)
+    columns = _list_columns(found)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["label", "kind", "scheme", "parameter", "window", "coefficients"]
@@ -93,20 +103,21 @@ def as_csv(found: Data) -> str:
     for row in found["rows"]:
         numbers = [row["metrics"][split].get(metric) for split, metric in columns]
         about = [row["label"], row["kind"], row["scheme"], row["parameter"], row["window"]]
+        # repr() is the shortest text that reads back as the same float.
         writer.writerow([*about, " ".join(map(repr, row["coefficients"])), *numbers])
     return text.getvalue()
 
 
-def _columns(found: Data) -> list[tuple[str, str]]:
-    """Return every metric on every split."""
+def _list_columns(found: Data) -> list[tuple[str, str]]:
+    """Return every pair of a split and a metric, in the order of the columns."""
     names = dict.fromkeys(
         name for row in found["rows"] for scores in row["metrics"].values() for name in scores
     )
     return [(split, name) for split in found["splits"] for name in names]
 
 
-def sentences(found: Data) -> Iterator[str]:
-    """Yield what the sweep says, in words."""
+def write_sentences(found: Data) -> Iterator[str]:
+    """Yield the result of the sweep in words: the winner, then each of its gains."""
     selection, reporting = (found["splits"][name]["rows"] for name in ("selection", "reporting"))
     yield (
         f"The best of {len(found['rows'])} candidates by {found['metric']} on {selection} rows for "
@@ -124,159 +135,109 @@ def sentences(found: Data) -> Iterator[str]:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def as_html(found: Data, figure: str) -> str:
-    """Return the page.
+class _Bar(NamedTuple):
+    """One coefficient as a bar, in pixels from the top left corner."""
+
+    x: int
+    y: str
+    width: int
+    height: str
+
+
+class _Cell(NamedTuple):
+    """One score: what is shown, and the number to sort by ("" where there is none)."""
+
+    text: str
+    number: str
+
+
+class _PageRow(NamedTuple):
+    """One candidate as the page shows it."""
+
+    label: str
+    kind: str
+    window: int
+    wins: bool
+    largest: str  # of its coefficients; the column is sorted by it
+    coefficients: str
+    width: int
+    height: int
+    bars: Sequence[_Bar]
+    cells: Sequence[_Cell]
+
+
+def render_page(found: Data, figure: str) -> str:
+    """Return the HTML page.
 
     Args:
-        found: of `Sweep.data`.
+        found: the result of `Sweep.data`.
         figure: the drawing, as SVG.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
     """
-    words = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences(found))
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in found["notes"])
-    return _PAGE.format(
-        style=_STYLE,
-        script=_SCRIPT,
-        words=words,
-        figure=_inline(figure),
-        table=_table(found),
-        inputs="".join(map(_input, found["checkpoints"])),
-        polyak=html.escape(found["polyak"]),
-        notes=f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
+    check_jinja()
+    import jinja2
+    from markupsafe import Markup
+
+    # jinja2 opens the three files beside this module by itself; they are part of the package.
+    # Style and script are included as they are.  Everything else is escaped: labels, paths and
+    # notes hold names of files, which may be chosen by somebody else.
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-
-
-def _input(checkpoint: Data) -> str:
-    """Return where a checkpoint came from: which file, of which epoch, size and content."""
-    epoch = "" if checkpoint["epoch"] is None else f"epoch {checkpoint['epoch']}, "
-    digests = "".join(f"<br><code>{digest}</code>" for digest in checkpoint["sha256"])
-    about = f"{epoch}{checkpoint['size']:,} bytes, SHA-256{digests}"
-    return f"<li>{html.escape(checkpoint['path'])}: {about}</li>"
+    columns = _list_columns(found)
+    titles = ["candidate", "kind", "window", "coefficients"]
+    return environment.get_template("report.html.j2").render(
+        sentences=list(write_sentences(found)),
+        # Markup: matplotlib escaped the text in its own drawing.
+        figure=Markup(_inline(figure)),  # noqa: S704
+        titles=titles + [f"{metric} ({split})" for split, metric in columns],
+        rows=[_lay_out_row(row, columns, row == found["winner"]) for row in found["rows"]],
+        checkpoints=found["checkpoints"],
+        polyak=found["polyak"],
+        notes=found["notes"],
+    )
 
 
 def _inline(figure: str) -> str:
     """Return a drawing that takes the colours of the page."""
     drawing = figure[figure.index("<svg") :]
+    # Without a fixed size the style sheet scales it to the width of the page.
     drawing = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", drawing, count=1)
     drawing = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1)
-    drawing = drawing.replace("fill: #ffffff", "fill: none")  # the paper
-    return drawing.replace(INK, "currentColor").replace(_GRID, "var(--line)")
+    drawing = drawing.replace("fill: #ffffff", "fill: none")  # the background
+    return drawing.replace(plots.INK, "currentColor").replace(plots.GRID, "var(--line)")
 
 
-def _table(found: Data) -> str:
-    columns = _columns(found)
-    titles = ["candidate", "kind", "window", "coefficients"]
-    titles += [f"{metric} ({split})" for split, metric in columns]
-    head = "".join(
-        f'<th aria-sort="none"><button type="button">{html.escape(title)}</button></th>'
-        for title in titles
-    )
-    rows = "".join(_table_row(row, columns, row == found["winner"]) for row in found["rows"])
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def _table_row(row: Data, columns: Sequence[tuple[str, str]], wins: bool) -> str:
-    cells = [
-        f"<td>{html.escape(row['label'])}{' <b>best</b>' if wins else ''}</td>",
-        f"<td>{html.escape(row['kind'])}</td>",
-        f'<td class="number">{row["window"]}</td>',
-        f'<td data-value="{max(row["coefficients"]):.6f}">{_bars(row["coefficients"])}</td>',
-    ]
-    for split, metric in columns:
-        value = row["metrics"][split].get(metric)
-        known = value is not None and math.isfinite(value)
-        text, number = (f"{value:.4f}", repr(value)) if known else ("-", "")
-        cells.append(f'<td class="number" data-value="{number}">{text}</td>')
-    style = ' class="best"' if wins else ""
-    return f"<tr{style}>{''.join(cells)}</tr>"
-
-
-def _bars(coefficients: Sequence[float]) -> str:
-    """Draw coefficients as small bars, oldest first."""
-    width, height, most = 6, 18, max(coefficients)
-    bars = "".join(
-        f'<rect x="{k * width}" y="{height * (1 - c / most):.2f}" width="{width - 1}" '
-        f'height="{height * c / most:.2f}"/>'
+def _lay_out_row(row: Data, columns: Sequence[tuple[str, str]], wins: bool) -> _PageRow:
+    """Return what the page shows of one candidate; its coefficients oldest first."""
+    width, height = 6, 18
+    coefficients = row["coefficients"]
+    largest = max(coefficients)
+    bars = [
+        _Bar(
+            k * width, f"{height * (1 - c / largest):.2f}", width - 1, f"{height * c / largest:.2f}"
+        )
         for k, c in enumerate(coefficients)
         if c
+    ]
+    return _PageRow(
+        label=row["label"],
+        kind=row["kind"],
+        window=row["window"],
+        wins=wins,
+        largest=f"{largest:.6f}",
+        coefficients=", ".join(f"{c:.6f}" for c in coefficients),
+        width=width * len(coefficients),
+        height=height,
+        bars=bars,
+        cells=[_make_cell(row["metrics"][split].get(metric)) for split, metric in columns],
     )
-    title = html.escape(", ".join(f"{c:.6f}" for c in coefficients))
-    return (
-        f'<svg class="bars" role="img" width="{width * len(coefficients)}" height="{height}">'
-        f"<title>{title}</title>{bars}</svg>"
-    )
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'">
-<title>Which average is best?</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>Which average is best?</h1>
-{words}
-<figure>{figure}</figure>
-<h2>All candidates</h2>
-<div class="scroll">{table}</div>
-<h2>Checkpoints</h2>
-<ol>{inputs}</ol>
-<p>Averaged by polyak {polyak}.</p>
-{notes}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #222222; --line: #dddddd;
-  --accent: #0072b2; --best: #e8f3fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #16181b; --ink: #e3e3e3; --line: #3a3d42; --accent: #56b4e9; --best: #1d2c38; }
-}
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 1rem; }
-figure { margin: 1rem 0; }
-figure svg { width: 100%; height: auto; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left;
-  white-space: nowrap; }
-th button { all: unset; cursor: pointer; font-weight: 600; }
-th button:focus-visible { outline: 2px solid var(--accent); }
-th[aria-sort="ascending"] button::after { content: " \\2191"; }
-th[aria-sort="descending"] button::after { content: " \\2193"; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-.best { background: var(--best); }
-code { font-size: 0.8rem; overflow-wrap: anywhere; }
-.bars rect { fill: var(--accent); }
-"""
-
-_SCRIPT = """
-"use strict";
-const body = document.querySelector("tbody");
-const heads = [...document.querySelectorAll("th")];
-const value = (row, k) => {
-  const cell = row.cells[k], text = cell.dataset.value ?? cell.textContent;
-  const number = Number(text);
-  return text === "" ? null : Number.isNaN(number) ? text : number;
-};
-heads.forEach((head, k) => head.querySelector("button").addEventListener("click", () => {
-  const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-  heads.forEach((other) => other.setAttribute("aria-sort", "none"));
-  head.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
-  const order = (a, b) => {
-    const x = value(a, k), y = value(b, k);
-    if (x === null || y === null) return (x === null) - (y === null);
-    return sign * (typeof x === typeof y && typeof x === "number" ? x - y
-      : String(x).localeCompare(String(y)));
-  };
-  body.append(...[...body.rows].sort(order));
-}));
-"""
+def _make_cell(value: float | None) -> _Cell:
+    if value is None or not math.isfinite(value):
+        return _Cell("-", "")
+    return _Cell(f"{value:.4f}", repr(value))

@@ -1,0 +1,21 @@
+
+"use strict";
+const body = document.querySelector("tbody");
+const heads = [...document.querySelectorAll("th")];
+const value = (row, k) => {
+  const cell = row.cells[k], text = cell.dataset.value ?? cell.textContent;
+  const number = Number(text);
+  return text === "" ? null : Number.isNaN(number) ? text : number;
+};
+heads.forEach((head, k) => head.querySelector("button").addEventListener("click", () => {
+  const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+  heads.forEach((other) => other.setAttribute("aria-sort", "none"));
+  head.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
+  const order = (a, b) => {
+    const x = value(a, k), y = value(b, k);
+    if (x === null || y === null) return (x === null) - (y === null);
+    return sign * (typeof x === typeof y && typeof x === "number" ? x - y
+      : String(x).localeCompare(String(y)));
+  };
+  body.append(...[...body.rows].sort(order));
+}));
