@@ -1,4 +1,10 @@
 # Two commands and no other preparation: `make demo`, `make test`.
+#
+#   make quick   under 3 minutes    while working; no Keras, nothing that takes seconds
+#   make test    under 10 minutes   every promise at least once, in every environment
+#   make soak    some 15 minutes    what repeats, measures or mutates; all of `core` again
+#
+# `make test` and `make soak` together run every test; tests/test_tiers.py checks it.
 PYTHON ?= python3
 BIN := .venv/bin
 CORE := .venv-core/bin
@@ -7,7 +13,7 @@ TORCH := .venv-torch/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
 
-.PHONY: demo test quick core oldest torch system coverage lint types smoke fuzz check mutants bench bench-peers digits clean
+.PHONY: demo test soak quick core core-all oldest torch system coverage lint types smoke fuzz check mutants bench bench-peers digits clean
 
 demo: .venv/.ready
 	@rm -rf .demo && mkdir .demo
@@ -15,19 +21,28 @@ demo: .venv/.ready
 	$(BIN)/polyak evaluate .demo/final.h5 --data blobs
 
 test: .venv/.ready system core oldest torch
-	$(BIN)/python -m pytest $(SPREAD)
+	$(BIN)/python -m pytest $(SPREAD) -m "not soak"
 
-# Some two and a half minutes, without the tests that start Keras.
+soak: .venv/.ready system core-all fuzz
+	$(BIN)/python -m pytest $(SPREAD) -m "soak"
+
+# Without the tests that start Keras.
 quick: .venv/.ready
-	$(BIN)/python -m pytest $(SPREAD) -m "not slow" --ignore=tests/keras
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras
 
-# The same suite without any extra, where pip picks the newest h5py.
+# Without any extra, where pip picks the newest h5py: what depends on h5py or on an extra.
+# Formats that are read without h5py have run their contract in `make test` already.
 core: .venv-core/.ready
-	$(CORE)/python -m pytest $(SPREAD) -m "not slow" --ignore=tests/keras --ignore=tests/torch
+	$(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" \
+		$(patsubst %,tests/test_%.py,api architecture cli determinism ema formats generations \
+		inspection keras_zip packaging plots readme statistics weights)
+
+core-all: .venv-core/.ready
+	$(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras --ignore=tests/torch
 
 # The oldest versions that pyproject allows: the same bytes, what numpy and h5py do, a few commands.
 oldest: .venv-oldest/.ready
-	$(OLDEST)/python -m pytest $(SPREAD) -m "not slow" \
+	$(OLDEST)/python -m pytest $(SPREAD) -m "not slow and not soak" \
 		$(patsubst %,tests/test_%.py,averaging determinism formats generations inspection npz readme weights)
 
 # What PyTorch writes and loads, in an environment of its own beside TensorFlow's.
@@ -77,7 +92,7 @@ smoke:
 fuzz: .venv/.ready
 	$(BIN)/python -m tests.hostile.fuzz
 
-check: lint types test smoke fuzz
+check: lint types smoke test soak
 
 # Small changes to three modules, each of which some test should notice; tests/mutants.md explains
 # those that none does. MUTANTS="polyak_cli.averaging.schemes.*" runs only some.

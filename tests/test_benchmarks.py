@@ -17,7 +17,7 @@ from tests.benchmarks.measure import Contender, Failed, Measurement, Reach, Run
 from tests.command import ROOT
 from tests.oracle import naive_average, read_model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 _TINY = Material(files=3, nbytes=MB // 10)
 

@@ -132,6 +132,7 @@ def average_large(folder: Path, count: int, tensors: int, elements: int, *option
     return measured.peak
 
 
+@pytest.mark.soak
 def test_memory_is_the_same_for_small_and_large_models(tmp_path: Path) -> None:
     """Ten files of 4 MB and ten of 400 MB: at most 100 MB, and no more for the larger."""
     small = average_large(tmp_path, 10, 10, 100 * 1024)  # 10 x 410 kB = 4.1 MB a file
@@ -141,6 +142,7 @@ def test_memory_is_the_same_for_small_and_large_models(tmp_path: Path) -> None:
     assert abs(large - small) <= FLAT
 
 
+@pytest.mark.soak
 def test_memory_is_the_same_for_one_tensor_of_2_gb(tmp_path: Path) -> None:
     """A tensor larger than any buffer streams through."""
     small = average_large(tmp_path, 2, 1, 1 << 20)  # 4 MiB
@@ -157,6 +159,7 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path: Path) -> 
     assert abs(many - few) <= FLAT
 
 
+@pytest.mark.soak
 def test_memory_stays_below_the_limit_with_a_thousand_checkpoints(tmp_path: Path) -> None:
     """Their names and sizes are all that there is more of."""
     few = average_large(tmp_path, 2, 1, 1 << 14)
@@ -250,6 +253,7 @@ def test_the_measuring_sees_what_is_used() -> None:
     assert 300 * MEGABYTE < peak < 350 * MEGABYTE
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "command", [["inspect", "--stats"], ["diff", "--atol", "9"], ["diff"], ["check"]]
 )

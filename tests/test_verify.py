@@ -247,7 +247,7 @@ def test_a_flipped_bit_is_caught(run: Path, suffix: str) -> None:
     check_flips(run, suffix, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("suffix", [".h5", ".safetensors", ".npz"])
 def test_flipped_bits_all_over_the_file_are_caught(run: Path, suffix: str) -> None:
     """The same at many more places."""

@@ -600,7 +600,7 @@ def test_every_publication_beside_a_slow_writer_is_that_of_average(folder: Path)
     assert seen >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_hundreds_of_rounds_leave_memory_and_descriptors_as_they_are(folder: Path) -> None:
     """Each with a new checkpoint, an old one that goes, and several looks that find nothing."""
     write(folder / "ckpts/model_0.h5", 0).write_bytes(b"broken for ever")

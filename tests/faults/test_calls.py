@@ -212,13 +212,13 @@ class Trials:
         assert min(codes[0], codes[3]) >= count // 5, codes
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_any_call_may_fail(tmp_path: Path, shim: Path) -> None:
     """At each of more than a hundred the old output or the new one, and nothing unfinished."""
     Trials(tmp_path, shim, WAYS["h5"]).draw(0, 100)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", [name for name in WAYS if name != "h5"])
 def test_any_call_may_fail_in_every_format(tmp_path: Path, shim: Path, name: str) -> None:
     """The same where archives and headers are read and written by other libraries."""

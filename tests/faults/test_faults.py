@@ -170,16 +170,21 @@ def test_a_signal_at_any_moment_leaves_the_old_or_the_new_output(big: Big) -> No
     _signals(big, 0, 24)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_hundreds_of_signals_leave_nothing(big: Big) -> None:
     """The same, often enough to meet the moments that are rare."""
     _signals(big, 1000, 200)
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_the_old_output_and_disturbs_no_later_run(big: Big) -> None:
+@pytest.mark.parametrize(
+    "seeds", [range(2000, 2003), pytest.param(range(2003, 2030), marks=pytest.mark.soak)], ids=len
+)
+def test_a_killed_run_leaves_the_old_output_and_disturbs_no_later_run(
+    big: Big, seeds: range
+) -> None:
     """SIGKILL cannot be tidied after; the next run passes over what is left and succeeds."""
-    for seed in range(2000, 2030):
+    for seed in seeds:
         trial = Trial(big, seed, (signal.SIGKILL,))
         trial.check()
         assert len(trial.hidden()) <= 1

@@ -61,7 +61,7 @@ def test_a_limit_of_address_space(run_folder: Path) -> None:
     assert _check(run_folder, 165, average) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_any_limit_of_address_space(run_folder: Path) -> None:
     """Under any limit with which Python itself begins: the average, or a refusal."""
     average = _average(run_folder)
@@ -98,7 +98,7 @@ def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch, call: str) -
     assert os.listdir("/proc/self/fd") == before
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ten_thousand_checkpoints_under_256_open_files(tmp_path: Path) -> None:
     """The average is the same bits, and all of them are in the record."""
     (tmp_path / "ckpts").mkdir()
@@ -131,7 +131,7 @@ def write_many(path: Path, count: int, seed: int) -> Array:
     return values
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_hundred_thousand_tensors_in_one_file(tmp_path: Path) -> None:
     """They are averaged, each with its own values."""
     count = 100_000
@@ -148,7 +148,7 @@ def test_a_hundred_thousand_tensors_in_one_file(tmp_path: Path) -> None:
         assert content[length + start : length + stop] == expected[2 * k : 2 * k + 2].tobytes()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_million_tensors_in_one_file_are_refused(tmp_path: Path) -> None:
     """Before the work: a header that needs more memory than any real model's is not read."""
     write_many(tmp_path / "m_1.safetensors", 1_000_000, 1)

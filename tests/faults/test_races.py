@@ -69,7 +69,7 @@ def test_whoever_reads_the_output_sees_all_of_one(run_folder: Path) -> None:
     assert seen <= made
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_whoever_reads_the_output_hundreds_of_times_sees_all_of_one(run_folder: Path) -> None:
     """The same, until both were met."""
     made, seen, count = _publish(run_folder, 200)
@@ -77,7 +77,7 @@ def test_whoever_reads_the_output_hundreds_of_times_sees_all_of_one(run_folder: 
     assert count > 200
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_checkpoint_is_changed_at_any_moment(tmp_path: Path) -> None:
     """What is published is the average of files as they were at one time, or nothing is."""
     (tmp_path / "ckpts").mkdir()

@@ -24,7 +24,7 @@ def test_the_readme_shows_the_results() -> None:
         assert digits.table(result["regime"], result["rows"]) in readme
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_averaging_pays_where_the_newest_checkpoint_wanders(tmp_path: Path) -> None:
     """With wrong labels, the average beats the newest beyond noise; in the calm it is its equal."""
     calm, _, wrong = digits.REGIMES

@@ -16,7 +16,7 @@ import pytest
 from polyak_cli.averaging import planning, writing
 from polyak_cli.evaluation import candidates, data, sample_run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 SEEDS, LAST = 10, 10
 SCHEMES = ("equal", "linear", "exp")
 Accuracies = dict[str, npt.NDArray[np.float64]]
