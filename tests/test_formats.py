@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from polyak_cli import formats
 from polyak_cli.errors import FormatError, OutputError, PolyakError
 from polyak_cli.formats import outputs as formats_outputs
-from polyak_cli.formats import same_skeleton as twins
+from polyak_cli.formats import same_skeleton
 from polyak_cli.formats.hdf5 import library
 from polyak_cli.formats.hdf5.chunks import Chunks
 from polyak_cli.processes import sandbox
@@ -35,6 +35,7 @@ from polyak_cli.storage import (
     publishing,
 )
 from polyak_cli.tensors import Extent, Table, TensorSpec
+from tests.counting import count_reads
 from tests.oracle import write_model
 
 KERNEL = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -612,7 +613,7 @@ def test_filter_plugins_are_off() -> None:
     assert os.environ["HDF5_PLUGIN_PRELOAD"] == "::"
 
 
-# --- twins ----------------------------------------------------------------------------------------
+# --- checkpoints of the same skeleton -------------------------------------------------------------
 
 
 def test_checkpoints_that_differ_in_values_share_one_scan(tmp_path: Path) -> None:
@@ -631,8 +632,10 @@ def test_checkpoints_that_differ_in_values_share_one_scan(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("where", ["name", "attribute", "last byte of the header"])
-def test_one_other_byte_outside_of_the_tensors_is_no_twin(tmp_path: Path, where: str) -> None:
-    """Whatever a header may say, in as many bytes, is read anew when it is not the same."""
+def test_one_other_byte_outside_of_the_tensors_is_another_skeleton(
+    tmp_path: Path, where: str
+) -> None:
+    """A header that differs in one byte is read again, whatever it says."""
     layers = {"d": {"kernel": KERNEL, "b": np.zeros(99_999, np.float32)}}
     paths = [write_model(tmp_path / f"m_{k}.h5", layers) for k in range(2)]
     content = bytearray(paths[0].read_bytes())
@@ -661,22 +664,25 @@ def test_one_other_byte_outside_of_the_tensors_is_no_twin(tmp_path: Path, where:
     flipped=st.lists(st.lists(st.integers(0, 999), max_size=4), max_size=6),
     beside=st.integers(-1, 1),
     step=st.integers(1, 1200),
+    along=st.integers(0, 500),
     at_a_time=st.integers(1, 3),
 )
 @pytest.mark.slow
-def test_a_twin_differs_within_tensors_only(
+def test_files_of_the_same_skeleton_differ_within_tensors_only(
     tmp_path_factory: pytest.TempPathFactory,
     spans: list[tuple[int, int]],
     flipped: list[list[int]],
     beside: int,
     step: int,
+    along: int,
     at_a_time: int,
 ) -> None:
-    """Of several files those are twins of the template whose other bytes all lie in tensors.
+    """Files have the template's skeleton if all bytes that differ lie in tensors.
 
-    Wherever these lie, however many bytes are compared and files are open at a time.
+    Wherever the tensors lie, whatever their size is for which they are read along, and however many
+    bytes are compared and files are open at a time.
     """
-    folder = tmp_path_factory.mktemp("twins")
+    folder = tmp_path_factory.mktemp("skeletons")
     # Where tensors begin and end is where a mistake would be.
     edges = [e + beside for s, n in spans for e in (s, s + n) if 0 <= e + beside < 1000]
     flipped = [*flipped, *([edge] for edge in edges)]
@@ -695,12 +701,14 @@ def test_a_twin_differs_within_tensors_only(
     }
     table = Table(folder / "0", "hdf5", (files[0],), tensors, {}, frozenset(), "", False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(twins, "_STEP", step)
-        patch.setattr(twins, "_OPEN", at_a_time)
-        assert twins.twins(table, files[1:]) == [inside >= {*places} for places in flipped]
+        patch.setattr(same_skeleton, "_STEP", step)
+        patch.setattr(same_skeleton, "_ALONG", along)
+        patch.setattr(same_skeleton, "_OPEN", at_a_time)
+        found = same_skeleton.compare_skeletons(table, files[1:])
+    assert found == [inside >= {*places} for places in flipped]
 
 
-def test_a_twin_that_is_still_written_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_the_same_skeleton_that_is_still_written_is_refused(tmp_path: Path) -> None:
     """The same bytes do not help while a trainer holds the file."""
     paths = [write_model(tmp_path / f"m_{k}.h5", {"d": {"k": KERNEL}}) for k in range(2)]
     with open(paths[0], "rb") as file:
@@ -744,3 +752,27 @@ def test_large_carried_tensors_are_copied_bit_for_bit(tmp_path: Path) -> None:
         for name in ("model_weights/d/ints", "optimizer_weights/m", "optimizer_weights/text"):
             assert file[name].dtype == source[name].dtype
             assert file[name][:].tobytes() == source[name][:].tobytes()
+
+
+def test_comparing_skeletons_reads_no_tensor_of_over_a_page(tmp_path: Path) -> None:
+    """Not one byte of it in any of the files, but every byte outside tensors."""
+    layers = {
+        "d": {"k": np.zeros(100_000), "page": np.zeros(512), "more": np.zeros(513)},
+        "e": {"k": np.zeros(100_000)},
+    }
+    paths = [write_model(tmp_path / f"m_{k}.h5", layers) for k in range(3)]
+    table = scan(paths[0])
+    files = [File(str(path), Version.of(path.stat())) for path in paths]
+    with count_reads(tmp_path) as log:
+        assert same_skeleton.compare_skeletons(table, files[1:]) == [True, True]
+    for file in files:
+        seen = np.zeros(file.version.size, bool)
+        for read in log.reads():
+            if read.path == file.path:
+                seen[read.offset : read.offset + read.nbytes] = True
+        for spec in table.tensors.values():
+            assert isinstance(spec.storage, Extent)
+            extent = slice(spec.storage.offset, spec.storage.offset + spec.nbytes)
+            assert spec.nbytes <= 4096 or not seen[extent].any()
+            seen[extent] = True
+        assert seen.all()  # all else was compared

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyak_cli.errors import FormatError
+from polyak_cli.processes import sandbox
 from polyak_cli.storage import Store, Version, open_input, resolve
 from polyak_cli.storage.local import LocalOutput, LocalStore, copy_range, open_local
+from tests.counting import Read, count_reads
 from tests.storage_contract import CONTENT, StoreContract
 
 
@@ -126,3 +129,16 @@ def test_a_new_output_file_must_be_new(tmp_path: Path) -> None:
         output.truncate(2)
         output.sync()
     assert (tmp_path / "a").read_bytes() == b"ab"
+
+
+def test_reads_of_children_are_counted(tmp_path: Path) -> None:
+    """A log that misses what a child reads would prove nothing."""
+    (tmp_path / "a").write_bytes(bytes(100))
+
+    def task(path: str, _alive: Any) -> int:
+        with open_local(path) as file:
+            return len(file.read(7, 20))
+
+    with count_reads(tmp_path) as log:
+        assert [*sandbox.each(task, [str(tmp_path / "a")], ["a"])] == [20]
+    assert log.reads() == [Read(str(tmp_path / "a"), 7, 20)]

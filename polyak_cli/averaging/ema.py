@@ -25,7 +25,7 @@ def in_place(tables: Sequence[Table]) -> tuple[list[Table], list[str]]:
     """
     found: dict[int, Mapping[str, TensorSpec]] = {}
     for table in tables:
-        if id(table.tensors) not in found:  # twins share their tensors
+        if id(table.tensors) not in found:  # tables of the same skeleton share their tensors
             found[id(table.tensors)] = _ema(table)
     wanted = found[id(tables[-1].tensors)]
     for table in tables:

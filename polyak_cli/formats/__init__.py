@@ -63,19 +63,19 @@ def scan(paths: Sequence[Path], *, jobs: int = 1, everything: bool = False) -> l
         FormatError: a file is foreign, damaged, hostile, or still being written.
         MismatchError: they are not of one format.
     """
-    from polyak_cli.formats.same_skeleton import twins
+    from polyak_cli.formats.same_skeleton import compare_skeletons
 
     if not paths:
         return []
     files = [File(str(path), _identity(path)) for path in paths]
     name = _common_format(paths)
     (template,) = _scanned(name, files[-1:], 1, everything=True)
-    same = twins(template, files[:-1])
-    others = [file for file, twin in zip(files, same, strict=False) if not twin]
+    same = compare_skeletons(template, files[:-1])
+    others = [file for file, equal in zip(files, same, strict=False) if not equal]
     scanned = iter(_scanned(name, others, jobs, everything=everything))
     older = [
-        replace(template, path=Path(file.path), files=(file,)) if twin else next(scanned)
-        for file, twin in zip(files, same, strict=False)
+        replace(template, path=Path(file.path), files=(file,)) if equal else next(scanned)
+        for file, equal in zip(files, same, strict=False)
     ]
     return [*older, template]
 

@@ -1,96 +1,97 @@
-"""Checkpoints of one run mostly differ in their tensors' values only: one scan serves them all.
+"""Find the checkpoints that differ from a scanned one in their tensors' values only.
 
-A table is made from a header alone, so a file whose bytes outside of another's tensors are the very
-same has the same table.  Comparing bytes is far quicker than libhdf5, and cannot be crashed.  Knows
-no format.
+A table is made from a header alone, so a file whose bytes outside the tensors are the same has the
+same table.  Comparing bytes is far quicker than libhdf5, and cannot be crashed.  Knows no format.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.errors import FormatError
-from polyak_cli.storage import (
-    Bytes,
-    File,
-    Version,
-)
-from polyak_cli.storage.local import (
-    read_exactly,
-)
+from polyak_cli.storage import Bytes, File, InputFile
+from polyak_cli.storage.local import LocalInput, open_local
 from polyak_cli.tensors import Extent, Table
 
-#: Bytes compared at a time; shorter tensors are read along, and passed over then.
-_STEP = 1 << 18
+#: Rows of [start, stop].
+Spans = npt.NDArray[np.int64]
+
+_STEP = 1 << 18  # bytes compared at a time
+#: Bytes up to which tensors are read along and then ignored.  The disk and the page cache hand out
+#: whole pages, so jumping over less saves no reading and costs a system call.
+_ALONG = 4096
 _OPEN = 32  # files that are open at a time
 
 
-def twins(table: Table, files: Sequence[File]) -> list[bool]:
-    """Tell which files equal the one of ``table`` in every byte outside of its tensors.
+def compare_skeletons(table: Table, files: Sequence[File]) -> list[bool]:
+    """Return for each file whether it equals the one of ``table`` in every byte outside tensors.
 
-    Not those either that cannot be read or are still being written: a scan will say why.
+    Only headers are read, with one exception: tensors of at most a page (4,096 bytes) are read
+    along with the bytes around them, because jumping over them would cost more than reading them.
+
+    A file that cannot be read, or is still being written, does not count as equal: a scan will say
+    what is wrong with it.
     """
     template = table.files[0]
     size = template.version.size
-    alike = [k for k, file in enumerate(files) if file.version.size == size]
+    candidates = [k for k, file in enumerate(files) if file.version.size == size]
     if len(table.files) > 1:
         return [False] * len(files)
-    extents = _extents(table)
+    extents = _merge_extents(table)
+    regions = _regions(extents, size)
     found: set[int] = set()
-    for first in range(0, len(alike), _OPEN):
+    for first in range(0, len(candidates), _OPEN):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError, FormatError):
-            opened = {-1: stack.enter_context(_opened(*template))}
-            for k in alike[first : first + _OPEN]:
+            opened: dict[int, InputFile] = {}
+            expected = stack.enter_context(_open_unlocked(template))
+            for k in candidates[first : first + _OPEN]:
                 with contextlib.suppress(OSError, FormatError):
-                    opened[k] = stack.enter_context(_opened(*files[k]))
-            found |= _alike(opened.pop(-1), opened, extents, size)
+                    opened[k] = stack.enter_context(_open_unlocked(files[k]))
+            found |= _find_equal(expected, opened, extents, regions)
     return [k in found for k in range(len(files))]
 
 
-def _alike(
-    template: int, opened: dict[int, int], extents: npt.NDArray[np.int64], size: int
+def _find_equal(
+    template: InputFile, opened: Mapping[int, InputFile], extents: Spans, regions: Spans
 ) -> set[int]:
-    """Return which of the open files equal the template outside of the extents."""
-    ours, theirs, outside = (np.empty(_STEP, np.uint8) for _ in range(3))
-    for start, stop in _regions(extents, size):
-        if not opened:
+    """Return which of the open files equal the template in all regions, outside the extents."""
+    equal = dict(opened)
+    buffers = [np.empty(_STEP, np.uint8) for _ in range(3)]
+    for block in _blocks(regions):
+        if not equal:
             break
-        a, b, mask = (buffer[: stop - start] for buffer in (ours, theirs, outside))
-        read_exactly(template, start, a)
-        _mask(extents, start, mask)
-        for key, descriptor in list(opened.items()):
+        count = int((block[:, 1] - block[:, 0]).sum())
+        expected, found, outside = (buffer[:count] for buffer in buffers)
+        _read(template, block, expected)
+        _mask(extents, block, outside)
+        for key, file in list(equal.items()):
             try:
-                read_exactly(descriptor, start, b)
-            except (OSError, FormatError):
-                del opened[key]
+                _read(file, block, found)
+            except FormatError:
+                del equal[key]
                 continue
-            np.bitwise_xor(a, b, out=b)
-            if np.bitwise_and(b, mask, out=b).any():
-                del opened[key]
-    return {*opened}
+            np.bitwise_xor(expected, found, out=found)
+            if np.bitwise_and(found, outside, out=found).any():
+                del equal[key]
+    return {*equal}
 
 
 @contextlib.contextmanager
-def _opened(path: str, identity: Version) -> Iterator[int]:
-    """Open the file that was meant, unless somebody holds it locked for writing."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if Version.of(os.fstat(descriptor)) != identity:
-            raise FormatError("it was replaced")
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as libhdf5 looks for a writer
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def _open_unlocked(file: File) -> Iterator[LocalInput]:
+    """Open the file that was scanned, unless somebody holds it locked for writing."""
+    with open_local(*file) as opened:
+        # The lock by which libhdf5, too, finds out that a file is being written.
+        fcntl.flock(opened.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield opened
 
 
-def _extents(table: Table) -> npt.NDArray[np.int64]:
-    """Return [start, stop] of everything that holds values, sorted and without overlaps."""
+def _merge_extents(table: Table) -> Spans:
+    """Return [start, stop] of all bytes that hold values, sorted and without overlaps."""
     spans = sorted(
         (spec.storage.offset, spec.storage.offset + spec.storage.nbytes)
         for specs in (table.tensors, table.others)
@@ -106,25 +107,43 @@ def _extents(table: Table) -> npt.NDArray[np.int64]:
     return np.array(merged, np.int64).reshape(-1, 2)
 
 
-def _regions(extents: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of the file to compare, which leave the large tensors out."""
-    start = 0
-    for low, high in extents[extents[:, 1] - extents[:, 0] >= _STEP].tolist():
-        yield from _steps(start, low)
-        start = high
-    yield from _steps(start, size)
+def _regions(extents: Spans, size: int) -> Spans:
+    """Return the parts of the file to compare, which leave out the tensors of over a page."""
+    large = extents[extents[:, 1] - extents[:, 0] > _ALONG]
+    starts, stops = np.append(0, large[:, 1]), np.append(large[:, 0], size)
+    bounds = zip(starts.tolist(), stops.tolist(), strict=True)
+    cut = np.array([low for start, stop in bounds for low in range(start, stop, _STEP)], np.int64)
+    whole = stops[np.searchsorted(starts, cut, side="right") - 1]
+    return np.column_stack([cut, np.minimum(cut + _STEP, whole)])
 
 
-def _steps(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    for low in range(start, stop, _STEP):
-        yield low, min(low + _STEP, stop)
+def _blocks(regions: Spans) -> Iterator[Spans]:
+    """Yield consecutive regions that together fit into a buffer: many headers are a few bytes."""
+    ends = np.cumsum(regions[:, 1] - regions[:, 0])
+    first = 0
+    while first < len(regions):
+        done = int(ends[first - 1]) if first else 0
+        last = int(np.searchsorted(ends, done + _STEP, side="right"))
+        yield regions[first:last]
+        first = last
 
 
-def _mask(extents: npt.NDArray[np.int64], start: int, mask: Bytes) -> None:
-    """Fill a mask for the bytes from ``start`` on: all ones, but zero where values lie."""
+def _read(file: InputFile, block: Spans, buffer: Bytes) -> None:
+    """Read regions of a file side by side."""
+    done = 0
+    for start, stop in block.tolist():
+        file.read_into(start, buffer[done : done + stop - start])
+        done += stop - start
+
+
+def _mask(extents: Spans, block: Spans, mask: Bytes) -> None:
+    """Fill a mask for the bytes of regions: all ones, but zero where values lie."""
     mask[:] = 0xFF
-    stop = start + len(mask)
-    first = int(np.searchsorted(extents[:, 1], start, side="right"))
-    last = int(np.searchsorted(extents[:, 0], stop))
-    for low, high in (extents[first:last] - start).tolist():
-        mask[max(low, 0) : high] = 0
+    firsts = np.searchsorted(extents[:, 1], block[:, 0], side="right")
+    lasts = np.searchsorted(extents[:, 0], block[:, 1])
+    begins = np.cumsum(block[:, 1] - block[:, 0]) - (block[:, 1] - block[:, 0])
+    for k in np.flatnonzero(firsts < lasts).tolist():
+        start, stop = block[k].tolist()
+        shift = int(begins[k]) - start
+        for low, high in extents[firsts[k] : lasts[k]].tolist():
+            mask[max(low, start) + shift : min(high, stop) + shift] = 0
