@@ -118,7 +118,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         raise UsageError("the plan has no output; name the file to write")
     begun = time.perf_counter()
     force = plan.options.get("force", False)
-    folder = outputs.is_folder(plan.output, plan.tables[-1])
+    folder = outputs.folder_endings(plan.output, plan.tables[-1])
     verify = plan.options.get("verify", False)
     record = records.encode(records.seal(records.make_record(plan)))
     with publishing.publish(plan.output, force=force, folder=folder) as hidden:
@@ -170,7 +170,7 @@ def _verify(
     """
     from polyak_cli.examining.recompute import Written, compare_again
 
-    publishing.from_disk(files)
+    publishing.drop_cache(files)
     written = Written(
         files=files,
         opened=Path(output.name, files[-1].name) if hidden.is_dir() else Path(output.name),

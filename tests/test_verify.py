@@ -747,13 +747,13 @@ def test_a_signal_leaves_no_copy(run: Path) -> None:
 #: A disk that gives back something else than it was given, at one byte of the new output.
 ROTTEN = """
 import polyak_cli.storage.publishing as publishing
-real = publishing.from_disk
-def from_disk(paths):
+real = publishing.drop_cache
+def drop_cache(paths):
     real(paths)
     content = bytearray(paths[0].read_bytes())
     content[{position}] ^= 1
     paths[0].write_bytes(content)
-publishing.from_disk = from_disk
+publishing.drop_cache = drop_cache
 """
 
 

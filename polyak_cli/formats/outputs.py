@@ -31,8 +31,17 @@ def target(output: Path | None, template: Table) -> str:
 
 def is_folder(output: Path, template: Table) -> bool:
     """Tell whether an output is to be a folder: named without suffix, for several files."""
-    folder = getattr(module(template.format), "FOLDER", False)
-    return folder and len(template.files) > 1 and not output.suffix
+    return bool(_endings(template)) and len(template.files) > 1 and not output.suffix
+
+
+def folder_endings(output: Path, template: Table) -> tuple[str, ...]:
+    """Return the endings of the names in an output that is to be a folder; () for a file."""
+    return _endings(template) if is_folder(output, template) else ()
+
+
+def _endings(template: Table) -> tuple[str, ...]:
+    endings: tuple[str, ...] = getattr(module(template.format), "FOLDER", ())
+    return endings
 
 
 def check_conversion(
@@ -69,8 +78,7 @@ def check_conversion(
 
 def _merges(output: Path, template: Table) -> bool:
     """Tell whether the shards of a folder, each with texts of its own, become one file."""
-    folder = getattr(module(template.format), "FOLDER", False)
-    return folder and len(template.files) > 1 and not is_folder(output, template)
+    return bool(_endings(template)) and len(template.files) > 1 and not is_folder(output, template)
 
 
 def _refuse(request: tuple[str, Layout], alive: Alive) -> None:
@@ -137,7 +145,7 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
         return
     if folder_wanted and output.exists():
         inputs = [file for table in tables for file in table.files]
-        publishing.check_folder(output, inputs, force=force)
+        publishing.check_folder(output, inputs, _endings(tables[-1]), force=force)
         return
     if output.exists():
         _check_existing(output, tables)

@@ -34,7 +34,8 @@ SUFFIXES = (".safetensors",)
 CHECKED = False
 TYPES = frozenset(FLOATS)
 #: An output may be a folder that is sharded like the template.
-FOLDER = True
+#: Endings of the names in a folder of shards: the shards, and the index of them.
+FOLDER = (".safetensors", ".safetensors.index.json")
 PROVENANCE = "polyak_provenance"
 #: Characters of a text of __metadata__ that is shown to whoever looks inside.
 _SHORT = 100

@@ -135,14 +135,15 @@ class Store(Protocol):
         """Yield the names of what lies directly under a prefix, sorted."""
 
     def create(
-        self, key: str, *, force: bool, folder: bool = False
+        self, key: str, *, force: bool, folder: tuple[str, ...] = ()
     ) -> AbstractContextManager[Path]:
         """Yield a hidden place that takes the name when the block ends well; see `publishing`.
 
         Args:
             key: the name.
             force: replace what has the name already.
-            folder: make a folder of files instead of a file.
+            folder: make a folder of files instead of a file; these are the endings of their
+                names.
 
         Raises:
             OutputError: it cannot be written, or the name was taken and ``force`` is not given.

@@ -184,7 +184,7 @@ class LocalStore:
             yield from sorted(entry.path for entry in entries)
 
     def create(
-        self, key: str, *, force: bool, folder: bool = False
+        self, key: str, *, force: bool, folder: tuple[str, ...] = ()
     ) -> AbstractContextManager[Path]:
         """See `storage.Store.create`."""
         from polyak_cli.storage.publishing import publish

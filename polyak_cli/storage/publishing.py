@@ -1,7 +1,8 @@
 """The one atomic writer: an output appears whole under its name, or not at all.
 
 Files and folders of files are written under a hidden name beside their place, synced, and renamed.
-Knows which files a folder may hold, so that nothing else is ever replaced or deleted.
+Knows no format: the caller says how the names of the files end that a folder may hold, and nothing
+else is ever replaced or deleted.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from polyak_cli.errors import OutputError, shown
-from polyak_cli.storage import (
-    File,
-)
-
-#: How the files end that an output may replace: shards, and the index of them.
-_OURS = (".safetensors", ".safetensors.index.json")
+from polyak_cli.storage import File
 
 
-def check_folder(output: Path, inputs: Sequence[File], *, force: bool) -> None:
+def check_folder(
+    output: Path, inputs: Sequence[File], endings: tuple[str, ...], *, force: bool
+) -> None:
     """Refuse a folder that must not be replaced; an empty one may be filled.
 
+    Args:
+        output: the folder.
+        inputs: files that it must not hold.
+        endings: of the names of the files that an output may replace.
+        force: replace an older output.
+
     Raises:
-        OutputError: what is in the way, and what to do.
+        OutputError: says which file is in the way, and what to do.
     """
     name = shown(output)
     if not output.is_dir():
@@ -38,7 +42,7 @@ def check_folder(output: Path, inputs: Sequence[File], *, force: bool) -> None:
             raise OutputError(f"{name}: holds the checkpoint {shown(path)}; name another output")
     if any(output.iterdir()) and not force:
         raise OutputError(f"{name}: already exists; use --force to replace it")
-    other = _other(output)
+    other = _find_other(output, endings)
     if other:
         raise OutputError(
             f"{name}: holds '{shown(other)}', which an average would not; name another output, or "
@@ -46,21 +50,21 @@ def check_folder(output: Path, inputs: Sequence[File], *, force: bool) -> None:
         )
 
 
-def _other(folder: Path) -> str:
-    """Return the name of something that is not a file of a sharded checkpoint, or ''."""
+def _find_other(folder: Path, endings: tuple[str, ...]) -> str:
+    """Return the first name that is not of a regular file with one of the endings, or ''."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             regular = stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode)
-            if not regular or not entry.name.endswith(_OURS):
+            if not regular or not entry.name.endswith(endings):
                 return entry.name
     return ""
 
 
 def check_room(output: Path, nbytes: int) -> None:
-    """Refuse an output that the disk has no room for.
+    """Refuse an output that does not fit on its disk.
 
     Raises:
-        OutputError: with both sizes.
+        OutputError: names both sizes.
     """
     free = _free(output.resolve().parent)
     if nbytes > free:
@@ -71,25 +75,35 @@ def check_room(output: Path, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def publish(output: Path, *, force: bool, folder: bool = False) -> Iterator[Path]:
-    """Yield a hidden path beside ``output`` that takes its name when the block ends well.
+def publish(output: Path, *, force: bool, folder: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield a hidden path beside ``output`` that takes its name when the block ends without error.
 
-    The file is synced, renamed, and its folder synced.  On any exception - an interrupt too - the
-    hidden file is gone and what had the name before is untouched.  A link is followed, so that
-    what it points to is replaced.
+    The file is synced, renamed, and its folder synced.  After any exception, an interrupt too, the
+    hidden file is deleted and what had the name before is untouched.  A link is followed, so that
+    its target is replaced.
 
-    Further files of a format that needs several are called like the hidden one with something
-    appended, which takes the place of the output's suffix in the end.  They get their names before
-    the output itself does, so that whoever sees it sees all of it.  Only where ``force`` replaces
-    an older output of several files, there is an instant, and after a loss of power perhaps a
-    state, in which the older one's first file stands beside the new ones.
+    A format of several files calls the further ones like the hidden one with a tail appended; at
+    the end the tail replaces the output's suffix.  They get their names before the output itself,
+    so that a reader who finds the output finds all of it.  When ``force`` replaces an older output
+    of several files, the older first file stands beside new further files for an instant, and after
+    a loss of power perhaps for good.
+
+    Args:
+        output: the path.
+        force: replace what has the name.
+        folder: make a folder instead of a file, and replace or delete in it only files whose names
+            end in one of these.
 
     Raises:
         OutputError: it cannot be written, or appeared meanwhile and ``force`` is not given.
     """
-    written = _publish_folder if folder else _publish_files
     try:
-        with written(output.resolve(), force=force) as hidden:
+        final = output.resolve()
+        with (
+            _publish_folder(final, folder, force=force)
+            if folder
+            else _publish_files(final, force=force)
+        ) as hidden:
             yield hidden
     except OSError as error:
         raise OutputError(_unwritable(output, error)) from error
@@ -114,22 +128,22 @@ def _publish_files(final: Path, *, force: bool) -> Iterator[Path]:
     finally:
         try:
             _remove(hidden)
-        finally:  # an interrupt may fall into the line above; the next one is ignored by then
+        finally:  # a signal can interrupt the line above; later signals are ignored by then
             _remove(hidden)
 
 
 def _hidden(final: Path) -> Path:
-    """Return a name beside an output that nobody else has."""
+    """Return a unique hidden name beside an output."""
     return final.parent / f".polyak-{os.getpid()}-{secrets.token_hex(4)}.partial"
 
 
 def _written(hidden: Path) -> list[Path]:
-    """Return all files of an output that has not got its name yet."""
+    """Return all files of an output that is still hidden."""
     return [hidden, *sorted(hidden.parent.glob(f"{hidden.name}.*"))]
 
 
 def _names(hidden: Path, final: Path) -> dict[Path, Path]:
-    """Return what each file of an output will be called; the one that opens it comes last."""
+    """Return the final name of each file of an output; the one that opens it comes last."""
     further = [path for path in _written(hidden) if path != hidden]
     named = {path: beside(final, path.name[len(hidden.name) :]) for path in further}
     return named | {hidden: final}
@@ -141,12 +155,12 @@ def _remove(hidden: Path) -> None:
 
 
 def beside(output: Path, tail: str) -> Path:
-    """Return what a further file of an output is called."""
+    """Return the name of a further file of an output."""
     return output.with_name(output.stem + tail)
 
 
 def _replace(named: Mapping[Path, Path]) -> None:
-    """Give files their names, whatever had them before."""
+    """Give files their names, and replace the files that had them."""
     for hidden, final in named.items():
         if final.exists():
             hidden.chmod(final.stat().st_mode & 0o7777)
@@ -154,7 +168,7 @@ def _replace(named: Mapping[Path, Path]) -> None:
 
 
 def _rename_new(named: Mapping[Path, Path]) -> None:
-    """Give files their names, unless another has taken one since they were checked."""
+    """Give files their names, unless one was taken since they were checked."""
     try:
         for hidden, final in named.items():
             _link(hidden, final)
@@ -166,7 +180,7 @@ def _rename_new(named: Mapping[Path, Path]) -> None:
 
 
 def _link(hidden: Path, final: Path) -> None:
-    """Give one file its name; the hidden one may stay beside it."""
+    """Give one file its name; its hidden name may stay beside it."""
     try:
         os.link(hidden, final)  # fails where the name exists; rename would replace
     except FileExistsError:
@@ -177,19 +191,19 @@ def _link(hidden: Path, final: Path) -> None:
         hidden.replace(final)
 
 
-# --- what is only looked at -----------------------------------------------------------------------
+# --- scratch copies -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def scratch(near: Sequence[Path], nbytes: int) -> Iterator[Path]:
-    """Yield a hidden folder for a copy that is only looked at; whatever happens, it is gone then.
+    """Yield a hidden folder for a temporary copy, and delete it at the end, whatever happens.
 
     Args:
-        near: folders, of which the first that may be written to and has room will hold it.
+        near: folders; the first that is writable and has room will hold the copy.
         nbytes: of the copy.
 
     Raises:
-        OutputError: there is no such folder, or what is written into it has no room after all.
+        OutputError: there is no such folder, or its room does not last.
     """
     for place in near:
         if os.access(place, os.W_OK | os.X_OK) and _free(place) >= nbytes:
@@ -209,12 +223,12 @@ def scratch(near: Sequence[Path], nbytes: int) -> Iterator[Path]:
     finally:
         try:
             shutil.rmtree(folder, ignore_errors=True)
-        finally:  # an interrupt may fall into the line above; the next one is ignored by then
+        finally:  # a signal can interrupt the line above; later signals are ignored by then
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def take_names(hidden: Path, final: Path) -> None:
-    """Give the files of a copy their names, as `publish` does, though neither synced nor hidden."""
+    """Give the files of a scratch copy their final names, as `publish` does, without syncing."""
     if hidden.is_dir():
         hidden.rename(final)
         return
@@ -222,24 +236,21 @@ def take_names(hidden: Path, final: Path) -> None:
         path.rename(name)
 
 
-def from_disk(paths: Sequence[Path]) -> None:
-    """Sync files, and have them read from the disk the next time, where the system can be told.
+def drop_cache(paths: Sequence[Path]) -> None:
+    """Sync files and drop them from the page cache, so that they are next read from the disk.
 
     Raises:
         OSError: the disk does not take them.
     """
     for path in paths:
-        _sync(path)
-        if hasattr(os, "posix_fadvise"):  # macOS has none
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
+        with _open_to_sync(path) as descriptor:
+            os.fsync(descriptor)
+            if hasattr(os, "posix_fadvise"):  # macOS has none
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
 
 
 def _free(folder: Path) -> int:
-    """Return the bytes that the disk of a folder has room for."""
+    """Return the free bytes of the disk that a folder is on."""
     space = os.statvfs(folder)
     return space.f_bavail * space.f_frsize
 
@@ -257,15 +268,15 @@ def _unwritable(output: Path, error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def _publish_folder(final: Path, *, force: bool) -> Iterator[Path]:
-    """Yield a hidden folder beside ``final`` that takes its name when the block ends well.
+def _publish_folder(final: Path, endings: tuple[str, ...], *, force: bool) -> Iterator[Path]:
+    """Yield a hidden folder beside ``final`` that takes its name when the block ends without error.
 
-    An older folder is moved aside for an instant and deleted last; whatever ends the program, one
-    of the two is there, though a loss of power may leave the older one under a hidden name.
+    An older folder is moved aside for an instant and deleted last.  Whatever ends the program, one
+    of the two exists, though a loss of power may leave the older one under a hidden name.
 
     Raises:
         OSError: it cannot be written, or the name was taken meanwhile.
-        OutputError: the older folder has been given something else meanwhile.
+        OutputError: a foreign file was put into the older folder meanwhile.
     """
     hidden = _hidden(final)
     older = hidden.with_suffix(".older")
@@ -275,34 +286,41 @@ def _publish_folder(final: Path, *, force: bool) -> Iterator[Path]:
         for path in (*hidden.iterdir(), hidden):
             _sync(path)
         if force and final.exists() and any(final.iterdir()):
-            check_folder(final, (), force=True)
+            check_folder(final, (), endings, force=True)
             hidden.chmod(final.stat().st_mode & 0o7777)
             final.rename(older)
         hidden.rename(final)  # fails where the name is a folder that holds something
         _sync(final.parent)
     finally:
         try:
-            _settle(hidden, older, final)
-        finally:  # an interrupt may fall into the line above; the next one is ignored by then
-            _settle(hidden, older, final)
+            _settle(hidden, older, final, endings)
+        finally:  # a signal can interrupt the line above; later signals are ignored by then
+            _settle(hidden, older, final, endings)
 
 
-def _settle(hidden: Path, older: Path, final: Path) -> None:
-    """Delete what did not get the name, or what lost it."""
+def _settle(hidden: Path, older: Path, final: Path, endings: tuple[str, ...]) -> None:
+    """Delete the folder that lost the name or did not get it."""
     if older.exists() and not final.exists():
         older.rename(final)
     for folder in (hidden, older):
         with contextlib.suppress(FileNotFoundError):
             for path in folder.iterdir():
-                if path.name.endswith(_OURS):
+                if path.name.endswith(endings):
                     path.unlink()
             folder.rmdir()
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or a folder's list of files, on the disk."""
+    """Write a file, or a folder's list of files, to the disk."""
+    with _open_to_sync(path) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _open_to_sync(path: Path) -> Iterator[int]:
+    """Open a file or a folder; not through `LocalStore`, which opens no folder."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
