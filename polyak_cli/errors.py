@@ -1,10 +1,12 @@
-"""What can go wrong, and how a stranger's text is shown in a message.
+"""The errors of this package, and the wording that messages share.
 
-Imports nothing, so that everything else may import it.  Every error is one line that says what was
-found, what was expected, where, and what to do.
+Every error is one line that says what was found, what was expected, where, and what to do.  Imports
+nothing of the package, so every module may import it, and knows nothing of checkpoints.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class PolyakError(Exception):
@@ -38,8 +40,11 @@ class MissingExtraError(PolyakError):
         super().__init__(f"{what} needs packages that are missing: pip install 'polyak[{extra}]'")
 
 
+# ---- wording -------------------------------------------------------------------------------------
+
+
 def shown(text: object, limit: int = 200) -> str:
-    """Return a stranger's text made safe for one line of a terminal.
+    """Return untrusted text made safe for one line of a terminal.
 
     Control, bidirectional and unprintable characters and lone surrogates (bytes that are not
     UTF-8) are escaped, and the middle of a long text is left out.
@@ -52,3 +57,32 @@ def shown(text: object, limit: int = 200) -> str:
         return escaped
     half = (limit - 5) // 2
     return f"{escaped[:half]} ... {escaped[-half:]}"
+
+
+def list_some(names: Sequence[str]) -> str:
+    """Return the first three names: ``a, b, c, ...``."""
+    return ", ".join(shown(name, 80) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def word_count(count: int, noun: str) -> str:
+    """Return a number and its noun: ``1 checkpoint``, ``2 checkpoints``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def word_rest(count: int) -> str:
+    """Return how a list that was cut short ends: `` and 4 more``, or nothing if it was not cut."""
+    return f" and {count} more" if count > 0 else ""
+
+
+def choose_verb(count: int) -> str:
+    """Return the verb that a number of things needs: ``is`` or ``are``."""
+    return "is" if count == 1 else "are"
+
+
+def word_size(nbytes: float) -> str:
+    """Return a number of bytes in three digits and a decimal unit."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"

@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING
 from polyak_cli.averaging.matching import Row, is_statistic, leaf
 from polyak_cli.averaging.options import Options
 from polyak_cli.checkpoints import Checkpoint
-from polyak_cli.errors import (
-    MismatchError,
-    UsageError,
-    shown,
-)
+from polyak_cli.errors import MismatchError, UsageError, list_some, shown
 from polyak_cli.tensors import FLOATS, Table, TensorSpec, is_carried
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
@@ -109,10 +105,10 @@ def list_notes(
     statistics = [name for name in names if is_statistic(tables[-1], name)]
     if statistics and options.get("recalibrate") is None:
         notes.append(
-            f"{len(statistics)} BatchNorm moving statistics are averaged ("
-            f"{_some(statistics)}); they are estimates for each checkpoint, not for the average: "
-            "recalculate them with one pass over training data (--recalibrate DATA) when the "
-            "learning rate was high or the average scores below its checkpoints"
+            f"{len(statistics)} BatchNorm moving statistics are averaged "
+            f"({list_some(statistics)}); they are estimates for each checkpoint, not for the "
+            "average: recalculate them with one pass over training data (--recalibrate DATA) when "
+            "the learning rate was high or the average scores below its checkpoints"
         )
     stored = {stored_dtype(row[-1], options) for row in averaged}
     if not drops_optimizer(tables, options) and tables[-1].optimizer:
@@ -133,7 +129,7 @@ def note_missing_emas(names: Sequence[str]) -> list[str]:
         return []
     return [
         f"{len(names)} float tensors have no EMA in the optimizer's state, as what is not trained; "
-        f"their own values are averaged ({_some(names)})"
+        f"their own values are averaged ({list_some(names)})"
     ]
 
 
@@ -145,11 +141,6 @@ def note_files_beside(newest: Checkpoint, template: Table) -> list[str]:
         "only the tensors are written: a program may want config.json, the tokenizer's files and "
         f"the like of {shown(newest.path)} beside them"
     ]
-
-
-def _some(names: Sequence[str]) -> str:
-    first = ", ".join(shown(name, 80) for name in names[:3])
-    return first + (", ..." if len(names) > 3 else "")
 
 
 def describe_difference(name: str) -> str:

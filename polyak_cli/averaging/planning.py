@@ -41,7 +41,9 @@ from polyak_cli.errors import (
     CheckpointError,
     FormatError,
     UsageError,
+    choose_verb,
     shown,
+    word_count,
 )
 from polyak_cli.examining import health
 from polyak_cli.examining.health import Checked
@@ -258,8 +260,7 @@ def _fit(
     skipped = tuple(one for one in found.checkpoints if one.problems)
     if not found.healthy and (wanted == "fail" or len(skipped) == len(found.checkpoints)):
         first, *others = found.all_problems
-        several = "s" if len(others) > 1 else ""
-        more = f"; and {len(others)} more problem{several}" if others else ""
+        more = f"; and {word_count(len(others), 'more problem')}" if others else ""
         remedy = (
             ", or leave what is unhealthy out with --on-unhealthy skip"
             if len(skipped) < len(found.checkpoints)
@@ -274,7 +275,7 @@ def _fit(
     if skipped:
         told.append(
             f"{len(skipped)} of the {len(chosen.checkpoints)} chosen checkpoints "
-            f"{'is' if len(skipped) == 1 else 'are'} not healthy and skipped; {len(kept)} are left"
+            f"{choose_verb(len(skipped))} not healthy and skipped; {len(kept)} are left"
         )
     healthy = replace(
         chosen,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from polyak_cli.errors import UsageError, shown
+from polyak_cli.errors import UsageError, choose_verb, shown, word_count
 
 if TYPE_CHECKING:
     from decimal import Context
@@ -254,8 +254,8 @@ def _normalised(raw: Sequence[float]) -> tuple[float, ...]:
 def _checked_custom(custom: Sequence[float], count: int) -> list[float]:
     if len(custom) != count:
         raise UsageError(
-            f"--coefficients has {_numbered(len(custom), 'number')}, but there "
-            f"{'is' if count == 1 else 'are'} {_numbered(count, 'checkpoint')}: "
+            f"--coefficients has {word_count(len(custom), 'number')}, but there "
+            f"{choose_verb(count)} {word_count(count, 'checkpoint')}: "
             "give one for each, oldest first"
         )
     values = [float(value) for value in custom]
@@ -293,10 +293,6 @@ def _stray_parameter(option: str, name: str) -> str:
     )
     chosen = "to --coefficients" if name == "custom" else f"to {name}"
     return f"--{option} belongs to --scheme {owner}, not {chosen}"
-
-
-def _numbered(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 #: Every scheme by name; the command line's choices, defaults and help come from here.

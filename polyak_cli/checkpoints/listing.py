@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from polyak_cli.checkpoints.names import split_words
-from polyak_cli.errors import CheckpointError, UsageError, shown
+from polyak_cli.errors import CheckpointError, UsageError, shown, word_rest
 
 StrPath = str | os.PathLike[str]
 
@@ -421,5 +421,4 @@ def describe_nothing_found(
     if not passed:
         return f"{text}, but found nothing at all"
     some = ", ".join(f"{shown(one.path.name, 60)} ({one.reason})" for one in passed[:3])
-    more = f" and {len(passed) - 3} more" if len(passed) > 3 else ""
-    return f"{text}, passed over {some}{more}"
+    return f"{text}, passed over {some}{word_rest(len(passed) - 3)}"

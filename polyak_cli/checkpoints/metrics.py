@@ -20,7 +20,7 @@ from polyak_cli.checkpoints.names import (
     parse_name,
 )
 from polyak_cli.checkpoints.ordering import describe_epochs, require_epoch
-from polyak_cli.errors import CheckpointError, UsageError, shown
+from polyak_cli.errors import CheckpointError, UsageError, choose_verb, shown
 
 
 def check_monitor(
@@ -78,7 +78,7 @@ def take_best(
         lost = len(metrics) - len(usable)
         where = f", and {lost} more whose {shown(monitor)} is no finite number" if lost else ""
         raise CheckpointError(
-            f"--best {count}: there {'is' if len(usable) == 1 else 'are'} only "
+            f"--best {count}: there {choose_verb(len(usable))} only "
             f"{describe_epochs([measured[index] for index in usable])} to choose from{where}"
         )
     sign = 1.0 if better == "min" else -1.0

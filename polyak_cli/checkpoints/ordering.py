@@ -22,7 +22,7 @@ from polyak_cli.checkpoints.listing import (
     refuse,
 )
 from polyak_cli.checkpoints.names import DATE, VERSIONS, Name, Role, has_whole_number, parse_name
-from polyak_cli.errors import CheckpointError, shown
+from polyak_cli.errors import CheckpointError, choose_verb, shown, word_count
 
 
 def is_thinned(pool: Pool, exclude: Sequence[str]) -> bool:
@@ -326,7 +326,7 @@ def take_newest(
         rest = "" if total == len(checkpoints) else f" after the other options, out of {total}"
         raise CheckpointError(
             f"{shown(checkpoints[-1].path.parent)}: --last {last}, but there "
-            f"{'is' if len(checkpoints) == 1 else 'are'} only {describe_epochs(checkpoints)}"
+            f"{choose_verb(len(checkpoints))} only {describe_epochs(checkpoints)}"
             f"{rest}; ask for fewer, or name more files"
         )
     return checkpoints[-last:]
@@ -357,7 +357,7 @@ def require_epoch(checkpoint: Checkpoint, option: str) -> int:
 
 def describe_epochs(checkpoints: Sequence[Checkpoint]) -> str:
     """Return how many there are, and of which epochs."""
-    count = f"{len(checkpoints)} checkpoint{'' if len(checkpoints) == 1 else 's'}"
+    count = word_count(len(checkpoints), "checkpoint")
     epochs = [one.epoch for one in checkpoints if one.epoch is not None]
     if not epochs:
         return count

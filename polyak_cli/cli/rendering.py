@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from polyak_cli.errors import OutputError, shown
+from polyak_cli.errors import OutputError, shown, word_count, word_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,7 +76,7 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
     """Yield the plan as lines for a person."""
     parameters = "".join(f", {name} {value:g}" for name, value in plan.parameters.items())
     count = len(plan.checkpoints)
-    yield f"{_counted(count, 'checkpoint')}, {plan.scheme}{parameters}, oldest first:"
+    yield f"{word_count(count, 'checkpoint')}, {plan.scheme}{parameters}, oldest first:"
     table = [["checkpoint", "epoch", "coefficient"]]
     for checkpoint, coefficient in zip(plan.checkpoints, plan.coefficients, strict=True):
         epoch = "-" if checkpoint.epoch is None else str(checkpoint.epoch)
@@ -99,8 +99,8 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
     for one in plan.skipped:
         yield from (f"skipped ({problem.kind}): {problem.text}" for problem in one.problems)
     yield (
-        f"to read {_size(plan.bytes_to_read)}, to write about {_size(plan.bytes_to_write)}, "
-        f"memory about {_size(plan.memory)}"
+        f"to read {word_size(plan.bytes_to_read)}, "
+        f"to write about {word_size(plan.bytes_to_write)}, memory about {word_size(plan.memory)}"
     )
 
 
@@ -126,13 +126,13 @@ def report_lines(report: Report, verbose: bool) -> Iterator[str]:
     yield from plan_lines(report.plan, verbose)
     shares = ", ".join(f"{part} {share:.0%}" for part, share in report.shares.items())
     yield (
-        f"read {_size(report.bytes_read)} in {report.seconds:.2f} s "
-        f"({_size(report.speed)}/s; {shares}), peak memory {_size(report.peak_memory)}"
+        f"read {word_size(report.bytes_read)} in {report.seconds:.2f} s "
+        f"({word_size(report.speed)}/s; {shares}), peak memory {word_size(report.peak_memory)}"
     )
     if report.recalibrated:
         yield _gathered_line(report.recalibrated)
     verified = ", verified: read back, it is the average bit for bit" if report.verified else ""
-    yield f"wrote {shown(report.output)} ({_size(report.bytes_written)}){verified}"
+    yield f"wrote {shown(report.output)} ({word_size(report.bytes_written)}){verified}"
 
 
 def recalibration_lines(report: Recalibration) -> Iterator[str]:
@@ -161,7 +161,7 @@ def verification_lines(found: Verification) -> Iterator[str]:
         return
     yield (
         f"{name}: verified, equal bit for bit to the average of "
-        f"{_counted(len(found.inputs), 'checkpoint')} ({_size(found.nbytes)})"
+        f"{word_count(len(found.inputs), 'checkpoint')} ({word_size(found.nbytes)})"
     )
 
 
@@ -171,7 +171,7 @@ def published_lines(report: Report) -> Iterator[str]:
     names = [shown(one.path.name, 60) for one in plan.checkpoints]
     span = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
     rule = ", ".join([plan.scheme, *(f"{key} {value:g}" for key, value in plan.parameters.items())])
-    count = _counted(len(names), "checkpoint")
+    count = word_count(len(names), "checkpoint")
     yield f"wrote {shown(report.output)}: {count}, {span} ({rule})"
 
 
@@ -182,7 +182,7 @@ def inside_lines(one: Inspection) -> Iterator[str]:
     about = "".join(f", {key} {shown(text, 40)}" for key, text in one.data()["about"].items())
     yield (
         f"{shown(one.table.path)}: {one.format}{about}, {one.parameters:,} parameters, "
-        f"{_size(one.table.size)}"
+        f"{word_size(one.table.size)}"
     )
     table = [["tensor", "dtype", "shape", "bytes", "stored", "fate"]]
     measured = any(tensor.statistics for tensor in one.tensors)
@@ -257,7 +257,7 @@ def health_lines(found: Health) -> Iterator[str]:
         cells = [
             one.epoch,
             format_time(one.modified),
-            None if one.size is None else _size(one.size),
+            None if one.size is None else word_size(one.size),
             one.nonfinite,
             *(None if step is None else f"{step:.3e}" for step in (one.to_previous, one.to_next)),
         ]
@@ -269,7 +269,7 @@ def health_lines(found: Health) -> Iterator[str]:
     for problem in found.all_problems:
         yield f"{problem.kind}: {problem.text}"
     count = len(found.all_problems)
-    yield _counted(count, "problem") if count else "healthy"
+    yield word_count(count, "problem") if count else "healthy"
 
 
 def _score_data(score: Score) -> dict[str, Any]:
@@ -361,15 +361,3 @@ def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         yield ("  " + "  ".join(cells)).rstrip()
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' if count > 1 else ''}"
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyak_cli.errors import MismatchError, shown
+from polyak_cli.errors import MismatchError, list_some, shown
 from polyak_cli.evaluation import data
 from polyak_cli.evaluation.keras_files import (
     Description,
@@ -263,11 +263,10 @@ def _left_alone(path: Path, found: Sequence[_Gathering]) -> Iterator[str]:
     if constant:
         yield (
             f"{len(constant)} BatchNorm layers are frozen (trainable=False, or called with "
-            f"training=False); their statistics are constants and stay ({_some(constant)})"
+            f"training=False); their statistics are constants and stay ({list_some(constant)})"
         )
     if unused:
-        yield f"{len(unused)} BatchNorm layers saw no rows; their statistics stay ({_some(unused)})"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        yield (
+            f"{len(unused)} BatchNorm layers saw no rows; their statistics stay "
+            f"({list_some(unused)})"
+        )

@@ -23,7 +23,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, UsageError, shown
+from polyak_cli.errors import (
+    FormatError,
+    MissingExtraError,
+    PolyakError,
+    UsageError,
+    shown,
+    word_rest,
+)
 from polyak_cli.evaluation.quiet import hushed
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -478,7 +485,7 @@ def _numbered(dataset: Dataset) -> Dataset:
         for key, s in dataset.splits.items()
     }
     listed = ", ".join(f"{shown(n, 40)} = {k}" for k, n in enumerate(names[:10]))
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    more = word_rest(len(names) - 10)
     note = f"{shown(dataset.name)}: the labels are text, numbered as classes: {listed}{more}"
     return Dataset(dataset.name, splits, (*dataset.notes, note))
 
