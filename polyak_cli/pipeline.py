@@ -16,11 +16,7 @@ from polyak_cli.averaging import records
 from polyak_cli.averaging.options import Options, Progress, Source, batch_size_of, measure_peak
 from polyak_cli.averaging.planning import Plan, plan
 from polyak_cli.averaging.writing import write_average
-from polyak_cli.errors import (
-    OutputError,
-    UsageError,
-    shown,
-)
+from polyak_cli.errors import OutputError, UsageError, shown
 from polyak_cli.formats import outputs
 from polyak_cli.storage import publishing
 
@@ -176,7 +172,7 @@ def _verify(
         opened=Path(output.name, files[-1].name) if hidden.is_dir() else Path(output.name),
         record=record,
         nbytes=plan.bytes_to_write,
-        recalibrated=formats.scan([hidden], everything=True)[0] if own else None,
+        recalibrated=formats.scan([hidden], with_optimizer=True)[0] if own else None,
     )
     found = compare_again(plan, written, [output.resolve().parent])
     if found:
@@ -199,7 +195,7 @@ def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | Non
     average = hidden.with_name(f"{hidden.name}.average{output.suffix}")
     hidden.rename(average)
     hidden.touch()
-    (table,) = formats.scan([average], everything=True)
+    (table,) = formats.scan([average], with_optimizer=True)
     made = recalibration.rewrite(
         replace(table, path=output),
         hidden,
@@ -220,7 +216,7 @@ def check_replaceable(output: Path) -> None:
     Raises:
         OutputError: with what to do.
     """
-    if output.exists() and not formats.averages([checkpoints.file_of(output)]):
+    if output.exists() and not formats.find_polyak_outputs([checkpoints.file_of(output)]):
         raise OutputError(
             f"{shown(output)}: already exists and is no average by polyak; name another output, or "
             "use --force to replace it"

@@ -7,7 +7,7 @@ files' headers, of coefficients or of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -15,13 +15,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from polyak_cli.storage import (
-    Bytes,
-    File,
-)
-from polyak_cli.storage.local import (
-    read_exactly,
-)
+from polyak_cli.errors import FormatError
+from polyak_cli.storage import Bytes, File, InputFile
 
 Float64 = npt.NDArray[np.float64]
 #: The float types that are averaged, and the numpy type of their bytes; numpy has no bfloat16 and
@@ -38,15 +33,21 @@ FLOATS: Mapping[str, str] = {
 COMMON = frozenset(("float16", "bfloat16", "float32", "float64"))
 
 
+class Files(Protocol):
+    """The files of one checkpoint, open for reading, by their number in its table."""
+
+    def __getitem__(self, number: int, /) -> InputFile:
+        """Return a file, opened when it is first needed."""
+
+
 class Storage(Protocol):
-    """Where the bytes of one tensor lie in its file, in C order."""
+    """Where the bytes of one tensor lie in the files of its checkpoint, in C order."""
+
+    def describe(self) -> str:
+        """Say how it is read, and why so where that is slow."""
 
     @property
-    def way(self) -> str:
-        """How it is read, and why so where that is slow: told to a user who asks."""
-
-    @property
-    def alignment(self) -> int:
+    def preferred_nbytes(self) -> int:
         """Bytes of the piece that is best read at once; 1 where any piece is as good."""
 
     @property
@@ -54,13 +55,13 @@ class Storage(Protocol):
         """Bytes of the whole tensor."""
 
     @property
-    def held(self) -> int:
+    def block_nbytes(self) -> int:
         """Bytes that must be in memory at once to read any of it; 1 where it is read by offset."""
 
-    def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
-        """Yield offset and length of each run of the file that `read_into` will read."""
+    def byte_ranges(self, start: int, stop: int) -> Iterable[Extent]:
+        """Yield each part of a file that `read_into` reads for the bytes from start to stop."""
 
-    def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
+    def read_into(self, files: Files, start: int, buffer: Bytes) -> None:
         """Fill ``buffer`` with the tensor's bytes from byte ``start`` on.
 
         Raises:
@@ -70,33 +71,33 @@ class Storage(Protocol):
 
 
 class Extent(NamedTuple):
-    """One run of bytes at an offset of the file; a NamedTuple because there may be millions."""
+    """One run of bytes in one file; a NamedTuple because there may be millions."""
 
     offset: int
     nbytes: int
+    file: int = 0  # which of the checkpoint's files: an index into `Table.files`
 
-    @property
-    def way(self) -> str:
-        """See `Storage.way`."""
+    def describe(self) -> str:
+        """See `Storage.describe`."""
         return "extent"
 
     @property
-    def alignment(self) -> int:
+    def preferred_nbytes(self) -> int:
         """Any piece is as good as any other."""
         return 1
 
     @property
-    def held(self) -> int:
-        """See `Storage.held`."""
+    def block_nbytes(self) -> int:
+        """See `Storage.block_nbytes`."""
         return 1
 
-    def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
-        """See `Storage.runs`."""
-        return ((self.offset + start, stop - start),)
+    def byte_ranges(self, start: int, stop: int) -> Iterable[Extent]:
+        """See `Storage.byte_ranges`."""
+        return (Extent(self.offset + start, stop - start, self.file),)
 
-    def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
+    def read_into(self, files: Files, start: int, buffer: Bytes) -> None:
         """See `Storage.read_into`."""
-        read_exactly(descriptor, self.offset + start, buffer)
+        files[self.file].read_into(self.offset + start, buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +106,12 @@ class Inline:
 
     data: bytes
 
-    @property
-    def way(self) -> str:
-        """See `Storage.way`."""
+    def describe(self) -> str:
+        """See `Storage.describe`."""
         return "header: stored inside it"
 
     @property
-    def alignment(self) -> int:
+    def preferred_nbytes(self) -> int:
         """Any piece is as good as any other."""
         return 1
 
@@ -121,19 +121,98 @@ class Inline:
         return len(self.data)
 
     @property
-    def held(self) -> int:
-        """See `Storage.held`."""
+    def block_nbytes(self) -> int:
+        """See `Storage.block_nbytes`."""
         return 1
 
-    def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
-        """See `Storage.runs`; the header was read already."""
+    def byte_ranges(self, start: int, stop: int) -> Iterable[Extent]:
+        """See `Storage.byte_ranges`; the header was read already."""
         del start, stop
         return ()
 
-    def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
+    def read_into(self, files: Files, start: int, buffer: Bytes) -> None:
         """See `Storage.read_into`."""
-        del descriptor  # the header was read already
+        del files  # the header was read already
         buffer[:] = np.frombuffer(self.data, np.uint8, len(buffer), start)
+
+
+class GridPart(NamedTuple):
+    """A part of a tensor that lies in one piece somewhere: a block of its index space."""
+
+    start: tuple[int, ...]  # index of its first element, one number a dimension
+    shape: tuple[int, ...]
+    extent: Extent  # its bytes, in C order
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A tensor in several extents, of any of the checkpoint's files.
+
+    So are saved the tensors of a model that was trained on several machines: each machine writes
+    the block that it holds.  The blocks cover the tensor without overlaps.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int  # bytes of an element
+    parts: tuple[GridPart, ...]
+
+    def describe(self) -> str:
+        """See `Storage.describe`."""
+        files = len({part.extent.file for part in self.parts})
+        return f"{len(self.parts)} extents of {files} files"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def preferred_nbytes(self) -> int:
+        """Bytes between two indices of the first dimension: whole rows are read in long runs."""
+        return max(1, math.prod(self.shape[1:]) * self.itemsize)
+
+    @property
+    def block_nbytes(self) -> int:
+        """See `Storage.block_nbytes`."""
+        return 1
+
+    def byte_ranges(self, start: int, stop: int) -> Iterable[Extent]:
+        """See `Storage.byte_ranges`."""
+        for _, extent in self._runs(start, stop):
+            yield extent
+
+    def read_into(self, files: Files, start: int, buffer: Bytes) -> None:
+        """See `Storage.read_into`."""
+        filled = 0
+        for at, extent in self._runs(start, start + len(buffer)):
+            files[extent.file].read_into(extent.offset, buffer[at : at + extent.nbytes])
+            filled += extent.nbytes
+        if filled != len(buffer):
+            raise FormatError(f"{len(buffer) - filled} bytes of it are in none of its parts")
+
+    def _runs(self, start: int, stop: int) -> Iterator[tuple[int, Extent]]:
+        """Yield each run of bytes from start to stop, with its distance from start.
+
+        A block's elements are contiguous in the tensor along the last dimensions that it covers
+        whole; a run is that long.
+        """
+        for part in self.parts:
+            inner = len(self.shape)
+            while inner and part.shape[inner - 1] == self.shape[inner - 1]:
+                inner -= 1
+            run = math.prod(part.shape[max(inner - 1, 0) :]) * self.itemsize
+            outer = part.shape[: max(inner - 1, 0)]
+            for number, index in enumerate(np.ndindex(*outer)):
+                place = [n + k for n, k in zip(part.start, index, strict=False)]
+                place += part.start[len(index) :]
+                flat = 0
+                for n, size in zip(place, self.shape, strict=True):
+                    flat = flat * size + n
+                low, high = flat * self.itemsize, flat * self.itemsize + run
+                first, last = max(low, start), min(high, stop)
+                if first < last:
+                    offset = part.extent.offset + number * run + first - low
+                    yield first - start, Extent(offset, last - first, part.extent.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +226,7 @@ class TensorSpec:
     location: str  # the path inside the file
     storage: Storage | None  # None: only the format's own library can read it
     digest: str = ""  # of the values, where there is no storage to compare
-    file: int = 0  # in which of the checkpoint's files
-    arrangement: str = ""  # of the elements, where that is not C order; told to the user
+    arrangement: str = ""  # of the elements, where that is not C order; shown to the user
 
     @property
     def size(self) -> int:
@@ -162,25 +240,43 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class KerasFacts:
+    """What only Keras's files say of a model."""
+
+    layers: tuple[str, ...] = ()  # in their order, where loading goes by position
+    statistics: frozenset[str] = frozenset()  # BatchNorm's, where their names do not tell
+    ema_slots: Mapping[str, Sequence[str]] = field(default_factory=dict)  # EMA -> of which tensors
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRules:
+    """What an average that is like a checkpoint may be called, must keep, or should say."""
+
+    suffixes: tuple[str, ...] = ()  # of its name, if not those of its format
+    #: What a user should know who stores a dtype, keeps the "optimizer", or misses the "ema".
+    cautions: Mapping[str, str] = field(default_factory=dict)
+    is_fixed: bool = False  # types and optimizer state must stay
+    tails: tuple[str, ...] = ()  # of its further files, in place of the suffix
+
+
+_NO_FACTS, _NO_RULES = KerasFacts(), OutputRules()
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """The table of tensors of one checkpoint: all that averaging needs to know of its headers."""
 
     path: Path  # as the user names it
-    format: str  # the name of its module in `formats`
+    format: str  # the key of its format; see `formats.FORMATS`
     files: tuple[File, ...]  # all that hold its tensors; mostly one
     tensors: Mapping[str, TensorSpec]  # the model's own, in the file's order
     others: Mapping[str, TensorSpec]  # optimizer state and whatever else the file holds
     optimizer: frozenset[str]  # those of the others that are optimizer state
     config: str  # digest of the model configuration, "" where there is none
-    average: bool  # this tool wrote it
+    is_polyak_output: bool  # this tool wrote it
     about: Mapping[str, str] = field(default_factory=dict)  # what else it says of itself
-    order: tuple[str, ...] = ()  # of its layers, where loading goes by their position
-    statistics: frozenset[str] = frozenset()  # BatchNorm's, where their names do not tell
-    slots: Mapping[str, Sequence[str]] = field(default_factory=dict)  # EMA -> of which tensors
-    suffixes: tuple[str, ...] = ()  # what a file like it may be called, if not as its format
-    cautions: Mapping[str, str] = field(default_factory=dict)  # what to tell: see `Format.scan`
-    fixed: bool = False  # its average must keep its types and its optimizer state
-    tails: tuple[str, ...] = ()  # of the files that its average needs, in place of the suffix
+    keras: KerasFacts = field(default_factory=lambda: _NO_FACTS)
+    rules: OutputRules = field(default_factory=lambda: _NO_RULES)
 
     @property
     def size(self) -> int:
@@ -188,7 +284,7 @@ class Table:
         return sum(file.version.size for file in self.files)
 
 
-class LaidOut(NamedTuple):
+class Placement(NamedTuple):
     """Where the values of one averaged tensor belong in an output."""
 
     offset: int

@@ -28,10 +28,7 @@ from polyak_cli.averaging.planning import Plan
 from polyak_cli.checkpoints import Selection
 from polyak_cli.errors import CheckpointError, OutputError, PolyakError, UsageError, shown
 from polyak_cli.pipeline import Report
-from polyak_cli.storage import (
-    File,
-    Version,
-)
+from polyak_cli.storage import File, Version
 
 INTERVAL = 2.0  # seconds
 #: Looks that find the same trouble in an unchanged file before it is told.
@@ -208,11 +205,11 @@ class _Watched:
             if before and not before.trouble and _unchanged(before.files):
                 seen[path] = before._replace(looks=before.looks + 1)
         to_try = [path for path in paths if path not in seen]
-        for path, outcome in zip(to_try, formats.tried(to_try), strict=True):
+        for path, outcome in zip(to_try, formats.probe(to_try), strict=True):
             if isinstance(outcome, PolyakError):
                 found = _Seen(_file(path), str(outcome), False, 0)
             else:
-                found = _Seen(outcome.files, "", outcome.average, 0)
+                found = _Seen(outcome.files, "", outcome.is_polyak_output, 0)
             before = earlier.get(path)
             if before and before.files == found.files:
                 found = found._replace(looks=before.looks + 1)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from polyak_cli.engine import executors, folding, reading
 from polyak_cli.engine.folding import FoldJob, Worker
-from polyak_cli.engine.inputs import Files, check_unchanged
+from polyak_cli.engine.inputs import OpenInputs, check_unchanged
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import (
     GAP,
@@ -41,20 +41,20 @@ from polyak_cli.engine.timing import Clock, Totals
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
 from polyak_cli.storage import Bytes, File, Version
 from polyak_cli.storage.local import page_aligned
-from polyak_cli.tensors import Extent, Inline, LaidOut
+from polyak_cli.tensors import Extent, Files, Inline, Placement
 
 
 def tensor(size: int, offset: int = 0, count: int = 1) -> FoldTensor:
     """Return a float32 tensor that all checkpoints keep at one place."""
     sources = [TensorSource(Extent(offset, size * 4), "<", k) for k in range(count)]
-    return FoldTensor("x", size, "float32", sources, [LaidOut(offset, "float32", "<")])
+    return FoldTensor("x", size, "float32", sources, [Placement(offset, "float32", "<")])
 
 
 class Banded(Extent):
     """An extent that is better read in bands of seven float32, as if it were chunked."""
 
-    alignment = 28
-    held = 28
+    preferred_nbytes = 28
+    block_nbytes = 28
 
 
 @settings(derandomize=True, deadline=None)
@@ -113,7 +113,7 @@ def run(
     for output in outputs:
         output.write_bytes(b"")
     sources = [TensorSource(Extent(0, size * 4), "<", k) for k in range(len(arrays))]
-    targets = [LaidOut(0, "float32", "<", row) for row in range(len(outputs))]
+    targets = [Placement(0, "float32", "<", row) for row in range(len(outputs))]
     work = FoldJob(inputs, [str(o) for o in outputs], np.array(coefficients), allow_nonfinite)
     executors.fold([FoldTensor("x", size, "float32", sources, targets)], work, memory)
     return [np.fromfile(output, np.float32) for output in outputs]
@@ -197,7 +197,7 @@ def test_small_tensors_side_by_side_are_each_averaged(
     for t, (size, _, _) in enumerate(shape):
         nbytes = size * width
         sources = [TensorSource(Extent(places[k][t], nbytes), byteorder(k, t), k) for k in range(3)]
-        target = LaidOut(places[2][t], name, byteorder(2, t))
+        target = Placement(places[2][t], name, byteorder(2, t))
         tensors.append(FoldTensor(f"t{t}", size, name, sources, [target]))
         total = 0.2 * arrays[0][t].astype(np.float64)
         for coefficient, k in ((0.3, 1), (0.5, 2)):
@@ -311,7 +311,7 @@ def test_an_average_beyond_float64_is_told_apart_from_a_bad_checkpoint(tmp_path:
     inputs = write_inputs(tmp_path, [np.array([1.0, 1.7e308])] * 2)
     (tmp_path / "out").write_bytes(b"")
     sources = [TensorSource(Extent(0, 16), "<", k) for k in range(2)]
-    huge = FoldTensor("x", 2, "float64", sources, [LaidOut(0, "float64", "<")])
+    huge = FoldTensor("x", 2, "float64", sources, [Placement(0, "float64", "<")])
     coefficients = np.array([[0.75, 0.75]])
     work = FoldJob(inputs, [str(tmp_path / "out")], coefficients, False)
     with pytest.raises(MismatchError, match="the average of tensor 'x' overflows float64"):
@@ -363,7 +363,7 @@ def test_an_input_that_became_a_pipe_is_refused(
         return real(path, flags)
 
     monkeypatch.setattr(os, "open", opened)
-    files = Files(inputs)
+    files = OpenInputs(inputs)
     with pytest.raises(FormatError, match=r"/0\.raw: tensor 'x': the file changed while it was"):
         files.read(tensor(10).sources[0], 0, np.empty(40, np.uint8), "x")
 
@@ -427,8 +427,8 @@ def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
     arrays = [np.zeros(1000, np.float32)]
 
     class Killing(Extent):
-        def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
-            del descriptor, start, buffer
+        def read_into(self, files: Files, start: int, buffer: Bytes) -> None:
+            del files, start, buffer
             os.kill(os.getpid(), 9)
 
     if executors.SPREAD:
@@ -436,7 +436,7 @@ def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path, arrays)
     (tmp_path / "out").write_bytes(b"")
     source = TensorSource(Killing(0, 4000), "<", 0)
-    doomed = FoldTensor("x", 1000, "float32", [source], [LaidOut(0, "float32", "<")])
+    doomed = FoldTensor("x", 1000, "float32", [source], [Placement(0, "float32", "<")])
     work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     message = (
         r"^a worker was ended from outside \(SIGKILL\), perhaps because memory ran out; "
@@ -476,7 +476,7 @@ def test_where_a_tensor_lies_in_its_file_changes_nothing(
     )
     (tmp_path / "out").write_bytes(b"")
     sources = [TensorSource(Extent(offset, 12_000), "<", k) for k in range(3)]
-    tensor = FoldTensor("x", 3000, "float32", sources, [LaidOut(offset, "float32", "<")])
+    tensor = FoldTensor("x", 3000, "float32", sources, [Placement(offset, "float32", "<")])
     coefficients = np.array([[0.5, 0.3, 0.2]])
     work = FoldJob(inputs, [str(tmp_path / "out")], coefficients, False)
     executors.fold([tensor], work, Memory(2, 1000, 1000))
@@ -557,8 +557,8 @@ def test_only_small_tensors_side_by_side_are_bundled() -> None:
         "in other bytes": (at(0), at(40, sources=moved(byteorder=">"))),
         "in another file": (at(0), at(40, sources=moved(file=0))),
         "by no offset": (at(0), at(40, sources=moved(storage=Inline(bytes(40))))),
-        "written as another type": (at(0), at(40, targets=[LaidOut(40, "float16", "<")])),
-        "written in other bytes": (at(0), at(40, targets=[LaidOut(40, "float32", ">")])),
+        "written as another type": (at(0), at(40, targets=[Placement(40, "float16", "<")])),
+        "written in other bytes": (at(0), at(40, targets=[Placement(40, "float32", ">")])),
     }
     assert [why for why, pair in apart.items() if bundled(*pair)] == []
     assert not bundled(at(0), at(16 * 100 - 39), elements=100)
@@ -593,7 +593,7 @@ def test_a_worker_has_the_buffers_that_the_bound_counts(monkeypatch: pytest.Monk
     """For one average and for several, an element takes the bytes that `Memory` takes it for."""
     for averages in (1, 2, 3):
         work = FoldJob([], [], np.ones((averages, 1)), False)
-        worker = Worker(work, Files([]), [])
+        worker = Worker(work, OpenInputs([]), [])
         buffers: list[int] = []
 
         def measured(nbytes: int, buffers: list[int] = buffers) -> Bytes:
@@ -741,7 +741,7 @@ def test_what_must_be_held_whole_must_fit_the_bound(tmp_path: Path) -> None:
     """The error tells file, tensor, what it needs and what there is; just enough is enough."""
 
     class Chunked(Extent):
-        held = 240
+        block_nbytes = 240
 
     inputs = write_inputs(tmp_path, [np.ones(2, np.float32)] * 2)
     sources = [TensorSource(Extent(0, 8), "<", 0), TensorSource(Chunked(0, 8), "<", 1)]
@@ -777,7 +777,7 @@ def folded_once(
     inputs = write_inputs(folder, [np.array(values, np.float64)])
     (folder / "out").write_bytes(b"")
     source = TensorSource(Extent(0, 8 * len(values)), "<", 0)
-    one = FoldTensor("x", len(values), "float64", [source], [LaidOut(0, stored, "<")])
+    one = FoldTensor("x", len(values), "float64", [source], [Placement(0, stored, "<")])
     work = FoldJob(inputs, [str(folder / "out")], np.array([[coefficient]]), allow_nonfinite)
     executors.fold([one], work, Memory(2, 10, 10))
     return (folder / "out").read_bytes()
@@ -831,8 +831,8 @@ def test_as_many_inputs_stay_open_as_the_process_may_have(
     inputs = write_inputs(tmp_path, [np.zeros(1, np.float32)] * 3)
     for limit, room in ((65, 1), (64, 0), (10, 0), (resource.RLIM_INFINITY, 3)):
         monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
-        assert Files(inputs).room == room
-        with Files(inputs) as files:
+        assert OpenInputs(inputs).most == room
+        with OpenInputs(inputs) as files:
             for source in tensor(1, 0, 3).sources:
                 files.read(source, 0, np.empty(4, np.uint8), "x")
             assert len(files.kept) == room

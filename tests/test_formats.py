@@ -29,11 +29,7 @@ from polyak_cli.formats import same_skeleton
 from polyak_cli.formats.hdf5 import library
 from polyak_cli.formats.hdf5.chunks import Chunks
 from polyak_cli.processes import sandbox
-from polyak_cli.storage import (
-    File,
-    Version,
-    publishing,
-)
+from polyak_cli.storage import File, Version, open_input, publishing
 from polyak_cli.tensors import Extent, Table, TensorSpec
 from tests.counting import count_reads
 from tests.oracle import write_model
@@ -52,11 +48,8 @@ def read(table: Table, name: str, start: int = 0, stop: int | None = None) -> by
     storage = table.tensors[name].storage
     assert storage is not None
     buffer = np.empty((storage.nbytes if stop is None else stop) - start, np.uint8)
-    descriptor = os.open(table.path, os.O_RDONLY)
-    try:
-        storage.read_into(descriptor, start, buffer)
-    finally:
-        os.close(descriptor)
+    with open_input(table.path) as file:
+        storage.read_into([file], start, buffer)
     return buffer.tobytes()
 
 
@@ -407,7 +400,7 @@ def lay_out(template: Path, output: Path, *, drop: bool = False, dtype: str | No
         for spec in table.tensors.values()
         if "float" in spec.dtype
     }
-    formats.lay_out(table, output, averaged=averaged, drop_optimizer=drop, provenance="{}")
+    formats.write_skeleton(table, output, averaged=averaged, drop_optimizer=drop, provenance="{}")
     return output
 
 
@@ -604,7 +597,7 @@ def test_what_it_wrote_is_recognised(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.h5", {"d": {"k": KERNEL}})
     output = lay_out(path, tmp_path / "o.h5")
     (tmp_path / "text.h5").write_text("text")
-    assert formats.averages([path, output, tmp_path / "text.h5"]) == {output}
+    assert formats.find_polyak_outputs([path, output, tmp_path / "text.h5"]) == {output}
 
 
 def test_filter_plugins_are_off() -> None:

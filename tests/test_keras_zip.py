@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import h5py
 import numpy as np
@@ -186,7 +186,7 @@ def test_a_deflated_member_is_read_once_forwards(
     begun = []
     whole = zips._Stream
 
-    def stream(*arguments: int) -> zips._Stream:
+    def stream(*arguments: Any) -> zips._Stream:
         begun.append(arguments)
         return whole(*arguments)
 

@@ -15,10 +15,7 @@ from safetensors.numpy import save_file
 from polyak_cli import average, inspect
 from polyak_cli.averaging import records
 from polyak_cli.errors import FormatError
-from polyak_cli.storage import (
-    File,
-    Version,
-)
+from polyak_cli.storage import File, Version
 from tests.oracle import write_model
 
 #: The definition in the README, in numbers.

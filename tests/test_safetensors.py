@@ -19,13 +19,7 @@ from safetensors import deserialize, safe_open
 from safetensors.numpy import load_file, save_file
 
 from polyak_cli import average
-from polyak_cli.errors import (
-    CheckpointError,
-    FormatError,
-    MismatchError,
-    OutputError,
-    PolyakError,
-)
+from polyak_cli.errors import CheckpointError, FormatError, MismatchError, OutputError, PolyakError
 from tests.contract import Contract, Tensors, assert_same, content, naive
 from tests.oracle import nearest_bfloat16
 

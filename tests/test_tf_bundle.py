@@ -13,11 +13,11 @@ import pytest
 
 from polyak_cli import average, plan
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, PolyakError
-from polyak_cli.formats import crc32c
-from polyak_cli.formats.format import Scan
-from polyak_cli.formats.tensorflow import bundle as tf_bundle
+from polyak_cli.formats import checksums
+from polyak_cli.formats.format import ScanRequest
 from polyak_cli.formats.tensorflow import sstables
-from polyak_cli.storage import publishing
+from polyak_cli.formats.tensorflow.bundle import TensorFlowBundle
+from polyak_cli.storage import open_input, publishing
 from tests.oracle import Array
 
 MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
@@ -182,7 +182,7 @@ def test_keys_that_grow_in_memory_are_refused(tmp_path: Path) -> None:
     content = varint(0) + varint(len(long)) + b"\0" + long
     content += (varint(len(long)) + b"\1\0\1") * 5000
     content += struct.pack("<LLB", 0, 1, 0)
-    bomb = content + struct.pack("<L", crc32c.masked(crc32c.of_bytes(content)))
+    bomb = content + struct.pack("<L", checksums.mask(checksums.crc32c(content)))
     index = block([(b"k", varint(0) + varint(len(bomb) - 5))])
     handles = b"\0\0" + varint(len(bomb)) + varint(len(index) - 5)
     (tmp_path / "run/ckpt-0.index").write_bytes(bomb + index + handles.ljust(40, b"\0") + MAGIC)
@@ -226,7 +226,7 @@ def test_random_damage_never_gives_a_traceback(tmp_path: Path) -> None:
         mend(damaged)
         (tmp_path / "m-1.index").write_bytes(damaged)
         try:
-            tf_bundle.scan(Scan(str(tmp_path / "m-1.index"), True), lambda: None)
+            TensorFlowBundle().scan(ScanRequest(str(tmp_path / "m-1.index"), True), lambda: None)
         except FormatError:
             refused += 1
     assert 100 < refused < 1000
@@ -284,14 +284,14 @@ def test_an_interrupt_leaves_no_shard(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_checksums_are_castagnoli(tmp_path: Path) -> None:
     """The known one, and those of runs of every kind of length and place in a file."""
-    assert crc32c.of_bytes(b"123456789") == 0xE3069283
+    assert checksums.crc32c(b"123456789") == 0xE3069283
     data = np.random.default_rng(0).integers(0, 256, 530_000, np.uint8).tobytes()
     (tmp_path / "data").write_bytes(data)
-    with open(tmp_path / "data", "rb") as file:
+    with open_input(tmp_path / "data") as file:
         for length in (0, 1, 3, 1023, 1024, 1025, 1031, 45_487, 524_288, 524_289, 524_292):
-            found = crc32c.of_file(file.fileno(), 7, length)
-            assert crc32c.masked(found) == checksum(data[7 : 7 + length]), length
-            assert found == crc32c.of_bytes(data[7 : 7 + length])
+            found = checksums.crc32c_of(file, 7, length)
+            assert checksums.mask(found) == checksum(data[7 : 7 + length]), length
+            assert found == checksums.crc32c(data[7 : 7 + length])
 
 
 def test_large_tables_are_read_as_they_were_written() -> None:

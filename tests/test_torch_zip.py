@@ -19,9 +19,10 @@ import pytest
 
 from polyak_cli import average
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
-from polyak_cli.formats.format import Scan
+from polyak_cli.formats.format import ScanRequest
 from polyak_cli.formats.torch import archive as torch_zip
 from polyak_cli.formats.torch import pickles
+from polyak_cli.formats.torch.archive import TorchZip
 
 REBUILD = "torch._utils _rebuild_tensor_v2"
 PROTO, STOP = b"\x80\x02", b"."
@@ -130,7 +131,7 @@ def test_dictionaries_that_refer_to_one_another_are_walked_once(tmp_path: Path) 
 
 def test_a_directory_of_each_suffix_is_found(tmp_path: Path) -> None:
     """`.pt`, `.pth`, `.bin` and `.ckpt` are checkpoints in a directory."""
-    for suffix in torch_zip.SUFFIXES:
+    for suffix in TorchZip.suffixes:
         folder = tmp_path / suffix
         folder.mkdir()
         for k in (1, 2):
@@ -352,11 +353,11 @@ def test_mutated_pickles_give_one_line_or_a_table(tmp_path: Path) -> None:
             mutated[chance.randrange(len(mutated))] = chance.choice((chance.randrange(256), 46, 82))
         try:
             root = pickles.read(bytes(mutated), lambda: None)
-            torch_zip._Table({}, "<").fill(root, lambda: None)
+            torch_zip._Collected({}, "<").fill(root, lambda: None)
         except FormatError as error:
             assert "\n" not in str(error)  # noqa: PT017 (either may be)
     path = archive(tmp_path / "m.pt", whole[2:-1], _0=ONE, _1=ONE[:2])
-    assert len(torch_zip.scan(Scan(str(path), True), lambda: None)["tensors"]) == 2
+    assert len(TorchZip().scan(ScanRequest(str(path), True), lambda: None).tensors) == 2
 
 
 def test_a_truncated_archive_is_refused_wherever_it_ends(tmp_path: Path) -> None:

@@ -18,24 +18,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polyak_cli import (
-    Discrepancy,
-    PolyakError,
-    Split,
-    Verification,
-    average,
-    inspect,
-    verify,
-)
+from polyak_cli import Discrepancy, PolyakError, Split, Verification, average, inspect, verify
 from polyak_cli.averaging import records
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, UsageError
 from polyak_cli.evaluation import batchnorm, recalibration
 from polyak_cli.examining import bitwise
-from polyak_cli.storage import (
-    File,
-    Version,
-    publishing,
-)
+from polyak_cli.storage import File, Version, publishing
 from polyak_cli.tensors import Extent, Table, TensorSpec
 from tests.command import PAUSE, SAMPLES, one_line, polyak, scripted, stopped, tree
 from tests.oracle import Array, write_model

@@ -634,7 +634,7 @@ def test_waiting_takes_no_processor_time(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "sleep", sleep)
         tried = []
-        real = formats.tried
+        real = formats.probe
 
         def counted(paths: list[Path]) -> Any:
             tried.extend(paths)

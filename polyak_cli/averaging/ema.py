@@ -43,11 +43,13 @@ def in_place(tables: Sequence[Table]) -> tuple[list[Table], list[str]]:
 
 def _ema(table: Table) -> dict[str, TensorSpec]:
     """Return the EMA of each tensor that has one, described as the tensor is."""
-    if not table.slots:
-        why = table.cautions.get("ema", "the run was not trained with use_ema=True and saved whole")
+    if not table.keras.ema_slots:
+        why = table.rules.cautions.get(
+            "ema", "the run was not trained with use_ema=True and saved whole"
+        )
         raise MismatchError(f"{shown(table.path)}: has no EMA slots that could be taken: {why}")
     found: dict[str, TensorSpec] = {}
-    for slot, tensors in table.slots.items():
+    for slot, tensors in table.keras.ema_slots.items():
         if len(tensors) != 1 or tensors[0] in found:
             whose = f"{len(tensors)} tensors" if len(tensors) != 1 else "a tensor that has another"
             raise MismatchError(
@@ -71,4 +73,4 @@ def _described(table: Table, slot: TensorSpec, tensor: TensorSpec) -> TensorSpec
             f"{shown(table.path)}: the EMA slot '{shown(slot.name)}' was never written or is not "
             "stored in one piece, as Keras does"
         )
-    return replace(tensor, storage=slot.storage, byteorder=slot.byteorder, file=slot.file)
+    return replace(tensor, storage=slot.storage, byteorder=slot.byteorder)

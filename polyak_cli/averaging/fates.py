@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
 
 def drops_optimizer(tables: Sequence[Table], options: Options) -> bool:
     """Tell whether the output leaves the optimizer's state out."""
-    return options.get("optimizer", "drop") == "drop" and not tables[-1].fixed
+    return options.get("optimizer", "drop") == "drop" and not tables[-1].rules.is_fixed
 
 
 def stored_dtype(spec: TensorSpec, options: Options) -> str:
@@ -95,7 +95,7 @@ def list_notes(
     notes = [
         f"{shown(table.path)} is itself an average that polyak wrote"
         for table in tables
-        if table.average
+        if table.is_polyak_output
     ]
     if len({table.config for table in tables}) > 1:
         notes.append(
@@ -113,8 +113,8 @@ def list_notes(
     stored = {stored_dtype(row[-1], options) for row in averaged}
     if not drops_optimizer(tables, options) and tables[-1].optimizer:
         stored.add("optimizer")
-    notes += [text for key, text in tables[-1].cautions.items() if key in stored]
-    if tables[-1].fixed and tables[-1].optimizer:
+    notes += [text for key, text in tables[-1].rules.cautions.items() if key in stored]
+    if tables[-1].rules.is_fixed and tables[-1].optimizer:
         notes.append(
             "optimizer state is the newest checkpoint's: such a file keeps it even where it is to "
             "be dropped, and it does not belong to averaged values"

@@ -13,9 +13,7 @@ from typing import cast
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import TensorSource
 from polyak_cli.errors import MismatchError, shown
-from polyak_cli.storage import (
-    File,
-)
+from polyak_cli.storage import File
 from polyak_cli.tensors import Storage, Table, TensorSpec
 
 Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest first
@@ -75,7 +73,7 @@ def _by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
             f"{shown(table.path)}: has a tensor '{shown(extra[0])}' that {shown(template.path)} "
             f"has not{_and_more(extra)}. Checkpoints must come from one model{hint}"
         )
-    for ours, theirs in zip(table.order, template.order, strict=False):
+    for ours, theirs in zip(table.keras.layers, template.keras.layers, strict=False):
         if ours != theirs:
             raise MismatchError(
                 f"{shown(table.path)}: has the layer '{shown(ours)}' where {shown(template.path)} "
@@ -141,7 +139,7 @@ def sources_of(tables: Sequence[Table], row: Row) -> list[TensorSource]:
         raise AssertionError(f"{row[-1].name} has no storage")
     firsts = itertools.accumulate((len(table.files) for table in tables), initial=0)
     return [
-        TensorSource(cast(Storage, spec.storage), spec.byteorder, first + spec.file)
+        TensorSource(cast(Storage, spec.storage), spec.byteorder, first)
         for spec, first in zip(row, firsts, strict=False)
     ]
 
@@ -153,7 +151,7 @@ def leaf(name: str) -> str:
 
 def is_statistic(table: Table, name: str) -> bool:
     """Tell whether a tensor is one of BatchNorm's moving statistics."""
-    return leaf(name) in _STATISTICS or name in table.statistics
+    return leaf(name) in _STATISTICS or name in table.keras.statistics
 
 
 def files_of(tables: Sequence[Table]) -> list[File]:

@@ -18,10 +18,7 @@ import numpy as np
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import schemes
 from polyak_cli.engine.slabs import Memory
-from polyak_cli.errors import (
-    UsageError,
-    shown,
-)
+from polyak_cli.errors import UsageError, shown
 from polyak_cli.tensors import FLOATS
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
@@ -173,7 +170,7 @@ def select(
     options: Options,
     *,
     growing: bool = False,
-    written_by_us: Callable[[Sequence[Path]], Collection[Path]] = formats.averages,
+    written_by_us: Callable[[Sequence[Path]], Collection[Path]] = formats.find_polyak_outputs,
 ) -> checkpoints.Selection:
     """Choose checkpoints as the options say; see `checkpoints.select`."""
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)

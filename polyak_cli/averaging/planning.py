@@ -188,7 +188,7 @@ def plan(
     paths = [checkpoints.file_of(checkpoint.path) for checkpoint in selection.checkpoints]
     memory = plan_memory(options)
     use_ema = options.get("use_ema", False)
-    tables = tuple(formats.scan(paths, jobs=memory.jobs, everything=use_ema))
+    tables = tuple(formats.scan(paths, jobs=memory.jobs, with_optimizer=use_ema))
     target = Path(output) if output is not None else None
     if target:
         force = options.get("force", False)
@@ -197,7 +197,7 @@ def plan(
     taken, without = ema.in_place(tables) if use_ema else (tables, [])
     rows = match(taken, options.get("match", "name"))
     averaged, carried = decide_fates(rows, options, shown(tables[-1].path))
-    if outputs.target(target, tables[-1]) == tables[-1].format:
+    if outputs.choose_format(target, tables[-1]) == tables[-1].format:
         _check_types(tables[-1], averaged, options)
     _check_chunks(tables, rows, memory, options)
     stored = map_stored_dtypes(averaged, options)
@@ -322,7 +322,7 @@ def _check_recalibration(template: Table, output: Path | None, options: Options)
 
 def _check_types(template: Table, averaged: Sequence[Row], options: Options) -> None:
     """Refuse another type where the files cannot have it."""
-    for spec in (row[-1] for row in averaged if template.fixed):
+    for spec in (row[-1] for row in averaged if template.rules.is_fixed):
         if stored_dtype(spec, options) != spec.dtype:
             raise UsageError(
                 f"--dtype {options.get('dtype')}: {shown(template.path)} keeps the types it has, "
@@ -341,11 +341,11 @@ def _check_chunks(
     for row in rows:
         for k in (*apart, newest):
             table, spec = tables[k], row[k]
-            if spec.storage and spec.storage.held > bound:
+            if spec.storage and spec.storage.block_nbytes > bound:
                 raise FormatError(
                     f"{shown(table.path)}: tensor '{shown(spec.name)}' is stored in chunks of "
-                    f"{spec.storage.held} bytes, each of which must be held whole; raise "
-                    f"--max-memory above {2 * memory.jobs * spec.storage.held} bytes"
+                    f"{spec.storage.block_nbytes} bytes, each of which must be held whole; raise "
+                    f"--max-memory above {2 * memory.jobs * spec.storage.block_nbytes} bytes"
                 )
 
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-import numpy as np
-
 from polyak_cli import __version__, checkpoints, formats
 from polyak_cli.averaging.fates import drops_optimizer
 from polyak_cli.averaging.planning import Plan
@@ -286,13 +284,14 @@ def list_sampled_ranges(nbytes: int) -> list[tuple[int, int]]:
 
 def _hash_ranges(found: hashlib._Hash, file: File, ranges: Iterable[tuple[int, int]]) -> None:
     """Add ranges of a file to a hash, in pieces of bounded size."""
-    buffer = np.empty(SAMPLE_BYTES, np.uint8)
     with open_input(file.path, file.version) as opened, naming(file.path):
         for start, end in ranges:
-            for offset in range(start, end, len(buffer)):
-                piece = buffer[: end - offset]
-                opened.read_into(offset, piece)
-                found.update(piece.data)
+            for offset in range(start, end, SAMPLE_BYTES):
+                wanted = min(SAMPLE_BYTES, end - offset)
+                piece = opened.read(offset, wanted)
+                if len(piece) < wanted:
+                    raise FormatError(f"the file ends {wanted - len(piece)} bytes too early")
+                found.update(piece)
 
 
 def list_relative_paths(paths: Sequence[Path]) -> list[str]:

@@ -30,10 +30,7 @@ from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.slabs import FoldTensor
 from polyak_cli.engine.timing import Totals
 from polyak_cli.formats import outputs as formats_outputs
-from polyak_cli.storage import (
-    File,
-    publishing,
-)
+from polyak_cli.storage import File, publishing
 from polyak_cli.tensors import Table
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
@@ -46,12 +43,12 @@ def write_average(
     """Write the whole output under its hidden name; return what that took, its files and notes."""
     options = plan.options
     formats.check(plan.tables, jobs=plan_memory(options).jobs)
-    room = _room(plan, hidden, record)
-    totals = _fold(plan, [plan.coefficients], [room], progress)
+    skeleton = _write_skeleton(plan, hidden, record)
+    totals = _fold(plan, [plan.coefficients], [skeleton], progress)
     inputs = files_of(plan.tables)
     compared, differing = _differing(plan, inputs, progress)
     check_unchanged(inputs)
-    return totals.plus(compared), [*map(Path, room.files)], differing
+    return totals.plus(compared), [*map(Path, skeleton.files)], differing
 
 
 def again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
@@ -66,7 +63,7 @@ def again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
 
     Raises:
         PolyakError: as `run`.
-        OSError: there is no room.
+        OSError: there is no skeleton.
     """
     formats.check(plan.tables, jobs=plan_memory(plan.options).jobs)
     hidden = folder / ".again"
@@ -74,11 +71,11 @@ def again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
         hidden.mkdir()
     else:
         hidden.touch()
-    room = _room(plan, hidden, record)
-    _fold(plan, [plan.coefficients], [room], lambda _: None)
+    skeleton = _write_skeleton(plan, hidden, record)
+    _fold(plan, [plan.coefficients], [skeleton], lambda _: None)
     check_unchanged(files_of(plan.tables))
     publishing.take_names(hidden, folder / opened.parts[0])
-    (table,) = formats.scan([folder / opened], everything=True)
+    (table,) = formats.scan([folder / opened], with_optimizer=True)
     return table
 
 
@@ -102,30 +99,32 @@ def several(
 
     Raises:
         PolyakError: as `run`.
-        OSError: there is no room.
+        OSError: there is no skeleton.
     """
     rows = [tuple(row) for row in coefficients]
     options: Options = {**plan.options, "hash": False}
     sampled = [records.compute_sampled_digest(table.files) for table in plan.tables]
     custom = replace(plan, scheme="custom", parameters={}, options=options)
-    rooms = [
-        _room(each, output, records.encode(records.seal(records.make_record(each, sampled))))
+    skeletons = [
+        _write_skeleton(
+            each, output, records.encode(records.seal(records.make_record(each, sampled)))
+        )
         for each, output in zip(
             (replace(custom, coefficients=row) for row in rows), outputs, strict=True
         )
     ]
-    _fold(plan, rows, rooms, progress or (lambda _: None))
+    _fold(plan, rows, skeletons, progress or (lambda _: None))
     check_unchanged(files_of(plan.tables))
 
 
-def _room(plan: Plan, output: Path, record: str) -> formats.Room:
+def _write_skeleton(plan: Plan, output: Path, record: str) -> formats.Skeleton:
     """Write all of an output, the record included, but its averaged tensors."""
-    return formats.lay_out(
+    return formats.write_skeleton(
         plan.tables[-1],
         output,
         averaged=map_stored_dtypes(plan.averaged_rows, plan.options),
         drop_optimizer=drops_optimizer(plan.tables, plan.options),
-        name=formats_outputs.target(plan.output, plan.tables[-1]),
+        form=formats_outputs.choose_format(plan.output, plan.tables[-1]),
         provenance=record,
     )
 
@@ -133,18 +132,18 @@ def _room(plan: Plan, output: Path, record: str) -> formats.Room:
 def _fold(
     plan: Plan,
     coefficients: Sequence[Sequence[float]],
-    rooms: Sequence[formats.Room],
+    skeletons: Sequence[formats.Skeleton],
     progress: Progress,
 ) -> Totals:
     """Average the tensors into the outputs, a row of coefficients each."""
     options = plan.options
-    files = [file for room in rooms for file in room.files]
+    files = [file for skeleton in skeletons for file in skeleton.files]
     nonfinite = options.get("allow_nonfinite", False)
     work = FoldJob(files_of(plan.tables), files, np.array(coefficients), nonfinite)
-    memory = plan_memory(options, len(rooms))
-    totals = executors.fold(_Averaged(plan, rooms), work, memory, progress)
-    for room in rooms:
-        room.seal()
+    memory = plan_memory(options, len(skeletons))
+    totals = executors.fold(_Averaged(plan, skeletons), work, memory, progress)
+    for skeleton in skeletons:
+        skeleton.finalize()
     return totals
 
 
@@ -153,16 +152,18 @@ class _Averaged:
     """The tensors to average, made anew whenever they are gone through: 100,000 fill the memory."""
 
     plan: Plan
-    rooms: Sequence[formats.Room]
+    skeletons: Sequence[formats.Skeleton]
 
     def __iter__(self) -> Iterator[FoldTensor]:
         """Yield them as they lie in the template, which is how they are read best."""
-        firsts = [*itertools.accumulate((len(room.files) for room in self.rooms), initial=0)]
+        firsts = [
+            *itertools.accumulate((len(skeleton.files) for skeleton in self.skeletons), initial=0)
+        ]
         for row in sorted(self.plan.averaged_rows, key=_place):
             spec = row[-1]
             if spec.size:
                 sources = sources_of(self.plan.tables, row)
-                places = [room.places[spec.location] for room in self.rooms]
+                places = [skeleton.placements[spec.location] for skeleton in self.skeletons]
                 targets = [
                     place._replace(file=first + place.file) if first else place
                     for first, place in zip(firsts, places, strict=False)
@@ -173,8 +174,8 @@ class _Averaged:
 def _place(row: Row) -> tuple[int, int, int]:
     """Return where a tensor lies in the template."""
     spec = row[-1]
-    offset, start = (getattr(spec.storage, key, 0) for key in ("offset", "start"))
-    return spec.file, offset, start
+    file, offset, start = (getattr(spec.storage, key, 0) for key in ("file", "offset", "start"))
+    return file, offset, start
 
 
 def _differing(plan: Plan, inputs: Sequence[File], progress: Progress) -> tuple[Totals, list[str]]:

@@ -13,12 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from polyak_cli.checkpoints.listing import Checkpoint, StrPath
-from polyak_cli.checkpoints.names import (
-    BETTER,
-    find_metric,
-    is_unnamed_decimal,
-    parse_name,
-)
+from polyak_cli.checkpoints.names import BETTER, find_metric, is_unnamed_decimal, parse_name
 from polyak_cli.checkpoints.ordering import describe_epochs, require_epoch
 from polyak_cli.errors import CheckpointError, UsageError, choose_verb, shown
 

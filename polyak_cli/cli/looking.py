@@ -158,7 +158,7 @@ def _diff_run(
         sources,
         last=options["last"],
         exclude=options["exclude"],
-        written_by_us=formats.averages,
+        written_by_us=formats.find_polyak_outputs,
     )
     found = differences.distances(selection, by=options["match"] or "name")
     if plot:

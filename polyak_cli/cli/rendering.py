@@ -114,10 +114,10 @@ def _fate_lines(plan: Plan) -> Iterator[str]:
     ):
         for name in names:
             spec = specs[name]
-            way = spec.storage.way if spec.storage else "HDF5 library"
+            way = spec.storage.describe() if spec.storage else "HDF5 library"
             shape = "x".join(map(str, spec.shape)) or "scalar"
             yield f"  {fate} {shown(name)} {spec.dtype} {shape} ({way})"
-    ways = Counter(s.storage.way for row in plan.averaged_rows for s in row if s.storage)
+    ways = Counter(s.storage.describe() for row in plan.averaged_rows for s in row if s.storage)
     yield "read by " + "; ".join(f"{way} (tensors: {n})" for way, n in ways.items())
 
 

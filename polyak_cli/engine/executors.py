@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from polyak_cli.engine.folding import FoldJob, Worker
-from polyak_cli.engine.inputs import Files
+from polyak_cli.engine.inputs import OpenInputs
 from polyak_cli.engine.slabs import (
     PIECES,
     Bundle,
@@ -73,7 +73,7 @@ def fold(
 
 def _here(work: FoldJob, cut: Iterable[list[Bundle]]) -> Generator[Totals, None, None]:
     """FoldJob in this process, yielding what each batch took."""
-    with Files(work.inputs) as files, _opened(work.outputs) as outputs:
+    with OpenInputs(work.inputs) as files, _opened(work.outputs) as outputs:
         worker = Worker(work, files, outputs)
         for batch in _one_ahead(cut, worker.expect):
             yield worker.fold(batch)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from polyak_cli.engine.inputs import Files
+from polyak_cli.engine.inputs import OpenInputs
 from polyak_cli.engine.kernel import narrow, widen
 from polyak_cli.engine.slabs import Bundle, Slab, TensorSource, count_elements
 from polyak_cli.engine.timing import Clock, Totals
@@ -53,7 +53,7 @@ class FoldJob:
 class Worker:
     """Folds slabs one after the other, with buffers that it keeps."""
 
-    def __init__(self, work: FoldJob, files: Files, outputs: Sequence[int]) -> None:
+    def __init__(self, work: FoldJob, files: OpenInputs, outputs: Sequence[int]) -> None:
         self.work = work
         self.files = files
         self.outputs = outputs
@@ -101,7 +101,7 @@ class Worker:
             if stop - start >= AHEAD:
                 for k, terms in enumerate(self.terms):
                     if terms:
-                        self.files.expect(slab.tensor.sources[k], start, stop)
+                        self.files.prefetch(slab.tensor.sources[k], start, stop)
 
     def _fold(self, bundle: Bundle) -> None:
         """Average what is folded as one."""
@@ -160,7 +160,8 @@ class Worker:
         if high - low > len(self.span):
             self.span = page_aligned(high - low)
         whole = self.span[: high - low]
-        self.files.read(sources[0]._replace(storage=Extent(low, len(whole))), 0, whole, name)
+        span = Extent(low, len(whole), getattr(extents[0], "file", 0))
+        self.files.read(sources[0]._replace(storage=span), 0, whole, name)
         # Picked by the largest unit in which all of them begin and end.
         unit = int(np.gcd(np.gcd.reduce(starts - low), width))
         ends = np.cumsum(sizes // unit)

@@ -6,18 +6,16 @@ Knows nothing of slabs and of what is done with the bytes.
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
 
 from polyak_cli.engine.slabs import TensorSource
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.storage import Bytes, File, Version
-from polyak_cli.storage.local import expect
+from polyak_cli.storage import Bytes, File, InputFile, Version, open_input
 
 
-class Files:
+class OpenInputs:
     """The inputs, opened when first read, each checked to be the file that was scanned.
 
     As many stay open as the process may have; the rest are opened for every slab.
@@ -26,56 +24,73 @@ class Files:
     def __init__(self, inputs: Sequence[File]) -> None:
         self.inputs = inputs
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.room = max(0, soft - 64) if soft != resource.RLIM_INFINITY else len(inputs)
-        self.kept: dict[int, int] = {}
+        self.most = max(0, soft - 64) if soft != resource.RLIM_INFINITY else len(inputs)
+        self.kept: dict[int, InputFile] = {}
 
-    def __enter__(self) -> Files:
+    def __enter__(self) -> OpenInputs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self.kept.values():
-            os.close(descriptor)
+        for file in self.kept.values():
+            file.close()
 
     def read(self, source: TensorSource, start: int, buffer: Bytes, name: str) -> None:
         """Fill the buffer from a tensor, with file and tensor named in every error."""
-        path = self.inputs[source.file].path
-        try:
-            descriptor = self._keep(source.file)
-            if descriptor is not None:
-                source.storage.read_into(descriptor, start, buffer)
-                return
-            descriptor = self._open(source.file)
+        with _CheckpointFiles(self, source.file) as files:
             try:
-                source.storage.read_into(descriptor, start, buffer)
-            finally:
-                os.close(descriptor)
-        except FormatError as error:
-            raise FormatError(f"{shown(path)}: tensor '{shown(name)}': {error}") from None
-        except OSError as error:
-            raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+                source.storage.read_into(files, start, buffer)
+            except FormatError as error:
+                if files.is_opening and isinstance(error.__cause__, OSError):
+                    raise  # it names the file already, and concerns no tensor
+                path = self.inputs[files.last].path
+                problem = _CHANGED if files.is_opening else error
+                raise FormatError(f"{shown(path)}: tensor '{shown(name)}': {problem}") from None
 
-    def expect(self, source: TensorSource, start: int, stop: int) -> None:
+    def prefetch(self, source: TensorSource, start: int, stop: int) -> None:
         """Have bytes of a tensor fetched, if its file is one that stays open."""
         with contextlib.suppress(OSError, FormatError):  # reading them will say what is wrong
-            descriptor = self._keep(source.file)
-            if descriptor is not None:
-                for offset, nbytes in source.storage.runs(start, stop):
-                    expect(descriptor, offset, nbytes)
+            for extent in source.storage.byte_ranges(start, stop):
+                file = self.keep(source.file + extent.file)
+                if file is not None:
+                    file.prefetch([(extent.offset, extent.nbytes)])
 
-    def _keep(self, k: int) -> int | None:
-        """Return an input that is open for the whole run, if there is room for another."""
-        descriptor = self.kept.get(k)
-        if descriptor is None and len(self.kept) < self.room:
-            descriptor = self.kept[k] = self._open(k)
-        return descriptor
+    def keep(self, k: int) -> InputFile | None:
+        """Return an input that is open for the whole run, if another may be open."""
+        file = self.kept.get(k)
+        if file is None and len(self.kept) < self.most:
+            file = self.kept[k] = open_input(*self.inputs[k])
+        return file
 
-    def _open(self, k: int) -> int:
-        path, identity = self.inputs[k]
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if Version.of(os.fstat(descriptor)) != identity:
-            os.close(descriptor)
-            raise FormatError("the file changed while it was read; is training still running?")
-        return descriptor
+
+_CHANGED = "the file changed while it was read; is training still running?"
+
+
+class _CheckpointFiles:
+    """The files of one checkpoint among the inputs; see `tensors.Files`."""
+
+    def __init__(self, inputs: OpenInputs, first: int) -> None:
+        self.inputs = inputs
+        self.first = first
+        self.last = first  # the input that was read last, for messages
+        self.is_opening = False
+        self.opened: list[InputFile] = []  # for this one reading
+
+    def __enter__(self) -> _CheckpointFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.opened:
+            file.close()
+
+    def __getitem__(self, number: int) -> InputFile:
+        self.last = self.first + number
+        self.is_opening = True
+        file = self.inputs.keep(self.last)
+        if file is None:
+            file = open_input(*self.inputs.inputs[self.last])
+            self.opened.append(file)
+        self.is_opening = False
+        return file
 
 
 def check_unchanged(inputs: Sequence[File]) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from polyak_cli.engine.inputs import Files
+from polyak_cli.engine.inputs import OpenInputs
 from polyak_cli.engine.kernel import widen_any
 from polyak_cli.engine.slabs import FOLD_BYTES, Memory, TensorSource
 from polyak_cli.engine.timing import Clock, Progress, Totals
@@ -29,7 +29,7 @@ def find_differing(
     step = memory.piece * 8
     found = set()
     clock = Clock()
-    with Files(inputs) as files:
+    with OpenInputs(inputs) as files:
         for name, sources in tensors:
             for read, same in _compared(sources, files, step, name):
                 clock.read(read)
@@ -41,7 +41,7 @@ def find_differing(
 
 
 def _compared(
-    sources: Sequence[TensorSource], files: Files, step: int, name: str
+    sources: Sequence[TensorSource], files: OpenInputs, step: int, name: str
 ) -> Iterator[tuple[int, bool]]:
     """Yield the bytes of each piece read, and whether it is the same as the first source's."""
     nbytes = sources[0].storage.nbytes
@@ -86,14 +86,14 @@ def read_pieces(
     Raises:
         FormatError: a tensor cannot be read within the bound.
     """
-    with Files(inputs) as files:
+    with OpenInputs(inputs) as files:
         for tensor in tensors:
             _check_held(tensor, inputs, memory)
             buffers = len(tensor.sources) if held is None else held
             count = min(tensor.size, max(1, memory.most // (1 + buffers)))
             # Whole bands of chunks where they fit, or chunks would be decoded again and again.
             band = max(
-                s.storage.alignment * tensor.size // s.storage.nbytes for s in tensor.sources
+                s.storage.preferred_nbytes * tensor.size // s.storage.nbytes for s in tensor.sources
             )
             count -= count % band if 0 < band < count < tensor.size else 0
             raw = [np.empty(count * 8, np.uint8) for _ in range(2)]
@@ -138,9 +138,9 @@ def read_values(
 def _check_held(tensor: ReadTensor, inputs: Sequence[File], memory: Memory) -> None:
     """Refuse what cannot be read within the bound."""
     for source in tensor.sources:
-        if source.storage.held > memory.most * FOLD_BYTES:
+        if source.storage.block_nbytes > memory.most * FOLD_BYTES:
             raise FormatError(
                 f"{shown(inputs[source.file].path)}: tensor '{shown(tensor.name)}' is stored in "
-                f"chunks of {source.storage.held} bytes, each of which must be held whole; "
+                f"chunks of {source.storage.block_nbytes} bytes, each of which must be held whole; "
                 f"expected at most {memory.most * FOLD_BYTES}"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from polyak_cli.tensors import Extent, LaidOut, Storage, itemsize
+from polyak_cli.tensors import Extent, Placement, Storage, itemsize
 
 #: Elements folded at a time: 256 KiB of float32, with its float64 sum and product within L2.
 PIECE = 1 << 16
@@ -38,7 +38,7 @@ class FoldTensor(NamedTuple):
     size: int
     dtype: str
     sources: Sequence[TensorSource]
-    targets: Sequence[LaidOut]
+    targets: Sequence[Placement]
 
 
 class Slab(NamedTuple):
@@ -91,7 +91,7 @@ def cut_slabs(tensors: Iterable[FoldTensor], piece: int, most: int) -> Iterator[
     """
     for tensor in tensors:
         width = itemsize(tensor.dtype)
-        best = max(source.storage.alignment for source in tensor.sources) // width
+        best = max(source.storage.preferred_nbytes for source in tensor.sources) // width
         step = piece if best <= 1 else max(1, min(best * max(1, piece // best), most))
         for start in range(0, tensor.size, step):
             yield Slab(tensor, start, min(start + step, tensor.size))
@@ -132,6 +132,7 @@ def _side_by_side(bundle: Bundle, slab: Slab, elements: int) -> bool:
         and isinstance(a.storage, Extent)
         and isinstance(b.storage, Extent)
         and isinstance(c.storage, Extent)
+        and c.storage.file == a.storage.file
         and 0 <= c.storage.offset - b.storage.offset - b.storage.nbytes <= GAP
         and c.storage.offset + c.storage.nbytes - a.storage.offset <= span
         for a, b, c in zip(first.sources, last.sources, new.sources, strict=True)

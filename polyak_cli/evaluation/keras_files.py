@@ -80,7 +80,7 @@ def check_suffix(path: Path) -> None:
     """Refuse an HDF5 file that Keras would take for something else."""
     from polyak_cli import formats
 
-    if path.suffix not in formats.module("hdf5").SUFFIXES:
+    if path.suffix not in formats.find_format("hdf5").suffixes:
         raise FormatError(
             f"{shown(path)}: is an HDF5 file, which Keras opens only by the suffix .h5 or "
             ".hdf5; rename it"

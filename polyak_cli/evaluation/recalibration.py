@@ -31,14 +31,9 @@ from polyak_cli.evaluation import data
 from polyak_cli.evaluation.batchnorm import Moments, moments
 from polyak_cli.evaluation.keras_files import check_model
 from polyak_cli.formats import outputs
-from polyak_cli.storage import (
-    Bytes,
-    publishing,
-)
-from polyak_cli.storage.local import (
-    write_exactly,
-)
-from polyak_cli.tensors import FLOATS, Float64, LaidOut, Table, itemsize
+from polyak_cli.storage import Bytes, publishing
+from polyak_cli.storage.local import write_exactly
+from polyak_cli.tensors import FLOATS, Float64, Placement, Table, itemsize
 
 BATCH_SIZE = 256
 #: What Keras opens as a whole model.
@@ -126,7 +121,7 @@ def recalibrate(
         PolyakError: Keras is too old, or cannot load or run the model, or the model carries code.
     """
     path, target = Path(model), Path(output)
-    (table,) = formats.scan([path], everything=True)
+    (table,) = formats.scan([path], with_optimizer=True)
     check(table, target, rows, batch_size)
     outputs.check_output(target, [table], force=force)
     formats.check([table], jobs=1)
@@ -162,11 +157,12 @@ def check(table: Table, output: Path | None, rows: data.Split, batch_size: int) 
         )
     if table.format not in FORMATS:
         raise FormatError(
-            f"{shown(table.path)}: is {formats.module(table.format).NAME}; only whole Keras models "
+            f"{shown(table.path)}: is {formats.find_format(table.format).name}; only "
+            "whole Keras models "
             "are recalibrated, .h5 or .keras: they can be run"
         )
     check_model(table)
-    if outputs.target(output, table) != table.format:
+    if outputs.choose_format(output, table) != table.format:
         raise OutputError(
             f"{shown(output)}: would not be a Keras model; give the output the suffix of "
             f"{shown(table.path)}"
@@ -278,7 +274,7 @@ def statistics_of(table: Table) -> dict[str, Float64]:
                 f"{shown(table.path)}: its record names the statistic '{shown(name, 60)}', which "
                 "it has not"
             )
-        source = TensorSource(spec.storage, spec.byteorder, spec.file)
+        source = TensorSource(spec.storage, spec.byteorder, 0)
         tensors.append(ReadTensor(name, spec.size, [spec.dtype], [source]))
     found = {tensor.name: np.empty(tensor.size) for tensor in tensors}
     done = dict.fromkeys(found, 0)
@@ -307,7 +303,7 @@ def restored(average: Table, written: Table) -> Table:
     made.touch()
     _write(average, statistics_of(written), made, written.about["provenance"])
     made.replace(average.path)
-    (table,) = formats.scan([average.path], everything=True)
+    (table,) = formats.scan([average.path], with_optimizer=True)
     return table
 
 
@@ -325,7 +321,7 @@ def _check_before(table: Table, found: Moments) -> None:
     specs = [s for s in table.tensors.values() if s.location in found.before]
     loaded = {spec.name: np.ravel(found.before[spec.location]) for spec in specs}
     tensors = [
-        ReadTensor(s.name, s.size, [s.dtype], [TensorSource(s.storage, s.byteorder, s.file)])
+        ReadTensor(s.name, s.size, [s.dtype], [TensorSource(s.storage, s.byteorder, 0)])
         for s in specs
         if s.size and s.storage
     ]
@@ -351,7 +347,7 @@ def _write(table: Table, values: Mapping[str, Float64], hidden: Path, record: st
         OSError: there is no room.
     """
     specs = [spec for spec in table.tensors.values() if spec.name in values and spec.size]
-    room = formats.lay_out(
+    room = formats.write_skeleton(
         table,
         hidden,
         averaged={spec.location: spec.dtype for spec in specs},
@@ -360,15 +356,15 @@ def _write(table: Table, values: Mapping[str, Float64], hidden: Path, record: st
     )
     with open(room.files[0], "r+b") as file:
         for spec in specs:
-            place = room.places[spec.location]
+            place = room.placements[spec.location]
             where = f"{shown(table.path)}: the new values of '{shown(spec.name)}'"
             raw = _rounded(values[spec.name], place, where)
             write_exactly(file.fileno(), place.offset, raw)
-    room.seal()
+    room.finalize()
     check_unchanged(table.files)
 
 
-def _rounded(values: Float64, place: LaidOut, where: str) -> Bytes:
+def _rounded(values: Float64, place: Placement, where: str) -> Bytes:
     """Return values as they are stored, having refused what is not finite then."""
     raw = np.empty(values.size * itemsize(place.dtype), np.uint8)
     narrow(values, place.dtype, place.byteorder, raw)

@@ -68,7 +68,7 @@ def compare(found: Sequence[Path], expected: Table) -> Deviation:
     tensors: list[TensorDeviation] = []
     outside: list[str] = []
     for number, (path, (other, _)) in enumerate(zip(found, expected.files, strict=True)):
-        counts = _Counts([spec for spec in specs if spec.file == number])
+        counts = _Counts([spec for spec in specs if getattr(spec.storage, "file", 0) == number])
         with open_input(path) as a, open_input(other) as b:
             sizes = (a.size, b.size)
             for offsets in _find_unequal(a, b, min(sizes)):

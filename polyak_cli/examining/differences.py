@@ -19,13 +19,7 @@ from polyak_cli.averaging.matching import Row, files_of, match, sources_of
 from polyak_cli.checkpoints import Selection, file_of
 from polyak_cli.engine import reading
 from polyak_cli.errors import MismatchError, UsageError, shown
-from polyak_cli.examining.reductions import (
-    PairSums,
-    RunSums,
-    bound_memory,
-    fold_slabs,
-    reduce_each,
-)
+from polyak_cli.examining.reductions import PairSums, RunSums, bound_memory, fold_slabs, reduce_each
 from polyak_cli.tensors import FLOATS, Float64, Table, TensorSpec, is_numeric
 
 #: A checkpoint is an outlier if its distance to the average exceeds this multiple of the median.

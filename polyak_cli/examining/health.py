@@ -140,7 +140,7 @@ def check(
             to_epoch=to_epoch,
             exclude=exclude,
             epoch_pattern=epoch_pattern,
-            written_by_us=formats.averages,
+            written_by_us=formats.find_polyak_outputs,
         )
     memory = Memory.within(max_memory or BUFFER_BYTES, 1)
     examined = [_Examined(one) for one in selection.checkpoints]
@@ -210,7 +210,7 @@ def _examine(examined: Sequence[_Examined]) -> None:
     """Find the size and time of each, and read the headers of those that can be read."""
     there = [one for one in examined if not one.has("unreadable")]
     paths = [file_of(one.checkpoint.path) for one in there]
-    for one, path, outcome in zip(there, paths, formats.tried(paths), strict=True):
+    for one, path, outcome in zip(there, paths, formats.probe(paths), strict=True):
         if isinstance(outcome, PolyakError):
             one.add_problem("unreadable", str(outcome))
             with contextlib.suppress(OSError):  # the file may be gone
@@ -273,7 +273,7 @@ def _select_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
 def _describe_mismatch(table: Table, template: Table, by: str) -> str:
     """Return why two checkpoints cannot belong to one run, "" if they can."""
     if table.format != template.format:
-        found, expected = (formats.module(one.format).NAME for one in (table, template))
+        found, expected = (formats.find_format(one.format).name for one in (table, template))
         return f"{shown(table.path)}: is a {found} file, but {shown(template.path)} is {expected}"
     try:
         match([table, template], by)

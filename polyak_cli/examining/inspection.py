@@ -99,7 +99,7 @@ def describe_storage(spec: TensorSpec) -> str:
     if spec.storage is None:
         return "HDF5 library"
     offset = getattr(spec.storage, "offset", None)
-    return spec.storage.way if offset is None else f"{spec.storage.way} at {offset}"
+    return spec.storage.describe() if offset is None else f"{spec.storage.describe()} at {offset}"
 
 
 def inspect(paths: Sequence[Path], *, statistics: bool = False) -> Iterator[Inspection]:
@@ -118,14 +118,14 @@ def inspect(paths: Sequence[Path], *, statistics: bool = False) -> Iterator[Insp
         found = _measure(table, specs) if statistics else {}
         yield Inspection(
             table,
-            formats.module(table.format).NAME,
+            formats.find_format(table.format).name,
             tuple(Inspected(s, _decide_fate(table, s), found.get(s.name)) for s in specs),
         )
 
 
 def _decide_fate(table: Table, spec: TensorSpec) -> str:
     """Return what averaging without options does with a tensor."""
-    if spec.name in table.optimizer and not table.fixed:
+    if spec.name in table.optimizer and not table.rules.is_fixed:
         return "dropped"
     if spec.name in table.others:
         return "carried"

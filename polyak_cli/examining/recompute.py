@@ -77,7 +77,7 @@ def _is_laid_out_alike(one: Table, other: Table) -> bool:
 
     def places(table: Table) -> dict[str, Any]:
         specs = {**table.tensors, **table.others}
-        return {name: (s.dtype, s.shape, s.storage, s.file) for name, s in specs.items()}
+        return {name: (s.dtype, s.shape, s.storage) for name, s in specs.items()}
 
     return len(one.files) == len(other.files) and places(one) == places(other)
 

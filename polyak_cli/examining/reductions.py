@@ -19,9 +19,7 @@ from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.kernel import widen_any
 from polyak_cli.engine.slabs import Memory
 from polyak_cli.errors import FormatError
-from polyak_cli.storage import (
-    Bytes,
-)
+from polyak_cli.storage import Bytes
 from polyak_cli.tensors import Float64, Table
 
 #: Bytes for the buffers of one tool, where the user names no bound.

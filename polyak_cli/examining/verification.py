@@ -125,7 +125,7 @@ def verify(
         (table,) = formats.scan([path])
     except FormatError as error:
         return Verification(Path(output), problems=(Discrepancy("file", path.name, str(error)),))
-    if "provenance" not in table.about and not table.average:
+    if "provenance" not in table.about and not table.is_polyak_output:
         raise FormatError(
             f"{shown(output)}: holds no record of where it comes from; only averages that polyak "
             "wrote can be verified"
@@ -157,7 +157,7 @@ def _find_opener(path: Path) -> Path:
 
 def _is_sharded(table: Table) -> bool:
     """Return whether an average is a folder, not files whose names begin alike."""
-    return getattr(formats.module(table.format), "FOLDER", False) and len(table.files) > 1
+    return bool(formats.find_format(table.format).folder_endings) and len(table.files) > 1
 
 
 def _find_folder(table: Table) -> Path:
@@ -263,7 +263,7 @@ class _Search:
         known = next((one.path for one in self.inputs if one.path and one.is_recorded), None)
         expected = detect(file_of(known)) if known else found
         if found != expected:
-            one, other = (formats.module(name).NAME for name in (found, expected))
+            one, other = (formats.find_format(name).name for name in (found, expected))
             raise FormatError(
                 f"{shown(path)}: is a {one} file, but other checkpoints of the record are {other}"
             )
@@ -478,7 +478,7 @@ class _Verifier:
     def _explain(self, error: PolyakError) -> None:
         """Say why nothing can be recomputed, and which input is to blame."""
         found = [(one, one.path) for one in self.inputs if one.path]
-        outcomes = formats.tried([file_of(path) for _, path in found])
+        outcomes = formats.probe([file_of(path) for _, path in found])
         blamed = [
             one.make_problem(f"cannot be averaged: {outcome}")
             for (one, _), outcome in zip(found, outcomes, strict=True)

@@ -1,57 +1,24 @@
 """An output of another format than its checkpoints': what crosses over, and what would be lost.
 
-A format that can be left offers ``texts``, one that can be entered is a `Target`.  What crosses is
-names, arrays and texts; anything else is refused before the work begins.  Knows no format.
+A format that can be left offers `Format.texts`, one that can be entered `Format.convert`.  What
+crosses is names, arrays and texts; anything else is refused before the work begins.  Knows no
+format.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any, Protocol
-
 import numpy as np
 
 from polyak_cli.errors import FormatError, OutputError, shown
-from polyak_cli.formats.format import Layout
+from polyak_cli.formats.format import SkeletonRequest
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage import (
-    Version,
-)
-from polyak_cli.storage.local import (
-    write_exactly,
-)
+from polyak_cli.storage import InputFile, OutputFile, Version, open_input
 from polyak_cli.tensors import Table, TensorSpec
 
 _STEP = 1 << 20
 
 
-class Source(Protocol):
-    """What a module of `formats` offers besides, if its checkpoints may become another format's."""
-
-    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
-        """Return all that a checkpoint says besides its tensors.
-
-        Raises:
-            OutputError: it says something that is not a text.
-        """
-
-
-class Target(Protocol):
-    """What a module of `formats` offers besides, if other formats' checkpoints may become its."""
-
-    def refuse(self, request: Layout, said: Mapping[str, str]) -> None:
-        """Refuse what the format cannot hold.
-
-        Raises:
-            OutputError: says what and why, without the names of files.
-        """
-
-    def convert(self, request: Layout, said: Mapping[str, str], alive: Alive) -> dict[str, Any]:
-        """Lay out what is not refused; see `tensors.Format.lay_out`."""
-
-
-def refuse(request: Layout) -> None:
+def refuse(request: SkeletonRequest) -> None:
     """Refuse what no other format can hold.
 
     Raises:
@@ -79,20 +46,33 @@ def require_same(path: str, found: Version, scanned: Version) -> None:
 class Carrier:
     """Copies carried tensors of a checkpoint piece by piece, little-endian."""
 
-    def __init__(self, table: Table, alive: Alive) -> None:
+    def __init__(self, table: Table, heartbeat: Alive) -> None:
         self.table = table
-        self.alive = alive
-        self.opened: dict[int, int] = {}
+        self.heartbeat = heartbeat
+        self.opened: dict[int, InputFile] = {}
+        self.last = 0  # the number of the file that was read last, for messages
 
     def __enter__(self) -> Carrier:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self.opened.values():
-            os.close(descriptor)
+        for file in self.opened.values():
+            file.close()
 
-    def carry(self, spec: TensorSpec, target: int, offset: int) -> None:
-        """Copy a tensor to an offset of an open file."""
+    def __getitem__(self, number: int) -> InputFile:
+        """Return one of the checkpoint's files; see `tensors.Files`."""
+        self.last = number
+        if number not in self.opened:
+            self.opened[number] = open_input(*self.table.files[number])
+        return self.opened[number]
+
+    def carry(self, spec: TensorSpec, target: OutputFile, offset: int) -> None:
+        """Copy a tensor to an offset of an output.
+
+        Raises:
+            FormatError: it cannot be read; names file and tensor.
+            OSError: it cannot be written.
+        """
         if spec.storage is None:
             raise AssertionError(f"{spec.name} has no storage")
         width = spec.nbytes // max(1, spec.size)
@@ -101,20 +81,15 @@ class Carrier:
         # A multiple of every width, as each is a power of two.
         buffer = np.empty(min(_STEP, spec.nbytes), np.uint8)
         for start in range(0, spec.nbytes, _STEP):
-            self.alive()
+            self.heartbeat()
             piece = buffer[: spec.nbytes - start]
             try:
-                spec.storage.read_into(self._descriptor(spec.file), start, piece)
+                spec.storage.read_into(self, start, piece)
             except FormatError as error:
-                path = self.table.files[spec.file].path
+                path = self.table.files[self.last].path
+                if str(error).startswith(f"{shown(path)}: "):  # it could not even be opened
+                    raise
                 raise FormatError(f"{shown(path)}: tensor '{shown(spec.name)}': {error}") from None
             if spec.byteorder == ">" and width > 1:
                 piece.view(f"u{width}").byteswap(inplace=True)
-            write_exactly(target, offset + start, piece)
-
-    def _descriptor(self, number: int) -> int:
-        if number not in self.opened:
-            path, identity = self.table.files[number]
-            self.opened[number] = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            require_same(path, Version.of(os.fstat(self.opened[number])), identity)
-        return self.opened[number]
+            target.write(offset + start, piece)

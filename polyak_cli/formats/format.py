@@ -1,83 +1,132 @@
-"""Define what a format offers: scanning, laying out, checking.
+"""What one way of storing checkpoints has to offer, as a class to inherit from.
 
-Knows no format itself.
+Knows no format itself.  A new format is one subclass in a file of its own and one line in
+`formats.FORMATS`; `tests/contract.py` says what it has to pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.tensors import Table
+from polyak_cli.tensors import COMMON, Placement, Table
 
 
-class Scan(NamedTuple):
-    """What to scan: a checkpoint, and whether also what is not the model's own."""
+class ScanRequest(NamedTuple):
+    """A checkpoint to scan, and whether to list also what is not the model's own."""
 
     path: str
-    everything: bool
+    with_optimizer: bool
 
 
-class Layout(NamedTuple):
-    """What to lay out: an output like the template, with room for its averaged tensors."""
+class SkeletonRequest(NamedTuple):
+    """An output to write except for its averaged tensors."""
 
-    template: Table
+    template: Table  # the checkpoint that it will be like
     output: str  # the hidden path to write
-    averaged: Mapping[str, str]  # location -> dtype to store
+    averaged: Mapping[str, str]  # location in the template -> dtype to store
     drop_optimizer: bool
     provenance: str  # the record to write into it, as JSON
 
 
-class Format(Protocol):
-    """What a module of `formats` offers for one way of storing checkpoints.
+class Draft(NamedTuple):
+    """What a child reports of the skeleton that it wrote."""
 
-    All but `seal` run in a child of `formats.sandbox`, call ``alive`` every few hundred tensors and
-    return what JSON can hold.
+    placements: Mapping[str, Placement]  # location in the template -> where its values belong
+    files: Sequence[str] = ()  # where there are several; see `storage.publishing.publish`
+    notes: Mapping[str, Any] = {}  # what `Format.finalize` needs; JSON can hold it
+
+
+class Format(ABC):
+    """One way of storing checkpoints.
+
+    `finalize` runs in the parent.  Everything else that takes a heartbeat runs in a child of
+    `processes.sandbox`, and calls the heartbeat every few hundred tensors.
     """
 
-    NAME: str  # as its users call it
-    SUFFIXES: tuple[str, ...]  # what an output of it may be called
-    CHECKED: bool  # its files hold checksums of their tensors
+    #: The name in tables and records; it never changes.
+    key: ClassVar[str]
+    #: How its users call it.
+    name: ClassVar[str]
+    #: What an output of it may be called.
+    suffixes: ClassVar[tuple[str, ...]]
+    #: The suffix by which Keras tells another layout of the same format.
+    weights_suffix: ClassVar[str] = ""
+    #: Its files hold checksums of their tensors.
+    has_checksums: ClassVar[bool] = False
+    #: The float types that it can store.
+    dtypes: ClassVar[frozenset[str]] = COMMON
+    #: Endings of the names in an output that is a folder with as many files as the template has;
+    #: () where an output is always one file.
+    folder_endings: ClassVar[tuple[str, ...]] = ()
+    #: `texts` is there: its checkpoints can be converted to other formats.
+    can_be_left: ClassVar[bool] = False
+    #: The suffix that asks for conversion to it; "" where other formats cannot become it.
+    conversion_suffix: ClassVar[str] = ""
 
-    def scan(self, request: Scan, alive: Alive) -> dict[str, Any]:
-        """Read a header.
+    @abstractmethod
+    def scan(self, request: ScanRequest, heartbeat: Alive) -> Table:
+        """Read the header of a checkpoint.
 
         Returns:
-            ``tensors`` and ``others``, rows of [name, shape, dtype, byteorder, location, storage,
-            digest, file, arrangement] where the last three may be left out; ``optimizer``, names
-            among the others; ``config``, ``average``; and ``files``, [path, identity] each, where
-            there are several.  Where there are such, ``about``, texts that it holds about itself,
-            with ``provenance`` among them, where everything is asked for; ``order``, the layers in
-            their order, where loading goes by position; ``statistics``, names of BatchNorm's moving
-            statistics; ``slots``, EMA among the optimizer's -> the tensors that it may be of;
-            ``suffixes`` of this very layout; ``fixed``, that types and optimizer state must stay;
-            ``tails``, of the further files that an output has, in place of its suffix; and
-            ``cautions``, what a user should know who stores a dtype, keeps the "optimizer", or
-            wants the "ema" that a file has not.
+            Its table.  ``files`` is empty where the checkpoint is one file, which the caller knows
+            best.  ``others`` and ``about`` are filled only where ``with_optimizer`` asks for them.
 
         Raises:
             FormatError: the file is damaged, hostile or holds no model; names file and tensor.
         """
 
-    def lay_out(self, request: Layout, alive: Alive) -> dict[str, Any]:
-        """Write all of an output but its averaged tensors.
+    @abstractmethod
+    def write_skeleton(self, request: SkeletonRequest, heartbeat: Alive) -> Draft:
+        """Write all of an output except its averaged tensors.
 
         Returns:
-            ``places``: location -> [offset, dtype, byteorder, file] of every averaged tensor that
-            is not empty; ``files`` where there are several, the others called like the output with
-            something appended (see `publishing.publish`); and whatever `seal` wants to know.
+            A placement for every averaged tensor that is not empty.
+
+        Raises:
+            FormatError: the template cannot be copied safely.
+            OSError: the output cannot be written.
         """
 
-    def check(self, path: str, alive: Alive) -> None:
-        """Compare the tensors with their checksums, where the format has such.
+    @abstractmethod
+    def is_polyak_output(self, path: str, heartbeat: Alive) -> bool:
+        """Tell whether this tool wrote a file; a file that cannot be read it did not."""
+
+    def check(self, path: str, heartbeat: Alive) -> None:
+        """Compare the tensors with their checksums; asked only where ``has_checksums``.
 
         Raises:
             FormatError: one is wrong; names file and tensor.
         """
+        raise NotImplementedError(f"{self.key} has no checksums")
 
-    def seal(self, output: str, laid_out: Mapping[str, Any]) -> None:
-        """Finish an output whose tensors are written: checksums."""
+    def finalize(self, output: str, draft: Draft) -> None:  # noqa: B027 - most need nothing
+        """Finish an output whose tensors are written, such as with their checksums.
 
-    def is_average(self, path: str, alive: Alive) -> bool:
-        """Tell whether this tool wrote the file; a file that cannot be read it did not."""
+        Raises:
+            OSError: it cannot be written.
+        """
+
+    def texts(self, table: Table, heartbeat: Alive) -> dict[str, str]:
+        """Return all that a checkpoint says besides its tensors; asked where ``can_be_left``.
+
+        Raises:
+            OutputError: it says something that is not a text.
+        """
+        raise NotImplementedError(f"{self.key} cannot be left")
+
+    def refuse_conversion(self, request: SkeletonRequest, texts: Mapping[str, str]) -> None:
+        """Refuse what this format cannot hold; asked where it has a ``conversion_suffix``.
+
+        Raises:
+            OutputError: says what and why, without the names of files.
+        """
+        raise NotImplementedError(f"{self.key} cannot be entered")
+
+    def convert(
+        self, request: SkeletonRequest, texts: Mapping[str, str], heartbeat: Alive
+    ) -> Draft:
+        """Write a skeleton from a template of another format; see `write_skeleton`."""
+        raise NotImplementedError(f"{self.key} cannot be entered")

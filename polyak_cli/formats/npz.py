@@ -11,19 +11,18 @@ import re
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import conversion, zips
-from polyak_cli.formats.format import Layout, Scan
+from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.tensors import FLOATS, Table, itemsize
+from polyak_cli.storage import InputFile
+from polyak_cli.tensors import FLOATS, Extent, Placement, Storage, Table, TensorSpec, itemsize
 
-NAME = "numpy .npz"
-SUFFIXES = (".npz",)
-CHECKED = True
 #: Marks this tool's record, compressed, in the archive's comment: a member would be one more array
 #: to whoever loads them all.
 MARK = b"polyak_provenance "
@@ -34,23 +33,6 @@ _ALIGNMENT = 64  # of the values, as numpy's own header pads
 _TYPES = re.compile(r"u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|bool")
 #: What a safetensors file says by which framework it was written, which is of no use here.
 _IDLE = {"format"}
-
-
-def scan(request: Scan, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.scan`."""
-    with zips.opened(request.path) as (file, members, comment):
-        rows = []
-        for member in members:
-            alive()
-            rows.append(_row(file, member))
-    return {
-        "tensors": rows,
-        "others": [],
-        "optimizer": [],
-        "config": "",
-        "average": comment.startswith(MARK),
-        "about": _about(comment),
-    }
 
 
 def _about(comment: bytes) -> dict[str, str]:
@@ -64,10 +46,11 @@ def _about(comment: bytes) -> dict[str, str]:
     return {"provenance": record.decode(errors="replace")}
 
 
-def _row(file: BinaryIO, member: zips.Member) -> list[Any]:
+def _spec(file: InputFile, member: zips.Member) -> TensorSpec:
     """Describe a member."""
     if not member.name.endswith(".npy"):
-        return [member.name, [member.nbytes], "opaque", "<", member.name, _storage(member, 0)]
+        where = _storage(member, 0)
+        return TensorSpec(member.name, (member.nbytes,), "opaque", "<", member.name, where)
     name = member.name.removesuffix(".npy")
     try:
         dtype, shape, fortran, start = _header(zips.head(file, member, _HEAD))
@@ -83,8 +66,9 @@ def _row(file: BinaryIO, member: zips.Member) -> list[Any]:
         )
     order = ">" if dtype.str.startswith(">") else "<"
     arrangement = "Fortran order" if fortran else ""
-    where = _storage(member, start) if nbytes else ["extent", 0, 0]
-    return [name, shape, _kind(dtype), order, member.name, where, "", 0, arrangement]
+    where = _storage(member, start) if nbytes else Extent(0, 0)
+    sizes = tuple(shape)
+    return TensorSpec(name, sizes, _kind(dtype), order, member.name, where, arrangement=arrangement)
 
 
 def _header(head: bytes) -> tuple[np.dtype[Any], list[int], bool, int]:
@@ -124,35 +108,10 @@ def _kind(dtype: np.dtype[Any]) -> str:
     return dtype.name
 
 
-def _storage(member: zips.Member, start: int) -> list[Any]:
+def _storage(member: zips.Member, start: int) -> Storage:
     if member.method == zips.STORED:
-        return ["extent", member.offset + start, member.nbytes - start]
-    return ["deflated", member.offset, member.stored, start, member.nbytes - start]
-
-
-def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.lay_out`."""
-    specs = {spec.location: spec for spec in request.template.tensors.values()}
-    places = {}
-    with (
-        zips.opened(request.template.files[0].path) as (file, members, _),
-        zips.Archive(request.output, _comment(request.provenance)) as archive,
-    ):
-        for member in members:
-            alive()
-            wanted = request.averaged.get(member.name)
-            if wanted is None:
-                archive.copy(file, member, alive, _ALIGNMENT)
-                continue
-            spec = specs[member.name]
-            head = _new_header(zips.head(file, member, _HEAD), wanted, spec.dtype)
-            nbytes = spec.size * itemsize(wanted)
-            offset = archive.room(member.name, len(head) + nbytes, _ALIGNMENT)
-            archive.write(offset, head)
-            if spec.size:
-                order = spec.byteorder if wanted == spec.dtype else "<"
-                places[member.name] = (offset + len(head), wanted, order)
-        return {"places": places, "archive": archive.state()}
+        return Extent(member.offset + start, member.nbytes - start)
+    return zips.Deflated(member.offset, member.stored, start, member.nbytes - start)
 
 
 def _comment(provenance: str) -> bytes:
@@ -178,76 +137,127 @@ def _described(descr: str, shape: Sequence[int], fortran: bool) -> bytes:
     return stream.getvalue()
 
 
-def seal(output: str, laid_out: Mapping[str, Any]) -> None:
-    """See `tensors.Format.seal`."""
-    zips.seal(output, laid_out["archive"])
-
-
-def check(path: str, alive: Alive) -> None:
-    """See `tensors.Format.check`."""
-    zips.check(path, alive)
-
-
-def is_average(path: str, alive: Alive) -> bool:
-    """See `tensors.Format.is_average`."""
-    alive()
-    try:
-        with zips.opened(path) as (_, _, comment):
-            return comment.startswith(MARK)
-    except FormatError:
-        return False
-
-
 # --- from and to other formats --------------------------------------------------------------------
 
 
-def texts(table: Table, alive: Alive) -> dict[str, str]:
-    """See `conversion.Source.texts`."""
-    alive()
-    with zips.opened(table.files[0].path) as (_, _, comment):
-        if not comment or comment.startswith(MARK):
-            return {}
-        return {"comment": comment.decode("utf-8", "surrogateescape")}
+class Npz(Format):
+    """A zip archive with one `.npy` file a tensor."""
 
+    key = "npz"
+    name = "numpy .npz"
+    suffixes = (".npz",)
+    has_checksums = True
+    can_be_left = True
+    conversion_suffix = ".npz"
 
-def refuse(request: Layout, said: Mapping[str, str]) -> None:
-    """See `conversion.Target.refuse`."""
-    for key in said:
-        if key not in _IDLE:
-            raise OutputError(
-                f"'{shown(key)}' would be lost: .npz holds names and arrays, and no texts"
-            )
-    for spec in request.template.tensors.values():
-        wanted = request.averaged.get(spec.location, spec.dtype)
-        if not _TYPES.fullmatch(wanted):
-            raise OutputError(
-                f"tensor '{shown(spec.name)}' is of type {wanted}, which numpy has not"
-                + ("; choose another --dtype" if wanted in FLOATS else "")
-            )
-        if re.search(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:|\0", spec.name):
-            raise OutputError(
-                f"tensor '{shown(spec.name)}' has a name that leads out of a zip archive"
-            )
+    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+        """See `Format.scan`."""
+        with zips.opened(request.path) as (file, members, comment):
+            specs = []
+            for member in members:
+                alive()
+                specs.append(_spec(file, member))
+        tensors = {spec.name: spec for spec in specs}
+        if len(tensors) < len(specs):  # "x" and "x.npy"
+            raise FormatError(f"{shown(request.path)}: two of its tensors have the same name")
+        return Table(
+            path=Path(request.path),
+            format=self.key,
+            files=(),
+            tensors=tensors,
+            others={},
+            optimizer=frozenset(),
+            config="",
+            is_polyak_output=comment.startswith(MARK),
+            about=_about(comment),
+        )
 
+    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+        """See `Format.write_skeleton`."""
+        specs = {spec.location: spec for spec in request.template.tensors.values()}
+        places = {}
+        with (
+            zips.opened(request.template.files[0].path) as (file, members, _),
+            zips.Archive(request.output, _comment(request.provenance)) as archive,
+        ):
+            for member in members:
+                alive()
+                wanted = request.averaged.get(member.name)
+                if wanted is None:
+                    archive.copy(file, member, alive, _ALIGNMENT)
+                    continue
+                spec = specs[member.name]
+                head = _new_header(zips.head(file, member, _HEAD), wanted, spec.dtype)
+                nbytes = spec.size * itemsize(wanted)
+                offset = archive.room(member.name, len(head) + nbytes, _ALIGNMENT)
+                archive.write(offset, head)
+                if spec.size:
+                    order = spec.byteorder if wanted == spec.dtype else "<"
+                    places[member.name] = Placement(offset + len(head), wanted, order)
+            return Draft(places, notes={"archive": archive.state()})
 
-def convert(request: Layout, said: Mapping[str, str], alive: Alive) -> dict[str, Any]:
-    """See `conversion.Target.convert`; stored, as np.savez does it."""
-    del said
-    places = {}
-    with (
-        conversion.Carrier(request.template, alive) as carrier,
-        zips.Archive(request.output, _comment(request.provenance)) as archive,
-    ):
+    def finalize(self, output: str, draft: Draft) -> None:
+        """See `Format.finalize`."""
+        zips.seal(output, draft.notes["archive"])
+
+    def check(self, path: str, alive: Alive) -> None:
+        """See `Format.check`."""
+        zips.check(path, alive)
+
+    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+        """See `Format.is_polyak_output`."""
+        alive()
+        try:
+            with zips.opened(path) as (_, _, comment):
+                return comment.startswith(MARK)
+        except FormatError:
+            return False
+
+    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+        """See `Format.texts`."""
+        alive()
+        with zips.opened(table.files[0].path) as (_, _, comment):
+            if not comment or comment.startswith(MARK):
+                return {}
+            return {"comment": comment.decode("utf-8", "surrogateescape")}
+
+    def refuse_conversion(self, request: SkeletonRequest, texts: Mapping[str, str]) -> None:
+        """See `Format.refuse_conversion`."""
+        for key in texts:
+            if key not in _IDLE:
+                raise OutputError(
+                    f"'{shown(key)}' would be lost: .npz holds names and arrays, and no texts"
+                )
         for spec in request.template.tensors.values():
-            alive()
-            wanted = request.averaged.get(spec.location)
-            dtype = np.dtype(wanted or spec.dtype)
-            head = _described(dtype.newbyteorder("<").str, spec.shape, fortran=False)
-            nbytes = spec.size * dtype.itemsize
-            offset = archive.room(f"{spec.name}.npy", len(head) + nbytes, _ALIGNMENT)
-            archive.write(offset, head)
-            if wanted is None:
-                carrier.carry(spec, archive.file.fileno(), offset + len(head))
-            elif spec.size:
-                places[spec.location] = (offset + len(head), wanted, "<")
-        return {"places": places, "archive": archive.state()}
+            wanted = request.averaged.get(spec.location, spec.dtype)
+            if not _TYPES.fullmatch(wanted):
+                raise OutputError(
+                    f"tensor '{shown(spec.name)}' is of type {wanted}, which numpy has not"
+                    + ("; choose another --dtype" if wanted in FLOATS else "")
+                )
+            if re.search(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:|\0", spec.name):
+                raise OutputError(
+                    f"tensor '{shown(spec.name)}' has a name that leads out of a zip archive"
+                )
+
+    def convert(self, request: SkeletonRequest, texts: Mapping[str, str], alive: Alive) -> Draft:
+        """See `Format.convert`; stored, as np.savez does it."""
+        del texts  # `refuse_conversion` has found nothing in them
+        places = {}
+        with (
+            conversion.Carrier(request.template, alive) as carrier,
+            zips.Archive(request.output, _comment(request.provenance)) as archive,
+        ):
+            for spec in request.template.tensors.values():
+                alive()
+                wanted = request.averaged.get(spec.location)
+                dtype = np.dtype(wanted or spec.dtype)
+                head = _described(dtype.newbyteorder("<").str, spec.shape, fortran=False)
+                nbytes = spec.size * dtype.itemsize
+                offset = archive.room(f"{spec.name}.npy", len(head) + nbytes, _ALIGNMENT)
+                archive.write(offset, head)
+                if wanted is None:
+                    carrier.carry(spec, archive.file, offset + len(head))
+                elif spec.size:
+                    places[spec.location] = Placement(offset + len(head), wanted, "<")
+            return Draft(places, notes={"archive": archive.state()})

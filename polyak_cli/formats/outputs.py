@@ -5,27 +5,31 @@ Writes nothing.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 from polyak_cli.errors import OutputError, PolyakError, shown
-from polyak_cli.formats import module
-from polyak_cli.formats.format import Layout
+from polyak_cli.formats import FORMATS, find_format
+from polyak_cli.formats.format import SkeletonRequest
 from polyak_cli.processes.sandbox import Alive
 from polyak_cli.storage import publishing
-from polyak_cli.tensors import COMMON, Table
-
-#: Suffix of an output -> the format to which checkpoints of others are converted.
-_TARGETS = {".safetensors": "safetensors", ".npz": "npz"}
+from polyak_cli.tensors import Table
 
 
-def target(output: Path | None, template: Table) -> str:
+@functools.cache
+def _conversions() -> dict[str, str]:
+    """Return suffix of an output -> the format to which checkpoints of others are converted."""
+    forms = {key: find_format(key) for key in FORMATS}
+    return {form.conversion_suffix: key for key, form in forms.items() if form.conversion_suffix}
+
+
+def choose_format(output: Path | None, template: Table) -> str:
     """Return the format of an output: the template's, unless its suffix is that of another."""
-    form = module(template.format)
-    if output and not output.name.endswith(form.SUFFIXES) and hasattr(form, "texts"):
-        return _TARGETS.get(output.suffix, template.format)
+    form = find_format(template.format)
+    if output and not output.name.endswith(form.suffixes) and form.can_be_left:
+        return _conversions().get(output.suffix, template.format)
     return template.format
 
 
@@ -40,8 +44,7 @@ def folder_endings(output: Path, template: Table) -> tuple[str, ...]:
 
 
 def _endings(template: Table) -> tuple[str, ...]:
-    endings: tuple[str, ...] = getattr(module(template.format), "FOLDER", ())
-    return endings
+    return find_format(template.format).folder_endings
 
 
 def check_conversion(
@@ -60,15 +63,15 @@ def check_conversion(
     """
     from polyak_cli.processes import sandbox
 
-    name = target(output, template)
-    for dtype in sorted({*averaged.values()} - getattr(module(name), "TYPES", COMMON)):
+    name = choose_format(output, template)
+    for dtype in sorted({*averaged.values()} - find_format(name).dtypes):
         raise OutputError(
-            f"{shown(output or template.path)}: is {module(name).NAME}, which has no type {dtype}; "
-            "choose another --dtype, or safetensors for the output"
+            f"{shown(output or template.path)}: is {find_format(name).name}, which has no "
+            f"type {dtype}; choose another --dtype, or safetensors for the output"
         )
     if not output or (name == template.format and not _merges(output, template)):
         return
-    request = Layout(template, "", averaged, drop_optimizer, "")
+    request = SkeletonRequest(template, "", averaged, drop_optimizer, "")
     (outcome,) = sandbox.each(_refuse, [(name, request)], [str(template.path)])
     if isinstance(outcome, OutputError):
         raise OutputError(f"{shown(output)}: {shown(template.path)} {outcome}")
@@ -81,15 +84,15 @@ def _merges(output: Path, template: Table) -> bool:
     return bool(_endings(template)) and len(template.files) > 1 and not is_folder(output, template)
 
 
-def _refuse(request: tuple[str, Layout], alive: Alive) -> None:
+def _refuse(request: tuple[str, SkeletonRequest], alive: Alive) -> None:
     """Refuse, in a child, what cannot be converted or merged."""
     from polyak_cli.formats import conversion
 
     name, layout = request
-    said = cast(conversion.Source, module(layout.template.format)).texts(layout.template, alive)
+    texts = find_format(layout.template.format).texts(layout.template, alive)
     if name != layout.template.format:
         conversion.refuse(layout)
-        cast(conversion.Target, module(name)).refuse(layout, said)
+        find_format(name).refuse_conversion(layout, texts)
 
 
 def check_output(
@@ -124,12 +127,12 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
     folder_wanted = is_folder(output, tables[-1])
     if output.is_dir() and not folder_wanted:
         raise OutputError(f"{name}: is a folder; name the file to write in it")
-    named = target(output, tables[-1])
-    form = module(named)
-    suffixes = (named == tables[-1].format and tables[-1].suffixes) or form.SUFFIXES
+    named = choose_format(output, tables[-1])
+    form = find_format(named)
+    suffixes = (named == tables[-1].format and tables[-1].rules.suffixes) or form.suffixes
     if not folder_wanted and not output.name.endswith(suffixes):
         raise OutputError(
-            f"{name}: the checkpoints are {form.NAME}, which is opened only as "
+            f"{name}: the checkpoints are {form.name}, which is opened only as "
             f"{' or '.join(suffixes)}; give the output that suffix{_otherwise(tables[-1])}"
         )
     _check_weights_suffix(output, tables[-1], suffixes)
@@ -155,7 +158,7 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
 
 def _check_weights_suffix(output: Path, template: Table, suffixes: Sequence[str]) -> None:
     """Refuse what Keras would take for another layout by its name, unless it was called so."""
-    weights = getattr(module(target(output, template)), "WEIGHTS_SUFFIX", None)
+    weights = find_format(choose_format(output, template)).weights_suffix
     if not weights or weights in suffixes or template.path.name.endswith(weights):
         return
     if output.name.endswith(weights):
@@ -172,7 +175,7 @@ def _further(output: Path, template: Table) -> list[Path]:
     Raises:
         OutputError: the name is a link, beside whose target they would not be found.
     """
-    further = [publishing.beside(output, tail) for tail in template.tails]
+    further = [publishing.beside(output, tail) for tail in template.rules.tails]
     if further and output.is_symlink():
         raise OutputError(
             f"{shown(output)}: is a link, and the output has several files; name the place itself"
@@ -182,9 +185,9 @@ def _further(output: Path, template: Table) -> list[Path]:
 
 def _otherwise(template: Table) -> str:
     """Say what else an output may be called."""
-    form = module(template.format)
+    form = find_format(template.format)
     shards = ", or none for a folder of as many files" if is_folder(Path("x"), template) else ""
-    others = [end for end in _TARGETS if end not in form.SUFFIXES] if hasattr(form, "texts") else []
+    others = [end for end in _conversions() if end not in form.suffixes] if form.can_be_left else []
     return shards + (f", or {' or '.join(others)} to convert it" if others else "")
 
 

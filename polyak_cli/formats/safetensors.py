@@ -7,35 +7,22 @@ JSON.  What that library refuses is refused, and what it writes is written in th
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import conversion
-from polyak_cli.formats.format import Layout, Scan
+from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage import (
-    Version,
-)
-from polyak_cli.storage.local import (
-    read_at,
-)
-from polyak_cli.tensors import FLOATS, Table, TensorSpec
+from polyak_cli.storage import File, Version, open_input
+from polyak_cli.storage.local import LocalOutput, naming
+from polyak_cli.tensors import FLOATS, Extent, Placement, Table, TensorSpec
 
-NAME = "safetensors"
-SUFFIXES = (".safetensors",)
-CHECKED = False
-TYPES = frozenset(FLOATS)
-#: An output may be a folder that is sharded like the template.
-#: Endings of the names in a folder of shards: the shards, and the index of them.
-FOLDER = (".safetensors", ".safetensors.index.json")
 PROVENANCE = "polyak_provenance"
 #: Characters of a text of __metadata__ that is shown to whoever looks inside.
 _SHORT = 100
@@ -107,28 +94,6 @@ class _Index(NamedTuple):
 # --- reading --------------------------------------------------------------------------------------
 
 
-def scan(request: Scan, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.scan`."""
-    files: list[list[Any]] = []
-    if _begins_like_json(request.path):
-        index = _index(request.path, alive)
-        headers = _shards(request.path, index, alive)
-        files = [[header.path, list(header.version)] for header in headers]
-        files.append([request.path, list(index.version)])
-    else:
-        headers = [_header(request.path, alive)]
-        files = [[request.path, list(headers[0].version)]]
-    return {
-        "tensors": [row for number, header in enumerate(headers) for row in _rows(header, number)],
-        "others": [],
-        "optimizer": [],
-        "config": "",
-        "average": any(PROVENANCE in header.metadata for header in headers),
-        "about": _about(headers),
-        "files": files,
-    }
-
-
 def _about(headers: Iterable[_Header]) -> dict[str, str]:
     """Return this tool's record and the short ones of the texts, which may be configurations."""
     texts = {key: text for header in headers for key, text in header.metadata.items()}
@@ -136,10 +101,11 @@ def _about(headers: Iterable[_Header]) -> dict[str, str]:
     return {name: texts[key] for key, name in names.items() if key in texts}
 
 
-def _rows(header: _Header, number: int) -> Iterable[list[Any]]:
+def _specs(header: _Header, number: int) -> Iterator[TensorSpec]:
+    """Yield the tensors of a file that is the ``number``-th of its checkpoint."""
     for name, code, shape, start, stop in header.entries:
-        where = ["extent", header.data + start, stop - start]
-        yield [name, shape, _TYPES[code][0], "<", name, where, "", number]
+        where = Extent(header.data + start, stop - start, number)
+        yield TensorSpec(name, tuple(shape), _TYPES[code][0], "<", name, where)
 
 
 def _begins_like_json(path: str) -> bool:
@@ -148,34 +114,20 @@ def _begins_like_json(path: str) -> bool:
     return head.startswith(b"{") and not head.endswith(b"\0\0\0{")
 
 
-def _content(path: str, most: int, offset: int) -> tuple[os.stat_result, bytes]:
-    """Return what the system says of a regular file, and its bytes from an offset on.
-
-    Links are followed: the cache in which models from a hub are kept consists of them.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise FormatError("is not a regular file")
-            return status, read_at(descriptor, offset, most)
-        finally:
-            os.close(descriptor)
-    except FormatError as error:
-        raise FormatError(f"{shown(path)}: {error}") from None
-    except OSError as error:
-        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+def _content(path: str, most: int, offset: int) -> tuple[Version, bytes]:
+    """Return the version of a file, and its bytes from an offset on."""
+    with open_input(path) as file, naming(path):
+        return file.version, file.read(offset, most)
 
 
 def _header(path: str, alive: Alive) -> _Header:
     """Read what a file of tensors says, and refuse what the format's library would refuse."""
-    status, head = _content(path, 8, 0)
+    version, head = _content(path, 8, 0)
     length = int.from_bytes(head, "little")
     try:
-        if len(head) < 8 or 8 + length > status.st_size:
+        if len(head) < 8 or 8 + length > version.size:
             raise FormatError(
-                f"has {status.st_size} bytes, which is less than its header needs; it is truncated "
+                f"has {version.size} bytes, which is less than its header needs; it is truncated "
                 "or no safetensors file"
             )
         if length > _LONGEST:
@@ -183,10 +135,10 @@ def _header(path: str, alive: Alive) -> _Header:
         content = _object(_content(path, length, 8)[1], alive)
         metadata = _metadata(content.pop(_METADATA, {}))
         entries = [_entry(name, said) for name, said in content.items()]
-        _check_extents(entries, status.st_size - 8 - length)
+        _check_extents(entries, version.size - 8 - length)
     except FormatError as error:
         raise FormatError(f"{shown(path)}: {error}") from None
-    return _Header(path, Version.of(status), metadata, entries, 8 + length)
+    return _Header(path, version, metadata, entries, 8 + length)
 
 
 def _object(raw: bytes, alive: Alive) -> dict[str, Any]:
@@ -270,10 +222,10 @@ def _check_extents(entries: Sequence[_Entry], nbytes: int) -> None:
 
 def _index(path: str, alive: Alive) -> _Index:
     """Read which shards there are, and which tensors should be in each."""
-    status, raw = _content(path, WHOLE + 1, 0)
+    version, raw = _content(path, WHOLE + 1, 0)
     try:
         if len(raw) > WHOLE:
-            raise FormatError(f"has {status.st_size} bytes; expected at most {WHOLE}")
+            raise FormatError(f"has {version.size} bytes; expected at most {WHOLE}")
         content = _object(raw, alive)
         listed = content.get("weight_map")
         if not isinstance(listed, dict) or not listed:
@@ -290,7 +242,7 @@ def _index(path: str, alive: Alive) -> _Index:
             shards.setdefault(name, set()).add(tensor)
     except FormatError as error:
         raise FormatError(f"{shown(path)}: {error}") from None
-    return _Index(Version.of(status), content, shards)
+    return _Index(version, content, shards)
 
 
 def _shards(path: str, index: _Index, alive: Alive) -> list[_Header]:
@@ -315,11 +267,6 @@ def _shards(path: str, index: _Index, alive: Alive) -> list[_Header]:
     return headers
 
 
-def texts(table: Table, alive: Alive) -> dict[str, str]:
-    """Return what a checkpoint says besides its tensors."""
-    return _merged([_header(file.path, alive) for file in _tensor_files(table)])
-
-
 def _tensor_files(table: Table) -> Sequence[Any]:
     """Return the files of a checkpoint without its index, which is the last of several."""
     return table.files[:-1] if len(table.files) > 1 else table.files
@@ -338,21 +285,6 @@ def _merged(headers: Sequence[_Header]) -> dict[str, str]:
     return merged
 
 
-def check(path: str, alive: Alive) -> None:
-    """See `tensors.Format.check`; the format has no checksums."""
-
-
-def is_average(path: str, alive: Alive) -> bool:
-    """See `tensors.Format.is_average`."""
-    try:
-        if _begins_like_json(path):
-            first = min(_index(path, alive).shards)
-            path = str(Path(path).with_name(first))
-        return PROVENANCE in _header(path, alive).metadata
-    except FormatError:
-        return False
-
-
 # --- writing --------------------------------------------------------------------------------------
 
 
@@ -364,32 +296,7 @@ class _Output(NamedTuple):
     entries: Sequence[_Entry]
 
 
-def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.lay_out`: one file, or a folder with the template's shards."""
-    files = _tensor_files(request.template)
-    headers = [_header(file.path, alive) for file in files]
-    for header, file in zip(headers, files, strict=True):
-        conversion.require_same(header.path, header.version, file.version)
-    if not Path(request.output).is_dir():
-        entries = [entry for header in headers for entry in header.entries]
-        moved = len(headers) > 1
-        merged = _merged(headers) if moved else headers[0].metadata
-        made = [_Output(request.output, merged, _changed(entries, request, moved=moved))]
-        return _written(request, made, alive)
-    folder = Path(request.output)
-    made = [
-        _Output(
-            str(folder / Path(header.path).name),
-            header.metadata,
-            _changed(header.entries, request, moved=False),
-        )
-        for header in headers
-    ]
-    laid_out = _written(request, made, alive)
-    return laid_out | {"files": [*(one.path for one in made), _new_index(request, made, alive)]}
-
-
-def _new_index(request: Layout, made: Sequence[_Output], alive: Alive) -> str:
+def _new_index(request: SkeletonRequest, made: Sequence[_Output], alive: Alive) -> str:
     """Write the template's index for an output whose tensors may have another type."""
     source = request.template.files[-1].path
     content = dict(_index(source, alive).content)
@@ -401,7 +308,9 @@ def _new_index(request: Layout, made: Sequence[_Output], alive: Alive) -> str:
     return str(target)
 
 
-def _changed(entries: Sequence[_Entry], request: Layout, *, moved: bool) -> Sequence[_Entry]:
+def _changed(
+    entries: Sequence[_Entry], request: SkeletonRequest, *, moved: bool
+) -> Sequence[_Entry]:
     """Return entries with the types of the output, and new offsets where they are needed."""
     changed = [
         entry._replace(code=_CODES[request.averaged[entry.name]])
@@ -430,26 +339,27 @@ def _nbytes(code: str, shape: Sequence[int]) -> int:
     return bits // 8
 
 
-def _written(request: Layout, made: Sequence[_Output], alive: Alive) -> dict[str, Any]:
+def _written(request: SkeletonRequest, made: Sequence[_Output], alive: Alive) -> Draft:
     """Write headers and carried tensors, and return where the averaged ones belong."""
     specs = request.template.tensors
-    places = {}
+    placements = {}
     with conversion.Carrier(request.template, alive) as carrier:
         for number, one in enumerate(made):
             head = _head(one, request.provenance)
-            with open(one.path, "wb") as file:
-                file.write(head)
+            # A file of its own exists already under the hidden name; those in a folder do not.
+            create = one.path != request.output
+            with LocalOutput(one.path, create=create) as file:
+                file.write(0, head)
                 file.truncate(len(head) + max((entry.stop for entry in one.entries), default=0))
-                file.flush()
                 for entry in one.entries:
                     alive()
                     spec, offset = specs[entry.name], len(head) + entry.start
                     wanted = request.averaged.get(spec.location)
                     if wanted is None:
-                        carrier.carry(spec, file.fileno(), offset)
+                        carrier.carry(spec, file, offset)
                     elif spec.size:
-                        places[spec.location] = (offset, wanted, "<", number)
-    return {"places": places}
+                        placements[spec.location] = Placement(offset, wanted, "<", number)
+    return Draft(placements)
 
 
 def _head(one: _Output, provenance: str) -> bytes:
@@ -468,29 +378,7 @@ def _head(one: _Output, provenance: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def seal(output: str, laid_out: Mapping[str, Any]) -> None:
-    """See `tensors.Format.seal`; nothing is left to do."""
-
-
 # --- from another format --------------------------------------------------------------------------
-
-
-def refuse(request: Layout, said: Mapping[str, str]) -> None:
-    """See `conversion.Target.refuse`."""
-    for key in (_METADATA, PROVENANCE):
-        if key in request.template.tensors or key in said:
-            raise OutputError(f"has something called '{key}', which safetensors keeps for itself")
-    for spec in request.template.tensors.values():
-        code = _CODES.get(request.averaged.get(spec.location, spec.dtype), "")
-        carried = spec.location not in request.averaged
-        if not code or (carried and spec.nbytes != _nbytes(code, spec.shape)):
-            raise OutputError(
-                f"tensor '{shown(spec.name)}' is of type {spec.dtype}, which safetensors has not"
-            )
-        _refuse_half_characters(spec.name)
-    for key, text in said.items():
-        _refuse_half_characters(key)
-        _refuse_half_characters(text)
 
 
 def _refuse_half_characters(text: str) -> None:
@@ -500,13 +388,108 @@ def _refuse_half_characters(text: str) -> None:
         raise OutputError(f"'{shown(text)}' is not UTF-8, which safetensors requires") from None
 
 
-def convert(request: Layout, said: Mapping[str, str], alive: Alive) -> dict[str, Any]:
-    """See `conversion.Target.convert`; in the order in which the library would write it."""
+class Safetensors(Format):
+    """A header of JSON and behind it the tensors, in one file or in shards with an index."""
 
-    def entry(spec: TensorSpec) -> _Entry:
-        code = _CODES[request.averaged.get(spec.location, spec.dtype)]
-        return _Entry(spec.name, code, list(spec.shape), 0, 0)
+    key = name = "safetensors"
+    suffixes = (".safetensors",)
+    dtypes = frozenset(FLOATS)
+    #: The shards, and the index of them.
+    folder_endings = (".safetensors", ".safetensors.index.json")
+    can_be_left = True
+    conversion_suffix = ".safetensors"
 
-    specs = request.template.tensors
-    entries = _in_a_row([entry(specs[name]) for name in sorted(specs)])
-    return _written(request, [_Output(request.output, said, entries)], alive)
+    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+        """See `Format.scan`."""
+        if _begins_like_json(request.path):
+            index = _index(request.path, alive)
+            headers = _shards(request.path, index, alive)
+            files = [File(header.path, header.version) for header in headers]
+            files.append(File(request.path, index.version))
+        else:
+            headers = [_header(request.path, alive)]
+            files = [File(request.path, headers[0].version)]
+        tensors: dict[str, TensorSpec] = {}
+        for number, header in enumerate(headers):
+            tensors.update((spec.name, spec) for spec in _specs(header, number))
+        return Table(
+            path=Path(request.path),
+            format=self.key,
+            files=tuple(files),
+            tensors=tensors,
+            others={},
+            optimizer=frozenset(),
+            config="",
+            is_polyak_output=any(PROVENANCE in header.metadata for header in headers),
+            about=_about(headers),
+        )
+
+    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+        """Return what a checkpoint says besides its tensors."""
+        return _merged([_header(file.path, alive) for file in _tensor_files(table)])
+
+    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+        """See `Format.is_polyak_output`."""
+        try:
+            if _begins_like_json(path):
+                first = min(_index(path, alive).shards)
+                path = str(Path(path).with_name(first))
+            return PROVENANCE in _header(path, alive).metadata
+        except FormatError:
+            return False
+
+    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+        """See `Format.write_skeleton`: one file, or a folder with the template's shards."""
+        files = _tensor_files(request.template)
+        headers = [_header(file.path, alive) for file in files]
+        for header, file in zip(headers, files, strict=True):
+            conversion.require_same(header.path, header.version, file.version)
+        if not Path(request.output).is_dir():
+            entries = [entry for header in headers for entry in header.entries]
+            moved = len(headers) > 1
+            merged = _merged(headers) if moved else headers[0].metadata
+            made = [_Output(request.output, merged, _changed(entries, request, moved=moved))]
+            return _written(request, made, alive)
+        folder = Path(request.output)
+        made = [
+            _Output(
+                str(folder / Path(header.path).name),
+                header.metadata,
+                _changed(header.entries, request, moved=False),
+            )
+            for header in headers
+        ]
+        draft = _written(request, made, alive)
+        index = _new_index(request, made, alive)
+        return draft._replace(files=[*(one.path for one in made), index])
+
+    def refuse_conversion(self, request: SkeletonRequest, texts: Mapping[str, str]) -> None:
+        """See `Format.refuse_conversion`."""
+        for key in (_METADATA, PROVENANCE):
+            if key in request.template.tensors or key in texts:
+                raise OutputError(
+                    f"has something called '{key}', which safetensors keeps for itself"
+                )
+        for spec in request.template.tensors.values():
+            code = _CODES.get(request.averaged.get(spec.location, spec.dtype), "")
+            carried = spec.location not in request.averaged
+            if not code or (carried and spec.nbytes != _nbytes(code, spec.shape)):
+                raise OutputError(
+                    f"tensor '{shown(spec.name)}' is of type {spec.dtype}, which safetensors "
+                    "has not"
+                )
+            _refuse_half_characters(spec.name)
+        for key, text in texts.items():
+            _refuse_half_characters(key)
+            _refuse_half_characters(text)
+
+    def convert(self, request: SkeletonRequest, texts: Mapping[str, str], alive: Alive) -> Draft:
+        """See `Format.convert`; in the order in which the library would write it."""
+
+        def entry(spec: TensorSpec) -> _Entry:
+            code = _CODES[request.averaged.get(spec.location, spec.dtype)]
+            return _Entry(spec.name, code, list(spec.shape), 0, 0)
+
+        specs = request.template.tensors
+        entries = _in_a_row([entry(specs[name]) for name in sorted(specs)])
+        return _written(request, [_Output(request.output, texts, entries)], alive)

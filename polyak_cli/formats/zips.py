@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import os
 import re
 import stat
 import struct
@@ -19,22 +18,22 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage import (
-    Bytes,
-    Version,
-)
+from polyak_cli.storage import Bytes, InputFile
 from polyak_cli.storage.local import (
-    read_at,
-    read_exactly,
+    LocalInput,
+    LocalOutput,
+    copy_range,
+    naming,
+    open_local,
     unreadable,
-    write_exactly,
 )
+from polyak_cli.tensors import Extent, Files
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 #: Bytes of a member that may be read into memory: lists, configurations, pickles.
@@ -62,30 +61,20 @@ class Member(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[tuple[BinaryIO, list[Member], bytes]]:
+def opened(path: str) -> Iterator[tuple[LocalInput, list[Member], bytes]]:
     """Yield an archive, open, with its members in the order of their bytes, and its comment.
 
     Raises:
         FormatError: the archive is damaged or means harm; names file and member.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
-    with open(descriptor, "rb") as file:
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise FormatError("is not a regular file")
-            members, comment = _listed(file, status.st_size)
-            yield file, members, comment
-        except FormatError as error:
-            raise FormatError(f"{shown(path)}: {error}") from None
+    with open_local(path) as file, naming(path):
+        members, comment = _listed(file)
+        yield file, members, comment
 
 
-def _listed(file: BinaryIO, size: int) -> tuple[list[Member], bytes]:
+def _listed(file: LocalInput) -> tuple[list[Member], bytes]:
     try:
-        with zipfile.ZipFile(file) as archive:
+        with file.stream() as stream, zipfile.ZipFile(stream) as archive:
             infos, comment = archive.infolist(), archive.comment
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # not a place that is none
@@ -96,7 +85,7 @@ def _listed(file: BinaryIO, size: int) -> tuple[list[Member], bytes]:
     ((often, times),) = Counter(info.filename for info in infos).most_common(1) or [("", 1)]
     if times > 1:
         raise FormatError(f"the member '{shown(often)}' is there twice")
-    members = [_checked(file, info, size) for info in infos if info.filename[-1:] != "/"]
+    members = [_checked(file, info) for info in infos if info.filename[-1:] != "/"]
     members.sort(key=lambda member: member.offset)
     for one, other in itertools.pairwise(members):
         if one.offset + one.stored > other.offset:
@@ -104,7 +93,7 @@ def _listed(file: BinaryIO, size: int) -> tuple[list[Member], bytes]:
     return members, comment
 
 
-def _checked(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> Member:
+def _checked(file: InputFile, info: zipfile.ZipInfo) -> Member:
     """Return a member, having refused what must not be read."""
     name = f"the member '{shown(info.filename)}'"
     # zipfile cuts a name at a NUL, under which another name might hide.
@@ -140,22 +129,22 @@ def _checked(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> Member:
             f"{name} has another size, checksum or method where it lies than in the archive's list"
         )
     offset = info.header_offset + _LOCAL.size + name_length + extra_length
-    if offset + info.compress_size > size:
+    if offset + info.compress_size > file.size:
         raise FormatError(f"{name} lies outside the file; it is truncated or damaged")
     return Member(
         info.filename, offset, info.compress_size, info.file_size, info.compress_type, info.CRC
     )
 
 
-def _at(file: BinaryIO, offset: int, nbytes: int, name: str) -> bytes:
+def _at(file: InputFile, offset: int, nbytes: int, name: str) -> bytes:
     # The list may place a member anywhere, also where no file can be read.
-    data = read_at(file.fileno(), offset, nbytes) if 0 <= offset < 1 << 62 else b""
+    data = file.read(offset, nbytes) if 0 <= offset < 1 << 62 else b""
     if len(data) < nbytes:
         raise FormatError(f"{name} lies outside the file; it is truncated or damaged")
     return data
 
 
-def whole(file: BinaryIO, member: Member) -> bytes:
+def whole(file: InputFile, member: Member) -> bytes:
     """Return a member's content, checked.
 
     Raises:
@@ -168,7 +157,7 @@ def whole(file: BinaryIO, member: Member) -> bytes:
     return b"".join(pieces(file, member))
 
 
-def head(file: BinaryIO, member: Member, nbytes: int) -> bytes:
+def head(file: InputFile, member: Member, nbytes: int) -> bytes:
     """Return the first bytes of a member's content, which are not checked, or all where it is less.
 
     Raises:
@@ -176,11 +165,11 @@ def head(file: BinaryIO, member: Member, nbytes: int) -> bytes:
     """
     nbytes = min(nbytes, member.nbytes)
     if member.method == STORED:
-        return read_at(file.fileno(), member.offset, nbytes)
-    return _Stream(file.fileno(), member.offset, member.stored).take(nbytes)
+        return file.read(member.offset, nbytes)
+    return _Stream(file, member.offset, member.stored).take(nbytes)
 
 
-def pieces(file: BinaryIO, member: Member) -> Iterator[bytes]:
+def pieces(file: InputFile, member: Member) -> Iterator[bytes]:
     """Yield a member's content, of which length and checksum are checked at its end.
 
     Raises:
@@ -196,13 +185,13 @@ def pieces(file: BinaryIO, member: Member) -> Iterator[bytes]:
         )
 
 
-def _plain(file: BinaryIO, member: Member) -> Iterator[bytes]:
+def _plain(file: InputFile, member: Member) -> Iterator[bytes]:
     for done in range(0, member.stored, _STEP):
-        yield read_at(file.fileno(), member.offset + done, min(_STEP, member.stored - done))
+        yield file.read(member.offset + done, min(_STEP, member.stored - done))
 
 
-def _inflated(file: BinaryIO, member: Member) -> Iterator[bytes]:
-    stream = _Stream(file.fileno(), member.offset, member.stored)
+def _inflated(file: InputFile, member: Member) -> Iterator[bytes]:
+    stream = _Stream(file, member.offset, member.stored)
     while stream.position < member.nbytes:
         yield stream.take(min(_STEP, member.nbytes - stream.position))
 
@@ -222,8 +211,8 @@ def check(path: str, alive: Alive) -> None:
 class _Stream:
     """A deflated member that is read from its beginning."""
 
-    def __init__(self, descriptor: int, offset: int, stored: int) -> None:
-        self.descriptor = descriptor
+    def __init__(self, file: InputFile, offset: int, stored: int) -> None:
+        self.file = file
         self.offset = offset
         self.left = stored
         self.position = 0
@@ -253,7 +242,7 @@ class _Stream:
     def _more(self) -> bytes:
         if self.decompressor.eof:
             return b""
-        data = read_at(self.descriptor, self.offset, min(_STEP >> 4, self.left))
+        data = self.file.read(self.offset, min(_STEP >> 4, self.left))
         self.offset, self.left = self.offset + len(data), self.left - len(data)
         return data
 
@@ -266,35 +255,40 @@ class Deflated:
     stored: int  # bytes there
     start: int  # of the tensor in the member's content
     nbytes: int
+    file: int = 0  # which of the checkpoint's files
 
-    @property
-    def way(self) -> str:
-        """See `tensors.Storage.way`."""
+    def fields(self) -> list[int]:
+        """Return what it was made of, as JSON can hold it."""
+        return [self.offset, self.stored, self.start, self.nbytes, self.file]
+
+    def describe(self) -> str:
+        """See `tensors.Storage.describe`."""
         return "slow reader: in a deflated zip member"
 
     @property
-    def alignment(self) -> int:
+    def preferred_nbytes(self) -> int:
         """Any piece is as good as any other: what lies between is inflated all the same."""
         return 1
 
     @property
-    def held(self) -> int:
-        """See `tensors.Storage.held`."""
+    def block_nbytes(self) -> int:
+        """See `tensors.Storage.block_nbytes`."""
         return 1
 
-    def runs(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
-        """See `tensors.Storage.runs`; where the bytes lie is known only to who reads them."""
+    def byte_ranges(self, start: int, stop: int) -> Iterable[Extent]:
+        """See `tensors.Storage.byte_ranges`; only inflating shows where the bytes lie."""
         del start, stop
         return ()
 
-    def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
+    def read_into(self, files: Files, start: int, buffer: Bytes) -> None:
         """See `tensors.Storage.read_into`."""
         wanted = self.start + start
-        key = (*Version.of(os.fstat(descriptor)), self.offset)  # descriptors are used again
+        file = files[self.file]
+        key = (*file.version, self.offset)
         stream = _streams.pop(key, None)
         if stream is None or stream.position > wanted:
-            stream = _Stream(descriptor, self.offset, self.stored)
-        stream.descriptor = descriptor
+            stream = _Stream(file, self.offset, self.stored)
+        stream.file = file  # it may have been closed and opened again since
         while stream.position < wanted:
             stream.take(min(_STEP, wanted - stream.position))
         buffer[:] = np.frombuffer(stream.take(len(buffer)), np.uint8)
@@ -318,7 +312,7 @@ class Archive:
     """
 
     def __init__(self, path: str, comment: bytes = b"") -> None:
-        self.file = open(path, "r+b")  # noqa: SIM115 (closed by __exit__)
+        self.file = LocalOutput(path)
         self.comment = comment
         self.end = 0
         self.listed: list[list[Any]] = []
@@ -347,21 +341,17 @@ class Archive:
     def add(self, name: str, content: bytes) -> None:
         """Write a small stored member."""
         offset = self._begin(name, len(content), len(content), STORED, zlib.crc32(content), 1)
-        write_exactly(self.file.fileno(), offset, content)
+        self.file.write(offset, content)
 
-    def copy(self, source: BinaryIO, member: Member, alive: Alive, alignment: int = 1) -> None:
+    def copy(self, source: InputFile, member: Member, alive: Alive, alignment: int = 1) -> None:
         """Copy a member of another archive as it is stored there."""
         _, offset, stored, nbytes, method, crc = member
         target = self._begin(member.name, stored, nbytes, method, crc, alignment)
-        for done in range(0, stored, _STEP):
-            piece = np.empty(min(_STEP, stored - done), np.uint8)
-            read_exactly(source.fileno(), offset + done, piece)
-            write_exactly(self.file.fileno(), target + done, piece)
-            alive()
+        copy_range(source, offset, self.file, target, stored, alive)
 
     def write(self, offset: int, content: bytes) -> None:
         """Write into a room."""
-        write_exactly(self.file.fileno(), offset, content)
+        self.file.write(offset, content)
 
     def _begin(
         self, name: str, stored: int, nbytes: int, method: int, crc: int | None, alignment: int
@@ -379,7 +369,7 @@ class Archive:
         """Write a local header, and return the offset behind it."""
         row = (name, self.end, stored, nbytes, method, crc)
         head = _info(*row, padding=padding).FileHeader()
-        write_exactly(self.file.fileno(), self.end, head)
+        self.file.write(self.end, head)
         offset = self.end + len(head)
         self.listed.append([*row, offset])
         self.end = offset + stored
@@ -412,24 +402,24 @@ def _info(
 def seal(path: str, state: Sequence[Any]) -> None:
     """Compute the checksums that are missing and write the list of members."""
     end, comment, listed = state
-    with open(path, "r+b") as file:
-        file.seek(end)
-        with zipfile.ZipFile(file, "w") as archive:  # writes where the file stands
+    with LocalOutput(path) as file, open_local(path) as written, file.stream() as stream:
+        stream.seek(end)
+        with zipfile.ZipFile(stream, "w") as archive:  # writes where the stream stands
             for name, header, stored, nbytes, method, crc, offset in listed:
                 found = crc
                 if crc is None:
-                    found = checksum(file.fileno(), offset, nbytes)
-                    write_exactly(file.fileno(), header + 14, struct.pack("<L", found))
+                    found = checksum(written, offset, nbytes)
+                    file.write(header + 14, struct.pack("<L", found))
                 archive.filelist.append(_info(name, header, stored, nbytes, method, found))
             archive.comment = bytes.fromhex(comment)
 
 
-def checksum(descriptor: int, offset: int, nbytes: int) -> int:
+def checksum(file: InputFile, offset: int, nbytes: int) -> int:
     """Return the checksum of bytes of a file as zip archives have it."""
     crc = 0
     buffer = np.empty(min(_STEP, nbytes), np.uint8)
     for done in range(0, nbytes, _STEP):
         piece = buffer[: nbytes - done]
-        read_exactly(descriptor, offset + done, piece)
+        file.read_into(offset + done, piece)
         crc = zlib.crc32(piece.data, crc)
     return crc

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -90,6 +90,10 @@ class LocalInput:
             raise unreadable(error) from None
         return b"".join(parts)
 
+    def stream(self) -> BinaryIO:
+        """Return a file object on it for libraries that read one; closing it leaves this open."""
+        return open(self._descriptor, "rb", closefd=False)
+
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """See `storage.InputFile.prefetch`."""
         if hasattr(os, "posix_fadvise"):  # macOS has none, and reads ahead by itself
@@ -130,6 +134,10 @@ class LocalOutput:
         while len(view):
             count = os.pwrite(self._descriptor, view, offset)
             view, offset = view[count:], offset + count
+
+    def stream(self) -> BinaryIO:
+        """Return a file object on it for libraries that write one; closing it leaves this open."""
+        return open(self._descriptor, "r+b", closefd=False)
 
     def truncate(self, size: int) -> None:
         """See `storage.OutputFile.truncate`."""

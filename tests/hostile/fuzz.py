@@ -25,12 +25,9 @@ import numpy as np
 from polyak_cli import average, formats
 from polyak_cli.errors import PolyakError
 from polyak_cli.formats import detection, wire
-from polyak_cli.formats.format import Scan
+from polyak_cli.formats.format import ScanRequest
 from polyak_cli.processes import sandbox
-from polyak_cli.storage import (
-    File,
-    Version,
-)
+from polyak_cli.storage import File, Version
 from tests.oracle import write_model
 from tests.test_keras_zip import members, write_archive
 from tests.test_safetensors import put
@@ -162,16 +159,16 @@ def outcomes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     for path in paths:
         by_format.setdefault(detection.detect(path), []).append(path)
     for name, group in by_format.items():
-        form = formats.module(name)
-        requests = [Scan(str(path), everything=True) for path in group]
-        scanned = sandbox.each(form.scan, requests, [r.path for r in requests], 2)
+        form = formats.find_format(name)
+        requests = [(form, ScanRequest(str(path), with_optimizer=True)) for path in group]
+        scanned = sandbox.each(formats._scan_one, requests, [str(path) for path in group], 2)
         begun = time.monotonic()
         for path, outcome in zip(group, scanned, strict=True):
             message = str(outcome) if isinstance(outcome, PolyakError) else ""
             if not message:
                 try:
                     file = File(str(path), Version.of(path.stat()))
-                    wire.build_table(name, file, outcome)
+                    wire.unpack_table(outcome, name, file)
                 except PolyakError as error:
                     message = str(error)
             took, begun = time.monotonic() - begun, time.monotonic()

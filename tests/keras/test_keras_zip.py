@@ -198,7 +198,11 @@ def test_the_ema_of_an_archive_is_taken(
     opened = keras.saving.load_model(tmp_path / "o.keras", compile=False)
     for ours, theirs in zip(opened.get_weights(), model.get_weights(), strict=True):
         assert ours.tobytes() == theirs.tobytes()
-    assert sum(len(found) for found in report.plan.tables[-1].slots.values()) == len(emas) > 0
+    assert (
+        sum(len(found) for found in report.plan.tables[-1].keras.ema_slots.values())
+        == len(emas)
+        > 0
+    )
 
 
 def test_a_layer_whose_order_is_not_known_has_its_ema_refused(tmp_path: Path) -> None:

@@ -17,13 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from polyak_cli import average, plan, recalibrate, verify
-from polyak_cli.errors import (
-    FormatError,
-    MismatchError,
-    OutputError,
-    PolyakError,
-    UsageError,
-)
+from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, UsageError
 from polyak_cli.evaluation import batchnorm, data, recalibration
 from tests.command import SAMPLES, one_line, polyak, tree
 

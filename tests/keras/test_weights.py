@@ -150,7 +150,7 @@ def test_keras_loads_the_average_of_weights(
     again(ROWS)
     again.load_weights(tmp_path / "o.weights.h5")
     assert_weights(again, mean(weights, report.plan.coefficients))
-    assert len(report.plan.tables[-1].statistics) == statistics
+    assert len(report.plan.tables[-1].keras.statistics) == statistics
 
 
 @pytest.mark.slow

@@ -9,19 +9,16 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.errors import FormatError
-from polyak_cli.storage import (
-    Bytes,
-)
-from polyak_cli.storage.local import (
-    read_exactly,
-)
+from polyak_cli.storage import Bytes, InputFile
+from polyak_cli.tensors import Extent, Files
 
 DEFLATE, SHUFFLE, FLETCHER32, LZF = 1, 2, 3, 32000
 #: The filters that are undone here, by the names their users know.
@@ -37,10 +34,29 @@ class Chunks:
     itemsize: int
     filters: tuple[int, ...]  # in the order in which they were applied on writing
     index: dict[tuple[int, ...], tuple[int, int, int]]  # grid position -> offset, bytes, skipped
+    file: int = 0  # which of the checkpoint's files
 
-    @property
-    def way(self) -> str:
-        """See `tensors.Storage.way`."""
+    def fields(self) -> list[Any]:
+        """Return what `from_fields` takes, as JSON can hold it."""
+        index = [[position, *place] for position, place in self.index.items()]
+        return [self.shape, self.chunk_shape, self.itemsize, self.filters, index, self.file]
+
+    @classmethod
+    def from_fields(
+        cls,
+        shape: Sequence[int],
+        chunk_shape: Sequence[int],
+        itemsize: int,
+        filters: Sequence[int],
+        index: Sequence[tuple[Sequence[int], int, int, int]],
+        file: int = 0,
+    ) -> Chunks:
+        """Return what has these fields."""
+        places = {tuple(position): (offset, size, skip) for position, offset, size, skip in index}
+        return cls(tuple(shape), tuple(chunk_shape), itemsize, tuple(filters), places, file)
+
+    def describe(self) -> str:
+        """See `tensors.Storage.describe`."""
         filters = ", ".join(UNDONE[number] for number in self.filters) or "no filter"
         return f"slow reader: in chunks, {filters}"
 
@@ -55,25 +71,25 @@ class Chunks:
         return math.prod(self.shape[1:]) * self.itemsize
 
     @property
-    def alignment(self) -> int:
+    def preferred_nbytes(self) -> int:
         """Bytes of a band of whole chunks, each of which is then decoded once."""
         return max(1, self.chunk_shape[0] * self._row_bytes)
 
     @property
-    def held(self) -> int:
+    def block_nbytes(self) -> int:
         """Bytes of one decoded chunk: filters work on whole chunks only."""
         return math.prod(self.chunk_shape) * self.itemsize
 
-    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """See `tensors.Storage.runs`."""
+    def byte_ranges(self, start: int, stop: int) -> Iterator[Extent]:
+        """See `tensors.Storage.byte_ranges`."""
         for position in self._positions(start, stop):
             offset, nbytes, _ = self.index[position]
-            yield offset, nbytes
+            yield Extent(offset, nbytes, self.file)
 
-    def read_into(self, descriptor: int, start: int, buffer: Bytes) -> None:
+    def read_into(self, files: Files, start: int, buffer: Bytes) -> None:
         """See `tensors.Storage.read_into`."""
         for position in self._positions(start, start + len(buffer)):
-            chunk = self._decode(descriptor, position)
+            chunk = self._decode(files[self.file], position)
             corner = [p * c for p, c in zip(position, self.chunk_shape, strict=True)]
             inside = tuple(
                 slice(0, min(c, n - k))
@@ -114,16 +130,16 @@ class Chunks:
         shared = (flat >= 0) & (flat < len(wanted))
         wanted[flat[shared]] = chunk.reshape(-1, self.itemsize)[shared]
 
-    def _decode(self, descriptor: int, position: tuple[int, ...]) -> Bytes:
+    def _decode(self, file: InputFile, position: tuple[int, ...]) -> Bytes:
         """Return one whole chunk, shape (*chunk_shape, itemsize), with its filters undone."""
         offset, nbytes, skipped = self.index[position]
         raw = np.empty(nbytes, np.uint8)
-        read_exactly(descriptor, offset, raw)
+        file.read_into(offset, raw)
         for k, number in reversed(list(enumerate(self.filters))):
             if not skipped >> k & 1:
                 raw = self._undo(number, raw)
-        if len(raw) != self.held:
-            raise FormatError(f"a chunk decodes to {len(raw)} bytes, not {self.held}")
+        if len(raw) != self.block_nbytes:
+            raise FormatError(f"a chunk decodes to {len(raw)} bytes, not {self.block_nbytes}")
         return raw.reshape(*self.chunk_shape, self.itemsize)
 
     def _undo(self, number: int, raw: Bytes) -> Bytes:
@@ -131,9 +147,9 @@ class Chunks:
         if number == FLETCHER32:
             return _checked(raw)
         if number == DEFLATE:
-            return _inflate(raw, self.held + 4)  # a checksum may have been added before
+            return _inflate(raw, self.block_nbytes + 4)  # a checksum may have been added before
         if number == LZF:
-            return _unpack_lzf(raw, self.held)
+            return _unpack_lzf(raw, self.block_nbytes)
         body = len(raw) // self.itemsize * self.itemsize
         shuffled = raw[:body].reshape(self.itemsize, -1)
         return np.concatenate([np.ascontiguousarray(shuffled.T).ravel(), raw[body:]])

@@ -20,7 +20,8 @@ import numpy as np
 from h5py import h5a, h5d, h5g, h5s, h5t
 
 from polyak_cli.errors import FormatError, OutputError, shown
-from polyak_cli.formats.format import Scan
+from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
+from polyak_cli.formats.hdf5 import skeleton
 from polyak_cli.formats.hdf5.chunks import UNDONE
 from polyak_cli.formats.hdf5.library import (
     FILTERS,
@@ -42,18 +43,13 @@ from polyak_cli.formats.hdf5.library import (
     to_text,
     walk,
 )
-from polyak_cli.formats.hdf5.skeleton import PROVENANCE, lay_out, seal
+from polyak_cli.formats.hdf5.rows import build_table
+from polyak_cli.formats.hdf5.skeleton import PROVENANCE
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
 from polyak_cli.processes.sandbox import Alive
 from polyak_cli.tensors import Table
 
-#: What this module offers as a format, with `skeleton`.
-__all__ = ["check", "is_average", "lay_out", "scan", "seal", "texts"]
-NAME = "Keras HDF5"
-#: What Keras opens as HDF5; it goes by the suffix, and it is case-sensitive.
-SUFFIXES = (".h5", ".hdf5")
-CHECKED = False
 WHOLE_CAUTIONS = {
     "bfloat16": "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it "
     "opens",
@@ -91,11 +87,6 @@ def description(path: str, alive: Alive) -> list[str]:
         return [read_text(root, key).decode(errors="replace") for key in keys]
 
 
-def texts(table: Table, alive: Alive) -> dict[str, str]:
-    """See `conversion.Source.texts`."""
-    return texts_in(table.files[0].path, alive)
-
-
 def texts_in(path: Place, alive: Alive) -> dict[str, str]:
     """Return the texts of a file; what only lists the names of tensors is not among them."""
     said: dict[str, str] = {}
@@ -116,37 +107,6 @@ def texts_in(path: Place, alive: Alive) -> dict[str, str]:
                 if said.get(name) != text:  # Keras repeats some in /model_weights
                     said[f"{where[1:]}/{name}" if where else name] = text
     return said
-
-
-def scan(request: Scan, alive: Alive) -> dict[str, Any]:
-    """Return the table of a file as JSON: the model's tensors, the others, a digest of the config.
-
-    Raises:
-        FormatError: the file is damaged, hostile, or holds no Keras model; names file and tensor.
-    """
-    with open_file(request.path) as (root, size):
-        reader = _Reader(size, alive)
-        home = _model_group(root)
-        if home is None:
-            found = _weights(root, reader, request.everything)
-            if not found["tensors"]:
-                raise FormatError(_no_model(root))
-            return weights_table(found)
-        tensors = reader.model(root, home, request.everything)
-        others = reader.others
-        state = [row[0] for row in others if row[0].startswith(f"{OPTIMIZER}/")]
-        config = read_text(root, b"model_config")
-        return {
-            "tensors": tensors,
-            "others": others,
-            "optimizer": state,
-            "config": hashlib.sha256(config).hexdigest() if config else "",
-            "average": bool(h5a.exists(root, PROVENANCE)),
-            "about": _about(root) if request.everything else {},
-            "order": reader.layers,
-            "slots": keras_names.slots(reader.variables, state),
-            "cautions": WHOLE_CAUTIONS,
-        }
 
 
 def _about(root: Any) -> dict[str, str]:
@@ -451,5 +411,55 @@ def _read_names(location: Any, key: bytes, where: str) -> list[bytes]:
     return names
 
 
-def check(path: str, alive: Alive) -> None:
-    """See `tensors.Format.check`; what Keras writes has no checksums, and `chunks` looks at its."""
+class KerasHdf5(Format):
+    """HDF5 files of every Keras generation."""
+
+    key = "hdf5"
+    name = "Keras HDF5"
+    # What Keras opens as HDF5: it goes by the suffix, and is case-sensitive.
+    suffixes = (".h5", ".hdf5")
+    weights_suffix = WEIGHTS_SUFFIX
+    can_be_left = True
+
+    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+        """See `Format.texts`."""
+        return texts_in(table.files[0].path, alive)
+
+    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+        """See `Format.scan`.
+
+        Raises:
+            FormatError: the file is damaged, hostile, or holds no Keras model.
+        """
+        with open_file(request.path) as (root, size):
+            reader = _Reader(size, alive)
+            home = _model_group(root)
+            if home is None:
+                found = _weights(root, reader, request.with_optimizer)
+                if not found["tensors"]:
+                    raise FormatError(_no_model(root))
+                return build_table(self.key, request.path, weights_table(found))
+            tensors = reader.model(root, home, request.with_optimizer)
+            others = reader.others
+            state = [row[0] for row in others if row[0].startswith(f"{OPTIMIZER}/")]
+            config = read_text(root, b"model_config")
+            found = {
+                "tensors": tensors,
+                "others": others,
+                "optimizer": state,
+                "config": hashlib.sha256(config).hexdigest() if config else "",
+                "average": bool(h5a.exists(root, PROVENANCE)),
+                "about": _about(root) if request.with_optimizer else {},
+                "order": reader.layers,
+                "slots": keras_names.slots(reader.variables, state),
+                "cautions": WHOLE_CAUTIONS,
+            }
+            return build_table(self.key, request.path, found)
+
+    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+        """See `Format.write_skeleton`."""
+        return skeleton.lay_out(request, alive)
+
+    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+        """See `Format.is_polyak_output`."""
+        return is_average(path, alive)

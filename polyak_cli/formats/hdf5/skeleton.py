@@ -16,7 +16,7 @@ import numpy as np
 from h5py import h5a, h5d, h5f, h5g, h5o, h5p, h5s, h5t
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats.format import Layout
+from polyak_cli.formats.format import Draft, SkeletonRequest
 from polyak_cli.formats.hdf5.library import (
     NAMELESS,
     Place,
@@ -37,14 +37,14 @@ from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
 from polyak_cli.processes.sandbox import Alive
 from polyak_cli.storage.local import read_exactly, write_exactly
-from polyak_cli.tensors import FLOATS, Extent, Table, TensorSpec
+from polyak_cli.tensors import FLOATS, Extent, Placement, Table, TensorSpec
 
 PROVENANCE = b"polyak_provenance"
 _SMALL = 1 << 16  # bytes of a tensor whose values may be copied, to be overwritten
 
 
-def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.lay_out`.
+def lay_out(request: SkeletonRequest, alive: Alive) -> Draft:
+    """See `Format.write_skeleton`.
 
     Attributes, groups, configuration and carried tensors are copied.  The file is built anew, not
     copied and edited: HDF5 leaves what is deleted as dead space.
@@ -54,8 +54,8 @@ def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
 
 
 def merge(
-    request: Layout, paths: Sequence[Place], alive: Alive, output: Window | None = None
-) -> dict[str, Any]:
+    request: SkeletonRequest, paths: Sequence[Place], alive: Alive, output: Window | None = None
+) -> Draft:
     """Lay out one file like several that share a tree: the parts of a weights file.
 
     Args:
@@ -86,11 +86,8 @@ def merge(
                 raise output.error
     for path, runs in moved.items():
         _move(path, output or request.output, runs, alive)
-    return {"places": copy.averaged}
-
-
-def seal(output: str, laid_out: Mapping[str, Any]) -> None:
-    """See `tensors.Format.seal`; nothing is left to do."""
+    placements = {where: Placement(*place) for where, place in copy.averaged.items()}
+    return Draft(placements)
 
 
 def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[TensorSpec]]:
@@ -119,7 +116,7 @@ def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[T
 
 
 def _is_weights(table: Table) -> bool:
-    return table.suffixes == (WEIGHTS_SUFFIX,)
+    return table.rules.suffixes == (WEIGHTS_SUFFIX,)
 
 
 def _optimizers(table: Table) -> set[str]:
@@ -133,7 +130,7 @@ def _optimizers(table: Table) -> set[str]:
 class _Copy:
     """The output that grows while the template's tree is walked."""
 
-    request: Layout
+    request: SkeletonRequest
     groups: dict[str, Any]
     linked: list[tuple[str, Any, Any]] = field(default_factory=list)  # what has several names
     places: dict[tuple[int, int], str] = field(default_factory=dict)  # where it is by now

@@ -13,41 +13,23 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, BinaryIO
+from typing import Any
 
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import zips
-from polyak_cli.formats.format import Layout, Scan
+from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.hdf5 import keras_files, skeleton
+from polyak_cli.formats.hdf5.rows import build_table
 from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.formats.keras import emas
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.processes.sandbox import Alive
+from polyak_cli.storage import InputFile
+from polyak_cli.storage.local import LocalInput
 from polyak_cli.tensors import Extent, Table, TensorSpec
 
-NAME = "Keras .keras"
-SUFFIXES = (".keras",)
-CHECKED = True
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.weights.h5", "model.weights.npz"
 _ALIGNMENT = 64  # of the weights file in the archive
-
-
-def scan(request: Scan, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.scan`."""
-    with zips.opened(request.path) as (file, members, _):
-        config, weights = _parts(members)
-        said = _configuration(zips.whole(file, config))
-        with _inner(file, weights, alive) as window:
-            found = keras_files.weights(window, alive, everything=request.everything)
-        if not found["tensors"]:
-            raise FormatError(f"its {WEIGHTS} holds no tensor of a Keras model")
-        table = keras_files.weights_table(found)
-        for row in (*table["tensors"], *table["others"]):
-            row[5] = _in_archive(row[5], weights, row[0])
-        if request.everything:
-            table["about"] = {**_version(file, members), **table["about"]}
-            table |= _emas(said, table, found["labels"])
-        return table | {"config": _digest(said), "suffixes": []}
 
 
 def _emas(said: dict[str, Any], table: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
@@ -62,7 +44,7 @@ def _emas(said: dict[str, Any], table: dict[str, Any], labels: dict[str, str]) -
     return {"slots": {slot: [own[place][0] for place in of] for slot, of in slots.items()}}
 
 
-def _version(file: BinaryIO, members: Sequence[zips.Member]) -> dict[str, str]:
+def _version(file: InputFile, members: Sequence[zips.Member]) -> dict[str, str]:
     """Return which Keras saved the archive, if it says so."""
     for member in members:
         if member.name == "metadata.json":
@@ -110,7 +92,7 @@ def _digest(said: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _inner(file: BinaryIO, member: zips.Member, alive: Alive) -> Iterator[Window]:
+def _inner(file: LocalInput, member: zips.Member, alive: Alive) -> Iterator[Window]:
     """Yield the weights file, open for reading; one that was deflated has been checked then."""
     if member.method == zips.STORED:
         yield Window(member.name, file.fileno(), member.offset, member.nbytes)
@@ -151,33 +133,7 @@ def _in_archive(storage: list[Any] | None, member: zips.Member, name: str) -> li
     return [kind, *grid, shifted]
 
 
-def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.lay_out`.
-
-    The record of where the average comes from is in the weights file: one member more and Keras
-    would unpack the whole archive, in search of assets.
-    """
-    (template,) = request.template.files
-    with (
-        zips.opened(template.path) as (file, members, comment),
-        zips.Archive(request.output, comment) as archive,
-    ):
-        _, weights = _parts(members)
-        for member in members:
-            if member is not weights:
-                archive.copy(file, member, alive)
-        offset = archive.begin(WEIGHTS, _ALIGNMENT)
-        target = Window(request.output, archive.file.fileno(), offset)
-        with _inner(file, weights, alive) as source:
-            places = skeleton.merge(_inside(request), [source], alive, target)["places"]
-        archive.finish(WEIGHTS, offset, target.size)
-        return {
-            "places": {where: [offset + start, *rest] for where, (start, *rest) in places.items()},
-            "archive": archive.state(),
-        }
-
-
-def _inside(request: Layout) -> Layout:
+def _inside(request: SkeletonRequest) -> SkeletonRequest:
     """Return the request as it would be for the weights file alone."""
 
     def inside(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -193,50 +149,100 @@ def _inside(request: Layout) -> Layout:
         template,
         tensors=inside(template.tensors),
         others=inside(template.others),
-        suffixes=(WEIGHTS_SUFFIX,),
+        rules=replace(template.rules, suffixes=(WEIGHTS_SUFFIX,)),
     )
     return request._replace(template=table)
 
 
-def texts(table: Table, alive: Alive) -> dict[str, str]:
-    """See `conversion.Source.texts`: the configuration, and assets that are texts."""
-    with zips.opened(table.files[0].path) as (file, members, _):
-        _, weights = _parts(members)
-        with _inner(file, weights, alive) as window:
-            said = keras_files.texts_in(window, alive)
-        for member in members:
-            if member is not weights:
-                try:
-                    said[member.name] = zips.whole(file, member).decode()
-                except UnicodeDecodeError:
-                    raise OutputError(
-                        f"its member '{shown(member.name)}', which is not a text, would be lost"
-                    ) from None
-    return said
+class KerasArchive(Format):
+    """The `.keras` archives of Keras 3."""
 
+    key = "keras_zip"
+    name = "Keras .keras"
+    suffixes = (".keras",)
+    has_checksums = True
+    can_be_left = True
 
-def seal(output: str, laid_out: Mapping[str, Any]) -> None:
-    """See `tensors.Format.seal`."""
-    zips.seal(output, laid_out["archive"])
-
-
-def check(path: str, alive: Alive) -> None:
-    """See `tensors.Format.check`; deflated weights were compared when they were scanned."""
-    with zips.opened(path) as (file, members, _):
-        for member in members:
-            if member.name != WEIGHTS or member.method == zips.STORED:
-                for _piece in zips.pieces(file, member):
-                    alive()
-
-
-def is_average(path: str, alive: Alive) -> bool:
-    """See `tensors.Format.is_average`; this tool never deflates."""
-    try:
-        with zips.opened(path) as (file, members, _):
-            _, weights = _parts(members)
-            if weights.method != zips.STORED:
-                return False
+    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+        """See `Format.scan`."""
+        with zips.opened(request.path) as (file, members, _):
+            config, weights = _parts(members)
+            said = _configuration(zips.whole(file, config))
             with _inner(file, weights, alive) as window:
-                return keras_files.is_average(window, alive)
-    except FormatError:
-        return False
+                found = keras_files.weights(window, alive, everything=request.with_optimizer)
+            if not found["tensors"]:
+                raise FormatError(f"its {WEIGHTS} holds no tensor of a Keras model")
+            table = keras_files.weights_table(found)
+            for row in (*table["tensors"], *table["others"]):
+                row[5] = _in_archive(row[5], weights, row[0])
+            if request.with_optimizer:
+                table["about"] = {**_version(file, members), **table["about"]}
+                table |= _emas(said, table, found["labels"])
+            made = table | {"config": _digest(said), "suffixes": []}
+            return build_table(self.key, request.path, made)
+
+    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+        """See `Format.write_skeleton`.
+
+        The record of where the average comes from is in the weights file: one member more and Keras
+        would unpack the whole archive, in search of assets.
+        """
+        (template,) = request.template.files
+        with (
+            zips.opened(template.path) as (file, members, comment),
+            zips.Archive(request.output, comment) as archive,
+        ):
+            _, weights = _parts(members)
+            for member in members:
+                if member is not weights:
+                    archive.copy(file, member, alive)
+            offset = archive.begin(WEIGHTS, _ALIGNMENT)
+            target = Window(request.output, archive.file.fileno(), offset)
+            with _inner(file, weights, alive) as source:
+                draft = skeleton.merge(_inside(request), [source], alive, target)
+            archive.finish(WEIGHTS, offset, target.size)
+            placements = {
+                where: place._replace(offset=offset + place.offset)
+                for where, place in draft.placements.items()
+            }
+            return Draft(placements, notes={"archive": archive.state()})
+
+    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+        """See `Format.texts`: the configuration, and assets that are texts."""
+        with zips.opened(table.files[0].path) as (file, members, _):
+            _, weights = _parts(members)
+            with _inner(file, weights, alive) as window:
+                said = keras_files.texts_in(window, alive)
+            for member in members:
+                if member is not weights:
+                    try:
+                        said[member.name] = zips.whole(file, member).decode()
+                    except UnicodeDecodeError:
+                        raise OutputError(
+                            f"its member '{shown(member.name)}', which is not a text, would be lost"
+                        ) from None
+        return said
+
+    def finalize(self, output: str, draft: Draft) -> None:
+        """See `Format.finalize`."""
+        zips.seal(output, draft.notes["archive"])
+
+    def check(self, path: str, alive: Alive) -> None:
+        """See `Format.check`; deflated weights were compared when they were scanned."""
+        with zips.opened(path) as (file, members, _):
+            for member in members:
+                if member.name != WEIGHTS or member.method == zips.STORED:
+                    for _piece in zips.pieces(file, member):
+                        alive()
+
+    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+        """See `Format.is_polyak_output`; this tool never deflates."""
+        try:
+            with zips.opened(path) as (file, members, _):
+                _, weights = _parts(members)
+                if weights.method != zips.STORED:
+                    return False
+                with _inner(file, weights, alive) as window:
+                    return keras_files.is_average(window, alive)
+        except FormatError:
+            return False

@@ -15,41 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats.format import Layout, Scan
+from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.hdf5 import keras_files, skeleton
+from polyak_cli.formats.hdf5.rows import build_table
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage import (
-    Version,
-)
+from polyak_cli.storage import File, Version
 from polyak_cli.tensors import Table
-
-NAME = "sharded Keras weights"
-SUFFIXES = (WEIGHTS_SUFFIX,)
-CHECKED = False
-
-
-def scan(request: Scan, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.scan`."""
-    index = Path(request.path)
-    files = [[request.path, list(Version.of(index.stat()))]]
-    found: dict[str, Any] = {"tensors": [], "others": [], "labels": {}, "average": False}
-    found["about"] = {}  # this tool writes no such index
-    for shard, groups in _shards(index).items():
-        path = index.parent / shard
-        files.append([str(path), list(_identity(index, path))])
-        part = keras_files.weights(str(path), alive, everything=request.everything)
-        for rows in (part["tensors"], part["others"]):
-            for row in rows:
-                row[7:] = [len(files) - 1]
-        found["tensors"] += part["tensors"]
-        found["others"] += part["others"]
-        found["labels"] |= {k: label for k, label in part["labels"].items() if label}
-        _check_groups(part, groups, path, request.everything)
-    _check_once(found["tensors"], index)
-    return keras_files.weights_table(found) | {"files": files}
 
 
 def _shards(index: Path) -> dict[str, list[str]]:
@@ -125,28 +99,46 @@ def _check_once(rows: list[list[Any]], index: Path) -> None:
         seen.add(row[0])
 
 
-def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.lay_out`."""
-    return skeleton.merge(request, [file.path for file in request.template.files[1:]], alive)
+class KerasShards(Format):
+    """The `.weights.json` of Keras 3 and the shards that it names."""
 
+    key = "weights_json"
+    name = "sharded Keras weights"
+    suffixes = (WEIGHTS_SUFFIX,)
+    can_be_left = True
 
-def texts(table: Table, alive: Alive) -> dict[str, str]:
-    """See `conversion.Source.texts`; what the JSON says follows from the shards."""
-    said: dict[str, str] = {}
-    for shard in table.files[1:]:
-        said |= keras_files.texts_in(shard.path, alive)
-    return said
+    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+        """See `Format.scan`."""
+        index = Path(request.path)
+        files = [File(request.path, Version.of(index.stat()))]
+        found: dict[str, Any] = {"tensors": [], "others": [], "labels": {}, "average": False}
+        found["about"] = {}  # this tool writes no such index
+        for shard, groups in _shards(index).items():
+            path = index.parent / shard
+            files.append(File(str(path), _identity(index, path)))
+            part = keras_files.weights(str(path), alive, everything=request.with_optimizer)
+            for rows in (part["tensors"], part["others"]):
+                for row in rows:
+                    row[7:] = [len(files) - 1]
+            found["tensors"] += part["tensors"]
+            found["others"] += part["others"]
+            found["labels"] |= {k: label for k, label in part["labels"].items() if label}
+            _check_groups(part, groups, path, request.with_optimizer)
+        _check_once(found["tensors"], index)
+        return build_table(self.key, request.path, keras_files.weights_table(found), files)
 
+    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+        """See `Format.write_skeleton`."""
+        return skeleton.merge(request, [file.path for file in request.template.files[1:]], alive)
 
-def check(path: str, alive: Alive) -> None:
-    """See `tensors.Format.check`; what Keras writes has no checksums."""
+    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+        """See `Format.texts`; what the JSON says follows from the shards."""
+        said: dict[str, str] = {}
+        for shard in table.files[1:]:
+            said |= keras_files.texts_in(shard.path, alive)
+        return said
 
-
-def seal(output: str, laid_out: Mapping[str, Any]) -> None:
-    """See `tensors.Format.seal`; nothing is left to do."""
-
-
-def is_average(path: str, alive: Alive) -> bool:
-    """Tell whether this tool wrote the file: its output is a single file, never such."""
-    del path, alive
-    return False
+    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+        """Tell whether this tool wrote the file: its output is a single file, never such."""
+        del path, alive
+        return False

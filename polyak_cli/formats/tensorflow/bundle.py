@@ -10,34 +10,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import re
-import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats import crc32c
-from polyak_cli.formats.format import Layout, Scan
+from polyak_cli.formats import checksums
+from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.tensorflow import sstables
 from polyak_cli.formats.tensorflow.sstables import Pair, from_number, varint
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage import (
-    Version,
-)
-from polyak_cli.storage.local import (
-    read_exactly,
-    write_exactly,
-)
-from polyak_cli.tensors import FLOATS
+from polyak_cli.storage import File, InputFile, open_input
+from polyak_cli.storage.local import LocalOutput, copy_range, naming
+from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, TensorSpec
 
-NAME = "TensorFlow checkpoint"
-SUFFIXES = (".index",)
-CHECKED = True
-TYPES = frozenset(FLOATS)
 #: A block of metadata, which TensorFlow never looks for: a key would be one more variable.
 PROVENANCE = b"polyak_provenance"
 #: TensorFlow's numbers of types: name and bytes of an element, 0 where that varies.
@@ -85,6 +73,9 @@ _SLOTS = re.compile(
 _POWERS = re.compile(r"(.*/)?beta[12]_power(_\d+)?")
 
 
+_SUFFIX = ".index"
+
+
 class _Entry(NamedTuple):
     """One tensor, or one part of a partitioned variable, as the index describes it."""
 
@@ -110,9 +101,7 @@ class _Bundle(NamedTuple):
     pairs: list[Pair]
     entries: list[_Entry]  # those that have values
     byteorder: str
-    paths: list[str]  # the index, then the shards
-    descriptors: list[int]
-    identities: list[Version]
+    files: list[InputFile]  # the index, then the shards
     record: bytes | None  # this tool's, if it wrote the checkpoint
 
 
@@ -127,42 +116,33 @@ def _opened(path: str) -> Iterator[_Bundle]:
         FormatError: it is damaged, hostile or not complete; names the file.
     """
     with contextlib.ExitStack() as stack:
-        descriptor, identity = _open(path, stack)
+        index = _open(path, stack)
         try:
-            if not path.endswith(SUFFIXES):
+            if not path.endswith(_SUFFIX):
                 raise FormatError("is a TensorFlow index; expected it to be called NAME.index")
-            pairs, meta = _table(descriptor, identity.size)
+            pairs, meta = _table(index)
             shards, byteorder = _header(pairs[0] if pairs else (b"?", b""))
             entries = [_entry(key, value) for key, value in pairs[1:]]
         except FormatError as error:
             raise FormatError(f"{shown(path)}: {error}") from None
-        paths, descriptors, identities = [path], [descriptor], [identity]
-        for k in range(shards):
-            paths.append(f"{path.removesuffix('.index')}{_tail(k, shards)}")
-            descriptor, identity = _open(paths[-1], stack)
-            descriptors.append(descriptor)
-            identities.append(identity)
+        stem = path.removesuffix(".index")
+        files = [index, *(_open(f"{stem}{_tail(k, shards)}", stack) for k in range(shards))]
         entries = [entry for entry in entries if not entry.parts]
-        _check_extents(entries, paths, [identity.size for identity in identities])
+        _check_extents(entries, [file.name for file in files], [file.size for file in files])
         record = meta.get(PROVENANCE)
-        yield _Bundle(pairs, entries, byteorder, paths, descriptors, identities, record)
+        yield _Bundle(pairs, entries, byteorder, files, record)
 
 
-def _open(path: str, stack: contextlib.ExitStack) -> tuple[int, Version]:
+def _open(path: str, stack: contextlib.ExitStack) -> InputFile:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+        return stack.enter_context(open_input(path))
+    except FormatError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
         raise FormatError(
             f"{shown(path)}: is missing; a TensorFlow checkpoint is its .index and all its data "
             "shards, copy them together"
         ) from None
-    except OSError as error:
-        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
-    stack.callback(os.close, descriptor)
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise FormatError(f"{shown(path)}: is not a regular file")
-    return descriptor, Version.of(status)
 
 
 def _tail(shard: int, shards: int) -> str:
@@ -170,12 +150,10 @@ def _tail(shard: int, shards: int) -> str:
     return f".data-{shard:05d}-of-{shards:05d}"
 
 
-def _table(descriptor: int, size: int) -> tuple[list[Pair], dict[bytes, bytes]]:
-    if size > WHOLE:
-        raise FormatError(f"has {size} bytes; expected an index of at most {WHOLE}")
-    data = np.empty(size, np.uint8)
-    read_exactly(descriptor, 0, data)
-    return sstables.read(data.tobytes())
+def _table(index: InputFile) -> tuple[list[Pair], dict[bytes, bytes]]:
+    if index.size > WHOLE:
+        raise FormatError(f"has {index.size} bytes; expected an index of at most {WHOLE}")
+    return sstables.read(index.read(0, index.size))
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
@@ -408,112 +386,15 @@ def _below(name: str, homes: Collection[str]) -> bool:
 # --- the format -----------------------------------------------------------------------------------
 
 
-def scan(request: Scan, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.scan`."""
-    alive()
-    with _opened(request.path) as bundle:
-        alive()
-        optimizer, rest = _sorted_out(bundle.entries)
-        tensors: list[Any] = []
-        others: list[Any] = []
-        for entry in bundle.entries:
-            where = ["extent", entry.offset, entry.nbytes]
-            kind = (entry.shape, entry.dtype, bundle.byteorder)
-            row = [entry.name, *kind, entry.location, where, "", 1 + entry.shard]
-            (others if entry.name in optimizer or entry.name in rest else tensors).append(row)
-        return {
-            "tensors": tensors,
-            "others": others if request.everything else [],
-            "optimizer": sorted(optimizer),
-            "config": "",
-            "average": bundle.record is not None,
-            "about": {"provenance": bundle.record.decode(errors="replace")}
-            if bundle.record and request.everything
-            else {},
-            "fixed": True,  # Checkpoint.restore wants every slot that the graph of objects lists
-            "tails": [f".data-{path.rpartition('.data-')[2]}" for path in bundle.paths[1:]],
-            "files": list(zip(bundle.paths, bundle.identities, strict=True)),
-        }
-
-
-def check(path: str, alive: Alive) -> None:
-    """See `tensors.Format.check`; of the model's own tensors, as no others are read."""
-    with _opened(path) as bundle:
-        optimizer, rest = _sorted_out(bundle.entries)
-        for entry in bundle.entries:
-            alive()
-            # Of what varies in length, the checksum is not that of the bytes.
-            if entry.name in optimizer or entry.name in rest or entry.dtype in ("string", "opaque"):
-                continue
-            descriptor = bundle.descriptors[1 + entry.shard]
-            crc = crc32c.of_file(descriptor, entry.offset, entry.nbytes, alive)
-            if crc32c.masked(crc) != entry.crc:
-                raise FormatError(
-                    f"{shown(bundle.paths[1 + entry.shard])}: tensor '{shown(entry.name)}' has a "
-                    "wrong checksum: the data are damaged"
-                )
-
-
-def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.lay_out`."""
-    places = {}
-    with _opened(request.template.files[0].path) as bundle:
-        shards = len(bundle.paths) - 1
-        files = [request.output, *(f"{request.output}{_tail(k, shards)}" for k in range(shards))]
-        holes: list[list[tuple[int, int]]] = [[] for _ in files]
-        for entry in bundle.entries:
-            if entry.nbytes and entry.location in request.averaged:
-                file = 1 + entry.shard
-                places[entry.location] = (entry.offset, entry.dtype, bundle.byteorder, file)
-                holes[file].append((entry.offset, entry.offset + entry.nbytes))
-        for k in range(1, len(files)):
-            size = bundle.identities[k].size
-            _copy(bundle.descriptors[k], bundle.paths[k], files[k], size, sorted(holes[k]), alive)
-        table = sstables.written(bundle.pairs, {PROVENANCE: request.provenance.encode()})
-        with open(request.output, "r+b") as file_object:
-            file_object.write(table)
-        return {"places": places, "files": files}
-
-
-def _copy(
-    source: int, origin: str, path: str, size: int, holes: Sequence[tuple[int, int]], alive: Alive
-) -> None:
-    """Copy a shard, but for what will be overwritten."""
-    with open(path, "xb") as target:
-        target.truncate(size)
+def _copy(source: InputFile, path: str, holes: Sequence[tuple[int, int]], alive: Alive) -> None:
+    """Copy a shard, except for what will be overwritten."""
+    with LocalOutput(path, create=True) as target, naming(source.name):
+        target.truncate(source.size)
         start = 0
-        for low, high in (*holes, (size, size)):
-            for offset in range(start, low, _STEP):
-                piece = np.empty(min(_STEP, low - offset), np.uint8)
-                try:
-                    read_exactly(source, offset, piece)
-                except FormatError as error:
-                    raise FormatError(f"{shown(origin)}: {error}") from None
-                write_exactly(target.fileno(), offset, piece)
-                alive()
+        for low, high in (*holes, (source.size, source.size)):
+            if start < low:
+                copy_range(source, start, target, start, low - start, alive)
             start = high
-
-
-def seal(output: str, laid_out: Mapping[str, Any]) -> None:
-    """See `tensors.Format.seal`; the index that `lay_out` wrote has the template's checksums."""
-    checksums = {}
-    with contextlib.ExitStack() as stack:
-        shards = [stack.enter_context(open(path, "rb")) for path in laid_out["files"][1:]]
-        index = stack.enter_context(open(output, "r+b"))
-        pairs, meta = sstables.read(index.read())
-        entries = {_text(key): _entry(key, value) for key, value in pairs[1:]}
-        for location in laid_out["places"]:
-            entry = entries[location]
-            descriptor = shards[entry.shard].fileno()
-            crc = crc32c.of_file(descriptor, entry.offset, entry.nbytes)
-            checksums[entry.key] = crc32c.masked(crc)
-        sealed = [
-            (key, _with_checksum(value, checksums[key]) if key in checksums else value)
-            for key, value in pairs
-        ]
-        index.seek(0)
-        index.truncate()
-        index.write(sstables.written(sealed, meta))
 
 
 def _with_checksum(value: bytes, crc: int) -> bytes:
@@ -525,12 +406,120 @@ def _with_checksum(value: bytes, crc: int) -> bytes:
     return b"".join(raw for _, raw in sorted(fields, key=lambda field: field[0]))
 
 
-def is_average(path: str, alive: Alive) -> bool:
-    """See `tensors.Format.is_average`."""
-    alive()
-    try:
+class TensorFlowBundle(Format):
+    """TensorFlow's checkpoints: an index and shards of bytes."""
+
+    key = "tf_bundle"
+    name = "TensorFlow checkpoint"
+    suffixes = (_SUFFIX,)
+    has_checksums = True
+    dtypes = frozenset(FLOATS)
+
+    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+        """See `Format.scan`."""
+        alive()
+        with _opened(request.path) as bundle:
+            alive()
+            optimizer, rest = _sorted_out(bundle.entries)
+            tensors: dict[str, TensorSpec] = {}
+            others: dict[str, TensorSpec] = {}
+            for entry in bundle.entries:
+                where = Extent(entry.offset, entry.nbytes, 1 + entry.shard)
+                kind = (entry.shape, entry.dtype, bundle.byteorder)
+                spec = TensorSpec(entry.name, *kind, entry.location, where)
+                aside = entry.name in optimizer or entry.name in rest
+                if spec.name in tensors:
+                    raise FormatError(
+                        f"{shown(request.path)}: two of its tensors have the same name"
+                    )
+                (others if aside else tensors)[spec.name] = spec
+            record = bundle.record if request.with_optimizer else None
+            tails = tuple(f".data-{file.name.rpartition('.data-')[2]}" for file in bundle.files[1:])
+            return Table(
+                path=Path(request.path),
+                format=self.key,
+                files=tuple(File(file.name, file.version) for file in bundle.files),
+                tensors=tensors,
+                others=others if request.with_optimizer else {},
+                optimizer=frozenset(optimizer),
+                config="",
+                is_polyak_output=bundle.record is not None,
+                about={"provenance": record.decode(errors="replace")} if record else {},
+                # Checkpoint.restore wants every slot that the graph of objects lists.
+                rules=OutputRules(is_fixed=True, tails=tails),
+            )
+
+    def check(self, path: str, alive: Alive) -> None:
+        """See `Format.check`; of the model's own tensors, as no others are read."""
+        with _opened(path) as bundle:
+            optimizer, rest = _sorted_out(bundle.entries)
+            for entry in bundle.entries:
+                alive()
+                # Of what varies in length, the checksum is not that of the bytes.
+                if (
+                    entry.name in optimizer
+                    or entry.name in rest
+                    or entry.dtype in ("string", "opaque")
+                ):
+                    continue
+                file = bundle.files[1 + entry.shard]
+                crc = checksums.crc32c_of(file, entry.offset, entry.nbytes, alive)
+                if checksums.mask(crc) != entry.crc:
+                    raise FormatError(
+                        f"{shown(file.name)}: tensor '{shown(entry.name)}' has a "
+                        "wrong checksum: the data are damaged"
+                    )
+
+    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+        """See `Format.write_skeleton`."""
+        placements = {}
+        with _opened(request.template.files[0].path) as bundle:
+            shards = len(bundle.files) - 1
+            files = [
+                request.output,
+                *(f"{request.output}{_tail(k, shards)}" for k in range(shards)),
+            ]
+            holes: list[list[tuple[int, int]]] = [[] for _ in files]
+            for entry in bundle.entries:
+                if entry.nbytes and entry.location in request.averaged:
+                    file = 1 + entry.shard
+                    placements[entry.location] = Placement(
+                        entry.offset, entry.dtype, bundle.byteorder, file
+                    )
+                    holes[file].append((entry.offset, entry.offset + entry.nbytes))
+            for k in range(1, len(files)):
+                _copy(bundle.files[k], files[k], sorted(holes[k]), alive)
+            table = sstables.written(bundle.pairs, {PROVENANCE: request.provenance.encode()})
+            with LocalOutput(request.output) as index:
+                index.write(0, table)
+            return Draft(placements, files)
+
+    def finalize(self, output: str, draft: Draft) -> None:
+        """See `Format.finalize`; the index that `lay_out` wrote has the template's checksums."""
+        found = {}
         with contextlib.ExitStack() as stack:
-            descriptor, identity = _open(path, stack)
-            return PROVENANCE in _table(descriptor, identity.size)[1]
-    except FormatError:
-        return False
+            shards = [stack.enter_context(open_input(path)) for path in draft.files[1:]]
+            written = stack.enter_context(open_input(output))
+            pairs, meta = sstables.read(written.read(0, written.size))
+            entries = {_text(key): _entry(key, value) for key, value in pairs[1:]}
+            for location in draft.placements:
+                entry = entries[location]
+                crc = checksums.crc32c_of(shards[entry.shard], entry.offset, entry.nbytes)
+                found[entry.key] = checksums.mask(crc)
+            final = [
+                (key, _with_checksum(value, found[key]) if key in found else value)
+                for key, value in pairs
+            ]
+            index = stack.enter_context(LocalOutput(output))
+            table = sstables.written(final, meta)
+            index.write(0, table)
+            index.truncate(len(table))
+
+    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+        """See `Format.is_polyak_output`."""
+        alive()
+        try:
+            with contextlib.ExitStack() as stack:
+                return PROVENANCE in _table(_open(path, stack))[1]
+        except FormatError:
+            return False

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from polyak_cli.errors import FormatError
-from polyak_cli.formats import crc32c
+from polyak_cli.formats import checksums
 from polyak_cli.formats.zips import WHOLE
 
 MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
@@ -122,7 +122,7 @@ def _block(data: bytes, handle: _Handle) -> bytes:
             f"a block at {handle.offset} is compressed ({_COMPRESSION.get(kind, f'method {kind}')})"
             ", which TensorFlow does not write; expected it plain"
         )
-    if crc32c.masked(crc32c.of_bytes(data[handle.offset : end + 1])) != crc:
+    if checksums.mask(checksums.crc32c(data[handle.offset : end + 1])) != crc:
         raise FormatError(f"is damaged: the checksum of a block at {handle.offset} is wrong")
     return data[handle.offset : end]
 
@@ -209,5 +209,5 @@ def _append(table: bytearray, content: bytes) -> bytes:
     """Append a block with its trailer and return its handle."""
     handle = from_number(len(table)) + from_number(len(content))
     sealed = content + b"\0"
-    table += sealed + struct.pack("<L", crc32c.masked(crc32c.of_bytes(sealed)))
+    table += sealed + struct.pack("<L", checksums.mask(checksums.crc32c(sealed)))
     return handle

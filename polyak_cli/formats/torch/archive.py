@@ -7,33 +7,34 @@ this tool's record, since PyTorch finds storages by where its own writer would h
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import math
-import os
 import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
-
-import numpy as np
+from pathlib import Path
+from typing import Any
 
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import zips
-from polyak_cli.formats.format import Layout, Scan
+from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.torch import pickles
 from polyak_cli.formats.torch.pickles import SIZES, Pairs, Stored, Tensor
 from polyak_cli.processes.sandbox import Alive
-from polyak_cli.storage.local import read_at, read_exactly, unreadable, write_exactly
-from polyak_cli.tensors import FLOATS, Table
+from polyak_cli.storage import InputFile, open_input
+from polyak_cli.storage.local import (
+    LocalInput,
+    LocalOutput,
+    copy_range,
+    naming,
+    open_local,
+    unreadable,
+)
+from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, TensorSpec
 
-NAME = "PyTorch"
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-CHECKED = True
-TYPES = frozenset(FLOATS)
 #: The member that holds this tool's record; PyTorch looks for members by name and ignores others.
 PROVENANCE = "polyak_provenance"
 #: What programs keep beside a model in one file: of the run, not of the model.
@@ -50,40 +51,13 @@ Named = tuple[str, Tensor | Stored]
 # --- scanning -------------------------------------------------------------------------------------
 
 
-def scan(request: Scan, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.scan`."""
-    _refuse_bare(request.path)
-    with zips.opened(request.path) as (file, members, _):
-        records = _records(members)
-        table = _Table(records, _byteorder(file, records))
-        table.fill(pickles.read(zips.whole(file, records["data.pkl"]), alive), alive)
-        if request.everything:
-            table.leftover()
-        return {
-            "tensors": table.tensors,
-            "others": table.others if request.everything else [],
-            "optimizer": table.optimizer,
-            "config": "",
-            "average": PROVENANCE in records,
-            "about": _about(file, records) if request.everything else {},
-            "fixed": True,
-        }
-
-
 def _refuse_bare(path: str) -> None:
     """Say what to do with the files that `torch.save` wrote before 1.6."""
-    with contextlib.suppress(OSError):  # `zips.opened` tells
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            head = read_at(descriptor, 0, 2)
-        except FormatError as error:
-            raise FormatError(f"{shown(path)}: {error}") from None
-        finally:
-            os.close(descriptor)
-        if not head.startswith(b"PK"):
+    with open_input(path) as file, naming(path):
+        if file.read(0, 2) != b"PK":
             raise FormatError(
-                f"{shown(path)}: is a bare pickle or tar archive, as torch.save wrote before 1.6, "
-                "which is not opened; torch.load it where it can be trusted and torch.save it again"
+                "is a bare pickle or tar archive, as torch.save wrote before 1.6, which is not "
+                "opened; torch.load it where it can be trusted and torch.save it again"
             )
 
 
@@ -109,14 +83,14 @@ def _records(members: Sequence[zips.Member]) -> dict[str, zips.Member]:
     return records
 
 
-def _about(file: BinaryIO, records: Mapping[str, zips.Member]) -> dict[str, str]:
+def _about(file: InputFile, records: Mapping[str, zips.Member]) -> dict[str, str]:
     """Return this tool's record, if it wrote the archive."""
     if PROVENANCE not in records:
         return {}
     return {"provenance": zips.whole(file, records[PROVENANCE]).decode(errors="replace")}
 
 
-def _byteorder(file: BinaryIO, records: Mapping[str, zips.Member]) -> str:
+def _byteorder(file: InputFile, records: Mapping[str, zips.Member]) -> str:
     if "byteorder" not in records:
         return "<"  # what PyTorch takes for granted too
     text = zips.whole(file, records["byteorder"])
@@ -126,13 +100,13 @@ def _byteorder(file: BinaryIO, records: Mapping[str, zips.Member]) -> str:
 
 
 @dataclass(slots=True)
-class _Table:
-    """The rows of a checkpoint: one for each storage, named by the first tensor on it."""
+class _Collected:
+    """The tensors of a checkpoint: one for each storage, named by the first tensor on it."""
 
     records: Mapping[str, zips.Member]
     byteorder: str
-    tensors: list[list[Any]] = field(default_factory=list)
-    others: list[list[Any]] = field(default_factory=list)
+    tensors: list[TensorSpec] = field(default_factory=list)
+    others: list[TensorSpec] = field(default_factory=list)
     optimizer: list[str] = field(default_factory=list)
 
     def fill(self, root: Any, alive: Alive) -> None:
@@ -147,12 +121,13 @@ class _Table:
             views.setdefault(key, []).append((path, value))
         for found in views.values():
             own = [view for view in found if _is_own(view[0])]
-            row = self.row([("/".join(path) or "tensor", value) for path, value in own or found])
-            (self.tensors if own else self.others).append(row)
+            named = [("/".join(path) or "tensor", value) for path, value in own or found]
+            spec = self.describe(named)
+            (self.tensors if own else self.others).append(spec)
             if not own and _OPTIMIZER.fullmatch(found[0][0][0]):
-                self.optimizer.append(row[0])
+                self.optimizer.append(spec.name)
 
-    def row(self, named: Sequence[Named]) -> list[Any]:
+    def describe(self, named: Sequence[Named]) -> TensorSpec:
         """Describe a storage."""
         name, first = named[0]
         stored = first if isinstance(first, Stored) else first.storage
@@ -168,9 +143,10 @@ class _Table:
         shape = views[0].shape if whole else (size,)
         plain = len(named) == 1 and whole and _is_plain(views[0])
         arrangement = "" if plain else _arrangement(named, views, size)
-        storage = ["extent", member.offset if size else 0, member.nbytes]
-        place = [self.byteorder, member.name, storage, "", 0, arrangement]
-        return [name, list(shape), dtype, *place]
+        storage = Extent(member.offset if size else 0, member.nbytes)
+        return TensorSpec(
+            name, tuple(shape), dtype, self.byteorder, member.name, storage, "", arrangement
+        )
 
     def member(self, stored: Stored, name: str) -> zips.Member:
         """Return where a storage lies, having compared the two places that tell its size."""
@@ -194,12 +170,12 @@ class _Table:
 
     def leftover(self) -> None:
         """Add the storages that no dictionary leads to: attributes of tensors have some."""
-        known = {row[4] for row in (*self.tensors, *self.others)}
+        known = {spec.location for spec in (*self.tensors, *self.others)}
         for record, member in self.records.items():
             if record.startswith("data/") and member.name not in known:
-                storage = ["extent", member.offset, member.nbytes]
+                storage = Extent(member.offset, member.nbytes)
                 self.others.append(
-                    [member.name, [member.nbytes], "opaque", "<", member.name, storage]
+                    TensorSpec(member.name, (member.nbytes,), "opaque", "<", member.name, storage)
                 )
 
 
@@ -266,45 +242,26 @@ def _arrangement(named: Sequence[Named], views: Sequence[Tensor], size: int) -> 
 # --- writing --------------------------------------------------------------------------------------
 
 
-def lay_out(request: Layout, alive: Alive) -> dict[str, Any]:
-    """See `tensors.Format.lay_out`."""
-    specs = {spec.location: spec for spec in request.template.tensors.values()}
-    with zips.opened(request.template.files[0].path) as (file, members, _):
-        rooms = [m for m in members if m.name in request.averaged and m.nbytes]
-        _copy_around(file, request.output, rooms, alive)
-        return {
-            "places": {
-                m.name: (m.offset, specs[m.name].dtype, specs[m.name].byteorder) for m in rooms
-            },
-            "checksums": _checksums(file, rooms),
-            "record": f"{members[0].name.partition('/')[0]}/{PROVENANCE}",
-            "provenance": request.provenance,
-        }
-
-
-def _copy_around(source: BinaryIO, output: str, rooms: Sequence[zips.Member], alive: Alive) -> None:
-    """Copy the template but for the bytes of averaged storages."""
-    size = os.fstat(source.fileno()).st_size
-    bounds = [0, *itertools.chain(*((m.offset, m.offset + m.stored) for m in rooms)), size]
-    buffer = np.empty(_STEP, np.uint8)
-    with open(output, "r+b") as target:
-        target.truncate(size)
+def _copy_around(
+    source: InputFile, output: str, averaged: Sequence[zips.Member], alive: Alive
+) -> None:
+    """Copy the template except for the bytes of averaged storages."""
+    ends = itertools.chain(*((m.offset, m.offset + m.stored) for m in averaged))
+    bounds = [0, *ends, source.size]
+    with LocalOutput(output) as target:
+        target.truncate(source.size)
         for start, stop in zip(bounds[::2], bounds[1::2], strict=True):
-            for place in range(start, stop, _STEP):
-                piece = buffer[: stop - place]
-                read_exactly(source.fileno(), place, piece)
-                write_exactly(target.fileno(), place, piece)
-                alive()
+            copy_range(source, start, target, start, stop - start, alive)
 
 
-def _checksums(file: BinaryIO, rooms: Sequence[zips.Member]) -> list[list[Any]]:
+def _checksums(file: LocalInput, rooms: Sequence[zips.Member]) -> list[list[Any]]:
     """Return name, offset and bytes of each averaged storage, and where its checksum stands.
 
     That is behind it where the writer did not know it before (bit 3, APPNOTE 4.3.9), with or
     without a signature.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        with file.stream() as stream, zipfile.ZipFile(stream) as archive:
             infos = {info.filename: info for info in archive.infolist()}
     except OSError as error:
         raise unreadable(error) from None
@@ -313,25 +270,12 @@ def _checksums(file: BinaryIO, rooms: Sequence[zips.Member]) -> list[list[Any]]:
         info, place = infos[member.name], member.offset + member.stored
         if not info.flag_bits & 0x8:
             place = info.header_offset + 14
-        elif read_at(file.fileno(), place, 4) == b"PK\x07\x08":
+        elif file.read(place, 4) == b"PK\x07\x08":
             place += 4
-        if read_at(file.fileno(), place, 4) != struct.pack("<L", member.crc):
+        if file.read(place, 4) != struct.pack("<L", member.crc):
             raise FormatError(f"the member '{shown(member.name)}' has two different checksums")
         found.append([member.name, member.offset, member.nbytes, place])
     return found
-
-
-def seal(output: str, laid_out: Mapping[str, Any]) -> None:
-    """See `tensors.Format.seal`."""
-    with open(output, "r+b") as file, zipfile.ZipFile(file, "a") as archive:
-        for name, offset, nbytes, place in laid_out["checksums"]:
-            info = archive.getinfo(name)
-            info.CRC = zips.checksum(file.fileno(), offset, nbytes)
-            write_exactly(file.fileno(), place, struct.pack("<L", info.CRC))
-        _drop(archive, laid_out["record"])
-        info = zipfile.ZipInfo(laid_out["record"], (1980, 1, 1, 0, 0, 0))
-        info.create_system = 3
-        archive.writestr(info, laid_out["provenance"])
 
 
 def _drop(archive: zipfile.ZipFile, name: str) -> None:
@@ -343,36 +287,104 @@ def _drop(archive: zipfile.ZipFile, name: str) -> None:
             archive.start_dir = old.header_offset  # where `zipfile` appends
 
 
-def check(path: str, alive: Alive) -> None:
-    """See `tensors.Format.check`."""
-    zips.check(path, alive)
+class TorchZip(Format):
+    """The zip archives that `torch.save` writes."""
 
+    key = "torch_zip"
+    name = "PyTorch"
+    suffixes = (".pt", ".pth", ".bin", ".ckpt")
+    has_checksums = True
+    can_be_left = True
+    dtypes = frozenset(FLOATS)
 
-def texts(table: Table, alive: Alive) -> dict[str, str]:
-    """See `conversion.Source.texts`: what it says is Python's, and only names can leave it.
-
-    The versions of modules that a state dict has besides stay behind, as in PyTorch's own
-    safetensors files.
-    """
-    with zips.opened(table.files[0].path) as (file, members, _):
-        root = pickles.read(zips.whole(file, _records(members)["data.pkl"]), alive)
-    if not isinstance(root, Pairs):
-        raise OutputError("is no state dict, so that its tensors have no names")
-    for key, value in root.items:
-        if not isinstance(key, str) or (key != "__dict__" and not isinstance(value, Tensor)):
-            named = shown(key, 40) if isinstance(key, (str, int, float)) else "?"
-            raise OutputError(
-                f"has '{named}' beside or around its tensors, which would be lost; torch.save the "
-                "state dict alone"
+    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+        """See `Format.scan`."""
+        _refuse_bare(request.path)
+        with zips.opened(request.path) as (file, members, _):
+            records = _records(members)
+            table = _Collected(records, _byteorder(file, records))
+            table.fill(pickles.read(zips.whole(file, records["data.pkl"]), alive), alive)
+            if request.with_optimizer:
+                table.leftover()
+            tensors = {spec.name: spec for spec in table.tensors}
+            if len(tensors) < len(table.tensors):
+                raise FormatError("two of its tensors have the same name")
+            others = table.others if request.with_optimizer else ()
+            return Table(
+                path=Path(request.path),
+                format=self.key,
+                files=(),
+                tensors=tensors,
+                others={spec.name: spec for spec in others},
+                optimizer=frozenset(table.optimizer),
+                config="",
+                is_polyak_output=PROVENANCE in records,
+                about=_about(file, records) if request.with_optimizer else {},
+                rules=OutputRules(is_fixed=True),
             )
-    return {"format": "pt"}
 
+    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+        """See `Format.write_skeleton`."""
+        specs = {spec.location: spec for spec in request.template.tensors.values()}
+        with zips.opened(request.template.files[0].path) as (file, members, _):
+            rooms = [m for m in members if m.name in request.averaged and m.nbytes]
+            _copy_around(file, request.output, rooms, alive)
+            placements = {
+                m.name: Placement(m.offset, specs[m.name].dtype, specs[m.name].byteorder)
+                for m in rooms
+            }
+            notes = {
+                "checksums": _checksums(file, rooms),
+                "record": f"{members[0].name.partition('/')[0]}/{PROVENANCE}",
+                "provenance": request.provenance,
+            }
+            return Draft(placements, notes=notes)
 
-def is_average(path: str, alive: Alive) -> bool:
-    """See `tensors.Format.is_average`."""
-    alive()
-    try:
-        with zips.opened(path) as (_, members, _):
-            return any(member.name.partition("/")[2] == PROVENANCE for member in members)
-    except FormatError:
-        return False
+    def finalize(self, output: str, draft: Draft) -> None:
+        """See `Format.finalize`."""
+        with (
+            LocalOutput(output) as file,
+            open_local(output) as written,
+            file.stream() as stream,
+            zipfile.ZipFile(stream, "a") as archive,
+        ):
+            for name, offset, nbytes, place in draft.notes["checksums"]:
+                info = archive.getinfo(name)
+                info.CRC = zips.checksum(written, offset, nbytes)
+                file.write(place, struct.pack("<L", info.CRC))
+            _drop(archive, draft.notes["record"])
+            info = zipfile.ZipInfo(draft.notes["record"], (1980, 1, 1, 0, 0, 0))
+            info.create_system = 3
+            archive.writestr(info, draft.notes["provenance"])
+
+    def check(self, path: str, alive: Alive) -> None:
+        """See `Format.check`."""
+        zips.check(path, alive)
+
+    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+        """See `Format.texts`: what it says is Python's, and only names can leave it.
+
+        The versions of modules that a state dict has besides stay behind, as in PyTorch's own
+        safetensors files.
+        """
+        with zips.opened(table.files[0].path) as (file, members, _):
+            root = pickles.read(zips.whole(file, _records(members)["data.pkl"]), alive)
+        if not isinstance(root, Pairs):
+            raise OutputError("is no state dict, so that its tensors have no names")
+        for key, value in root.items:
+            if not isinstance(key, str) or (key != "__dict__" and not isinstance(value, Tensor)):
+                named = shown(key, 40) if isinstance(key, (str, int, float)) else "?"
+                raise OutputError(
+                    f"has '{named}' beside or around its tensors, which would be lost; "
+                    "torch.save the state dict alone"
+                )
+        return {"format": "pt"}
+
+    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+        """See `Format.is_polyak_output`."""
+        alive()
+        try:
+            with zips.opened(path) as (_, members, _):
+                return any(member.name.partition("/")[2] == PROVENANCE for member in members)
+        except FormatError:
+            return False
