@@ -20,7 +20,7 @@ from polyak_cli.formats import wire
 from polyak_cli.formats.detection import detect
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.processes import sandbox
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, Version
 from polyak_cli.tensors import Placement, Table
 
@@ -104,7 +104,7 @@ def _scan_all(key: str, files: Sequence[File], jobs: int, *, with_optimizer: boo
         return [wire.unpack_table(found, key, f) for f, found in zip(files, scanned, strict=True)]
 
 
-def _scan_one(request: tuple[Format, ScanRequest], heartbeat: Alive) -> dict[str, Any]:
+def _scan_one(request: tuple[Format, ScanRequest], heartbeat: Heartbeat) -> dict[str, Any]:
     """Scan a checkpoint, in a child."""
     form, scan_request = request
     return wire.pack_table(form.scan(scan_request, heartbeat))
@@ -140,7 +140,7 @@ def find_polyak_outputs(paths: Sequence[Path], *, jobs: int = 1) -> Collection[P
     return {path for (path, _), ours in zip(known, outcomes, strict=True) if ours is True}
 
 
-def _is_polyak_output(request: tuple[Format, str], heartbeat: Alive) -> bool:
+def _is_polyak_output(request: tuple[Format, str], heartbeat: Heartbeat) -> bool:
     form, path = request
     return form.is_polyak_output(path, heartbeat)
 
@@ -174,7 +174,7 @@ def probe(paths: Sequence[Path], *, jobs: int = 1) -> list[Probed | PolyakError]
     ]
 
 
-def _probe_one(request: tuple[Format, str], heartbeat: Alive) -> dict[str, Any]:
+def _probe_one(request: tuple[Format, str], heartbeat: Heartbeat) -> dict[str, Any]:
     """Probe a checkpoint, in a child."""
     form, path = request
     version = _version(Path(path))
@@ -256,7 +256,7 @@ def write_skeleton(
     )
 
 
-def _write_one(request: tuple[str, SkeletonRequest], heartbeat: Alive) -> dict[str, Any]:
+def _write_one(request: tuple[str, SkeletonRequest], heartbeat: Heartbeat) -> dict[str, Any]:
     """Write, in a child, a skeleton of its template's format or of another."""
     key, wanted = request
     try:
@@ -272,7 +272,7 @@ def _write_one(request: tuple[str, SkeletonRequest], heartbeat: Alive) -> dict[s
     }
 
 
-def _write_or_convert(key: str, request: SkeletonRequest, heartbeat: Alive) -> Draft:
+def _write_or_convert(key: str, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
     if key == request.template.format:
         return find_format(key).write_skeleton(request, heartbeat)
     texts = find_format(request.template.format).texts(request.template, heartbeat)

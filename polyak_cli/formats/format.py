@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.tensors import COMMON, Placement, Table
 
 
@@ -67,7 +67,7 @@ class Format(ABC):
     conversion_suffix: ClassVar[str] = ""
 
     @abstractmethod
-    def scan(self, request: ScanRequest, heartbeat: Alive) -> Table:
+    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """Read the header of a checkpoint.
 
         Returns:
@@ -79,7 +79,7 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def write_skeleton(self, request: SkeletonRequest, heartbeat: Alive) -> Draft:
+    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """Write all of an output except its averaged tensors.
 
         Returns:
@@ -91,10 +91,10 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def is_polyak_output(self, path: str, heartbeat: Alive) -> bool:
+    def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """Tell whether this tool wrote a file; a file that cannot be read it did not."""
 
-    def check(self, path: str, heartbeat: Alive) -> None:
+    def check(self, path: str, heartbeat: Heartbeat) -> None:
         """Compare the tensors with their checksums; asked only where ``has_checksums``.
 
         Raises:
@@ -109,7 +109,7 @@ class Format(ABC):
             OSError: it cannot be written.
         """
 
-    def texts(self, table: Table, heartbeat: Alive) -> dict[str, str]:
+    def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """Return all that a checkpoint says besides its tensors; asked where ``can_be_left``.
 
         Raises:
@@ -126,7 +126,7 @@ class Format(ABC):
         raise NotImplementedError(f"{self.key} cannot be entered")
 
     def convert(
-        self, request: SkeletonRequest, texts: Mapping[str, str], heartbeat: Alive
+        self, request: SkeletonRequest, texts: Mapping[str, str], heartbeat: Heartbeat
     ) -> Draft:
         """Write a skeleton from a template of another format; see `write_skeleton`."""
         raise NotImplementedError(f"{self.key} cannot be entered")

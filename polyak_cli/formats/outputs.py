@@ -13,7 +13,7 @@ from pathlib import Path
 from polyak_cli.errors import OutputError, PolyakError, shown
 from polyak_cli.formats import FORMATS, find_format
 from polyak_cli.formats.format import SkeletonRequest
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import publishing
 from polyak_cli.tensors import Table
 
@@ -84,7 +84,7 @@ def _merges(output: Path, template: Table) -> bool:
     return bool(_endings(template)) and len(template.files) > 1 and not is_folder(output, template)
 
 
-def _refuse(request: tuple[str, SkeletonRequest], alive: Alive) -> None:
+def _refuse(request: tuple[str, SkeletonRequest], alive: Heartbeat) -> None:
     """Refuse, in a child, what cannot be converted or merged."""
     from polyak_cli.formats import conversion
 

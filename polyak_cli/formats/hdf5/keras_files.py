@@ -47,7 +47,7 @@ from polyak_cli.formats.hdf5.rows import build_table
 from polyak_cli.formats.hdf5.skeleton import PROVENANCE
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.tensors import Table
 
 WHOLE_CAUTIONS = {
@@ -66,12 +66,12 @@ WEIGHTS_CAUTIONS = {
 _LISTS = re.compile(
     rb".*@(layer_names|weight_names)\d*|@polyak_provenance|.*/vars@name|.*/\d+@dtype", re.DOTALL
 )
-_STEP = 500  # tensors between two signs of life
+_STEP = 500  # chunks between two heartbeats
 
 
-def is_average(path: Place, alive: Alive) -> bool:
+def is_average(path: Place, heartbeat: Heartbeat) -> bool:
     """Tell whether this tool wrote the file; a file that cannot be read it did not."""
-    alive()
+    heartbeat()
     try:
         with open_file(path) as (root, _):
             return bool(h5a.exists(root, PROVENANCE))
@@ -79,19 +79,19 @@ def is_average(path: Place, alive: Alive) -> bool:
         return False
 
 
-def description(path: str, alive: Alive) -> list[str]:
+def description(path: str, heartbeat: Heartbeat) -> list[str]:
     """Return what a file says of its model: what it is, how it was trained, which Keras."""
-    alive()
+    heartbeat()
     with open_file(path) as (root, _):
         keys = (b"model_config", b"training_config", b"keras_version")
         return [read_text(root, key).decode(errors="replace") for key in keys]
 
 
-def texts_in(path: Place, alive: Alive) -> dict[str, str]:
+def texts_in(path: Place, heartbeat: Heartbeat) -> dict[str, str]:
     """Return the texts of a file; what only lists the names of tensors is not among them."""
     said: dict[str, str] = {}
     with open_file(path) as (root, _):
-        below = ((where, item) for where, _, item in walk(root, alive, {OPTIMIZER}))
+        below = ((where, item) for where, _, item in walk(root, heartbeat, {OPTIMIZER}))
         for where, item in (("", root), *below):
             for k in range(h5a.get_num_attrs(item)):
                 attribute = h5a.open(item, index=k)
@@ -116,30 +116,30 @@ def _about(root: Any) -> dict[str, str]:
     return {name: text.decode(errors="replace") for name, text in texts.items() if text}
 
 
-def _model_group(root: Any) -> Any:
+def _model_group(root: Any, heartbeat: Heartbeat) -> Any:
     """Return the group that lists the layers, or None for a weights file, which has no lists."""
     if h5a.exists(root, b"layer_names") or h5a.exists(root, b"layer_names0"):
         return root  # legacy weights-only: the same layout one level up
-    links = [link for link in list_links(root) if link.name == b"model_weights"]
+    links = [link for link in list_links(root, heartbeat) if link.name == b"model_weights"]
     return open_child(root, links[0], "") if links else None
 
 
-def _no_model(root: Any) -> str:
-    names = list_names(root)
+def _no_model(root: Any, heartbeat: Heartbeat) -> str:
+    names = list_names(root, heartbeat)
     if {b"vars", b"layers", b"_layer_checkpoint_dependencies"} & {*names}:
         return "is a Keras weights file that holds no tensor of a model"
     held = ", ".join(shown(to_text(name), 40) for name in names[:5]) or "nothing"
     return f"holds no Keras model: expected the group 'model_weights', found {held}"
 
 
-def weights(path: Place, alive: Alive, *, everything: bool) -> dict[str, Any]:
+def weights(path: Place, heartbeat: Heartbeat, *, everything: bool) -> dict[str, Any]:
     """Read a weights file, or a part of one; `weights_table` makes a table of it.
 
     Raises:
         FormatError: the file is damaged or hostile; names file and tensor.
     """
     with open_file(path) as (root, size):
-        return _weights(root, _Reader(size, alive), everything)
+        return _weights(root, _Reader(size, heartbeat), everything)
 
 
 def _weights(root: Any, reader: _Reader, everything: bool) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class _Reader:
     """Walks one file; every tensor becomes a row of JSON."""
 
     size: int
-    alive: Alive
+    heartbeat: Heartbeat
     others: list[list[Any]] = field(default_factory=list)  # what is not the model's own
     layers: list[str] = field(default_factory=list)  # those that have tensors, as Keras loads them
     variables: dict[str, str] = field(default_factory=dict)  # of a model: tensor -> variable's path
@@ -198,7 +198,7 @@ class _Reader:
         """
         base = "" if home is root else "/model_weights"
         layers = _read_names(home, b"layer_names", base or "/")
-        if b"top_level_model_weights" in list_names(home):
+        if b"top_level_model_weights" in list_names(home, self.heartbeat):
             layers.append(b"top_level_model_weights")
         _refuse_twice(layers, "layer", base or "/")
         places = {f"{base}/{to_text(layer)}": layer for layer in layers}
@@ -207,7 +207,7 @@ class _Reader:
         known: set[str] = set()
         if everything:
             check_attributes(root, "/")
-        found = walk(root, self.alive) if everything else walk(home, self.alive, where=base)
+        found = walk(root, self.heartbeat) if everything else walk(home, self.heartbeat, where=base)
         for path, _, item in found:
             if path in places:
                 listed[path] = _listed(item, path, places[path])
@@ -219,7 +219,7 @@ class _Reader:
             elif everything:
                 self.other(item, path)
         tensors = []
-        for place, layer in places.items():
+        for place, layer in self.heartbeat.over(places.items()):
             for tensor in self.layer(listed, place, layer):
                 if tensor not in rows:
                     raise FormatError(
@@ -244,7 +244,7 @@ class _Reader:
         rows = []
         if everything:
             check_attributes(root, "/")
-        for path, _, item in walk(root, self.alive, () if everything else keras_names.ASIDE):
+        for path, _, item in walk(root, self.heartbeat, () if everything else keras_names.ASIDE):
             if everything:
                 check_attributes(item, path)
             if isinstance(item, h5d.DatasetID) and keras_names.is_variable(path):
@@ -345,7 +345,7 @@ class _Reader:
             self.inside(info.byte_offset, info.size, name)
             index.append([position, info.byte_offset, info.size, info.filter_mask])
             if len(index) % _STEP == 0:
-                self.alive()
+                self.heartbeat()
 
         dataset.chunk_iter(note)
         return ["chunks", shape, chunk_shape, itemsize, filters, index]
@@ -368,8 +368,7 @@ class _Reader:
             if not shape
             else (values[k : k + step] for k in range(0, shape[0], step))
         )
-        for row in rows:
-            self.alive()
+        for row in self.heartbeat.over(rows):
             for value in np.ravel(np.asarray(row, dtype=object)):
                 total.update(b"%d:%b" % (len(value), value))
         return total.hexdigest()
@@ -421,23 +420,23 @@ class KerasHdf5(Format):
     weights_suffix = WEIGHTS_SUFFIX
     can_be_left = True
 
-    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+    def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`."""
-        return texts_in(table.files[0].path, alive)
+        return texts_in(table.files[0].path, heartbeat)
 
-    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`.
 
         Raises:
             FormatError: the file is damaged, hostile, or holds no Keras model.
         """
         with open_file(request.path) as (root, size):
-            reader = _Reader(size, alive)
-            home = _model_group(root)
+            reader = _Reader(size, heartbeat)
+            home = _model_group(root, heartbeat)
             if home is None:
                 found = _weights(root, reader, request.with_optimizer)
                 if not found["tensors"]:
-                    raise FormatError(_no_model(root))
+                    raise FormatError(_no_model(root, heartbeat))
                 return build_table(self.key, request.path, weights_table(found))
             tensors = reader.model(root, home, request.with_optimizer)
             others = reader.others
@@ -456,10 +455,10 @@ class KerasHdf5(Format):
             }
             return build_table(self.key, request.path, found)
 
-    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
-        return skeleton.lay_out(request, alive)
+        return skeleton.lay_out(request, heartbeat)
 
-    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+    def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""
-        return is_average(path, alive)
+        return is_average(path, heartbeat)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from h5py import h5a, h5d, h5f, h5g, h5o, h5p, h5s, h5t
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats.format import Draft, SkeletonRequest
 from polyak_cli.formats.hdf5.library import (
+    CACHE,
     NAMELESS,
     Place,
     copy_attribute,
@@ -35,33 +37,38 @@ from polyak_cli.formats.hdf5.library import (
 from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage.local import read_exactly, write_exactly
 from polyak_cli.tensors import FLOATS, Extent, Placement, Table, TensorSpec
 
 PROVENANCE = b"polyak_provenance"
 _SMALL = 1 << 16  # bytes of a tensor whose values may be copied, to be overwritten
+_NAMES = CACHE // 4  # bytes of names in one group that may be copied at once
+_TENSORS = 50_000  # tensors that may be copied at once: half a second
 
 
-def lay_out(request: SkeletonRequest, alive: Alive) -> Draft:
+def lay_out(request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
     """See `Format.write_skeleton`.
 
     Attributes, groups, configuration and carried tensors are copied.  The file is built anew, not
     copied and edited: HDF5 leaves what is deleted as dead space.
     """
     (template,) = request.template.files
-    return merge(request, [template.path], alive)
+    return merge(request, [template.path], heartbeat)
 
 
 def merge(
-    request: SkeletonRequest, paths: Sequence[Place], alive: Alive, output: Window | None = None
+    request: SkeletonRequest,
+    paths: Sequence[Place],
+    heartbeat: Heartbeat,
+    output: Window | None = None,
 ) -> Draft:
     """Lay out one file like several that share a tree: the parts of a weights file.
 
     Args:
         request: what to lay out.
         paths: the parts.
-        alive: told now and then.
+        heartbeat: sent before every object.
         output: where to write; None for a file of its own.  Offsets count from its beginning.
 
     Raises:
@@ -72,12 +79,12 @@ def merge(
     with explain_errors(paths[-1], 0):
         made = h5f.create(name, h5f.ACC_TRUNC, fapl=make_access(output or request.output))
         try:
-            copy = _Copy(request, {"": h5o.open(made, b"/")})
+            copy = _Copy(request, heartbeat, {"": h5o.open(made, b"/")})
             if len(paths) == 1:
                 copy.whole = _whole_groups(request.template, request.averaged)
             for path in paths:
                 with open_file(path) as (root, _):
-                    copy.tree(root, alive)
+                    copy.tree(root)
                 moved[path], copy.moved = copy.moved, []
             copy.provenance()
         finally:
@@ -85,7 +92,7 @@ def merge(
             if output and output.error:  # whatever else it led to
                 raise output.error
     for path, runs in moved.items():
-        _move(path, output or request.output, runs, alive)
+        _move(path, output or request.output, runs, heartbeat)
     placements = {where: Placement(*place) for where, place in copy.averaged.items()}
     return Draft(placements)
 
@@ -93,22 +100,27 @@ def merge(
 def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[TensorSpec]]:
     """Return the groups that may be copied as they are, and what is averaged in each.
 
-    Those that hold small tensors only, of unchanged type.  None at all where tensors share their
-    storage: the links between them would be lost.
+    Those that hold small tensors only, of unchanged type, and not so many that libhdf5 would be
+    busy too long without a heartbeat.  None at all where tensors share their storage: the links
+    between them would be lost.
     """
     specs = [*table.tensors.values(), *table.others.values()]
     offsets = [s.storage.offset for s in specs if isinstance(s.storage, Extent) and s.nbytes]
     if len(set(offsets)) < len(offsets):
         return {}
     groups: dict[str, list[TensorSpec]] = {}
+    names: Counter[str] = Counter()  # group -> bytes of the names in it
     large = set()
     for spec in table.tensors.values():
         parts = spec.location.split("/")
         depth = 3 if parts[1] == "model_weights" else 2
         group = "/".join(parts[: -1 if _is_weights(table) else depth])
         held = groups.setdefault(group, [])
+        parent, _, name = spec.location.rpartition("/")
+        names[parent] += len(name)
+        crowded = names[parent] > _NAMES or len(held) > _TENSORS
         plain = isinstance(spec.storage, Extent) and spec.nbytes <= _SMALL
-        if not plain or averaged.get(spec.location, spec.dtype) != spec.dtype:
+        if crowded or not plain or averaged.get(spec.location, spec.dtype) != spec.dtype:
             large.add(group)
         elif spec.location in averaged and spec.nbytes:
             held.append(spec)
@@ -131,6 +143,7 @@ class _Copy:
     """The output that grows while the template's tree is walked."""
 
     request: SkeletonRequest
+    heartbeat: Heartbeat
     groups: dict[str, Any]
     linked: list[tuple[str, Any, Any]] = field(default_factory=list)  # what has several names
     places: dict[tuple[int, int], str] = field(default_factory=dict)  # where it is by now
@@ -143,12 +156,14 @@ class _Copy:
         if self.request.drop_optimizer:
             self.dropped = _optimizers(self.request.template)
 
-    def tree(self, root: Any, alive: Alive) -> None:
+    def tree(self, root: Any) -> None:
         """Copy a template, or one part of it."""
         self.linked.clear()
         self.places.clear()
         self.attributes(root, self.groups[""], "/")
-        for path, parent, item in walk(root, alive, {*self.whole, *self.dropped}):
+        for path, parent, item in walk(
+            root, self.heartbeat, {*self.whole, *self.dropped}, copy=self.groups[""]
+        ):
             self.item(path, parent, item)
         self.links()
 
@@ -172,7 +187,7 @@ class _Copy:
 
     def links(self) -> None:
         """Copy what has several names, once; its other names are hard links again."""
-        for path, parent, item in self.linked:
+        for path, parent, item in self.heartbeat.over(self.linked):
             info = h5o.get_info(item)
             first = self.places.setdefault((info.fileno, info.addr), path)
             if first == path:
@@ -205,7 +220,7 @@ class _Copy:
     def copy_whole(self, path: str, parent: Any, target: Any, name: bytes) -> None:
         """Let libhdf5 copy a group of small tensors at once, which is ten times as fast."""
         h5o.copy(parent, name, target, name)
-        for spec in self.whole[path]:
+        for spec in self.heartbeat.over(self.whole[path]):
             made = h5d.open(self.groups[""], to_bytes(spec.location))
             wanted = self.request.averaged[spec.location]
             self.averaged[spec.location] = (made.get_offset(), wanted, spec.byteorder)
@@ -275,20 +290,19 @@ def _is_large(item: Any, path: str) -> bool:
 
 
 def _move(
-    template: Place, output: Place, moved: Sequence[tuple[int, int, int]], alive: Alive
+    template: Place, output: Place, moved: Sequence[tuple[int, int, int]], heartbeat: Heartbeat
 ) -> None:
     """Copy large carried tensors by offset: libhdf5 would give no sign of life meanwhile."""
     buffer = np.empty(1 << 20, np.uint8)
     with _bytes_of(template, "rb") as source, _bytes_of(output, "r+b") as target:
         for start, to, nbytes in moved:
-            for done in range(0, nbytes, len(buffer)):
+            for done in heartbeat.over(range(0, nbytes, len(buffer))):
                 piece = buffer[: nbytes - done]
                 try:
                     read_exactly(source.descriptor, source.offset + start + done, piece)
                 except FormatError as error:
                     raise FormatError(f"{shown(template)}: {error}") from None
                 write_exactly(target.descriptor, target.offset + to + done, piece)
-                alive()
 
 
 @contextlib.contextmanager

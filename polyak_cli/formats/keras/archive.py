@@ -23,7 +23,7 @@ from polyak_cli.formats.hdf5.rows import build_table
 from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.formats.keras import emas
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile
 from polyak_cli.storage.local import LocalInput
 from polyak_cli.tensors import Extent, Table, TensorSpec
@@ -92,7 +92,7 @@ def _digest(said: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _inner(file: LocalInput, member: zips.Member, alive: Alive) -> Iterator[Window]:
+def _inner(file: LocalInput, member: zips.Member, heartbeat: Heartbeat) -> Iterator[Window]:
     """Yield the weights file, open for reading; one that was deflated has been checked then."""
     if member.method == zips.STORED:
         yield Window(member.name, file.fileno(), member.offset, member.nbytes)
@@ -100,9 +100,8 @@ def _inner(file: LocalInput, member: zips.Member, alive: Alive) -> Iterator[Wind
     with contextlib.ExitStack() as stack:
         try:
             copy = stack.enter_context(tempfile.TemporaryFile())
-            for piece in zips.pieces(file, member):
+            for piece in heartbeat.over(zips.pieces(file, member)):
                 copy.write(piece)
-                alive()
             copy.flush()
         except OSError as error:
             raise FormatError(
@@ -163,13 +162,13 @@ class KerasArchive(Format):
     has_checksums = True
     can_be_left = True
 
-    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
         with zips.opened(request.path) as (file, members, _):
             config, weights = _parts(members)
             said = _configuration(zips.whole(file, config))
-            with _inner(file, weights, alive) as window:
-                found = keras_files.weights(window, alive, everything=request.with_optimizer)
+            with _inner(file, weights, heartbeat) as window:
+                found = keras_files.weights(window, heartbeat, everything=request.with_optimizer)
             if not found["tensors"]:
                 raise FormatError(f"its {WEIGHTS} holds no tensor of a Keras model")
             table = keras_files.weights_table(found)
@@ -181,7 +180,7 @@ class KerasArchive(Format):
             made = table | {"config": _digest(said), "suffixes": []}
             return build_table(self.key, request.path, made)
 
-    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`.
 
         The record of where the average comes from is in the weights file: one member more and Keras
@@ -195,11 +194,11 @@ class KerasArchive(Format):
             _, weights = _parts(members)
             for member in members:
                 if member is not weights:
-                    archive.copy(file, member, alive)
+                    archive.copy(file, member, heartbeat)
             offset = archive.begin(WEIGHTS, _ALIGNMENT)
             target = Window(request.output, archive.file.fileno(), offset)
-            with _inner(file, weights, alive) as source:
-                draft = skeleton.merge(_inside(request), [source], alive, target)
+            with _inner(file, weights, heartbeat) as source:
+                draft = skeleton.merge(_inside(request), [source], heartbeat, target)
             archive.finish(WEIGHTS, offset, target.size)
             placements = {
                 where: place._replace(offset=offset + place.offset)
@@ -207,12 +206,12 @@ class KerasArchive(Format):
             }
             return Draft(placements, notes={"archive": archive.state()})
 
-    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+    def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`: the configuration, and assets that are texts."""
         with zips.opened(table.files[0].path) as (file, members, _):
             _, weights = _parts(members)
-            with _inner(file, weights, alive) as window:
-                said = keras_files.texts_in(window, alive)
+            with _inner(file, weights, heartbeat) as window:
+                said = keras_files.texts_in(window, heartbeat)
             for member in members:
                 if member is not weights:
                     try:
@@ -227,22 +226,22 @@ class KerasArchive(Format):
         """See `Format.finalize`."""
         zips.seal(output, draft.notes["archive"])
 
-    def check(self, path: str, alive: Alive) -> None:
+    def check(self, path: str, heartbeat: Heartbeat) -> None:
         """See `Format.check`; deflated weights were compared when they were scanned."""
         with zips.opened(path) as (file, members, _):
             for member in members:
                 if member.name != WEIGHTS or member.method == zips.STORED:
-                    for _piece in zips.pieces(file, member):
-                        alive()
+                    for _piece in heartbeat.over(zips.pieces(file, member)):
+                        pass  # reading all of a member compares its checksum
 
-    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+    def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`; this tool never deflates."""
         try:
             with zips.opened(path) as (file, members, _):
                 _, weights = _parts(members)
                 if weights.method != zips.STORED:
                     return False
-                with _inner(file, weights, alive) as window:
-                    return keras_files.is_average(window, alive)
+                with _inner(file, weights, heartbeat) as window:
+                    return keras_files.is_average(window, heartbeat)
         except FormatError:
             return False

@@ -21,7 +21,7 @@ from polyak_cli.formats.hdf5.rows import build_table
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.zips import WHOLE
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, Version
 from polyak_cli.tensors import Table
 
@@ -107,7 +107,7 @@ class KerasShards(Format):
     suffixes = (WEIGHTS_SUFFIX,)
     can_be_left = True
 
-    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
         index = Path(request.path)
         files = [File(request.path, Version.of(index.stat()))]
@@ -116,7 +116,7 @@ class KerasShards(Format):
         for shard, groups in _shards(index).items():
             path = index.parent / shard
             files.append(File(str(path), _identity(index, path)))
-            part = keras_files.weights(str(path), alive, everything=request.with_optimizer)
+            part = keras_files.weights(str(path), heartbeat, everything=request.with_optimizer)
             for rows in (part["tensors"], part["others"]):
                 for row in rows:
                     row[7:] = [len(files) - 1]
@@ -127,18 +127,20 @@ class KerasShards(Format):
         _check_once(found["tensors"], index)
         return build_table(self.key, request.path, keras_files.weights_table(found), files)
 
-    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
-        return skeleton.merge(request, [file.path for file in request.template.files[1:]], alive)
+        return skeleton.merge(
+            request, [file.path for file in request.template.files[1:]], heartbeat
+        )
 
-    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+    def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`; what the JSON says follows from the shards."""
         said: dict[str, str] = {}
         for shard in table.files[1:]:
-            said |= keras_files.texts_in(shard.path, alive)
+            said |= keras_files.texts_in(shard.path, heartbeat)
         return said
 
-    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+    def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """Tell whether this tool wrote the file: its output is a single file, never such."""
-        del path, alive
+        del path, heartbeat
         return False
