@@ -18,7 +18,7 @@ import pytest
 
 from polyak_cli import average, inspect, verify
 from polyak_cli.averaging.options import Options
-from polyak_cli.engine import executors, slabs
+from polyak_cli.engine import slabs
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
 from tests.oracle import Array
 
@@ -118,8 +118,7 @@ class Contract(abc.ABC):
         self.write_run(tmp_path / "run")
         one, other = tmp_path / f"one{self.result}", tmp_path / f"other{self.result}"
         average(tmp_path / "run", one, jobs=1)
-        monkeypatch.setattr(executors, "SPREAD", 0)
-        monkeypatch.setattr(slabs, "PIECE", 100)
+        monkeypatch.setattr(slabs, "TUNING", slabs.Tuning(piece=100, fork_nbytes=0))
         average(tmp_path / "run", other, jobs=3)
         assert content(one) == content(other)
 

@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as hnp
 import polyak_cli
 from polyak_cli import average, plan, run
 from polyak_cli.averaging.options import Options
-from polyak_cli.engine import executors
+from polyak_cli.engine import slabs
 from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, UsageError
 from tests.oracle import Array, naive_average, nearest_bfloat16, read_model, same_bits, write_model
 
@@ -79,7 +79,8 @@ def test_the_result_equals_the_naive_average_bit_for_bit(
     tmp_path: Path, options: Options, dtype: str, jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For every scheme, type and number of workers: whole tensors in float64, rounded once."""
-    monkeypatch.setattr(executors, "SPREAD", 0)  # small as it is, the work is divided
+    # Small as the files are, they are divided among processes.
+    monkeypatch.setattr(slabs, "TUNING", slabs.Tuning(fork_nbytes=0))
     paths = write_run(tmp_path, dtype=dtype)
     threaded: Options = {**options, "jobs": jobs}
     report = average(tmp_path, tmp_path / "o.h5", **threaded)

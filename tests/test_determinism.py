@@ -18,7 +18,7 @@ from safetensors import safe_open
 from polyak_cli import average
 from polyak_cli.averaging import records
 from polyak_cli.averaging.options import Options
-from polyak_cli.engine import executors, slabs
+from polyak_cli.engine import slabs
 from tests.command import SAMPLES
 from tests.oracle import naive_average, read_model, write_model
 
@@ -81,10 +81,11 @@ def test_processes_and_slabs_change_no_byte(
     tmp_path: Path, run: tuple[list[Path], str], jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One to eight processes, and slabs of 4 KiB to 64 MiB, write the same file."""
-    monkeypatch.setattr(executors, "SPREAD", 0)  # small as it is, the work is divided
     paths, expected = run
     for slab, memory in DIVISIONS:
-        monkeypatch.setattr(slabs, "PIECE", slab // 4)
+        # Small as they are, the files are divided among processes.
+        tuning = slabs.Tuning(piece=slab // 4, fork_nbytes=0)
+        monkeypatch.setattr(slabs, "TUNING", tuning)
         average(paths, tmp_path / "o.h5", jobs=jobs, max_memory=memory, force=True)
         assert digest(tmp_path / "o.h5") == expected, (slab, memory)
 
@@ -93,7 +94,7 @@ def test_processes_and_slabs_change_no_byte(
 def test_a_run_that_is_large_enough_to_be_divided_gives_the_same_bytes(tmp_path: Path) -> None:
     """With nothing patched: processes, and bounds on their memory, change no byte."""
     paths = write_run(tmp_path, large=19_000_003, count=2)
-    assert sum(path.stat().st_size for path in paths) > executors.SPREAD
+    assert sum(path.stat().st_size for path in paths) > slabs.TUNING.fork_nbytes
     digests = set()
     for jobs, memory in ((1, 1 << 28), (8, 1 << 20), (3, 10_000_000), (8, 1 << 28)):
         average(paths, tmp_path / "o.h5", jobs=jobs, max_memory=memory, force=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import math
+import multiprocessing
 import os
 import resource
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,27 +23,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyak_cli.engine import executors, folding, reading
+from polyak_cli.engine.executors import Executor, Forked, Futures, InProcess
 from polyak_cli.engine.folding import FoldJob, Worker
 from polyak_cli.engine.inputs import OpenInputs, check_unchanged
+from polyak_cli.engine.kernel import is_finite
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import (
-    GAP,
-    PIECE,
-    PIECES,
-    SMALL,
+    TUNING,
     Bundle,
     FoldTensor,
     Memory,
     Slab,
     TensorSource,
+    Tuning,
     bundle_slabs,
     cut_slabs,
     gather_batches,
 )
-from polyak_cli.engine.timing import Clock, Totals
+from polyak_cli.engine.timing import Clock, Progress, Totals
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
 from polyak_cli.storage import Bytes, File, Version
-from polyak_cli.storage.local import page_aligned
+from polyak_cli.storage.local import LocalOutput, page_aligned
 from polyak_cli.tensors import Extent, Files, Inline, Placement
 
 
@@ -93,10 +96,53 @@ def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
     return inputs
 
 
-@pytest.fixture(autouse=True, params=["here", "in children"])
-def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every test with the work done here, and with it divided among children."""
-    monkeypatch.setattr(executors, "SPREAD", 0 if request.param == "in children" else 1 << 40)
+#: How the batches of a test are run; set by the fixture `where`.
+HERE: dict[str, Any] = {}
+WHERE = ["in process", "forked", "threads", "spawned"]
+
+
+@pytest.fixture(scope="module")
+def spawned() -> Iterator[ProcessPoolExecutor]:
+    """Yield processes that share nothing with this one: all they get was pickled."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(time.sleep, [0.1] * 4))  # both are there before a test counts descriptors
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """Yield threads of this process."""
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture(autouse=True, params=WHERE)
+def where(
+    request: pytest.FixtureRequest, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Run every test with each executor."""
+    executor: Executor | None = None
+    if request.param == "spawned":
+        executor = Futures(request.getfixturevalue("spawned"), 3)
+    elif request.param == "threads":
+        executor = Futures(threads, 3)
+    monkeypatch.setitem(HERE, "executor", executor)
+    monkeypatch.setitem(HERE, "where", request.param)
+    return str(request.param)
+
+
+def fold(
+    tensors: Iterable[FoldTensor],
+    job: FoldJob,
+    memory: Memory,
+    progress: Progress = lambda _: None,
+) -> Totals:
+    """Fold with the executor of the test."""
+    executor = HERE["executor"]
+    if executor is None:
+        forked = HERE["where"] == "forked"
+        executor = Forked(memory.jobs, memory.tuning) if forked else InProcess(memory.tuning)
+    return executors.fold(tensors, job, memory, progress, executor)
 
 
 def run(
@@ -115,7 +161,7 @@ def run(
     sources = [TensorSource(Extent(0, size * 4), "<", k) for k in range(len(arrays))]
     targets = [Placement(0, "float32", "<", row) for row in range(len(outputs))]
     work = FoldJob(inputs, [str(o) for o in outputs], np.array(coefficients), allow_nonfinite)
-    executors.fold([FoldTensor("x", size, "float32", sources, targets)], work, memory)
+    fold([FoldTensor("x", size, "float32", sources, targets)], work, memory)
     return [np.fromfile(output, np.float32) for output in outputs]
 
 
@@ -206,7 +252,7 @@ def test_small_tensors_side_by_side_are_each_averaged(
         expected[places[2][t] : places[2][t] + nbytes] = stored
     (folder / "out").write_bytes(b"\xaa" * len(content))
     work = FoldJob(inputs, [str(folder / "out")], np.array([[0.2, 0.3, 0.5]]), False)
-    totals = executors.fold(tensors, work, Memory(2, piece, piece))
+    totals = fold(tensors, work, Memory(2, piece, piece))
     assert (folder / "out").read_bytes() == expected
     assert totals.bytes_read == 3 * sum(size for size, _, _ in shape) * width
 
@@ -215,7 +261,6 @@ def test_small_tensors_side_by_side_are_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hundred neighbours at the end of a file take two readings of it, without what is before."""
-    monkeypatch.setattr(executors, "SPREAD", 1 << 40)
     before = np.zeros(10_000, np.float32)
     numbers = np.arange(995, dtype=np.float32)
     inputs = write_inputs(tmp_path, [np.concatenate([before, numbers])] * 2)
@@ -236,7 +281,7 @@ def test_small_tensors_side_by_side_are_read_at_once(
     monkeypatch.setattr(os, "preadv", counted)
     monkeypatch.setattr(folding, "page_aligned", measured)
     work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
-    executors.fold(tensors, work, Memory(1, 400, 400))
+    executors.fold(tensors, work, Memory(1, 400, 400), executor=InProcess())
     assert reads == [40_000, 40_000, 43_200, 43_200]
     assert max(buffers) < 10_000
     out = np.fromfile(tmp_path / "out", np.float32)[10_000:]
@@ -254,7 +299,7 @@ def test_a_nan_among_small_tensors_is_named_with_its_own_tensor(tmp_path: Path) 
     tensors = [tensor(10, 40 * k)._replace(name=f"t{k}") for k in range(10)]
     work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(MismatchError, match=r"0\.raw: tensor 't5' holds nan \(element 7\)"):
-        executors.fold(tensors, work, Memory(2, 1000, 1000))
+        fold(tensors, work, Memory(2, 1000, 1000))
 
 
 def test_small_tensors_that_a_tight_bound_cuts_are_averaged(tmp_path: Path) -> None:
@@ -266,7 +311,7 @@ def test_small_tensors_that_a_tight_bound_cuts_are_averaged(tmp_path: Path) -> N
     work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
     for piece in range(1, 31):
         (tmp_path / "out").write_bytes(b"")
-        executors.fold(tensors, work, Memory(1, piece, piece))
+        fold(tensors, work, Memory(1, piece, piece))
         out = np.fromfile(tmp_path / "out", np.float32)
         assert out.tolist() == ((arrays[0] + 1) / 2).tolist()
 
@@ -315,16 +360,16 @@ def test_an_average_beyond_float64_is_told_apart_from_a_bad_checkpoint(tmp_path:
     coefficients = np.array([[0.75, 0.75]])
     work = FoldJob(inputs, [str(tmp_path / "out")], coefficients, False)
     with pytest.raises(MismatchError, match="the average of tensor 'x' overflows float64"):
-        executors.fold([huge], work, Memory(2, 100, 100))
-    executors.fold([huge], replace(work, allow_nonfinite=True), Memory(2, 100, 100))
+        fold([huge], work, Memory(2, 100, 100))
+    fold([huge], replace(work, allow_nonfinite=True), Memory(2, 100, 100))
     assert np.fromfile(tmp_path / "out").tolist() == [1.5, math.inf]
 
 
 def test_great_float64_values_are_no_false_alarm() -> None:
     """Finite values whose sum overflows are still told to be finite."""
-    assert folding._finite(np.full(10, 1e308))
-    assert not folding._finite(np.array([1.0, np.inf]))
-    assert not folding._finite(np.array([np.inf, -np.inf]))
+    assert is_finite(np.full(10, 1e308))
+    assert not is_finite(np.array([1.0, np.inf]))
+    assert not is_finite(np.array([np.inf, -np.inf]))
 
 
 def test_an_input_that_ends_early_is_named(tmp_path: Path) -> None:
@@ -333,7 +378,7 @@ def test_an_input_that_ends_early_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"")
     work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(FormatError, match=r"0\.raw: tensor 'x': the file ends 40 bytes before"):
-        executors.fold([tensor(20)], work, Memory(2, 100, 100))
+        fold([tensor(20)], work, Memory(2, 100, 100))
 
 
 def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
@@ -344,7 +389,7 @@ def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"")
     work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     with pytest.raises(FormatError, match="changed"):
-        executors.fold([tensor(10)], work, Memory(2, 100, 100))
+        fold([tensor(10)], work, Memory(2, 100, 100))
     with pytest.raises(FormatError, match="changed or vanished"):
         check_unchanged(inputs)
 
@@ -378,7 +423,7 @@ def test_what_a_header_holds_is_averaged_with_what_lies_in_a_file(tmp_path: Path
     work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
     banded = one.sources[0]._replace(storage=Banded(0, 400))
     mixed = one._replace(sources=[banded, inline])
-    executors.fold([mixed], work, Memory(1, 30, 30))
+    fold([mixed], work, Memory(1, 30, 30))
     out = np.fromfile(tmp_path / "out", np.float32)
     assert out.tolist() == ((arrays[0] + 1) / 2).tolist()
 
@@ -416,34 +461,39 @@ def test_an_error_of_the_disk_is_raised(
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fdatasync", broken)
-    monkeypatch.setattr(executors, "FLUSH", flush)
-    monkeypatch.setattr(executors, "PIECES", 1)
+    tuning = Tuning(flush_nbytes=flush, pieces_per_batch=1)
     with pytest.raises(OSError, match="Input/output error"):
-        run(tmp_path, [np.zeros(10_000, np.float32)], [[1.0]], Memory(2, 10, 10))
+        run(tmp_path, [np.zeros(10_000, np.float32)], [[1.0]], Memory(2, 10, 10, tuning=tuning))
 
 
-def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
+class Killing(Extent):
+    """An extent whose reader is killed."""
+
+    def read_into(self, files: Files, start: int, buffer: Bytes) -> None:
+        """End the process that reads."""
+        del files, start, buffer
+        os.kill(os.getpid(), 9)
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path: Path, where: str) -> None:
     """When the system ends a worker, the run ends with an error, not with half an output."""
-    arrays = [np.zeros(1000, np.float32)]
-
-    class Killing(Extent):
-        def read_into(self, files: Files, start: int, buffer: Bytes) -> None:
-            del files, start, buffer
-            os.kill(os.getpid(), 9)
-
-    if executors.SPREAD:
+    if where in ("in process", "threads"):
         return  # here it would be this very process
-    inputs = write_inputs(tmp_path, arrays)
+    inputs = write_inputs(tmp_path, [np.zeros(1000, np.float32)])
     (tmp_path / "out").write_bytes(b"")
     source = TensorSource(Killing(0, 4000), "<", 0)
     doomed = FoldTensor("x", 1000, "float32", [source], [Placement(0, "float32", "<")])
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    how = "SIGKILL" if where == "forked" else "BrokenProcessPool"
     message = (
-        r"^a worker was ended from outside \(SIGKILL\), perhaps because memory ran out; "
+        rf"^a worker was ended from outside \({how}\), perhaps because memory ran out; "
         r"use fewer --jobs or less --max-memory$"
     )
-    with pytest.raises(PolyakError, match=message):
-        executors.fold([doomed], work, Memory(2, 100, 100))
+    memory = Memory(2, 100, 100)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        executor = Forked(2) if where == "forked" else Futures(pool)
+        with pytest.raises(PolyakError, match=message):
+            executors.fold([doomed], job, memory, executor=executor)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +529,7 @@ def test_where_a_tensor_lies_in_its_file_changes_nothing(
     tensor = FoldTensor("x", 3000, "float32", sources, [Placement(offset, "float32", "<")])
     coefficients = np.array([[0.5, 0.3, 0.2]])
     work = FoldJob(inputs, [str(tmp_path / "out")], coefficients, False)
-    executors.fold([tensor], work, Memory(2, 1000, 1000))
+    fold([tensor], work, Memory(2, 1000, 1000))
     wide = [array.astype(np.float64) for array in arrays]
     expected = ((0.5 * wide[0] + 0.3 * wide[1]) + 0.2 * wide[2]).astype(np.float32)
     assert (tmp_path / "out").read_bytes() == bytes(offset) + expected.tobytes()
@@ -490,14 +540,14 @@ def test_what_will_be_read_next_is_fetched_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
     """From a slow disk, all but the first slabs are announced before they are read, each once."""
-    monkeypatch.setattr(executors, "SPREAD", 1 << 40)
-    monkeypatch.setattr(folding, "FAST", math.inf if slow else 0.0)
+    tuning = Tuning(cache_speed=math.inf if slow else 0.0)
+    monkeypatch.setitem(HERE, "executor", InProcess(tuning))
     events: list[tuple[str, int, int]] = []
     real = os.preadv
 
     def announced(descriptor: int, offset: int, nbytes: int, _advice: int) -> None:
         events.append(("announced", descriptor, offset))
-        assert nbytes <= PIECE * 4
+        assert nbytes <= TUNING.piece * 4
 
     def read(descriptor: int, buffers: Any, offset: int) -> int:
         events.append(("read", descriptor, offset))
@@ -505,15 +555,15 @@ def test_what_will_be_read_next_is_fetched_ahead(
 
     monkeypatch.setattr(os, "posix_fadvise", announced)
     monkeypatch.setattr(os, "preadv", read)
-    arrays = [np.ones(PIECE * 40, np.float32)] * 2
-    run(tmp_path, arrays, [[0.5, 0.5]], Memory.within(1 << 25, 1))
+    arrays = [np.ones(TUNING.piece * 40, np.float32)] * 2
+    run(tmp_path, arrays, [[0.5, 0.5]], Memory.within(1 << 25, 1, tuning=tuning))
     reads = [event for event in events if event[0] == "read"]
     assert len(reads) == 80
     if not slow:  # from memory, that would be in vain
         assert events == reads
         return
     # How slow the disk is shows with the first batch, while the second one is at hand already.
-    for _, descriptor, offset in reads[2 * 2 * PIECES :]:
+    for _, descriptor, offset in reads[2 * 2 * TUNING.pieces_per_batch :]:
         announcement = events.index(("announced", descriptor, offset))
         assert announcement < events.index(("read", descriptor, offset))
     assert len(set(events)) == len(events)
@@ -530,7 +580,7 @@ def test_slabs_hold_whole_bands_where_they_fit() -> None:
 
 def test_only_small_tensors_side_by_side_are_bundled() -> None:
     """The second is folded with the first up to some gap, span and size, and if it is like it."""
-    small = SMALL // 4
+    small = TUNING.small_nbytes // 4
 
     def bundled(first: FoldTensor, second: FoldTensor, elements: int = 10_000) -> bool:
         cut = list(cut_slabs([first, second], elements, elements))
@@ -545,12 +595,12 @@ def test_only_small_tensors_side_by_side_are_bundled() -> None:
 
     assert bundled(at(0), at(40))
     assert bundled(at(0, small), at(4 * small))
-    assert bundled(at(0), at(40 + GAP))
+    assert bundled(at(0), at(40 + TUNING.gap_nbytes))
     assert bundled(at(0), at(16 * 100 - 40), elements=100)
     apart = {
         "too large": (at(0), at(40, small + 1)),
         "after one too large": (at(0, small + 1), at(4 * small + 4)),
-        "too far away": (at(0), at(41 + GAP)),
+        "too far away": (at(0), at(41 + TUNING.gap_nbytes)),
         "before": (at(40), at(0)),
         "overlapping": (at(0), at(39)),
         "of another type": (at(0), at(40, dtype="float16")),
@@ -578,7 +628,7 @@ def test_batches_are_closed_by_elements_or_by_number() -> None:
     [
         ((24 * 4096 * 3, 8), Memory(3, 4096, 4096, 24)),
         ((24 * 4096 * 2 + 5000, 8), Memory(2, 4200, 4200, 24)),
-        ((1 << 30, 2), Memory(2, PIECE, (1 << 30) // 48, 24)),
+        ((1 << 30, 2), Memory(2, TUNING.piece, (1 << 30) // 48, 24)),
         ((40 * 4096, 1, 2), Memory(1, 4096, 4096, 40)),
         ((48 * 4096, 1, 3), Memory(1, 4096, 4096, 48)),
         ((1000, 4), Memory(1, 256, 256, 24)),
@@ -593,7 +643,7 @@ def test_a_worker_has_the_buffers_that_the_bound_counts(monkeypatch: pytest.Monk
     """For one average and for several, an element takes the bytes that `Memory` takes it for."""
     for averages in (1, 2, 3):
         work = FoldJob([], [], np.ones((averages, 1)), False)
-        worker = Worker(work, OpenInputs([]), [])
+        worker = Worker(work)
         buffers: list[int] = []
 
         def measured(nbytes: int, buffers: list[int] = buffers) -> Bytes:
@@ -614,8 +664,8 @@ def test_what_a_run_did_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     told: list[int] = []
     flushed: list[int] = []
     monkeypatch.setattr(os, "fdatasync", flushed.append, raising=False)
-    monkeypatch.setattr(executors, "FLUSH", 1000)
-    totals = executors.fold([tensor(1000, 0, 3)], work, Memory(2, 100, 100), told.append)
+    memory = Memory(2, 100, 100, tuning=Tuning(flush_nbytes=1000))
+    totals = fold([tensor(1000, 0, 3)], work, memory, told.append)
     assert (totals.bytes_read, totals.bytes_written) == (8000, 4000)
     assert sorted(told) == [1600, 6400]
     assert flushed
@@ -779,7 +829,7 @@ def folded_once(
     source = TensorSource(Extent(0, 8 * len(values)), "<", 0)
     one = FoldTensor("x", len(values), "float64", [source], [Placement(0, stored, "<")])
     work = FoldJob(inputs, [str(folder / "out")], np.array([[coefficient]]), allow_nonfinite)
-    executors.fold([one], work, Memory(2, 10, 10))
+    fold([one], work, Memory(2, 10, 10))
     return (folder / "out").read_bytes()
 
 
@@ -804,10 +854,9 @@ def test_an_average_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gone", [True, False])
 def test_an_input_that_changes_before_it_is_fetched_ahead_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+    tmp_path: Path, gone: bool
 ) -> None:
     """Fetching ahead complains of nothing; the reading says which file it is."""
-    monkeypatch.setattr(folding, "FAST", math.inf)
     inputs = write_inputs(tmp_path, [np.zeros(20_000, np.float32)] * 3)
     (tmp_path / "out").write_bytes(b"")
     if gone:
@@ -818,7 +867,8 @@ def test_an_input_that_changes_before_it_is_fetched_ahead_is_named(
         what = "tensor 'x': the file changed while it was read"
     work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.25, 0.25]]), False)
     with pytest.raises(FormatError, match=rf"/1\.raw: {what}"):
-        executors.fold([tensor(20_000, 0, 3)], work, Memory(2, 20_000, 20_000))
+        memory = Memory(2, 20_000, 20_000, tuning=Tuning(cache_speed=math.inf))
+        fold([tensor(20_000, 0, 3)], work, memory)
     with pytest.raises(FormatError, match=r"/1\.raw: changed or vanished while it was read"):
         check_unchanged(inputs)
     check_unchanged([inputs[0], inputs[2]])
@@ -831,7 +881,7 @@ def test_as_many_inputs_stay_open_as_the_process_may_have(
     inputs = write_inputs(tmp_path, [np.zeros(1, np.float32)] * 3)
     for limit, room in ((65, 1), (64, 0), (10, 0), (resource.RLIM_INFINITY, 3)):
         monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
-        assert OpenInputs(inputs).most == room
+        assert OpenInputs(inputs).limit == room
         with OpenInputs(inputs) as files:
             for source in tensor(1, 0, 3).sources:
                 files.read(source, 0, np.empty(4, np.uint8), "x")
@@ -840,7 +890,7 @@ def test_as_many_inputs_stay_open_as_the_process_may_have(
 
 @pytest.mark.parametrize("call", ["fdatasync", "fsync"])
 def test_what_is_written_goes_to_the_disk_meanwhile(
-    monkeypatch: pytest.MonkeyPatch, call: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """Every so many bytes all outputs are flushed, one flush at a time; macOS has only fsync."""
     flushed: list[int] = []
@@ -852,49 +902,56 @@ def test_what_is_written_goes_to_the_disk_meanwhile(
 
     monkeypatch.delattr(os, "fdatasync", raising=False)
     monkeypatch.setattr(os, call, flush, raising=False)
-    monkeypatch.setattr(executors, "FLUSH", 100)
-    with executors._Flusher([7, 8]) as flusher:
-        flusher.wrote(60)
-        flusher.wrote(39)
+    outputs = [LocalOutput(str(tmp_path / name), create=True) for name in "ab"]
+    with executors._Flusher(outputs, 100) as flusher:
+        flusher.count(60)
+        flusher.count(39)
         none = flusher.flushing
-        flusher.wrote(1)
+        flusher.count(1)
         first = flusher.flushing
         assert none is None
         assert first is not None
-        flusher.wrote(100)  # it waits for the one that goes on
+        flusher.count(100)  # it waits for the one that goes on
         assert flusher.flushing is first
         go_on.set()
         first.result(60)
-        flusher.wrote(0)
+        flusher.count(0)
         second = flusher.flushing
         assert second is not first
         assert second is not None
         second.result(60)
-        flusher.wrote(99)
+        flusher.count(99)
         assert flusher.flushing is second
-    assert flushed == [7, 8, 7, 8]
+    assert flushed == [output.fileno() for output in outputs] * 2
+    for output in outputs:
+        output.close()
 
 
-def test_an_error_of_the_disk_while_flushing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_disk_while_flushing_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the next bytes, or at the end; another error that is on its way is not hidden."""
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fdatasync", full, raising=False)
-    monkeypatch.setattr(executors, "FLUSH", 100)
 
     def written(*, again: bool = False, error: Exception | None = None) -> None:
-        with executors._Flusher([7]) as flusher:
-            flusher.wrote(100)
+        with (
+            LocalOutput(str(tmp_path / "out")) as output,
+            executors._Flusher([output], 100) as flusher,
+        ):
+            flusher.count(100)
             assert flusher.flushing is not None
             flusher.flushing.exception(60)
             if again:
-                flusher.wrote(100)
+                flusher.count(100)
                 pytest.fail("the second portion did not notice")
             if error:
                 raise error
 
+    (tmp_path / "out").touch()
     for again in (True, False):
         with pytest.raises(OSError, match="No space left"):
             written(again=again)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak_cli.engine.kernel import narrow, widen
+from polyak_cli.engine.kernel import round_to, widen
 from polyak_cli.storage.local import page_aligned
 from polyak_cli.tensors import FLOATS
 from tests.oracle import nearest_bfloat16
@@ -18,10 +18,10 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False, width=64)
 
 
 def stored(values: npt.ArrayLike, dtype: str, byteorder: str = "<") -> npt.NDArray[np.uint8]:
-    """Return what `narrow` writes."""
+    """Return what `round_to` writes."""
     array = np.array(values, np.float64)
     out = np.empty(array.size * int(FLOATS[dtype][1:]), np.uint8)
-    narrow(array, dtype, byteorder, out)
+    round_to(array, dtype, byteorder, out)
     return out
 
 
@@ -130,7 +130,7 @@ def test_every_stored_value_survives_widening_and_narrowing(dtype: str, byteorde
     with np.errstate(invalid="ignore"):
         widen(raw, dtype, byteorder, values)
     again = np.empty_like(raw)
-    narrow(values, dtype, byteorder, again)
+    round_to(values, dtype, byteorder, again)
     number = ~np.isnan(values)
     before, after = (a.reshape(-1, width) for a in (raw, again))
     assert np.array_equal(before[number], after[number])

@@ -1,25 +1,28 @@
-"""Run the batches of a fold: in this process, or in several forked ones.
+"""Run the batches of a fold: in this process, in forked ones, or on any pool of workers.
 
-Knows nothing of what is done with a batch.
+An executor decides where a batch is folded, and when.  It cannot change a byte, because batches do
+not overlap.  Knows nothing of what is done with a batch.
 """
 
 from __future__ import annotations
 
+import concurrent.futures as futures
 import contextlib
 import itertools
 import json
-import os
 import selectors
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
 
-from polyak_cli.engine.folding import FoldJob, Worker
-from polyak_cli.engine.inputs import OpenInputs
+from polyak_cli.engine.folding import FoldJob, Worker, fold_batch, fold_known, release_workers
 from polyak_cli.engine.slabs import (
-    PIECES,
-    Bundle,
+    TUNING,
+    Batch,
     FoldTensor,
     Memory,
+    Tuning,
     bundle_slabs,
     cut_slabs,
     gather_batches,
@@ -27,65 +30,90 @@ from polyak_cli.engine.slabs import (
 from polyak_cli.engine.timing import Progress, Totals
 from polyak_cli.errors import PolyakError
 from polyak_cli.processes.children import Child, Writer, raised
+from polyak_cli.storage import OutputFile
+from polyak_cli.storage.local import LocalOutput
 
-#: Bytes of the inputs from which on it pays to fork.
-SPREAD = 64 << 20
-#: Bytes written between two flushes to the disk.
-FLUSH = 32 << 20
+
+class Executor(Protocol):
+    """A way to run the batches of a job."""
+
+    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Totals, None, None]:
+        """Fold all batches, and yield what each took, in any order.
+
+        Closing the generator before its end stops the work.
+
+        Raises:
+            PolyakError, OSError: the first error of a batch, as in-process folding raises it.
+        """
 
 
 def fold(
     tensors: Iterable[FoldTensor],
-    work: FoldJob,
+    job: FoldJob,
     memory: Memory,
     progress: Progress = lambda _: None,
+    executor: Executor | None = None,
 ) -> Totals:
     """Average all tensors into the outputs.
 
     Args:
-        tensors: dtype one of `tensors.FLOATS`; every source has the tensor's size.  Gone through
-            once by each process, so that they need not all be in memory.
-        work: inputs, outputs and the matrix of coefficients.
+        tensors: dtype one of `tensors.FLOATS`; every source has the tensor's size.  Each forked
+            process iterates over them once, so that they need not all be in memory.
+        job: inputs, outputs and the matrix of coefficients.
         memory: processes and pieces.
-        progress: told the bytes read by each finished batch, in this process.
+        progress: called in this process with the bytes that each finished batch read.
+        executor: who runs the batches; `choose_executor` decides if it is not given.
 
     Raises:
         FormatError: an input ends early, is damaged, or changed since it was scanned.
         MismatchError: a value is not finite, or an average does not fit the stored type.
         OSError: an output cannot be written.
     """
-    parts = bundle_slabs(cut_slabs(tensors, memory.piece, memory.most), memory.piece)
-    cut = gather_batches(parts, memory.piece * PIECES)
-    nbytes = sum(file.version.size for file in work.inputs)
-    here = _here(work, cut) if nbytes < SPREAD or memory.jobs == 1 else None
+    tuning = memory.tuning
+    bundles = bundle_slabs(cut_slabs(tensors, memory.piece, memory.most), memory.piece, tuning)
+    batches = gather_batches(bundles, memory.piece * tuning.pieces_per_batch, tuning)
+    executor = executor or choose_executor(job, memory)
     total = Totals()
     with (
-        _opened(work.outputs) as outputs,
-        _Flusher(outputs) as flusher,
-        contextlib.closing(here or _in_children(work, cut, memory.jobs)) as steps,
+        contextlib.ExitStack() as stack,
+        _Flusher(
+            [stack.enter_context(LocalOutput(path)) for path in job.outputs], tuning.flush_nbytes
+        ) as flusher,
+        contextlib.closing(executor.run(job, batches)) as steps,
     ):
         for done in steps:
             total = total.plus(done)
-            flusher.wrote(done.bytes_written)
+            flusher.count(done.bytes_written)
             progress(done.bytes_read)
     return total
 
 
-def _here(work: FoldJob, cut: Iterable[list[Bundle]]) -> Generator[Totals, None, None]:
-    """FoldJob in this process, yielding what each batch took."""
-    with OpenInputs(work.inputs) as files, _opened(work.outputs) as outputs:
-        worker = Worker(work, files, outputs)
-        for batch in _one_ahead(cut, worker.expect):
-            yield worker.fold(batch)
+def choose_executor(job: FoldJob, memory: Memory) -> Executor:
+    """Return the quickest executor on this machine."""
+    nbytes = sum(file.version.size for file in job.inputs)
+    if memory.jobs == 1 or nbytes < memory.tuning.fork_nbytes:
+        return InProcess(memory.tuning)
+    return Forked(memory.jobs, memory.tuning)
 
 
-def _one_ahead(
-    cut: Iterable[list[Bundle]], expect: Callable[[list[Bundle]], None]
-) -> Iterator[list[Bundle]]:
-    """Yield each batch when the next one has been announced: it is fetched meanwhile."""
-    waiting: list[Bundle] = []
-    for batch in cut:
-        expect(batch)
+@dataclass(frozen=True, slots=True)
+class InProcess:
+    """Folds one batch after the other in this thread, while the next one is being fetched."""
+
+    tuning: Tuning = TUNING
+
+    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Totals, None, None]:
+        """See `Executor.run`."""
+        with Worker(job, self.tuning) as worker:
+            for batch in _prefetch(batches, worker.prefetch):
+                yield worker.fold(batch)
+
+
+def _prefetch(batches: Iterable[Batch], prefetch: Callable[[Batch], None]) -> Iterator[Batch]:
+    """Yield each batch after prefetching the next one, which is fetched meanwhile."""
+    waiting: Batch = []
+    for batch in batches:
+        prefetch(batch)
         if waiting:
             yield waiting
         waiting = batch
@@ -93,63 +121,132 @@ def _one_ahead(
         yield waiting
 
 
-def _in_children(
-    work: FoldJob, cut: Iterable[list[Bundle]], jobs: int
-) -> Generator[Totals, None, None]:
-    """FoldJob in several processes, each taking every so many-th batch.
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """Folds in several forked processes; each process takes every ``jobs``-th batch.
 
-    Two threads are hardly faster than one: numpy lets go of the interpreter's lock for some 20 us
-    at a time, which is less than it takes to wake the one that waits for it.
+    Processes and not threads: numpy releases the interpreter's lock for some 20 us at a time, which
+    is less than it takes to wake a waiting thread, so that two threads are hardly faster than one.
+    Forked processes need no message for each batch: they inherit the iterable of batches.
     """
 
-    def share(k: int) -> Callable[[Writer], None]:
+    jobs: int
+    tuning: Tuning = TUNING
+
+    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Totals, None, None]:
+        """See `Executor.run`."""
+        children: list[Child] = []
+        with selectors.DefaultSelector() as selector:
+            try:
+                for k in range(self.jobs):
+                    children.append(Child(self._make_share(job, batches, k)))
+                    selector.register(children[-1].pipe, selectors.EVENT_READ, children[-1])
+                while selector.get_map():
+                    for key, _ in selector.select():
+                        yield from _receive(key.data, selector)
+            finally:
+                for child in children:
+                    child.stop()
+
+    def _make_share(
+        self, job: FoldJob, batches: Iterable[Batch], k: int
+    ) -> Callable[[Writer], None]:
+        """Return the work of the k-th process."""
+
         def fold_share(writer: Writer) -> None:
-            for done in _here(work, itertools.islice(cut, k, None, jobs)):
+            share = itertools.islice(batches, k, None, self.jobs)
+            for done in InProcess(self.tuning).run(job, share):
                 writer.send({"done": done})
 
         return fold_share
 
-    children: list[Child] = []
-    with selectors.DefaultSelector() as selector:
-        try:
-            for k in range(jobs):
-                children.append(Child(share(k)))
-                selector.register(children[-1].pipe, selectors.EVENT_READ, children[-1])
-            while selector.get_map():
-                for key, _ in selector.select():
-                    yield from _received(key.data, selector)
-        finally:
-            for child in children:
-                child.stop()
 
-
-def _received(child: Child, selector: selectors.BaseSelector) -> Iterator[Totals]:
-    """Yield what a child has sent, and let go of one that has ended."""
-    alive = child.receive()
+def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Totals]:
+    """Yield what a child has sent, and unregister a child that has ended."""
+    has_more = child.receive()
     while (line := child.next_line()) is not None:
         message = json.loads(line)
         error = raised(message)
         if error:
             raise error
         yield Totals(*message["done"])
-    if not alive:
+    if not has_more:
         selector.unregister(child.pipe)
         how = child.reap()
         if how:
-            raise PolyakError(
-                f"a worker was ended from outside ({how}), perhaps because memory ran out; "
-                "use fewer --jobs or less --max-memory"
-            )
+            raise _make_ended(how)
+
+
+def _make_ended(how: str) -> PolyakError:
+    """Return the error of a worker that did not end by itself."""
+    return PolyakError(
+        f"a worker was ended from outside ({how}), perhaps because memory ran out; "
+        "use fewer --jobs or less --max-memory"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Futures:
+    """Folds on a `concurrent.futures.Executor`: threads, spawned processes, or a cluster's workers.
+
+    The pool's processes need the package, and the same paths for inputs and outputs.  A process of
+    the pool keeps the files of its last job open until it gets another job or ends.
+    """
+
+    pool: futures.Executor
+    #: Batches that are submitted and not finished.  The pool needs a few, so that no worker waits;
+    #: all of them at once would be the whole table of tensors in memory.
+    window: int = 8
+
+    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Totals, None, None]:
+        """See `Executor.run`."""
+        waiting: dict[Future[Totals | None], Batch] = {}
+        # The first batches carry the job, which names all files.  A worker keeps it, so the others
+        # carry its name only; a worker that has not seen the job returns None.
+        sent = 0
+        try:
+            for batch in batches:
+                if len(waiting) >= self.window:
+                    yield from self._collect(job, waiting)
+                if sent < self.window:
+                    waiting[self.pool.submit(fold_batch, job, batch)] = batch
+                    sent += 1
+                else:
+                    waiting[self.pool.submit(fold_known, job.id, batch)] = batch
+            while waiting:
+                yield from self._collect(job, waiting)
+        except futures.BrokenExecutor as error:
+            raise _make_ended(type(error).__name__) from None
+        finally:
+            for future in waiting:
+                future.cancel()
+            # A batch that has begun cannot be cancelled, and it uses files that are closed next.
+            futures.wait(waiting)
+            release_workers(job.id)
+
+    def _collect(
+        self, job: FoldJob, waiting: dict[Future[Totals | None], Batch]
+    ) -> Iterator[Totals]:
+        """Wait for some batches and yield what each took."""
+        done, _ = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
+        for future in done:
+            batch = waiting.pop(future)
+            totals = future.result()
+            if totals is None:
+                waiting[self.pool.submit(fold_batch, job, batch)] = batch
+            else:
+                yield totals
 
 
 class _Flusher:
-    """Sends what is written to the disk while the folding goes on, so that the last fsync is short.
+    """Flushes outputs to the disk during the fold, so that the final fsync is short.
 
-    One flush at a time; an error of the disk is raised where it is noticed.
+    There is one flush at a time.  An error of the disk is raised by the next call that notices it.
     """
 
-    def __init__(self, descriptors: Sequence[int]) -> None:
-        self.descriptors = descriptors
+    def __init__(self, outputs: Sequence[OutputFile], flush_nbytes: int) -> None:
+        self.outputs = outputs
+        self.flush_nbytes = flush_nbytes
         self.pool = ThreadPoolExecutor(1)
         self.flushing: Future[None] | None = None
         self.waiting = 0
@@ -159,13 +256,14 @@ class _Flusher:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.pool.shutdown(cancel_futures=True)
+        # An error that is being raised already is not replaced by that of a flush.
         if self.flushing and kind is None and not self.flushing.cancelled():
             self.flushing.result()
 
-    def wrote(self, nbytes: int) -> None:
-        """Count bytes written, and start a flush when there are enough and none is running."""
+    def count(self, nbytes: int) -> None:
+        """Count written bytes; start a flush if they are enough and no flush is running."""
         self.waiting += nbytes
-        if self.waiting < FLUSH or (self.flushing and not self.flushing.done()):
+        if self.waiting < self.flush_nbytes or (self.flushing and not self.flushing.done()):
             return
         if self.flushing:
             self.flushing.result()
@@ -173,11 +271,5 @@ class _Flusher:
         self.flushing = self.pool.submit(self._flush)
 
     def _flush(self) -> None:
-        for descriptor in self.descriptors:
-            getattr(os, "fdatasync", os.fsync)(descriptor)  # macOS has only fsync
-
-
-@contextlib.contextmanager
-def _opened(outputs: Sequence[str]) -> Iterator[list[int]]:
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(open(path, "r+b")).fileno() for path in outputs]
+        for output in self.outputs:
+            output.sync()

@@ -1,4 +1,4 @@
-"""FoldJob batches of slabs in float64, from the oldest checkpoint to the newest, and round once.
+"""Fold batches of slabs in float64, from the oldest checkpoint to the newest, and round once.
 
 Knows no format, no scheme and no header: it gets tables of extents and a matrix of coefficients.
 Knows nothing of processes either: work is divided across slabs, never across checkpoints, so the
@@ -7,72 +7,101 @@ bytes do not depend on the division.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.engine.inputs import OpenInputs
-from polyak_cli.engine.kernel import narrow, widen
-from polyak_cli.engine.slabs import Bundle, Slab, TensorSource, count_elements
+from polyak_cli.engine.kernel import accumulate, is_finite, round_to, widen
+from polyak_cli.engine.slabs import (
+    TUNING,
+    Batch,
+    Bundle,
+    Slab,
+    TensorSource,
+    Tuning,
+    count_elements,
+)
 from polyak_cli.engine.timing import Clock, Totals
 from polyak_cli.errors import MismatchError, PolyakError, shown
 from polyak_cli.storage import Bytes, File
-from polyak_cli.storage.local import PAGE, clashes, page_aligned, write_exactly
+from polyak_cli.storage.local import PAGE, LocalOutput, clashes, page_aligned
 from polyak_cli.tensors import Extent, Float64, itemsize
 
-#: Bytes of a slab from which on it pays to have it fetched ahead; the system does so for less.
-AHEAD = 1 << 16
-#: Bytes a second that one process gets from the page cache only: fetching ahead is in vain there.
-FAST = 2e9
-#: Bytes by which a buffer is moved where the system would copy slowly; see `tensors.clashes`.
+#: Bytes by which a buffer is moved where the system would copy slowly; see `clashes`.
 _DODGE = PAGE // 2
 
 
 @dataclass(frozen=True, slots=True)
 class FoldJob:
-    """All that a slab's work needs besides the slab: plain values, so that it can be sent."""
+    """All that a batch needs besides itself: plain values, so that it can be sent anywhere."""
 
     inputs: Sequence[File]  # of all checkpoints
     outputs: Sequence[str]  # the files of all averages
     coefficients: npt.NDArray[np.float64]  # averages x checkpoints
     allow_nonfinite: bool
+    #: A process keeps its worker for all batches of the job with this name.
+    id: str = field(init=False, default_factory=lambda: os.urandom(8).hex())
 
-    def terms(self) -> list[list[tuple[int, float]]]:
-        """Return for each checkpoint the averages it counts in, and how much.
-
-        0 * inf is nan: a checkpoint that counts nowhere is not even read.
-        """
+    def list_terms(self) -> list[list[tuple[int, float]]]:
+        """Return for each checkpoint the averages it counts in, with its coefficients there."""
+        # 0 * inf is nan, so a coefficient of 0 gives no term.  A checkpoint without any term is
+        # not even read.
         return [
             [(row, float(c)) for row, c in enumerate(column) if c] for column in self.coefficients.T
         ]
 
 
 class Worker:
-    """Folds slabs one after the other, with buffers that it keeps."""
+    """Folds batches of one job one after the other, with open files and buffers that it keeps."""
 
-    def __init__(self, work: FoldJob, files: OpenInputs, outputs: Sequence[int]) -> None:
-        self.work = work
-        self.files = files
-        self.outputs = outputs
-        self.terms = work.terms()
+    def __init__(self, job: FoldJob, tuning: Tuning = TUNING) -> None:
+        self.job = job
+        self.tuning = tuning
+        self.terms = job.list_terms()
         self.clock = Clock()
+        self.inputs = OpenInputs(job.inputs)
         self.span = page_aligned(0)  # small tensors and what lies between them
         self._allocate(0)
+        self.outputs: list[LocalOutput] = []
+        try:
+            for path in job.outputs:
+                self.outputs.append(LocalOutput(path))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        self.inputs.close()
+        for output in self.outputs:
+            output.close()
 
     def _allocate(self, count: int) -> None:
-        def floats() -> Float64:
+        """Make buffers for slabs of up to ``count`` elements."""
+
+        def allocate_floats() -> Float64:
             return page_aligned(count * 8).view(np.float64)
 
         self.raw: Bytes = page_aligned(count * 8 + _DODGE)
-        self.values = floats()
-        self.sums = [floats() for _ in self.work.coefficients]
-        # With one average, the values themselves may be overwritten by the product.
-        self.product = floats() if len(self.sums) > 1 else self.values
+        self.values = allocate_floats()
+        self.sums = [allocate_floats() for _ in self.job.coefficients]
+        # With one average, the product may overwrite the widened values.
+        self.product = allocate_floats() if len(self.sums) > 1 else self.values
 
-    def _buffer(self, nbytes: int, distance: int) -> Bytes:
+    def _place_buffer(self, nbytes: int, distance: int) -> Bytes:
         """Return a buffer for stored values.
 
         Args:
@@ -83,28 +112,29 @@ class Worker:
         start = _DODGE if clashes(distance) else 0
         return self.raw[start : start + nbytes]
 
-    def fold(self, batch: Sequence[Bundle]) -> Totals:
+    def fold(self, batch: Batch) -> Totals:
         """Average the bundles into the outputs and return what that took."""
         self.clock = Clock()
+        # Entered once a batch: entering it for each slab would take longer than a small one.
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             for bundle in batch:
-                self._fold(bundle)
+                self._fold_bundle(bundle)
         return self.clock.totals()
 
-    def expect(self, batch: Sequence[Bundle]) -> None:
-        """Have what a batch needs fetched from the disk, if the last one came from there."""
-        if self.clock.bytes_read >= FAST * self.clock.reading:
+    def prefetch(self, batch: Batch) -> None:
+        """Have the bytes of a batch fetched from the disk, if the last batch came from there."""
+        if self.clock.bytes_read >= self.tuning.cache_speed * self.clock.reading:
             return
         for slab in itertools.chain.from_iterable(batch):
             width = itemsize(slab.tensor.dtype)
             start, stop = slab.start * width, slab.stop * width
-            if stop - start >= AHEAD:
+            if stop - start >= self.tuning.prefetch_nbytes:
                 for k, terms in enumerate(self.terms):
                     if terms:
-                        self.files.prefetch(slab.tensor.sources[k], start, stop)
+                        self.inputs.prefetch(slab.tensor.sources[k], start, stop)
 
-    def _fold(self, bundle: Bundle) -> None:
-        """Average what is folded as one."""
+    def _fold_bundle(self, bundle: Bundle) -> None:
+        """Average the slabs of a bundle as if they were one."""
         count = count_elements(bundle)
         if count > self.values.size:
             self._allocate(count)
@@ -114,45 +144,45 @@ class Worker:
         except PolyakError:
             if len(bundle) == 1:
                 raise
-            for slab in bundle:  # the one that it is about has itself named
-                self._fold([slab])
+            # Folded one by one, the slab that is at fault names its own tensor.
+            for slab in bundle:
+                self._fold_bundle([slab])
 
     def _sum(self, bundle: Bundle, count: int) -> None:
         """Compute ``sum_k c_k x_k`` in float64, from the oldest checkpoint to the newest."""
-        values, product = self.values[:count], self.product[:count]
+        tensor = bundle[0].tensor
+        scratch = self.values[:count], self.product[:count]
         sums = [whole[:count] for whole in self.sums]
-        begun = [False] * len(sums)
+        started = bytearray(len(sums))
         for k, terms in enumerate(self.terms):
             if not terms:
                 continue
-            self._load(bundle, k, values)
-            for row, coefficient in terms:
-                if begun[row]:  # numpy fuses no multiply with an add
-                    np.multiply(values, coefficient, out=product)
-                    np.add(sums[row], product, out=sums[row])
-                else:  # not 0 + c x, which would lose the sign of a negative zero
-                    np.multiply(values, coefficient, out=sums[row])
-                    begun[row] = True
+            raw = self._read(bundle, k, count)
+            accumulate(
+                raw, tensor.dtype, tensor.sources[k].byteorder, terms, sums, started, scratch
+            )
             self.clock.fold()
-        if not self.work.allow_nonfinite and not all(_finite(row) for row in sums):
-            raise self._culprit(bundle[0], values)
+        # Whether a value is finite is asked of the sums only, which is one pass instead of one for
+        # each checkpoint: NaN and infinity go through every sum.  The culprit is found afterwards.
+        if not self.job.allow_nonfinite and not all(is_finite(row) for row in sums):
+            raise self._find_culprit(bundle[0], count)
 
-    def _load(self, bundle: Bundle, k: int, values: Float64) -> None:
-        """Read what checkpoint ``k`` has of a bundle, and widen it."""
+    def _read(self, bundle: Bundle, k: int, count: int) -> Bytes:
+        """Return the stored bytes that checkpoint ``k`` has for a bundle."""
         slab = bundle[0]
         tensor, source = slab.tensor, slab.tensor.sources[k]
         width = itemsize(tensor.dtype)
         if len(bundle) > 1:
-            raw = self._gathered([s.tensor.sources[k] for s in bundle], width, tensor.name)
+            raw = self._gather([s.tensor.sources[k] for s in bundle], width, tensor.name)
         else:
             offset = source.storage.offset if isinstance(source.storage, Extent) else 0
-            raw = self._buffer(len(values) * width, -offset - slab.start * width)
-            self.files.read(source, slab.start * width, raw, tensor.name)
+            raw = self._place_buffer(count * width, -offset - slab.start * width)
+            self.inputs.read(source, slab.start * width, raw, tensor.name)
         self.clock.read(len(raw))
-        widen(raw, tensor.dtype, source.byteorder, values)
+        return raw
 
-    def _gathered(self, sources: Sequence[TensorSource], width: int, name: str) -> Bytes:
-        """Return the values of small tensors side by side, read at once with what lies between."""
+    def _gather(self, sources: Sequence[TensorSource], width: int, name: str) -> Bytes:
+        """Return the values of neighbouring small tensors, from one read with what lies between."""
         extents = [source.storage for source in sources]
         starts = np.array([extent.offset for extent in extents if isinstance(extent, Extent)])
         sizes = np.array([extent.nbytes for extent in extents])
@@ -161,11 +191,11 @@ class Worker:
             self.span = page_aligned(high - low)
         whole = self.span[: high - low]
         span = Extent(low, len(whole), getattr(extents[0], "file", 0))
-        self.files.read(sources[0]._replace(storage=span), 0, whole, name)
-        # Picked by the largest unit in which all of them begin and end.
+        self.inputs.read(sources[0]._replace(storage=span), 0, whole, name)
+        # All tensors begin and end at multiples of this unit; the larger it is, the fewer indices.
         unit = int(np.gcd(np.gcd.reduce(starts - low), width))
         ends = np.cumsum(sizes // unit)
-        raw = self._buffer(int(sizes.sum()), 0)
+        raw = self._place_buffer(int(sizes.sum()), 0)
         picked = np.arange(ends[-1]) + np.repeat(
             (starts - low - sizes.cumsum() + sizes) // unit, sizes // unit
         )
@@ -178,36 +208,39 @@ class Worker:
         for row, target in enumerate(first.tensor.targets):
             width = itemsize(target.dtype)
             values = self.sums[row][:count]
-            raw = self._buffer(count * width, target.offset + first.start * width)
-            narrow(values, target.dtype, target.byteorder, raw)
-            if target.dtype != first.tensor.dtype and not self.work.allow_nonfinite:
+            raw = self._place_buffer(count * width, target.offset + first.start * width)
+            round_to(values, target.dtype, target.byteorder, raw)
+            if target.dtype != first.tensor.dtype and not self.job.allow_nonfinite:
                 stored = self.values[:count]
                 widen(raw, target.dtype, target.byteorder, stored)
                 _check_fits(first.tensor.name, target.dtype, values, stored)
             self.clock.fold()
+            # A bundle is read at once but written tensor by tensor: the bytes between its tensors
+            # belong to the template and must stay.
             written = 0
             for tensor, start, stop in bundle:
                 end = written + (stop - start) * width
                 place = tensor.targets[row]
-                write_exactly(
-                    self.outputs[place.file], place.offset + start * width, raw[written:end]
-                )
+                self.outputs[place.file].write(place.offset + start * width, raw[written:end])
                 written = end
             self.clock.write(len(raw))
 
-    def _culprit(self, slab: Slab, values: Float64) -> MismatchError:
-        """Read the slab again to say which checkpoint holds what is not finite."""
+    def _find_culprit(self, slab: Slab, count: int) -> MismatchError:
+        """Read the slab again and return the error that names the checkpoint at fault."""
         name = shown(slab.tensor.name)
+        values = self.values[:count]
         for k, terms in enumerate(self.terms):
             if not terms:
                 continue
-            self._load([slab], k, values)
-            where = np.flatnonzero(~np.isfinite(values))
+            source = slab.tensor.sources[k]
+            alone = values[: slab.stop - slab.start]
+            widen(self._read([slab], k, len(alone)), slab.tensor.dtype, source.byteorder, alone)
+            where = np.flatnonzero(~np.isfinite(alone))
             if len(where):
-                path = self.work.inputs[slab.tensor.sources[k].file].path
+                path = self.job.inputs[source.file].path
                 return MismatchError(
                     f"{shown(path)}: tensor '{name}' holds "
-                    f"{values[where[0]]} (element {slab.start + int(where[0])}); expected finite "
+                    f"{alone[where[0]]} (element {slab.start + int(where[0])}); expected finite "
                     "numbers. Leave the checkpoint out with --exclude, or use --allow-nonfinite"
                 )
         return MismatchError(
@@ -216,17 +249,44 @@ class Worker:
         )
 
 
-def _finite(values: Float64) -> bool:
-    """Tell whether all values are finite; a finite sum says so at once, and is quick."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.add.reduce(values))) or bool(np.isfinite(values).all())
-
-
-def _check_fits(name: str, dtype: str, row: Float64, stored: Float64) -> None:
+def _check_fits(name: str, dtype: str, values: Float64, stored: Float64) -> None:
     """Refuse a finite average that the wanted type can only store as infinity."""
-    if not _finite(stored):
-        worst = row[~np.isfinite(stored)][0]
+    if not is_finite(stored):
+        worst = values[~np.isfinite(stored)][0]
         raise MismatchError(
             f"the average of tensor '{shown(name)}' holds {worst:.6g}, which {dtype} cannot "
             "store; choose a wider --dtype"
         )
+
+
+#: Thread -> its worker.  A worker has buffers, so that two threads must not share one.
+_workers: dict[int, Worker] = {}
+
+
+def fold_batch(job: FoldJob, batch: Batch) -> Totals:
+    """Fold one batch: the unit of work that any executor can run in any process.
+
+    The worker, with its open files and buffers, stays for the next batch of the same job.
+    """
+    known = fold_known(job.id, batch)
+    if known is not None:
+        return known
+    thread = threading.get_ident()
+    if thread in _workers:
+        _workers.pop(thread).close()
+    worker = _workers[thread] = Worker(job)
+    return worker.fold(batch)
+
+
+def fold_known(job_id: str, batch: Batch) -> Totals | None:
+    """Fold a batch of a job that this thread has been given before; return None if it has not."""
+    worker = _workers.get(threading.get_ident())
+    return worker.fold(batch) if worker is not None and worker.job.id == job_id else None
+
+
+def release_workers(job_id: str) -> None:
+    """Close the files of a job's workers in this process; none of them may be at work."""
+    for thread, worker in [*_workers.items()]:
+        if worker.job.id == job_id:
+            with contextlib.suppress(KeyError):
+                _workers.pop(thread).close()

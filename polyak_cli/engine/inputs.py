@@ -1,6 +1,6 @@
-"""The input files of a run: opened when first read, and checked to be those that were scanned.
+"""The input files of a run: a bounded set of open files, checked to be those that were scanned.
 
-Knows nothing of slabs and of what is done with the bytes.
+Knows nothing of slabs, and nothing of what is done with the bytes.
 """
 
 from __future__ import annotations
@@ -18,20 +18,26 @@ from polyak_cli.storage import Bytes, File, InputFile, Version, open_input
 class OpenInputs:
     """The inputs, opened when first read, each checked to be the file that was scanned.
 
-    As many stay open as the process may have; the rest are opened for every slab.
+    As many stay open as the process may have; the others are opened again for every slab.
     """
 
     def __init__(self, inputs: Sequence[File]) -> None:
         self.inputs = inputs
+        # 64 descriptors are left for outputs, pipes and the caller's own files.
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.most = max(0, soft - 64) if soft != resource.RLIM_INFINITY else len(inputs)
+        self.limit = max(0, soft - 64) if soft != resource.RLIM_INFINITY else len(inputs)
         self.kept: dict[int, InputFile] = {}
 
     def __enter__(self) -> OpenInputs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self.kept.values():
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        while self.kept:
+            _, file = self.kept.popitem()
             file.close()
 
     def read(self, source: TensorSource, start: int, buffer: Bytes, name: str) -> None:
@@ -48,7 +54,7 @@ class OpenInputs:
 
     def prefetch(self, source: TensorSource, start: int, stop: int) -> None:
         """Have bytes of a tensor fetched, if its file is one that stays open."""
-        with contextlib.suppress(OSError, FormatError):  # reading them will say what is wrong
+        with contextlib.suppress(OSError, FormatError):  # the read that follows reports the error
             for extent in source.storage.byte_ranges(start, stop):
                 file = self.keep(source.file + extent.file)
                 if file is not None:
@@ -57,7 +63,7 @@ class OpenInputs:
     def keep(self, k: int) -> InputFile | None:
         """Return an input that is open for the whole run, if another may be open."""
         file = self.kept.get(k)
-        if file is None and len(self.kept) < self.most:
+        if file is None and len(self.kept) < self.limit:
             file = self.kept[k] = open_input(*self.inputs[k])
         return file
 
@@ -94,14 +100,14 @@ class _CheckpointFiles:
 
 
 def check_unchanged(inputs: Sequence[File]) -> None:
-    """Check once more that every input is the file that was scanned.
+    """Check again that every input is the file that was scanned.
 
     Raises:
-        FormatError: one was replaced, written to or removed meanwhile.
+        FormatError: one was replaced, changed or removed since.
     """
-    for path, identity in inputs:
+    for path, version in inputs:
         with contextlib.suppress(OSError):
-            if Version.of(Path(path).stat()) == identity:
+            if Version.of(Path(path).stat()) == version:
                 continue
         raise FormatError(
             f"{shown(path)}: changed or vanished while it was read; is training still running?"

@@ -1,11 +1,14 @@
-"""Convert stored bytes to float64, exactly, and round float64 to stored bytes, once.
+"""The arithmetic of an average: widen stored bytes to float64, add terms, and round once.
 
-Takes and returns arrays.  Knows nothing of files, of checkpoints and of coefficients.
+Arrays go in and arrays come out.  `accumulate` and `round_to` are the two operations of the inner
+loop.  A compiled kernel may replace them if it gives the same bits; `tests/test_kernel.py` compares
+them with an independent oracle.  Knows nothing of files, of slabs or of the names of tensors.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +23,7 @@ _FLOAT8 = {"float8_e4m3fn": (3, 7, 0x7F), "float8_e5m2": (2, 15, 0x7C)}
 def widen(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
     """Convert stored bytes to float64, exactly; a signalling NaN becomes a quiet one.
 
-    To be called under ``np.errstate(invalid="ignore")``, which is too slow to enter for each slab.
+    Call it under ``np.errstate(invalid="ignore")``, which is too slow to enter for each slab.
 
     Args:
         raw: the stored bytes of n elements.
@@ -29,7 +32,8 @@ def widen(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
         out: n float64 elements, overwritten.
     """
     if dtype in _FLOAT8:
-        np.take(_float8_values(dtype), raw, out=out, mode="clip")  # no index is out of bounds
+        # No index is out of bounds; "clip" only saves numpy the check and a copy of ``out``.
+        np.take(_float8_values(dtype), raw, out=out, mode="clip")
         return
     stored = raw.view(byteorder + FLOATS[dtype])
     if dtype == "bfloat16":  # the upper half of a float32
@@ -52,7 +56,55 @@ def widen_any(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
         widen(raw, dtype, byteorder, out)
 
 
-def narrow(values: Float64, dtype: str, byteorder: str, out: Bytes) -> None:
+def accumulate(
+    raw: Bytes,
+    dtype: str,
+    byteorder: str,
+    terms: Sequence[tuple[int, float]],
+    sums: Sequence[Float64],
+    started: bytearray,
+    scratch: tuple[Float64, Float64],
+) -> None:
+    """Add one checkpoint's terms ``c x`` to the sums of all averages it counts in.
+
+    The order of calls is the order of the terms: from the oldest checkpoint to the newest.
+    Call it under ``np.errstate``, as `widen`.
+
+    Args:
+        raw: the stored bytes of n elements x.
+        dtype: one of `FLOATS`.
+        byteorder: "<" or ">".
+        terms: for each average that the checkpoint counts in, its number and c, which is not 0.
+        sums: n float64 elements for each average.
+        started: a byte for each average, 0 until its sum has a first term; set here.
+        scratch: two buffers of n elements, overwritten.  With one average they may be the same:
+            then its product may overwrite the widened values, as no other average needs them.
+    """
+    values, product = scratch
+    widen(raw, dtype, byteorder, values)
+    for row, coefficient in terms:
+        if started[row]:
+            # Two roundings, of the product and of the sum.  A fused multiply-add rounds once, so
+            # its last bits would depend on the processor and on the compiler's choice.  These two
+            # calls of numpy cannot be fused; a compiled kernel must switch contraction off.
+            np.multiply(values, coefficient, out=product)
+            np.add(sums[row], product, out=sums[row])
+        else:
+            # The first term is stored, not added to 0: 0 + (-0.0) is +0.0, so a sum that begins
+            # with 0 would lose the sign of an average of negative zeros.
+            np.multiply(values, coefficient, out=sums[row])
+            started[row] = 1
+
+
+def is_finite(values: Float64) -> bool:
+    """Return whether all values are finite."""
+    # A finite sum proves it in one pass without a temporary array.  An infinite one proves
+    # nothing, as large finite values can overflow; only then are the values looked at one by one.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.add.reduce(values))) or bool(np.isfinite(values).all())
+
+
+def round_to(values: Float64, dtype: str, byteorder: str, out: Bytes) -> None:
     """Round float64 to the stored type once, to nearest, ties to even.
 
     Args:
@@ -81,7 +133,8 @@ def _odd_bits(values: Float64) -> npt.NDArray[np.uint32]:
     single = values.astype(np.float32)
     bits = single.view(np.uint32)
     wide = single.astype(np.float64)
-    bits -= np.abs(wide) > np.abs(values)  # one step toward zero; infinity becomes the greatest
+    # Subtracting 1 from the bits is one step toward zero, and turns infinity into the maximum.
+    bits -= np.abs(wide) > np.abs(values)
     bits |= wide != values
     return bits
 
@@ -90,7 +143,7 @@ def _bfloat16_bits(values: Float64) -> npt.NDArray[np.uint16]:
     """Round float64 to bfloat16 once."""
     bits = _odd_bits(values)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # A NaN must not carry into infinity: keep its upper bits and make it quiet.
+    # Rounding up would carry a NaN into infinity: keep its upper bits and make it quiet.
     nan = np.isnan(values)
     rounded[nan] = (bits[nan] >> 16) | 0x40
     return rounded.astype(np.uint16)
@@ -105,7 +158,7 @@ def _float8_bits(values: Float64, dtype: str) -> npt.NDArray[np.uint8]:
 
 @functools.cache
 def _float8_ladder(dtype: str) -> Float64:
-    """Return the values of the codes from 0 on, and what would come after the greatest."""
+    """Return the values of all codes from 0, and the value that would follow the maximum."""
     mantissa, bias, end = _FLOAT8[dtype]
     exponent, fraction = np.divmod(np.arange(end + 1), 1 << mantissa)
     whole = np.where(exponent, (1 << mantissa) + fraction, fraction)  # subnormals have no hidden 1
@@ -130,10 +183,12 @@ def _float8_codes(dtype: str) -> npt.NDArray[np.uint8]:
     *_, end = _FLOAT8[dtype]
     ladder = _float8_ladder(dtype)
     middles = (ladder[:-1] + ladder[1:]) / 2
-    # A tie goes up from an odd code; from an even one, only what is greater does.
+    # A tie goes up from an odd code.  From an even code only a greater value goes up, so its
+    # limit is the next float64 after the middle.
     middles[::2] = np.nextafter(middles[::2], np.inf)
-    numbers = (np.arange(0x8000, dtype=np.uint32) << 16).view(np.float32)
-    codes = np.searchsorted(middles, numbers, side="right")
-    # NaN, sorted behind all numbers; what overflows is infinity or, where there is none, NaN.
-    codes[np.isnan(numbers)] = 0x7F if end == 0x7F else 0x7E
+    magnitudes = (np.arange(0x8000, dtype=np.uint32) << 16).view(np.float32)
+    codes = np.searchsorted(middles, magnitudes, side="right")
+    # searchsorted puts NaN behind all numbers, where the code for overflow is: infinity, or NaN in
+    # a type without infinity.
+    codes[np.isnan(magnitudes)] = 0x7F if end == 0x7F else 0x7E
     return np.concatenate([codes, codes | 0x80]).astype(np.uint8)

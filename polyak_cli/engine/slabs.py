@@ -6,21 +6,41 @@ Knows where every tensor lies and how much memory there is; reads and computes n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from polyak_cli.tensors import Extent, Placement, Storage, itemsize
 
-#: Elements folded at a time: 256 KiB of float32, with its float64 sum and product within L2.
-PIECE = 1 << 16
-#: Pieces, or slabs of small tensors, that are folded between two messages.
-PIECES, BATCH = 8, 256
-#: Bytes up to which a tensor is small: one system call for each would cost more than its bytes.
-SMALL = 1 << 14
-#: Bytes between two small tensors up to which it is quicker to read them along, and bytes of such
-#: a reading for each element that may be folded at a time.
-GAP, SPAN = 1 << 13, 16
 #: Bytes that one element needs while it is folded: as stored, its float64 and the sum.
 FOLD_BYTES = 8 + 8 + 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The sizes that decide how fast a run is, and never which bytes it writes."""
+
+    #: Elements of a slab: 256 KiB of float32, with its float64 sum and product within L2.
+    piece: int = 1 << 16
+    #: Slabs of that many elements, or slabs of small tensors, that are folded between two reports.
+    pieces_per_batch: int = 8
+    slabs_per_batch: int = 256
+    #: Bytes of the inputs above which forking pays.
+    fork_nbytes: int = 64 << 20
+    #: Bytes up to which a tensor is small: a system call for it would cost more than its bytes.
+    small_nbytes: int = 1 << 14
+    #: Bytes between two small tensors up to which it is faster to read them too.
+    gap_nbytes: int = 1 << 13
+    #: Bytes of such a common read for each element of a slab.
+    span_nbytes: int = 16
+    #: Bytes of a slab above which prefetching pays; the system itself reads less than that ahead.
+    prefetch_nbytes: int = 1 << 16
+    #: Bytes a second that only the page cache delivers: then there is nothing to prefetch.
+    cache_speed: float = 2e9
+    #: Bytes written between two flushes to the disk.
+    flush_nbytes: int = 32 << 20
+
+
+TUNING = Tuning()
 
 
 class TensorSource(NamedTuple):
@@ -49,8 +69,10 @@ class Slab(NamedTuple):
     stop: int
 
 
-#: Slabs that are folded as one: several small tensors whole, or one slab of any.
+#: Slabs that are folded as one: several small tensors, each of them whole, or one slab of any size.
 Bundle = Sequence[Slab]
+#: Bundles that are folded between two reports: the unit of work that is sent to another process.
+Batch = Sequence[Bundle]
 
 
 def count_elements(bundle: Bundle) -> int:
@@ -65,6 +87,7 @@ class Memory(NamedTuple):
     piece: int  # elements of one tensor folded at a time
     most: int  # elements at a time where the storage is better read in larger parts
     element: int = FOLD_BYTES  # bytes that one element needs
+    tuning: Tuning = TUNING
 
     @property
     def nbytes(self) -> int:
@@ -72,13 +95,24 @@ class Memory(NamedTuple):
         return self.jobs * self.piece * self.element
 
     @classmethod
-    def within(cls, nbytes: int, jobs: int, averages: int = 1) -> Memory:
-        """Fit the processes and their buffers into a bound; fewer processes before tiny pieces."""
-        # Each further average has a sum of its own; from two on, the product has a buffer too.
+    def within(
+        cls, nbytes: int, jobs: int, averages: int = 1, *, tuning: Tuning | None = None
+    ) -> Memory:
+        """Fit the processes and their buffers into a bound.
+
+        Args:
+            nbytes: the bound.
+            jobs: processes at most.  There are fewer where each would have only tiny buffers.
+            averages: how many averages are folded at once.
+            tuning: other sizes than the default ones.
+        """
+        tuning = tuning or TUNING
+        # Each further average needs another sum.  From two averages on, the product needs a buffer
+        # too, because the widened values are used again.
         element = FOLD_BYTES + 8 * averages * (averages > 1)
         jobs = max(1, min(jobs, nbytes // (element * 4096)))
         most = max(256, nbytes // (element * jobs))
-        return cls(jobs, min(PIECE, most), most, element)
+        return cls(jobs, min(tuning.piece, most), most, element, tuning)
 
 
 def cut_slabs(tensors: Iterable[FoldTensor], piece: int, most: int) -> Iterator[Slab]:
@@ -91,24 +125,28 @@ def cut_slabs(tensors: Iterable[FoldTensor], piece: int, most: int) -> Iterator[
     """
     for tensor in tensors:
         width = itemsize(tensor.dtype)
+        # A chunk is decoded whole for any part of it, so slabs end where chunks do if that fits.
         best = max(source.storage.preferred_nbytes for source in tensor.sources) // width
         step = piece if best <= 1 else max(1, min(best * max(1, piece // best), most))
         for start in range(0, tensor.size, step):
             yield Slab(tensor, start, min(start + step, tensor.size))
 
 
-def bundle_slabs(work: Iterable[Slab], elements: int) -> Iterator[Bundle]:
+def bundle_slabs(slabs: Iterable[Slab], elements: int, tuning: Tuning = TUNING) -> Iterator[Bundle]:
     """Put small tensors together that lie side by side in every checkpoint: they are folded as one.
 
     Args:
-        work: slabs, best in the order in which their tensors lie.
+        slabs: best in the order in which their tensors lie in the files.
         elements: of a bundle at most.
+        tuning: which tensors are small, and how far apart they may lie.
     """
     bundle: list[Slab] = []
     count = 0
-    for slab in work:
+    for slab in slabs:
         length = slab.stop - slab.start
-        if bundle and (count + length > elements or not _side_by_side(bundle, slab, elements)):
+        if bundle and (
+            count + length > elements or not _is_neighbour(bundle, slab, elements, tuning)
+        ):
             yield bundle
             bundle, count = [], 0
         bundle.append(slab)
@@ -117,12 +155,12 @@ def bundle_slabs(work: Iterable[Slab], elements: int) -> Iterator[Bundle]:
         yield bundle
 
 
-def _side_by_side(bundle: Bundle, slab: Slab, elements: int) -> bool:
-    """Tell whether a slab may be read along with those before it."""
+def _is_neighbour(bundle: Bundle, slab: Slab, elements: int, tuning: Tuning) -> bool:
+    """Return whether a slab may be read together with the slabs of a bundle."""
     first, last, new = bundle[0].tensor, bundle[-1].tensor, slab.tensor
-    if new.dtype != first.dtype or not (_is_small(slab) and _is_small(bundle[0])):
+    if new.dtype != first.dtype or not (_is_small(slab, tuning) and _is_small(bundle[0], tuning)):
         return False
-    span = SPAN * elements
+    span = tuning.span_nbytes * elements
     return all(
         b.dtype == a.dtype and b.byteorder == a.byteorder
         for a, b in zip(first.targets, new.targets, strict=True)
@@ -133,28 +171,36 @@ def _side_by_side(bundle: Bundle, slab: Slab, elements: int) -> bool:
         and isinstance(b.storage, Extent)
         and isinstance(c.storage, Extent)
         and c.storage.file == a.storage.file
-        and 0 <= c.storage.offset - b.storage.offset - b.storage.nbytes <= GAP
+        and 0 <= c.storage.offset - b.storage.offset - b.storage.nbytes <= tuning.gap_nbytes
         and c.storage.offset + c.storage.nbytes - a.storage.offset <= span
         for a, b, c in zip(first.sources, last.sources, new.sources, strict=True)
     )
 
 
-def _is_small(slab: Slab) -> bool:
-    """Tell whether a slab is a small tensor, and the whole of it, which a tight bound may cut."""
+def _is_small(slab: Slab, tuning: Tuning) -> bool:
+    """Return whether a slab is the whole of a small tensor; a tight bound may cut even those."""
     tensor = slab.tensor
     whole = slab.stop - slab.start == tensor.size
-    return whole and tensor.size * itemsize(tensor.dtype) <= SMALL
+    return whole and tensor.size * itemsize(tensor.dtype) <= tuning.small_nbytes
 
 
-def gather_batches(work: Iterable[Bundle], elements: int) -> Iterator[list[Bundle]]:
-    """Gather bundles, so that a message is not sent for a handful of bytes."""
+def gather_batches(
+    bundles: Iterable[Bundle], elements: int, tuning: Tuning = TUNING
+) -> Iterator[Batch]:
+    """Gather bundles into batches, because a report for each bundle would cost too much.
+
+    Args:
+        bundles: in the order in which they are folded.
+        elements: a batch is complete when it has so many.
+        tuning: how many slabs complete a batch that has fewer elements.
+    """
     batch: list[Bundle] = []
     total = length = 0
-    for bundle in work:
+    for bundle in bundles:
         batch.append(bundle)
         total += count_elements(bundle)
         length += len(bundle)
-        if total >= elements or length >= BATCH:
+        if total >= elements or length >= tuning.slabs_per_batch:
             yield batch
             batch, total, length = [], 0, 0
     if batch:

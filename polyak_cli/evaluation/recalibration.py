@@ -23,7 +23,7 @@ from polyak_cli.averaging import records
 from polyak_cli.averaging.matching import is_statistic
 from polyak_cli.engine import reading
 from polyak_cli.engine.inputs import check_unchanged
-from polyak_cli.engine.kernel import narrow, widen
+from polyak_cli.engine.kernel import round_to, widen
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import Memory, TensorSource
 from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
@@ -247,7 +247,7 @@ def digests(table: Table, values: Mapping[str, Float64]) -> dict[str, str]:
     for name, elements in values.items():
         dtype = table.tensors[name].dtype
         raw = np.empty(elements.size * itemsize(dtype), np.uint8)
-        narrow(elements, dtype, "<", raw)
+        round_to(elements, dtype, "<", raw)
         found[name] = hashlib.sha256(raw.data).hexdigest()
     return found
 
@@ -367,7 +367,7 @@ def _write(table: Table, values: Mapping[str, Float64], hidden: Path, record: st
 def _rounded(values: Float64, place: Placement, where: str) -> Bytes:
     """Return values as they are stored, having refused what is not finite then."""
     raw = np.empty(values.size * itemsize(place.dtype), np.uint8)
-    narrow(values, place.dtype, place.byteorder, raw)
+    round_to(values, place.dtype, place.byteorder, raw)
     stored = np.empty_like(values)
     with np.errstate(invalid="ignore"):
         widen(raw, place.dtype, place.byteorder, stored)
