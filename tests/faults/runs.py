@@ -14,7 +14,7 @@ from tests.oracle import write_model
 
 OLD = b"an older average"
 
-LAID_OUT = PAUSE.format(module="formats", function="lay_out")  # no tensor has been read
+LAID_OUT = PAUSE.format(module="formats", function="write_skeleton")  # no tensor has been read
 # Every tensor has been read and written.
 FOLDED = PAUSE.format(module="engine.executors", function="fold")
 

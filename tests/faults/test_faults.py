@@ -292,16 +292,16 @@ def test_a_signal_while_the_output_is_laid_out_leaves_nothing(run_folder: Path) 
 def test_a_signal_that_python_drops_is_answered_all_the_same(run_folder: Path) -> None:
     """What a handler raises in a destructor is lost; the program does not run on as if unasked."""
     code = (
-        "import os, signal, time, polyak_cli.formats as module\nreal = module.lay_out\n"
+        "import os, signal, time, polyak_cli.formats as module\nreal = module.write_skeleton\n"
         "class Last:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        time.sleep(0)\n"  # here the handler runs
-        "def lay_out(*arguments, **options):\n"
+        "def write_skeleton(*arguments, **options):\n"
         "    Last()\n"
         "    time.sleep(0.1)\n"
         "    return real(*arguments, **options)\n"
-        "module.lay_out = lay_out\n"
+        "module.write_skeleton = write_skeleton\n"
     )
     done = scripted(code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
     assert done.returncode == 143
