@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     )
     from polyak_cli.evaluation.comparison import Compared, Comparison, Gain, compare
     from polyak_cli.evaluation.data import Split, halves
-    from polyak_cli.evaluation.evaluator import Examiner, Outcome, Score, evaluate
+    from polyak_cli.evaluation.evaluator import Evaluator, RowScores, Score, evaluate
     from polyak_cli.evaluation.recalibration import Recalibration, recalibrate
     from polyak_cli.evaluation.sample_run import TrainReport, train
-    from polyak_cli.evaluation.significance import Paired, mcnemar, paired, verdict
+    from polyak_cli.evaluation.significance import Paired, mcnemar, paired_difference, verdict
     from polyak_cli.evaluation.sweeping import Sweep, sweep
     from polyak_cli.examining.differences import Differences, Distances, diff, distances
     from polyak_cli.examining.health import Checked, Health, check
@@ -58,7 +58,7 @@ __all__ = [
     "Differences",
     "Discrepancy",
     "Distances",
-    "Examiner",
+    "Evaluator",
     "FormatError",
     "Gain",
     "Health",
@@ -66,7 +66,6 @@ __all__ = [
     "MismatchError",
     "MissingExtraError",
     "Options",
-    "Outcome",
     "OutputError",
     "Paired",
     "PassedOver",
@@ -75,6 +74,7 @@ __all__ = [
     "Problem",
     "Recalibration",
     "Report",
+    "RowScores",
     "Score",
     "Selection",
     "Split",
@@ -95,7 +95,7 @@ __all__ = [
     "inspect",
     "mcnemar",
     "model_files",
-    "paired",
+    "paired_difference",
     "plan",
     "recalibrate",
     "run",
@@ -116,7 +116,7 @@ _HOMES = {
     "Differences": "examining.differences",
     "Discrepancy": "examining.verification",
     "Distances": "examining.differences",
-    "Examiner": "evaluation.evaluator",
+    "Evaluator": "evaluation.evaluator",
     "FormatError": "errors",
     "Gain": "evaluation.comparison",
     "Health": "examining.health",
@@ -124,7 +124,7 @@ _HOMES = {
     "MismatchError": "errors",
     "MissingExtraError": "errors",
     "Options": "averaging.options",
-    "Outcome": "evaluation.evaluator",
+    "RowScores": "evaluation.evaluator",
     "OutputError": "errors",
     "Paired": "evaluation.significance",
     "PassedOver": "checkpoints",
@@ -152,7 +152,7 @@ _HOMES = {
     "inspect": "examining.inspection",
     "mcnemar": "evaluation.significance",
     "model_files": "checkpoints",
-    "paired": "evaluation.significance",
+    "paired_difference": "evaluation.significance",
     "plan": "averaging.planning",
     "recalibrate": "evaluation.recalibration",
     "run": "pipeline",

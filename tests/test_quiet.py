@@ -8,7 +8,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter, whose standard error is descriptor 2 itself."""
     imports = (
         "import logging, os, sys, warnings\n"
-        "from polyak_cli.evaluation.quiet import hushed, prints_on_stderr"
+        "from polyak_cli.evaluation.quiet import silence_frameworks, redirect_prints"
     )
     script = f"{imports}\n{code}"
     return subprocess.run(
@@ -18,14 +18,16 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_what_is_written_to_the_descriptor_is_held_back() -> None:
     """Chatter of C++ code and of child processes does not reach standard error."""
-    done = run("with hushed():\n    os.write(2, b'chatter\\n'); os.system('echo more >&2')")
+    done = run(
+        "with silence_frameworks():\n    os.write(2, b'chatter\\n'); os.system('echo more >&2')"
+    )
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
 def test_pythons_own_standard_error_is_not_held_back() -> None:
     """Prints, warnings and what is logged as an error reach the terminal."""
     done = run(
-        "with hushed():\n"
+        "with silence_frameworks():\n"
         "    os.write(2, b'chatter\\n')\n"
         "    print('printed', file=sys.stderr)\n"
         "    warnings.warn('warned')\n"
@@ -43,7 +45,7 @@ def test_everything_is_as_before_afterwards() -> None:
     done = run(
         "before = (sys.stderr, logging.getLogger('absl').level, len(os.listdir('/proc/self/fd')))\n"
         "try:\n"
-        "    with hushed():\n"
+        "    with silence_frameworks():\n"
         "        raise KeyError\n"
         "except KeyError: pass\n"
         "after = (sys.stderr, logging.getLogger('absl').level, len(os.listdir('/proc/self/fd')))\n"
@@ -56,7 +58,7 @@ def test_everything_is_as_before_afterwards() -> None:
 def test_the_last_line_held_back_is_told() -> None:
     """An error can quote the last line that C++ code wrote before it."""
     done = run(
-        "with hushed() as held_back:\n"
+        "with silence_frameworks() as held_back:\n"
         "    assert held_back() == ''\n"
         "    os.write(2, b'one\\n  two \\xff\\n\\n')\n"
         "    print(ascii(held_back()))\n"
@@ -66,17 +68,17 @@ def test_the_last_line_held_back_is_told() -> None:
 
 def test_a_closed_standard_error_is_no_reason_to_fail() -> None:
     """Where descriptor 2 is closed there is nothing to hold back."""
-    done = run("os.close(2)\nwith hushed() as held_back:\n    print(repr(held_back()))")
+    done = run("os.close(2)\nwith silence_frameworks() as held_back:\n    print(repr(held_back()))")
     assert done.stdout == "''\n"
 
 
 def test_what_others_print_goes_to_standard_error() -> None:
-    """Python, C and child processes alike, inside `hushed` too; before and after it is stdout."""
+    """Prints of Python, C and child processes go to stderr, inside `silence_frameworks` too."""
     done = run(
         "print('before')\n"
         "try:\n"
-        "    with prints_on_stderr():\n"
-        "        with hushed(): print('printed'); os.write(2, b'chatter\\n')\n"
+        "    with redirect_prints():\n"
+        "        with silence_frameworks(): print('printed'); os.write(2, b'chatter\\n')\n"
         "        os.system('echo child'); os.write(1, b'written\\n'); 1 / 0\n"
         "except ZeroDivisionError: print('after')\n"
     )

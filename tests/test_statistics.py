@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from polyak_cli.errors import UsageError
 from polyak_cli.evaluation import significance
-from polyak_cli.evaluation.significance import Paired, mcnemar, paired, verdict
+from polyak_cli.evaluation.significance import Paired, mcnemar, paired_difference, verdict
 
 quietly = settings(derandomize=True, deadline=None, max_examples=50)
 numbers = st.floats(-1e6, 1e6)
@@ -41,14 +41,14 @@ def test_the_difference_is_the_mean_and_lies_among_the_rows(
 ) -> None:
     """The interval holds no value that no row has, and is the same every time."""
     ours, theirs = np.array(pairs).T
-    found = paired(ours, theirs, seed=seed, resamples=500)
+    found = paired_difference(ours, theirs, seed=seed, resamples=500)
     exact = sum((Fraction(a) - Fraction(b) for a, b in pairs), Fraction()) / len(pairs)
     assert found.difference == pytest.approx(float(exact), rel=1e-9, abs=1e-8)
     differences = ours - theirs
     room = 1e-9 * max(1.0, abs(differences).max())
     assert differences.min() - room <= found.low <= found.high <= differences.max() + room
     assert found.rows == len(pairs)
-    assert found == paired(ours, theirs, seed=seed, resamples=500)
+    assert found == paired_difference(ours, theirs, seed=seed, resamples=500)
 
 
 @quietly
@@ -56,9 +56,12 @@ def test_the_difference_is_the_mean_and_lies_among_the_rows(
 def test_the_models_change_places_with_the_sign(pairs: list[tuple[bool, bool]]) -> None:
     """Theirs minus ours is the mirror image, and scaling the unit scales all."""
     ours, theirs = np.array(pairs).T
-    there, back = paired(ours, theirs, resamples=500), paired(theirs, ours, resamples=500)
+    there, back = (
+        paired_difference(ours, theirs, resamples=500),
+        paired_difference(theirs, ours, resamples=500),
+    )
     assert there[:3] == pytest.approx((-back.difference, -back.high, -back.low), abs=1e-12)
-    percent = paired(100.0 * ours, 100.0 * theirs, resamples=500)
+    percent = paired_difference(100.0 * ours, 100.0 * theirs, resamples=500)
     assert percent[:3] == pytest.approx([100 * value for value in there[:3]], abs=1e-9)
 
 
@@ -66,7 +69,7 @@ def test_the_interval_is_that_of_all_resamples() -> None:
     """Five rows have 3,125 resamples; their middle 95 % is what 100,000 random ones find."""
     rows = np.array([0.3, -1.0, 2.5, 0.0, 1.1])
     means = [np.mean(drawn) for drawn in itertools.product(rows, repeat=5)]
-    found = paired(rows, np.zeros(5), resamples=100_000)
+    found = paired_difference(rows, np.zeros(5), resamples=100_000)
     assert found[1:3] == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.03)
 
 
@@ -77,7 +80,7 @@ def test_the_interval_is_that_of_another_implementation() -> None:
     theirs = scipy_stats.bootstrap(
         (rows,), np.mean, method="percentile", rng=np.random.default_rng(2), batch=1000
     ).confidence_interval
-    found = paired(rows, np.zeros(1000))
+    found = paired_difference(rows, np.zeros(1000))
     assert found[1:3] == pytest.approx((theirs.low, theirs.high), abs=0.003)
 
 
@@ -92,14 +95,16 @@ def test_the_interval_covers_the_truth_nineteen_times_of_twenty(kind: str) -> No
         "skewed": (random.exponential(size=size), 1.0),
         "accuracy": (random.choice([-1.0, 0.0, 1.0], size, p=[0.1, 0.7, 0.2]), 0.1),
     }[kind]
-    found = [paired(rows, 0 * rows, seed=k, resamples=1000) for k, rows in enumerate(runs)]
+    found = [
+        paired_difference(rows, 0 * rows, seed=k, resamples=1000) for k, rows in enumerate(runs)
+    ]
     assert 920 <= sum(one.low <= truth <= one.high for one in found) <= 975
 
 
 def test_groups_of_rows_leave_the_interval_as_it_is() -> None:
     """Above 10,000 rows it is as wide as the spread of the rows says, around their mean."""
     rows = np.random.default_rng(3).exponential(size=123_457)
-    found = paired(rows, np.zeros(len(rows)), resamples=4000)
+    found = paired_difference(rows, np.zeros(len(rows)), resamples=4000)
     expected = 1.959964 * rows.std() / math.sqrt(len(rows))
     assert found.difference == pytest.approx(rows.mean(), rel=1e-12)
     assert found.high - found.difference == pytest.approx(expected, rel=0.06)
@@ -109,7 +114,7 @@ def test_groups_of_rows_leave_the_interval_as_it_is() -> None:
 def test_sorted_rows_are_grouped_at_random() -> None:
     """Rows sorted by their difference do not widen the interval."""
     rows = np.sort(np.random.default_rng(4).normal(size=50_000))
-    found = paired(rows, np.zeros(len(rows)), resamples=1000)
+    found = paired_difference(rows, np.zeros(len(rows)), resamples=1000)
     assert found.high - found.low == pytest.approx(2 * 1.96 / math.sqrt(50_000), rel=0.1)
 
 
@@ -120,7 +125,7 @@ def test_a_million_rows_take_seconds_and_little_memory() -> None:
     ours, theirs = random.normal(size=(2, 1_000_000))
     started = time.monotonic()
     tracemalloc.start()
-    found = paired(ours, theirs)
+    found = paired_difference(ours, theirs)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 120e6
@@ -131,21 +136,21 @@ def test_a_million_rows_take_seconds_and_little_memory() -> None:
 def test_rows_that_are_no_numbers_give_an_interval_that_is_none() -> None:
     """One NaN, or infinity on either side, is told and does not hide."""
     for value in (math.nan, math.inf, -math.inf):
-        found = paired(np.array([1.0, value]), np.array([1.0, 2.0]))
+        found = paired_difference(np.array([1.0, value]), np.array([1.0, 2.0]))
         assert not math.isfinite(found.difference)
         assert math.isnan(found.low)
         assert verdict(found, higher_is_better=True) == "not comparable"
     both = np.array([math.inf, 1.0])
-    assert math.isnan(paired(both, both).difference)
+    assert math.isnan(paired_difference(both, both).difference)
 
 
 def test_rows_that_cannot_be_paired_are_refused() -> None:
     """Other numbers of rows, more than one number a row, and a single row."""
     for ours, theirs in ((3, 4), (1, 1), (0, 0)):
         with pytest.raises(UsageError, match="a paired difference needs"):
-            paired(np.zeros(ours), np.zeros(theirs))
+            paired_difference(np.zeros(ours), np.zeros(theirs))
     with pytest.raises(UsageError, match=r"found the shapes \(3, 2\)"):
-        paired(np.zeros((3, 2)), np.zeros((3, 2)))
+        paired_difference(np.zeros((3, 2)), np.zeros((3, 2)))
     with pytest.raises(UsageError, match="McNemar's test needs"):
         mcnemar(np.zeros(3, bool), np.zeros(4, bool))
 

@@ -74,7 +74,7 @@ def test_a_step_of_the_search_keeps_coefficients_such(
         return
     coefficients = [c / total for c in raw]
     k = data.draw(st.integers(0, len(raw) - 1))
-    for near in soups._near(coefficients, k, step):
+    for near in soups.step_coefficients(coefficients, k, step):
         assert min(near) >= 0
         assert math.isclose(math.fsum(near), 1)
         assert near[k] != coefficients[k]

@@ -823,7 +823,7 @@ def recalibrated(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             before = {place: file[place][()]}
         return batchnorm.Moments(before, {place: np.linspace(0, 1, 7) / 3}, 1, 1, ())
 
-    monkeypatch.setattr(recalibration, "moments", moments)
+    monkeypatch.setattr(recalibration, "gather_moments", moments)
     monkeypatch.setattr(recalibration, "check_model", lambda _: None)
     rows = Split("rows", np.zeros((4, 3)), np.zeros(4))
     average(run / "ckpts", run / "final.h5", recalibrate=rows, verify=True, force=True)

@@ -317,7 +317,7 @@ def _check_recalibration(template: Table, output: Path | None, options: Options)
     if rows is not None:
         from polyak_cli.evaluation import recalibration
 
-        recalibration.check(template, output, rows, batch_size_of(options))
+        recalibration.check_recalibration(template, output, rows, batch_size_of(options))
 
 
 def _check_types(template: Table, averaged: Sequence[Row], options: Options) -> None:

@@ -64,9 +64,9 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     if recalibrates is None:
         yield
         return
-    from polyak_cli.evaluation.quiet import prints_on_stderr
+    from polyak_cli.evaluation.quiet import redirect_prints
 
-    with prints_on_stderr():
+    with redirect_prints():
         yield
 
 
@@ -135,10 +135,10 @@ def evaluate(
         raise UsageError("--fail-if-worse has nothing to compare with; name a model by --baseline")
     from polyak_cli import checkpoints
     from polyak_cli.evaluation import data as datasets
-    from polyak_cli.evaluation.quiet import prints_on_stderr
+    from polyak_cli.evaluation.quiet import redirect_prints
 
     paths, passed_over = checkpoints.model_files(models)
-    with prints_on_stderr():
+    with redirect_prints():
         dataset = datasets.load(data)
         rows = dataset.split(split)
         scores, compared = _scored(
@@ -270,9 +270,9 @@ def recalibrate(
     """
     from polyak_cli.evaluation import data as datasets
     from polyak_cli.evaluation import recalibration
-    from polyak_cli.evaluation.quiet import prints_on_stderr
+    from polyak_cli.evaluation.quiet import redirect_prints
 
-    with prints_on_stderr():
+    with redirect_prints():
         dataset = datasets.load(data)
         rows = dataset.split(split, default="train")
         report = recalibration.recalibrate(
@@ -365,14 +365,14 @@ def sweep(
 
     from polyak_cli.evaluation import data as datasets
     from polyak_cli.evaluation import reports, sweeping
-    from polyak_cli.evaluation.quiet import prints_on_stderr
+    from polyak_cli.evaluation.quiet import redirect_prints
 
     folder = Path(output)
     reports.check_folder(folder, force=force)
     options["split"] = None
     notes = load_rows(options)
     with (
-        prints_on_stderr(),
+        redirect_prints(),
         show_progress("scoring", None, quiet or as_json, in_bytes=False) as advance,
     ):
         rows = datasets.load(data)

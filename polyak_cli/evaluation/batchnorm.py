@@ -22,7 +22,7 @@ from polyak_cli.evaluation.keras_files import (
     reword_keras_errors,
 )
 from polyak_cli.evaluation.labels import check_features
-from polyak_cli.evaluation.quiet import hushed
+from polyak_cli.evaluation.quiet import silence_frameworks
 from polyak_cli.tensors import Float64, Table
 
 
@@ -45,7 +45,7 @@ class Moments:
     notes: tuple[str, ...]
 
 
-def moments(
+def gather_moments(
     table: Table, rows: data.Split, *, batch_size: int, trust_code: bool = False
 ) -> Moments:
     """Run a model once over rows and gather what its BatchNorm layers see.
@@ -83,24 +83,24 @@ def moments(
     if table.format == "hdf5":
         check_suffix(opened)
     written = Description("", "", table.about.get("keras_version", ""))
-    with hushed() as held_back, collect_warnings() as warned:
+    with silence_frameworks() as held_back, collect_warnings() as warned:
         keras = import_keras("recalibrating BatchNorm")
         with reword_keras_errors(path, f"cannot load it{name_writer(written)}", held_back):
             model = keras.saving.load_model(opened, compile=False, safe_mode=not trust_code)
             layers = model._flatten_layers()
-            stored = _stored(model, table)
+            stored = locate_variables(model, table)
         found = [
-            _Gathering(layer, keras)
+            _BatchNormRecorder(layer, keras)
             for layer in layers
             if isinstance(layer, keras.layers.BatchNormalization)
         ]
         if not found:
             raise MismatchError(f"{shown(path)}: has no BatchNorm layer; nothing to recalibrate")
         check_features(path, model, rows)
-        before = _located(path, found, stored)
+        before = _locate_values(path, found, stored)
         with reword_keras_errors(path, f"cannot run it on {rows.source}", held_back):
-            batches = _gather(keras, model, found, rows, batch_size)
-    notes = (*_left_alone(path, found), *warned)
+            batches = _run_model(keras, model, found, rows, batch_size)
+    notes = (*_note_unchanged(path, found), *warned)
     chosen = [one for one in found if one.rows]
     after = {
         location: total / one.rows
@@ -111,7 +111,7 @@ def moments(
     return Moments({k: before[k] for k in after}, after, len(chosen), batches, notes)
 
 
-class _Gathering:
+class _BatchNormRecorder:
     """Stands in for the call of a BatchNorm layer, and adds up what it computes of each batch."""
 
     def __init__(self, layer: Any, keras: Any) -> None:
@@ -149,8 +149,8 @@ class _Gathering:
         return outputs
 
 
-def _gather(
-    keras: Any, model: Any, found: Sequence[_Gathering], rows: data.Split, batch_size: int
+def _run_model(
+    keras: Any, model: Any, found: Sequence[_BatchNormRecorder], rows: data.Split, batch_size: int
 ) -> int:
     """Run the model once over the rows; return the number of batches."""
     import numpy as np
@@ -160,7 +160,7 @@ def _gather(
     for one in found:
         one.layer.call = one.probe
     with keras.StatelessScope():  # a layer that changes in training does so in vain
-        model(_batch(rows.features, order[:2]), training=True)
+        model(_take_batch(rows.features, order[:2]), training=True)
     for one in found:
         one.layer.call = one.call
         if one.trains:
@@ -169,18 +169,18 @@ def _gather(
         return 0
     count = -(-rows.rows // batch_size)
     for batch in np.array_split(order, count):
-        model(_batch(rows.features, batch), training=False)
+        model(_take_batch(rows.features, batch), training=False)
     return count
 
 
-def _batch(features: data.Arrays, rows: data.Array) -> Any:
+def _take_batch(features: data.Arrays, rows: data.Array) -> Any:
     """Return some of the rows as a model is called with them."""
     if isinstance(features, Mapping):
         return {name: array[rows] for name, array in features.items()}
     return [a[rows] for a in features] if isinstance(features, tuple) else features[rows]
 
 
-def _stored(model: Any, table: Table) -> dict[int, list[str]]:
+def locate_variables(model: Any, table: Table) -> dict[int, list[str]]:
     """Return where the file keeps each variable of a model: its identity -> locations.
 
     Goes the way that Keras goes when it loads: by the order of layers and variables in an .h5
@@ -196,7 +196,7 @@ def _stored(model: Any, table: Table) -> dict[int, list[str]]:
         # Where a model has variables of its own, they come last.
         pairs = list(zip(variables, (s.location for s in table.tensors.values()), strict=False))
     else:
-        pairs = _archived(model)
+        pairs = _trace_archive(model)
     shapes = {spec.location: spec.shape for spec in table.tensors.values()}
     for variable, location in pairs:
         if shapes.get(location) == tuple(getattr(variable, "shape", ())):
@@ -204,7 +204,7 @@ def _stored(model: Any, table: Table) -> dict[int, list[str]]:
     return found
 
 
-def _archived(model: Any) -> list[tuple[Any, str]]:
+def _trace_archive(model: Any) -> list[tuple[Any, str]]:
     """Return each variable of a model and where Keras would save it in an archive."""
     from keras.src.saving import saving_lib
 
@@ -231,8 +231,8 @@ def _archived(model: Any) -> list[tuple[Any, str]]:
     ]
 
 
-def _located(
-    path: Path, found: Sequence[_Gathering], stored: Mapping[int, Sequence[str]]
+def _locate_values(
+    path: Path, found: Sequence[_BatchNormRecorder], stored: Mapping[int, Sequence[str]]
 ) -> dict[str, data.Array]:
     """Return the statistics that a model was loaded with, by where the file keeps them."""
     before: dict[str, data.Array] = {}
@@ -247,7 +247,7 @@ def _located(
     return before
 
 
-def _left_alone(path: Path, found: Sequence[_Gathering]) -> Iterator[str]:
+def _note_unchanged(path: Path, found: Sequence[_BatchNormRecorder]) -> Iterator[str]:
     """Yield what to tell of the layers whose statistics stay as they are.
 
     Raises:

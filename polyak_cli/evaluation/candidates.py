@@ -14,7 +14,7 @@ import numpy as np
 
 from polyak_cli.averaging import schemes
 from polyak_cli.errors import UsageError, shown
-from polyak_cli.evaluation.evaluator import Outcome
+from polyak_cli.evaluation.evaluator import RowScores
 
 
 class Candidate(NamedTuple):
@@ -41,15 +41,15 @@ class Candidate(NamedTuple):
         return f"{self.scheme or self.kind}{parameter}"
 
 
-class Row(NamedTuple):
+class ScoredCandidate(NamedTuple):
     """A candidate, and what it made of the rows: split -> outcome."""
 
     candidate: Candidate
-    outcomes: Mapping[str, Outcome]
+    scores: Mapping[str, RowScores]
 
     def value(self, metric: str, split: str) -> float:
         """Return a metric, or the loss; NaN where there is no such."""
-        outcome = self.outcomes[split]
+        outcome = self.scores[split]
         found = outcome.loss if metric == "loss" else outcome.metrics.get(metric)
         return math.nan if found is None else found
 
@@ -133,16 +133,16 @@ def list_candidates(
     return found
 
 
-def rank(row: Row, metric: str) -> tuple[float, float]:
+def rank(row: ScoredCandidate, metric: str) -> tuple[float, float]:
     """Return what is less for the better of two; the loss decides between equals."""
     loss = row.value("loss", "selection")
     loss = math.inf if math.isnan(loss) else loss
     if metric == "loss":
         return loss, loss
-    correct = row.outcomes["selection"].correct
+    correct = row.scores["selection"].correct
     return (math.inf if correct is None else -float(np.mean(correct))), loss
 
 
-def find_best(rows: Sequence[Row], metric: str) -> Row:
+def find_best(rows: Sequence[ScoredCandidate], metric: str) -> ScoredCandidate:
     """Return the best on the selection rows; the first of equals."""
     return min(rows, key=lambda row: rank(row, metric))

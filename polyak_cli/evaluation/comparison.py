@@ -1,7 +1,7 @@
-"""Model files against a baseline on the same rows: how much better each is, and how sure that is.
+"""Compare model files with a baseline on the same rows: how much better each is, and how surely.
 
-Every row is asked of both models, so that what makes a row hard for either cancels out.  Knows no
-framework: `models` tells what each row got, `statistics` what the differences mean.
+Both models score every row, so that the difficulty of a row cancels out in the difference.  This
+module knows no framework: `evaluator` scores the rows, and `significance` judges the differences.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from polyak_cli.errors import shown
-from polyak_cli.evaluation import data, evaluator, significance
+from polyak_cli.evaluation import data, significance
+from polyak_cli.evaluation.evaluator import Evaluator, RowScores, Score
 
 _StrPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """How far a model is ahead of the baseline in accuracy or loss.
+    """The difference between a model and the baseline in accuracy or loss.
 
     Attributes:
         metric: accuracy or loss.
         paired: the difference, the model's minus the baseline's, and its 95 % interval.
-        verdict: better, worse, within noise, or not comparable, where a loss is no number.
-        mcnemar_p: of the exact McNemar test, for accuracy; else None.
+        verdict: better, worse, within noise, or not comparable, where a loss is not finite.
+        mcnemar_p: p of the exact McNemar test for accuracy; None for loss.
     """
 
     metric: str
@@ -35,7 +36,7 @@ class Gain:
     mcnemar_p: float | None = None
 
     def data(self) -> dict[str, Any]:
-        """Return it as what JSON can hold, but for the metric."""
+        """Return everything except the metric as JSON values."""
         about = {"mcnemar_p": self.mcnemar_p, "verdict": self.verdict}
         return {**self.paired._asdict(), **about}
 
@@ -44,7 +45,7 @@ class Gain:
 class Compared:
     """A model's score, and its gains over the baseline: accuracy first, then loss."""
 
-    score: evaluator.Score
+    score: Score
     gains: tuple[Gain, ...]
 
 
@@ -52,7 +53,7 @@ class Compared:
 class Comparison:
     """The baseline's score and the models, in the order given."""
 
-    baseline: evaluator.Score
+    baseline: Score
     models: tuple[Compared, ...]
 
 
@@ -68,55 +69,61 @@ def compare(
 
     Args:
         paths: model files, or one of them, as for `evaluate`.
-        baseline: the model file that they are compared with.
+        baseline: the model file to compare with.
         rows: features and labels, as for `evaluate`; two rows or more.
         batch_size: rows at a time.
         trust_code: run the code that a file carries in a Lambda layer.
 
     Raises:
-        UsageError: the batch size is out of range, or there is one row only.
+        UsageError: the batch size is out of range, or there is only one row.
         MissingExtraError: keras or tensorflow is not installed.
         FormatError: a file is damaged or foreign, or holds weights without an architecture.
         MismatchError: the rows do not fit a model.
         PolyakError: Keras is too old, or cannot load a model, or a model carries code.
     """
-    examiner = evaluator.Examiner([rows], batch_size=batch_size, trust_code=trust_code)
+    evaluator = Evaluator([rows], batch_size=batch_size, trust_code=trust_code)
+    # A single string is a sequence of strings, too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(path) for path in several]
-    examiner.look([Path(baseline), *files])
-    (theirs,) = examiner.outcomes(Path(baseline))
+    # All at once, so that a bad file is refused before the first one is scored.
+    evaluator.inspect_files([Path(baseline), *files])
+    (theirs,) = evaluator.score_rows(Path(baseline))
     compared = []
     for path in files:
-        (ours,) = examiner.outcomes(path)
-        score = _score(path, ours, rows)
-        notes = (*score.notes, *_not_compared(ours, theirs, baseline))
-        compared.append(Compared(replace(score, notes=notes), gains(ours, theirs)))
-    return Comparison(_score(Path(baseline), theirs, rows), tuple(compared))
+        (ours,) = evaluator.score_rows(path)
+        score = _make_score(path, ours, rows)
+        notes = (*score.notes, *_note_other_loss(ours, theirs, baseline))
+        compared.append(Compared(replace(score, notes=notes), compute_gains(ours, theirs)))
+    return Comparison(_make_score(Path(baseline), theirs, rows), tuple(compared))
 
 
-def gains(ours: evaluator.Outcome, theirs: evaluator.Outcome) -> tuple[Gain, ...]:
-    """Return what can be compared of two outcomes on the same rows: accuracy, then loss."""
+def compute_gains(ours: RowScores, theirs: RowScores) -> tuple[Gain, ...]:
+    """Return the gains of one model over another on the same rows: accuracy, then loss.
+
+    A metric that either of them does not have for each row is left out.
+    """
     found = []
+    # A share of rows and a mean loss may disagree: a model can be more often right, and wrong
+    # with more confidence.  Both are reported.
     if ours.correct is not None and theirs.correct is not None:
-        paired = significance.paired(ours.correct, theirs.correct)
+        paired = significance.paired_difference(ours.correct, theirs.correct)
         p = significance.mcnemar(ours.correct, theirs.correct)
         verdict = significance.verdict(paired, higher_is_better=True)
         found.append(Gain("accuracy", paired, verdict, p))
+    # Losses of different names have different units, so their difference means nothing.
     if ours.losses is not None and theirs.losses is not None and ours.loss_name == theirs.loss_name:
-        paired = significance.paired(ours.losses, theirs.losses)
+        paired = significance.paired_difference(ours.losses, theirs.losses)
         found.append(Gain("loss", paired, significance.verdict(paired, higher_is_better=False)))
     return tuple(found)
 
 
-def _not_compared(
-    ours: evaluator.Outcome, theirs: evaluator.Outcome, baseline: _StrPath
-) -> tuple[str, ...]:
-    """Say so where both have a loss, but not the same one."""
+def _note_other_loss(ours: RowScores, theirs: RowScores, baseline: _StrPath) -> tuple[str, ...]:
+    """Return a note if both models have a loss, but not the same one."""
     if ours.losses is None or theirs.losses is None or ours.loss_name == theirs.loss_name:
         return ()
     names = f"{shown(ours.loss_name, 60)}, {shown(baseline)}'s {shown(theirs.loss_name, 60)}"
     return (f"its loss is {names}: they are not compared",)
 
 
-def _score(path: Path, outcome: evaluator.Outcome, rows: data.Split) -> evaluator.Score:
-    return evaluator.Score(path, outcome.loss, outcome.metrics, rows.rows, outcome.notes)
+def _make_score(path: Path, scores: RowScores, rows: data.Split) -> Score:
+    return Score(path, scores.loss, scores.metrics, rows.rows, scores.notes)

@@ -31,7 +31,7 @@ from polyak_cli.errors import (
     shown,
     word_rest,
 )
-from polyak_cli.evaluation.quiet import hushed
+from polyak_cli.evaluation.quiet import silence_frameworks
 
 Array: TypeAlias = npt.NDArray[Any]
 #: One array; or several of the same length, by name or by position, for a model with several inputs
@@ -62,7 +62,7 @@ class Split:
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return len(leaves(self.labels)[0])
+        return len(list_arrays(self.labels)[0])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,14 +96,14 @@ class Dataset:
         raise UsageError(f"{shown(self.name)}: has no split '{shown(which)}': it {there}")
 
 
-def leaves(arrays: Arrays) -> list[Array]:
+def list_arrays(arrays: Arrays) -> list[Array]:
     """Return the arrays, in order, whether there is one or several."""
     if isinstance(arrays, Mapping):
         return list(arrays.values())
     return list(arrays) if isinstance(arrays, tuple) else [arrays]
 
 
-def one_hot(labels: Array) -> bool:
+def is_one_hot(labels: Array) -> bool:
     """Tell whether each row along the last axis has a single 1 among zeros."""
     return bool(np.isin(labels, (0, 1)).all() and (labels.sum(-1) == 1).all())
 
@@ -130,7 +130,7 @@ def halves(split: Split, *, seed: int = 0, share: float = 0.5) -> tuple[Split, S
         raise UsageError(f"the share {share:g} for selection is out of range; expected 0 to 1")
     random = np.random.default_rng(seed)
     order = random.permutation(split.rows)
-    classes = _classes(split.labels)
+    classes = _find_classes(split.labels)
     if classes is not None:
         order = order[np.argsort(classes[order], kind="stable")]
     # Every so many-th row of the sorted ones, from a random start: each class gives its share, and
@@ -139,7 +139,11 @@ def halves(split: Split, *, seed: int = 0, share: float = 0.5) -> tuple[Split, S
     chosen = np.zeros(split.rows, dtype=bool)
     chosen[order[np.diff(steps) > 0]] = True
     parts = [
-        Split(f"{split.source}, for {purpose}", _rows(split.features, k), _rows(split.labels, k))
+        Split(
+            f"{split.source}, for {purpose}",
+            _take_rows(split.features, k),
+            _take_rows(split.labels, k),
+        )
         for purpose, k in (("selection", chosen), ("reporting", ~chosen))
     ]
     fewest = min(part.rows for part in parts)
@@ -151,20 +155,20 @@ def halves(split: Split, *, seed: int = 0, share: float = 0.5) -> tuple[Split, S
     return parts[0], parts[1]
 
 
-def _rows(arrays: Arrays, chosen: Array) -> Arrays:
+def _take_rows(arrays: Arrays, chosen: Array) -> Arrays:
     """Return some rows of one array or of each of several."""
     if isinstance(arrays, Mapping):
         return {name: array[chosen] for name, array in arrays.items()}
     return tuple(a[chosen] for a in arrays) if isinstance(arrays, tuple) else arrays[chosen]
 
 
-def _classes(labels: Arrays) -> Array | None:
+def _find_classes(labels: Arrays) -> Array | None:
     """Return the class of each row as a number, or None where labels are no classes."""
-    if len(leaves(labels)) != 1:
+    if len(list_arrays(labels)) != 1:
         return None
-    (array,) = leaves(labels)
+    (array,) = list_arrays(labels)
     if array.ndim == 2 and array.shape[1] > 1:
-        return array.argmax(-1) if one_hot(array) else None
+        return array.argmax(-1) if is_one_hot(array) else None
     column = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     return column if column.ndim == 1 and column.dtype.kind in "biu" else None
 
@@ -189,19 +193,19 @@ def load(name: str) -> Dataset:
         PolyakError: no such file, or the user's function failed.
     """
     if name == "blobs":
-        return _blobs()
+        return _make_blobs()
     suffix = Path(name).suffix.lower()
     if suffix == ".npz":
-        return _npz(name)
+        return _load_npz(name)
     if suffix == ".csv":
-        return _csv(name)
+        return _load_csv(name)
     module, colon, function = name.rpartition(":")
     if colon and module.lower().endswith(".py") and function.isidentifier():
-        return _function(name, Path(module), function)
+        return _load_function(name, Path(module), function)
     raise UsageError(f"{shown(name)}: is not a data set; {EXPECTED}")
 
 
-def _blobs() -> Dataset:
+def _make_blobs() -> Dataset:
     try:
         from sklearn.datasets import make_blobs
     except ImportError:
@@ -218,8 +222,8 @@ def _blobs() -> Dataset:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def _npz(name: str) -> Dataset:
-    held = _npz_arrays(name)
+def _load_npz(name: str) -> Dataset:
+    held = _read_npz(name)
     pairs: dict[str, tuple[object, object]] = {}
     used: set[str] = set()
     for key, pair in _NPZ_PAIRS.items():
@@ -237,13 +241,13 @@ def _npz(name: str) -> Dataset:
             f"found {', '.join(shown(key, 40) for key in held) or 'none'}"
         )
     notes = (f"{shown(name)}: arrays not used: {others}",) if others else ()
-    return _dataset(name, pairs, notes)
+    return _make_dataset(name, pairs, notes)
 
 
-def _npz_arrays(name: str) -> dict[str, Array]:
+def _read_npz(name: str) -> dict[str, Array]:
     """Read every array of an archive."""
     # numpy leaves a file that it opened itself open when the archive is damaged.
-    with _readable(name), open(name, "rb") as file:
+    with _reword_read_errors(name), open(name, "rb") as file:
         opened = np.load(file, allow_pickle=False)
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise FormatError(f"{shown(name)}: is one numpy array, not an .npz archive of several")
@@ -251,8 +255,8 @@ def _npz_arrays(name: str) -> dict[str, Array]:
             return {key: opened[key] for key in opened.files}
 
 
-def _csv(name: str) -> Dataset:
-    with _readable(name), open(name, encoding="utf-8-sig", newline="") as file:
+def _load_csv(name: str) -> Dataset:
+    with _reword_read_errors(name), open(name, encoding="utf-8-sig", newline="") as file:
         first = file.readline()
         delimiter = max(",;\t", key=first.count)
         lines = csv.reader(itertools.chain([first], file), delimiter=delimiter)
@@ -262,14 +266,14 @@ def _csv(name: str) -> Dataset:
                 f"{shown(name)}: the first line must name at least two columns, found "
                 f"{shown(first.strip(), 80) or 'nothing'!r}"
             )
-        label = _label_column(header)
-        rows, labels = _csv_rows(name, lines, header, label)
+        label = _find_label_column(header)
+        rows, labels = _read_csv_rows(name, lines, header, label)
     features = np.array(rows, np.float64).reshape(len(rows), len(header) - 1)
     note = f"{shown(name)}: the labels are column '{shown(header[label], 60)}'"
-    return _dataset(name, {_WHOLE: (features, _csv_labels(labels))}, (note,))
+    return _make_dataset(name, {_WHOLE: (features, _convert_labels(labels))}, (note,))
 
 
-def _csv_rows(
+def _read_csv_rows(
     name: str, lines: Iterator[list[str]], header: Sequence[str], label: int
 ) -> tuple[list[list[float]], list[str]]:
     """Read the rows below the header: their features and, as text, their labels."""
@@ -300,12 +304,12 @@ def _csv_rows(
     return rows, labels
 
 
-def _label_column(header: Sequence[str]) -> int:
+def _find_label_column(header: Sequence[str]) -> int:
     lowered = [cell.lower() for cell in header]
     return next((lowered.index(n) for n in LABEL_COLUMNS if n in lowered), len(header) - 1)
 
 
-def _csv_labels(labels: Sequence[str]) -> Array:
+def _convert_labels(labels: Sequence[str]) -> Array:
     """Return whole numbers as integers, other numbers as floats, text as it is."""
     if not all(map(_is_number, labels)):
         return np.array(labels, dtype=str)
@@ -324,7 +328,7 @@ def _is_number(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
+def _reword_read_errors(name: str) -> Iterator[None]:
     """Turn what reading a file can raise into one line.
 
     Raises:
@@ -347,20 +351,20 @@ def _readable(name: str) -> Iterator[None]:
 # --- the user's own code -------------------------------------------------------------------------
 
 
-def _function(name: str, path: Path, function: str) -> Dataset:
+def _load_function(name: str, path: Path, function: str) -> Dataset:
     if not path.is_file():
         raise PolyakError(f"{shown(path)}: there is no such file; {EXPECTED}")
-    with _users_code(path, "cannot be loaded"):
-        module = _imported(path)
+    with _reword_user_errors(path, "cannot be loaded"):
+        module = _import_file(path)
     called = getattr(module, function, None)
     if not callable(called):
         raise UsageError(f"{shown(path)}: has no function '{shown(function)}'")
-    with _users_code(path, f"{function}() failed"):
+    with _reword_user_errors(path, f"{function}() failed"):
         returned = called()
-    return _dataset(name, _returned_pairs(f"{shown(path)}: {function}()", returned), ())
+    return _make_dataset(name, _check_returned(f"{shown(path)}: {function}()", returned), ())
 
 
-def _imported(path: Path) -> object:
+def _import_file(path: Path) -> object:
     """Import the user's file, which may import what lies beside it."""
     spec = importlib.util.spec_from_file_location(f"polyak_data_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -377,10 +381,10 @@ def _imported(path: Path) -> object:
 
 
 @contextlib.contextmanager
-def _users_code(path: Path, what: str) -> Iterator[None]:
+def _reword_user_errors(path: Path, what: str) -> Iterator[None]:
     """Make an error in the user's code one line that says where it is, keeping the cause."""
     try:
-        with hushed():  # it may well import a framework
+        with silence_frameworks():  # it may well import a framework
             yield
     except (Exception, SystemExit) as error:
         line = _line_in(path, error)
@@ -399,7 +403,7 @@ def _line_in(path: Path, error: BaseException) -> int | None:
     return lines[-1] if lines else None
 
 
-def _returned_pairs(where: str, returned: object) -> dict[str, tuple[object, object]]:
+def _check_returned(where: str, returned: object) -> dict[str, tuple[object, object]]:
     expected = 'expected (x, y) or {"train": (x, y), "test": (x, y)}'
     pairs = returned if isinstance(returned, Mapping) else {_WHOLE: returned}
     if not pairs or (isinstance(returned, Mapping) and not set(pairs) <= {"train", "test"}):
@@ -417,7 +421,7 @@ def _returned_pairs(where: str, returned: object) -> dict[str, tuple[object, obj
 # --- arrays that fit together --------------------------------------------------------------------
 
 
-def _dataset(
+def _make_dataset(
     name: str, pairs: Mapping[str, tuple[object, object]], notes: Sequence[str]
 ) -> Dataset:
     """Check the pairs of features and labels, and number labels that are text.
@@ -430,23 +434,25 @@ def _dataset(
         source = f"{shown(name)} ({key})" if key else shown(name)
         splits[key] = Split(
             source,
-            _arrays(features, f"{source}: the features"),
-            _arrays(labels, f"{source}: the labels", text=True),
+            _convert_arrays(features, f"{source}: the features"),
+            _convert_arrays(labels, f"{source}: the labels", text=True),
         )
         _check_rows(splits[key])
-    return _numbered(Dataset(name, splits, tuple(notes)))
+    return _number_text_labels(Dataset(name, splits, tuple(notes)))
 
 
-def _arrays(given: object, what: str, text: bool = False) -> Arrays:
+def _convert_arrays(given: object, what: str, text: bool = False) -> Arrays:
     """Return the given as arrays of numbers: a dict by name, a tuple by position, else one."""
     if isinstance(given, Mapping):
-        return {str(k): _array(v, f"{what} '{shown(k, 60)}'", text) for k, v in given.items()}
+        return {
+            str(k): _convert_array(v, f"{what} '{shown(k, 60)}'", text) for k, v in given.items()
+        }
     if isinstance(given, tuple):
-        return tuple(_array(v, f"{what} [{k}]", text) for k, v in enumerate(given))
-    return _array(given, what, text)
+        return tuple(_convert_array(v, f"{what} [{k}]", text) for k, v in enumerate(given))
+    return _convert_array(given, what, text)
 
 
-def _array(given: object, what: str, text: bool) -> Array:
+def _convert_array(given: object, what: str, text: bool) -> Array:
     try:
         array = np.asarray(given)
     except (ValueError, TypeError) as error:  # ragged lists, objects that are no arrays
@@ -461,9 +467,9 @@ def _array(given: object, what: str, text: bool) -> Array:
 
 
 def _check_rows(split: Split) -> None:
-    arrays = [*leaves(split.features), *leaves(split.labels)]
+    arrays = [*list_arrays(split.features), *list_arrays(split.labels)]
     rows = {len(array) for array in arrays}
-    if not leaves(split.features) or not leaves(split.labels) or rows == {0}:
+    if not list_arrays(split.features) or not list_arrays(split.labels) or rows == {0}:
         raise FormatError(f"{split.source}: is empty; expected one row or more")
     if len(rows) > 1:
         shapes = " and ".join(str(array.shape) for array in arrays)
@@ -472,7 +478,7 @@ def _check_rows(split: Split) -> None:
         )
 
 
-def _numbered(dataset: Dataset) -> Dataset:
+def _number_text_labels(dataset: Dataset) -> Dataset:
     """Number labels that are text, by the sorted names of all splits."""
     texts = [s.labels for s in dataset.splits.values() if _is_text(s.labels)]
     if not texts:

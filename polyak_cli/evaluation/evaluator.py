@@ -1,6 +1,6 @@
 """Score Keras models on data: loss, metrics, and the result of every single row.
 
-Models are compiled here from what the file says of its training.  This module knows nothing of
+Models are compiled from the training configuration in their file.  This module knows nothing of
 averaging, and leaves the question of what a file may contain to `formats`.
 """
 
@@ -40,24 +40,24 @@ from polyak_cli.evaluation.losses import (
     make_zero_loss,
     resolve_row_losses,
 )
-from polyak_cli.evaluation.quiet import hushed
+from polyak_cli.evaluation.quiet import silence_frameworks
 
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 _StrPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a model makes of some rows.
+    """The result of a model on some rows.
 
     Attributes:
         path: the model file.
-        loss: as Keras computes it, the mean over the rows of the loss the file was trained with, in
-            that loss's own unit (nats for a cross-entropy); None where it is not known.
-        metrics: name -> value, the model's own; and accuracy, the share of rows classified right, 0
-            to 1, where labels are classes.
+        loss: mean over the rows of the loss that the model was trained with, as Keras computes it,
+            in the unit of that loss (nats for a cross-entropy); None if it is not known.
+        metrics: name -> value.  The metrics of the model, and accuracy (the share of rows
+            classified correctly, 0 to 1) where labels are classes.
         rows: how many were scored.
-        notes: what the user should know, a line each.
+        notes: messages for the user, one line each.
     """
 
     path: Path
@@ -68,19 +68,19 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """What a model makes of some rows, taken together and one by one.
+class RowScores:
+    """The result of a model on some rows, in total and row by row.
 
     Attributes:
         loss: as in `Score`.
         metrics: as in `Score`.
-        losses: (rows,) float64, the loss of each row, whose mean is the loss; None where the loss
-            is not known, or is not the mean of what single rows contribute.
-        correct: (rows,) bool, whether its class was told right, where labels are classes, one a
-            row; else None.
-        predictions: (rows, ...) what a model of one output gave; None for one of several.
-        loss_name: which loss it is; losses compare only with those of the same name.
-        notes: what the user should know, a line each.
+        losses: (rows,) float64, the loss of each row, whose mean is the loss; None if the loss is
+            not known, or is not a mean over single rows.
+        correct: (rows,) bool, whether the class of each row is predicted correctly; None unless
+            labels are classes, one a row.
+        predictions: (rows, ...) output of the model; None if it has several outputs.
+        loss_name: name of the loss; only losses of the same name can be compared.
+        notes: messages for the user, one line each.
     """
 
     loss: float | None
@@ -101,9 +101,9 @@ def evaluate(
 ) -> Iterator[Score]:
     """Score model files on the same rows, one after the other.
 
-    Every file is looked at, at arm's length, before this returns; each is loaded and scored when
-    the iterator comes to it.  Labels are given to each loss as it wants them: classes as integers
-    or one-hot.
+    Every file is inspected in a separate process before this function returns.  Each is loaded and
+    scored when the iterator reaches it.  Labels are converted to the form that each loss expects:
+    classes as integers or one-hot.
 
     >>> rows = Split("my rows", x, y)                                     # doctest: +SKIP
     >>> [score.metrics["accuracy"] for score in evaluate("final.h5", rows)]  # doctest: +SKIP
@@ -129,28 +129,28 @@ def evaluate(
         PolyakError: Keras is too old, or cannot load a model, or the model carries code; the last
             two are raised when the iterator comes to it.
     """
-    examiner = Examiner([rows], batch_size=batch_size, trust_code=trust_code)
+    evaluator = Evaluator([rows], batch_size=batch_size, trust_code=trust_code)
     # A single string is a sequence of strings too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(path) for path in several]
-    examiner.look(files)
-    return (score for path in files for score in examiner.scores(path))
+    evaluator.inspect_files(files)
+    return (score for path in files for score in evaluator.score(path))
 
 
-class Examiner:
-    """Asks one model file after the other about the same rows.
+class Evaluator:
+    """Scores one model file after another on the same rows.
 
-    Files of one description share a model, its compiled functions and the fitted rows: only their
-    tensors are exchanged.
+    Files with the same description share one compiled model and the fitted rows; only the tensors
+    are replaced.  Building a model takes seconds, loading its weights milliseconds.
 
     Attributes:
-        notes: what the user should know of the files so far, a line each, each once.
+        notes: messages for the user about the files scored so far, each only once.
     """
 
     def __init__(
         self, splits: Sequence[data.Split], *, batch_size: int = 256, trust_code: bool = False
     ) -> None:
-        """Take the rows; no file is opened yet.
+        """Keep the rows; no file is opened yet.
 
         Args:
             splits: features and labels, as for `evaluate`.
@@ -170,14 +170,14 @@ class Examiner:
         self._batch_size = batch_size
         self._trust_code = trust_code
         self._described: dict[Path, Description] = {}
-        self._scorer: _Scorer | None = None
-        self._told: list[_Told] = []
+        self._compiled: _CompiledModel | None = None
+        self._reportable: list[_Reportable] = []
 
-    def look(self, paths: Sequence[Path]) -> None:
-        """Look at files at arm's length before the first is loaded, several at a time.
+    def inspect_files(self, paths: Sequence[Path]) -> None:
+        """Inspect files in separate processes, several at a time, before the first is loaded.
 
-        What is asked of a file next relies on it, once; a file that is written anew after that is
-        looked at again.
+        The result is used by the next call for this file and then discarded, so a rewritten file
+        is inspected again.
 
         Raises:
             FormatError: a file is damaged or foreign, or holds weights without an architecture.
@@ -188,138 +188,142 @@ class Examiner:
             if path not in self._described:
                 self._described[path] = describe_archive(path)
 
-    def scores(self, path: Path) -> list[Score]:
-        """Return the score of a file on each split; raises as `outcomes` does."""
-        found, notes = self._asked(path, _Scorer.measured)
+    def score(self, path: Path) -> list[Score]:
+        """Return the score of a file on each split; raises as `score_rows` does."""
+        found, notes = self._evaluate(path, _CompiledModel.evaluate)
         return [
             Score(path, loss, metrics, split.rows, notes)
             for split, (loss, metrics) in zip(self._splits, found, strict=True)
         ]
 
-    def outcomes(self, path: Path) -> list[Outcome]:
-        """Return what the model of a file makes of each split, and of each of its rows.
+    def score_rows(self, path: Path) -> list[RowScores]:
+        """Return the result of a file on each split, in total and row by row.
 
         Raises:
             FormatError: the file is damaged or foreign, or holds weights without an architecture.
             MismatchError: the rows do not fit the model.
             PolyakError: Keras cannot load or score the model, or it carries code.
         """
-        found, notes = self._asked(path, _Scorer.outcome)
-        self._told = [told for _, told in found]
-        return [replace(outcome, notes=(*notes, *outcome.notes)) for outcome, _ in found]
+        found, notes = self._evaluate(path, _CompiledModel.score_rows)
+        self._reportable = [reportable for _, reportable in found]
+        return [replace(scores, notes=(*notes, *scores.notes)) for scores, _ in found]
 
-    def judged(self, predictions: Sequence[data.Array]) -> list[Outcome]:
-        """Score predictions that somebody averaged, as those of the model examined last are.
+    def score_predictions(self, predictions: Sequence[data.Array]) -> list[RowScores]:
+        """Score predictions made elsewhere, such as a mean, like those of the model scored last.
 
-        Their loss is the mean of the rows' losses, without the penalty of regularizers, which
-        belongs to a model's tensors.
+        Their loss is the mean of the losses of the rows.  It does not contain the penalty of
+        regularizers, which depends on the tensors of a model.
 
         Args:
             predictions: one array for each split, shaped like the model's own.
 
         Raises:
-            UsageError: `outcomes` was not asked before, or the model has several outputs.
+            UsageError: `score_rows` was not called before, or the model has several outputs.
             MismatchError: the shapes are not those of the model's own predictions.
         """
-        scorer = self._scorer
-        if scorer is None or not self._told or any(told.shape is None for told in self._told):
+        compiled, reportable = self._compiled, self._reportable
+        if compiled is None or not reportable or any(one.shape is None for one in reportable):
             raise UsageError(
                 "predictions are scored as those of a model of one output that was examined before"
             )
-        if [array.shape for array in predictions] != [told.shape for told in self._told]:
+        if [array.shape for array in predictions] != [one.shape for one in reportable]:
             raise MismatchError(
                 f"predictions have the shapes {[array.shape for array in predictions]}; expected "
-                f"those of the model, {[told.shape for told in self._told]}"
+                f"those of the model, {[one.shape for one in reportable]}"
             )
         return [
-            scorer.judged(part, array, told, self._batch_size)
-            for part, array, told in zip(scorer.parts, predictions, self._told, strict=True)
+            compiled.score_predictions(part, array, one, self._batch_size)
+            for part, array, one in zip(compiled.parts, predictions, reportable, strict=True)
         ]
 
-    def _asked(
-        self, path: Path, question: Callable[[_Scorer, _Part, int], _Answer]
-    ) -> tuple[list[_Answer], tuple[str, ...]]:
-        """Load a file and ask its model about each split; return the answers and notes."""
+    def _evaluate(
+        self, path: Path, measure: Callable[[_CompiledModel, _FittedSplit, int], _Result]
+    ) -> tuple[list[_Result], tuple[str, ...]]:
+        """Load a file and measure its model on each split; return the results and notes."""
         path = Path(path)
         if path not in self._described:
-            self.look([path])
+            self.inspect_files([path])
         description = self._described.pop(path)
-        with hushed():
+        with silence_frameworks():
             keras = import_keras("polyak evaluate")
-        earlier, self._scorer, self._told = self._scorer, None, []  # nothing half loaded stays
-        with hushed() as held_back, collect_warnings() as warned:
+        # Forgotten until this file is scored, so that an error leaves no half-loaded model behind.
+        earlier, self._compiled, self._reportable = self._compiled, None, []
+        with silence_frameworks() as held_back, collect_warnings() as warned:
             with reword_keras_errors(path, f"cannot load it{name_writer(description)}", held_back):
+                # Assets, such as vocabularies, are state that load_weights does not replace.
                 if earlier and earlier.description == description and not description.assets:
-                    scorer = earlier
-                    scorer.model.load_weights(path)
+                    compiled = earlier
+                    compiled.model.load_weights(path)
                     model = None
                 else:
                     model = keras.saving.load_model(
                         path, compile=False, safe_mode=not self._trust_code
                     )
             if model is not None:
-                scorer = _Scorer.prepared(keras, path, model, description, self._splits)
-            answers = []
-            for part in scorer.parts:
+                compiled = _CompiledModel.compile(keras, path, model, description, self._splits)
+            results = []
+            for part in compiled.parts:
                 with reword_keras_errors(path, f"cannot score it on {part.source}", held_back):
-                    answers.append(question(scorer, part, self._batch_size))
-        self._scorer = scorer
-        notes = (*scorer.notes, *warned)
+                    results.append(measure(compiled, part, self._batch_size))
+        self._compiled = compiled
+        notes = (*compiled.notes, *warned)
         self.notes += [note for note in notes if note not in self.notes]
-        return answers, notes
+        return results, notes
 
 
-class _Part(NamedTuple):
-    """The rows of one split, made to fit a model."""
+class _FittedSplit(NamedTuple):
+    """The rows of one split, in the form that a model expects."""
 
     source: str
     features: data.Arrays
     labels: data.Arrays
 
 
-class _Told(NamedTuple):
-    """What a model could tell of the single rows of a split."""
+class _Reportable(NamedTuple):
+    """The results that a model has for the single rows of a split."""
 
-    shape: tuple[int, ...] | None  # of its predictions
+    shape: tuple[int, ...] | None  # of its predictions; None if it has several outputs
     losses: bool
-    accuracy: str | None  # the name of the metric
+    accuracy: str | None  # the name of the metric; None if rows are not right or wrong
 
 
 @dataclass(frozen=True, slots=True)
-class _Scorer:
-    """A compiled model with the rows made to fit it."""
+class _CompiledModel:
+    """A compiled model, and the rows in the form that it expects."""
 
     description: Description
     model: Any
-    parts: tuple[_Part, ...]
+    parts: tuple[_FittedSplit, ...]
     has_loss: bool
     row_wise: RowWise
     notes: tuple[str, ...]
 
     @classmethod
-    def prepared(
+    def compile(
         cls,
         keras: Any,
         path: Path,
         model: Any,
         description: Description,
         splits: Sequence[data.Split],
-    ) -> _Scorer:
-        """Compile a loaded model and fit the rows to it."""
+    ) -> _CompiledModel:
+        """Compile a loaded model as its file says, and convert the rows to the form it expects."""
         known = Registry(keras, [])
         text = description.training
         training = parse_json_object(path, text, "training configuration") if text else {}
         if not training:
             known.notes.append("holds no training configuration: the loss it had is not known")
         outputs = list_output_names(model)
-        loss = known.nested(training.get("loss"), known.loss, "loss")
+        loss = known.resolve(training.get("loss"), known.find_loss, "loss")
         metrics, weighted = (
-            arrange_by_output(known.nested(training.get(which), known.metric, "metric"), outputs)
+            arrange_by_output(
+                known.resolve(training.get(which), known.find_metric, "metric"), outputs
+            )
             for which in ("metrics", "weighted_metrics")
         )
         has_loss = bool(flatten(loss))
         weights = keep_plain_values(training.get("loss_weights")) if has_loss else None
-        parts, right = _fitted_parts(keras, path, model, splits, loss, metrics)
+        parts, right = _fit_splits(keras, path, model, splits, loss, metrics)
         row_wise = RowWise(keras, resolve_row_losses(keras, outputs, loss, weights), right, outputs)
         if right and not find_accuracy(metrics):
             metrics = [*flatten(metrics), keras.metrics.MeanMetricWrapper(right, name="accuracy")]
@@ -327,7 +331,7 @@ class _Scorer:
             known.notes.append("nothing to measure: no loss, no metric, and no classes as labels")
         with reword_keras_errors(path, "cannot compile it", lambda: ""):
             model.compile(
-                optimizer=None,  # Keras would look for its state in every .keras file
+                optimizer=None,  # with one, load_weights looks for its state in every .keras file
                 loss=loss if has_loss else [make_zero_loss(keras)] * len(outputs),
                 loss_weights=weights,
                 metrics=metrics,
@@ -335,71 +339,78 @@ class _Scorer:
             )
         return cls(description, model, parts, has_loss, row_wise, tuple(known.notes))
 
-    def measured(self, part: _Part, batch_size: int) -> tuple[float | None, dict[str, float]]:
+    def evaluate(
+        self, part: _FittedSplit, batch_size: int
+    ) -> tuple[float | None, dict[str, float]]:
         """Return loss and metrics."""
         result = self.model.evaluate(
             part.features, part.labels, batch_size=batch_size, verbose=0, return_dict=True
         )
-        metrics = {name: _shortest(value) for name, value in result.items()}
+        metrics = {name: shorten_float32(value) for name, value in result.items()}
         loss = metrics.pop("loss", None)
         return (loss if self.has_loss else None), metrics
 
-    def outcome(self, part: _Part, batch_size: int) -> tuple[Outcome, _Told]:
-        """Return loss and metrics, and what can be told of each row in accordance with them."""
-        loss, metrics = self.measured(part, batch_size)
+    def score_rows(self, part: _FittedSplit, batch_size: int) -> tuple[RowScores, _Reportable]:
+        """Return the scores of each row, as far as they agree with the totals of Keras."""
+        loss, metrics = self.evaluate(part, batch_size)
         predicted = self.model.predict(part.features, batch_size=batch_size, verbose=0)
-        outputs = self.row_wise.ordered(predicted)
-        losses, correct = self.row_wise.told(part.labels, outputs, batch_size)
+        outputs = self.row_wise.order_outputs(predicted)
+        losses, correct = self.row_wise.compute(part.labels, outputs, batch_size)
         notes = []
         if losses is not None:
             losses += compute_penalty(self.row_wise.keras, self.model)
-        # Losses that look at a batch as a whole, masks, and what layers add are in Keras's only.
-        if losses is not None and not _agree(losses.mean(), loss, 1e-3):
+        # Only the total of Keras contains losses over whole batches, masks and add_loss().  If it
+        # differs, the mean of these losses is not the loss that the user knows.
+        if losses is not None and not _is_close(losses.mean(), loss, 1e-3):
             losses = None
             notes.append("its loss is not the mean of the losses of single rows")
         name = next((n for n in metrics if "acc" in n.lower() and "top" not in n.lower()), None)
-        if correct is not None and name and not _agree(correct.mean(), metrics[name], 1e-3):
+        if correct is not None and name and not _is_close(correct.mean(), metrics[name], 1e-3):
             correct = None
-            notes.append(f"its metric {shown(name, 60)} is not the share of rows told right")
+            notes.append(
+                f"its metric {shown(name, 60)} is not the share of rows classified correctly"
+            )
         only = outputs[0] if len(outputs) == 1 else None
-        told = _Told(
+        reportable = _Reportable(
             None if only is None else only.shape,
             losses is not None,
             None if correct is None else name or "accuracy",
         )
         loss_name = self.row_wise.loss_name
-        return Outcome(loss, metrics, losses, correct, only, loss_name, tuple(notes)), told
+        return RowScores(loss, metrics, losses, correct, only, loss_name, tuple(notes)), reportable
 
-    def judged(self, part: _Part, output: data.Array, told: _Told, batch_size: int) -> Outcome:
-        """Return what can be told of others' predictions from each row."""
+    def score_predictions(
+        self, part: _FittedSplit, output: data.Array, reportable: _Reportable, batch_size: int
+    ) -> RowScores:
+        """Return the scores of predictions made elsewhere, as far as the model has them."""
         import numpy as np
 
-        losses, correct = self.row_wise.told(part.labels, [output], batch_size)
-        losses = losses if told.losses else None
-        loss = None if losses is None else _shortest(float(np.float32(losses.mean())))
+        losses, correct = self.row_wise.compute(part.labels, [output], batch_size)
+        losses = losses if reportable.losses else None
+        loss = None if losses is None else shorten_float32(float(np.float32(losses.mean())))
         metrics = {}
-        if told.accuracy and correct is not None:
-            metrics[told.accuracy] = _shortest(float(np.float32(correct.mean())))
-        correct = correct if told.accuracy else None
-        return Outcome(loss, metrics, losses, correct, output, self.row_wise.loss_name)
+        if reportable.accuracy and correct is not None:
+            metrics[reportable.accuracy] = shorten_float32(float(np.float32(correct.mean())))
+        correct = correct if reportable.accuracy else None
+        return RowScores(loss, metrics, losses, correct, output, self.row_wise.loss_name)
 
 
-def _agree(mean: float, keras: float | None, tolerance: float) -> bool:
+def _is_close(mean: float, keras: float | None, tolerance: float) -> bool:
     """Tell whether a mean is what Keras, which adds up in float32, says; NaN agrees with NaN."""
     if keras is None or mean != mean or keras != keras:
         return keras is not None and mean != mean and keras != keras
     return math.isclose(mean, keras, rel_tol=tolerance, abs_tol=tolerance)
 
 
-def _fitted_parts(
+def _fit_splits(
     keras: Any, path: Path, model: Any, splits: Sequence[data.Split], loss: Any, metrics: Any
-) -> tuple[tuple[_Part, ...], Callable[[Any, Any], Any] | None]:
+) -> tuple[tuple[_FittedSplit, ...], Callable[[Any, Any], Any] | None]:
     """Return the rows as the model wants them, and what tells whether their class is right."""
     parts, all_classes = [], True
     for split in splits:
         check_features(path, model, split)
         labels, classes = fit_labels(path, split, model, loss, metrics)
-        parts.append(_Part(split.source, split.features, labels))
+        parts.append(_FittedSplit(split.source, split.features, labels))
         all_classes &= classes
     right = (
         choose_accuracy(keras, model, loss, metrics, parts[0].labels)
@@ -409,7 +420,7 @@ def _fitted_parts(
     return tuple(parts), right
 
 
-def _shortest(value: float) -> float:
+def shorten_float32(value: float) -> float:
     """Return the shortest number that is the same float32, where Keras computed in float32.
 
     792 right of 1,000 are 0.792, not 0.7919999957084656, which a gate at 0.792 would refuse.

@@ -64,7 +64,7 @@ def describe_hdf5_files(paths: Sequence[Path]) -> Iterator[Description]:
     for path, texts in zip(paths, formats.descriptions(paths), strict=True):
         check_suffix(path)
         architecture, training, keras = texts
-        yield Description(architecture, _measuring(path, training), keras)
+        yield Description(architecture, _drop_optimizer(path, training), keras)
 
 
 def check_architecture(table: Table) -> None:
@@ -146,7 +146,7 @@ class Description(NamedTuple):
     assets: bool = False  # vocabularies and the like, which belong to the model and are no tensors
 
 
-def _measuring(path: Path, text: str) -> str:
+def _drop_optimizer(path: Path, text: str) -> str:
     """Leave the optimizer out of a training configuration: its rate may change by epoch."""
     training = dict(parse_json_object(path, text, "training configuration")) if text else {}
     for key in ("optimizer", "optimizer_config"):
@@ -163,14 +163,14 @@ def name_writer(description: Description) -> str:
 
 def describe_archive(path: Path) -> Description:
     """Read the description of a .keras file."""
-    text, assets = _zip_config(path)
+    text, assets = _read_config(path)
     config = dict(parse_json_object(path, text, "config.json"))
     training = config.pop("compile_config", None)
-    measuring = _measuring(path, json.dumps(training)) if training else ""
+    measuring = _drop_optimizer(path, json.dumps(training)) if training else ""
     return Description(json.dumps(config), measuring, "", assets)
 
 
-def _zip_config(path: Path) -> tuple[bytes, bool]:
+def _read_config(path: Path) -> tuple[bytes, bool]:
     """Return the configuration, and whether there are assets."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("config.json") as member:

@@ -15,7 +15,7 @@ from polyak_cli.evaluation import data
 from polyak_cli.evaluation.losses import flatten, normalise_name, select_output
 
 
-def _tensors(model: Any, which: str) -> list[Any]:
+def _list_tensors(model: Any, which: str) -> list[Any]:
     """Return the model's inputs or outputs; none where it is written as a class of its own."""
     return list(getattr(model, which, None) or [])
 
@@ -23,13 +23,13 @@ def _tensors(model: Any, which: str) -> list[Any]:
 def list_output_names(model: Any) -> list[str]:
     """Return the names of the outputs; one without a name where the model does not tell."""
     names = list(getattr(model, "output_names", None) or [])
-    return names if len(names) == len(_tensors(model, "outputs")) else [""]
+    return names if len(names) == len(_list_tensors(model, "outputs")) else [""]
 
 
 def check_features(path: Path, model: Any, rows: data.Split) -> None:
     """Refuse features that the model's inputs do not take."""
-    inputs = _tensors(model, "inputs")
-    given = data.leaves(rows.features)
+    inputs = _list_tensors(model, "inputs")
+    given = data.list_arrays(rows.features)
     if inputs and len(inputs) != len(given):
         raise MismatchError(
             f"{shown(path)}: takes {len(inputs)} inputs, but {rows.source} has {len(given)}"
@@ -45,12 +45,12 @@ def check_features(path: Path, model: Any, rows: data.Split) -> None:
             size not in (None, there) for size, there in zip(wanted, found, strict=True)
         ):
             raise MismatchError(
-                f"{shown(path)}: takes rows of shape {_shape(wanted)}, but {rows.source} has rows "
-                f"of shape {_shape(found)}"
+                f"{shown(path)}: takes rows of shape {_format_shape(wanted)}, but {rows.source} "
+                f"has rows of shape {_format_shape(found)}"
             )
 
 
-def _shape(shape: Sequence[int | None]) -> str:
+def _format_shape(shape: Sequence[int | None]) -> str:
     sizes = ", ".join("any" if size is None else str(size) for size in shape)
     return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
 
@@ -62,8 +62,8 @@ def fit_labels(
 
     Whether is told for a model of one output only.
     """
-    outputs = _tensors(model, "outputs")
-    given = data.leaves(rows.labels)
+    outputs = _list_tensors(model, "outputs")
+    given = data.list_arrays(rows.labels)
     if outputs and len(outputs) != len(given):
         raise MismatchError(
             f"{shown(path)}: gives {len(outputs)} outputs, but {rows.source} has labels for "
@@ -81,7 +81,7 @@ def fit_labels(
         sparse = any(
             "sparse" in normalise_name(known) for known in flatten(own) or flatten(metrics)
         )
-        fitted.append(_fitted(array, tuple(outputs[index].shape)[1:], sparse, where, rows.source))
+        fitted.append(_fit(array, tuple(outputs[index].shape)[1:], sparse, where, rows.source))
     classes = len(fitted) == 1 and fitted[0][1]
     arrays = [array for array, _ in fitted]
     if isinstance(rows.labels, Mapping):
@@ -89,7 +89,7 @@ def fit_labels(
     return (tuple(arrays) if isinstance(rows.labels, tuple) else arrays[0]), classes
 
 
-def _fitted(
+def _fit(
     labels: data.Array, shape: tuple[int | None, ...], sparse: bool, where: str, source: str
 ) -> tuple[data.Array, bool]:
     """Return labels in the shape of an output, and whether they are classes.
@@ -111,36 +111,36 @@ def _fitted(
         return labels, False
     alike = labels.ndim == len(shape) + 1
     if width == 1:
-        if alike and labels.shape[-1] == 2 and data.one_hot(labels):
+        if alike and labels.shape[-1] == 2 and data.is_one_hot(labels):
             labels, alike = labels.argmax(-1), False
         if alike and labels.shape[-1] != 1:
-            raise _mismatch(labels, shape, where, source)
+            raise _make_mismatch(labels, shape, where, source)
         return (labels if alike else labels[..., None]), bool(np.isin(labels, (0, 1)).all())
     if alike and labels.shape[-1] == width:
-        hot = data.one_hot(labels)
+        hot = data.is_one_hot(labels)
         if sparse and not hot:
             raise MismatchError(
-                f"{where} {_shape(shape)} with a loss for whole classes, but the labels of "
+                f"{where} {_format_shape(shape)} with a loss for whole classes, but the labels of "
                 f"{source} are not one-hot"
             )
         return (labels.argmax(-1) if sparse else labels), hot
     index = labels[..., 0] if alike and labels.shape[-1] == 1 else labels
     if index.ndim != len(shape) or not np.array_equal(index, np.floor(index)):
-        raise _mismatch(labels, shape, where, source)
+        raise _make_mismatch(labels, shape, where, source)
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= width:
         raise MismatchError(
-            f"{where} {_shape(shape)}, classes 0 to {width - 1}, but the labels of {source} go "
-            f"from {low} to {high}"
+            f"{where} {_format_shape(shape)}, classes 0 to {width - 1}, but the labels of {source} "
+            f"go from {low} to {high}"
         )
     index = index.astype(np.int64)
     return (index if sparse else np.eye(width, dtype=np.float32)[index]), True
 
 
-def _mismatch(
+def _make_mismatch(
     labels: data.Array, shape: tuple[int | None, ...], where: str, source: str
 ) -> MismatchError:
     return MismatchError(
-        f"{where} {_shape(shape)}, but the labels of {source} have rows of shape "
-        f"{_shape(labels.shape[1:])}"
+        f"{where} {_format_shape(shape)}, but the labels of {source} have rows of shape "
+        f"{_format_shape(labels.shape[1:])}"
     )

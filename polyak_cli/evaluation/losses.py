@@ -44,7 +44,7 @@ class Registry:
     keras: Any
     notes: list[str]
 
-    def nested(self, config: Any, resolve: Callable[[Any], Any], what: str) -> Any:
+    def resolve(self, config: Any, find: Callable[[Any], Any], what: str) -> Any:
         """Resolve a configuration: one object, or one for each output as a list or a dict.
 
         What Keras does not know is left out, with a note.
@@ -52,29 +52,29 @@ class Registry:
         if config is None:
             return None
         if isinstance(config, list):
-            return [self.nested(item, resolve, what) for item in config]
+            return [self.resolve(item, find, what) for item in config]
         if isinstance(config, dict) and "class_name" not in config:
-            return {str(k): self.nested(v, resolve, what) for k, v in config.items()}
+            return {str(k): self.resolve(v, find, what) for k, v in config.items()}
         try:
-            return resolve(config)
+            return find(config)
         except (ValueError, TypeError, KeyError, AttributeError):
             name = config.get("class_name") if isinstance(config, dict) else config
             self.notes.append(f"left out the {what} '{shown(name, 60)}', which Keras does not know")
             return None
 
-    def loss(self, config: Any) -> Any:
+    def find_loss(self, config: Any) -> Any:
         """Return a loss: a name that compile() takes, a function, or an object."""
-        config = self.function_name(config)
+        config = self._unwrap_name(config)
         if isinstance(config, str):
             registered = self.keras.saving.get_registered_object(config)
             if registered is None:
                 self.keras.losses.get(config)  # raises for an unknown name
             return registered or config
-        return self.built(config, self.keras.losses, self.keras.losses.Loss)
+        return self._build(config, self.keras.losses, self.keras.losses.Loss)
 
-    def metric(self, config: Any) -> Any:
+    def find_metric(self, config: Any) -> Any:
         """Return a metric: a name that compile() takes, a function, or an object."""
-        config = self.function_name(config)
+        config = self._unwrap_name(config)
         if config in ("accuracy", "acc"):
             return config  # compile() chooses by the shape of the output
         if isinstance(config, str):
@@ -83,10 +83,10 @@ class Registry:
                 self.keras.metrics.get(config)
             return registered or config
         if config["class_name"] == "MeanMetricWrapper":  # how Keras 2 stores a metric given by name
-            return self.wrapped(config["config"]["fn"], str(config["config"]["name"]))
-        return self.built(config, self.keras.metrics, self.keras.metrics.Metric)
+            return self._wrap(config["config"]["fn"], str(config["config"]["name"]))
+        return self._build(config, self.keras.metrics, self.keras.metrics.Metric)
 
-    def wrapped(self, function: str, name: str) -> Any:
+    def _wrap(self, function: str, name: str) -> Any:
         """Return the mean of a function over the rows."""
         found = self.keras.saving.get_registered_object(function) or self.keras.metrics.get(
             function
@@ -95,13 +95,13 @@ class Registry:
             return type(found)(name=name)
         return self.keras.metrics.MeanMetricWrapper(found, name=name)
 
-    def function_name(self, config: Any) -> Any:
+    def _unwrap_name(self, config: Any) -> Any:
         """Return the name where a function is stored as an object, as .keras files do."""
         if isinstance(config, dict) and config.get("class_name") == "function":
             return config["config"]
         return config
 
-    def built(self, config: Mapping[str, Any], home: Any, base: type) -> Any:
+    def _build(self, config: Mapping[str, Any], home: Any, base: type) -> Any:
         """Return an object of a class of Keras or registered, with plain arguments only."""
         name = config.get("registered_name") or config["class_name"]
         kind = self.keras.saving.get_registered_object(name) or getattr(
@@ -156,7 +156,7 @@ def normalise_name(known: Any) -> str:
 
 
 def select_output(nested: Any, index: int, name: str) -> Any:
-    """Return the loss of one output of those that `Registry.nested` resolved."""
+    """Return the loss of one output of those that `Registry.resolve` resolved."""
     if isinstance(nested, dict):
         return nested.get(name)
     if isinstance(nested, list):
@@ -187,30 +187,32 @@ class RowWise:
         """Which loss it is, the same for all ways to write it down."""
         return ", ".join(f"{one.name} * {one.weight:g}" for one in self.losses)
 
-    def ordered(self, arrays: Any) -> list[data.Array]:
+    def order_outputs(self, arrays: Any) -> list[data.Array]:
         """Return one array for each output."""
         if isinstance(arrays, Mapping) and set(arrays) == set(self.names):
             return [arrays[name] for name in self.names]
-        return data.leaves(tuple(arrays) if isinstance(arrays, list) else arrays)
+        return data.list_arrays(tuple(arrays) if isinstance(arrays, list) else arrays)
 
-    def told(
+    def compute(
         self, labels: data.Arrays, outputs: Sequence[data.Array], batch_size: int
     ) -> tuple[data.Array | None, data.Array | None]:
         """Return the loss of each row, and whether its class is right; None where not known."""
-        truths = self.ordered(labels)
+        truths = self.order_outputs(labels)
         losses = None
         for one in self.losses:
-            own = self._each(one.function, truths[one.output], outputs[one.output], batch_size)
+            own = self._compute_each(
+                one.function, truths[one.output], outputs[one.output], batch_size
+            )
             if own is None:
                 losses = None
                 break
             losses = one.weight * own + (0.0 if losses is None else losses)
         if self.right is None or len(outputs) != 1 or outputs[0].ndim != 2:
             return losses, None
-        correct = self._each(self.right, truths[0], outputs[0], batch_size)
+        correct = self._compute_each(self.right, truths[0], outputs[0], batch_size)
         return losses, None if correct is None else correct == 1
 
-    def _each(
+    def _compute_each(
         self, function: Callable[[Any, Any], Any], truth: data.Array, output: data.Array, step: int
     ) -> data.Array | None:
         """Return a function of each row; None where it gives less than a number for each."""
@@ -232,7 +234,7 @@ class RowWise:
 def resolve_row_losses(
     keras: Any, outputs: Sequence[str], loss: Any, weights: Any
 ) -> tuple[_RowLoss, ...]:
-    """Return the losses that `Registry.nested` resolved, by output, before they are averaged."""
+    """Return the losses that `Registry.resolve` resolved, by output, before they are averaged."""
     found = []
     for index, name in enumerate(outputs):
         known = select_output(loss, index, name)
@@ -281,7 +283,7 @@ def choose_accuracy(
     accuracy = find_accuracy(metrics)
     shape = tuple(model.outputs[0].shape)
     if shape[-1] != 1:
-        (truth,) = data.leaves(labels)
+        (truth,) = data.list_arrays(labels)
         sparse = truth.ndim < len(shape)
         name = "sparse_categorical_accuracy" if sparse else "categorical_accuracy"
         return cast(Callable[[Any, Any], Any], getattr(keras.metrics, name))

@@ -20,7 +20,7 @@ _LOGGERS = ("absl", "tensorflow")
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[Callable[[], str]]:
+def silence_frameworks() -> Iterator[Callable[[], str]]:
     """Hold back a framework's chatter while the block runs.
 
     Descriptor 2 goes to a temporary file meanwhile; where Python's standard error is that very
@@ -34,19 +34,19 @@ def hushed() -> Iterator[Callable[[], str]]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with contextlib.ExitStack() as stack:
         for name in _LOGGERS:
-            stack.enter_context(_at_least(logging.getLogger(name), logging.ERROR))
+            stack.enter_context(_raise_level(logging.getLogger(name), logging.ERROR))
         held = stack.enter_context(tempfile.TemporaryFile())
         with contextlib.suppress(OSError):  # descriptor 2 may be closed: then nothing is shown
-            stack.enter_context(_held_back(held))
-        yield lambda: _last_line(held)
+            stack.enter_context(_redirect_stderr(held))
+        yield lambda: _read_last_line(held)
 
 
 @contextlib.contextmanager
-def prints_on_stderr() -> Iterator[None]:
+def redirect_prints() -> Iterator[None]:
     """Lead descriptor 1 to where descriptor 2 leads while the block runs.
 
     So what others' code prints, in Python, in C or in a child process, does not mix with the
-    results on standard output.  Outside of `hushed`, which would hold it back.
+    results on standard output.  Outside of `silence_frameworks`, which would hold it back.
     """
     sys.stdout.flush()
     outside = os.dup(1)
@@ -60,7 +60,7 @@ def prints_on_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _at_least(logger: logging.Logger, level: int) -> Iterator[None]:
+def _raise_level(logger: logging.Logger, level: int) -> Iterator[None]:
     before = logger.level
     logger.setLevel(max(before, level))
     try:
@@ -70,12 +70,12 @@ def _at_least(logger: logging.Logger, level: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held_back(held: IO[bytes]) -> Iterator[None]:
+def _redirect_stderr(held: IO[bytes]) -> Iterator[None]:
     """Lead descriptor 2 into a file, and Python's standard error around it."""
     outside = os.dup(2)
     stderr = sys.stderr
     try:
-        around = _around(stderr, outside)
+        around = _reopen(stderr, outside)
         os.dup2(held.fileno(), 2)
         sys.stderr = around or stderr
         yield
@@ -87,7 +87,7 @@ def _held_back(held: IO[bytes]) -> Iterator[None]:
         os.close(outside)
 
 
-def _around(stream: TextIO | None, descriptor: int) -> TextIO | None:
+def _reopen(stream: TextIO | None, descriptor: int) -> TextIO | None:
     """Return a stream to the descriptor in place of one to descriptor 2, else None."""
     try:
         if stream is None or stream.fileno() != 2:
@@ -100,7 +100,7 @@ def _around(stream: TextIO | None, descriptor: int) -> TextIO | None:
     )
 
 
-def _last_line(held: IO[bytes]) -> str:
+def _read_last_line(held: IO[bytes]) -> str:
     size = os.fstat(held.fileno()).st_size
     tail = os.pread(held.fileno(), 4096, max(0, size - 4096))
     lines = [line for line in tail.decode(errors="replace").splitlines() if line.strip()]

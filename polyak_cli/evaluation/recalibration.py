@@ -28,7 +28,7 @@ from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import Memory, TensorSource
 from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
 from polyak_cli.evaluation import data
-from polyak_cli.evaluation.batchnorm import Moments, moments
+from polyak_cli.evaluation.batchnorm import Moments, gather_moments
 from polyak_cli.evaluation.keras_files import check_model
 from polyak_cli.formats import outputs
 from polyak_cli.storage import Bytes, publishing
@@ -122,7 +122,7 @@ def recalibrate(
     """
     path, target = Path(model), Path(output)
     (table,) = formats.scan([path], with_optimizer=True)
-    check(table, target, rows, batch_size)
+    check_recalibration(table, target, rows, batch_size)
     outputs.check_output(target, [table], force=force)
     formats.check([table], jobs=1)
     publishing.check_room(target, table.size)
@@ -130,7 +130,9 @@ def recalibrate(
         return rewrite(table, hidden, target, rows, batch_size, trust_code)
 
 
-def check(table: Table, output: Path | None, rows: data.Split, batch_size: int) -> None:
+def check_recalibration(
+    table: Table, output: Path | None, rows: data.Split, batch_size: int
+) -> None:
     """Refuse, before any work, what cannot be recalibrated.
 
     Args:
@@ -183,12 +185,12 @@ def rewrite(
         trust_code: run the code that the file carries in a Lambda layer.
     """
     begun = time.perf_counter()
-    found = moments(table, rows, batch_size=batch_size, trust_code=trust_code)
-    _check_before(table, found)
+    found = gather_moments(table, rows, batch_size=batch_size, trust_code=trust_code)
+    _check_loaded(table, found)
     names = {spec.location: spec.name for spec in table.tensors.values()}
     values = {names[location]: np.ravel(values) for location, values in found.after.items()}
-    record = _record(table, found, rows, batch_size)
-    record["recalibrated"]["statistics"] = digests(table, values)
+    record = _make_record(table, found, rows, batch_size)
+    record["recalibrated"]["statistics"] = hash_values(table, values)
     _write(table, values, hidden, records.encode(records.seal(record)))
     return Recalibration(
         model=table.path,
@@ -204,7 +206,7 @@ def rewrite(
     )
 
 
-def _record(table: Table, found: Moments, rows: data.Split, batch_size: int) -> dict[str, Any]:
+def _make_record(table: Table, found: Moments, rows: data.Split, batch_size: int) -> dict[str, Any]:
     """Return the record of where the output comes from: the model's own, and the pass over rows.
 
     No clock and no folder are in it, so that the bytes repeat.
@@ -227,7 +229,7 @@ def _record(table: Table, found: Moments, rows: data.Split, batch_size: int) -> 
                 "polyak": __version__,
                 "data": Path(rows.source).name,
                 "rows": rows.rows,
-                "sha256": _digest(rows.features),
+                "sha256": _hash_features(rows.features),
                 "batch_size": batch_size,
                 "batches": found.batches,
                 "layers": found.layers,
@@ -236,7 +238,7 @@ def _record(table: Table, found: Moments, rows: data.Split, batch_size: int) -> 
     )
 
 
-def digests(table: Table, values: Mapping[str, Float64]) -> dict[str, str]:
+def hash_values(table: Table, values: Mapping[str, Float64]) -> dict[str, str]:
     """Return the SHA-256 of each tensor's values as they are stored, little-endian.
 
     Args:
@@ -252,7 +254,7 @@ def digests(table: Table, values: Mapping[str, Float64]) -> dict[str, str]:
     return found
 
 
-def statistics_of(table: Table) -> dict[str, Float64]:
+def read_statistics(table: Table) -> dict[str, Float64]:
     """Return the statistics that were gathered anew, name -> elements, as a file has them.
 
     Which they are, its record tells; that of an older version does not, and then they are all that
@@ -287,7 +289,7 @@ def statistics_of(table: Table) -> dict[str, Float64]:
     return found
 
 
-def restored(average: Table, written: Table) -> Table:
+def restore_statistics(average: Table, written: Table) -> Table:
     """Make of an average what `recalibrate` made of it, without the rows; return its table.
 
     Args:
@@ -301,22 +303,22 @@ def restored(average: Table, written: Table) -> Table:
     """
     made = average.path.with_name(".recalibrated")
     made.touch()
-    _write(average, statistics_of(written), made, written.about["provenance"])
+    _write(average, read_statistics(written), made, written.about["provenance"])
     made.replace(average.path)
     (table,) = formats.scan([average.path], with_optimizer=True)
     return table
 
 
-def _digest(features: data.Arrays) -> str:
+def _hash_features(features: data.Arrays) -> str:
     """Digest what the model was run on."""
     total = hashlib.sha256()
-    for array in data.leaves(features):
+    for array in data.list_arrays(features):
         total.update(f"{array.dtype.str}{array.shape}".encode())
         total.update(np.ascontiguousarray(array).data)
     return total.hexdigest()
 
 
-def _check_before(table: Table, found: Moments) -> None:
+def _check_loaded(table: Table, found: Moments) -> None:
     """See that the statistics which Keras loaded are those at the places to be written."""
     specs = [s for s in table.tensors.values() if s.location in found.before]
     loaded = {spec.name: np.ravel(found.before[spec.location]) for spec in specs}
@@ -358,13 +360,13 @@ def _write(table: Table, values: Mapping[str, Float64], hidden: Path, record: st
         for spec in specs:
             place = room.placements[spec.location]
             where = f"{shown(table.path)}: the new values of '{shown(spec.name)}'"
-            raw = _rounded(values[spec.name], place, where)
+            raw = _round_values(values[spec.name], place, where)
             write_exactly(file.fileno(), place.offset, raw)
     room.finalize()
     check_unchanged(table.files)
 
 
-def _rounded(values: Float64, place: Placement, where: str) -> Bytes:
+def _round_values(values: Float64, place: Placement, where: str) -> Bytes:
     """Return values as they are stored, having refused what is not finite then."""
     raw = np.empty(values.size * itemsize(place.dtype), np.uint8)
     round_to(values, place.dtype, place.byteorder, raw)

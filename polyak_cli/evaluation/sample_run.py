@@ -15,7 +15,7 @@ from typing import Any
 from polyak_cli.errors import OutputError, UsageError, shown
 from polyak_cli.evaluation import data
 from polyak_cli.evaluation.keras_files import import_keras
-from polyak_cli.evaluation.quiet import hushed
+from polyak_cli.evaluation.quiet import silence_frameworks
 
 LEARNING_RATES = {"sgd": 0.01, "adam": 0.001}
 MOMENTUM = 0.9
@@ -85,28 +85,28 @@ def train(
         OutputError: the folder has checkpoints and ``force`` is not given, or cannot be written.
     """
     out = Path(out)
-    rate = _learning_rate(optimizer, learning_rate)
+    rate = _choose_learning_rate(optimizer, learning_rate)
     _check_run(epochs, keep, seed)
-    earlier = _earlier_checkpoints(out)
+    earlier = _list_earlier_checkpoints(out)
     if earlier and not force:
         raise OutputError(
             f"{shown(out)}: holds checkpoints already ({shown(earlier[0].name)}); name another "
             "folder, or use --force to replace them"
         )
     log = out / "training.csv"
-    with hushed() as held_back:
+    with silence_frameworks() as held_back:
         keras = import_keras("polyak train")
         points = data.load("blobs")
         keras.utils.set_random_seed(seed)
-        model = _sample_model(keras, optimizer, rate)
+        model = _build_model(keras, optimizer, rate)
         try:
             out.mkdir(parents=True, exist_ok=True)
             for path in earlier:
                 path.unlink()
-            saver = _saver(keras, out, epochs - keep, progress)
+            saver = _make_saver(keras, out, epochs - keep, progress)
             logger = keras.callbacks.CSVLogger(str(log))
             try:
-                history = _fit(model, points, epochs, [logger, saver])
+                history = _fit_model(model, points, epochs, [logger, saver])
             finally:  # Keras closes it only after the last epoch
                 if logger.csv_file:
                     logger.csv_file.close()
@@ -116,7 +116,7 @@ def train(
     return TrainReport(out, tuple(saver.saved), log, history, seed, optimizer, rate)
 
 
-def _learning_rate(optimizer: str, learning_rate: float | None) -> float:
+def _choose_learning_rate(optimizer: str, learning_rate: float | None) -> float:
     if optimizer not in LEARNING_RATES:
         choices = " or ".join(LEARNING_RATES)
         raise UsageError(f"--optimizer {shown(optimizer)} is unknown; expected {choices}")
@@ -135,7 +135,7 @@ def _check_run(epochs: int, keep: int, seed: int) -> None:
         raise UsageError(f"--seed {seed} is out of range; expected 0 to {2**32 - 1}")
 
 
-def _earlier_checkpoints(out: Path) -> list[Path]:
+def _list_earlier_checkpoints(out: Path) -> list[Path]:
     """Return the checkpoints that an earlier run of this command left, by name.
 
     Raises:
@@ -148,7 +148,7 @@ def _earlier_checkpoints(out: Path) -> list[Path]:
     return [path for path in names if re.fullmatch(r"model_\d+\.h5", path.name)]
 
 
-def _sample_model(keras: Any, optimizer: str, learning_rate: float) -> Any:
+def _build_model(keras: Any, optimizer: str, learning_rate: float) -> Any:
     """Build and compile the model; the names are given, as Keras would number them anew."""
     model = keras.Sequential(
         [
@@ -169,7 +169,7 @@ def _sample_model(keras: Any, optimizer: str, learning_rate: float) -> Any:
     return model
 
 
-def _fit(
+def _fit_model(
     model: Any, points: data.Dataset, epochs: int, callbacks: list[Any]
 ) -> dict[str, tuple[float, ...]]:
     """Run Keras's fit and return its history."""
@@ -200,7 +200,7 @@ def _fit(
     return {name: tuple(map(float, values)) for name, values in history.history.items()}
 
 
-def _saver(
+def _make_saver(
     keras: Any,
     out: Path,
     first: int,

@@ -41,7 +41,9 @@ class Paired(NamedTuple):
     rows: int
 
 
-def paired(ours: Array, theirs: Array, *, seed: int = SEED, resamples: int = RESAMPLES) -> Paired:
+def paired_difference(
+    ours: Array, theirs: Array, *, seed: int = SEED, resamples: int = RESAMPLES
+) -> Paired:
     """Return the mean of ours minus theirs, row by row, with its 95 % bootstrap interval.
 
     The interval is Efron's percentile interval ("Bootstrap Methods: Another Look at the Jackknife",
@@ -76,13 +78,13 @@ def paired(ours: Array, theirs: Array, *, seed: int = SEED, resamples: int = RES
     if not math.isfinite(difference):
         return Paired(difference, math.nan, math.nan, rows)
     random = np.random.default_rng(seed)
-    means = _resampled(*_grouped(differences, random), random, resamples)
+    means = _resample_means(*_group_rows(differences, random), random, resamples)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
     return Paired(difference, float(low), float(high), rows)
 
 
-def _grouped(differences: Array, random: np.random.Generator) -> tuple[Array, Array]:
+def _group_rows(differences: Array, random: np.random.Generator) -> tuple[Array, Array]:
     """Return the sums and the sizes of what is drawn: each row, or random groups of rows."""
     rows = len(differences)
     if rows <= _UNITS:
@@ -92,7 +94,7 @@ def _grouped(differences: Array, random: np.random.Generator) -> tuple[Array, Ar
     return sums, np.diff(starts, append=rows).astype(np.float64)
 
 
-def _resampled(
+def _resample_means(
     sums: Array, sizes: Array, random: np.random.Generator, resamples: int
 ) -> npt.NDArray[np.float64]:
     """Return the means of units drawn with replacement, block by block."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from polyak_cli.evaluation.candidates import Candidate, Row, find_best, rank
+from polyak_cli.evaluation.candidates import Candidate, ScoredCandidate, find_best, rank
 
 #: Makes and scores candidates, and yields a row for each, in order.
-Score = Callable[[Sequence[Candidate]], Iterable[Row]]
+Score = Callable[[Sequence[Candidate]], Iterable[ScoredCandidate]]
 
 
-def _greedy(score: Score, rows: Sequence[Row], metric: str) -> Row:
+def search_greedily(score: Score, rows: Sequence[ScoredCandidate], metric: str) -> ScoredCandidate:
     """Add checkpoints, the best first, and keep one only where the score strictly improves.
 
     Wortsman et al., "Model soups", 2022, recipe 1.
@@ -29,10 +29,12 @@ def _greedy(score: Score, rows: Sequence[Row], metric: str) -> Row:
         if rank(found, metric) < rank(best, metric):
             best, members = found, tried
     kept = best.candidate.coefficients
-    return Row(Candidate("soup", "greedy", None, len(members), kept), best.outcomes)
+    return ScoredCandidate(Candidate("soup", "greedy", None, len(members), kept), best.scores)
 
 
-def _coefficients(score: Score, rows: Sequence[Row], metric: str) -> Row:
+def search_coefficients(
+    score: Score, rows: Sequence[ScoredCandidate], metric: str
+) -> ScoredCandidate:
     """Fit coefficients that are not negative and sum to 1, by pattern search.
 
     From the best candidate, it goes toward or away from one checkpoint by half of what it can, by a
@@ -46,7 +48,7 @@ def _coefficients(score: Score, rows: Sequence[Row], metric: str) -> Row:
         tried = [
             Candidate("soup", "coefficients", None, sum(c > 0 for c in near), near)
             for k in range(count)
-            for near in _near(best.candidate.coefficients, k, step)
+            for near in step_coefficients(best.candidate.coefficients, k, step)
         ]
         found = find_best([*score(tried)], metric) if tried else best
         if rank(found, metric) < rank(best, metric):
@@ -55,10 +57,12 @@ def _coefficients(score: Score, rows: Sequence[Row], metric: str) -> Row:
             step /= 2
     kept = best.candidate.coefficients
     window = sum(c > 0 for c in kept)
-    return Row(Candidate("soup", "coefficients", None, window, kept), best.outcomes)
+    return ScoredCandidate(Candidate("soup", "coefficients", None, window, kept), best.scores)
 
 
-def _near(coefficients: Sequence[float], k: int, step: float) -> Iterator[tuple[float, ...]]:
+def step_coefficients(
+    coefficients: Sequence[float], k: int, step: float
+) -> Iterator[tuple[float, ...]]:
     """Yield what is a step toward one checkpoint, and a step away from it."""
     for share in (coefficients[k] * (1 - step) + step, coefficients[k] * (1 - step)):
         rest = 1 - coefficients[k]
@@ -72,7 +76,7 @@ def _near(coefficients: Sequence[float], k: int, step: float) -> Iterator[tuple[
 _FINEST = 1 / 32
 
 
-SEARCHES: Mapping[str, Callable[[Score, Sequence[Row], str], Row]] = {
-    "greedy": _greedy,
-    "coefficients": _coefficients,
+SEARCHES: Mapping[str, Callable[[Score, Sequence[ScoredCandidate], str], ScoredCandidate]] = {
+    "greedy": search_greedily,
+    "coefficients": search_coefficients,
 }

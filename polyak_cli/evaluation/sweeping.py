@@ -1,7 +1,8 @@
-"""WHICH AVERAGE: every window and scheme of a run, and every single checkpoint, scored on data.
+"""Score every window and scheme of a run, and every single checkpoint, on data.
 
-Selection and reporting are kept apart: the winner is chosen on one part of the rows, and what it
-gains is told on the other.  Each batch of averages is folded in one reading of the checkpoints.
+Selection and reporting are kept apart: the winner is chosen on one part of the rows, and its gain
+is measured on the other.  The checkpoints are read once for each batch of averages.  How a
+candidate is scored, and how a report looks, is not known here.
 """
 
 from __future__ import annotations
@@ -22,49 +23,49 @@ from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.evaluation import data, recalibration
 from polyak_cli.evaluation.candidates import (
     Candidate,
-    Row,
+    ScoredCandidate,
     find_best,
     list_candidates,
     make_parameter,
     parse_schemes,
     parse_windows,
 )
-from polyak_cli.evaluation.comparison import Gain, gains
-from polyak_cli.evaluation.evaluator import Examiner, Outcome
+from polyak_cli.evaluation.comparison import Gain, compute_gains
+from polyak_cli.evaluation.evaluator import Evaluator, RowScores
 from polyak_cli.evaluation.soups import SEARCHES
 
 #: Schemes of the tutorial and their relatives, as `--schemes` takes them.
 SCHEMES = "equal,linear,exp:1,exp:2,exp:5,ema:0.9,power:0.1"
-#: Averages that lie on the disk at a time.
+#: How many averages to keep on disk at once.
 BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What a sweep found.
+    """The result of a sweep.
 
     Attributes:
-        plan: of the checkpoints, oldest first, and of the tensors that were averaged.
-        splits: what the selection and the reporting rows are called, and how many there are.
-        metric: by which the winner was chosen: accuracy where labels are classes, else loss.
+        plan: the checkpoints, oldest first, and the tensors that were averaged.
+        splits: "selection" and "reporting" -> source of the rows, and their number.
+        metric: used to choose the winner: accuracy where labels are classes, else loss.
         rows: every candidate: singles, averages, ensembles, soups.
-        winner: the best on the selection rows; ensembles, which are no model, do not compete.
-        gains: of the winner over the "newest" and the "best single" checkpoint.
+        winner: the best on the selection rows; ensembles are not models and do not compete.
+        gains: gains of the winner over the "newest" and the "best single" checkpoint.
         digests: SHA-256 of each file of each checkpoint.
-        notes: what the user should know.
+        notes: messages for the user.
     """
 
     plan: planning.Plan
     splits: Mapping[str, tuple[str, int]]
     metric: str
-    rows: tuple[Row, ...]
-    winner: Row
+    rows: tuple[ScoredCandidate, ...]
+    winner: ScoredCandidate
     gains: Mapping[str, tuple[Gain, ...]]
     digests: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
 
     def label(self, candidate: Candidate) -> str:
-        """Return what a candidate is called in tables and figures."""
+        """Return the name of a candidate in tables and figures."""
         if candidate.kind == "single":
             newest = candidate.coefficients.index(1.0)
             return self.plan.checkpoints[newest].path.name
@@ -73,7 +74,7 @@ class Sweep:
         return f"{candidate.name}, last {candidate.window}"
 
     def data(self) -> dict[str, Any]:
-        """Return everything as what JSON can hold."""
+        """Return everything as JSON values."""
         return {
             "polyak": __version__,
             "checkpoints": [
@@ -92,8 +93,8 @@ class Sweep:
                 for name, (source, count) in self.splits.items()
             },
             "metric": self.metric,
-            "rows": [self._row(row) for row in self.rows],
-            "winner": self._row(self.winner),
+            "rows": [self._describe(row) for row in self.rows],
+            "winner": self._describe(self.winner),
             "gains": [
                 {"over": over, "metric": gain.metric, **gain.data()}
                 for over, found in self.gains.items()
@@ -102,7 +103,7 @@ class Sweep:
             "notes": list(self.notes),
         }
 
-    def _row(self, row: Row) -> dict[str, Any]:
+    def _describe(self, row: ScoredCandidate) -> dict[str, Any]:
         candidate = row.candidate
         return {
             "label": self.label(candidate),
@@ -112,8 +113,8 @@ class Sweep:
             "window": candidate.window,
             "coefficients": list(candidate.coefficients),
             "metrics": {
-                split: {"loss": outcome.loss, **outcome.metrics}
-                for split, outcome in row.outcomes.items()
+                split: {"loss": scores.loss, **scores.metrics}
+                for split, scores in row.scores.items()
             },
         }
 
@@ -140,28 +141,28 @@ def sweep(
     """Score every single checkpoint, window and scheme of a run.
 
     Args:
-        sources: directories, globs or files, as of `averaging.plan`.
-        rows: to choose and to report on.
-        windows: how many of the newest count, such as "1-10,20"; all there are.
+        sources: directories, globs or files, as for `planning.plan`.
+        rows: the data set to choose and to report on.
+        windows: how many of the newest checkpoints to average, such as "1-10,20"; by default all.
         chosen: schemes, such as "equal,exp:2".
-        batch: averages that lie on the disk at a time; each batch reads the checkpoints once.
-        select_on: the share of the test rows to choose on, the others being reported on; or the
-            name of another split to choose on, all test rows being reported on.
-        seed: of the division.
-        search: "greedy" and "coefficients": soups to look for beyond the schemes.
+        batch: how many averages to keep on disk at once; the checkpoints are read once a batch.
+        select_on: the share of the test rows to choose on; the others are reported on.  Or the
+            name of another split to choose on; then all test rows are reported on.
+        seed: seed of the random division.
+        search: "greedy" and "coefficients": soups to search for, besides the schemes.
         write_best: the file to write the winner to.
         force: replace an older one.
-        recalibrate: rows on which BatchNorm's statistics are gathered anew for every average; not
-            for single checkpoints, whose own they are.
-        scratch: the folder below which averages are written for a while.
+        recalibrate: rows on which the statistics of BatchNorm are gathered again for every
+            average.  Single checkpoints keep theirs.
+        scratch: the folder for temporary averages.
         batch_size: rows that Keras scores at a time.
-        trust_code: run code that a model file carries.
-        progress: told how many candidates are scored, and of how many.
-        **options: of `averaging.plan`.
+        trust_code: run code that a model file contains.
+        progress: called with the number of scored candidates, and with the number of all.
+        **options: options of `planning.plan`.
 
     Raises:
-        UsageError: windows, schemes or splits are not such.
-        PolyakError: as `averaging.plan` and `evaluator.Examiner`.
+        UsageError: windows, schemes, searches or splits are not valid.
+        PolyakError: as for `planning.plan` and `evaluator.Evaluator`.
     """
     if batch < 1:
         raise UsageError(f"--batch {batch} is out of range; expected 1 or more")
@@ -176,40 +177,41 @@ def sweep(
     wanted = list_candidates(
         plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
     )
-    splits = _splits(rows, select_on, seed)
-    examiner = Examiner([*splits.values()], batch_size=batch_size, trust_code=trust_code)
+    splits = _divide_rows(rows, select_on, seed)
+    evaluator = Evaluator([*splits.values()], batch_size=batch_size, trust_code=trust_code)
     with tempfile.TemporaryDirectory(prefix=".polyak-sweep-", dir=scratch) as folder:
-        bench = _Bench(plan, examiner, tuple(splits), Path(folder), batch)
-        scored = list(bench.scored(wanted, progress))
-        scored += _ensembles(bench, scored)
-        metric = _metric(scored)
+        scorer = _CandidateScorer(plan, evaluator, tuple(splits), Path(folder), batch)
+        scored = list(scorer.score(wanted, progress))
+        scored += _score_ensembles(scorer, scored)
+        metric = _choose_metric(scored)
         for name in search:
-            scored.append(SEARCHES[name](bench.scored, scored, metric))
+            scored.append(SEARCHES[name](scorer.score, scored, metric))
     competing = [row for row in scored if row.candidate.kind != "ensemble"]
     winner = find_best(competing, metric)
     if write_best:
-        _write(winner.candidate, plan, sources, write_best)
+        _write_winner(winner.candidate, plan, sources, write_best)
     return Sweep(
         plan=plan,
         splits={name: (split.source, split.rows) for name, split in splits.items()},
         metric=metric,
         rows=tuple(scored),
         winner=winner,
-        gains=_gains(winner, scored, metric),
+        gains=_compute_gains(winner, scored, metric),
         digests=tuple(records.hash_files(table.files) for table in plan.tables),
-        notes=(*plan.notes, *rows.notes, *dict.fromkeys(examiner.notes)),
+        notes=(*plan.notes, *rows.notes, *dict.fromkeys(evaluator.notes)),
     )
 
 
-def _write(
+def _write_winner(
     candidate: Candidate,
     plan: planning.Plan,
     sources: averaging_options.Source | Sequence[averaging_options.Source],
     output: Path,
 ) -> None:
-    """Write the winner as `average` does, from the checkpoints that count in it."""
+    """Write the winner as `average` does, from the checkpoints with a coefficient in it."""
     options = plan.options
-    # --last counts before --best and before what is skipped.
+    # --last counts checkpoints before --best chooses and unhealthy ones are skipped, so it would
+    # choose others.  Then the members are named one by one, with their coefficients.
     if candidate.kind == "average" and options.get("best") is None and not plan.skipped:
         parameters = make_parameter(candidate.scheme, candidate.parameter)
         own: Any = {**options, "last": candidate.window, "scheme": candidate.scheme, **parameters}
@@ -221,7 +223,7 @@ def _write(
         if coefficient
     ]
     own = {key: value for key, value in options.items() if key not in _CHOOSING}
-    if len(members) == 1:  # as it was scored: with its own statistics
+    if len(members) == 1:  # a single checkpoint was scored with its own statistics
         for key in ("recalibrate", "batch_size", "trust_code"):
             own.pop(key, None)
     else:
@@ -229,15 +231,15 @@ def _write(
     pipeline.average([path for path, _ in members], output, **own)
 
 
-#: Options that choose checkpoints, which are chosen by then.
+#: Options that choose checkpoints; the members of the winner are chosen already.
 _CHOOSING = {
     *("last", "from_epoch", "to_epoch", "every", "exclude", "best", "monitor", "mode", "log"),
     "on_unhealthy",
 }
 
 
-def _splits(rows: data.Dataset, select_on: str, seed: int) -> dict[str, data.Split]:
-    """Return the rows to choose on and those to report on, which have none in common."""
+def _divide_rows(rows: data.Dataset, select_on: str, seed: int) -> dict[str, data.Split]:
+    """Return the rows to choose on and the rows to report on; no row is in both."""
     reporting = rows.split()
     if select_on in rows.splits:
         selection = rows.split(select_on)
@@ -261,38 +263,38 @@ def _splits(rows: data.Dataset, select_on: str, seed: int) -> dict[str, data.Spl
 
 
 @dataclass(slots=True)
-class _Bench:
-    """Where candidates are made and scored."""
+class _CandidateScorer:
+    """Makes and scores candidates."""
 
     plan: planning.Plan
-    examiner: Examiner
+    evaluator: Evaluator
     splits: tuple[str, ...]
     folder: Path
     batch: int
 
-    def scored(
+    def score(
         self,
         wanted: Sequence[Candidate],
         progress: Callable[[int, int], None] = lambda _done, _total: None,
-    ) -> Iterator[Row]:
-        """Yield a row for each candidate, in order; those of the same coefficients share one."""
-        found: dict[tuple[float, ...], Mapping[str, Outcome]] = {}
+    ) -> Iterator[ScoredCandidate]:
+        """Yield the scores of each candidate, in order; equal coefficients are scored once."""
+        found: dict[tuple[float, ...], Mapping[str, RowScores]] = {}
         unique = list(dict.fromkeys(candidate.coefficients for candidate in wanted))
-        for coefficients, outcomes in self.outcomes(unique):
-            found[coefficients] = outcomes
+        for coefficients, scores in self._score_coefficients(unique):
+            found[coefficients] = scores
             progress(len(found), len(unique))
         for candidate in wanted:
-            yield Row(candidate, found[candidate.coefficients])
+            yield ScoredCandidate(candidate, found[candidate.coefficients])
 
-    def outcomes(
+    def _score_coefficients(
         self, wanted: Iterable[tuple[float, ...]]
-    ) -> Iterator[tuple[tuple[float, ...], Mapping[str, Outcome]]]:
-        """Score averages: those of one checkpoint as it is, the others in batches."""
+    ) -> Iterator[tuple[tuple[float, ...], Mapping[str, RowScores]]]:
+        """Score averages: single checkpoints directly from their file, the others in batches."""
         several = []
         for coefficients in wanted:
             if max(coefficients) == 1:
                 path = self.plan.checkpoints[coefficients.index(1.0)].path
-                yield coefficients, self.examined(path)
+                yield coefficients, self._score_file(path)
             else:
                 several.append(coefficients)
         suffix = "".join(self.plan.checkpoints[-1].path.suffixes[-1:])
@@ -301,11 +303,11 @@ class _Bench:
             paths = [self.folder / f"{k}{suffix}" for k in range(len(part))]
             writing.several(self.plan, part, paths)
             for coefficients, path in zip(part, paths, strict=True):
-                yield coefficients, self.examined(self.recalibrated(path))
+                yield coefficients, self._score_file(self._recalibrate(path))
                 path.unlink()
 
-    def recalibrated(self, path: Path) -> Path:
-        """Return an average with BatchNorm statistics of its own, if that was asked for."""
+    def _recalibrate(self, path: Path) -> Path:
+        """Gather the BatchNorm statistics of an average again, if the options say so."""
         options = self.plan.options
         rows = options.get("recalibrate")
         if rows is None:
@@ -316,50 +318,56 @@ class _Bench:
         recalibration.recalibrate(path, made, rows, batch_size=size, trust_code=trust, force=True)
         return made
 
-    def examined(self, path: Path) -> dict[str, Outcome]:
-        """Score one file."""
-        return dict(zip(self.splits, self.examiner.outcomes(path), strict=True))
+    def _score_file(self, path: Path) -> dict[str, RowScores]:
+        """Return the scores of one file on each split."""
+        return dict(zip(self.splits, self.evaluator.score_rows(path), strict=True))
 
 
-def _ensembles(bench: _Bench, rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield the mean of the members' predictions, for every window: what averaging stands in for.
+def _score_ensembles(
+    scorer: _CandidateScorer, rows: Sequence[ScoredCandidate]
+) -> Iterator[ScoredCandidate]:
+    """Yield an ensemble for every window: the mean of the predictions of its members.
 
-    Nothing where a model has several outputs.
+    Averaging approximates it with the cost of one model.  A model of several outputs has none.
     """
     singles = [row for row in rows if row.candidate.kind == "single"]
     windows = sorted({row.candidate.window for row in rows if row.candidate.kind == "average"})
-    sums: list[Any] = [0.0] * len(bench.splits)
+    sums: list[Any] = [0.0] * len(scorer.splits)
     for window, single in enumerate(reversed(singles), start=1):
-        given = [single.outcomes[split].predictions for split in bench.splits]
+        given = [single.scores[split].predictions for split in scorer.splits]
         if any(predictions is None for predictions in given):
             return
         sums = [total + np.asarray(p, np.float64) for total, p in zip(sums, given, strict=True)]
         if window in windows:
-            judged = bench.examiner.judged([total / window for total in sums])
+            scores = scorer.evaluator.score_predictions([total / window for total in sums])
             whole = (*(0.0,) * (len(singles) - window), *(1 / window,) * window)
-            outcomes = dict(zip(bench.splits, judged, strict=True))
-            yield Row(Candidate("ensemble", "", None, window, whole), outcomes)
+            named = dict(zip(scorer.splits, scores, strict=True))
+            yield ScoredCandidate(Candidate("ensemble", "", None, window, whole), named)
 
 
-def _metric(rows: Sequence[Row]) -> str:
-    """Return what to choose by.
+def _choose_metric(rows: Sequence[ScoredCandidate]) -> str:
+    """Return the metric to choose by.
 
     Raises:
-        MismatchError: there is nothing.
+        MismatchError: the models have none.
     """
-    outcome = rows[-1].outcomes["selection"]
-    if outcome.correct is not None:
+    scores = rows[-1].scores["selection"]
+    if scores.correct is not None:
         return "accuracy"
-    if outcome.loss is not None:
+    if scores.loss is not None:
         return "loss"
     raise MismatchError(
         "the models have neither a loss nor classes as labels; compile them before saving"
     )
 
 
-def _gains(winner: Row, rows: Sequence[Row], metric: str) -> dict[str, tuple[Gain, ...]]:
+def _compute_gains(
+    winner: ScoredCandidate, rows: Sequence[ScoredCandidate], metric: str
+) -> dict[str, tuple[Gain, ...]]:
     """Compare the winner on the reporting rows, row by row."""
     singles = [row for row in rows if row.candidate.kind == "single"]
     others = {"newest": singles[-1], "best single": find_best(singles, metric)}
-    ours = winner.outcomes["reporting"]
-    return {over: gains(ours, other.outcomes["reporting"]) for over, other in others.items()}
+    # On rows that played no part in the choice: the winner looks better than it is on those that
+    # did.
+    ours = winner.scores["reporting"]
+    return {over: compute_gains(ours, other.scores["reporting"]) for over, other in others.items()}

@@ -62,7 +62,7 @@ def compare_again(
         if written.recalibrated is not None:
             from polyak_cli.evaluation import recalibration  # which knows of Keras
 
-            expected = recalibration.restored(expected, written.recalibrated)
+            expected = recalibration.restore_statistics(expected, written.recalibrated)
         if table is not None and not _is_laid_out_alike(table, expected):
             return _compare_tensors(table, expected)
         deviation = bitwise.compare(written.files, expected)

@@ -533,13 +533,13 @@ class _Verifier:
         """Compare statistics that cannot be recomputed with their digests; return their names."""
         if not self.record.recalibrated:
             return ()
-        values = recalibration.statistics_of(self.table)
+        values = recalibration.read_statistics(self.table)
         what = f"{len(values)} BatchNorm statistics were recalibrated on rows of data"
         if self.record.statistics is None:
             self.notes.append(f"{what}, and no digest of them was recorded: they are not verified")
             return tuple(values)
         self.notes.append(f"{what}: they are not recomputed, but compared with recorded digests")
-        digests = recalibration.digests(self.table, values)
+        digests = recalibration.hash_values(self.table, values)
         for name, digest in digests.items():
             if digest != self.record.statistics[name]:
                 text = f"tensor '{shown(name)}' is not as recalibrated: its SHA-256 is another"

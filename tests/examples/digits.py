@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from polyak_cli import Examiner, average, halves, paired, recalibrate
+from polyak_cli import Evaluator, average, halves, paired_difference, recalibrate
 from polyak_cli.evaluation.data import Split
 from polyak_cli.evaluation.significance import verdict
 
@@ -129,15 +129,15 @@ def examine(
     folder: Path, made: Mapping[str, Path], selection: Split, test: Split
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Return for each contender which rows of the test it got right."""
-    examiner = Examiner([selection, test])
+    examiner = Evaluator([selection, test])
     singles = []
     for path in sorted(folder.glob("model_*.keras"))[-LAST:]:
-        chosen_by, reported = examiner.outcomes(path)
+        chosen_by, reported = examiner.score_rows(path)
         assert chosen_by.correct is not None
         singles.append((float(chosen_by.correct.mean()), reported))
     found = {"newest": singles[-1][1], "best single": max(singles, key=lambda one: one[0])[1]}
     for name, path in made.items():
-        found[name] = examiner.outcomes(path)[1]
+        found[name] = examiner.score_rows(path)[1]
     right = {}
     for name in CONTENDERS:
         correct = found[name].correct
@@ -162,7 +162,7 @@ def compare(right: Sequence[Mapping[str, npt.NDArray[np.bool_]]]) -> list[dict[s
     for name in CONTENDERS:
         row: dict[str, Any] = {"name": name, "accuracy": float(shares[name].mean())}
         for over in CONTENDERS[:2]:
-            gain = paired(shares[name], shares[over])
+            gain = paired_difference(shares[name], shares[over])
             gains = [float(seed[name].mean() - seed[over].mean()) for seed in right]
             row[over] = {
                 **gain._asdict(),

@@ -14,8 +14,8 @@ import pytest
 from polyak_cli import average, compare, evaluate
 from polyak_cli.errors import FormatError, UsageError
 from polyak_cli.evaluation import data, evaluator
-from polyak_cli.evaluation.comparison import gains
-from polyak_cli.evaluation.significance import mcnemar, paired
+from polyak_cli.evaluation.comparison import compute_gains
+from polyak_cli.evaluation.significance import mcnemar, paired_difference
 from tests.command import Done, one_line, polyak
 from tests.keras.test_evaluate import CLASSES, ROWS, SAMPLE, SAMPLES, network, saved, split
 
@@ -28,10 +28,10 @@ def ruined(path: Path, bias: float) -> Path:
     return path
 
 
-def made(**given: Any) -> evaluator.Outcome:
+def made(**given: Any) -> evaluator.RowScores:
     """Return an outcome of four rows."""
     whole = {"loss": 0.5, "metrics": {}, "losses": np.ones(4), "correct": np.ones(4, bool)}
-    return evaluator.Outcome(**{**whole, "predictions": None, "loss_name": "a", **given})
+    return evaluator.RowScores(**{**whole, "predictions": None, "loss_name": "a", **given})
 
 
 # --- the pairing ----------------------------------------------------------------------------------
@@ -45,14 +45,14 @@ def test_models_are_compared_row_by_row() -> None:
     assert [found.baseline, *(one.score for one in found.models)] == [
         *evaluate([SAMPLE, *paths], rows)
     ]
-    examiner = evaluator.Examiner([rows])
-    (theirs,), *each = map(examiner.outcomes, [SAMPLE, *paths])
+    examiner = evaluator.Evaluator([rows])
+    (theirs,), *each = map(examiner.score_rows, [SAMPLE, *paths])
     for one, (ours,) in zip(found.models, each, strict=True):
         accuracy, loss = one.gains
         assert ours.correct is not None
         assert theirs.correct is not None
         assert (accuracy.metric, loss.metric) == ("accuracy", "loss")
-        assert accuracy.paired == paired(ours.correct, theirs.correct)
+        assert accuracy.paired == paired_difference(ours.correct, theirs.correct)
         assert accuracy.mcnemar_p == mcnemar(ours.correct, theirs.correct)
         own, others = one.score.metrics["accuracy"], found.baseline.metrics["accuracy"]
         assert accuracy.paired.difference == pytest.approx(own - others)
@@ -71,20 +71,23 @@ def test_a_model_is_not_ahead_of_itself() -> None:
 
 def test_what_only_one_has_is_not_compared() -> None:
     """Classes, losses, and losses of different kinds."""
-    assert [gain.metric for gain in gains(made(), made())] == ["accuracy", "loss"]
-    assert [gain.metric for gain in gains(made(correct=None), made())] == ["loss"]
-    assert [gain.metric for gain in gains(made(), made(losses=None))] == ["accuracy"]
-    assert [gain.metric for gain in gains(made(loss_name="b"), made())] == ["accuracy"]
-    assert gains(made(correct=None), made(losses=None)) == ()
+    assert [gain.metric for gain in compute_gains(made(), made())] == ["accuracy", "loss"]
+    assert [gain.metric for gain in compute_gains(made(correct=None), made())] == ["loss"]
+    assert [gain.metric for gain in compute_gains(made(), made(losses=None))] == ["accuracy"]
+    assert [gain.metric for gain in compute_gains(made(loss_name="b"), made())] == ["accuracy"]
+    assert compute_gains(made(correct=None), made(losses=None)) == ()
 
 
 def test_less_loss_is_better_and_less_accuracy_worse() -> None:
     """And a loss that is no number cannot be compared."""
     wrong = made(correct=np.zeros(4, bool), losses=np.zeros(4))
-    assert [gain.verdict for gain in gains(wrong, made())] == ["worse", "better"]
-    assert [gain.verdict for gain in gains(made(), wrong)] == ["better", "worse"]
+    assert [gain.verdict for gain in compute_gains(wrong, made())] == ["worse", "better"]
+    assert [gain.verdict for gain in compute_gains(made(), wrong)] == ["better", "worse"]
     none = made(losses=np.full(4, np.nan))
-    assert [gain.verdict for gain in gains(none, made())] == ["within noise", "not comparable"]
+    assert [gain.verdict for gain in compute_gains(none, made())] == [
+        "within noise",
+        "not comparable",
+    ]
 
 
 def test_another_architecture_is_a_baseline_and_another_loss_is_told(tmp_path: Path) -> None:

@@ -405,7 +405,7 @@ def test_halves_of_numbers_and_of_several_arrays_are_random(labels: data.Arrays)
     rows = chosen.features["x"]
     assert equal(chosen.features["z"][:, 0], rows)
     assert type(chosen.labels) is type(labels)
-    for part, whole in zip(data.leaves(chosen.labels), data.leaves(labels), strict=True):
+    for part, whole in zip(data.list_arrays(chosen.labels), data.list_arrays(labels), strict=True):
         assert equal(part, whole[rows])
 
 

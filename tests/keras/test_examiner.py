@@ -27,13 +27,13 @@ from tests.keras.test_evaluate import (
 )
 
 
-def outcome(path: Path, rows: data.Split | None = None, **options: Any) -> evaluator.Outcome:
+def outcome(path: Path, rows: data.Split | None = None, **options: Any) -> evaluator.RowScores:
     """Return what a model makes of one split."""
-    (found,) = evaluator.Examiner([rows or split()], **options).outcomes(path)
+    (found,) = evaluator.Evaluator([rows or split()], **options).score_rows(path)
     return found
 
 
-def agrees(path: Path, rows: data.Split | None = None) -> evaluator.Outcome:
+def agrees(path: Path, rows: data.Split | None = None) -> evaluator.RowScores:
     """Return the outcome, having seen that its rows agree with it and it with `evaluate`."""
     found = outcome(path, rows, batch_size=16)
     expected = score(path, rows, batch_size=16)
@@ -139,10 +139,10 @@ def test_several_outputs_add_their_losses(tmp_path: Path) -> None:
         found = agrees(tmp_path / "model.h5", split(labels=labels))
         assert found.losses is not None
         assert (found.correct, found.predictions) == (None, None)
-    examiner = evaluator.Examiner([split(labels=(ONE_HOT, sizes))])
-    examiner.outcomes(tmp_path / "model.h5")
+    examiner = evaluator.Evaluator([split(labels=(ONE_HOT, sizes))])
+    examiner.score_rows(tmp_path / "model.h5")
     with pytest.raises(UsageError, match="a model of one output"):
-        examiner.judged([sizes])
+        examiner.score_predictions([sizes])
 
 
 def test_the_penalty_of_regularizers_is_in_every_row(tmp_path: Path) -> None:
@@ -202,10 +202,10 @@ def test_an_examiner_mixes_neither_files_nor_splits(tmp_path: Path) -> None:
     splits = [data.halves(blobs.split("test"))[1], blobs.split("train")]
     other = network(inputs=2)
     paths = [SAMPLES / "model_490.h5", saved(other, tmp_path / "other.h5", "mse", None), SAMPLE]
-    examiner = evaluator.Examiner(splits)
+    examiner = evaluator.Evaluator(splits)
     for path in paths:
         shutil.copy(path, tmp_path / "candidate.h5")
-        together = examiner.outcomes(tmp_path / "candidate.h5")
+        together = examiner.score_rows(tmp_path / "candidate.h5")
         for rows, found in zip(splits, together, strict=True):
             apart = agrees(path, rows)
             assert found.loss == pytest.approx(apart.loss, rel=1e-6)
@@ -219,10 +219,10 @@ def test_predictions_of_others_are_judged_as_the_models_own() -> None:
     """Its own give its own score; the mean of two models' gives that of the mean."""
     blobs = data.load("blobs")
     splits = [blobs.split("test"), blobs.split("train")]
-    examiner = evaluator.Examiner(splits)
-    first = examiner.outcomes(SAMPLES / "model_490.h5")
-    second = examiner.outcomes(SAMPLE)
-    own = examiner.judged([one.predictions for one in second])  # type: ignore[misc]
+    examiner = evaluator.Evaluator(splits)
+    first = examiner.score_rows(SAMPLES / "model_490.h5")
+    second = examiner.score_rows(SAMPLE)
+    own = examiner.score_predictions([one.predictions for one in second])  # type: ignore[misc]
     for found, expected in zip(own, second, strict=True):
         assert found.loss == pytest.approx(expected.loss, rel=1e-6)
         assert found.metrics == expected.metrics
@@ -231,7 +231,7 @@ def test_predictions_of_others_are_judged_as_the_models_own() -> None:
         (a.predictions + b.predictions) / 2  # type: ignore[operator]
         for a, b in zip(first, second, strict=True)
     ]
-    for found, mean, rows in zip(examiner.judged(means), means, splits, strict=True):
+    for found, mean, rows in zip(examiner.score_predictions(means), means, splits, strict=True):
         labels = np.asarray(rows.labels)
         shares = mean[range(rows.rows), labels] / mean.sum(1)
         assert found.loss == pytest.approx(-np.log(shares).mean(), rel=1e-5)
@@ -242,38 +242,38 @@ def test_predictions_of_others_are_judged_as_the_models_own() -> None:
 def test_judging_names_the_accuracy_as_the_model_does(tmp_path: Path) -> None:
     """So that both stand in one column."""
     path = saved(network(), tmp_path / "model.h5", "mse", ["categorical_accuracy"])
-    examiner = evaluator.Examiner([split()])
-    (own,) = examiner.outcomes(path)
-    (found,) = examiner.judged([own.predictions])  # type: ignore[list-item]
+    examiner = evaluator.Evaluator([split()])
+    (own,) = examiner.score_rows(path)
+    (found,) = examiner.score_predictions([own.predictions])  # type: ignore[list-item]
     assert found.metrics == own.metrics
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     """Before a model was examined, after one that failed, and predictions of another shape."""
-    examiner = evaluator.Examiner([split()])
+    examiner = evaluator.Evaluator([split()])
     with pytest.raises(UsageError, match="examined before"):
-        examiner.judged([ONE_HOT])
-    examiner.outcomes(saved(network(), tmp_path / "model.h5", "mse", None))
+        examiner.score_predictions([ONE_HOT])
+    examiner.score_rows(saved(network(), tmp_path / "model.h5", "mse", None))
     for predictions in ([], [ONE_HOT, ONE_HOT], [ONE_HOT[:4]], [ONE_HOT[:, :2]]):
         with pytest.raises(MismatchError, match="predictions have the shapes"):
-            examiner.judged(predictions)
+            examiner.score_predictions(predictions)
     (tmp_path / "bad.h5").write_bytes(b"no")
     with pytest.raises(FormatError, match=r"bad\.h5"):
-        examiner.outcomes(tmp_path / "bad.h5")
+        examiner.score_rows(tmp_path / "bad.h5")
     with pytest.raises(MismatchError, match="takes rows of shape"):
-        examiner.outcomes(SAMPLE)
+        examiner.score_rows(SAMPLE)
     with pytest.raises(UsageError, match="examined before"):
-        examiner.judged([ONE_HOT])
+        examiner.score_predictions([ONE_HOT])
 
 
 def test_an_examiner_checks_its_batch_size_and_tells_each_note_once(tmp_path: Path) -> None:
     """A note that every file of a run has is one note."""
     with pytest.raises(UsageError, match="--batch-size 0 is out of range"):
-        evaluator.Examiner([split()], batch_size=0)
+        evaluator.Evaluator([split()], batch_size=0)
     network().save(tmp_path / "model.h5")
-    examiner = evaluator.Examiner([split()])
+    examiner = evaluator.Evaluator([split()])
     for _ in range(2):
-        (found,) = examiner.outcomes(tmp_path / "model.h5")
+        (found,) = examiner.score_rows(tmp_path / "model.h5")
     assert examiner.notes == list(found.notes)
     assert len(examiner.notes) == 1
 
@@ -308,9 +308,9 @@ def test_a_run_s_model_is_built_once(
         paths.append(tmp_path / f"model_{epoch}{suffix}")
         expected.append(model.predict(ROWS, verbose=0))
     built = loads(monkeypatch)
-    examiner = evaluator.Examiner([split()])
+    examiner = evaluator.Evaluator([split()])
     for path, predictions in zip(paths, expected, strict=True):
-        (found,) = examiner.outcomes(path)
+        (found,) = examiner.score_rows(path)
         assert found.predictions == pytest.approx(predictions, abs=1e-6)
         assert found.notes == ()
     assert built == paths[:1]
@@ -335,8 +335,8 @@ def test_a_model_with_a_vocabulary_is_built_anew(
         paths.append(tmp_path / f"{known[0]}.keras")
         model.save(paths[-1])
     built = loads(monkeypatch)
-    examiner = evaluator.Examiner([split(rows, CLASSES[:8])])
-    first, second = (examiner.outcomes(path)[0].predictions for path in paths)
+    examiner = evaluator.Evaluator([split(rows, CLASSES[:8])])
+    first, second = (examiner.score_rows(path)[0].predictions for path in paths)
     assert built == paths
     assert first is not None
     assert second is not None
@@ -353,7 +353,7 @@ def test_models_with_assets_are_built_anew_though_described_alike(
         archive.writestr("assets/layers/none/words.txt", "one")
     shutil.copy(tmp_path / "1.keras", tmp_path / "2.keras")
     built = loads(monkeypatch)
-    examiner = evaluator.Examiner([split()])
+    examiner = evaluator.Evaluator([split()])
     for name in ("1.keras", "2.keras"):
-        examiner.outcomes(tmp_path / name)
+        examiner.score_rows(tmp_path / name)
     assert built == [tmp_path / "1.keras", tmp_path / "2.keras"]

@@ -35,7 +35,7 @@ Values = npt.NDArray[np.float64]
 
 def split(features: Any = ROWS, source: str = "folder/rows.npz (train)") -> data.Split:
     """Return rows as `data` would."""
-    count = len(data.leaves(features)[0])
+    count = len(data.list_arrays(features)[0])
     return data.Split(source, features, LABELS[:count])
 
 
@@ -522,7 +522,7 @@ def test_statistics_that_are_not_the_files_are_never_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Should Keras load something else for a tensor than what lies there, nothing is written."""
-    own = batchnorm._stored
+    own = batchnorm.locate_variables
 
     def crossed(model: Any, table: Any) -> dict[int, list[str]]:
         stored = own(model, table)
@@ -530,10 +530,10 @@ def test_statistics_that_are_not_the_files_are_never_written(
         mean, variance = id(one.moving_mean), id(one.moving_variance)
         return stored | {mean: stored[variance], variance: stored[mean]}
 
-    monkeypatch.setattr(batchnorm, "_stored", crossed)
+    monkeypatch.setattr(batchnorm, "locate_variables", crossed)
     line = refusal(MismatchError, folder / "dense.h5", tmp_path / "o.h5", split())
     assert "is not what Keras loaded for it" in line
-    monkeypatch.setattr(batchnorm, "_stored", lambda *_: {})
+    monkeypatch.setattr(batchnorm, "locate_variables", lambda *_: {})
     line = refusal(MismatchError, folder / "dense.h5", tmp_path / "o.h5", split())
     assert "the statistics of layer 'one' are not where this Keras would keep them" in line
     assert tree(tmp_path) == {}
@@ -613,7 +613,7 @@ def test_what_averaging_promises_holds_with_recalibration(
     with pytest.raises(MismatchError, match="has no BatchNorm layer"):
         average(SAMPLES, output, recalibrate=data.load("blobs").split("train"), force=True)
     (tmp_path / "m.npz").unlink()
-    monkeypatch.setattr(recalibration, "moments", interrupted)
+    monkeypatch.setattr(recalibration, "gather_moments", interrupted)
     with pytest.raises(KeyboardInterrupt):
         average(run_folder / "h5", output, recalibrate=split(), force=True)
     assert tree(tmp_path) == old
