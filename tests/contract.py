@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli import average, inspect, verify
+from polyak_cli import average, inspect, plan, verify
 from polyak_cli.averaging.options import Options
+from polyak_cli.averaging.planning import Plan
 from polyak_cli.engine import slabs
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
+from polyak_cli.tensors import Extent
+from tests.counting import count_reads
 from tests.oracle import Array
 
 Tensors = dict[str, Array]
@@ -54,12 +58,19 @@ def assert_same(found: Mapping[str, Array], expected: Mapping[str, Array]) -> No
         assert found[name].tobytes() == values.tobytes(), name
 
 
+def described(made: Plan) -> list[Any]:
+    """Return all that a plan says, but for the memory that the process happens to have."""
+    tables = [[*table.tensors.values(), *table.others.values()] for table in made.tables]
+    return [replace(made, memory=0, tables=(), averaged_rows=(), carried_rows=()), tables]
+
+
 class Contract(abc.ABC):
     """Tests that every format runs."""
 
     suffix: ClassVar[str]  # of its files
     dtypes: ClassVar[Sequence[str]] = ("float16", "float32", "float64")
     converts: ClassVar[bool] = True  # --dtype may change the stored type
+    overrun: ClassVar[int] = 0  # bytes of a tensor that are read with the header before it
 
     @property
     def result(self) -> str:
@@ -99,6 +110,45 @@ class Contract(abc.ABC):
         for path, tensors in zip(paths, models, strict=True):
             self.write(path, tensors)
         return paths, models
+
+    def test_a_plan_reads_headers_only(self, tmp_path: Path) -> None:
+        """No byte of an averaged tensor is read, and with NaN in their place the plan is the same.
+
+        Tensors of up to a page are read along where checkpoints are compared; these are larger.
+        """
+        folder = tmp_path / "run"
+        folder.mkdir()
+        for k in range(3):
+            tensors = self.tensors(k)
+            rng = np.random.default_rng(k)
+            tensors |= {name: rng.normal(size=3000).astype("f4") for name in ("kernel", "bias")}
+            self.write(folder / f"model_{k}{self.suffix}", tensors)
+        with count_reads(tmp_path) as log:
+            made = plan(folder, tmp_path / f"o{self.result}")
+        reads = log.reads()
+        assert reads
+        for table in made.tables:
+            large = [spec for spec in table.tensors.values() if spec.nbytes > 4096]
+            assert len(large) == 2
+            for spec in large:
+                extent = spec.storage
+                if not isinstance(extent, Extent):  # compressed: its bytes are not at an offset
+                    continue
+                path = Path(table.files[extent.file].path)
+                inside = [
+                    read
+                    for read in reads
+                    if read.path == str(path)
+                    and read.overlaps(extent.offset + self.overrun, extent.offset + extent.nbytes)
+                ]
+                assert inside == []
+                status = path.stat()
+                with path.open("r+b") as file:
+                    file.seek(extent.offset)
+                    file.write(b"\xff" * extent.nbytes)
+                os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        again = plan(folder, tmp_path / f"o{self.result}")
+        assert described(again) == described(made)
 
     @pytest.mark.parametrize("options", SCHEMES, ids=["exp", "own"])
     def test_bit_for_bit(self, tmp_path: Path, options: Options) -> None:

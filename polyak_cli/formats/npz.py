@@ -53,7 +53,7 @@ def _spec(file: InputFile, member: zips.Member) -> TensorSpec:
         return TensorSpec(member.name, (member.nbytes,), "opaque", "<", member.name, where)
     name = member.name.removesuffix(".npy")
     try:
-        dtype, shape, fortran, start = _header(zips.head(file, member, _HEAD))
+        dtype, shape, fortran, start = _header(_read_head(file, member))
     except ValueError as error:
         raise FormatError(f"tensor '{shown(name)}' has no .npy header ({shown(error)})") from None
     if dtype.hasobject:
@@ -69,6 +69,16 @@ def _spec(file: InputFile, member: zips.Member) -> TensorSpec:
     where = _storage(member, start) if nbytes else Extent(0, 0)
     sizes = tuple(shape)
     return TensorSpec(name, sizes, _kind(dtype), order, member.name, where, arrangement=arrangement)
+
+
+def _read_head(file: InputFile, member: zips.Member) -> bytes:
+    """Return the first bytes of an array, of which only its header where that can be told apart."""
+    if member.method != zips.STORED:  # its bytes are inflated in larger pieces anyway
+        return zips.head(file, member, _HEAD)
+    start = zips.head(file, member, 12)
+    width = 2 if start[6:7] == b"\1" else 4  # of the header's length, by the format's version
+    length = int.from_bytes(start[8 : 8 + width], "little")
+    return zips.head(file, member, min(8 + width + length, _HEAD))
 
 
 def _header(head: bytes) -> tuple[np.dtype[Any], list[int], bool, int]:

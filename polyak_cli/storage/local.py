@@ -7,12 +7,14 @@ these stay the only calls that move bytes.
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -91,8 +93,8 @@ class LocalInput:
         return b"".join(parts)
 
     def stream(self) -> BinaryIO:
-        """Return a file object on it for libraries that read one; closing it leaves this open."""
-        return open(self._descriptor, "rb", closefd=False)
+        """See `storage.InputFile.stream`."""
+        return io.BufferedReader(_InputStream(self))
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """See `storage.InputFile.prefetch`."""
@@ -113,6 +115,38 @@ class LocalInput:
     def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
+
+
+class _InputStream(io.RawIOBase):
+    """A position in an input, for libraries that seek and read; it reads as `InputFile.read`."""
+
+    def __init__(self, file: InputFile) -> None:
+        self._file = file
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Return that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return that it has a position."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to an offset from the beginning, the position, or the end."""
+        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}
+        position = starts[whence] + offset
+        if not 0 <= position < 1 << 63:  # what `lseek` refuses, and `zipfile` relies on that
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._position = position
+        return position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as the file goes, and return the number of bytes."""
+        data = self._file.read(self._position, len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 class LocalOutput:
