@@ -6,7 +6,10 @@ nothing of the package, so every module may import it, and knows nothing of chec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class PolyakError(Exception):

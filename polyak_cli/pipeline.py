@@ -216,7 +216,7 @@ def check_replaceable(output: Path) -> None:
     Raises:
         OutputError: with what to do.
     """
-    if output.exists() and not formats.find_polyak_outputs([checkpoints.file_of(output)]):
+    if output.exists() and not formats.find_polyak_outputs([checkpoints.find_file(output)]):
         raise OutputError(
             f"{shown(output)}: already exists and is no average by polyak; name another output, or "
             "use --force to replace it"

@@ -178,7 +178,7 @@ class _Watched:
         options, own = self.options.copy(), self._own_name()
         options["exclude"] = [*options.get("exclude", ()), *own]
         selection = averaging_options.select(
-            self.directory, options, growing=True, written_by_us=sift
+            self.directory, options, growing=True, find_polyak_outputs=sift
         )
         self._tell(selection)
         about = []
@@ -187,7 +187,7 @@ class _Watched:
             if own and one.path.name == self.output.name:
                 reason = "the output"
             elif reason == "written by polyak":  # as `select` says of all that was sifted out
-                reason = passed[checkpoints.file_of(one.path)]
+                reason = passed[checkpoints.find_file(one.path)]
             about.append(replace(one, reason=reason))
         return replace(selection, passed_over=tuple(about))
 
@@ -231,7 +231,7 @@ class _Watched:
         """Return the plan for a new output, None where there is nothing to do yet."""
         chosen: dict[Path, _Files] = {}
         for one in selection.checkpoints:
-            path = checkpoints.file_of(one.path)
+            path = checkpoints.find_file(one.path)
             if path not in self.seen:
                 raise CheckpointError(
                     f"{shown(self.directory)}: is one checkpoint itself; name the folder in which "
@@ -268,7 +268,7 @@ class _Watched:
         record = records.read_output_record(self.output) if self.output.exists() else None
         if not isinstance(record, dict) or not isinstance(record.get("inputs"), list):
             return False
-        written = checkpoints.file_of(self.output).stat().st_mtime_ns
+        written = checkpoints.find_file(self.output).stat().st_mtime_ns
         if any(file.version.mtime_ns > written for table in plan.tables for file in table.files):
             return False
         new = records.make_record(plan)
@@ -299,7 +299,7 @@ class _Watched:
 def _files_of(plan: Plan) -> dict[Path, _Files]:
     """Return what each checkpoint of a plan consists of."""
     return {
-        checkpoints.file_of(one.path): tuple(table.files)
+        checkpoints.find_file(one.path): tuple(table.files)
         for one, table in zip(plan.checkpoints, plan.tables, strict=True)
     }
 

@@ -225,7 +225,7 @@ def test_any_usual_way_of_writing_an_epoch_is_read(
     written = {f"{before}{joint}{e:0{width}d}{after.format(metric)}.h5": e for e in found}
     given_names = list(written)
     shuffle.shuffle(given_names)
-    assert ordering._epochs([Path(name) for name in given_names]) == [
+    assert ordering._read_epochs([Path(name) for name in given_names]) == [
         written[name] for name in given_names
     ]
 
@@ -238,7 +238,7 @@ def test_no_name_makes_the_reader_fail_otherwise(stems: list[str]) -> None:
     paths = [Path(f"{stem}.h5") for stem in stems if not set(stem) & {"/", "\0"}]
     answer: object = None
     try:
-        answer = len(ordering._epochs(paths)) if paths else 0
+        answer = len(ordering._read_epochs(paths)) if paths else 0
     except CheckpointError as error:
         answer = str(error)
     assert answer == len(paths) or (isinstance(answer, str) and answer.isprintable())
@@ -381,7 +381,7 @@ def test_our_own_averages_are_passed_over(run: Path) -> None:
         asked.extend(paths)
         return [path for path in paths if path.name == "final.h5"]
 
-    selection = select([run], written_by_us=ours)
+    selection = select([run], find_polyak_outputs=ours)
     assert names(selection) == ["model_1.h5", "model_2.h5"]
     assert reasons(selection)["final.h5"] == "written by polyak"
     assert sorted(path.name for path in asked) == ["final.h5", "model_1.h5", "model_2.h5"]
@@ -390,7 +390,7 @@ def test_our_own_averages_are_passed_over(run: Path) -> None:
 def test_a_file_named_by_itself_is_meant(run: Path) -> None:
     """Neither its suffix nor who wrote it keeps a file out that was named by itself."""
     paths = make(run, "final.h5", "weights.bin", ".hidden.h5", "model.tmp")
-    selection = select(paths, written_by_us=lambda given: given)
+    selection = select(paths, find_polyak_outputs=lambda given: given)
     assert names(selection) == [path.name for path in paths]
     assert epochs(selection) == [None] * 4
 
@@ -463,7 +463,7 @@ def test_each_directory_must_hold_a_checkpoint(tmp_path: Path, run: Path) -> Non
 def test_a_directory_of_our_averages_only_is_an_error(run: Path) -> None:
     """Nothing is left to average there."""
     make(run, "final.h5")
-    assert "final.h5 (written by polyak)" in refusal(run, written_by_us=lambda given: given)
+    assert "final.h5 (written by polyak)" in refusal(run, find_polyak_outputs=lambda given: given)
 
 
 @pytest.mark.parametrize(
@@ -790,7 +790,7 @@ def test_a_survey_can_be_restricted(run: Path) -> None:
     assert epochs(survey([paths[0]], from_epoch=2)) == [None]
     assert epochs(survey([paths[4], paths[0], paths[1]])) == [4, None, 1]
     assert survey([run], exclude=["x*"]).notes == ("--exclude 'x*' matched nothing",)
-    ours = survey([run], written_by_us=lambda _: [run / "best.h5"])
+    ours = survey([run], find_polyak_outputs=lambda _: [run / "best.h5"])
     assert reasons(ours) == {"best.h5": "written by polyak"}
     assert (epochs(ours), ours.thinned) == ([1, 2, 3, 4], False)
 
@@ -1123,7 +1123,7 @@ def test_a_metric_that_is_not_in_a_name_is_an_error(
 )
 def test_the_mode_is_told_from_the_name_of_the_metric(monitor: str, mode: str | None) -> None:
     """Losses and errors are minimised, scores maximised, and anything else asked for."""
-    assert metrics._better(monitor) == mode
+    assert metrics._guess_mode(monitor) == mode
 
 
 # ---- the best, by log ------------------------------------------------------------------------
@@ -1192,7 +1192,7 @@ def test_the_metric_in_the_names_settles_the_alignment(run: Path) -> None:
 )
 def test_a_name_says_its_metric_up_to_the_last_digit(numeral: str, worth: float) -> None:
     """Half of what one in the last digit is worth may have been rounded off."""
-    assert metrics._last_digit(numeral) == worth
+    assert metrics._weigh_last_digit(numeral) == worth
 
 
 def test_an_alignment_that_nothing_settles_is_noted(run: Path) -> None:
@@ -1368,7 +1368,7 @@ def test_rounded_metrics_agree_with_the_rows_they_come_from(
     ]
     log = metrics._Log("log", dict(enumerate(losses)), len(losses) - 1, ())
     if all("." in f"{loss:{digits}}" for loss in losses):
-        assert metrics._agrees(files, start, "val_loss", log)
+        assert metrics._is_consistent(files, start, "val_loss", log)
 
 
 # ---- at large --------------------------------------------------------------------------------

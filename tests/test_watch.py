@@ -458,13 +458,13 @@ def test_a_signal_ends_it_with_the_last_output_whole(folder: Path, number: signa
 def test_a_signal_amid_a_publication_leaves_the_output_before(folder: Path) -> None:
     """The old average until the new one is whole."""
     code = (
-        "import sys, polyak_cli.formats as module\noriginal = module.lay_out\n"
+        "import sys, polyak_cli.formats as module\noriginal = module.write_skeleton\n"
         "def pausing(*arguments, **options):\n"
         "    value = original(*arguments, **options)\n"
         "    print('laid out', flush=True)\n"
         "    sys.stdin.readline()\n"
         "    return value\n"
-        "module.lay_out = pausing\n"
+        "module.write_skeleton = pausing\n"
     )
     with watcher(folder, code=code) as watched:
         assert watched.line() == "laid out"
@@ -640,7 +640,7 @@ def test_waiting_takes_no_processor_time(folder: Path) -> None:
             tried.extend(paths)
             return real(paths)
 
-        patch.setattr(formats, "tried", counted)
+        patch.setattr(formats, "probe", counted)
         reports = watch(folder / "ckpts", folder / "o.h5", interval=7.0)
         with pytest.raises(EnoughError):
             list(reports)

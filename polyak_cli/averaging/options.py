@@ -170,7 +170,7 @@ def select(
     options: Options,
     *,
     growing: bool = False,
-    written_by_us: Callable[[Sequence[Path]], Collection[Path]] = formats.find_polyak_outputs,
+    find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]] = formats.find_polyak_outputs,
 ) -> checkpoints.Selection:
     """Choose checkpoints as the options say; see `checkpoints.select`."""
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
@@ -187,7 +187,7 @@ def select(
         log=options.get("log"),
         epoch_pattern=options.get("epoch_pattern"),
         growing=growing,
-        written_by_us=written_by_us,
+        find_polyak_outputs=find_polyak_outputs,
     )
 
 

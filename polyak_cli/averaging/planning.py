@@ -185,7 +185,7 @@ def plan(
     if skipped:
         options = _without(skipped, chosen, options)
         scheme, coefficients = choose_coefficients(selection.positions, options)
-    paths = [checkpoints.file_of(checkpoint.path) for checkpoint in selection.checkpoints]
+    paths = [checkpoints.find_file(checkpoint.path) for checkpoint in selection.checkpoints]
     memory = plan_memory(options)
     use_ema = options.get("use_ema", False)
     tables = tuple(formats.scan(paths, jobs=memory.jobs, with_optimizer=use_ema))

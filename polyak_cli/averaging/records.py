@@ -389,7 +389,7 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
 def read_output_record(output: Path) -> Any:
     """Return what `make_record` made for an existing output, None if it has no such record."""
     with contextlib.suppress(PolyakError, ValueError, RecursionError):
-        (table,) = formats.scan([checkpoints.file_of(output)])
+        (table,) = formats.scan([checkpoints.find_file(output)])
         record = json.loads(table.about.get("provenance", "null"))
         return remove_seal(record) if isinstance(record, dict) else None
     return None

@@ -1,4 +1,4 @@
-"""WHICH files: find the checkpoints of a run, order them by epoch, and choose some of them.
+"""Find the checkpoints of a run, order them by epoch, and choose some of them.
 
 Knows directories, names, and the CSV log that Keras writes beside a run.  Does not know what is
 inside a checkpoint, and never opens one.
@@ -20,8 +20,8 @@ from polyak_cli.checkpoints.listing import (
     StrPath,
     describe_nothing_found,
     expand_source,
-    file_of,
     find_candidates,
+    find_file,
     find_objection,
     list_sources,
     refuse,
@@ -29,13 +29,13 @@ from polyak_cli.checkpoints.listing import (
 from polyak_cli.checkpoints.metrics import check_monitor, take_best
 from polyak_cli.checkpoints.ordering import (
     is_thinned,
+    make_natural_key,
     order_as_far_as_known,
     order_by_epoch,
     place_in_run,
     restrict_epochs,
     sort_by_epoch_or_name,
     take_newest,
-    with_numbers,
 )
 from polyak_cli.errors import CheckpointError, UsageError, shown
 
@@ -44,22 +44,27 @@ __all__ = [
     "PassedOver",
     "Problem",
     "Selection",
-    "file_of",
+    "find_file",
+    "make_natural_key",
     "model_files",
     "select",
     "survey",
-    "with_numbers",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The checkpoints to average, oldest first, and what there is to say about the choice.
+    """The checkpoints to average, oldest first, and notes about the choice.
 
-    ``positions`` has one number a checkpoint: how far into the run it was saved, in epochs counted
-    from 1, or just 1, 2, 3, ... where not every epoch is known. ``left_out`` are the checkpoints of
-    the run that were found and not chosen. ``thinned`` says that some between them were left out on
-    purpose, so that a gap in the epochs means nothing. ``problems`` are what `survey` found.
+    Attributes:
+        checkpoints: the chosen ones.
+        passed_over: files in the directories that were not taken for checkpoints of the run.
+        notes: sentences for the user.
+        positions: for each checkpoint, how far into the run it was saved: in epochs counted from 1,
+            or 1, 2, 3, ... if not every epoch is known.
+        left_out: checkpoints of the run that were found and not chosen.
+        thinned: some checkpoints were left out on purpose, so a gap in the epochs means nothing.
+        problems: what `survey` found.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -71,7 +76,7 @@ class Selection:
     problems: tuple[Problem, ...] = ()
 
 
-def _no_file(_: Sequence[Path]) -> Collection[Path]:
+def _find_none(_: Sequence[Path]) -> Collection[Path]:
     return ()
 
 
@@ -89,7 +94,7 @@ def select(
     log: StrPath | None = None,
     epoch_pattern: str | None = None,
     growing: bool = False,
-    written_by_us: Callable[[Sequence[Path]], Collection[Path]] = _no_file,
+    find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]] = _find_none,
 ) -> Selection:
     r"""Find the checkpoints of a run and choose some of them.
 
@@ -97,25 +102,25 @@ def select(
     ``last``, ``best``.
 
     Args:
-        sources: directories (not searched deeper, but for folders that are one checkpoint each, as
-            Transformers saves them), patterns with ``* ? [``, and files. Files alone
-            keep the order given, oldest first; with a directory or a pattern among the sources, all
-            are ordered by the epoch in their names.
+        sources: directories, patterns with ``* ? [``, and files. Directories are not searched
+            recursively, except that a folder may be one checkpoint, as Transformers saves them.
+            Files alone keep the order given, oldest first; with a directory or a pattern among the
+            sources, all are ordered by the epoch in their names.
         last: how many of the newest to take; never fewer.
         from_epoch: the first epoch to take.
         to_epoch: the last epoch to take.
         every: take the newest, and each ``every``-th before it.
-        exclude: patterns for file names or whole paths that are to be left out.
+        exclude: patterns for file names or whole paths to leave out.
         best: how many to take by metric; ties go to the newer one. They stay in order of epoch.
-        monitor: the metric for ``best``, ``val_loss`` unless given.
-        mode: ``min`` or ``max``, whichever is better; told from the metric's name unless given.
+        monitor: the metric for ``best``, ``val_loss`` by default.
+        mode: ``min`` or ``max``, whichever is better; guessed from the metric's name by default.
         log: a CSV file of Keras' CSVLogger to read the metric from, instead of from the file names.
-        epoch_pattern: a regular expression searched for in each file's name; its group ``epoch``,
-            else its first group, else all that it matches, is the epoch.
-        growing: the run goes on, so that it is no error when there are fewer checkpoints than were
-            asked for, or none at all yet.
-        written_by_us: says which of the given files are averages that an earlier run wrote there.
-            Asked about regular files found in directories and by patterns only.
+        epoch_pattern: a regular expression that is searched for in each file's name; the epoch is
+            its group ``epoch``, else its first group, else the whole match.
+        growing: the run is still training, so fewer checkpoints than asked for, or none yet, are no
+            error.
+        find_polyak_outputs: returns which of the given files are averages that this tool wrote.
+            It is called only with regular files from directories and patterns.
 
     Raises:
         UsageError: the arguments contradict one another or are out of range.
@@ -125,7 +130,7 @@ def select(
     monitor, better = check_monitor(best, monitor, mode, log)
     _check_bounds(from_epoch, to_epoch)
     pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
-    pool = find_candidates(list_sources(sources), exclude, growing, written_by_us, refuse)
+    pool = find_candidates(list_sources(sources), exclude, growing, find_polyak_outputs, refuse)
     ordered, notes = order_by_epoch(pool, pattern)
     spaced = restrict_epochs(ordered, from_epoch, to_epoch, growing)[::-1][::every][::-1]
     chosen = take_newest(spaced, last, len(ordered), growing)
@@ -151,21 +156,21 @@ def survey(
     to_epoch: int | None = None,
     exclude: Sequence[str] = (),
     epoch_pattern: str | None = None,
-    written_by_us: Callable[[Sequence[Path]], Collection[Path]] = _no_file,
+    find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]] = _find_none,
 ) -> Selection:
-    """Find the checkpoints of a run as `select` does, but tell of what it would refuse.
+    """Find the checkpoints of a run as `select` does, but report problems instead of raising.
 
-    They are ordered by epoch, however the files were named; those whose epoch is not known come
-    first.  Files named one by one that do not all tell an epoch keep the order given.
+    Checkpoints are ordered by epoch, however the files were given; those of unknown epoch come
+    first.  Files that were given one by one keep their order unless every name has an epoch.
 
     Args:
-        sources: as of `select`, like the other arguments.
+        sources: as for `select`, like the other arguments.
         last: how many of the newest to take; never fewer.
         from_epoch: the first epoch to take.
         to_epoch: the last epoch to take.
-        exclude: patterns for file names or whole paths that are to be left out.
+        exclude: patterns for file names or whole paths to leave out.
         epoch_pattern: a regular expression that finds the epoch in a name.
-        written_by_us: says which of the given files are averages.
+        find_polyak_outputs: returns which of the given files are averages that this tool wrote.
 
     Returns:
         The checkpoints, with the ``problems`` that were found.
@@ -178,9 +183,11 @@ def survey(
     _check_bounds(from_epoch, to_epoch)
     pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
     problems: list[Problem] = []
-    pool = find_candidates(list_sources(sources), exclude, False, written_by_us, problems.append)
+    pool = find_candidates(
+        list_sources(sources), exclude, False, find_polyak_outputs, problems.append
+    )
     ordered = order_as_far_as_known(pool, pattern, problems.append)
-    # Whether --from and --to mean those of unknown epoch cannot be told: they are looked at too.
+    # A checkpoint of unknown epoch may lie between --from and --to, so it is kept.
     known = [one for one in ordered if one.epoch is not None]
     within = set(restrict_epochs(known, from_epoch, to_epoch) if known else ())
     kept = [one for one in ordered if one.epoch is None or one in within]
@@ -199,18 +206,18 @@ def survey(
 
 
 def model_files(sources: StrPath | Sequence[StrPath]) -> tuple[list[Path], list[PassedOver]]:
-    """Find every whole model that the sources name, to look at each by itself.
+    """Find every whole model among the sources, to evaluate each by itself.
 
-    Unlike `select`, this takes what lies together for no run: averages stand beside epochs, and a
-    name needs no number.
+    Unlike `select`, this function does not assume that files in one place form a run: averages may
+    lie beside epochs, and a name needs no number.
 
     Args:
-        sources: directories (not searched deeper), patterns with ``* ? [``, and files, which are
-            taken whatever their names.
+        sources: directories (not searched recursively), patterns with ``* ? [``, and files, which
+            are taken whatever their names.
 
     Returns:
-        The files, source by source, those of a directory or a pattern ordered by epoch where all
-        their names tell one, else by name, numbers by their value; and what was passed over.
+        The files, source by source, and what was passed over. Files of a directory or a pattern are
+        ordered by epoch if every name has one, else by name, with numbers by value.
 
     Raises:
         UsageError: no sources are named.

@@ -1,7 +1,7 @@
-"""From what the user names to candidates: directories, patterns and files.
+"""Expand directories, patterns and files into the candidates for checkpoints of a run.
 
-Judges by names and by os.stat() alone, so a pipe or a device that is named like a checkpoint cannot
-hold the program up.  Opens no checkpoint and does not order them.
+Looks only at names and at os.stat(), so a pipe or a device that is named like a checkpoint cannot
+block the program.  Opens no checkpoint and does not order them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ StrPath = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One saved model file of a run, or a folder that is one, with what was read about it.
+    """One saved model of a run: a file, or a folder that is one checkpoint.
 
-    ``epoch`` is None for a file that was named by itself and has no number in its name; ``metric``
-    is None unless the best checkpoints were asked for.
+    ``epoch`` is None if the file was given by itself and its name has no number; ``metric`` is None
+    unless the best checkpoints were asked for.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class PassedOver:
-    """Something in a directory, or excluded, that is not taken for a checkpoint of the run."""
+    """A file that was excluded, or found in a directory and not taken for a checkpoint."""
 
     path: Path
     reason: str
@@ -65,8 +65,8 @@ class Problem(NamedTuple):
         return {"kind": self.kind, "text": self.text}
 
 
-#: How files end that are taken for checkpoints in a directory, by kind; what a file really is, its
-#: content tells later.  The first that fits counts.
+#: Suffixes of the files in a directory that are taken for checkpoints -> their kind.  The first
+#: suffix that fits counts.  The format is recognised later, by content.
 _KINDS_OF_FILE = {
     ".weights.h5": ".weights.h5",
     ".weights.json": ".weights.json",
@@ -83,10 +83,10 @@ _KINDS_OF_FILE = {
     ".safetensors.index.json": ".safetensors.index.json",
 }
 
-#: The kind of a folder that is one checkpoint, and the files that make it such: it is opened by the
-#: one that it has.
+#: The kind of a folder that is one checkpoint.
 _FOLDER = "checkpoint folders"
 
+#: The file by which such a folder is opened; it has exactly one of these.
 _OPENERS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -95,16 +95,16 @@ _OPENERS = (
     "diffusion_pytorch_model.safetensors.index.json",
 )
 
-#: What lies beside TensorFlow's checkpoints, each of which goes by its .index file.
+#: A data shard of a TensorFlow checkpoint, which is named by its .index file.
 _DATA = re.compile(r"(.+)\.data-\d{5}-of-\d{5}", re.DOTALL)
 
-#: One of the files that a sharded save of Keras consists of, beside the .weights.json.
+#: A shard of a sharded save of Keras, which is named by its .weights.json file.
 _SHARD = re.compile(r"(.+)_[0-9]{5,}\.weights\.h5")
 
-#: One of the files of which a sharded safetensors checkpoint consists, beside its index.
+#: A shard of a sharded safetensors checkpoint, which is named by its index.
 _PIECE = re.compile(r".*-\d{5}-of-\d{5}\.safetensors", re.IGNORECASE | re.DOTALL)
 
-#: The same for models with their architecture, which weights alone are not.
+#: The same for whole models: weights without an architecture do not count.
 KINDS_OF_MODEL = {".weights.h5": "", ".h5": ".h5", ".hdf5": ".h5", ".keras": ".keras"}
 
 #: Parts of a name, between dots, by which programs mark a file that they have not finished.
@@ -112,7 +112,7 @@ _UNFINISHED = split_words(
     "tmp temp part partial incomplete unfinished crdownload download swp swo lock"
 )
 
-_KINDS = (
+_SPECIAL_FILES = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -123,7 +123,7 @@ _KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """All candidates; ``as_given`` if every one was named by itself, so that their order counts."""
+    """All candidates.  ``as_given``: each was given by itself, so their order is the user's."""
 
     paths: tuple[Path, ...]
     as_given: bool
@@ -135,12 +135,12 @@ def find_candidates(
     sources: Sequence[StrPath],
     exclude: Sequence[str],
     growing: bool,
-    written_by_us: Callable[[Sequence[Path]], Collection[Path]],
-    told: Callable[[Problem], None],
+    find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]],
+    on_problem: Callable[[Problem], None],
 ) -> Pool:
     """Find all candidates.
 
-    What is ambiguous goes to ``told``; where that does not raise, the rest is gone on with.
+    Ambiguities are passed to ``on_problem``.  If it does not raise, the search continues.
     """
     unusable: list[Path] = []
     found: dict[tuple[int, int], Path] = {}
@@ -152,20 +152,20 @@ def find_candidates(
         as_given = as_given and not listed
         if listed:
             paths = [path for path in paths if not _is_part(path)]
-        kept, passed = _sifted(paths, listed, exclude, unmatched)
+        kept, passed = _sift(paths, listed, exclude, unmatched)
         if listed:
-            kept, others = _one_kind(source, kept, told)
+            kept, others = _separate_kinds(source, kept, on_problem)
             passed += others
         files: list[tuple[Path, tuple[int, int]]] = []
         for path in kept:
             try:
-                files.append((path, _identity(path)))
+                files.append((path, _read_identity(path)))
             except CheckpointError as error:
-                told(Problem("unreadable", str(error), path))
+                on_problem(Problem("unreadable", str(error), path))
                 unusable.append(path)
         if listed:
-            opened = {file_of(path): path for path, _ in files}
-            ours = {opened[file] for file in written_by_us(list(opened))} if files else set()
+            opened = {find_file(path): path for path, _ in files}
+            ours = {opened[file] for file in find_polyak_outputs(list(opened))} if files else set()
             passed += [PassedOver(path, "written by polyak") for path, _ in files if path in ours]
             files = [(path, identity) for path, identity in files if path not in ours]
             if not files and not unusable and not growing:
@@ -173,7 +173,7 @@ def find_candidates(
         passed_over += passed
         for path, identity in files:
             if identity in found:
-                told(Problem("same file", _same_file(found[identity], path), path))
+                on_problem(Problem("same file", _describe_same_file(found[identity], path), path))
             found.setdefault(identity, path)
     if not found and not unusable and as_given:
         raise CheckpointError("no checkpoint is left: --exclude matches every file that was named")
@@ -182,13 +182,15 @@ def find_candidates(
 
 
 def refuse(problem: Problem) -> None:
-    """Raise the error that a problem stands for."""
-    """Raise a problem as an error: what `select` does with the first that it meets."""
+    """Raise a problem as an error; `select` does so with the first problem."""
     raise CheckpointError(problem.text) from None
 
 
 def list_sources(sources: StrPath | Sequence[StrPath]) -> Sequence[StrPath]:
-    """Return the sources as several; a single string is a sequence of strings too, its letters."""
+    """Return a sequence of sources.
+
+    A single string is wrapped, because a string is itself a sequence of strings: its letters.
+    """
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
     if not sources:
         raise UsageError("no checkpoints named: give a directory, a pattern or files")
@@ -196,22 +198,22 @@ def list_sources(sources: StrPath | Sequence[StrPath]) -> Sequence[StrPath]:
 
 
 def expand_source(source: StrPath) -> tuple[list[Path], bool]:
-    """Return what a source stands for, and whether that was listed rather than named by itself."""
+    """Return the paths of a source, and whether they were listed rather than given by itself."""
     text = os.fspath(source)
-    # Path("") is the current directory, which nobody means who passes an unset variable.
+    # Path("") is the current directory; an empty name comes from an unset shell variable.
     if not text or "\0" in text:
         raise CheckpointError(f"{shown(text)!r} is no path: give a directory, a pattern or files")
     try:
         mode = os.stat(text).st_mode  # noqa: PTH116 - Path() would forget a trailing slash
     except OSError as error:
         if glob.has_magic(text) and not os.path.lexists(text):
-            return _matches(text), True
-        # TensorFlow names a checkpoint by what its files' names begin with.
+            return _expand_pattern(text), True
+        # TensorFlow names a checkpoint by the common prefix of its files.
         if error.errno == errno.ENOENT and os.path.isfile(f"{text}.index"):  # noqa: PTH113 - as above
             return [Path(f"{text}.index")], False
-        raise CheckpointError(_unusable(Path(text), error)) from error
+        raise CheckpointError(_describe_unusable(Path(text), error)) from error
     if not stat.S_ISDIR(mode):
-        return [_whole(Path(text))], False
+        return [_find_folder(Path(text))], False
     try:
         with os.scandir(text) as entries:
             names = sorted(entry.name for entry in entries)
@@ -220,7 +222,7 @@ def expand_source(source: StrPath) -> tuple[list[Path], bool]:
             f"{shown(text)}: the directory cannot be listed: {error.strerror}"
         ) from error
     listed = [Path(text, name) for name in names]
-    # Beside the checkpoints of a run, its final model may lie in the very folder.
+    # A run's folder may hold its final model beside its checkpoints; then it is not one checkpoint.
     if not set(_OPENERS).isdisjoint(names) and not any(_is_another(path) for path in listed):
         folder = Path(text)
         return [folder if folder.name not in ("", "..") else folder.resolve()], False
@@ -228,19 +230,20 @@ def expand_source(source: StrPath) -> tuple[list[Path], bool]:
 
 
 def _is_another(path: Path) -> bool:
-    """Tell whether something in a folder makes it more than one checkpoint."""
+    """Return whether a path in a folder is a checkpoint besides the folder's own."""
     if path.name in _OPENERS or _PIECE.fullmatch(path.name):
         return False
-    return _kind_by_suffix(path, _KINDS_OF_FILE).startswith(".safetensors") or bool(_openers(path))
+    kind = _find_kind_by_suffix(path, _KINDS_OF_FILE)
+    return kind.startswith(".safetensors") or bool(_find_openers(path))
 
 
-def file_of(path: Path) -> Path:
-    """Return the file by which a checkpoint is opened: itself, or one in a folder that is one.
+def find_file(path: Path) -> Path:
+    """Return the file by which a checkpoint is opened: the path itself, or a file in the folder.
 
     Raises:
         CheckpointError: the folder has several such files.
     """
-    found = _openers(path)
+    found = _find_openers(path)
     if len(found) > 1:
         raise CheckpointError(
             f"{shown(path)}: holds {shown(found[0].name)} and {shown(found[1].name)}, either of "
@@ -249,22 +252,23 @@ def file_of(path: Path) -> Path:
     return found[0] if found else path
 
 
-def _openers(path: Path) -> list[Path]:
+def _find_openers(path: Path) -> list[Path]:
     """Return the files by which a folder could be opened as one checkpoint."""
-    if _kind_by_suffix(path, _KINDS_OF_FILE) or not path.is_dir():  # the name tells without a look
+    # A name with a known suffix is no folder; this saves a stat() for each file of a long run.
+    if _find_kind_by_suffix(path, _KINDS_OF_FILE) or not path.is_dir():
         return []
     return [path / name for name in _OPENERS if (path / name).is_file()]
 
 
-def _whole(path: Path) -> Path:
-    """Return the folder that a file stands for, as it has the epoch in its name; else the file."""
+def _find_folder(path: Path) -> Path:
+    """Return the folder of which a file is the opener, as its name has the epoch; else the file."""
     known = path.name in _OPENERS and path.parent.name not in ("", "..")
-    return path.parent if known and _openers(path.parent) == [path] else path
+    return path.parent if known and _find_openers(path.parent) == [path] else path
 
 
-def _matches(pattern: str) -> list[Path]:
+def _expand_pattern(pattern: str) -> list[Path]:
     paths = sorted(
-        _whole(Path(match))
+        _find_folder(Path(match))
         for match in glob.glob(pattern)  # noqa: PTH207 - may be absolute
     )
     if not paths:
@@ -274,10 +278,10 @@ def _matches(pattern: str) -> list[Path]:
     return paths
 
 
-def _sifted(
+def _sift(
     paths: Sequence[Path], listed: bool, exclude: Sequence[str], unmatched: dict[str, None]
 ) -> tuple[list[Path], list[PassedOver]]:
-    """Part the candidates from the rest; patterns that match are taken out of ``unmatched``."""
+    """Separate the candidates from the rest; remove patterns that match from ``unmatched``."""
     kept: list[Path] = []
     passed: list[PassedOver] = []
     for path in paths:
@@ -300,13 +304,13 @@ def is_matched(path: Path, pattern: str) -> bool:
 
 
 def _is_part(path: Path) -> bool:
-    """Tell whether a file belongs to a checkpoint that goes by another file's name."""
+    """Return whether a file is a data shard of a TensorFlow checkpoint that has an index."""
     shard = _DATA.fullmatch(path.name)
     return shard is not None and path.with_name(f"{shard[1]}.index").is_file()
 
 
 def find_objection(path: Path, kinds: Mapping[str, str], what: str) -> str | None:
-    """Return why something in a directory is by its name not what is looked for, or None."""
+    """Return why a path in a directory is not taken, judged by its name, or None if it is."""
     name = path.name.casefold()
     if name.startswith("."):
         return "hidden"
@@ -326,22 +330,22 @@ def find_objection(path: Path, kinds: Mapping[str, str], what: str) -> str | Non
 
 
 def find_kind(path: Path, kinds: Mapping[str, str] = _KINDS_OF_FILE) -> str:
-    """Return of which of the kinds a file is by its name, '' where it is of none."""
-    kind = _kind_by_suffix(path, kinds)
-    return kind or (_FOLDER if kinds is _KINDS_OF_FILE and _openers(path) else "")
+    """Return the kind of a file, judged by its name, or '' if it has none."""
+    kind = _find_kind_by_suffix(path, kinds)
+    return kind or (_FOLDER if kinds is _KINDS_OF_FILE and _find_openers(path) else "")
 
 
-def _kind_by_suffix(path: Path, kinds: Mapping[str, str]) -> str:
+def _find_kind_by_suffix(path: Path, kinds: Mapping[str, str]) -> str:
     name = path.name.casefold()
     return next((kind for end, kind in kinds.items() if name.endswith(end)), "")
 
 
-def _one_kind(
-    source: StrPath, paths: Sequence[Path], told: Callable[[Problem], None]
+def _separate_kinds(
+    source: StrPath, paths: Sequence[Path], on_problem: Callable[[Problem], None]
 ) -> tuple[list[Path], list[PassedOver]]:
-    """Part a directory's checkpoints from single files of other kinds, such as a data set.
+    """Separate a directory's checkpoints from single files of other kinds, such as a data set.
 
-    There may be several of more than one kind, or one of each, which is told.
+    Several files of more than one kind, or one file of each, are reported as a problem.
     """
     kinds = Counter(find_kind(path) for path in paths)
     common = [kind for kind, count in kinds.items() if count > 1] or list(kinds)
@@ -353,7 +357,7 @@ def _one_kind(
             f"{files}, which are not of one run; leave one kind out, for instance with "
             f"--exclude '*{max({one, other} - {_FOLDER}, key=len)}'"
         )
-        told(Problem("other run", text, Path(source)))
+        on_problem(Problem("other run", text, Path(source)))
     kept = [path for path in paths if find_kind(path) in common]
     reason = f"the only {{}} among {kinds[common[0]]} {common[0]}" if common else ""
     others = [(path, find_kind(path)) for path in paths if find_kind(path) not in common]
@@ -364,25 +368,25 @@ def _one_kind(
     return kept, passed
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _read_identity(path: Path) -> tuple[int, int]:
     """Return device and inode of a regular file.
 
     Raises:
         CheckpointError: it is anything else.
     """
     try:
-        status = file_of(path).stat()
+        status = find_file(path).stat()
     except OSError as error:
-        raise CheckpointError(_unusable(path, error)) from error
+        raise CheckpointError(_describe_unusable(path, error)) from error
     if stat.S_ISREG(status.st_mode):
         return status.st_dev, status.st_ino
-    kind = next((kind for test, kind in _KINDS if test(status.st_mode)), "a special file")
+    kind = next((kind for test, kind in _SPECIAL_FILES if test(status.st_mode)), "a special file")
     raise CheckpointError(
         f"{shown(path)} is {kind}, not a checkpoint file: {advise_exclusion(path)}"
     )
 
 
-def _unusable(path: Path, error: OSError) -> str:
+def _describe_unusable(path: Path, error: OSError) -> str:
     if error.errno == errno.ELOOP:
         return (
             f"{shown(path)} is a symbolic link that leads back to itself: {advise_exclusion(path)}"
@@ -394,7 +398,7 @@ def _unusable(path: Path, error: OSError) -> str:
     return f"{shown(path)} cannot be used: {error.strerror}"
 
 
-def _same_file(first: Path, second: Path) -> str:
+def _describe_same_file(first: Path, second: Path) -> str:
     if str(first) == str(second):
         return f"{shown(first)} is given twice: name each checkpoint once"
     extra = first if first.is_symlink() and not second.is_symlink() else second
@@ -415,7 +419,7 @@ def describe_nothing_found(
     what: str = "checkpoint",
     kinds: Mapping[str, str] = _KINDS_OF_FILE,
 ) -> str:
-    """Return the message for a source in which nothing is left."""
+    """Return the message for a source that holds no candidate."""
     ends = ", ".join(end for end, kind in kinds.items() if kind)
     text = f"{shown(os.fspath(source))}: there is no {what} here: looked for files in {ends}"
     if not passed:

@@ -1,4 +1,4 @@
-"""Take the best checkpoints by a metric that their names or the CSV log of the run hold.
+"""Choose the best checkpoints by a metric, read from their names or from the run's CSV log.
 
 Knows the log that Keras' CSVLogger writes.  Evaluates no model.
 """
@@ -32,7 +32,7 @@ def check_monitor(
         raise UsageError("--monitor is empty, but must name a metric, such as val_loss")
     if mode not in (None, "min", "max"):
         raise UsageError(f"--mode is {shown(mode)!r}, but must be min or max")
-    better = mode or _better(monitor)
+    better = mode or _guess_mode(monitor)
     if better is None:
         raise UsageError(
             f"--monitor {shown(monitor)}: its name does not tell whether less or more is better: "
@@ -41,7 +41,7 @@ def check_monitor(
     return monitor, better
 
 
-def _better(monitor: str) -> str | None:
+def _guess_mode(monitor: str) -> str | None:
     # Keras numbers metrics (auc_1) and spells IoU io_u; scikit-learn negates errors.
     words = re.findall(r"[a-z]+[0-9]*", monitor.casefold().replace("io_u", "iou"))
     if not words or {"neg", "negative"} & set(words):
@@ -59,12 +59,12 @@ def take_best(
     better: str,
     log: StrPath | None,
 ) -> tuple[list[Checkpoint], list[str]]:
-    """Return the ``count`` best of the candidates, in the order they came, and notes."""
+    """Return the ``count`` best candidates, in the order given, and notes."""
     notes: list[str] = []
     if log is None:
-        metrics = [_metric_in_name(one.path, monitor) for one in candidates]
+        metrics = [_read_metric_in_name(one.path, monitor) for one in candidates]
     else:
-        metrics, notes = _metrics_in_log(candidates, ordered, monitor, _read_log(log, monitor))
+        metrics, notes = _look_up_metrics(candidates, ordered, monitor, _read_log(log, monitor))
     measured = [
         replace(one, metric=metric) for one, metric in zip(candidates, metrics, strict=True)
     ]
@@ -81,7 +81,7 @@ def take_best(
     return [measured[index] for index in sorted(ranked[:count])], notes
 
 
-def _metric_in_name(path: Path, monitor: str) -> float:
+def _read_metric_in_name(path: Path, monitor: str) -> float:
     name = parse_name(path)
     number = find_metric(name, monitor)
     if number is not None:
@@ -96,7 +96,7 @@ def _metric_in_name(path: Path, monitor: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """A metric by the number of its row, as CSVLogger counts: from 0."""
+    """A column of a log: epoch of the row, which CSVLogger counts from 0 -> value."""
 
     path: str
     metric: dict[int, float]
@@ -104,12 +104,12 @@ class _Log:
     notes: tuple[str, ...]
 
 
-def _metrics_in_log(
+def _look_up_metrics(
     candidates: Sequence[Checkpoint], ordered: Sequence[Checkpoint], monitor: str, log: _Log
 ) -> tuple[list[float], list[str]]:
     epochs = [require_epoch(one, "--log") for one in candidates]
     newest = max((one for one in ordered if one.epoch is not None), key=lambda one: one.epoch or 0)
-    offset, why = _offset(candidates, ordered, newest.epoch or 0, monitor, log)
+    offset, why = _find_offset(candidates, ordered, newest.epoch or 0, monitor, log)
     for one, epoch in zip(candidates, epochs, strict=True):
         if epoch - offset not in log.metric:
             raise CheckpointError(
@@ -124,21 +124,21 @@ def _metrics_in_log(
     return [log.metric[epoch - offset] for epoch in epochs], [*log.notes, note]
 
 
-def _offset(
+def _find_offset(
     candidates: Sequence[Checkpoint],
     ordered: Sequence[Checkpoint],
     newest: int,
     monitor: str,
     log: _Log,
 ) -> tuple[int, str]:
-    """Return what to take from a file's epoch to get its row, and why.
+    """Return the difference between a file's epoch and its row's, and the reason in words.
 
-    CSVLogger counts epochs from 0, and ModelCheckpoint names files from 1; people who save in a
-    callback of their own mostly count from 0.
+    CSVLogger counts epochs from 0, and ModelCheckpoint names files from 1.  Custom callbacks mostly
+    count from 0.
     """
     if any(one.epoch == 0 for one in ordered):
         return 0, "as the files count from 0 too"
-    agreeing = [offset for offset in (0, 1) if _agrees(candidates, offset, monitor, log)]
+    agreeing = [offset for offset in (0, 1) if _is_consistent(candidates, offset, monitor, log)]
     if len(agreeing) == 1:
         return agreeing[0], f"as the {shown(monitor)} in the file names agrees"
     if newest == log.last:
@@ -148,21 +148,21 @@ def _offset(
     return 1, "as Keras names files from 1 and counts rows from 0; check that this fits"
 
 
-def _agrees(candidates: Sequence[Checkpoint], offset: int, monitor: str, log: _Log) -> bool:
-    """Tell whether every name's metric is the rounded one of its row."""
+def _is_consistent(candidates: Sequence[Checkpoint], offset: int, monitor: str, log: _Log) -> bool:
+    """Return whether the metric in every name is the rounded value of its row."""
     for one in candidates:
         number = find_metric(parse_name(one.path), monitor)
         exact = log.metric.get((one.epoch or 0) - offset, math.nan)
         if number is None or isinstance(number.value, int):
             return False
-        # Half of the last digit, and a little for values that were rounded to float32 before.
-        if not abs(number.value - exact) <= 0.5001 * _last_digit(number.text):
+        # Half a unit of the last digit, and a little more for values that were float32 before.
+        if not abs(number.value - exact) <= 0.5001 * _weigh_last_digit(number.text):
             return False
     return True
 
 
-def _last_digit(numeral: str) -> float:
-    """Return what one in the last digit is worth: 0.01 for 1.25, 1e-06 for 1.2e-05."""
+def _weigh_last_digit(numeral: str) -> float:
+    """Return one unit in the last digit: 0.01 for 1.25, 1e-06 for 1.2e-05."""
     mantissa, _, exponent = numeral.casefold().partition("e")
     _, _, fraction = mantissa.partition(".")
     return float(f"1e{int(exponent or 0) - len(fraction)}")
@@ -175,7 +175,7 @@ def _read_log(path: StrPath, monitor: str) -> _Log:
     if "\0" in text:
         raise CheckpointError(f"{shown(text)!r} is no path: --log must be a CSV file")
     try:
-        # Opening a pipe would wait for ever.
+        # Opening a pipe without a writer would block for ever.
         if not Path(text).is_file():
             what = "is no regular file" if os.path.lexists(text) else "does not exist"
             raise CheckpointError(f"{shown(text)} {what}: --log must be a CSV file of CSVLogger")
@@ -184,13 +184,13 @@ def _read_log(path: StrPath, monitor: str) -> _Log:
             delimiter = max(",;\t", key=start.count)
             stream.seek(0)
             rows = csv.reader(stream, delimiter=delimiter, skipinitialspace=True)
-            return _parsed_log(text, rows, monitor)
+            return _parse_log(text, rows, monitor)
     except (OSError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{shown(text)}: the log cannot be read: {shown(reason)}") from error
 
 
-def _parsed_log(path: str, rows: Iterator[list[str]], monitor: str) -> _Log:
+def _parse_log(path: str, rows: Iterator[list[str]], monitor: str) -> _Log:
     header: list[str] = []
     metric: dict[int, float] = {}
     cut_short = last = 0
@@ -200,22 +200,22 @@ def _parsed_log(path: str, rows: Iterator[list[str]], monitor: str) -> _Log:
             continue
         if cut_short:
             raise CheckpointError(f"{shown(path)}: row {cut_short} has fewer cells than the header")
-        # A run that was started again may append to the log with a header of its own.
+        # A restarted run may append to the log, with another header.
         if not header or "epoch" in cells:
-            header = _checked_header(path, cells, monitor)
+            header = _check_header(path, cells, monitor)
         elif len(cells) < len(header):
             cut_short = line
         else:
-            last = _epoch_cell(path, line, cells[header.index("epoch")])
-            metric[last] = _metric_cell(path, line, cells[header.index(monitor)])
+            last = _parse_epoch(path, line, cells[header.index("epoch")])
+            metric[last] = _parse_metric(path, line, cells[header.index(monitor)])
     if not metric:
         raise CheckpointError(f"{shown(path)}: the log has no rows; is it the CSVLogger's?")
-    # Only the very last one may be: the trainer is writing it.
+    # Only the last row may be incomplete: training may be writing it now.
     notes = [f"{shown(path)}: row {cut_short}, the last, is incomplete and not used"]
     return _Log(path, metric, last, tuple(notes if cut_short else ()))
 
 
-def _checked_header(path: str, header: list[str], monitor: str) -> list[str]:
+def _check_header(path: str, header: list[str], monitor: str) -> list[str]:
     columns = ", ".join(shown(column, 40) for column in header[:20])
     if "epoch" not in header:
         raise CheckpointError(
@@ -229,8 +229,8 @@ def _checked_header(path: str, header: list[str], monitor: str) -> list[str]:
     return header
 
 
-def _epoch_cell(path: str, line: int, cell: str) -> int:
-    # A spreadsheet may have made 3.0 of 3.
+def _parse_epoch(path: str, line: int, cell: str) -> int:
+    # A spreadsheet may have turned 3 into 3.0.
     if not re.fullmatch(r"\d{1,15}(?:\.0+)?", cell):
         raise CheckpointError(
             f"{shown(path)}: row {line}: the epoch is {shown(cell, 40)!r}, but must be a number"
@@ -238,7 +238,7 @@ def _epoch_cell(path: str, line: int, cell: str) -> int:
     return int(cell.partition(".")[0])
 
 
-def _metric_cell(path: str, line: int, cell: str) -> float:
+def _parse_metric(path: str, line: int, cell: str) -> float:
     # CSVLogger writes NA where a metric was not computed.
     if cell in ("", "NA"):
         return math.nan

@@ -1,6 +1,6 @@
-"""What a file name says: its numbers, which of them look like an epoch, and metrics by name.
+"""Parse a file name: find its numbers, and guess which are epochs, steps or metrics.
 
-Knows words and spellings.  Looks at no file, and compares no names with one another.
+Knows words and spellings.  Looks at no file, and does not compare names with one another.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from pathlib import Path
 
 def split_words(words: str) -> frozenset[str]:
     """Return the words of a text as a set."""
-    """Return the words of a text as a set."""
     return frozenset(words.split())
 
 
-#: Words by which the names of metrics end -> which is better. Other names need a --mode.
+#: Whether less or more is better -> last words of metrics' names.  Other names need a --mode.
 BETTER = {
     "min": split_words(
         "loss error err mae mse rmse msle mape perplexity ppl crossentropy divergence hinge logcosh"
@@ -32,9 +31,9 @@ BETTER = {
 
 
 class Role(Enum):
-    """What a number in a file name is taken for, by the word before it.
+    """What a number in a file name seems to be, judged by the word before it.
 
-    The value stands for the number where the names of a run are compared.
+    When the names of a run are compared, the value replaces the number.
     """
 
     EPOCH = "\0epoch"
@@ -44,12 +43,12 @@ class Role(Enum):
     FIXED = "\0fixed"
 
 
-#: Count like epochs do, and are taken for one where a name has nothing better.
+#: Words for numbers that count as epochs do.  They are used if a name has no epoch.
 _COUNTERS = split_words("step steps iter iters iteration iterations update updates batch")
 
 _MEASURES = BETTER["min"] | BETTER["max"]
 
-#: Say which run it is, so they must not change within one.
+#: Words for numbers that identify the run, so they must not change within it.
 _RUNS = split_words("run fold seed trial exp experiment rank worker split cv")
 
 VERSIONS = split_words("v ver version")
@@ -62,7 +61,7 @@ _SUFFIX = re.compile(r"\.(?:h5|hdf5|he5|hd5|json|keras)$", re.IGNORECASE)
 
 # A minus is a sign only where it cannot be the dash between two fields: after "=", or after another
 # dash and before a decimal.  An exponent has a sign, as Python writes it: in "0.25e12" it is epoch
-# 12.  Digits with dots between them are cut up by _numerals().
+# 12.  Digits with dots between them are cut up by _iterate_numerals().
 _NUMERAL = re.compile(
     r"""
     (?: (?<==)-(?=\d) | (?<=[-_])-(?=\d+\.\d+(?!\.?\d)) )?  \d+(?:\.\d+)*  (?:[eE][-+]\d+)?
@@ -71,7 +70,7 @@ _NUMERAL = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 
-# The last word of a text: "epoch" of "my-epoch_", "Epoch" of "netEpoch"; f1 and r2 are words too.
+# The last word of a text: "epoch" in "my-epoch_", "Epoch" in "netEpoch"; f1 and r2 are words too.
 _LABEL = re.compile(
     r"(?: (?<![^\W\d_]) | (?=[A-Z]) ) ([fF]1|[rR]2|[A-Z]?[a-z]+|[A-Z]+) ([-_=:.\ ]*) $", re.VERBOSE
 )
@@ -85,7 +84,7 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_a-zA-Z]+")
 
 @dataclass(frozen=True, slots=True)
 class _Number:
-    """One number in a name: the word before it (``label``) and what stands between (``joint``)."""
+    """One number in a name, the word before it (``label``), and the text between (``joint``)."""
 
     text: str
     start: int
@@ -97,7 +96,7 @@ class _Number:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A file name taken apart; ``signature`` is what all names of a run have in common."""
+    """A parsed file name; ``signature`` is the same for all names of a run."""
 
     path: Path
     stem: str
@@ -106,16 +105,15 @@ class Name:
 
 
 def parse_name(path: Path) -> Name:
-    """Divide a file's name into numbers and the labels before them."""
-    """Find the numbers in a file's name, and what the names of a run have in common."""
+    """Find the numbers in a file's name."""
     stem = _SUFFIX.sub("", path.name)
     numbers: list[_Number] = []
     pieces: list[str] = []
     end = 0
-    for start, text in _numerals(stem):
-        number = _number(stem, start, text)
+    for start, text in _iterate_numerals(stem):
+        number = _classify_number(stem, start, text)
         numbers.append(number)
-        # A number that belongs to the run's name stands for itself.
+        # A number that belongs to the run's name must be the same in all of its files.
         fixed = text if number.role is Role.FIXED else number.role.value
         pieces += (stem[end:start], fixed)
         end = start + len(text)
@@ -123,8 +121,8 @@ def parse_name(path: Path) -> Name:
     return Name(path, stem, tuple(numbers), "".join(pieces))
 
 
-def _numerals(stem: str) -> Iterator[tuple[int, str]]:
-    """Yield start and text of each number; ``10.0.25`` is 10 and 0.25, as in weights.10.0.25.h5."""
+def _iterate_numerals(stem: str) -> Iterator[tuple[int, str]]:
+    """Yield start and text of each number; ``10.0.25`` in weights.10.0.25.h5 is 10 and 0.25."""
     for match in _NUMERAL.finditer(stem):
         start, parts = match.start(), match[0].split(".")
         if len(parts) % 2:
@@ -137,31 +135,31 @@ def _numerals(stem: str) -> Iterator[tuple[int, str]]:
             start += len(text) + 1
 
 
-def _number(stem: str, start: int, text: str) -> _Number:
+def _classify_number(stem: str, start: int, text: str) -> _Number:
     match = _LABEL.search(stem[:start])
     label, joint = (match[1].casefold(), match[2]) if match else ("", "")
     if not text.lstrip("-").isdecimal():
         role = Role.FIXED if label in VERSIONS else Role.MEASURE
         return _Number(text, start, float(text), role, label, joint)
-    role = _integer_role(label)
+    role = _choose_role(label)
     if role is Role.PLAIN and _LABEL_AFTER.match(stem, start + len(text)):
         role = Role.EPOCH
     return _Number(text, start, int(text), role, label, joint)
 
 
-def _integer_role(label: str) -> Role:
+def _choose_role(label: str) -> Role:
     # "ep" and "e" must be whole words: "step" and "size" end in them.
     if label.endswith(("epoch", "epochs")) or label in ("ep", "e"):
         return Role.EPOCH
     if label in _COUNTERS:
         return Role.COUNTER
     # Folds are called f1, so what follows "f1" may well be an epoch.
-    if label not in ("f1", "r2") and _without_split(label) in _MEASURES:
+    if label not in ("f1", "r2") and _strip_split(label) in _MEASURES:
         return Role.MEASURE
     return Role.FIXED if label in _RUNS else Role.PLAIN
 
 
-def _without_split(label: str) -> str:
+def _strip_split(label: str) -> str:
     return re.sub(r"^(?:validation|valid|val|training|train|test)(?=.)", "", label)
 
 
@@ -171,9 +169,10 @@ def has_whole_number(name: Name) -> bool:
 
 
 def find_metric(name: Name, monitor: str) -> _Number | None:
-    """Return the number that is named like the metric, else the only decimal without a name."""
-    wanted = _words(monitor)
-    named = [one for one in name.numbers if _ends_with(_words(name.stem[: one.start]), wanted)]
+    """Return the number that the metric's name precedes, else the only decimal without a name."""
+    wanted = _split_label(monitor)
+    before = [(one, _split_label(name.stem[: one.start])) for one in name.numbers]
+    named = [one for one, words in before if _ends_with(words, wanted)]
     if named:
         return named[-1]
     bare = [number for number in name.numbers if is_unnamed_decimal(number)]
@@ -181,12 +180,12 @@ def find_metric(name: Name, monitor: str) -> _Number | None:
 
 
 def is_unnamed_decimal(number: _Number) -> bool:
-    """Tell whether a decimal has no name: it has none in 10-0.25, but in lr0.25 and in a=0.25."""
+    """Return whether a decimal has no name: none in 10-0.25, but one in lr0.25 and a=0.25."""
     if isinstance(number.value, int):
         return False
     if not number.label:
         return True
-    meant = _without_split(number.label)
+    meant = _strip_split(number.label)
     return (
         bool(number.joint.strip("=:"))
         and meant not in _MEASURES
@@ -195,13 +194,13 @@ def is_unnamed_decimal(number: _Number) -> bool:
     )
 
 
-def _words(text: str) -> list[str]:
+def _split_label(text: str) -> list[str]:
     words = [word.casefold() for word in _WORD.findall(text)]
     return ["accuracy" if word == "acc" else word for word in words]
 
 
 def _ends_with(words: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Tell whether the words end in the wanted ones, and not in those of another split's metric."""
+    """Return whether the words end in the wanted ones, and are no metric of another split."""
     if len(wanted) > 1 and words[-1:] == ["".join(wanted)]:
         return True
     before, end = words[: -len(wanted)], words[-len(wanted) :]

@@ -1,6 +1,6 @@
-"""Order the checkpoints of a run by epoch, tell runs apart, and keep a part of them.
+"""Order the checkpoints of a run by epoch, separate runs, and restrict them to a window.
 
-Knows what the names of one run have in common.  Reads no directory, no log and no checkpoint.
+Knows how the names of one run resemble one another.  Reads no directory, log or checkpoint.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from polyak_cli.errors import CheckpointError, choose_verb, shown, word_count
 
 
 def is_thinned(pool: Pool, exclude: Sequence[str]) -> bool:
-    """Tell whether something was excluded that may be a checkpoint of the run."""
+    """Return whether a file was excluded that may be a checkpoint of the run."""
     passed = (one.path for one in pool.passed_over)
     excluded = (path for path in passed if any(is_matched(path, pattern) for pattern in exclude))
-    return any(find_kind(path) and _epoch_alone(path) is not None for path in excluded)
+    return any(find_kind(path) and _try_read_epoch(path) is not None for path in excluded)
 
 
 _SAY_WHERE = "say where the epoch is with --epoch-pattern, for instance '(\\d+)\\.h5$'"
@@ -38,90 +38,92 @@ _SAY_WHERE = "say where the epoch is with --epoch-pattern, for instance '(\\d+)\
 def order_by_epoch(
     pool: Pool, pattern: re.Pattern[str] | None
 ) -> tuple[list[Checkpoint], list[str]]:
-    """Return all checkpoints, oldest first, and what is to be noted about their order."""
+    """Return all checkpoints, oldest first, and notes about their order."""
     if not pool.paths:
         return [], []
     if pattern is not None:
-        epochs: list[int | None] = [_matched_epoch(path, pattern) for path in pool.paths]
+        epochs: list[int | None] = [_match_epoch(path, pattern) for path in pool.paths]
     elif pool.as_given:
-        epochs = _epochs_if_any(pool.paths)
+        epochs = _try_read_epochs(pool.paths)
     else:
-        epochs = [*_epochs(pool.paths)]
+        epochs = [*_read_epochs(pool.paths)]
     found = [Checkpoint(path, epoch, None) for path, epoch in zip(pool.paths, epochs, strict=True)]
     if pool.as_given:
-        return found, _order_notes(found)
+        return found, _note_order(found)
     found.sort(key=lambda checkpoint: checkpoint.epoch or 0)
-    _tell_of_doubles(found, refuse)
+    _report_duplicates(found, refuse)
     return found, []
 
 
-def _tell_of_doubles(ordered: Sequence[Checkpoint], told: Callable[[Problem], None]) -> None:
+def _report_duplicates(
+    ordered: Sequence[Checkpoint], on_problem: Callable[[Problem], None]
+) -> None:
     for earlier, later in pairwise(ordered):
         if earlier.epoch == later.epoch is not None:
             text = (
                 f"{shown(earlier.path)} and {shown(later.path)} are both epoch {later.epoch}: "
                 f"leave one out with --exclude, or {_SAY_WHERE}"
             )
-            told(Problem("duplicate epoch", text, later.path))
+            on_problem(Problem("duplicate epoch", text, later.path))
 
 
 def order_as_far_as_known(
-    pool: Pool, pattern: re.Pattern[str] | None, told: Callable[[Problem], None]
+    pool: Pool, pattern: re.Pattern[str] | None, on_problem: Callable[[Problem], None]
 ) -> list[Checkpoint]:
-    """Return all checkpoints, oldest first, and tell of those whose names do not say enough."""
+    """Return all checkpoints, oldest first, and report those whose epoch is unknown."""
     epochs: Sequence[int | None]
     others: Collection[Path] = ()
     if pattern is not None:
-        epochs = [_matched_epoch_if_any(path, pattern, told) for path in pool.paths]
+        epochs = [_try_match_epoch(path, pattern, on_problem) for path in pool.paths]
     elif pool.as_given:
-        epochs = _epochs_if_any(pool.paths)
+        epochs = _try_read_epochs(pool.paths)
     else:
-        known, others = _epochs_of_runs(pool.paths, told)
+        known, others = _read_epochs_of_runs(pool.paths, on_problem)
         epochs = [known.get(path) for path in pool.paths]
     found = [Checkpoint(path, epoch, None) for path, epoch in zip(pool.paths, epochs, strict=True)]
     if pool.as_given and None in epochs:
         return found
     found.sort(key=lambda one: -math.inf if one.epoch is None else one.epoch)
-    _tell_of_doubles([one for one in found if one.path not in others], told)
+    _report_duplicates([one for one in found if one.path not in others], on_problem)
     return found
 
 
-def _matched_epoch_if_any(
-    path: Path, pattern: re.Pattern[str], told: Callable[[Problem], None]
+def _try_match_epoch(
+    path: Path, pattern: re.Pattern[str], on_problem: Callable[[Problem], None]
 ) -> int | None:
     try:
-        return _matched_epoch(path, pattern)
+        return _match_epoch(path, pattern)
     except CheckpointError as error:
-        told(Problem("no epoch", str(error), path))
+        on_problem(Problem("no epoch", str(error), path))
         return None
 
 
-def _epochs_of_runs(
-    paths: Sequence[Path], told: Callable[[Problem], None]
+def _read_epochs_of_runs(
+    paths: Sequence[Path], on_problem: Callable[[Problem], None]
 ) -> tuple[dict[Path, int], set[Path]]:
-    """Return the epochs that names tell, and which files are not of the largest run."""
+    """Return the known epochs, and the files that do not belong to the largest run."""
     runs: dict[Hashable, list[Name]] = {}
     for path in paths:
         name = parse_name(path)
         if has_whole_number(name):
             runs.setdefault((find_kind(path), name.signature), []).append(name)
         else:
-            told(Problem("no epoch", _no_number(name), path))
+            on_problem(Problem("no epoch", _describe_missing_number(name), path))
     known: dict[Path, int] = {}
     parted: list[list[Name]] = []
     for alike in runs.values():
         try:
-            field = _epoch_field(alike)
+            field = _find_epoch_field(alike)
         except CheckpointError as error:
-            told(Problem("no epoch", str(error), alike[0].path))
+            on_problem(Problem("no epoch", str(error), alike[0].path))
             parted.append(alike)
             continue
         known |= {name.path: int(name.numbers[field].value) for name in alike}
         within: dict[Hashable, list[Name]] = {}
         for name in alike:
-            within.setdefault(_other_numbers(name, field), []).append(name)
+            within.setdefault(_find_fixed_numbers(name, field), []).append(name)
         parted += within.values()
-    # On a tie, that which goes on longest is taken for the run.
+    # On a tie, the run that reaches the latest epoch counts.
     parted.sort(key=lambda run: (len(run), max(known.get(name.path, 0) for name in run)))
     others = [name.path for run in parted[:-1] for name in run]
     for path in others:
@@ -131,28 +133,28 @@ def _epochs_of_runs(
             f"({len(parted[-1])} are named like this one): leave one kind out with --exclude, or "
             f"{_SAY_WHERE}"
         )
-        told(Problem("other run", text, path))
+        on_problem(Problem("other run", text, path))
     return known, set(others)
 
 
 def sort_by_epoch_or_name(paths: Sequence[Path]) -> list[Path]:
-    """Return files in the order of their epochs, or of their names where that is not clear."""
+    """Return files in order of epoch, or in order of name if epochs are not clear."""
     try:
-        epochs = dict(zip(paths, _epochs(paths), strict=True))
+        epochs = dict(zip(paths, _read_epochs(paths), strict=True))
     except CheckpointError:
         epochs = {}
     if len(set(epochs.values())) == len(paths):
         return sorted(paths, key=lambda path: epochs[path])
-    return sorted(paths, key=with_numbers)
+    return sorted(paths, key=make_natural_key)
 
 
-def with_numbers(path: Path) -> list[str | int]:
+def make_natural_key(path: Path) -> list[str | int]:
     """Return a key that sorts model_9 before model_10."""
     parts = re.split(r"(\d+)", str(path))  # text and digits in turn, text first
     return [int(part) if place % 2 else part.casefold() for place, part in enumerate(parts)]
 
 
-def _matched_epoch(path: Path, pattern: re.Pattern[str]) -> int:
+def _match_epoch(path: Path, pattern: re.Pattern[str]) -> int:
     match = pattern.search(path.name)
     if match is None:
         raise CheckpointError(
@@ -170,22 +172,22 @@ def _matched_epoch(path: Path, pattern: re.Pattern[str]) -> int:
     return int(text)
 
 
-def _epochs_if_any(paths: Sequence[Path]) -> list[int | None]:
-    """Read epochs from files named one by one, whose order does not depend on them."""
+def _try_read_epochs(paths: Sequence[Path]) -> list[int | None]:
+    """Read epochs of files that were given one by one; their order does not depend on epochs."""
     try:
-        return [*_epochs(paths)]
+        return [*_read_epochs(paths)]
     except CheckpointError:
-        return [_epoch_alone(path) for path in paths]
+        return [_try_read_epoch(path) for path in paths]
 
 
-def _epoch_alone(path: Path) -> int | None:
+def _try_read_epoch(path: Path) -> int | None:
     try:
-        return _epochs([path])[0]
+        return _read_epochs([path])[0]
     except CheckpointError:
         return None
 
 
-def _order_notes(given: Sequence[Checkpoint]) -> list[str]:
+def _note_order(given: Sequence[Checkpoint]) -> list[str]:
     known = [checkpoint for checkpoint in given if checkpoint.epoch is not None]
     for earlier, later in pairwise(known):
         if (earlier.epoch or 0) >= (later.epoch or 0):
@@ -198,7 +200,7 @@ def _order_notes(given: Sequence[Checkpoint]) -> list[str]:
     return []
 
 
-def _epochs(paths: Sequence[Path]) -> list[int]:
+def _read_epochs(paths: Sequence[Path]) -> list[int]:
     """Read the epoch from the names of one run's files.
 
     Raises:
@@ -208,22 +210,22 @@ def _epochs(paths: Sequence[Path]) -> list[int]:
     names = [parse_name(path) for path in paths]
     for name in names:
         if not has_whole_number(name):
-            raise CheckpointError(_no_number(name))
+            raise CheckpointError(_describe_missing_number(name))
     _require_alike(names, [name.signature for name in names])
     # Equal signatures: the names have the same numbers in the same places from here on.
-    field = _epoch_field(names)
-    _require_alike(names, [_other_numbers(name, field) for name in names])
+    field = _find_epoch_field(names)
+    _require_alike(names, [_find_fixed_numbers(name, field) for name in names])
     return [int(name.numbers[field].value) for name in names]
 
 
-def _no_number(name: Name) -> str:
+def _describe_missing_number(name: Name) -> str:
     return (
         f"{shown(name.path)}: its name holds no whole number that could be the epoch: "
         f"{advise_exclusion(name.path)}, or {_SAY_WHERE}"
     )
 
 
-def _other_numbers(name: Name, field: int) -> tuple[int | float, ...]:
+def _find_fixed_numbers(name: Name, field: int) -> tuple[int | float, ...]:
     """Return the numbers besides the epoch that must not change within a run."""
     return tuple(
         number.value
@@ -244,29 +246,29 @@ def _require_alike(names: Sequence[Name], keys: Sequence[Hashable]) -> None:
     )
 
 
-def _epoch_field(names: Sequence[Name]) -> int:
-    """Return which of the numbers that the names have in common is the epoch."""
+def _find_epoch_field(names: Sequence[Name]) -> int:
+    """Return the index of the number that is the epoch in all names."""
     first = names[0].numbers
     for role in (Role.EPOCH, Role.PLAIN, Role.COUNTER):
         places = [index for index, number in enumerate(first) if number.role is role]
         varying = [i for i in places if len({name.numbers[i].value for name in names}) > 1]
         if len(varying) > 1:
-            raise CheckpointError(_ambiguous(names, varying))
+            raise CheckpointError(_describe_ambiguity(names, varying))
         if varying:
             return varying[0]
         if places and role is Role.EPOCH:
             return places[-1]
-    return _likeliest_field(names[0])
+    return _guess_epoch_field(names[0])
 
 
-def _likeliest_field(name: Name) -> int:
-    """Return the number that is most like an epoch where comparing names does not tell."""
+def _guess_epoch_field(name: Name) -> int:
+    """Return the index of the number that is most like an epoch, from one name alone."""
 
-    def likeliness(index: int) -> tuple[int, bool, bool, int]:
+    def rank(index: int) -> tuple[int, bool, bool, int]:
         number = name.numbers[index]
         ranks = {Role.PLAIN: 3, Role.COUNTER: 2, Role.FIXED: 1}
         named = number.label == "of" or number.label in VERSIONS or DATE.fullmatch(number.text)
-        # resnet50_10: a number that is part of a word is rather a name.
+        # resnet50_10: a number that is part of a word rather belongs to a name.
         part_of_word = bool(number.label) and not number.joint
         return ranks[number.role], not named, not part_of_word, index
 
@@ -278,10 +280,10 @@ def _likeliest_field(name: Name) -> int:
             f"{shown(name.path)}: the {number.text} in its name looks like the metric "
             f"'{shown(number.label)}', not like an epoch: {_SAY_WHERE}"
         )
-    return max(possible, key=likeliness)
+    return max(possible, key=rank)
 
 
-def _ambiguous(names: Sequence[Name], varying: Sequence[int]) -> str:
+def _describe_ambiguity(names: Sequence[Name], varying: Sequence[int]) -> str:
     numbers = [names[0].numbers[index].text for index in varying]
     return (
         f"{shown(names[0].path)}: {', '.join(numbers[:-1])} and {numbers[-1]} in its name vary "
@@ -296,7 +298,6 @@ def restrict_epochs(
     to_epoch: int | None,
     growing: bool = False,
 ) -> list[Checkpoint]:
-    """Return the checkpoints between two epochs, both included."""
     """Return the checkpoints from one epoch to another, both included."""
     if from_epoch is None and to_epoch is None:
         return list(ordered)
@@ -318,7 +319,6 @@ def restrict_epochs(
 def take_newest(
     checkpoints: list[Checkpoint], last: int | None, total: int, growing: bool = False
 ) -> list[Checkpoint]:
-    """Return the newest checkpoints, as many as were asked for."""
     """Return the last of the checkpoints; ``total`` is how many there were before restrictions."""
     if last is None:
         return checkpoints
@@ -335,7 +335,7 @@ def take_newest(
 def place_in_run(chosen: Sequence[Checkpoint], ordered: Sequence[Checkpoint]) -> tuple[float, ...]:
     """Return the ``positions`` of a `Selection`."""
     epochs = [one.epoch for one in chosen if one.epoch is not None]
-    # A run that has an epoch 0 has as many epochs behind it as the number says, plus one.
+    # If epochs are counted from 0, epoch n has n + 1 epochs of training behind it.
     shift = max(0, 1 - min((one.epoch for one in ordered if one.epoch is not None), default=1))
     positions = [float(epoch + shift) for epoch in epochs]
     rising = all(a < b for a, b in pairwise(positions))
@@ -345,7 +345,6 @@ def place_in_run(chosen: Sequence[Checkpoint], ordered: Sequence[Checkpoint]) ->
 
 
 def require_epoch(checkpoint: Checkpoint, option: str) -> int:
-    """Return a checkpoint's epoch, or refuse an option that needs it."""
     """Return a checkpoint's epoch, or raise that an option needs it."""
     if checkpoint.epoch is None:
         raise CheckpointError(
@@ -356,7 +355,7 @@ def require_epoch(checkpoint: Checkpoint, option: str) -> int:
 
 
 def describe_epochs(checkpoints: Sequence[Checkpoint]) -> str:
-    """Return how many there are, and of which epochs."""
+    """Return the number of checkpoints and the range of their epochs, in words."""
     count = word_count(len(checkpoints), "checkpoint")
     epochs = [one.epoch for one in checkpoints if one.epoch is not None]
     if not epochs:

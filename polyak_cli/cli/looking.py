@@ -115,9 +115,9 @@ def diff(
     from pathlib import Path
 
     given = [f"--{name}" for name, value in of_a_run.items() if value]
-    from polyak_cli.checkpoints import file_of
+    from polyak_cli.checkpoints import find_file
 
-    if len(sources) == 2 and all(file_of(Path(source)).is_file() for source in sources):
+    if len(sources) == 2 and all(find_file(Path(source)).is_file() for source in sources):
         if given:
             raise UsageError(f"{given[0]} belongs to a run, not to two files")
         return _diff_files(sources, rtol or 0.0, atol or 0.0, as_json, quiet, verbose)
@@ -158,7 +158,7 @@ def _diff_run(
         sources,
         last=options["last"],
         exclude=options["exclude"],
-        written_by_us=formats.find_polyak_outputs,
+        find_polyak_outputs=formats.find_polyak_outputs,
     )
     found = differences.distances(selection, by=options["match"] or "name")
     if plot:

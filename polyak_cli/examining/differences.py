@@ -16,7 +16,7 @@ import numpy as np
 
 from polyak_cli import formats
 from polyak_cli.averaging.matching import Row, files_of, match, sources_of
-from polyak_cli.checkpoints import Selection, file_of
+from polyak_cli.checkpoints import Selection, find_file
 from polyak_cli.engine import reading
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.examining.reductions import PairSums, RunSums, bound_memory, fold_slabs, reduce_each
@@ -75,7 +75,7 @@ def diff(one: Path, other: Path, *, rtol: float = 0.0, atol: float = 0.0) -> Dif
     for option, value in (("rtol", rtol), ("atol", atol)):
         if not value >= 0:
             raise UsageError(f"--{option} is {value}; expected 0 or more")
-    tables = [formats.scan([file_of(path)])[0] for path in (one, other)]
+    tables = [formats.scan([find_file(path)])[0] for path in (one, other)]
     for table in tables:
         formats.check([table], jobs=1)
     rows, mismatches = _pair(tables)
@@ -181,7 +181,7 @@ def distances(selection: Selection, *, by: str = "name") -> Distances:
     checkpoints = selection.checkpoints
     if len(checkpoints) < 2:
         raise UsageError("there is only one checkpoint; name two or more to compare")
-    tables = formats.scan([file_of(checkpoint.path) for checkpoint in checkpoints])
+    tables = formats.scan([find_file(checkpoint.path) for checkpoint in checkpoints])
     rows = [row for row in match(tables, by) if row[-1].dtype in FLOATS]
     formats.check(tables, jobs=1)
     sums = RunSums(len(tables))

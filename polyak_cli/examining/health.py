@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging.matching import Row, files_of, match, sources_of
-from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, file_of
+from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, find_file
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.engine import reading
 from polyak_cli.engine.slabs import Memory
@@ -140,7 +140,7 @@ def check(
             to_epoch=to_epoch,
             exclude=exclude,
             epoch_pattern=epoch_pattern,
-            written_by_us=formats.find_polyak_outputs,
+            find_polyak_outputs=formats.find_polyak_outputs,
         )
     memory = Memory.within(max_memory or BUFFER_BYTES, 1)
     examined = [_Examined(one) for one in selection.checkpoints]
@@ -209,7 +209,7 @@ def _attach_problems(examined: Sequence[_Examined], selection: Selection) -> lis
 def _examine(examined: Sequence[_Examined]) -> None:
     """Find the size and time of each, and read the headers of those that can be read."""
     there = [one for one in examined if not one.has("unreadable")]
-    paths = [file_of(one.checkpoint.path) for one in there]
+    paths = [find_file(one.checkpoint.path) for one in there]
     for one, path, outcome in zip(there, paths, formats.probe(paths), strict=True):
         if isinstance(outcome, PolyakError):
             one.add_problem("unreadable", str(outcome))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli import formats
-from polyak_cli.checkpoints import file_of
+from polyak_cli.checkpoints import find_file
 from polyak_cli.examining.reductions import ValueSums, reduce_each
 from polyak_cli.tensors import FLOATS, Table, TensorSpec, is_carried, is_numeric
 
@@ -113,7 +113,7 @@ def inspect(paths: Sequence[Path], *, statistics: bool = False) -> Iterator[Insp
         FormatError: a file is of no known format, damaged, hostile, or still being written.
     """
     for path in paths:
-        (table,) = formats.scan([file_of(path)])
+        (table,) = formats.scan([find_file(path)])
         specs = [*table.tensors.values(), *table.others.values()]
         found = _measure(table, specs) if statistics else {}
         yield Inspection(

@@ -20,7 +20,7 @@ from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import planning, records
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.averaging.records import Record
-from polyak_cli.checkpoints import Checkpoint, Selection, file_of, with_numbers
+from polyak_cli.checkpoints import Checkpoint, Selection, find_file, make_natural_key
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.errors import (
     CheckpointError,
@@ -145,7 +145,7 @@ def verify(
 
 def _find_opener(path: Path) -> Path:
     """Return the file that opens an average; TensorFlow's may be named by its files' prefix."""
-    found = file_of(path)
+    found = find_file(path)
     if not found.exists():
         index = path.with_name(f"{path.name}.index")
         found = index if index.is_file() else found
@@ -247,7 +247,7 @@ class _Search:
         """Take the first checkpoint of the name that can be read and has the expected format."""
         for path in self._list_paths(one.recorded):
             try:
-                (table,) = formats.scan([file_of(path)])
+                (table,) = formats.scan([find_file(path)])
                 self._check_format(path, table.format)
             except PolyakError as error:
                 one.error = one.error or str(error)  # of the first folder, the likeliest
@@ -261,7 +261,7 @@ class _Search:
     def _check_format(self, path: Path, found: str) -> None:
         """Refuse a format that is not that of the inputs which are as recorded."""
         known = next((one.path for one in self.inputs if one.path and one.is_recorded), None)
-        expected = detect(file_of(known)) if known else found
+        expected = detect(find_file(known)) if known else found
         if found != expected:
             one, other = (formats.find_format(name).name for name in (found, expected))
             raise FormatError(
@@ -309,7 +309,7 @@ def _find_named(recorded: records.Input, folders: Sequence[Path], own: Table) ->
 def _find_others(names: set[str], folders: Sequence[Path], own: Table) -> Iterator[Path]:
     """Yield what has another name than the inputs, or such a name in another folder."""
     for folder in folders:
-        for path in sorted(_list_entries(folder), key=with_numbers):
+        for path in sorted(_list_entries(folder), key=make_natural_key):
             if not _is_folder(path) or _is_checkpoint(path):
                 if path.name not in names and not _is_part(path, own):
                     yield path
@@ -332,14 +332,14 @@ def _is_folder(path: Path) -> bool:
 def _is_checkpoint(folder: Path) -> bool:
     """Return whether a folder is one checkpoint."""
     with contextlib.suppress(PolyakError, OSError):
-        return file_of(folder) != folder
+        return find_file(folder) != folder
     return False
 
 
 def _is_part(path: Path, own: Table) -> bool:
     """Return whether a file is one of the average's."""
     with contextlib.suppress(PolyakError, OSError):
-        status = file_of(path).stat()
+        status = find_file(path).stat()
         return any(
             (status.st_dev, status.st_ino) == (identity.device, identity.inode)
             for _, identity in own.files
@@ -354,7 +354,7 @@ def _list_files(path: Path, nbytes: int) -> tuple[File, ...]:
         PolyakError: it cannot be read as a checkpoint.
         OSError: it has gone.
     """
-    opener = file_of(path)
+    opener = find_file(path)
     status = opener.stat()
     # The headers of a single file need not be read: its digest says whether it is the one.
     if stat.S_ISREG(status.st_mode) and opener == path and status.st_size == nbytes:
@@ -478,7 +478,7 @@ class _Verifier:
     def _explain(self, error: PolyakError) -> None:
         """Say why nothing can be recomputed, and which input is to blame."""
         found = [(one, one.path) for one in self.inputs if one.path]
-        outcomes = formats.probe([file_of(path) for _, path in found])
+        outcomes = formats.probe([find_file(path) for _, path in found])
         blamed = [
             one.make_problem(f"cannot be averaged: {outcome}")
             for (one, _), outcome in zip(found, outcomes, strict=True)

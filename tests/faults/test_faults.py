@@ -560,7 +560,8 @@ def test_sources_that_may_only_be_read(run_folder: Path) -> None:
 def test_no_process_outlives_a_crash_in_a_header(run_folder: Path) -> None:
     """A child that hangs in a header is ended with the run when the user gives up."""
     code = (
-        "import polyak_cli.formats.hdf5.keras_files as h, time\nh.scan = lambda *_: time.sleep(600)"
+        "import polyak_cli.formats.hdf5.keras_files as h, time\n"
+        "h.KerasHdf5.scan = lambda *_: time.sleep(600)"
     )
     process = subprocess.Popen(
         script(code, "average", "ckpts", "-o", "o.h5"),
