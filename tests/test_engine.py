@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import math
 import multiprocessing
 import os
+import pickle
 import resource
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -44,7 +46,7 @@ from polyak_cli.engine.timing import Clock, Progress, Totals
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
 from polyak_cli.storage import Bytes, File, Version
 from polyak_cli.storage.local import LocalOutput, page_aligned
-from polyak_cli.tensors import Extent, Files, Inline, Placement
+from polyak_cli.tensors import Extent, Files, Grid, GridPart, Inline, Placement
 
 
 def tensor(size: int, offset: int = 0, count: int = 1) -> FoldTensor:
@@ -966,3 +968,145 @@ def test_what_the_caller_has_numpy_do_about_errors_changes_nothing(tmp_path: Pat
         endless = folded_once(tmp_path, [np.inf, 1e308], "float64", 10.0, allow_nonfinite=True)
     assert tiny == np.array([0.0, 2.5e307]).tobytes()
     assert endless == np.array([np.inf, np.inf]).tobytes()
+
+
+# --- what executors have in common ----------------------------------------------------------------
+
+
+class Pool(concurrent.futures.Executor):
+    """Runs each task when its future is waited for; what it gets and gives is pickled."""
+
+    def __init__(self, forget: str = "") -> None:
+        self.forget = forget  # the name of a job that its worker never keeps
+        self.pool = ThreadPoolExecutor(1)
+        self.lock = threading.Lock()
+        self.open = self.most = 0
+        self.tasks: list[tuple[str, int]] = []
+
+    def submit(self, call: Any, /, *arguments: Any, **options: Any) -> Future[Any]:
+        """Count the task as open until it is done."""
+        sent = pickle.dumps((call, arguments, options))
+        with self.lock:
+            self.tasks.append((call.__name__, len(sent)))
+            self.open += 1
+            self.most = max(self.most, self.open)
+
+        def work() -> Any:
+            folding.release_workers(self.forget)
+            call, arguments, options = pickle.loads(sent)
+            try:
+                return pickle.loads(pickle.dumps(call(*arguments, **options)))
+            finally:
+                with self.lock:
+                    self.open -= 1
+
+        return self.pool.submit(work)
+
+
+def test_batches_are_sent_in_a_bounded_window_and_the_job_once(tmp_path: Path) -> None:
+    """However many batches there are, few are submitted; all but the first carry no files."""
+    arrays = [np.arange(5000, dtype=np.float32) * k for k in range(40)]
+    inputs = write_inputs(tmp_path, arrays)
+    (tmp_path / "out").write_bytes(b"")
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.full((1, 40), 1 / 40), False)
+    memory = Memory(1, 10, 10, tuning=Tuning(pieces_per_batch=5))
+    pool = Pool()
+    iterated: list[int] = []
+
+    def one_by_one() -> Iterator[FoldTensor]:
+        for k in range(100):
+            iterated.append(k)
+            assert len(iterated) <= len(pool.tasks) + 2  # the table is not iterated over at once
+            yield tensor(50, 200 * k, 40)
+
+    executors.fold(one_by_one(), job, memory, executor=Futures(pool, 3))
+    expected = sum(array.astype(np.float64) / 40 for array in arrays)
+    assert np.allclose(np.fromfile(tmp_path / "out", np.float32), expected)
+    assert len(pool.tasks) == 100
+    assert pool.most <= 3
+    kinds = [kind for kind, _ in pool.tasks]
+    assert kinds == ["fold_batch"] * 3 + ["fold_known"] * 97
+    assert max(size for kind, size in pool.tasks if kind == "fold_known") < 2000
+    assert folding._workers == {}
+
+
+def test_a_worker_that_does_not_know_the_job_gets_it(tmp_path: Path) -> None:
+    """A pool may start further workers at any time."""
+    inputs = write_inputs(tmp_path, [np.arange(100, dtype=np.float32)])
+    (tmp_path / "out").write_bytes(b"")
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.ones((1, 1)), False)
+
+    pool = Pool(forget=job.id)
+    memory = Memory(1, 10, 10, tuning=Tuning(pieces_per_batch=1))
+    totals = executors.fold([tensor(100)], job, memory, executor=Futures(pool, 1))
+    kinds = [kind for kind, _ in pool.tasks]
+    assert kinds == ["fold_batch", *["fold_known", "fold_batch"] * 9]
+    assert totals.bytes_read == totals.bytes_written == 400
+    assert np.fromfile(tmp_path / "out", np.float32).tolist() == [*range(100)]
+
+
+def test_a_run_that_is_interrupted_ends_with_its_files_closed(tmp_path: Path) -> None:
+    """An exception in the caller's progress stops every executor; the next run is complete."""
+    arrays = [np.ones(5000, np.float32)] * 2
+    inputs = write_inputs(tmp_path, arrays)
+    (tmp_path / "out").write_bytes(b"")
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    memory = Memory(2, 10, 10, tuning=Tuning(pieces_per_batch=1))
+    before = len(os.listdir("/proc/self/fd"))
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fold([tensor(5000, 0, 2)], job, memory, interrupt)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert folding._workers == {}
+    fold([tensor(5000, 0, 2)], job, memory)
+    assert np.fromfile(tmp_path / "out", np.float32).tolist() == [1.0] * 5000
+
+
+def test_a_full_disk_is_the_error_of_the_system(tmp_path: Path) -> None:
+    """It comes as it is from any executor, with its number."""
+    inputs = write_inputs(tmp_path, [np.ones(1000, np.float32)])
+    job = FoldJob(inputs, ["/dev/full"], np.ones((1, 1)), False)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        fold([tensor(1000)], job, Memory(2, 100, 100))
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_tensor_in_blocks_of_several_files_is_averaged(tmp_path: Path) -> None:
+    """Two processes of a training wrote two rows, or some columns, each into another file."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(4, 6)).astype(np.float32) for _ in range(2)]
+    rows = [arrays[0][:2], arrays[0][2:]]
+    columns = [arrays[1][:, :2], arrays[1][:, 2:]]
+    inputs = write_inputs(tmp_path, [*rows, *columns])
+    by_rows = Grid(
+        (4, 6),
+        4,
+        (
+            GridPart((0, 0), (2, 6), Extent(0, 48, 0)),
+            GridPart((2, 0), (2, 6), Extent(0, 48, 1)),
+        ),
+    )
+    by_columns = Grid(
+        (4, 6),
+        4,
+        (
+            GridPart((0, 0), (4, 2), Extent(0, 32, 0)),
+            GridPart((0, 2), (4, 4), Extent(0, 64, 1)),
+        ),
+    )
+    (tmp_path / "out").write_bytes(b"")
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.25, 0.75]]), False)
+    sources = [TensorSource(by_rows, "<", 0), TensorSource(by_columns, "<", 2)]
+    sharded = FoldTensor("x", 24, "float32", sources, [Placement(0, "float32", "<")])
+    expected = 0.25 * arrays[0].astype(np.float64) + 0.75 * arrays[1].astype(np.float64)
+    for piece in (1, 5, 6, 24):
+        fold([sharded], job, Memory(2, piece, piece))
+        assert (tmp_path / "out").read_bytes() == expected.astype(np.float32).tobytes()
+    columns[1][3, 3] = np.nan
+    inputs = write_inputs(tmp_path, [*rows, *columns])
+    job = FoldJob(inputs, job.outputs, job.coefficients, False)
+    with pytest.raises(MismatchError, match=r"/3\.raw: tensor 'x' holds nan \(element 23\)"):
+        fold([sharded], job, Memory(2, 5, 5))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import struct
+from fractions import Fraction
+
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak_cli.engine.kernel import round_to, widen
+from polyak_cli.engine.kernel import accumulate, round_to, widen
 from polyak_cli.storage.local import page_aligned
 from polyak_cli.tensors import FLOATS
 from tests.oracle import nearest_bfloat16
@@ -154,3 +158,130 @@ def test_buffers_begin_at_a_page(nbytes: int) -> None:
     buffers = [page_aligned(nbytes) for _ in range(5)]
     assert [len(buffer) for buffer in buffers] == [nbytes] * 5
     assert all(buffer.ctypes.data % 4096 == 0 for buffer in buffers if nbytes)
+
+
+# --- the contract of the kernel, which a compiled one must fulfil too ---------------------------
+
+#: dtype -> bits of the mantissa without the hidden one, bits of the exponent, has infinity.
+LAYOUTS = {
+    "float16": (10, 5, True),
+    "bfloat16": (7, 8, True),
+    "float32": (23, 8, True),
+    "float64": (52, 11, True),
+    "float8_e4m3fn": (3, 4, False),
+    "float8_e5m2": (2, 5, True),
+}
+
+
+def decode(code: int, dtype: str) -> float:
+    """Return the value of a code, from the definition of the IEEE formats."""
+    mantissa, exponent, has_infinity = LAYOUTS[dtype]
+    sign = -1.0 if code >> (mantissa + exponent) else 1.0
+    field = code >> mantissa & ((1 << exponent) - 1)
+    fraction = code & ((1 << mantissa) - 1)
+    bias = (1 << (exponent - 1)) - 1
+    if field == (1 << exponent) - 1:
+        if has_infinity:
+            return math.nan if fraction else sign * math.inf
+        if fraction == (1 << mantissa) - 1:
+            return math.nan
+    whole = fraction + (1 << mantissa) if field else fraction
+    return sign * math.ldexp(whole, max(field, 1) - bias - mantissa)
+
+
+def encode(value: float, dtype: str) -> int | None:
+    """Return the code nearest to a float64, by exact fractions, ties to even; None for NaN."""
+    mantissa, exponent, has_infinity = LAYOUTS[dtype]
+    sign = int(math.copysign(1, value) < 0) << (mantissa + exponent)
+    infinity = (((1 << exponent) - 1) << mantissa) if has_infinity else None
+    if math.isnan(value):
+        return None
+    if math.isinf(value):
+        return None if infinity is None else sign | infinity
+    exact = abs(Fraction(value))
+    bias = (1 << (exponent - 1)) - 1
+    binade = max(math.frexp(value)[1] - 1, 1 - bias) if value else 1 - bias
+    units = round(exact / Fraction(2) ** (binade - mantissa))  # of a Fraction: ties to even
+    # The code counts units: those of the binades below, and those of this one.
+    code = ((binade + bias - 1) << mantissa) + units
+    if infinity is None:
+        return sign | code if code < (1 << (mantissa + exponent)) - 1 else None
+    return sign | min(code, infinity)
+
+
+def bits(values: npt.ArrayLike) -> list[bytes]:
+    """Return the bits of float64 values, all NaN alike."""
+    array = np.array(values, np.float64).tolist()
+    return [b"nan" if math.isnan(value) else struct.pack("<d", value) for value in array]
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(
+    st.sampled_from([*LAYOUTS]),
+    st.sampled_from("<>"),
+    st.integers(1, 3),
+    st.lists(st.lists(st.floats(-2, 2), min_size=3, max_size=3), min_size=1, max_size=4),
+    st.data(),
+)
+def test_the_kernel_gives_the_bits_of_the_oracle(
+    dtype: str, byteorder: str, averages: int, coefficients: list[list[float]], data: st.DataObject
+) -> None:
+    """Every term is rounded, then every sum, and nothing is added to 0 first; then one rounding."""
+    width = int(FLOATS[dtype][1:])
+    codes = data.draw(
+        st.lists(
+            st.lists(st.integers(0, (1 << 8 * width) - 1), min_size=5, max_size=5),
+            min_size=len(coefficients),
+            max_size=len(coefficients),
+        )
+    )
+    expected: list[list[float] | None] = [None] * averages
+    sums = [np.full(5, np.nan) for _ in range(averages)]
+    started = bytearray(averages)
+    values = np.empty(5)
+    scratch = values, values if averages == 1 else np.empty(5)
+    for row, numbers in zip(coefficients, codes, strict=True):
+        terms = [(k, c) for k, c in enumerate(row[:averages]) if c]
+        raw = np.array(numbers, f"{byteorder}u{width}").view(np.uint8)
+        with np.errstate(all="ignore"):
+            accumulate(raw, dtype, byteorder, terms, sums, started, scratch)
+        for k, c in terms:
+            products = [c * decode(code, dtype) for code in numbers]
+            before = expected[k]
+            if before is not None:
+                products = [a + b for a, b in zip(before, products, strict=True)]
+            expected[k] = products
+    assert [bool(flag) for flag in started] == [row is not None for row in expected]
+    for found, wanted in zip(sums, expected, strict=True):
+        if wanted is None:
+            continue
+        assert bits(found) == bits(wanted)
+        for target in LAYOUTS:
+            size = int(FLOATS[target][1:])
+            out = np.empty(5 * size, np.uint8)
+            round_to(found, target, byteorder, out)
+            for code, value in zip(out.view(f"{byteorder}u{size}").tolist(), wanted, strict=True):
+                nearest = encode(value, target)
+                if nearest is None:
+                    assert math.isnan(decode(code, target))
+                else:
+                    assert code == nearest
+
+
+def test_the_average_of_negative_zeros_is_a_negative_zero() -> None:
+    """A sum that began with 0 would have lost the sign."""
+    raw = np.array([-0.0], "<f4").view(np.uint8)
+    sums, values, started = [np.zeros(1)], np.empty(1), bytearray(1)
+    for _ in range(2):
+        accumulate(raw, "float32", "<", [(0, 0.5)], sums, started, (values, values))
+    assert bits(sums[0]) == [struct.pack("<d", -0.0)]
+
+
+def test_no_product_is_fused_with_its_sum() -> None:
+    """The product is rounded before it is added: a fused multiply-add would leave 2^-60 here."""
+    x = 1 + 2.0**-30
+    first, second = (np.array([value]).view(np.uint8) for value in (-(1 + 2.0**-29), x))
+    sums, values, started = [np.zeros(1)], np.empty(1), bytearray(1)
+    accumulate(first, "float64", "<", [(0, 1.0)], sums, started, (values, values))
+    accumulate(second, "float64", "<", [(0, x)], sums, started, (values, values))
+    assert sums[0][0] == 0.0

@@ -206,7 +206,7 @@ class Futures:
         sent = 0
         try:
             for batch in batches:
-                if len(waiting) >= self.window:
+                while len(waiting) >= self.window:
                     yield from self._collect(job, waiting)
                 if sent < self.window:
                     waiting[self.pool.submit(fold_batch, job, batch)] = batch

@@ -237,7 +237,8 @@ class Worker:
             widen(self._read([slab], k, len(alone)), slab.tensor.dtype, source.byteorder, alone)
             where = np.flatnonzero(~np.isfinite(alone))
             if len(where):
-                path = self.job.inputs[source.file].path
+                at = (slab.start + int(where[0])) * itemsize(slab.tensor.dtype)
+                path = self.job.inputs[source.find_file(at)].path
                 return MismatchError(
                     f"{shown(path)}: tensor '{name}' holds "
                     f"{alone[where[0]]} (element {slab.start + int(where[0])}); expected finite "

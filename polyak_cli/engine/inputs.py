@@ -79,22 +79,21 @@ class _CheckpointFiles:
         self.first = first
         self.last = first  # the input that was read last, for messages
         self.is_opening = False
-        self.opened: list[InputFile] = []  # for this one reading
+        self.opened: dict[int, InputFile] = {}  # for this one reading
 
     def __enter__(self) -> _CheckpointFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self.opened:
+        for file in self.opened.values():
             file.close()
 
     def __getitem__(self, number: int) -> InputFile:
         self.last = self.first + number
         self.is_opening = True
-        file = self.inputs.keep(self.last)
+        file = self.inputs.keep(self.last) or self.opened.get(number)
         if file is None:
-            file = open_input(*self.inputs.inputs[self.last])
-            self.opened.append(file)
+            file = self.opened[number] = open_input(*self.inputs.inputs[self.last])
         self.is_opening = False
         return file
 

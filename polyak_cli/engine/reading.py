@@ -139,8 +139,9 @@ def _check_held(tensor: ReadTensor, inputs: Sequence[File], memory: Memory) -> N
     """Refuse what cannot be read within the bound."""
     for source in tensor.sources:
         if source.storage.block_nbytes > memory.most * FOLD_BYTES:
+            path = inputs[source.find_file(0)].path
             raise FormatError(
-                f"{shown(inputs[source.file].path)}: tensor '{shown(tensor.name)}' is stored in "
+                f"{shown(path)}: tensor '{shown(tensor.name)}' is stored in "
                 f"chunks of {source.storage.block_nbytes} bytes, each of which must be held whole; "
                 f"expected at most {memory.most * FOLD_BYTES}"
             )

@@ -48,7 +48,13 @@ class TensorSource(NamedTuple):
 
     storage: Storage
     byteorder: str
-    file: int  # in which of the inputs
+    file: int  # which of the inputs is the first file of the checkpoint
+
+    def find_file(self, start: int) -> int:
+        """Return which of the inputs holds the tensor's byte ``start``."""
+        for extent in self.storage.byte_ranges(start, start + 1):
+            return self.file + extent.file
+        return self.file  # its header holds the bytes
 
 
 class FoldTensor(NamedTuple):
