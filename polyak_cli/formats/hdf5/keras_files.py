@@ -30,10 +30,12 @@ from polyak_cli.formats.hdf5.library import (
     Place,
     check_attributes,
     describe_type,
+    is_never_written,
     list_links,
     list_names,
     open_child,
     open_file,
+    open_path,
     quote,
     read_properties,
     read_shape,
@@ -66,6 +68,11 @@ WEIGHTS_CAUTIONS = {
 _LISTS = re.compile(
     rb".*@(layer_names|weight_names)\d*|@polyak_provenance|.*/vars@name|.*/\d+@dtype", re.DOTALL
 )
+#: Where weights that belong to no layer are listed, after all layers.
+_OWN = b"top_level_model_weights"
+#: Versions of Keras that always save that group.
+_TOP_LEVEL = re.compile(rb"3\.|2\.(1[3-9]|[2-9]\d)\.")
+_NOT_TO_ITS_END = "the file was not saved to its end; save it again or leave it out"
 _STEP = 500  # chunks between two heartbeats
 
 
@@ -118,7 +125,7 @@ def _about(root: Any) -> dict[str, str]:
 
 def _model_group(root: Any, heartbeat: Heartbeat) -> Any:
     """Return the group that lists the layers, or None for a weights file, which has no lists."""
-    if h5a.exists(root, b"layer_names") or h5a.exists(root, b"layer_names0"):
+    if _list_parts(root, b"layer_names"):
         return root  # legacy weights-only: the same layout one level up
     links = [link for link in list_links(root, heartbeat) if link.name == b"model_weights"]
     return open_child(root, links[0], "") if links else None
@@ -198,8 +205,10 @@ class _Reader:
         """
         base = "" if home is root else "/model_weights"
         layers = _read_names(home, b"layer_names", base or "/")
-        if b"top_level_model_weights" in list_names(home, self.heartbeat):
-            layers.append(b"top_level_model_weights")
+        if not isinstance(home, h5g.GroupID):
+            raise FormatError(f"{quote(base)} is not a group")
+        if home.links.exists(_OWN):
+            layers.append(_OWN)
         _refuse_twice(layers, "layer", base or "/")
         places = {f"{base}/{to_text(layer)}": layer for layer in layers}
         listed: dict[str, list[str]] = {}  # place of a layer -> places of its tensors
@@ -397,17 +406,60 @@ def _refuse_twice(names: Sequence[bytes], what: str, where: str) -> None:
 
 
 def _read_names(location: Any, key: bytes, where: str) -> list[bytes]:
-    """Return a list of names, which Keras splits (key0, key1, ...) when it is over 64 KB."""
-    if h5a.exists(location, key):
-        return read_strings(location, key, where)
-    names: list[bytes] = []
-    part = 0
-    while h5a.exists(location, key + b"%d" % part):
-        names += read_strings(location, key + b"%d" % part, where)
-        part += 1
-    if not part:
+    """Return a list of names, which Keras splits (key0, key1, ...) when it is over 64 KB.
+
+    Keras itself stops at the first part that is missing, and would load the model without the rest.
+    """
+    parts = _list_parts(location, key)
+    if not parts:
         raise FormatError(f"{quote(where)} has no list {quote(to_text(key))} of its content")
-    return names
+    if parts == [b""]:
+        return read_strings(location, key, where)
+    if parts != [b"%d" % k for k in range(len(parts))]:
+        found = ", ".join(quote(to_text(key + part)) for part in parts[:5])
+        raise FormatError(
+            f"the list {quote(to_text(key))} of {quote(where)} is not whole: it has {found}"
+            f"{', ...' * (len(parts) > 5)}; expected one list, or all its parts from 0 on"
+        )
+    return [name for part in parts for name in read_strings(location, key + part, where)]
+
+
+def _list_parts(location: Any, key: bytes) -> list[bytes]:
+    """Return what follows the key in the names of the attributes that hold a list: b"", b"0" ..."""
+    if h5a.get_num_attrs(location) == 1 and h5a.exists(location, key):
+        return [b""]  # mostly
+    names = [h5a.open(location, index=k).name for k in range(h5a.get_num_attrs(location))]
+    parts = [name[len(key) :] for name in names if name.startswith(key)]
+    return sorted((part for part in parts if not part or part.isdigit()), key=_in_order)
+
+
+def _in_order(part: bytes) -> tuple[int, bytes]:
+    return len(part), part
+
+
+def _check_saved_to_its_end(root: Any, home: Any) -> None:
+    """Refuse a whole model that a save left behind which failed on the way.
+
+    Keras writes all layers, then the weights of the model itself, then the names of the optimizer's
+    tensors, then these tensors in their order.  A file that ends before the optimizer cannot be
+    recognised: it looks like one that was saved without.
+    """
+    if _TOP_LEVEL.match(read_text(home, b"keras_version")) and not home.links.exists(_OWN):
+        raise FormatError(f"has no group {quote(to_text(_OWN))}; {_NOT_TO_ITS_END}")
+    group = to_bytes(OPTIMIZER[1:])
+    if home is root or not root.links.exists(group):
+        return
+    optimizer = open_path(root, group, "")
+    if not isinstance(optimizer, h5g.GroupID):
+        return
+    if not _list_parts(optimizer, b"weight_names"):
+        raise FormatError(f"has no list of its optimizer's tensors; {_NOT_TO_ITS_END}")
+    names = _read_names(optimizer, b"weight_names", OPTIMIZER)
+    if names:
+        last = open_path(optimizer, names[-1], OPTIMIZER)
+        if last is None or is_never_written(last):
+            name = quote(f"{OPTIMIZER}/{to_text(names[-1])}")
+            raise FormatError(f"tensor {name} is named but was not saved; {_NOT_TO_ITS_END}")
 
 
 class KerasHdf5(Format):
@@ -439,6 +491,7 @@ class KerasHdf5(Format):
                     raise FormatError(_no_model(root, heartbeat))
                 return build_table(self.key, request.path, weights_table(found))
             tensors = reader.model(root, home, request.with_optimizer)
+            _check_saved_to_its_end(root, home)
             others = reader.others
             state = [row[0] for row in others if row[0].startswith(f"{OPTIMIZER}/")]
             config = read_text(root, b"model_config")

@@ -335,6 +335,28 @@ def open_child(group: Any, link: _Link, where: str) -> Any:
     return h5o.open(group, link.name)
 
 
+def open_path(group: Any, path: bytes, where: str) -> Any:
+    """Open what a path of hard links names, or return None where there is nothing."""
+    for name in path.split(b"/"):
+        if not isinstance(group, h5g.GroupID) or not name:
+            return None
+        if not group.links.exists(name):
+            return None
+        info = group.links.get_info(name)
+        link = _Link(name, info.type == h5l.TYPE_HARD, info.u)
+        group, where = open_child(group, link, where), f"{where}/{to_text(name)}"
+    return group
+
+
+def is_never_written(dataset: Any) -> bool:
+    """Tell whether a dataset has room for values in its header only."""
+    return (
+        isinstance(dataset, h5d.DatasetID)
+        and dataset.get_space().get_simple_extent_npoints() > 0
+        and dataset.get_storage_size() == 0
+    )
+
+
 def read_strings(location: Any, key: bytes, where: str) -> list[bytes]:
     """Read an attribute that must be a list of strings.
 
