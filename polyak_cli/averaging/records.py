@@ -21,7 +21,7 @@ from polyak_cli.averaging.fates import drops_optimizer
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.errors import CheckpointError, FormatError, PolyakError, shown
 from polyak_cli.storage import File, open_input
-from polyak_cli.storage.local import naming
+from polyak_cli.storage.local import name_errors
 
 #: The key of the record's own digest, over all other keys.
 SEAL = "sha256"
@@ -284,7 +284,7 @@ def list_sampled_ranges(nbytes: int) -> list[tuple[int, int]]:
 
 def _hash_ranges(found: hashlib._Hash, file: File, ranges: Iterable[tuple[int, int]]) -> None:
     """Add ranges of a file to a hash, in pieces of bounded size."""
-    with open_input(file.path, file.version) as opened, naming(file.path):
+    with open_input(file.path, file.version) as opened, name_errors(file.path):
         for start, end in ranges:
             for offset in range(start, end, SAMPLE_BYTES):
                 wanted = min(SAMPLE_BYTES, end - offset)

@@ -32,7 +32,7 @@ from polyak_cli.evaluation.batchnorm import Moments, gather_moments
 from polyak_cli.evaluation.keras_files import check_model
 from polyak_cli.formats import outputs
 from polyak_cli.storage import Bytes, publishing
-from polyak_cli.storage.local import write_exactly
+from polyak_cli.storage.local import LocalOutput
 from polyak_cli.tensors import FLOATS, Float64, Placement, Table, itemsize
 
 BATCH_SIZE = 256
@@ -356,12 +356,12 @@ def _write(table: Table, values: Mapping[str, Float64], hidden: Path, record: st
         drop_optimizer=False,
         provenance=record,
     )
-    with open(room.files[0], "r+b") as file:
+    with LocalOutput(room.files[0]) as file:
         for spec in specs:
             place = room.placements[spec.location]
             where = f"{shown(table.path)}: the new values of '{shown(spec.name)}'"
             raw = _round_values(values[spec.name], place, where)
-            write_exactly(file.fileno(), place.offset, raw)
+            file.write(place.offset, raw)
     room.finalize()
     check_unchanged(table.files)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from polyak_cli.errors import shown
 from polyak_cli.storage import InputFile, open_input
-from polyak_cli.storage.local import naming
+from polyak_cli.storage.local import name_errors
 from polyak_cli.tensors import Extent, Table, TensorSpec
 
 #: Bytes compared at a time.
@@ -90,7 +90,7 @@ def _find_unequal(one: InputFile, other: InputFile, size: int) -> Iterator[Offse
     for start in range(0, size, _STEP):
         count = min(_STEP, size - start)
         for file, buffer in ((one, a), (other, b)):
-            with naming(file.name):
+            with name_errors(file.name):
                 file.read_into(start, buffer[:count])
         if not np.array_equal(a[:count], b[:count]):
             yield np.flatnonzero(a[:count] != b[:count]) + start

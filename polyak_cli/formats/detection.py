@@ -11,7 +11,7 @@ from pathlib import Path
 
 from polyak_cli.errors import FormatError
 from polyak_cli.storage import InputFile, open_input
-from polyak_cli.storage.local import naming
+from polyak_cli.storage.local import name_errors
 
 #: Bytes of a zip archive's end in which its list of members is looked for.
 _TAIL = 1 << 20
@@ -39,7 +39,7 @@ def detect(path: Path) -> str:
         FormatError: the file cannot be read.
     """
     try:
-        with open_input(path) as file, naming(str(path)):
+        with open_input(path) as file, name_errors(str(path)):
             return _recognise(file)
     except FormatError as error:
         if str(error).endswith(": is not a regular file"):

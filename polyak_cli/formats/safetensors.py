@@ -20,7 +20,7 @@ from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonReques
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Alive
 from polyak_cli.storage import File, Version, open_input
-from polyak_cli.storage.local import LocalOutput, naming
+from polyak_cli.storage.local import LocalOutput, name_errors
 from polyak_cli.tensors import FLOATS, Extent, Placement, Table, TensorSpec
 
 PROVENANCE = "polyak_provenance"
@@ -116,7 +116,7 @@ def _begins_like_json(path: str) -> bool:
 
 def _content(path: str, most: int, offset: int) -> tuple[Version, bytes]:
     """Return the version of a file, and its bytes from an offset on."""
-    with open_input(path) as file, naming(path):
+    with open_input(path) as file, name_errors(path):
         return file.version, file.read(offset, most)
 
 
@@ -303,9 +303,10 @@ def _new_index(request: SkeletonRequest, made: Sequence[_Output], alive: Alive) 
     name = Path(source).name
     total = sum(entry.stop - entry.start for one in made for entry in one.entries)
     content["metadata"] = content["metadata"] | {_SIZE: total}
-    target = Path(request.output, name if name.endswith(_INDEX) else f"model{_INDEX}")
-    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return str(target)
+    target = str(Path(request.output, name if name.endswith(_INDEX) else f"model{_INDEX}"))
+    with LocalOutput(target, create=True) as file:
+        file.write(0, (json.dumps(content, indent=2) + "\n").encode())
+    return target
 
 
 def _changed(

@@ -29,7 +29,7 @@ from polyak_cli.storage.local import (
     LocalInput,
     LocalOutput,
     copy_range,
-    naming,
+    name_errors,
     open_local,
     unreadable,
 )
@@ -67,7 +67,7 @@ def opened(path: str) -> Iterator[tuple[LocalInput, list[Member], bytes]]:
     Raises:
         FormatError: the archive is damaged or means harm; names file and member.
     """
-    with open_local(path) as file, naming(path):
+    with open_local(path) as file, name_errors(path):
         members, comment = _listed(file)
         yield file, members, comment
 

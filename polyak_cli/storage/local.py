@@ -35,7 +35,7 @@ def page_aligned(nbytes: int) -> Bytes:
 
 
 def clashes(distance: int) -> bool:
-    """Tell whether the system copies slowly to a place so many bytes behind where it copies from.
+    """Return whether the system copies slowly over a distance in memory.
 
     On AMD's Zen processors ``rep movsb``, with which Linux copies between page cache and buffers,
     is four times slower where the target lies 1 to 63 bytes behind the source, modulo a page.
@@ -45,7 +45,7 @@ def clashes(distance: int) -> bool:
 
 
 def unreadable(error: OSError) -> FormatError:
-    """Return what a failed read means, for whoever knows the file to name it."""
+    """Return the error for a failed read; the message lacks the file, which the caller knows."""
     return FormatError(f"cannot be read: {error.strerror}")
 
 
@@ -56,6 +56,11 @@ class LocalInput:
         self.name = name
         self.version = version
         self._descriptor = descriptor
+
+    @classmethod
+    def borrow(cls, name: str, descriptor: int) -> Self:
+        """Return an input on a descriptor that its owner closes."""
+        return cls(name, descriptor, Version.of(os.fstat(descriptor)))
 
     @property
     def size(self) -> int:
@@ -158,6 +163,13 @@ class LocalOutput:
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         self._descriptor = os.open(path, flags, 0o666)
 
+    @classmethod
+    def borrow(cls, name: str, descriptor: int) -> Self:
+        """Return an output on a descriptor that its owner closes."""
+        output = cls.__new__(cls)
+        output.name, output._descriptor = name, descriptor
+        return output
+
     def fileno(self) -> int:
         """Return the descriptor, for libraries that take one."""
         return self._descriptor
@@ -255,7 +267,7 @@ def copy_range(
         target: the output.
         to: where they go.
         nbytes: how many.
-        after_each: called after each piece, as a sign of life.
+        after_each: called after each piece; a heartbeat, for one.
 
     Raises:
         FormatError: the input ends first, or cannot be read; the message lacks its name.
@@ -270,32 +282,9 @@ def copy_range(
 
 
 @contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
+def name_errors(name: str) -> Iterator[None]:
     """Put a file's name in front of errors that lack it."""
     try:
         yield
     except FormatError as error:
         raise FormatError(f"{shown(name)}: {error}") from None
-
-
-def read_exactly(descriptor: int, offset: int, buffer: Bytes) -> None:
-    """Fill a buffer from a descriptor; see `LocalInput.read_into`."""
-    LocalInput("", descriptor, Version(0, 0, 0, 0)).read_into(offset, buffer)
-
-
-def read_at(descriptor: int, offset: int, nbytes: int) -> bytes:
-    """Return bytes from a descriptor; see `LocalInput.read`."""
-    return LocalInput("", descriptor, Version(0, 0, 0, 0)).read(offset, nbytes)
-
-
-def expect(descriptor: int, offset: int, nbytes: int) -> None:
-    """Have bytes of a descriptor fetched; see `LocalInput.prefetch`."""
-    LocalInput("", descriptor, Version(0, 0, 0, 0)).prefetch([(offset, nbytes)])
-
-
-def write_exactly(descriptor: int, offset: int, buffer: Bytes | bytes) -> None:
-    """Write to a descriptor; see `LocalOutput.write`."""
-    view = memoryview(buffer if isinstance(buffer, bytes) else buffer.data)
-    while len(view):
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count

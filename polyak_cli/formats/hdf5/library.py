@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import re
-import stat
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,8 @@ from h5py import h5a, h5d, h5f, h5fd, h5g, h5i, h5l, h5o, h5p, h5s, h5t
 from polyak_cli.errors import FormatError, PolyakError, shown
 from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.storage.local import read_at, unreadable
+from polyak_cli.storage import InputFile
+from polyak_cli.storage.local import LocalInput, name_errors, open_local, unreadable
 from polyak_cli.tensors import FLOATS
 
 #: A file, or a part of one.
@@ -152,42 +152,42 @@ def _errno(error: Exception) -> int:
 def _look(path: Place) -> int:
     """Look before opening (HOSTILE.md rule 1): a regular file that begins like HDF5; its size."""
     if isinstance(path, Window):
-        _check_signature(path, path.descriptor, path.offset, path.size)
+        _check_signature(LocalInput.borrow(path.name, path.descriptor), path.offset, path.size)
         return path.size
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise FormatError(f"{shown(path)}: cannot be read: {error.strerror}") from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise FormatError(f"{shown(path)}: is not a regular file; a checkpoint is one .h5 file")
-        if status.st_size == 0:
+    with _open_regular(path) as file:
+        if file.size == 0:
             raise FormatError(f"{shown(path)}: is empty (0 bytes); save it again or leave it out")
-        _check_signature(path, descriptor, 0, status.st_size)
-        return status.st_size
-    finally:
-        os.close(descriptor)
+        _check_signature(file, 0, file.size)
+        return file.size
 
 
-def _check_signature(path: Place, descriptor: int, start: int, size: int) -> None:
+def _open_regular(path: str) -> LocalInput:
+    try:
+        return open_local(path)
+    except FormatError as error:
+        if not str(error).endswith(": is not a regular file"):
+            raise
+        raise FormatError(f"{error}; a checkpoint is one .h5 file") from None
+
+
+def _check_signature(file: InputFile, start: int, size: int) -> None:
     """Refuse what does not begin like HDF5."""
     offset = 0
     while offset < size:  # a user block may stand before the signature
-        if _head(path, descriptor, start + offset, len(SIGNATURE)) == SIGNATURE:
+        if _head(file, start + offset, len(SIGNATURE)) == SIGNATURE:
             return
         offset = offset * 2 or 512
-    head = _head(path, descriptor, start, min(32, size))
+    head = _head(file, start, min(32, size))
     what = next((name for magic, name in FOREIGN.items() if head.startswith(magic)), None)
     begins = f"it is {what}" if what else f"it begins with {head[:8]!r}"
-    raise FormatError(f"{shown(path)}: is not an HDF5 file ({begins}); expected a Keras .h5 file")
+    raise FormatError(
+        f"{shown(file.name)}: is not an HDF5 file ({begins}); expected a Keras .h5 file"
+    )
 
 
-def _head(path: Place, descriptor: int, offset: int, nbytes: int) -> bytes:
-    try:
-        return read_at(descriptor, offset, nbytes)
-    except FormatError as error:
-        raise FormatError(f"{shown(path)}: {error}") from None
+def _head(file: InputFile, offset: int, nbytes: int) -> bytes:
+    with name_errors(file.name):
+        return file.read(offset, nbytes)
 
 
 def _from_h5py(error: Exception) -> bool:

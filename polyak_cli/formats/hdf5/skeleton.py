@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from h5py import h5a, h5d, h5f, h5g, h5o, h5p, h5s, h5t
 
-from polyak_cli.errors import FormatError, shown
+from polyak_cli.errors import FormatError
 from polyak_cli.formats.format import Draft, SkeletonRequest
 from polyak_cli.formats.hdf5.library import (
     CACHE,
@@ -38,7 +38,7 @@ from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.storage.local import read_exactly, write_exactly
+from polyak_cli.storage.local import LocalInput, LocalOutput, copy_range, name_errors, open_local
 from polyak_cli.tensors import FLOATS, Extent, Placement, Table, TensorSpec
 
 PROVENANCE = b"polyak_provenance"
@@ -293,23 +293,17 @@ def _move(
     template: Place, output: Place, moved: Sequence[tuple[int, int, int]], heartbeat: Heartbeat
 ) -> None:
     """Copy large carried tensors by offset: libhdf5 would give no sign of life meanwhile."""
-    buffer = np.empty(1 << 20, np.uint8)
-    with _bytes_of(template, "rb") as source, _bytes_of(output, "r+b") as target:
+    with contextlib.ExitStack() as stack:
+        source: LocalInput
+        target: LocalOutput
+        if isinstance(template, Window):
+            source, begin = LocalInput.borrow(template.name, template.descriptor), template.offset
+        else:
+            source, begin = stack.enter_context(open_local(template)), 0
+        if isinstance(output, Window):
+            target, end = LocalOutput.borrow(output.name, output.descriptor), output.offset
+        else:
+            target, end = stack.enter_context(LocalOutput(output)), 0
+        stack.enter_context(name_errors(str(template)))
         for start, to, nbytes in moved:
-            for done in heartbeat.over(range(0, nbytes, len(buffer))):
-                piece = buffer[: nbytes - done]
-                try:
-                    read_exactly(source.descriptor, source.offset + start + done, piece)
-                except FormatError as error:
-                    raise FormatError(f"{shown(template)}: {error}") from None
-                write_exactly(target.descriptor, target.offset + to + done, piece)
-
-
-@contextlib.contextmanager
-def _bytes_of(path: Place, mode: str) -> Iterator[Window]:
-    """Yield a file, or the part of one, for reading and writing by offset."""
-    if isinstance(path, Window):
-        yield path
-        return
-    with open(path, mode) as file:
-        yield Window(path, file.fileno(), 0)
+            copy_range(source, begin + start, target, end + to, nbytes, heartbeat)

@@ -22,7 +22,8 @@ from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.storage import File, Version
+from polyak_cli.storage import File, Version, open_input
+from polyak_cli.storage.local import name_errors
 from polyak_cli.tensors import Table
 
 
@@ -43,13 +44,11 @@ def _shards(index: Path) -> dict[str, list[str]]:
 def _weight_map(index: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield each group and the shards in which it lies."""
     try:
-        with open(index, "rb") as file:
-            content = file.read(WHOLE + 1)
+        with open_input(index) as file, name_errors(str(index)):
+            content = file.read(0, WHOLE + 1)
         if len(content) > WHOLE:
             raise FormatError(f"{shown(index)}: is larger than {WHOLE} bytes; expected a short map")
         weight_map = json.loads(content)["weight_map"]
-    except OSError as error:
-        raise FormatError(f"{shown(index)}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
         weight_map = None
     if not isinstance(weight_map, dict) or not weight_map:

@@ -23,7 +23,7 @@ from polyak_cli.formats.tensorflow.sstables import Pair, from_number, varint
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Alive
 from polyak_cli.storage import File, InputFile, open_input
-from polyak_cli.storage.local import LocalOutput, copy_range, naming
+from polyak_cli.storage.local import LocalOutput, copy_range, name_errors
 from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, TensorSpec
 
 #: A block of metadata, which TensorFlow never looks for: a key would be one more variable.
@@ -388,7 +388,7 @@ def _below(name: str, homes: Collection[str]) -> bool:
 
 def _copy(source: InputFile, path: str, holes: Sequence[tuple[int, int]], alive: Alive) -> None:
     """Copy a shard, except for what will be overwritten."""
-    with LocalOutput(path, create=True) as target, naming(source.name):
+    with LocalOutput(path, create=True) as target, name_errors(source.name):
         target.truncate(source.size)
         start = 0
         for low, high in (*holes, (source.size, source.size)):

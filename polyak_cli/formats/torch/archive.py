@@ -29,7 +29,7 @@ from polyak_cli.storage.local import (
     LocalInput,
     LocalOutput,
     copy_range,
-    naming,
+    name_errors,
     open_local,
     unreadable,
 )
@@ -53,7 +53,7 @@ Named = tuple[str, Tensor | Stored]
 
 def _refuse_bare(path: str) -> None:
     """Say what to do with the files that `torch.save` wrote before 1.6."""
-    with open_input(path) as file, naming(path):
+    with open_input(path) as file, name_errors(path):
         if file.read(0, 2) != b"PK":
             raise FormatError(
                 "is a bare pickle or tar archive, as torch.save wrote before 1.6, which is not "
