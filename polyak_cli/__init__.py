@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from polyak_cli.averaging.options import Options
-    from polyak_cli.averaging.planning import Plan, plan
+    from polyak_cli.averaging.planning import Plan
     from polyak_cli.averaging.schemes import coefficients, effective_number
     from polyak_cli.checkpoints import (
         Checkpoint,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from polyak_cli.examining.health import Checked, Health, check
     from polyak_cli.examining.inspection import Inspection, inspect
     from polyak_cli.examining.verification import Discrepancy, Verification, verify
-    from polyak_cli.pipeline import Report, average, run
+    from polyak_cli.pipeline import Report, average, plan, run
     from polyak_cli.watching import watch
 
 __version__ = "0.1.0"
@@ -153,7 +153,7 @@ _HOMES = {
     "mcnemar": "evaluation.significance",
     "model_files": "checkpoints",
     "paired_difference": "evaluation.significance",
-    "plan": "averaging.planning",
+    "plan": "pipeline",
     "recalibrate": "evaluation.recalibration",
     "run": "pipeline",
     "select": "checkpoints",

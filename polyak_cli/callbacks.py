@@ -97,7 +97,7 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         self.report: pipeline.Report | None = None
         self._run: list[Path] | None = None  # its checkpoints, oldest first; None before it begins
         _check_numbers(last, every, keep)
-        averaging_options.check_options(self.options)
+        averaging_options.parse(self.options)
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Refuse what would only be found out after an epoch."""

@@ -13,15 +13,33 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import records
-from polyak_cli.averaging.options import Options, Progress, Source, batch_size_of, measure_peak
-from polyak_cli.averaging.planning import Plan, plan
+from polyak_cli.averaging.options import (
+    Options,
+    Progress,
+    Settings,
+    Source,
+    Stages,
+    measure_peak,
+    parse,
+    select,
+)
+from polyak_cli.averaging.planning import Around, Plan, plan_average
 from polyak_cli.averaging.writing import write_average
-from polyak_cli.errors import OutputError, UsageError, shown
+from polyak_cli.errors import (
+    CheckpointError,
+    OutputError,
+    UsageError,
+    choose_verb,
+    shown,
+    word_count,
+)
 from polyak_cli.formats import outputs
 from polyak_cli.storage import publishing
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
     from polyak_cli.evaluation.recalibration import Recalibration
+    from polyak_cli.examining.health import Checked
+    from polyak_cli.tensors import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +117,53 @@ def average(
     return run(plan(sources, output, **options), progress=progress)
 
 
+def plan(
+    sources: Source | Sequence[Source] | checkpoints.Selection,
+    output: Source | None = None,
+    **options: Unpack[Options],
+) -> Plan:
+    """Decide what averaging would do.
+
+    Only headers are read, except with ``on_unhealthy``, which examines the values first.
+
+    Args:
+        sources: directories, globs or files; or what `select` chose, where the options that choose
+            say nothing more.
+        output: the file or folder that would be written; None to leave it open.
+        **options: see `Options`.
+
+    Raises:
+        UsageError: the options contradict one another.
+        CheckpointError: the checkpoints cannot be found, ordered or selected.
+        FormatError: a checkpoint is foreign, damaged or hostile.
+        MismatchError: the checkpoints do not belong to one model.
+        OutputError: the output is in the way or cannot be written.
+    """
+    settings = parse(options)
+    chosen = (
+        sources if isinstance(sources, checkpoints.Selection) else select(sources, settings.choice)
+    )
+    settings.weighting.compute(chosen.positions)  # refused before the values are examined
+    healthy, skipped = _examine(chosen, settings)
+    if skipped and settings.weighting.coefficients is not None:
+        left = _keep_coefficients(skipped, chosen, settings.weighting.coefficients)
+        settings = replace(settings, weighting=replace(settings.weighting, coefficients=left))
+    stages = settings.stages
+    rows = stages.recalibrate
+    around = Around(
+        skipped=skipped,
+        is_examined=stages.on_unhealthy is not None,
+        recalibrate=None
+        if rows is None
+        else {"data": rows.source, "rows": rows.rows, "batch_size": stages.batch_size},
+        # The average stays until it is copied, and what is verified until it is compared.
+        copies=1 + (rows is not None) + settings.output.verify,
+        check_template=lambda template, target: _check_recalibration(template, target, stages),
+    )
+    target = Path(output) if output is not None else None
+    return plan_average(healthy, target, settings, around)
+
+
 def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     """Do what a plan says.
 
@@ -113,9 +178,8 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     if plan.output is None:
         raise UsageError("the plan has no output; name the file to write")
     begun = time.perf_counter()
-    force = plan.options.get("force", False)
+    force, verify = plan.settings.output.force, plan.settings.output.verify
     folder = outputs.folder_endings(plan.output, plan.tables[-1])
-    verify = plan.options.get("verify", False)
     record = records.encode(records.seal(records.make_record(plan)))
     with publishing.publish(plan.output, force=force, folder=folder) as hidden:
         totals, files, notes = write_average(plan, hidden, record, progress or (lambda _: None))
@@ -186,7 +250,8 @@ def _verify(
 
 def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | None:
     """Put the average with new statistics in its place, if that was asked for."""
-    rows = plan.options.get("recalibrate")
+    stages = plan.settings.stages
+    rows = stages.recalibrate
     if rows is None:
         return None
     from polyak_cli.evaluation import recalibration
@@ -201,11 +266,73 @@ def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | Non
         hidden,
         output,
         rows,
-        batch_size_of(plan.options),
-        plan.options.get("trust_code", False),
+        stages.batch_size,
+        stages.trust_code,
     )
     average.unlink()
     return made
+
+
+def _examine(
+    chosen: checkpoints.Selection, settings: Settings
+) -> tuple[checkpoints.Selection, tuple[Checked, ...]]:
+    """Return which of the checkpoints to average and which to skip, if health is asked for.
+
+    Raises:
+        CheckpointError: something is wrong and nothing may be skipped, or everything would be.
+    """
+    wanted = settings.stages.on_unhealthy
+    if wanted is None:
+        return chosen, ()
+    from polyak_cli.examining import health
+
+    found = health.check(
+        chosen, match=settings.tensors.match, max_memory=settings.machine.max_memory
+    )
+    skipped = tuple(one for one in found.checkpoints if one.problems)
+    if not found.healthy and (wanted == "fail" or len(skipped) == len(found.checkpoints)):
+        first, *others = found.all_problems
+        more = f"; and {word_count(len(others), 'more problem')}" if others else ""
+        remedy = (
+            ", or leave what is unhealthy out with --on-unhealthy skip"
+            if len(skipped) < len(found.checkpoints)
+            else ", since no healthy checkpoint is left"
+        )
+        raise CheckpointError(
+            f"{first.kind}: {first.text}{more}; see what is wrong with `polyak check`{remedy}"
+        )
+    out = {one.path for one in skipped}
+    kept = [k for k, one in enumerate(chosen.checkpoints) if one.path not in out]
+    notes = [problem.text for problem in found.problems]
+    if skipped:
+        notes.append(
+            f"{len(skipped)} of the {len(chosen.checkpoints)} chosen checkpoints "
+            f"{choose_verb(len(skipped))} not healthy and skipped; {len(kept)} are left"
+        )
+    healthy = replace(
+        chosen,
+        checkpoints=tuple(chosen.checkpoints[k] for k in kept),
+        positions=tuple(chosen.positions[k] for k in kept),
+        notes=(*chosen.notes, *notes),
+        left_out=(*chosen.left_out, *out),
+    )
+    return healthy, skipped
+
+
+def _keep_coefficients(
+    skipped: Sequence[Checked], chosen: checkpoints.Selection, coefficients: Sequence[float]
+) -> tuple[float, ...]:
+    """Return the custom coefficients without those of skipped checkpoints."""
+    out = {one.path for one in skipped}
+    pairs = zip(chosen.checkpoints, coefficients, strict=True)
+    return tuple(coefficient for one, coefficient in pairs if one.path not in out)
+
+
+def _check_recalibration(template: Table, output: Path | None, stages: Stages) -> None:
+    if stages.recalibrate is not None:
+        from polyak_cli.evaluation import recalibration
+
+        recalibration.check_recalibration(template, output, stages.recalibrate, stages.batch_size)
 
 
 def check_replaceable(output: Path) -> None:

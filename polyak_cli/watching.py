@@ -22,7 +22,7 @@ from typing import NamedTuple, Unpack
 
 from polyak_cli import checkpoints, formats, pipeline
 from polyak_cli.averaging import options as averaging_options
-from polyak_cli.averaging import planning, records
+from polyak_cli.averaging import records
 from polyak_cli.averaging.options import Options
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.checkpoints import Selection
@@ -73,7 +73,7 @@ def watch(
     """
     if not (interval > 0 and math.isfinite(interval)):
         raise UsageError(f"--interval is {interval:g}; expected a number of seconds above 0")
-    averaging_options.check_options(options)
+    averaging_options.parse(options)
     if options.get("on_unhealthy"):
         raise UsageError("on_unhealthy belongs to average; what cannot be read is waited for here")
     if not options.get("force"):
@@ -175,10 +175,12 @@ class _Watched:
             )
             return passed
 
-        options, own = self.options.copy(), self._own_name()
-        options["exclude"] = [*options.get("exclude", ()), *own]
+        choice, own = averaging_options.parse(self.options).choice, self._own_name()
         selection = averaging_options.select(
-            self.directory, options, growing=True, find_polyak_outputs=sift
+            self.directory,
+            replace(choice, exclude=(*choice.exclude, *own)),
+            growing=True,
+            find_polyak_outputs=sift,
         )
         self._tell(selection)
         about = []
@@ -243,7 +245,7 @@ class _Watched:
             return None
         if self.held is not None and not self._outdated(chosen, self.held):
             return None
-        plan = planning.plan(selection, self.output, **self.options)
+        plan = pipeline.plan(selection, self.output, **self.options)
         if _files_of(plan) != chosen:
             return None  # one was written to since: the next look finds it so
         if self.held is None and self._up_to_date(plan, selection.left_out):

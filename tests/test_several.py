@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from polyak_cli import pipeline
-from polyak_cli.averaging import planning, records, writing
+from polyak_cli.averaging import records, writing
 from tests.oracle import write_model
 
 
@@ -27,7 +27,7 @@ def test_several_averages_are_each_what_average_writes(tmp_path: Path) -> None:
     ]
     rows = [[0.25] * 4, [0.0, 0.0, 0.5, 0.5], [0.0, 1.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]]
     outputs = [tmp_path / f"out_{k}.h5" for k in range(len(rows))]
-    writing.several(planning.plan(paths), rows, outputs)
+    writing.several(pipeline.plan(paths), rows, outputs)
     for row, output in zip(rows, outputs, strict=True):
         pipeline.average(paths, tmp_path / "one.h5", coefficients=row, force=True, hash=False)
         assert output.read_bytes() == (tmp_path / "one.h5").read_bytes()
@@ -43,7 +43,7 @@ def test_several_averages_read_each_byte_once(
         write_model(tmp_path / f"m_{k}.h5", {"d": {"k": np.full(200_000, k, np.float32)}})
         for k in range(3)
     ]
-    plan = planning.plan(paths, jobs=1)
+    plan = pipeline.plan(paths, jobs=1)
     reads: Counter[tuple[int, int]] = Counter()
     total = 0
     preadv = os.preadv

@@ -6,42 +6,36 @@ Reads no values and opens no file.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
 from polyak_cli.averaging.matching import Row, is_statistic, leaf
-from polyak_cli.averaging.options import Options
+from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import Checkpoint
 from polyak_cli.errors import MismatchError, UsageError, list_some, shown
-from polyak_cli.tensors import FLOATS, Table, TensorSpec, is_carried
-
-if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
-    pass
+from polyak_cli.tensors import FLOATS, Table, is_carried
 
 
-def drops_optimizer(tables: Sequence[Table], options: Options) -> bool:
-    """Tell whether the output leaves the optimizer's state out."""
-    return options.get("optimizer", "drop") == "drop" and not tables[-1].rules.is_fixed
+def drops_optimizer(template: Table, optimizer: str) -> bool:
+    """Tell whether the output leaves the optimizer's state out.
+
+    Files that are restored as a whole need every part that their index lists.
+    """
+    return optimizer == "drop" and not template.rules.is_fixed
 
 
-def stored_dtype(spec: TensorSpec, options: Options) -> str:
-    """Return the type in which an averaged tensor is stored."""
-    return options.get("dtype") or spec.dtype
-
-
-def map_stored_dtypes(averaged: Iterable[Row], options: Options) -> dict[str, str]:
+def map_stored_dtypes(averaged: Iterable[Row], dtype: str | None) -> dict[str, str]:
     """Return where in the template each averaged tensor lies, and the type to store."""
-    return {row[-1].location: stored_dtype(row[-1], options) for row in averaged}
+    return {row[-1].location: dtype or row[-1].dtype for row in averaged}
 
 
-def decide_fates(rows: Sequence[Row], options: Options, where: str) -> tuple[list[Row], list[Row]]:
+def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list[Row], list[Row]]:
     """Divide the model's tensors into those to average and those to carry.
 
     Raises:
         MismatchError: a tensor can be neither, or nothing is left to average.
         UsageError: a glob matches nothing.
     """
-    include, exclude = options.get("include_tensors", ()), options.get("exclude_tensors", ())
+    include, exclude = wanted.include_tensors, wanted.exclude_tensors
     names = [row[-1].name for row in rows]
     for option, globs in (("include", include), ("exclude", exclude)):
         for glob in globs:
@@ -51,11 +45,11 @@ def decide_fates(rows: Sequence[Row], options: Options, where: str) -> tuple[lis
     carried: list[Row] = []
     for row in rows:
         name, dtype = row[-1].name, row[-1].dtype
-        wanted = not include or any(fnmatch.fnmatchcase(name, glob) for glob in include)
-        wanted = wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
-        if wanted and dtype in FLOATS:
+        is_included = not include or any(fnmatch.fnmatchcase(name, glob) for glob in include)
+        is_wanted = is_included and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+        if is_wanted and dtype in FLOATS:
             averaged.append(row)
-        elif wanted and not is_carried(dtype):
+        elif is_wanted and not is_carried(dtype):
             raise MismatchError(
                 f"{where}: tensor '{shown(name)}' is of type {dtype}, which is not averaged; "
                 f"expected {', '.join(FLOATS)}. Use --exclude-tensors to carry it from the newest"
@@ -89,7 +83,13 @@ def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row], where: st
 
 
 def list_notes(
-    tables: Sequence[Table], averaged: Sequence[Row], carried: Sequence[Row], options: Options
+    tables: Sequence[Table],
+    averaged: Sequence[Row],
+    carried: Sequence[Row],
+    stored_dtypes: Mapping[str, str],
+    *,
+    drop_optimizer: bool,
+    recalibrates: bool,
 ) -> list[str]:
     """Say what a user should know before the run."""
     notes = [
@@ -103,15 +103,15 @@ def list_notes(
         )
     names = [row[-1].name for row in averaged]
     statistics = [name for name in names if is_statistic(tables[-1], name)]
-    if statistics and options.get("recalibrate") is None:
+    if statistics and not recalibrates:
         notes.append(
             f"{len(statistics)} BatchNorm moving statistics are averaged "
             f"({list_some(statistics)}); they are estimates for each checkpoint, not for the "
             "average: recalculate them with one pass over training data (--recalibrate DATA) when "
             "the learning rate was high or the average scores below its checkpoints"
         )
-    stored = {stored_dtype(row[-1], options) for row in averaged}
-    if not drops_optimizer(tables, options) and tables[-1].optimizer:
+    stored = {*stored_dtypes.values()}
+    if not drop_optimizer and tables[-1].optimizer:
         stored.add("optimizer")
     notes += [text for key, text in tables[-1].rules.cautions.items() if key in stored]
     if tables[-1].rules.is_fixed and tables[-1].optimizer:

@@ -1,4 +1,4 @@
-"""Say what `plan` and `average` accept, and choose checkpoints and coefficients as asked.
+"""Parse the options of `plan` and `average`, once, into frozen parts with the only defaults.
 
 Knows no tensor and no file format.
 """
@@ -10,8 +10,9 @@ import re
 import resource
 import sys
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
@@ -26,24 +27,20 @@ if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
 
 Source = str | os.PathLike[str]
 Progress = Callable[[int], None]
-#: Bound on the buffers of the engine; the interpreter with numpy and h5py comes on top.
-MAX_MEMORY = 32 << 20
-#: Rows that a model is run on at a time where it is recalibrated.
-BATCH_SIZE = 256
 
 
 class Options(TypedDict, total=False):
-    """What `plan` and `average` may be told; every key may be left out.
+    """The options of `plan` and `average`; every key may be left out.
 
     Attributes:
-        last: only the newest so many; an error when there are fewer.
+        last: how many of the newest to use; an error when there are fewer.
         from_epoch: the first epoch that counts.
         to_epoch: the last epoch that counts.
-        every: every so many-th, counted back from the newest; 1.
+        every: use each n-th, counted back from the newest; 1.
         exclude: globs of file names that are not checkpoints.
-        best: only the best so many by ``monitor``.
+        best: how many of the best to use, by ``monitor``.
         monitor: the metric; "val_loss" with ``best``.
-        mode: "min" or "max"; told by the metric's name.
+        mode: "min" or "max"; found from the metric's name.
         log: a Keras CSVLogger file with the metric.
         epoch_pattern: a regular expression that finds the epoch in a name.
         scheme: "equal" (the default), "linear", "exp", "ema", "power".
@@ -60,15 +57,15 @@ class Options(TypedDict, total=False):
         allow_nonfinite: average NaN and infinity too.
         on_unhealthy: "fail" or "skip": `check` the chosen checkpoints first, and refuse them when
             anything is wrong, or average those that are healthy; None does neither.
-        recalibrate: rows over which the average's BatchNorm statistics are gathered anew, by Keras;
+        recalibrate: rows over which Keras computes the average's BatchNorm statistics again;
             see `recalibrate`.
-        batch_size: of these rows at a time, at most; `BATCH_SIZE`.
+        batch_size: of these rows at a time, at most; 256.
         trust_code: run the code that the model carries in a Lambda layer, to recalibrate it.
         force: replace an existing output.
-        hash: record each input's SHA-256; where it is not said, if all have `HASHED` bytes at most.
+        hash: record each input's SHA-256; by default, if all have 64 MB at most.
         verify: read the output back from the disk before it gets its name, and compare it, bit for
             bit, with the average computed once more.
-        max_memory: bytes for buffers; `MAX_MEMORY`.
+        max_memory: bytes for buffers; 32 MiB.
         jobs: processes that fold; as many as there are processors, at most 8.
     """
 
@@ -105,53 +102,184 @@ class Options(TypedDict, total=False):
     jobs: int | None
 
 
-def check_options(options: Options) -> None:
-    """Refuse what can be refused before there is a checkpoint.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which checkpoints count; see `checkpoints.select`."""
+
+    last: int | None = None
+    from_epoch: int | None = None
+    to_epoch: int | None = None
+    every: int = 1
+    exclude: tuple[str, ...] = ()
+    best: int | None = None
+    monitor: str | None = None
+    mode: str | None = None
+    log: Source | None = None
+    epoch_pattern: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Weighting:
+    """How much each checkpoint counts; see `schemes.coefficients`."""
+
+    scheme: str | None = None
+    alpha: float | None = None
+    decay: float | None = None
+    sigma: float | None = None
+    coefficients: tuple[float, ...] | None = None
+
+    def resolve(self) -> schemes.Choice:
+        """Return the scheme and its parameters.
+
+        Raises:
+            UsageError: they contradict one another, or are out of range.
+        """
+        return schemes.resolve(
+            self.scheme,
+            alpha=self.alpha,
+            decay=self.decay,
+            sigma=self.sigma,
+            custom=self.coefficients,
+        )
+
+    def compute(self, positions: Sequence[float]) -> tuple[float, ...]:
+        """Return one coefficient a checkpoint, oldest first.
+
+        Raises:
+            UsageError: they cannot be computed for so many checkpoints.
+        """
+        return schemes.coefficients(
+            self.scheme,
+            positions,
+            alpha=self.alpha,
+            decay=self.decay,
+            sigma=self.sigma,
+            custom=self.coefficients,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """What becomes of each tensor.  All of it is in the record of an average."""
+
+    dtype: str | None = None
+    optimizer: Literal["drop", "newest"] = "drop"
+    match: Literal["name", "order"] = "name"
+    use_ema: bool = False
+    include_tensors: tuple[str, ...] = ()
+    exclude_tensors: tuple[str, ...] = ()
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """How the output is published."""
+
+    force: bool = False
+    hash: bool | None = None  # None: if all inputs have `records.HASHED` bytes at most
+    verify: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What an average may use of the machine."""
+
+    #: Bytes for the buffers of the engine; the interpreter with numpy and h5py comes on top.
+    max_memory: int = 32 << 20
+    jobs: int = field(default_factory=lambda: min(8, _count_processors()))
+
+    def share(self, averages: int = 1) -> Memory:
+        """Divide the bound on buffers among the processes that fold."""
+        return Memory.within(self.max_memory, self.jobs, averages)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What happens around an average; only `pipeline` looks at it."""
+
+    on_unhealthy: Literal["fail", "skip"] | None = None
+    recalibrate: Split | None = None
+    batch_size: int = 256  # rows that a model is run on at a time
+    trust_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All options, parsed: the fields of its parts hold the only defaults."""
+
+    choice: Choice = field(default_factory=Choice)
+    weighting: Weighting = field(default_factory=Weighting)
+    tensors: Tensors = field(default_factory=Tensors)
+    output: Output = field(default_factory=Output)
+    machine: Machine = field(default_factory=Machine)
+    stages: Stages = field(default_factory=Stages)
+
+
+PARTS = {
+    "choice": Choice,
+    "weighting": Weighting,
+    "tensors": Tensors,
+    "output": Output,
+    "machine": Machine,
+    "stages": Stages,
+}
+
+
+def default_of(option: str) -> Any:
+    """Return the default of an option, such as "max_memory"."""
+    for part in PARTS.values():
+        for one in fields(part):
+            if one.name == option:
+                return one.default
+    raise KeyError(option)
+
+
+def parse(options: Options) -> Settings:
+    """Check options by themselves, before there is a checkpoint, and return them in parts.
+
+    None stands for the default, and lists become tuples.
 
     Raises:
+        TypeError: there is no such option.
         UsageError: names the option and what it takes.
     """
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}; see Options")
+    _check_kinds(options)
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    for key in ("exclude", "include_tensors", "exclude_tensors", "coefficients"):
+        if key in given:
+            given[key] = tuple(given[key])
+    parts = {
+        name: part(**{one.name: given[one.name] for one in fields(part) if one.name in given})
+        for name, part in PARTS.items()
+    }
+    settings = Settings(**parts)
+    _check_values(settings)
+    return settings
+
+
+def _check_kinds(options: Options) -> None:
+    """Refuse values of another kind than an option takes."""
     for key in ("exclude", "include_tensors", "exclude_tensors"):
         if isinstance(options.get(key), str):  # a sequence too: of its letters
             raise UsageError(f"{key} is one text; expected a list of globs")
-    for key in (
-        "last",
-        "from_epoch",
-        "to_epoch",
-        "every",
-        "best",
-        "jobs",
-        "max_memory",
-        "batch_size",
-    ):
+    numbers = ("last", "from_epoch", "to_epoch", "every", "best", "jobs", "max_memory")
+    for key in (*numbers, "batch_size"):
         if not isinstance(options.get(key), (int, np.integer, type(None))):
             raise UsageError(f"{key} is {options.get(key)!r}; expected a whole number")
-    choices = {
-        "dtype": (None, *FLOATS),
+    choices: dict[str, tuple[str, ...]] = {
+        "dtype": tuple(FLOATS),
         "optimizer": ("drop", "newest"),
         "match": ("name", "order"),
-        "on_unhealthy": (None, "fail", "skip"),
+        "on_unhealthy": ("fail", "skip"),
     }
     for key, allowed in choices.items():
-        value = options.get(key, allowed[0])
-        if value not in allowed:
-            named = ", ".join(str(choice) for choice in allowed if choice)
-            option = key.replace("_", "-")
-            raise UsageError(f"--{option} is {shown(value)}; expected one of {named}")
-    if options.get("on_unhealthy") and options.get("use_ema"):
-        raise UsageError(
-            "--on-unhealthy looks at the model's own tensors, not at the EMAs of --use-ema; leave "
-            "one of them out"
-        )
-    for key, least in (("jobs", 1), ("max_memory", 1 << 20)):
         value = options.get(key)
-        if isinstance(value, int) and value < least:
-            raise UsageError(f"--{key.replace('_', '-')} is {value}; expected at least {least}")
-    _choice(options)
-
+        if value is not None and value not in allowed:
+            option = key.replace("_", "-")
+            raise UsageError(f"--{option} is {shown(value)}; expected one of {', '.join(allowed)}")
     for key in ("batch_size", "trust_code"):
         if options.get(key) and options.get("recalibrate") is None:
             raise UsageError(
@@ -159,71 +287,51 @@ def check_options(options: Options) -> None:
             )
 
 
-def batch_size_of(options: Options) -> int:
-    """Return the rows that a model is run on at a time."""
-    size = options.get("batch_size")
-    return BATCH_SIZE if size is None else size
+def _check_values(settings: Settings) -> None:
+    """Refuse values out of range, and options that contradict one another."""
+    if settings.stages.on_unhealthy and settings.tensors.use_ema:
+        raise UsageError(
+            "--on-unhealthy looks at the model's own tensors, not at the EMAs of --use-ema; leave "
+            "one of them out"
+        )
+    for option, value, least in (
+        ("jobs", settings.machine.jobs, 1),
+        ("max-memory", settings.machine.max_memory, 1 << 20),
+    ):
+        if value < least:
+            raise UsageError(f"--{option} is {value}; expected at least {least}")
+    settings.weighting.resolve()
 
 
 def select(
     sources: Source | Sequence[Source],
-    options: Options,
+    choice: Choice,
     *,
     growing: bool = False,
     find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]] = formats.find_polyak_outputs,
 ) -> checkpoints.Selection:
-    """Choose checkpoints as the options say; see `checkpoints.select`."""
+    """Choose checkpoints; see `checkpoints.select`."""
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     return checkpoints.select(
         listed,
-        last=options.get("last"),
-        from_epoch=options.get("from_epoch"),
-        to_epoch=options.get("to_epoch"),
-        every=options.get("every", 1),
-        exclude=options.get("exclude", ()),
-        best=options.get("best"),
-        monitor=options.get("monitor"),
-        mode=options.get("mode"),
-        log=options.get("log"),
-        epoch_pattern=options.get("epoch_pattern"),
+        last=choice.last,
+        from_epoch=choice.from_epoch,
+        to_epoch=choice.to_epoch,
+        every=choice.every,
+        exclude=choice.exclude,
+        best=choice.best,
+        monitor=choice.monitor,
+        mode=choice.mode,
+        log=choice.log,
+        epoch_pattern=choice.epoch_pattern,
         growing=growing,
         find_polyak_outputs=find_polyak_outputs,
     )
 
 
-def plan_memory(options: Options, averages: int = 1) -> Memory:
-    """Divide the bound on buffers among the processes that fold."""
-    jobs = options.get("jobs") or min(8, _processors())
-    return Memory.within(options.get("max_memory") or MAX_MEMORY, jobs, averages)
-
-
-def _processors() -> int:
-    """Return the processors this process may use, which macOS does not tell."""
+def _count_processors() -> int:
+    """Return the processors this process may use, which macOS does not report."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def choose_coefficients(
-    positions: Sequence[float], options: Options
-) -> tuple[schemes.Choice, tuple[float, ...]]:
-    """Return the scheme and one coefficient a checkpoint, oldest first."""
-    return _choice(options), schemes.coefficients(
-        options.get("scheme"),
-        positions,
-        alpha=options.get("alpha"),
-        decay=options.get("decay"),
-        sigma=options.get("sigma"),
-        custom=options.get("coefficients"),
-    )
-
-
-def _choice(options: Options) -> schemes.Choice:
-    return schemes.resolve(
-        options.get("scheme"),
-        alpha=options.get("alpha"),
-        decay=options.get("decay"),
-        sigma=options.get("sigma"),
-        custom=options.get("coefficients"),
-    )
 
 
 def measure_peak() -> int:

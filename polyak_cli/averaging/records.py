@@ -12,12 +12,11 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from polyak_cli import __version__, checkpoints, formats
-from polyak_cli.averaging.fates import drops_optimizer
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.errors import CheckpointError, FormatError, PolyakError, shown
 from polyak_cli.storage import File, open_input
@@ -342,7 +341,6 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         FormatError: a checkpoint cannot be read.
     """
-    options = plan.options
     sampled = sampled or [compute_sampled_digest(table.files) for table in plan.tables]
     names = [checkpoint.path.name for checkpoint in plan.checkpoints]
     paths = list_relative_paths([checkpoint.path for checkpoint in plan.checkpoints])
@@ -359,7 +357,7 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
             names, paths, plan.checkpoints, plan.tables, plan.coefficients, sampled, strict=True
         )
     ]
-    wanted = options.get("hash")
+    wanted = plan.settings.output.hash
     if wanted or (wanted is None and sum(table.size for table in plan.tables) <= HASHED):
         for record, table in zip(inputs, plan.tables, strict=True):
             found = hash_files(table.files)
@@ -372,18 +370,19 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
         "polyak": __version__,
         "scheme": plan.scheme,
         "parameters": dict(plan.parameters),
-        "options": {
-            "dtype": options.get("dtype"),
-            "optimizer": "drop" if drops_optimizer(plan.tables, options) else "newest",
-            "match": options.get("match", "name"),
-            "use_ema": options.get("use_ema", False),
-            "include_tensors": list(options.get("include_tensors", ())),
-            "exclude_tensors": list(options.get("exclude_tensors", ())),
-            "allow_nonfinite": options.get("allow_nonfinite", False),
-        },
+        "options": _list_options(plan),
         "inputs": inputs,
         **({"skipped": skipped} if skipped else {}),
     }
+
+
+def _list_options(plan: Plan) -> dict[str, Any]:
+    """Return the options that decide which values an average has."""
+    wanted = plan.settings.tensors
+    named = {one.name: getattr(wanted, one.name) for one in fields(wanted)}
+    listed = {key: list(one) if isinstance(one, tuple) else one for key, one in named.items()}
+    # What was done, and not what was asked for: some files keep the state whatever is asked.
+    return listed | {"optimizer": "drop" if plan.drop_optimizer else "newest"}
 
 
 def read_output_record(output: Path) -> Any:

@@ -9,40 +9,29 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from polyak_cli import formats
 from polyak_cli.averaging import records
-from polyak_cli.averaging.fates import (
-    describe_difference,
-    drops_optimizer,
-    is_compared,
-    map_stored_dtypes,
-)
+from polyak_cli.averaging.fates import describe_difference, is_compared
 from polyak_cli.averaging.matching import Row, files_of, sources_of
-from polyak_cli.averaging.options import Options, Progress, plan_memory
+from polyak_cli.averaging.options import Progress
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.engine import executors, reading
 from polyak_cli.engine.folding import FoldJob
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.slabs import FoldTensor
 from polyak_cli.engine.timing import Totals
-from polyak_cli.formats import outputs as formats_outputs
 from polyak_cli.storage import File, publishing
 from polyak_cli.tensors import Table
-
-if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
-    pass
 
 
 def write_average(
     plan: Plan, hidden: Path, record: str, progress: Progress
 ) -> tuple[Totals, list[Path], list[str]]:
     """Write the whole output under its hidden name; return what that took, its files and notes."""
-    options = plan.options
-    formats.check(plan.tables, jobs=plan_memory(options).jobs)
+    formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
     skeleton = _write_skeleton(plan, hidden, record)
     totals = _fold(plan, [plan.coefficients], [skeleton], progress)
     inputs = files_of(plan.tables)
@@ -63,9 +52,9 @@ def again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
 
     Raises:
         PolyakError: as `run`.
-        OSError: there is no skeleton.
+        OSError: there is no room.
     """
-    formats.check(plan.tables, jobs=plan_memory(plan.options).jobs)
+    formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
     hidden = folder / ".again"
     if len(opened.parts) > 1:
         hidden.mkdir()
@@ -99,12 +88,12 @@ def several(
 
     Raises:
         PolyakError: as `run`.
-        OSError: there is no skeleton.
+        OSError: there is no room.
     """
     rows = [tuple(row) for row in coefficients]
-    options: Options = {**plan.options, "hash": False}
+    unhashed = replace(plan.settings, output=replace(plan.settings.output, hash=False))
     sampled = [records.compute_sampled_digest(table.files) for table in plan.tables]
-    custom = replace(plan, scheme="custom", parameters={}, options=options)
+    custom = replace(plan, scheme="custom", parameters={}, settings=unhashed)
     skeletons = [
         _write_skeleton(
             each, output, records.encode(records.seal(records.make_record(each, sampled)))
@@ -122,9 +111,9 @@ def _write_skeleton(plan: Plan, output: Path, record: str) -> formats.Skeleton:
     return formats.write_skeleton(
         plan.tables[-1],
         output,
-        averaged=map_stored_dtypes(plan.averaged_rows, plan.options),
-        drop_optimizer=drops_optimizer(plan.tables, plan.options),
-        form=formats_outputs.choose_format(plan.output, plan.tables[-1]),
+        averaged=plan.stored_dtypes,
+        drop_optimizer=plan.drop_optimizer,
+        form=plan.output_format,
         provenance=record,
     )
 
@@ -136,11 +125,10 @@ def _fold(
     progress: Progress,
 ) -> Totals:
     """Average the tensors into the outputs, a row of coefficients each."""
-    options = plan.options
     files = [file for skeleton in skeletons for file in skeleton.files]
-    nonfinite = options.get("allow_nonfinite", False)
+    nonfinite = plan.settings.tensors.allow_nonfinite
     work = FoldJob(files_of(plan.tables), files, np.array(coefficients), nonfinite)
-    memory = plan_memory(options, len(skeletons))
+    memory = plan.settings.machine.share(len(skeletons))
     totals = executors.fold(_Averaged(plan, skeletons), work, memory, progress)
     for skeleton in skeletons:
         skeleton.finalize()
@@ -181,5 +169,5 @@ def _place(row: Row) -> tuple[int, int, int]:
 def _differing(plan: Plan, inputs: Sequence[File], progress: Progress) -> tuple[Totals, list[str]]:
     """Compare what is carried and should be the same everywhere."""
     rows = [(r[-1].name, sources_of(plan.tables, r)) for r in plan.carried_rows if is_compared(r)]
-    found, totals = reading.find_differing(rows, inputs, plan_memory(plan.options), progress)
+    found, totals = reading.find_differing(rows, inputs, plan.settings.machine.share(), progress)
     return totals, [describe_difference(name) for name, _ in rows if name in found]

@@ -70,10 +70,9 @@ def average(
     if not output and not dry_run:
         raise UsageError("--output is missing; name the file to write with -o, or use --dry-run")
     from polyak_cli import pipeline
-    from polyak_cli.averaging import planning
 
     notes = load_rows(options)
-    plan = planning.plan(sources, output, **options)
+    plan = pipeline.plan(sources, output, **options)
     if dry_run:
         rendering.notes([*notes, *plan.notes], quiet)
         rendering.result(plan.data(), as_json, quiet, lambda: rendering.plan_lines(plan, verbose))

@@ -173,7 +173,7 @@ def sweep(
             )
     if recalibrate is not None:
         options |= {"recalibrate": recalibrate, "batch_size": batch_size, "trust_code": trust_code}
-    plan = planning.plan(sources, write_best, force=force, **options)
+    plan = pipeline.plan(sources, write_best, force=force, **options)
     wanted = list_candidates(
         plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
     )
@@ -189,7 +189,8 @@ def sweep(
     competing = [row for row in scored if row.candidate.kind != "ensemble"]
     winner = find_best(competing, metric)
     if write_best:
-        _write_winner(winner.candidate, plan, sources, write_best)
+        own: Any = {**options, "force": force}
+        _write_winner(winner.candidate, plan, sources, write_best, own)
     return Sweep(
         plan=plan,
         splits={name: (split.source, split.rows) for name, split in splits.items()},
@@ -207,9 +208,9 @@ def _write_winner(
     plan: planning.Plan,
     sources: averaging_options.Source | Sequence[averaging_options.Source],
     output: Path,
+    options: averaging_options.Options,
 ) -> None:
     """Write the winner as `average` does, from the checkpoints with a coefficient in it."""
-    options = plan.options
     # --last counts checkpoints before --best chooses and unhealthy ones are skipped, so it would
     # choose others.  Then the members are named one by one, with their coefficients.
     if candidate.kind == "average" and options.get("best") is None and not plan.skipped:
@@ -308,13 +309,12 @@ class _CandidateScorer:
 
     def _recalibrate(self, path: Path) -> Path:
         """Gather the BatchNorm statistics of an average again, if the options say so."""
-        options = self.plan.options
-        rows = options.get("recalibrate")
+        stages = self.plan.settings.stages
+        rows = stages.recalibrate
         if rows is None:
             return path
         made = path.with_name(f"recalibrated{path.suffix}")
-        size = options.get("batch_size") or recalibration.BATCH_SIZE
-        trust = options.get("trust_code", False)
+        size, trust = stages.batch_size, stages.trust_code
         recalibration.recalibrate(path, made, rows, batch_size=size, trust_code=trust, force=True)
         return made
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from polyak_cli import __version__, formats
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import planning, records
+from polyak_cli.averaging.fates import map_stored_dtypes
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.averaging.records import Record
 from polyak_cli.checkpoints import Checkpoint, Selection, find_file, make_natural_key
@@ -116,7 +117,7 @@ def verify(
         OutputError: there is no room for a copy to compare with.
     """
     machine: averaging_options.Options = {"max_memory": max_memory, "jobs": jobs}
-    averaging_options.check_options(machine)
+    averaging_options.parse(machine)
     path = _find_opener(Path(output))
     for folder in map(Path, sources):
         if not _is_folder(folder):
@@ -463,16 +464,18 @@ class _Verifier:
         # The type is not the checkpoints' concern, and neither is that of the output.
         options: Any = {**self.record.options, **self.machine}
         try:
-            plan = planning.plan(Selection(chosen, (), (), positions), **options | {"dtype": None})
-            averaging_options.check_options(options)
+            settings = averaging_options.parse(options)
+            untyped = replace(settings, tensors=replace(settings.tensors, dtype=None))
+            selected = Selection(chosen, (), (), positions)
+            plan = planning.plan_average(selected, None, untyped)
         except UsageError as error:
             raise FormatError(f"its record has options that are refused: {error}") from None
-        converted = self.table.format != plan.tables[-1].format
         return replace(
             plan,
-            output=Path(f"x.{self.table.format}") if converted else None,
             coefficients=tuple(one.coefficient for one in self.record.inputs),
-            options=options,
+            settings=settings,
+            output_format=self.table.format,
+            stored_dtypes=map_stored_dtypes(plan.averaged_rows, settings.tensors.dtype),
         )
 
     def _explain(self, error: PolyakError) -> None:

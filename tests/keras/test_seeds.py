@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli.averaging import planning, writing
+from polyak_cli import pipeline
+from polyak_cli.averaging import writing
 from polyak_cli.evaluation import candidates, data, sample_run
 
 pytestmark = pytest.mark.soak
@@ -44,7 +45,7 @@ def accuracies(tmp_path_factory: pytest.TempPathFactory) -> Accuracies:
         folder = tmp_path_factory.mktemp(f"seed_{seed}")
         report = sample_run.train(folder, seed=seed, keep=LAST)
         found["single"].append([accuracy(path, rows) for path in report.checkpoints])
-        plan = planning.plan(folder)
+        plan = pipeline.plan(folder)
         chosen = [("equal", None), ("linear", None), ("exp", 2.0)]
         averages = candidates.list_candidates(plan.positions, range(1, LAST + 1), chosen)[LAST:]
         outputs = [folder / f"average_{k}.out.h5" for k in range(len(averages))]
