@@ -1,7 +1,7 @@
-"""HOW MUCH each checkpoint counts: one small function a scheme, and one place that normalises.
+"""Compute how much each checkpoint counts: one small function for each scheme.
 
-Knows numbers only: how many checkpoints there are and where they stand in the run.  Knows nothing
-of files, of tensors or of the command line, and needs no numpy.
+Knows only numbers: how many checkpoints there are, and how far into the run each was saved.  Does
+not know files, tensors or the command line, and needs no numpy.
 
 The coefficients are the same to the last bit on every machine.  ``+ - * /`` are exact to the bit
 wherever floats are IEEE 754, but the exp() and pow() of C libraries are not, so those two go
@@ -27,7 +27,7 @@ _DIGITS = 40
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """The one number that a scheme can be given: its option, its default, and what it may be."""
+    """The number that a scheme takes: the name of its option, its default, and its range."""
 
     name: str
     default: float
@@ -50,7 +50,7 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A scheme as it is really used: its name (``custom`` too) and the parameters it runs with."""
+    """The scheme that is used: its name, which may be ``custom``, and its parameters."""
 
     name: str
     parameters: Mapping[str, float]
@@ -65,7 +65,7 @@ def coefficients(
     sigma: float | None = None,
     custom: Sequence[float] | None = None,
 ) -> tuple[float, ...]:
-    """Return how much each checkpoint counts.
+    """Return the coefficient of each checkpoint.
 
     Args:
         scheme: a name in `SCHEMES`; None means equal, or ``custom`` if that is given.
@@ -74,7 +74,7 @@ def coefficients(
         alpha: e-folding age of ``exp``, in checkpoints; larger is flatter.
         decay: factor of ``ema`` for each checkpoint of age.
         sigma: relative width of ``power``, as a part of the run's length.
-        custom: the coefficients themselves, oldest first, which are only normalised.
+        custom: custom coefficients, oldest first; they are normalised.
 
     Returns:
         float64, oldest first, each at least 0, with the sum 1 up to rounding.
@@ -100,10 +100,10 @@ def resolve(
     sigma: float | None = None,
     custom: Sequence[float] | None = None,
 ) -> Choice:
-    """Return the scheme and the parameter value that these arguments mean, defaults filled in.
+    """Return the scheme and its parameter, with defaults filled in.
 
     Raises:
-        UsageError: as `coefficients`, as far as it can be told without the checkpoints.
+        UsageError: as for `coefficients`, except what depends on the checkpoints.
     """
     given = {
         name: value
@@ -205,9 +205,9 @@ def ema(positions: Sequence[float], decay: float) -> list[float]:
 def power(positions: Sequence[float], sigma: float) -> list[float]:
     """(t_i^(g+1) - t_(i-1)^(g+1)) / t_N^(g+1), with g = gamma(sigma) and t the positions.
 
-    The power-function EMA of a whole run, each checkpoint standing for the stretch since the one
-    before (Karras et al. 2024, as `gamma`).  The stretch of the oldest is as long as the next one,
-    but starts at 0 at the earliest.
+    The power-function EMA of a whole run, where each checkpoint represents the steps since the one
+    before (Karras et al. 2024, as for `gamma`).  The oldest represents as many steps as the next
+    one, but none before step 0.
     """
     _require_rising(positions)
     if len(positions) == 1:

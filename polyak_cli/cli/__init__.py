@@ -1,7 +1,8 @@
-"""argv <-> tools: options, rendering, exit codes.
+"""The command line: parse argv, call a tool, print its result, and exit with a code.
 
-The only part of the package that imports click, prints or exits.  Here are the way in
-and out and the group of commands; the other modules hold commands, options, and what is printed.
+The only part of the package that imports click, prints or exits.  This module holds the group of
+commands, signals and exit codes.  It knows nothing of averaging: the tools raise errors, and here
+they become one line and an exit code.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from polyak_cli.cli.models import completion, evaluate, recalibrate, sweep, trai
 from polyak_cli.cli.options import DONE, EXAMPLE
 from polyak_cli.errors import PolyakError, UsageError
 
-#: Exit codes.  A command's own are 0 and 1, "the answer is no"; 128 and a signal's number is that
-#: of what a signal ended.
+#: Exit codes besides those of the commands.  After a signal it is 128 plus the signal's number.
 USAGE, FAILED = 2, 3
 #: Bytes of address space without which numpy and h5py cannot be relied on to load and work.
 _ADDRESS_SPACE = 160 << 20
@@ -42,10 +42,10 @@ def cli() -> None:
 
 
 def _check_address_space() -> None:
-    """Refuse a limit under which the libraries cannot be loaded: they end in their own ways.
+    """Refuse a limit of address space under which numpy or h5py would crash while loading.
 
     Raises:
-        PolyakError: with both sizes.
+        PolyakError: the limit is too low; it names both sizes.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and limit < _ADDRESS_SPACE:
@@ -72,9 +72,9 @@ for _command in (
 
 
 class _Terminated(BaseException):
-    """A signal asked the program to end; it is raised so that everything cleans up.
+    """A signal asked the program to end; raised, so that every ``finally`` cleans up.
 
-    Ctrl-C too: click would answer a KeyboardInterrupt with an empty line.
+    Used for Ctrl-C too, because click answers a KeyboardInterrupt with an empty line.
     """
 
     def __init__(self, number: int) -> None:
@@ -83,23 +83,24 @@ class _Terminated(BaseException):
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:
-    for other in _SIGNALS:  # the clean-up itself is not to be interrupted
+    for other in _SIGNALS:  # the clean-up itself must not be interrupted
         signal.signal(other, _pass_over)
     raise _Terminated(number)
 
 
 def _pass_over(_number: int, _frame: object) -> None:
-    """Do nothing: of a signal that came just before it was set to SIG_IGN, Python complains."""
+    """Do nothing.  With SIG_IGN, Python complains of a signal that came just before."""
 
 
 def _ask_again(lost: sys.UnraisableHookArgs) -> None:
-    """Raise soon what Python dropped, as it does in destructors and weak references' callbacks."""
+    """Raise again what Python dropped, as it does in destructors and weak references' callbacks."""
     if not isinstance(lost.exc_value, _Terminated):
         sys.__unraisablehook__(lost)
         return
     number = lost.exc_value.number
     signal.signal(signal.SIGALRM, lambda _number, frame: _terminate(number, frame))
-    signal.setitimer(signal.ITIMER_REAL, 0.001)  # seconds; dropped once more, it comes once more
+    # In a millisecond; if the exception is dropped again, this hook starts the timer again.
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -108,15 +109,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     _open_standard_streams()
-    # Nothing here uses BLAS, whose threads would cost memory and stand in the way of a fork.
+    # Nothing here uses BLAS.  Its threads would cost memory and make a fork unsafe.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.unraisablehook = _ask_again
-    try:  # around it all: a signal may come between any two steps
+    try:  # around everything: a signal may come between any two steps
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, _terminate)
         code = _run(arguments)
-        # All is done and said; a late signal would only garble the ending.
+        # The work is done and printed; a late signal must not change the exit code.
         for number in (*_SIGNALS, signal.SIGALRM):
             signal.signal(number, _pass_over)
     except _Terminated as ended:
@@ -127,23 +128,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """End without taking the interpreter apart, which takes as long as averaging a small run."""
+    """Exit without finalising the interpreter, which takes as long as averaging a small run."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed, or nobody reads any more
+        with suppress(OSError, ValueError):  # closed, or its reader is gone
             stream.flush()
     os._exit(code)
 
 
 def _open_standard_streams() -> None:
-    """Open what the caller closed (``>&-``), or a file opened later would get its number."""
+    """Open streams that the caller closed (``>&-``); a later file would get their number."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 (open to the end)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    """Run a command and return its exit code; what is no PolyakError keeps its traceback."""
+    """Run a command and return its exit code; unexpected exceptions keep their traceback."""
     try:
         code = cli.main(args=arguments, prog_name="polyak", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -1,6 +1,6 @@
-"""The commands about averages: average, watch, verify.
+"""The commands that make and check averages: average, watch, verify.
 
-Each turns argv into one call of the tool, and its result into lines and an exit code.  Heavy
+Each command calls one tool and prints its result; it does not know how the tool works.  Heavy
 packages are imported inside the commands, so that ``--help`` is quick.
 """
 
@@ -44,8 +44,8 @@ from polyak_cli.errors import UsageError
     option(
         "--on-unhealthy",
         type=click.Choice(["fail", "skip"]),
-        help="Look for what `polyak check` finds first, at the price of a second reading, and "
-        "refuse to average, or leave unhealthy checkpoints out.  [default: neither]",
+        help="Run `polyak check` first, which reads the checkpoints twice, and refuse to average, "
+        "or leave unhealthy checkpoints out.  [default: neither]",
     ),
 )
 @scheme_options
@@ -74,16 +74,20 @@ def average(
     notes = load_rows(options)
     plan = pipeline.plan(sources, output, **options)
     if dry_run:
-        rendering.notes([*notes, *plan.notes], quiet)
-        rendering.result(plan.data(), as_json, quiet, lambda: rendering.plan_lines(plan, verbose))
+        rendering.print_notes([*notes, *plan.notes], quiet)
+        rendering.print_result(
+            plan.data(), as_json, quiet, lambda: rendering.plan_lines(plan, verbose)
+        )
         return
     with (
         keep_prints_apart(options["recalibrate"]),
         show_progress("averaging", plan.bytes_to_read, quiet or as_json) as advance,
     ):
         report = pipeline.run(plan, progress=advance)
-    rendering.notes([*notes, *report.notes], quiet)
-    rendering.result(report.data(), as_json, quiet, lambda: rendering.report_lines(report, verbose))
+    rendering.print_notes([*notes, *report.notes], quiet)
+    rendering.print_result(
+        report.data(), as_json, quiet, lambda: rendering.report_lines(report, verbose)
+    )
 
 
 @click.command(
@@ -99,9 +103,9 @@ def average(
         type=float,
         default=2.0,
         metavar="SECONDS",
-        help="Between two looks at the directory.",
+        help="Time between two looks at the directory.",
     ),
-    option("--once", is_flag=True, help="Bring the output up to date and end, as from cron."),
+    option("--once", is_flag=True, help="Bring the output up to date and exit, as for cron."),
 )
 @CHOOSING
 @scheme_options
@@ -135,8 +139,8 @@ def watch(
 ) -> None:
     """Keep the average of a directory's checkpoints current while training writes them.
 
-    A checkpoint counts when two looks found it unchanged and it can be read whole; until then the
-    average is that of the others. Fewer than --last or --best are no error: all are averaged.
+    A checkpoint counts when two looks found it unchanged and it can be read completely. Until then
+    the others are averaged. Fewer than --last or --best are no error: all are averaged.
     """
     from polyak_cli.watching import watch
 
@@ -146,13 +150,13 @@ def watch(
         output,
         interval=interval,
         once=once,
-        told=lambda note: rendering.notes([note], quiet),
+        told=lambda note: rendering.print_notes([note], quiet),
         **options,
     ):
-        rendering.notes([note for note in report.notes if note not in noted], quiet)
+        rendering.print_notes([note for note in report.notes if note not in noted], quiet)
         noted = report.notes  # most are the same each time
         if as_json:
-            rendering.json_line(report.data())
+            rendering.print_json_line(report.data())
         elif not quiet:
             rendering.print_lines(
                 rendering.report_lines(report, True)
@@ -164,7 +168,7 @@ def watch(
 
 @click.command(
     cls=Command,
-    short_help="See that an average is what its record says.",
+    short_help="Check that an average is what its record says.",
     example="polyak verify final.h5 --source ckpts/",
 )
 @click.argument("file", metavar="FILE", type=click.Path())
@@ -189,14 +193,16 @@ def watch(
 def verify(
     file: str, sources: tuple[str, ...], as_json: bool, quiet: bool, **machine: int | None
 ) -> int:
-    """See that an average is, bit for bit, what the record in it says.
+    """Check that an average is, bit for bit, what the record in it says.
 
-    The checkpoints that the record names are averaged once more, in a hidden copy that is removed
-    again. Exit 1 when FILE is not verified: what differs is named, tensor or input.
+    The checkpoints that the record names are averaged again, into a hidden copy that is removed
+    afterwards. Exit 1 if FILE is not verified: the tensor or the input that differs is named.
     """
     from polyak_cli.examining import verification
 
     found = verification.verify(file, sources=sources, **machine)
-    rendering.notes(found.notes, quiet)
-    rendering.result(found.data(), as_json, quiet, lambda: rendering.verification_lines(found))
+    rendering.print_notes(found.notes, quiet)
+    rendering.print_result(
+        found.data(), as_json, quiet, lambda: rendering.verification_lines(found)
+    )
     return DONE if found.verified else ANSWER_IS_NO

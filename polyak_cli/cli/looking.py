@@ -1,6 +1,6 @@
-"""The commands that look at checkpoints: inspect, diff, check.
+"""The commands that look at checkpoints without a model: inspect, diff, check.
 
-Each turns argv into one call of the tool, and its result into lines and an exit code.  Heavy
+Each command calls one tool and prints its result; it does not know how the tool works.  Heavy
 packages are imported inside the commands, so that ``--help`` is quick.
 """
 
@@ -44,14 +44,14 @@ from polyak_cli.errors import UsageError, shown
     option(
         "--stats",
         is_flag=True,
-        help="Read every value: norm, least, greatest, and how many are not finite.",
+        help="Read every value: norm, minimum, maximum, and how many are not finite.",
     ),
     JSON,
 )
 def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
     """Show format, version, provenance and the table of tensors of each checkpoint.
 
-    The fate of a tensor is what averaging does with it unless told otherwise.
+    The fate of a tensor is what `polyak average` does with it by default.
     """
     from pathlib import Path
 
@@ -59,7 +59,7 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
 
     found = list(inspection.inspect([Path(file) for file in files], statistics=stats))
     data = {"checkpoints": [one.data() for one in found]}
-    rendering.result(
+    rendering.print_result(
         data,
         as_json,
         False,
@@ -107,10 +107,10 @@ def diff(
     """Show how far checkpoints are apart.
 
     A and B are two checkpoint files: relative distance, largest difference and cosine of each
-    tensor, the worst first; exit 0 when all are equal within the tolerances, 1 when not.
+    tensor, the worst first; exit 0 if all are equal within the tolerances, else 1.
 
     DIR is a directory, a glob, or three files or more: the distance from each checkpoint to the
-    next, and of each to the average of all, to see which is the odd one out.
+    next, and of each to the average of all, which shows the outlier.
     """
     from pathlib import Path
 
@@ -135,7 +135,7 @@ def _diff_files(
 
     one, other = map(Path, sources)
     found = differences.diff(one, other, rtol=rtol, atol=atol)
-    rendering.result(
+    rendering.print_result(
         found.data(), as_json, quiet, lambda: rendering.difference_lines(found, verbose)
     )
     return DONE if found.equal else ANSWER_IS_NO
@@ -168,7 +168,7 @@ def _diff_run(
             [row.to_average for row in found.checkpoints],
             Path(plot),
         )
-    rendering.result(found.data(), as_json, quiet, lambda: rendering.distance_lines(found))
+    rendering.print_result(found.data(), as_json, quiet, lambda: rendering.distance_lines(found))
     return DONE
 
 
@@ -178,7 +178,7 @@ def _label(path: Path, epoch: int | None) -> str:
 
 @click.command(
     cls=Command,
-    short_help="Find what is wrong with checkpoints.",
+    short_help="Find problems of checkpoints.",
     example="polyak check ckpts/ --last 10",
 )
 @SOURCES
@@ -197,7 +197,7 @@ def _label(path: Path, epoch: int | None) -> str:
     ),
 )
 def check(sources: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> int:
-    """Find what is wrong with the checkpoints of a run, or with the run; exit 1 if anything is.
+    """Find problems of a run and its checkpoints; exit 1 if there are any.
 
     Files that cannot be read, NaN and infinity, a checkpoint equal to the one before, an epoch
     twice or missing, two runs or two models in one place, an outlier, and a run that was resumed
@@ -206,6 +206,6 @@ def check(sources: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) 
     from polyak_cli.examining import health
 
     found = health.check(sources, **options)
-    rendering.notes(found.notes, quiet)
-    rendering.result(found.data(), as_json, quiet, lambda: rendering.health_lines(found))
+    rendering.print_notes(found.notes, quiet)
+    rendering.print_result(found.data(), as_json, quiet, lambda: rendering.health_lines(found))
     return DONE if found.healthy else ANSWER_IS_NO

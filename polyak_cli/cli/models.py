@@ -1,6 +1,6 @@
 """The commands that need a model or data: evaluate, sweep, recalibrate, train; and completion.
 
-Each turns argv into one call of the tool, and its result into lines and an exit code.  Heavy
+Each command calls one tool and prints its result; it does not know how the tool works.  Heavy
 packages are imported inside the commands, so that ``--help`` is quick.
 """
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def load_rows(options: dict[str, Any]) -> Sequence[str]:
-    """Replace the name of a data set among the options by its rows; return its notes."""
+    """Replace the data set's name in ``options["recalibrate"]`` by its rows; return its notes."""
     name, split = options["recalibrate"], options.pop("split")
     if name is None:
         if split:
@@ -60,7 +60,7 @@ def load_rows(options: dict[str, Any]) -> Sequence[str]:
 
 @contextmanager
 def keep_prints_apart(recalibrates: object) -> Iterator[None]:
-    """Keep what a framework or a user's own code prints apart from the result, if any is run."""
+    """Redirect prints of Keras and of the user's data module to stderr, if either is run."""
     if recalibrates is None:
         yield
         return
@@ -128,8 +128,8 @@ def evaluate(
 ) -> int:
     """Score model files on data: loss, accuracy and the model's own metrics.
 
-    MODEL is a file, or a directory or glob, of which every model file is scored: by epoch where
-    all names tell one, else by name.
+    MODEL is a file, or a directory or a glob whose model files are all scored: by epoch if every
+    name has one, else by name.
     """
     if fail_if_worse and baseline is None:
         raise UsageError("--fail-if-worse has nothing to compare with; name a model by --baseline")
@@ -147,8 +147,9 @@ def evaluate(
     failures = [line for score in scores for line in _below(score, fail_under)]
     if compared and fail_if_worse:
         failures += _worse(compared)
-    rendering.notes(
-        [*map(rendering.passed_over, passed_over), *dataset.notes, *_about(scores, compared)], quiet
+    rendering.print_notes(
+        [*map(rendering.word_passed_over, passed_over), *dataset.notes, *_about(scores, compared)],
+        quiet,
     )
     found = {
         "data": data,
@@ -157,7 +158,9 @@ def evaluate(
         "passed_over": [{"path": str(one.path), "reason": one.reason} for one in passed_over],
         "failures": failures,
     }
-    rendering.result(found, as_json, quiet, lambda: rendering.evaluation_lines(scores, compared))
+    rendering.print_result(
+        found, as_json, quiet, lambda: rendering.evaluation_lines(scores, compared)
+    )
     rendering.print_lines((f"failed: {line}" for line in failures), sys.stderr)
     return ANSWER_IS_NO if failures else DONE
 
@@ -165,7 +168,7 @@ def evaluate(
 def _scored(
     paths: Sequence[Path], baseline: str | None, rows: Split, **options: Any
 ) -> tuple[list[Score], Comparison | None]:
-    """Score the models, and compare them where there is something to compare with."""
+    """Score the models, and compare them with the baseline if there is one."""
     from polyak_cli.evaluation import comparison, evaluator
 
     if baseline is None:
@@ -175,15 +178,15 @@ def _scored(
 
 
 def _about(scores: Sequence[Score], compared: Comparison | None) -> Iterable[str]:
-    """Return what the user should know of each file; the baseline may be among the models."""
+    """Return the notes about each file once; the baseline may be among the models."""
     every = [compared.baseline, *scores] if compared else scores
     return dict.fromkeys(f"{shown(one.path)}: {note}" for one in every for note in one.notes)
 
 
 def _worse(compared: Comparison) -> Iterator[str]:
-    """Yield the models that are worse than the baseline: beyond noise, or with a loss that is none.
+    """Yield the models that are worse than the baseline beyond noise, or whose loss is not finite.
 
-    Accuracy decides, or loss where there is no accuracy.
+    Accuracy decides, or loss if there is no accuracy.
     """
     for one in compared.models:
         path, than = shown(one.score.path), shown(compared.baseline.path)
@@ -202,7 +205,7 @@ def _worse(compared: Comparison) -> Iterator[str]:
 
 
 def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
-    """Yield what a model fails by; one whose loss is not finite passes no gate."""
+    """Yield the gates that a model fails; it fails all if its loss is not finite."""
     values = dict(score.metrics) | ({} if score.loss is None else {"loss": score.loss})
     loss = values.get("loss", 0.0)
     for metric, least in gates:
@@ -222,7 +225,7 @@ def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
 
 @click.command(
     cls=Command,
-    short_help="Gather BatchNorm's statistics anew.",
+    short_help="Recompute BatchNorm's statistics.",
     example="polyak recalibrate average.h5 --data train.npz -o final.h5",
 )
 @click.argument("model", metavar="MODEL", type=click.Path())
@@ -263,10 +266,10 @@ def recalibrate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Gather BatchNorm's moving statistics anew, in one pass over training data.
+    """Recompute BatchNorm's moving statistics in one pass over training data.
 
-    MODEL is a whole Keras model, such as an average, whose statistics are averages of estimates
-    that were made for other weights.  The output is MODEL with nothing else changed.
+    MODEL is a whole Keras model, such as an average: its statistics are averages of estimates that
+    belong to other weights.  In the output, nothing else of MODEL is changed.
     """
     from polyak_cli.evaluation import data as datasets
     from polyak_cli.evaluation import recalibration
@@ -278,8 +281,10 @@ def recalibrate(
         report = recalibration.recalibrate(
             model, output, rows, batch_size=batch_size, trust_code=trust_code, force=force
         )
-    rendering.notes([*dataset.notes, *report.notes], quiet)
-    rendering.result(report.data(), as_json, quiet, lambda: rendering.recalibration_lines(report))
+    rendering.print_notes([*dataset.notes, *report.notes], quiet)
+    rendering.print_result(
+        report.data(), as_json, quiet, lambda: rendering.recalibration_lines(report)
+    )
 
 
 @click.command(
@@ -313,7 +318,7 @@ def recalibrate(
         type=int,
         default=8,
         metavar="N",
-        help="Averages that lie on the disk at a time; each batch reads the checkpoints once.",
+        help="How many averages to keep on disk at once; each batch reads the checkpoints once.",
     ),
 )
 @under(
@@ -323,13 +328,13 @@ def recalibrate(
         "--select-on",
         default="0.5",
         metavar="SHARE|SPLIT",
-        help="The share of the test rows to choose on, the rest being reported on; or a split.",
+        help="The share of the test rows to choose on; the rest is reported on. Or a split.",
     ),
-    option("--seed", type=int, default=0, metavar="S", help="Of the division of the rows."),
+    option("--seed", type=int, default=0, metavar="S", help="Seed that divides the rows."),
     option(
         "--recalibrate",
         metavar="DATA",
-        help="Gather BatchNorm's statistics of every average anew; DATA as in polyak recalibrate.",
+        help="Recompute BatchNorm's statistics of every average; DATA as in polyak recalibrate.",
     ),
     ROWS_AT_A_TIME,
     TRUST_CODE,
@@ -358,8 +363,8 @@ def sweep(
 ) -> None:
     """Score every single checkpoint, and the average of every window by every scheme.
 
-    The winner is chosen on one part of the test rows, and its gain told on the other.  DIR gets
-    report.html, sweep.csv, sweep.json and the figure.
+    The winner is chosen on one part of the test rows, and its gain is measured on the other.  DIR
+    gets report.html, sweep.csv, sweep.json and the figure.
     """
     from pathlib import Path
 
@@ -389,8 +394,8 @@ def sweep(
         )
     data_found = found.data()
     reports.write_files(data_found, folder)
-    rendering.notes([*notes, *found.notes], quiet)
-    rendering.result(
+    rendering.print_notes([*notes, *found.notes], quiet)
+    rendering.print_result(
         data_found, as_json, quiet, lambda: rendering.sweep_lines(data_found, folder, best)
     )
 
@@ -406,16 +411,18 @@ def sweep(
         "--data",
         type=click.Choice(["blobs"]),
         default="blobs",
-        help="1,100 points in three overlapping clouds, of which 100 are for training.",
+        help="1,100 points in three overlapping clouds; 100 are for training.",
     ),
     option("--epochs", type=int, default=500, metavar="N", help="How many epochs."),
-    option("--seed", type=int, default=0, metavar="S", help="Of the initial weights and order."),
-    option("--optimizer", type=click.Choice(["sgd", "adam"]), default="sgd", help="Which."),
+    option(
+        "--seed", type=int, default=0, metavar="S", help="Seed of the initial weights and order."
+    ),
+    option("--optimizer", type=click.Choice(["sgd", "adam"]), default="sgd", help="The optimizer."),
     option(
         "--learning-rate",
         type=float,
         metavar="RATE",
-        help="Of the optimizer.  [default: 0.01 for sgd, 0.001 for adam]",
+        help="Its learning rate.  [default: 0.01 for sgd, 0.001 for adam]",
     ),
 )
 @under(
@@ -479,7 +486,7 @@ def train(
         "plot": plot,
         "last": last,
     }
-    rendering.result(made, as_json, quiet, lambda: rendering.training_lines(made))
+    rendering.print_result(made, as_json, quiet, lambda: rendering.training_lines(made))
 
 
 @click.command(

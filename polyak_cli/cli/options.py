@@ -1,4 +1,7 @@
-"""Options: click with what it lacks, and those that several commands have."""
+"""Options of the commands: classes that extend click, and options that several commands share.
+
+Knows how options look on the command line.  What their values mean, the tools know.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from polyak_cli.errors import shown
 #: Exit codes; besides these, 3 for what failed and 2 for wrong usage: see `polyak_cli.cli`.
 DONE, ANSWER_IS_NO = 0, 1
 
-# --- click, with what it lacks --------------------------------------------------------------------
+# --- extensions of click --------------------------------------------------------------------------
 
 
 class GroupedOption(click.Option):
@@ -87,7 +90,7 @@ class Numbers(click.ParamType[Any]):
 
 
 class Gate(click.ParamType[Any]):
-    """A metric and the least value it may have."""
+    """A metric and the minimum that it must reach."""
 
     name = "METRIC=VALUE"
 
@@ -144,7 +147,7 @@ MATCH = option(
     "--match",
     type=click.Choice(["name", "order"]),
     default="name",
-    help="How tensors are paired; 'order' for layers that Keras numbered anew.",
+    help="How tensors are paired; 'order' for layers that Keras renumbered.",
 )
 DATA = option(
     "--data",
@@ -191,7 +194,7 @@ CHOOSING = under(
     option(
         "--mode",
         type=click.Choice(["min", "max"]),
-        help="Whether less or more is better.  [default: told by the metric's name]",
+        help="Whether less or more is better.  [default: guessed from the metric's name]",
     ),
     option("--log", type=click.Path(), metavar="CSV", help="A Keras CSVLogger file for --best."),
     EPOCH_PATTERN,
@@ -222,7 +225,7 @@ def scheme_options(function: Any) -> Any:
         option(
             "--coefficients",
             type=Numbers(),
-            help="Your own, oldest first, instead of a scheme; they are normalised.",
+            help="Custom coefficients, oldest first, instead of a scheme; they are normalised.",
         )
     )
     return under("Coefficients", *declared)(function)
@@ -241,7 +244,7 @@ AVERAGING = under(
         "--optimizer",
         type=click.Choice(["drop", "newest"]),
         default="drop",
-        help="What becomes of the optimizer's state.",
+        help="What to do with the optimizer's state.",
     ),
     option(
         "--include-tensors",
@@ -273,7 +276,7 @@ RECALIBRATING = under(
     option(
         "--recalibrate",
         metavar="DATA",
-        help="Run the average in Keras and gather BatchNorm's statistics anew; DATA as in polyak "
+        help="Run the average in Keras and recompute BatchNorm's statistics; DATA as in polyak "
         "recalibrate.",
     ),
     option(
@@ -293,13 +296,13 @@ WRITING = under(
     option(
         "--verify",
         is_flag=True,
-        help="Read the output back from the disk, average once more and compare, before anything "
-        "is replaced.",
+        help="Read the output back from the disk, average again and compare, before anything is "
+        "replaced.",
     ),
     option("-n", "--dry-run", is_flag=True, help="Show the plan and write nothing."),
     JSON,
     QUIET,
-    option("-v", "--verbose", is_flag=True, help="Name every tensor and what becomes of it."),
+    option("-v", "--verbose", is_flag=True, help="List every tensor and its fate."),
 )
 
 MACHINE = under(

@@ -1,4 +1,4 @@
-"""The bar of progress on a terminal; knows nothing of what is being done."""
+"""Show a progress bar on a terminal.  Does not know what the progress is of."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from contextlib import contextmanager
 def show_progress(
     what: str, total: int | None, silent: bool, *, in_bytes: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """Show a bar with amount, speed and time left on a terminal; nothing elsewhere.
+    """Show a bar with amount, speed and time left, if stderr is a terminal.
 
-    What it yields takes the amount done, and the total where that was not known before.
+    Yields:
+        A function to call with the amount done since the last call, and with the total if it was
+        not known before.
     """
     if silent or not sys.stderr.isatty():
         yield lambda *_: None
@@ -33,7 +35,7 @@ def show_progress(
         bars.TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        # No thread of its own: children are forked before the first byte is read.
+        # No thread that redraws: children are forked later, and threads make that unsafe.
         auto_refresh=False,
     )
     with bar:

@@ -1,4 +1,7 @@
-"""What people read: plans, reports and tables as lines."""
+"""Turn plans, reports and tables into lines for people, and print them.
+
+Knows what results look like, not how they came about.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,10 @@ if TYPE_CHECKING:
 _MOST = 20
 
 
-def result(
+def print_result(
     data: Mapping[str, Any], as_json: bool, quiet: bool, lines: Callable[[], Iterator[str]]
 ) -> None:
-    """Print what a command found: as JSON, or as lines for a person, who may want none."""
+    """Print the result of a command: as JSON, or as lines unless ``quiet``."""
     if as_json:
         from polyak_cli.evaluation.reports import format_json as text
 
@@ -41,27 +44,27 @@ def result(
         print_lines(lines(), sys.stdout)
 
 
-def json_line(data: Mapping[str, Any]) -> None:
-    """Print what was found as one line of JSON."""
+def print_json_line(data: Mapping[str, Any]) -> None:
+    """Print a result as one line of JSON."""
     from polyak_cli.evaluation.reports import format_json as text
 
     print_lines([text(data, indent=None)], sys.stdout)
 
 
-def passed_over(one: PassedOver) -> str:
-    """Say what was passed over and why."""
+def word_passed_over(one: PassedOver) -> str:
+    """Return the line for a file that was passed over, with the reason."""
     return f"passed over: {shown(one.path)} ({one.reason})"
 
 
-def notes(told: Sequence[str], quiet: bool) -> None:
-    """Print what the user should know apart from the result."""
+def print_notes(notes: Sequence[str], quiet: bool) -> None:
+    """Print notes to stderr, unless nothing but errors is wanted."""
     if not quiet:
-        print_lines((f"note: {note}" for note in told), sys.stderr)
+        print_lines((f"note: {note}" for note in notes), sys.stderr)
 
 
 def print_lines(lines: Iterable[str], stream: TextIO) -> None:
-    """Print after the work is done, and see that it arrives."""
-    # A reader who has gone (`| head`) ends us as it ends any filter; nothing is left to clean up.
+    """Print when the work is done, and raise if the lines cannot be written."""
+    # If the reader is gone (`| head`), SIGPIPE may end the program: nothing is left to clean up.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         for line in lines:
@@ -92,10 +95,10 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
     over = plan.recalibrate
     if over:
         yield (
-            f"then BatchNorm's statistics are gathered anew: {over['rows']} rows of "
+            f"then BatchNorm's statistics are recomputed: {over['rows']} rows of "
             f"{over['data']}, batches of at most {over['batch_size']}"
         )
-    yield from map(passed_over, plan.passed_over)
+    yield from map(word_passed_over, plan.passed_over)
     for one in plan.skipped:
         yield from (f"skipped ({problem.kind}): {problem.text}" for problem in one.problems)
     yield (
@@ -136,21 +139,21 @@ def report_lines(report: Report, verbose: bool) -> Iterator[str]:
 
 
 def recalibration_lines(report: Recalibration) -> Iterator[str]:
-    """Yield what was gathered anew and where it is."""
+    """Yield the recomputed statistics in numbers, and the output."""
     yield _gathered_line(report)
     yield f"wrote {shown(report.output)}"
 
 
 def _gathered_line(report: Recalibration) -> str:
     return (
-        f"gathered {len(report.statistics)} statistics of {report.layers} BatchNorm layers anew: "
+        f"recomputed {len(report.statistics)} statistics of {report.layers} BatchNorm layers: "
         f"{report.rows} rows of {report.source}, batches of at most {report.batch_size}, "
         f"{report.seconds:.2f} s"
     )
 
 
 def verification_lines(found: Verification) -> Iterator[str]:
-    """Yield what does not verify, or that all does."""
+    """Yield the problems, or that the average is verified."""
     name = shown(found.output)
     for problem in found.problems[:_MOST]:
         yield f"  {problem.text}"
@@ -166,7 +169,7 @@ def verification_lines(found: Verification) -> Iterator[str]:
 
 
 def published_lines(report: Report) -> Iterator[str]:
-    """Yield one line, of which many stand below one another."""
+    """Yield one short line for `polyak watch`, which prints one for each publication."""
     plan = report.plan
     names = [shown(one.path.name, 60) for one in plan.checkpoints]
     span = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
@@ -176,7 +179,7 @@ def published_lines(report: Report) -> Iterator[str]:
 
 
 def inside_lines(one: Inspection) -> Iterator[str]:
-    """Yield what is inside a checkpoint."""
+    """Yield format, version, tensors and record of a checkpoint."""
     from polyak_cli.examining.inspection import describe_storage
 
     about = "".join(f", {key} {shown(text, 40)}" for key, text in one.data()["about"].items())
@@ -248,7 +251,7 @@ def distance_lines(found: Distances) -> Iterator[str]:
 
 
 def health_lines(found: Health) -> Iterator[str]:
-    """Yield the checkpoints of a run and what is wrong with them, then each problem in words."""
+    """Yield the checkpoints of a run with their problems, then each problem in words."""
     from polyak_cli.examining.health import format_time
 
     columns = ["epoch", "written (UTC)", "size", "not finite", "to previous", "to next", ""]
@@ -265,7 +268,7 @@ def health_lines(found: Health) -> Iterator[str]:
         row = ["-" if cell is None else str(cell) for cell in cells]
         table.append([shown(one.path.name, 60), *row, problems])
     yield from _columns(table)
-    yield from map(passed_over, found.passed_over)
+    yield from map(word_passed_over, found.passed_over)
     for problem in found.all_problems:
         yield f"{problem.kind}: {problem.text}"
     count = len(found.all_problems)
@@ -293,7 +296,7 @@ def models_data(scores: Sequence[Score], compared: Comparison | None) -> dict[st
 
 
 def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> Iterator[str]:
-    """Yield the scores, and what the models are ahead of the baseline."""
+    """Yield the scores, and the differences between the models and the baseline."""
     if compared is None:
         yield from _score_lines(scores)
         return
@@ -324,7 +327,7 @@ def _score_lines(scores: Sequence[Score]) -> Iterator[str]:
 
 
 def sweep_lines(found: Mapping[str, Any], folder: Path, best: Path | None) -> Iterator[str]:
-    """Yield a row for each candidate, then what they say."""
+    """Yield a row for each candidate, then the conclusions."""
     from polyak_cli.evaluation import reports
 
     columns = [(split, metric) for metric in ("accuracy", "loss") for split in found["splits"]]
@@ -341,7 +344,7 @@ def sweep_lines(found: Mapping[str, Any], folder: Path, best: Path | None) -> It
 
 
 def training_lines(made: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what was trained and kept."""
+    """Yield the settings, the last metrics, and the files that were kept."""
     yield (
         f"trained {made['epochs']} epochs on {made['data']} with {made['optimizer']}, "
         f"learning rate {made['learning_rate']:g}, seed {made['seed']}"

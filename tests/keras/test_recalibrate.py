@@ -1,4 +1,4 @@
-"""BatchNorm's statistics are gathered anew as by hand, and nothing else of a model changes."""
+"""BatchNorm's statistics are recomputed as by hand, and nothing else of a model changes."""
 
 from __future__ import annotations
 
@@ -642,7 +642,7 @@ def test_the_command_recalibrates_on_the_training_rows(folder: Path, tmp_path: P
     done = polyak(*command, "--batch-size", 40, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     first, last = done.stdout.splitlines()
-    assert first.startswith("gathered 4 statistics of 2 BatchNorm layers anew: 101 rows of d.npz")
+    assert first.startswith("recomputed 4 statistics of 2 BatchNorm layers: 101 rows of d.npz")
     assert last == "wrote o.h5"
     rows = split(source="d.npz (train)")
     recalibrate(tmp_path / "m.h5", tmp_path / "expected.h5", rows, batch_size=40)
@@ -671,7 +671,7 @@ def test_the_command_averages_and_recalibrates(run_folder: Path, tmp_path: Path)
     command = ("average", run_folder / "h5", "--recalibrate", "d.npz", "--batch-size", 50)
     done = polyak(*command, "--dry-run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    planned = "then BatchNorm's statistics are gathered anew: 101 rows of d.npz, batches of at"
+    planned = "then BatchNorm's statistics are recomputed: 101 rows of d.npz, batches of at"
     assert f"{planned} most 50" in done.stdout
     assert set(tree(tmp_path)) == {"d.npz"}
     done = polyak(*command, "-o", "o.h5", "--json", cwd=tmp_path)
@@ -680,7 +680,7 @@ def test_the_command_averages_and_recalibrates(run_folder: Path, tmp_path: Path)
     assert found["recalibrate"] == {"data": "d.npz", "rows": 101, "batch_size": 50}
     assert found["recalibrated"]["layers"] == 2
     done = polyak(*command, "-o", "o.h5", "--force", cwd=tmp_path)
-    assert "gathered 4 statistics of 2 BatchNorm layers anew" in done.stdout
+    assert "recomputed 4 statistics of 2 BatchNorm layers" in done.stdout
     assert set(tree(tmp_path)) == {"d.npz", "o.h5"}
     done = polyak("average", run_folder / "h5", "--split", "test", "-o", "p.h5", cwd=tmp_path)
     assert done.returncode == 2
