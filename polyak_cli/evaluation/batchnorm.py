@@ -1,16 +1,32 @@
 """Run a model over rows to gather the moving statistics of its BatchNorm layers.
 
+This is "bn_update" of Izmailov et al., "Averaging weights leads to wider optima and better
+generalization", 2018.  Only BatchNorm normalises as in training, by the moments of the batch.
+Everything else runs as in inference: dropout and noise are off, except where a model calls a layer
+with ``training=True`` in every mode.
+
+Each statistic becomes the mean, in float64, of the values that the layer itself computes for each
+batch, weighted by the rows.  For batches of equal size this is the result of Keras with momentum
+k / (k + 1) in batch k = 0, 1, ...  A variance is over the rows of a batch, as in Keras, without the
+factor n / (n - 1).
+
+Layers that normalise by their statistics in training, too, keep them: trainable=False, or called
+with training=False by a layer or model of the user.  PyTorch's ``update_bn`` changes them.  To such
+layers the statistics are constants, and everything else was trained with them.
+
 This module only computes the statistics; `recalibration` writes them into a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyak_cli.errors import MismatchError, list_some, shown
+from polyak_cli import formats
+from polyak_cli.errors import MismatchError, PolyakError, list_some, shown
 from polyak_cli.evaluation import data
 from polyak_cli.evaluation.keras_files import (
     Description,
@@ -25,17 +41,20 @@ from polyak_cli.evaluation.labels import check_features
 from polyak_cli.evaluation.quiet import silence_frameworks
 from polyak_cli.tensors import Float64, Table
 
+#: The newest Keras whose way of saving an archive `_trace_archive` was tested with.
+LATEST_TRACED = (3, 15)
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """The moving statistics of a model's BatchNorm layers.
+    """The moving statistics of the BatchNorm layers of a model.
 
     Attributes:
-        before: location in the file -> the values that the model was loaded with.
+        before: location in the file -> the values that Keras loaded.
         after: location in the file -> the mean over all rows.
-        layers: how many layers they belong to.
-        batches: how many there were.
-        notes: what the user should know, a line each.
+        layers: the number of layers that they belong to.
+        batches: the number of batches.
+        notes: messages for the user, one line each.
     """
 
     before: Mapping[str, data.Array]
@@ -48,28 +67,15 @@ class Moments:
 def gather_moments(
     table: Table, rows: data.Split, *, batch_size: int, trust_code: bool = False
 ) -> Moments:
-    """Run a model once over rows and gather what its BatchNorm layers see.
+    """Run a model once over rows, and gather the statistics of its BatchNorm layers.
 
-    "bn_update" of Izmailov et al., "Averaging weights leads to wider optima and better
-    generalization", 2018.  Only BatchNorm normalises as in training, by the moments of the batch;
-    everything else runs as in inference, dropout and noise off (but what a model calls with
-    ``training=True`` whatever its mode).  Each statistic becomes the mean, in float64, of what the
-    layer itself computes of each batch, weighted by the rows: of equal batches, what Keras would
-    arrive at with momentum k / (k + 1) in batch k = 0, 1, ...  A variance is that of Keras, of the
-    rows of a batch and with no n / (n - 1).
-
-    The rows are shuffled, always in the same way, since files are often sorted by class; batches
-    are as many as needed, of sizes that differ by one at most.  A layer that is called several
-    times counts every call.
-
-    Layers that normalise by their statistics in training too - trainable=False, or called with
-    training=False by a layer or model of the user's own - are left alone, unlike by PyTorch's
-    ``update_bn``: to them these are constants, with which everything else was trained.
+    The rows are shuffled, always in the same order, because files are often sorted by class.  The
+    sizes of batches differ by one at most.  A layer that is called several times counts each call.
 
     Args:
-        table: of the file, as `formats.scan` gives it with everything.
+        table: table of the file, as `formats.scan` returns it ``with_optimizer``.
         rows: features, one array (rows, ...) for each input of the model.
-        batch_size: rows at a time, at most.
+        batch_size: the largest number of rows in a batch.
         trust_code: run the code that a file carries in a Lambda layer.
 
     Raises:
@@ -78,30 +84,23 @@ def gather_moments(
         MismatchError: the rows do not fit the model, or it has no statistics to gather.
         PolyakError: Keras is too old, or cannot load or run the model, or the model carries code.
     """
-    check_model(table)
-    path, opened = table.path, Path(table.files[0].path)
-    if table.format == "hdf5":
-        check_suffix(opened)
-    written = Description("", "", table.about.get("keras_version", ""))
+    path = table.path
     with silence_frameworks() as held_back, collect_warnings() as warned:
-        keras = import_keras("recalibrating BatchNorm")
-        with reword_keras_errors(path, f"cannot load it{name_writer(written)}", held_back):
-            model = keras.saving.load_model(opened, compile=False, safe_mode=not trust_code)
-            layers = model._flatten_layers()
-            stored = locate_variables(model, table)
-        found = [
+        keras, model, layers = _load_model(table, trust_code, held_back)
+        stored = locate_variables(model, table)
+        recorders = [
             _BatchNormRecorder(layer, keras)
             for layer in layers
             if isinstance(layer, keras.layers.BatchNormalization)
         ]
-        if not found:
+        if not recorders:
             raise MismatchError(f"{shown(path)}: has no BatchNorm layer; nothing to recalibrate")
         check_features(path, model, rows)
-        before = _locate_values(path, found, stored)
+        before = _locate_values(path, recorders, stored)
         with reword_keras_errors(path, f"cannot run it on {rows.source}", held_back):
-            batches = _run_model(keras, model, found, rows, batch_size)
-    notes = (*_note_unchanged(path, found), *warned)
-    chosen = [one for one in found if one.rows]
+            batches = _run_model(keras, model, recorders, rows, batch_size)
+    notes = (*_note_unchanged(path, recorders), *warned)
+    chosen = [one for one in recorders if one.rows]
     after = {
         location: total / one.rows
         for one in chosen
@@ -111,8 +110,26 @@ def gather_moments(
     return Moments({k: before[k] for k in after}, after, len(chosen), batches, notes)
 
 
+def _load_model(
+    table: Table, trust_code: bool, held_back: Callable[[], str]
+) -> tuple[Any, Any, list[Any]]:
+    """Return keras, the model of a file, and its layers, those inside other layers included."""
+    check_model(table)
+    path, opened = table.path, Path(table.files[0].path)
+    form = formats.find_format(table.format)
+    if form.keras_layout == "layers":
+        check_suffix(opened, form)
+    written = Description("", "", table.about.get("keras_version", ""))
+    keras = import_keras("recalibrating BatchNorm")
+    with reword_keras_errors(path, f"cannot load it{name_writer(written)}", held_back):
+        model = keras.saving.load_model(opened, compile=False, safe_mode=not trust_code)
+        # model.layers lists the outermost only.  Keras has no public way to those inside.
+        layers = list(model._flatten_layers())
+    return keras, model, layers
+
+
 class _BatchNormRecorder:
-    """Stands in for the call of a BatchNorm layer, and adds up what it computes of each batch."""
+    """Replaces the call of a BatchNorm layer, and adds up the statistics of each batch."""
 
     def __init__(self, layer: Any, keras: Any) -> None:
         self.layer = layer
@@ -122,27 +139,30 @@ class _BatchNormRecorder:
         self.values = [self.ops.convert_to_numpy(statistic) for statistic in self.statistics]
         self.sums: list[Any] = [0.0, 0.0]
         self.rows = 0
-        self.trains = False  # it normalises by the moments of the batch where the model trains
+        self.trains = False  # whether it normalises by the moments of the batch in training
 
     def probe(self, inputs: Any, training: bool | None = None, **more: Any) -> Any:
-        """See whether the layer trains where the model does."""
+        """Note whether the layer trains when the model does; change nothing."""
+        # A model of the user may call the layer with training=False; only its call shows that.
         self.trains = self.trains or bool(training and self.layer.trainable)
         return self.call(inputs, training=False, **more)
 
     def prepare(self) -> None:
-        """Have the layer's statistics be those of the latest batch alone."""
+        """Make the statistics of the layer those of the latest batch alone."""
+        # Keras computes moving = moving * momentum + batch * (1 - momentum).
         self.layer.momentum = 0.0
-        self.layer.renorm = False  # it would normalise by more than the batch
+        self.layer.renorm = False  # Ioffe, 2017: it mixes the moving statistics into the output
         self.layer.moving_mean.assign(self.ops.zeros_like(self.layer.moving_mean))
         self.layer.moving_variance.assign(self.ops.ones_like(self.layer.moving_variance))
         self.layer.call = self.gather
 
     def gather(self, inputs: Any, training: bool | None = None, **more: Any) -> Any:
         """Normalise by the moments of the batch, and add them up."""
-        del training  # of the model, which infers
+        del training  # False, as the model runs in inference mode
         outputs = self.call(inputs, training=True, **more)
         count = int(inputs.shape[0])
         for k, statistic in enumerate(self.statistics):
+            # float64: over thousands of batches, float32 sums lose the digits that matter.
             values = self.ops.convert_to_numpy(statistic).astype("float64")
             self.sums[k] = self.sums[k] + count * values
         self.rows += count
@@ -155,11 +175,13 @@ def _run_model(
     """Run the model once over the rows; return the number of batches."""
     import numpy as np
 
-    # The order of this old generator is promised never to change, unlike that of newer ones.
+    # numpy promises that the order of RandomState never changes, unlike that of default_rng.
     order = np.random.RandomState(0).permutation(rows.rows)
     for one in found:
         one.layer.call = one.probe
-    with keras.StatelessScope():  # a layer that changes in training does so in vain
+    # In this scope, layers that change their state in training do not keep the change.  Two rows
+    # are enough to see which layers train.
+    with keras.StatelessScope():
         model(_take_batch(rows.features, order[:2]), training=True)
     for one in found:
         one.layer.call = one.call
@@ -174,29 +196,32 @@ def _run_model(
 
 
 def _take_batch(features: data.Arrays, rows: data.Array) -> Any:
-    """Return some of the rows as a model is called with them."""
+    """Return some rows in the form in which a model is called: a dict, a list or an array."""
     if isinstance(features, Mapping):
         return {name: array[rows] for name, array in features.items()}
     return [a[rows] for a in features] if isinstance(features, tuple) else features[rows]
 
 
 def locate_variables(model: Any, table: Table) -> dict[int, list[str]]:
-    """Return where the file keeps each variable of a model: its identity -> locations.
+    """Return where a file stores each variable of a model: its `id` -> locations.
 
-    Goes the way that Keras goes when it loads: by the order of layers and variables in an .h5
-    file, by the tree of objects in a .keras archive.  What does not fit is left out.
+    The variables are visited as Keras does when it loads: by the order of layers and variables in
+    an .h5 file, by the tree of objects in a .keras archive.  Mismatches are left out.
     """
     found: dict[int, list[str]] = {}
-    if table.format == "hdf5":
+    if formats.find_format(table.format).keras_layout == "layers":
         variables = (
             variable
             for layer in model.layers
             for variable in (*layer.trainable_weights, *layer.non_trainable_weights)
         )
-        # Where a model has variables of its own, they come last.
+        # Variables of the model itself come last, after those of its layers.  They belong to no
+        # BatchNorm layer, so the shorter sequence ends the pairs.
         pairs = list(zip(variables, (s.location for s in table.tensors.values()), strict=False))
     else:
         pairs = _trace_archive(model)
+    # A wrong pair would put the statistics of one layer into another: shapes are compared here,
+    # and `recalibration` compares the values.
     shapes = {spec.location: spec.shape for spec in table.tensors.values()}
     for variable, location in pairs:
         if shapes.get(location) == tuple(getattr(variable, "shape", ())):
@@ -205,25 +230,41 @@ def locate_variables(model: Any, table: Table) -> dict[int, list[str]]:
 
 
 def _trace_archive(model: Any) -> list[tuple[Any, str]]:
-    """Return each variable of a model and where Keras would save it in an archive."""
-    from keras.src.saving import saving_lib
+    """Return each variable of a model, and the location where Keras saves it in an archive.
 
-    class Recorder(saving_lib.H5IOStore):  # type: ignore[misc]  # keras ships no types
-        """Takes what is to be saved, and keeps it."""
+    Raises:
+        PolyakError: this Keras saves in another way.
+    """
+    # Warning: these are private names of Keras, and a minor release may change them.  Nothing
+    # public tells where a variable is saved.  The alternative, to write down the walk over the
+    # objects of a model again, would go wrong silently.  A test runs this with the installed Keras.
+    try:
+        from keras.src.saving import saving_lib
+
+        store: Any = saving_lib.H5IOStore
+        save_state = saving_lib._save_state
+    except (ImportError, AttributeError):
+        raise _make_unknown_keras() from None
+
+    class Recorder(store):  # type: ignore[misc]  # keras ships no types
+        """A store that keeps the variables themselves instead of writing their values."""
 
         def __init__(self) -> None:
             self.groups: dict[str, dict[str, Any]] = {}
 
         def __bool__(self) -> bool:
-            return True
+            return True  # Keras skips a store that is false
 
         def make(self, path: str, metadata: Any = None) -> dict[str, Any]:
-            """Return what a saver fills."""
+            """Return the dict that a saver fills with the variables of one object."""
             del metadata
             return self.groups.setdefault(path, {})
 
     recorder = Recorder()
-    saving_lib._save_state(model, recorder, None, inner_path="", visited_saveables=set())
+    try:
+        save_state(model, recorder, None, inner_path="", visited_saveables=set())
+    except TypeError:  # other parameters
+        raise _make_unknown_keras() from None
     return [
         (variable, f"/{path}/vars/{name}" if path else f"/vars/{name}")
         for path, group in recorder.groups.items()
@@ -231,10 +272,19 @@ def _trace_archive(model: Any) -> list[tuple[Any, str]]:
     ]
 
 
+def _make_unknown_keras() -> PolyakError:
+    version = importlib.metadata.version("keras")
+    return PolyakError(
+        f"recalibrating .keras archives does not work with Keras {shown(version)}, which saves "
+        "models in another way; save the model as .h5, or install Keras "
+        f"{LATEST_TRACED[0]}.{LATEST_TRACED[1]}"
+    )
+
+
 def _locate_values(
     path: Path, found: Sequence[_BatchNormRecorder], stored: Mapping[int, Sequence[str]]
 ) -> dict[str, data.Array]:
-    """Return the statistics that a model was loaded with, by where the file keeps them."""
+    """Return the statistics that Keras loaded, by their location in the file."""
     before: dict[str, data.Array] = {}
     for one in found:
         for statistic, values in zip(one.statistics, one.values, strict=True):
@@ -248,10 +298,10 @@ def _locate_values(
 
 
 def _note_unchanged(path: Path, found: Sequence[_BatchNormRecorder]) -> Iterator[str]:
-    """Yield what to tell of the layers whose statistics stay as they are.
+    """Yield notes about layers whose statistics stay as they are.
 
     Raises:
-        MismatchError: there are no others.
+        MismatchError: no layer has new statistics.
     """
     constant = [shown(one.layer.name, 80) for one in found if not one.trains]
     unused = [shown(one.layer.name, 80) for one in found if one.trains and not one.rows]

@@ -18,14 +18,14 @@ from polyak_cli.evaluation.evaluator import RowScores
 
 
 class Candidate(NamedTuple):
-    """One way to make a model of the checkpoints.
+    """One way to combine the checkpoints.
 
     Attributes:
-        kind: "single", "average", "ensemble" of predictions, or "soup" that a search found.
-        scheme: its name, "" where there is none.
-        parameter: of the scheme, None where it has none.
-        window: how many checkpoints count, the newest of them but for singles and soups.
-        coefficients: one a checkpoint of the sweep, oldest first, sum 1.
+        kind: "single", "average", "ensemble" (of predictions), or "soup" (found by a search).
+        scheme: its name; "" if there is none.
+        parameter: the parameter of the scheme, or None.
+        window: the number of checkpoints in it; except for singles and soups, the newest.
+        coefficients: one for each checkpoint of the sweep, oldest first; their sum is 1.
     """
 
     kind: str
@@ -36,21 +36,21 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its scheme as `--schemes` takes it, or its kind."""
+        """Its scheme in the form of `--schemes`, or its kind."""
         parameter = "" if self.parameter is None else f":{self.parameter:g}"
         return f"{self.scheme or self.kind}{parameter}"
 
 
 class ScoredCandidate(NamedTuple):
-    """A candidate, and what it made of the rows: split -> outcome."""
+    """A candidate, and its scores on each split."""
 
     candidate: Candidate
     scores: Mapping[str, RowScores]
 
     def value(self, metric: str, split: str) -> float:
-        """Return a metric, or the loss; NaN where there is no such."""
-        outcome = self.scores[split]
-        found = outcome.loss if metric == "loss" else outcome.metrics.get(metric)
+        """Return a metric, or the loss; NaN if the model does not have it."""
+        scores = self.scores[split]
+        found = scores.loss if metric == "loss" else scores.metrics.get(metric)
         return math.nan if found is None else found
 
 
@@ -58,7 +58,7 @@ def parse_schemes(text: str) -> list[tuple[str, float | None]]:
     """Read a list such as ``equal,exp:2``.
 
     Raises:
-        UsageError: a scheme is unknown, or its parameter is out of range or not its own.
+        UsageError: a scheme is unknown, or its parameter is out of range or not accepted.
     """
     found = []
     for part in text.split(","):
@@ -82,16 +82,16 @@ def parse_schemes(text: str) -> list[tuple[str, float | None]]:
 
 
 def make_parameter(scheme: str, value: float | None) -> dict[str, Any]:
-    """Return a scheme's parameter as an option."""
+    """Return the parameter of a scheme as an option of `schemes.resolve`."""
     parameter = schemes.SCHEMES[scheme].parameter
     return {parameter.name: value} if parameter else {}
 
 
 def parse_windows(text: str | None, count: int) -> list[int]:
-    """Read a list such as ``1-10,20``; None is every window there is.
+    """Read a list such as ``1-10,20``; None means every window.
 
     Raises:
-        UsageError: it is no list of numbers, or a window is larger than the run.
+        UsageError: it is not a list of numbers, or a window is larger than the run.
     """
     if text is None:
         return list(range(1, count + 1))
@@ -115,9 +115,9 @@ def list_candidates(
     """Return every single checkpoint, oldest first, and every window of every scheme.
 
     Args:
-        positions: where each checkpoint stands in the run, oldest first.
-        windows: how many of the newest count.
-        chosen: schemes and their parameters, as of `parse_schemes`.
+        positions: position of each checkpoint in the run, oldest first.
+        windows: the numbers of newest checkpoints to average.
+        chosen: schemes and their parameters, as `parse_schemes` returns them.
     """
     count = len(positions)
     found = [
@@ -134,9 +134,9 @@ def list_candidates(
 
 
 def rank(row: ScoredCandidate, metric: str) -> tuple[float, float]:
-    """Return what is less for the better of two; the loss decides between equals."""
+    """Return a key that is smaller for the better candidate; the loss decides ties."""
     loss = row.value("loss", "selection")
-    loss = math.inf if math.isnan(loss) else loss
+    loss = math.inf if math.isnan(loss) else loss  # NaN would compare false with everything
     if metric == "loss":
         return loss, loss
     correct = row.scores["selection"].correct
@@ -144,5 +144,5 @@ def rank(row: ScoredCandidate, metric: str) -> tuple[float, float]:
 
 
 def find_best(rows: Sequence[ScoredCandidate], metric: str) -> ScoredCandidate:
-    """Return the best on the selection rows; the first of equals."""
+    """Return the best candidate on the selection rows; the first of equal ones."""
     return min(rows, key=lambda row: rank(row, metric))

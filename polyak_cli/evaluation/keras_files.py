@@ -18,20 +18,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from polyak_cli import formats
 from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, shown
+from polyak_cli.formats.format import Format
 from polyak_cli.tensors import Table
 
 #: Older ones run the code of a Lambda layer in any .h5 file, safe mode or not: CVE-2025-9905.
 LEAST_KERAS = (3, 11, 3)
-_LONGEST_CONFIG = 64 << 20  # bytes of a config.json
+_LONGEST_CONFIG = 64 << 20  # bytes of a config.json; a small zip may expand to gigabytes
 
 
 def require_keras(command: str) -> None:
-    """Look at what is installed, before any of its code runs.
+    """Check that a safe Keras is installed, without importing it.
 
     Raises:
         MissingExtraError: keras or tensorflow is not installed.
-        PolyakError: this Keras is too old to open a stranger's file.
+        PolyakError: this Keras is too old to open files of others safely.
     """
     try:
         version = importlib.metadata.version("keras")
@@ -48,7 +50,7 @@ def require_keras(command: str) -> None:
 
 
 def import_keras(command: str) -> Any:
-    """Import keras and return it, checked as `require_keras` does."""
+    """Return keras, after the checks of `require_keras`."""
     require_keras(command)
     import keras
 
@@ -56,19 +58,18 @@ def import_keras(command: str) -> Any:
 
 
 def describe_hdf5_files(paths: Sequence[Path]) -> Iterator[Description]:
-    """Yield what each file says of its model, having refused what Keras must not or cannot open."""
-    from polyak_cli import formats
-
-    for table in formats.scan(paths, jobs=4):
+    """Yield the description of each file; refuse files that Keras cannot or must not open."""
+    tables = formats.scan(paths, jobs=4)
+    for table in tables:
         check_architecture(table)
-    for path, texts in zip(paths, formats.descriptions(paths), strict=True):
-        check_suffix(path)
+    for path, table, texts in zip(paths, tables, formats.descriptions(paths), strict=True):
+        check_suffix(path, formats.find_format(table.format))
         architecture, training, keras = texts
         yield Description(architecture, _drop_optimizer(path, training), keras)
 
 
 def check_architecture(table: Table) -> None:
-    """Refuse a file of which Keras could not build a model."""
+    """Refuse a file from which Keras cannot build a model."""
     if not table.config:
         raise FormatError(
             f"{shown(table.path)}: holds weights only, no architecture; expected a whole "
@@ -76,11 +77,9 @@ def check_architecture(table: Table) -> None:
         )
 
 
-def check_suffix(path: Path) -> None:
-    """Refuse an HDF5 file that Keras would take for something else."""
-    from polyak_cli import formats
-
-    if path.suffix not in formats.find_format("hdf5").suffixes:
+def check_suffix(path: Path, form: Format) -> None:
+    """Refuse an HDF5 file whose suffix makes Keras expect another format."""
+    if path.suffix not in form.suffixes:
         raise FormatError(
             f"{shown(path)}: is an HDF5 file, which Keras opens only by the suffix .h5 or "
             ".hdf5; rename it"
@@ -97,7 +96,10 @@ def is_zip(path: Path) -> bool:
 
 @contextlib.contextmanager
 def collect_warnings() -> Iterator[list[str]]:
-    """Collect warnings, which would reach the terminal as two lines of somebody's source."""
+    """Yield a list that gets the warnings of the block, one line each.
+
+    Python would print two lines of source code for each.
+    """
     lines: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -109,14 +111,15 @@ def collect_warnings() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def reword_keras_errors(path: Path, what: str, held_back: Callable[[], str]) -> Iterator[None]:
-    """Make whatever Keras raises one line.
+    """Replace any exception of Keras by an error of one line.
 
     Raises:
-        PolyakError: the model carries code, is of unknown parts, or does not work.
+        PolyakError: the model carries code, has unknown parts, or does not work.
     """
     try:
         yield
     except Exception as error:
+        # Keras adds the name and the arguments of the failing layer before this phrase.
         text = str(error).rpartition("Exception encountered: ")[2]
         if "arbitrary code execution" in text or "safe_mode" in text or "unsafe_deser" in text:
             raise PolyakError(
@@ -130,6 +133,7 @@ def reword_keras_errors(path: Path, what: str, held_back: Callable[[], str]) -> 
                 "not know; register it (keras.saving.register_keras_serializable) in the file of "
                 "--data MODULE.py:FUNCTION"
             ) from error
+        # An error in a graph ends with its reason, after a traceback; others begin with it.
         lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
         reason = lines[-1] if lines[0].startswith("Graph execution error") else lines[0]
         if held_back():
@@ -138,16 +142,20 @@ def reword_keras_errors(path: Path, what: str, held_back: Callable[[], str]) -> 
 
 
 class Description(NamedTuple):
-    """What a file says of its model; "" for what it does not."""
+    """The texts in a file that describe its model; "" for missing ones."""
 
     architecture: str  # JSON
     training: str  # JSON, without the optimizer
     keras: str  # the version that wrote it
-    assets: bool = False  # vocabularies and the like, which belong to the model and are no tensors
+    assets: bool = False  # whether it has vocabularies or other state besides tensors
 
 
 def _drop_optimizer(path: Path, text: str) -> str:
-    """Leave the optimizer out of a training configuration: its rate may change by epoch."""
+    """Return a training configuration without the optimizer.
+
+    Its learning rate may change from epoch to epoch, and files with equal descriptions share a
+    compiled model.
+    """
     training = dict(parse_json_object(path, text, "training configuration")) if text else {}
     for key in ("optimizer", "optimizer_config"):
         training.pop(key, None)
@@ -155,7 +163,7 @@ def _drop_optimizer(path: Path, text: str) -> str:
 
 
 def name_writer(description: Description) -> str:
-    """Say which Keras wrote a file that this one may not understand."""
+    """Return a phrase with the Keras that wrote a file, if it is one of the incompatible 2.x."""
     if not description.keras.startswith(("0.", "1.", "2.")):
         return ""
     return f" (it was written by Keras {shown(description.keras, 20)})"
@@ -171,7 +179,7 @@ def describe_archive(path: Path) -> Description:
 
 
 def _read_config(path: Path) -> tuple[bytes, bool]:
-    """Return the configuration, and whether there are assets."""
+    """Return config.json, and whether the archive has assets."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("config.json") as member:
             config = member.read(_LONGEST_CONFIG + 1)
@@ -187,7 +195,7 @@ def _read_config(path: Path) -> tuple[bytes, bool]:
 
 
 def parse_json_object(path: Path, text: str | bytes, what: str) -> Mapping[str, Any]:
-    """Parse a stranger's JSON object."""
+    """Parse a JSON object from a file that may be damaged or hostile."""
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -198,7 +206,7 @@ def parse_json_object(path: Path, text: str | bytes, what: str) -> Mapping[str, 
 
 
 def check_model(table: Table) -> None:
-    """Refuse what Keras could not run, as far as it can be told without Keras.
+    """Refuse a model that Keras cannot run, as far as this is known without Keras.
 
     Raises:
         MissingExtraError: keras or tensorflow is not installed.

@@ -16,18 +16,18 @@ from polyak_cli.evaluation.losses import flatten, normalise_name, select_output
 
 
 def _list_tensors(model: Any, which: str) -> list[Any]:
-    """Return the model's inputs or outputs; none where it is written as a class of its own."""
+    """Return the inputs or outputs of a model; none if it is a subclass without declared ones."""
     return list(getattr(model, which, None) or [])
 
 
 def list_output_names(model: Any) -> list[str]:
-    """Return the names of the outputs; one without a name where the model does not tell."""
+    """Return the names of the outputs; one empty name if the model does not declare them."""
     names = list(getattr(model, "output_names", None) or [])
     return names if len(names) == len(_list_tensors(model, "outputs")) else [""]
 
 
 def check_features(path: Path, model: Any, rows: data.Split) -> None:
-    """Refuse features that the model's inputs do not take."""
+    """Refuse features that do not fit the inputs of the model."""
     inputs = _list_tensors(model, "inputs")
     given = data.list_arrays(rows.features)
     if inputs and len(inputs) != len(given):
@@ -35,7 +35,7 @@ def check_features(path: Path, model: Any, rows: data.Split) -> None:
             f"{shown(path)}: takes {len(inputs)} inputs, but {rows.source} has {len(given)}"
         )
     if isinstance(rows.features, Mapping):
-        return  # paired by name, by Keras
+        return  # Keras matches them by name, and reports mismatches itself
     for tensor, array in zip(inputs, given, strict=False):
         wanted = tuple(tensor.shape)[1:]
         found = array.shape[1:]
@@ -58,9 +58,9 @@ def _format_shape(shape: Sequence[int | None]) -> str:
 def fit_labels(
     path: Path, rows: data.Split, model: Any, loss: Any, metrics: Any
 ) -> tuple[data.Arrays, bool]:
-    """Return the labels as each output's loss wants them, and whether they are classes.
+    """Return labels in the form that the loss of each output expects, and whether they are classes.
 
-    Whether is told for a model of one output only.
+    They are classes only for a model of one output.
     """
     outputs = _list_tensors(model, "outputs")
     given = data.list_arrays(rows.labels)
@@ -96,10 +96,11 @@ def _fit(
 
     Args:
         labels: (rows, ...).
-        shape: of one row of the output; its last axis counts the classes, where there are any.
-        sparse: give classes as integers, without that last axis; else one-hot.
-        where: begins the message that tells the output's shape.
-        source: names the labels in messages.
+        shape: shape of one row of the output.  Its last axis has one element a class, if labels
+            are classes.
+        sparse: whether to return classes as integers, without that last axis; else one-hot.
+        where: the beginning of messages, which the shape of the output follows.
+        source: name of the labels in messages.
 
     Raises:
         MismatchError: they do not fit.
@@ -109,6 +110,8 @@ def _fit(
     width = shape[-1] if shape else None
     if width is None:
         return labels, False
+    # Labels come as one-hot rows, as one integer a row, or as a column of integers.  The loss of
+    # the file decides which of them Keras accepts, so all are converted to that.
     alike = labels.ndim == len(shape) + 1
     if width == 1:
         if alike and labels.shape[-1] == 2 and data.is_one_hot(labels):

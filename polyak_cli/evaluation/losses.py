@@ -16,7 +16,7 @@ from polyak_cli.evaluation import data
 
 
 def make_zero_loss(keras: Any) -> Callable[[Any, Any], Any]:
-    """Return a loss of zero: Keras measures nothing without one."""
+    """Return a loss of zero, because Keras measures nothing without a loss."""
 
     def no_loss(_: Any, predicted: Any) -> Any:
         return keras.ops.zeros_like(predicted[..., 0])
@@ -25,7 +25,10 @@ def make_zero_loss(keras: Any) -> Callable[[Any, Any], Any]:
 
 
 def keep_plain_values(value: Any) -> Any:
-    """Return numbers, text and lists or dicts of them; None for all else."""
+    """Return numbers, text, and lists or dicts of them; None for everything else.
+
+    Arguments from a file are passed to Keras, which would turn other values into objects.
+    """
     if isinstance(value, dict):
         return {str(key): keep_plain_values(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -35,19 +38,19 @@ def keep_plain_values(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """Finds losses and metrics by the names that Keras, or the user's own code, has registered.
+    """Finds losses and metrics by the names that Keras, or code of the user, has registered.
 
-    Keras's own way back from a configuration imports modules that the file names, and fails for
-    names such as mse; see `nested` for the shapes it comes in.
+    Keras's own deserialisation imports modules that the file names, and fails for names such as
+    mse.
     """
 
     keras: Any
     notes: list[str]
 
     def resolve(self, config: Any, find: Callable[[Any], Any], what: str) -> Any:
-        """Resolve a configuration: one object, or one for each output as a list or a dict.
+        """Resolve a configuration: one object, or a list or dict with one for each output.
 
-        What Keras does not know is left out, with a note.
+        Unknown names are left out, with a note.
         """
         if config is None:
             return None
@@ -63,7 +66,7 @@ class Registry:
             return None
 
     def find_loss(self, config: Any) -> Any:
-        """Return a loss: a name that compile() takes, a function, or an object."""
+        """Return a loss: a name that compile() accepts, a function, or an object."""
         config = self._unwrap_name(config)
         if isinstance(config, str):
             registered = self.keras.saving.get_registered_object(config)
@@ -73,7 +76,7 @@ class Registry:
         return self._build(config, self.keras.losses, self.keras.losses.Loss)
 
     def find_metric(self, config: Any) -> Any:
-        """Return a metric: a name that compile() takes, a function, or an object."""
+        """Return a metric: a name that compile() accepts, a function, or an object."""
         config = self._unwrap_name(config)
         if config in ("accuracy", "acc"):
             return config  # compile() chooses by the shape of the output
@@ -96,17 +99,18 @@ class Registry:
         return self.keras.metrics.MeanMetricWrapper(found, name=name)
 
     def _unwrap_name(self, config: Any) -> Any:
-        """Return the name where a function is stored as an object, as .keras files do."""
+        """Return the name of a function that is stored as an object, as in .keras files."""
         if isinstance(config, dict) and config.get("class_name") == "function":
             return config["config"]
         return config
 
     def _build(self, config: Mapping[str, Any], home: Any, base: type) -> Any:
-        """Return an object of a class of Keras or registered, with plain arguments only."""
+        """Return an object of a class of Keras or a registered class, with plain arguments only."""
         name = config.get("registered_name") or config["class_name"]
         kind = self.keras.saving.get_registered_object(name) or getattr(
             home, config["class_name"], None
         )
+        # `home` is a module of Keras: a hostile name must not find another object in it.
         if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base):
             raise ValueError(name)
         arguments = {k: v for k, v in config["config"].items() if k not in ("fn", "dtype")}
@@ -116,10 +120,10 @@ class Registry:
 
 
 def arrange_by_output(metrics: Any, outputs: Sequence[str]) -> Any:
-    """Return metrics as compile() wants them, without those that are not known.
+    """Return metrics in the form that compile() expects, without the unknown ones.
 
-    Keras 2 stores them in a list for each output, and with the output's name before theirs, which
-    compile() would put there once more.
+    Keras 2 stores a list for each output, and puts the name of the output before that of the
+    metric; compile() would add it again.
     """
     if len(outputs) == 1:
         return flatten(metrics)
@@ -135,7 +139,7 @@ def arrange_by_output(metrics: Any, outputs: Sequence[str]) -> Any:
 
 
 def flatten(nested: Any) -> list[Any]:
-    """Return what is known in a structure, in order."""
+    """Return the known objects in a nested structure, in order."""
     if nested is None:
         return []
     if isinstance(nested, (list, tuple)):
@@ -146,7 +150,7 @@ def flatten(nested: Any) -> list[Any]:
 
 
 def normalise_name(known: Any) -> str:
-    """Return how a loss or metric is called, in small letters without underscores."""
+    """Return the name of a loss or metric, in lower case without underscores."""
     if isinstance(known, str):
         name = known
     else:
@@ -168,23 +172,23 @@ class _RowLoss(NamedTuple):
     """The loss of one output."""
 
     output: int
-    function: Callable[[Any, Any], Any]  # labels, output -> a number for each row, or several
+    function: Callable[[Any, Any], Any]  # labels, output -> one number a row, or several
     weight: float
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class RowWise:
-    """Tells of each row what Keras tells of their mean."""
+    """Computes for each row what Keras computes for their mean."""
 
     keras: Any
-    losses: tuple[_RowLoss, ...]  # none where the loss is not known, or not for single rows
+    losses: tuple[_RowLoss, ...]  # empty if the loss is unknown, or not one for single rows
     right: Callable[[Any, Any], Any] | None  # labels, output -> 1 where the class is right
     names: Sequence[str]  # of the outputs
 
     @property
     def loss_name(self) -> str:
-        """Which loss it is, the same for all ways to write it down."""
+        """The name of the loss; equal for all ways to write down the same one."""
         return ", ".join(f"{one.name} * {one.weight:g}" for one in self.losses)
 
     def order_outputs(self, arrays: Any) -> list[data.Array]:
@@ -196,7 +200,7 @@ class RowWise:
     def compute(
         self, labels: data.Arrays, outputs: Sequence[data.Array], batch_size: int
     ) -> tuple[data.Array | None, data.Array | None]:
-        """Return the loss of each row, and whether its class is right; None where not known."""
+        """Return the loss of each row, and whether its class is right; None for what is unknown."""
         truths = self.order_outputs(labels)
         losses = None
         for one in self.losses:
@@ -215,7 +219,7 @@ class RowWise:
     def _compute_each(
         self, function: Callable[[Any, Any], Any], truth: data.Array, output: data.Array, step: int
     ) -> data.Array | None:
-        """Return a function of each row; None where it gives less than a number for each."""
+        """Return the value of a function for each row; None if it gives fewer than one a row."""
         import numpy as np
 
         found = np.empty(len(output))
@@ -227,6 +231,7 @@ class RowWise:
             )
             if values.shape[:1] != output[block].shape[:1]:
                 return None
+            # A loss of an image or a sequence has a number for each of its positions.
             found[block] = values.reshape(len(values), -1).mean(1, dtype=np.float64)
         return found
 
@@ -234,7 +239,7 @@ class RowWise:
 def resolve_row_losses(
     keras: Any, outputs: Sequence[str], loss: Any, weights: Any
 ) -> tuple[_RowLoss, ...]:
-    """Return the losses that `Registry.resolve` resolved, by output, before they are averaged."""
+    """Return the losses that `Registry.resolve` found, by output, before they are averaged."""
     found = []
     for index, name in enumerate(outputs):
         known = select_output(loss, index, name)
@@ -243,21 +248,22 @@ def resolve_row_losses(
         if isinstance(known, str):
             try:
                 known = keras.losses.get(known)
-            except ValueError:  # such as crossentropy, which compile() chooses by the labels
+            except ValueError:  # such as crossentropy, where compile() chooses by the labels
                 return ()
         function = known.call if isinstance(known, keras.losses.Loss) else known
         if isinstance(known, type) or not callable(function):
             return ()
         weight = select_output(weights, index, name)
         kind = getattr(known, "__name__", "") or type(known).__name__
-        # Whole and one-hot classes have one loss; functions and classes are written differently.
+        # Integer and one-hot labels give the same loss, and a class and a function have names that
+        # differ in style only: SparseCategoricalCrossentropy, categorical_crossentropy.
         kind = kind.lower().replace("_", "").removeprefix("sparse")
         found.append(_RowLoss(index, function, 1.0 if weight is None else float(weight), kind))
     return tuple(found)
 
 
 def compute_penalty(keras: Any, model: Any) -> float:
-    """Return what regularizers add to the loss of every batch."""
+    """Return the penalty that regularizers add to the loss of every batch."""
     return sum(
         float(keras.ops.convert_to_numpy(variable.regularizer(variable)))
         for variable in model.trainable_variables
@@ -266,7 +272,7 @@ def compute_penalty(keras: Any, model: Any) -> float:
 
 
 def find_accuracy(metrics: Any) -> Any:
-    """Return the accuracy that a model has among its metrics, or None."""
+    """Return the accuracy among the metrics of a model, or None."""
     return next((known for known in flatten(metrics) if "acc" in normalise_name(known)), None)
 
 
@@ -275,9 +281,9 @@ def choose_accuracy(
 ) -> Callable[[Any, Any], Any] | None:
     """Return a function of labels and output that is 1 where the class is right, else 0.
 
-    Its mean is the accuracy.  One output column is a class only under a binary loss, or a sigmoid
-    where the loss is not known, or where the model measures accuracy itself: 0 or 1 may be a
-    number to predict.
+    Its mean is the accuracy.  A single output column is a class only with a binary loss, or with
+    a sigmoid if the loss is unknown, or if the model measures accuracy itself.  Otherwise 0 and 1
+    may be numbers to predict.
     """
     own = next(iter(flatten(loss)), None)
     accuracy = find_accuracy(metrics)

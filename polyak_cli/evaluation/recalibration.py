@@ -1,8 +1,8 @@
-"""THE TOOL of `polyak recalibrate`: a model with BatchNorm statistics that fit its other tensors.
+"""Write a copy of a model with BatchNorm statistics that fit its other tensors.
 
-The statistics of an average are averages of estimates made for other tensors.  `models` gathers
-them anew; here they are written into a copy that has everything else of the model.  Imports no
-framework itself.
+The statistics of an average are averages of estimates that were made for other tensors.
+`batchnorm` gathers them again; this module writes them into a copy of the model.  It imports no
+framework, and does not know how the statistics are computed.
 """
 
 from __future__ import annotations
@@ -36,27 +36,25 @@ from polyak_cli.storage.local import LocalOutput
 from polyak_cli.tensors import FLOATS, Float64, Placement, Table, itemsize
 
 BATCH_SIZE = 256
-#: What Keras opens as a whole model.
-FORMATS = ("hdf5", "keras_zip")
-_MEMORY = 32 << 20  # bytes of the buffers
+_MEMORY = 32 << 20  # bytes of the buffers; statistics are a few numbers a channel
 _StrPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Recalibration:
-    """What was recalibrated.
+    """The result of a recalibration.
 
     Attributes:
-        model: the file.
-        output: what was written.
-        statistics: names of the tensors that are new.
-        layers: how many BatchNorm layers they belong to.
-        source: how the rows are called.
-        rows: how many.
-        batch_size: rows at a time, at most.
-        batches: how many.
-        seconds: wall clock.
-        notes: what the user should know, a line each.
+        model: the input file.
+        output: the file that was written.
+        statistics: names of the tensors that were replaced.
+        layers: the number of BatchNorm layers that they belong to.
+        source: the name of the rows.
+        rows: the number of rows.
+        batch_size: the largest number of rows in a batch.
+        batches: the number of batches.
+        seconds: wall-clock time.
+        notes: messages for the user, one line each.
     """
 
     model: Path
@@ -71,7 +69,7 @@ class Recalibration:
     notes: tuple[str, ...] = ()
 
     def data(self) -> dict[str, Any]:
-        """Return it as what JSON can hold."""
+        """Return everything as JSON values."""
         return {
             "model": str(self.model),
             "output": str(self.output),
@@ -95,10 +93,10 @@ def recalibrate(
     trust_code: bool = False,
     force: bool = False,
 ) -> Recalibration:
-    """Gather the moving statistics of a model's BatchNorm layers anew, in one pass over rows.
+    """Gather the moving statistics of the BatchNorm layers again, in one pass over rows.
 
-    The output is the model bit for bit but for these statistics, and for the record of where it
-    comes from, which tells of this.  How they are gathered: `batchnorm.moments`.
+    The output equals the model bit for bit, except for these statistics and the provenance record,
+    which describes the pass.  The module `batchnorm` says how they are gathered.
 
     >>> rows = Split("my training rows", x, y)                            # doctest: +SKIP
     >>> recalibrate("average.h5", "final.h5", rows).layers                # doctest: +SKIP
@@ -107,7 +105,8 @@ def recalibrate(
         model: a whole-model ``.h5``, ``.hdf5`` or ``.keras`` file.
         output: the file to write, in the model's format.
         rows: features; the labels are not used.
-        batch_size: rows at a time, at most; best that of training, and not small.
+        batch_size: the largest number of rows in a batch; best the batch size of training.  In
+            small batches the variance is too small, by the factor (n - 1) / n.
         trust_code: run the code that the file carries in a Lambda layer.
         force: replace an existing output.
 
@@ -117,7 +116,7 @@ def recalibrate(
         FormatError: the file is damaged or foreign, or holds weights without an architecture.
         MismatchError: the rows do not fit the model, it has no statistics to gather, or they are
             not finite.
-        OutputError: the output is in the way or cannot be written.
+        OutputError: the output exists already or cannot be written.
         PolyakError: Keras is too old, or cannot load or run the model, or the model carries code.
     """
     path, target = Path(model), Path(output)
@@ -133,19 +132,19 @@ def recalibrate(
 def check_recalibration(
     table: Table, output: Path | None, rows: data.Split, batch_size: int
 ) -> None:
-    """Refuse, before any work, what cannot be recalibrated.
+    """Refuse a model, rows or output that cannot be recalibrated, before any work.
 
     Args:
-        table: of the model, or of one like it.
-        output: the file that will be written, if it is known.
+        table: table of the model, or of one like it.
+        output: the file that will be written, if known.
         rows: features.
-        batch_size: rows at a time, at most.
+        batch_size: the largest number of rows in a batch.
 
     Raises:
         UsageError: the batch size is out of range.
-        MismatchError: one row has no variance.
+        MismatchError: there is only one row, which has no variance.
         FormatError: the file is of a format that Keras does not open as a model.
-        OutputError: the output would be such.
+        OutputError: the output would have such a format.
         PolyakError: Keras is missing or too old.
     """
     if batch_size < 2:
@@ -157,9 +156,10 @@ def check_recalibration(
         raise MismatchError(
             f"{rows.source}: is one row, which has no variance; expected all training rows"
         )
-    if table.format not in FORMATS:
+    form = formats.find_format(table.format)
+    if not form.keras_layout:
         raise FormatError(
-            f"{shown(table.path)}: is {formats.find_format(table.format).name}; only "
+            f"{shown(table.path)}: is {form.name}; only "
             "whole Keras models "
             "are recalibrated, .h5 or .keras: they can be run"
         )
@@ -174,18 +174,20 @@ def check_recalibration(
 def rewrite(
     table: Table, hidden: Path, output: Path, rows: data.Split, batch_size: int, trust_code: bool
 ) -> Recalibration:
-    """Write a model with new statistics under a hidden name; `recalibrate` says the rest.
+    """Write a model with new statistics under a hidden name, as `recalibrate` describes.
 
     Args:
-        table: of the model, with everything.
+        table: table of the model, scanned ``with_optimizer``.
         hidden: the file to write.
-        output: what it will be called.
+        output: its later name.
         rows: features.
-        batch_size: rows at a time, at most.
+        batch_size: the largest number of rows in a batch.
         trust_code: run the code that the file carries in a Lambda layer.
     """
     begun = time.perf_counter()
     found = gather_moments(table, rows, batch_size=batch_size, trust_code=trust_code)
+    # Keras finds tensors by order, not by name.  If it loaded others than this tool found, new
+    # statistics would be written to the wrong place.
     _check_loaded(table, found)
     names = {spec.location: spec.name for spec in table.tensors.values()}
     values = {names[location]: np.ravel(values) for location, values in found.after.items()}
@@ -207,10 +209,8 @@ def rewrite(
 
 
 def _make_record(table: Table, found: Moments, rows: data.Split, batch_size: int) -> dict[str, Any]:
-    """Return the record of where the output comes from: the model's own, and the pass over rows.
-
-    No clock and no folder are in it, so that the bytes repeat.
-    """
+    """Return the record of the output: that of the model, and the pass over rows."""
+    # Times and folders are left out, so that the same inputs give the same bytes.
     text = table.about.get("provenance", "{}")
     try:
         own = json.loads(text)
@@ -239,13 +239,15 @@ def _make_record(table: Table, found: Moments, rows: data.Split, batch_size: int
 
 
 def hash_values(table: Table, values: Mapping[str, Float64]) -> dict[str, str]:
-    """Return the SHA-256 of each tensor's values as they are stored, little-endian.
+    """Return the SHA-256 of the stored values of each tensor.
 
     Args:
-        table: says how they are stored.
-        values: tensor -> its elements.
+        table: says in which type they are stored.
+        values: name of a tensor -> its elements.
     """
     found = {}
+    # Always little-endian, whatever the byte order of the file: `verify` compares these digests
+    # with those of another copy of the model, which may store big-endian numbers.
     for name, elements in values.items():
         dtype = table.tensors[name].dtype
         raw = np.empty(elements.size * itemsize(dtype), np.uint8)
@@ -255,15 +257,13 @@ def hash_values(table: Table, values: Mapping[str, Float64]) -> dict[str, str]:
 
 
 def read_statistics(table: Table) -> dict[str, Float64]:
-    """Return the statistics that were gathered anew, name -> elements, as a file has them.
-
-    Which they are, its record tells; that of an older version does not, and then they are all that
-    are called like such.
+    """Return the statistics that recalibration wrote into a file, name -> elements.
 
     Raises:
-        FormatError: the record is damaged, or names what the file has not.
+        FormatError: the record is damaged, or names a tensor that the file does not have.
     """
     record = records.read(table.about.get("provenance", ""))
+    # Records of version 0.1.0 do not name them; then all tensors named like statistics are read.
     if record.statistics is None:
         names = [name for name in table.tensors if is_statistic(table, name)]
     else:
@@ -290,16 +290,18 @@ def read_statistics(table: Table) -> dict[str, Float64]:
 
 
 def restore_statistics(average: Table, written: Table) -> Table:
-    """Make of an average what `recalibrate` made of it, without the rows; return its table.
+    """Put the statistics and the record of a recalibrated model into an average again.
+
+    So a recalibrated average can be recomputed without the rows.
 
     Args:
-        average: which is overwritten.
-        written: what was made, from which statistics and record are taken.
+        average: the average, whose file is overwritten.
+        written: the recalibrated model, which the statistics and the record are read from.
 
     Raises:
         FormatError: the record is damaged, or an input changed meanwhile.
         MismatchError: a statistic is not finite.
-        OSError: there is no room.
+        OSError: the disk is full.
     """
     made = average.path.with_name(".recalibrated")
     made.touch()
@@ -310,7 +312,7 @@ def restore_statistics(average: Table, written: Table) -> Table:
 
 
 def _hash_features(features: data.Arrays) -> str:
-    """Digest what the model was run on."""
+    """Return the SHA-256 of the features: type, shape and values of each array."""
     total = hashlib.sha256()
     for array in data.list_arrays(features):
         total.update(f"{array.dtype.str}{array.shape}".encode())
@@ -319,7 +321,11 @@ def _hash_features(features: data.Arrays) -> str:
 
 
 def _check_loaded(table: Table, found: Moments) -> None:
-    """See that the statistics which Keras loaded are those at the places to be written."""
+    """Check that Keras loaded the values at the locations that will be overwritten.
+
+    Raises:
+        MismatchError: Keras loaded other values.
+    """
     specs = [s for s in table.tensors.values() if s.location in found.before]
     loaded = {spec.name: np.ravel(found.before[spec.location]) for spec in specs}
     tensors = [
@@ -333,6 +339,7 @@ def _check_loaded(table: Table, found: Moments) -> None:
             start = done[tensor.name]
             done[tensor.name] = start + slab.size
             own = loaded[tensor.name][start : start + slab.size]
+            # Keras may have loaded float64 as float32 (its floatx), so the file is rounded alike.
             if not np.array_equal(slab.astype(own.dtype), own, equal_nan=True):
                 raise MismatchError(
                     f"{shown(table.path)}: '{shown(tensor.name)}' is not what Keras loaded for it; "
@@ -341,33 +348,39 @@ def _check_loaded(table: Table, found: Moments) -> None:
 
 
 def _write(table: Table, values: Mapping[str, Float64], hidden: Path, record: str) -> None:
-    """Write the model with its new statistics.
+    """Write a copy of the model with new statistics.
 
     Raises:
         MismatchError: a statistic is not finite.
         FormatError: the file changed meanwhile, or cannot be copied safely.
-        OSError: there is no room.
+        OSError: the disk is full.
     """
     specs = [spec for spec in table.tensors.values() if spec.name in values and spec.size]
-    room = formats.write_skeleton(
+    # The skeleton is everything but these tensors; so recalibration uses the writer of averages.
+    skeleton = formats.write_skeleton(
         table,
         hidden,
         averaged={spec.location: spec.dtype for spec in specs},
         drop_optimizer=False,
         provenance=record,
     )
-    with LocalOutput(room.files[0]) as file:
+    with LocalOutput(skeleton.files[0]) as file:
         for spec in specs:
-            place = room.placements[spec.location]
+            place = skeleton.placements[spec.location]
             where = f"{shown(table.path)}: the new values of '{shown(spec.name)}'"
             raw = _round_values(values[spec.name], place, where)
             file.write(place.offset, raw)
-    room.finalize()
+    skeleton.finalize()
+    # Last: the model may have been replaced while it was copied.
     check_unchanged(table.files)
 
 
 def _round_values(values: Float64, place: Placement, where: str) -> Bytes:
-    """Return values as they are stored, having refused what is not finite then."""
+    """Return values as they are stored.
+
+    Raises:
+        MismatchError: one is not finite after rounding; float16 ends at 65504.
+    """
     raw = np.empty(values.size * itemsize(place.dtype), np.uint8)
     round_to(values, place.dtype, place.byteorder, raw)
     stored = np.empty_like(values)
@@ -377,6 +390,6 @@ def _round_values(values: Float64, place: Placement, where: str) -> Bytes:
         worst = values[~np.isfinite(stored)][0]
         raise MismatchError(
             f"{where} hold {worst:g}, expected finite numbers of type {place.dtype}; look for "
-            "such as are not in the rows and in the model (polyak inspect --stats)"
+            "non-finite numbers in the rows and in the model (polyak inspect --stats)"
         )
     return raw

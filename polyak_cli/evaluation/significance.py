@@ -1,8 +1,8 @@
-"""Whether a difference between two models is more than chance, told from the rows both met.
+"""Test whether a difference between two models is more than chance, from paired rows.
 
-Knows pairs of numbers, one pair a row; no model, no data set and no file.  The rows are taken to be
-drawn independently from what the models will meet; rows that belong together, such as frames of
-one film, differ less among themselves and give intervals that are too narrow.
+This module knows pairs of numbers, one pair a row; it knows no model, no data set and no file.  The
+rows are assumed to be drawn independently from the data that the models will see.  Related rows,
+such as frames of one film, vary less and give intervals that are too narrow.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from polyak_cli.errors import UsageError
 
 Array: TypeAlias = npt.NDArray[Any]
 
-#: Of the resampling, where none is given: the same rows give the same interval every time.
+#: Default seed of the resampling: the same rows give the same interval every time.
 SEED = 0
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-_UNITS = 10_000  # what is drawn at most in a resample: rows, or groups of rows
+_UNITS = 10_000  # at most so many rows, or groups of rows, are drawn in a resample
 _BLOCK = 1 << 20  # draws at a time, about 16 MB
 
 
 class Paired(NamedTuple):
-    """The mean difference of two models over the same rows, and how sure it is.
+    """The mean difference of two models over the same rows, and its interval.
 
     Attributes:
-        difference: the mean over the rows of ours minus theirs, in their unit.
-        low: where its 95 % bootstrap interval begins.
-        high: where it ends.
-        rows: how many.
+        difference: mean over the rows of ours minus theirs, in their unit.
+        low: lower end of its 95 % bootstrap interval.
+        high: upper end of it.
+        rows: the number of rows.
     """
 
     difference: float
@@ -49,20 +49,20 @@ def paired_difference(
     The interval is Efron's percentile interval ("Bootstrap Methods: Another Look at the Jackknife",
     Annals of Statistics 7, 1979): the middle 95 % of the means of rows drawn with replacement.  The
     BCa interval corrects it for skewness, by an amount that falls as 1 / rows; but it does not
-    exist where resamples agree, as they do for two models that differ on a few rows only.  Of fewer
-    than some thirty rows either is too narrow.
+    exist where resamples agree, as they do for two models that differ on a few rows only.  Both are
+    too narrow for fewer than about thirty rows.
 
-    Above 10,000 rows, as many random groups of rows of (almost) one size are drawn in their place,
-    which leaves the spread of the mean as it is and bounds the time.
+    Above 10,000 rows, 10,000 random groups of (almost) equal size are drawn instead.  This bounds
+    the time, and does not change the spread of the mean.
 
     Args:
         ours: (rows,) numbers or booleans.
-        theirs: of the same rows.
-        seed: of the drawing; the same arguments give the same interval.
-        resamples: how often the rows are drawn.
+        theirs: the same for the other model, in the same order of rows.
+        seed: seed of the resampling; the same arguments give the same interval.
+        resamples: the number of resamples.
 
     Raises:
-        UsageError: the rows are not the same number, or fewer than two.
+        UsageError: the numbers of rows differ, or there are fewer than two.
     """
     if ours.shape != theirs.shape or ours.ndim != 1:
         raise UsageError(
@@ -85,10 +85,11 @@ def paired_difference(
 
 
 def _group_rows(differences: Array, random: np.random.Generator) -> tuple[Array, Array]:
-    """Return the sums and the sizes of what is drawn: each row, or random groups of rows."""
+    """Return the sums and sizes of the units to draw: single rows, or random groups of rows."""
     rows = len(differences)
     if rows <= _UNITS:
         return differences, np.ones(rows)
+    # Random groups: rows are often sorted, and groups of similar rows would vary more.
     starts = np.arange(_UNITS) * rows // _UNITS
     sums = np.add.reduceat(random.permutation(differences), starts)
     return sums, np.diff(starts, append=rows).astype(np.float64)
@@ -97,7 +98,7 @@ def _group_rows(differences: Array, random: np.random.Generator) -> tuple[Array,
 def _resample_means(
     sums: Array, sizes: Array, random: np.random.Generator, resamples: int
 ) -> npt.NDArray[np.float64]:
-    """Return the means of units drawn with replacement, block by block."""
+    """Return the means of resamples, drawn with replacement in blocks of bounded memory."""
     units = len(sums)
     means = np.empty(resamples)
     alike = bool((sizes == sizes[0]).all())
@@ -110,18 +111,18 @@ def _resample_means(
 
 
 def mcnemar(ours: Array, theirs: Array) -> float:
-    """Return the two-sided p of as uneven a disagreement, were both models right equally often.
+    """Return the two-sided p of the hypothesis that both models are right equally often.
 
     The exact test of McNemar ("Note on the sampling error of the difference between correlated
-    proportions or percentages", Psychometrika 12, 1947): of the rows that exactly one model has
-    right, each is ours with a chance of one half.
+    proportions or percentages", Psychometrika 12, 1947): among the rows
+    that exactly one model has right, each is ours with a probability of one half.
 
     Args:
         ours: (rows,) booleans, whether our model is right.
-        theirs: of the same rows.
+        theirs: the same for the other model, in the same order of rows.
 
     Raises:
-        UsageError: the rows are not the same number.
+        UsageError: the numbers of rows differ.
     """
     if ours.shape != theirs.shape or ours.ndim != 1:
         raise UsageError(
@@ -141,10 +142,9 @@ def mcnemar(ours: Array, theirs: Array) -> float:
 
 
 def verdict(paired: Paired, *, higher_is_better: bool) -> str:
-    """Return in words what a difference says: better, worse, within noise, or not comparable.
+    """Return a difference in words: better, worse, within noise, or not comparable.
 
-    Within noise is what cannot be told from no difference, as 0 lies in the interval; not
-    comparable is what is no number.
+    It is within noise if 0 lies in the interval, and not comparable if it is not finite.
     """
     if not all(map(math.isfinite, paired)):
         return "not comparable"

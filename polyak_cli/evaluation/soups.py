@@ -15,9 +15,9 @@ Score = Callable[[Sequence[Candidate]], Iterable[ScoredCandidate]]
 
 
 def search_greedily(score: Score, rows: Sequence[ScoredCandidate], metric: str) -> ScoredCandidate:
-    """Add checkpoints, the best first, and keep one only where the score strictly improves.
+    """Add checkpoints, the best first, and keep one only if it strictly improves the score.
 
-    Wortsman et al., "Model soups", 2022, recipe 1.
+    This is recipe 1 of Wortsman et al., "Model soups", 2022.
     """
     singles = [row for row in rows if row.candidate.kind == "single"]
     ranked = sorted(singles, key=lambda row: rank(row, metric))
@@ -37,9 +37,9 @@ def search_coefficients(
 ) -> ScoredCandidate:
     """Fit coefficients that are not negative and sum to 1, by pattern search.
 
-    From the best candidate, it goes toward or away from one checkpoint by half of what it can, by a
-    quarter, ..., as long as the score improves: Kolda, Lewis and Torczon, "Optimization by direct
-    search", 2003.  All steps of a round are folded in few readings of the checkpoints.
+    From the best candidate, it steps toward or away from one checkpoint, by half of the possible
+    way, then by a quarter, and so on, while the score improves: Kolda, Lewis and Torczon,
+    "Optimization by direct search", 2003.
     """
     best = find_best([row for row in rows if row.candidate.kind != "ensemble"], metric)
     count = len(best.candidate.coefficients)
@@ -50,6 +50,7 @@ def search_coefficients(
             for k in range(count)
             for near in step_coefficients(best.candidate.coefficients, k, step)
         ]
+        # Together, so that all steps of a round take few readings of the checkpoints.
         found = find_best([*score(tried)], metric) if tried else best
         if rank(found, metric) < rank(best, metric):
             best = found
@@ -63,17 +64,19 @@ def search_coefficients(
 def step_coefficients(
     coefficients: Sequence[float], k: int, step: float
 ) -> Iterator[tuple[float, ...]]:
-    """Yield what is a step toward one checkpoint, and a step away from it."""
+    """Yield the coefficients after a step toward one checkpoint, and after one away from it."""
     for share in (coefficients[k] * (1 - step) + step, coefficients[k] * (1 - step)):
         rest = 1 - coefficients[k]
         if rest > 0 and share != coefficients[k]:
             moved = [c * (1 - share) / rest for c in coefficients]
             moved[k] = share
+            # The others share the rest in their old proportion.  The sum is made 1 again each time,
+            # as rounding errors of many steps would add up.
             total = math.fsum(moved)
             yield tuple(c / total for c in moved)
 
 
-_FINEST = 1 / 32
+_FINEST = 1 / 32  # finer steps fit the noise of the selection rows
 
 
 SEARCHES: Mapping[str, Callable[[Score, Sequence[ScoredCandidate], str], ScoredCandidate]] = {

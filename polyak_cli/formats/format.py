@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.tensors import COMMON, Placement, Table
@@ -54,6 +54,9 @@ class Format(ABC):
     suffixes: ClassVar[tuple[str, ...]]
     #: The suffix by which Keras tells another layout of the same format.
     weights_suffix: ClassVar[str] = ""
+    #: How Keras finds the variables of a whole model in it: by the order of its layers ("layers"),
+    #: or by the tree of its objects ("objects"); "" where Keras opens no whole model.
+    keras_layout: ClassVar[Literal["", "layers", "objects"]] = ""
     #: Its files hold checksums of their tensors.
     has_checksums: ClassVar[bool] = False
     #: The float types that it can store.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import re
@@ -516,6 +517,28 @@ def test_on_failure_an_older_output_stays(folder: Path, tmp_path: Path) -> None:
     assert "itself; name another output" in line
     recalibrate(folder / "dense.h5", output, split(), force=True)
     assert len(statistics(output)) == 4
+
+
+def test_the_installed_keras_is_one_whose_archives_can_be_traced() -> None:
+    """The walk over a model uses private names of Keras: a newer Keras must be tried first."""
+    version = tuple(map(int, importlib.metadata.version("keras").split(".")[:2]))
+    assert version <= batchnorm.LATEST_TRACED
+
+
+@pytest.mark.parametrize("change", ["removed", "other parameters"])
+def test_a_keras_that_saves_in_another_way_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """If Keras changes its private names, the message says which Keras works; .h5 works still."""
+    from keras.src.saving import saving_lib
+
+    if change == "removed":
+        monkeypatch.delattr(saving_lib, "_save_state")
+    else:
+        monkeypatch.setattr(saving_lib, "_save_state", lambda _model: None)
+    line = refusal(PolyakError, folder / "dense.keras", tmp_path / "o.keras", split())
+    assert "saves models in another way; save the model as .h5, or install Keras 3.15" in line
+    recalibrate(folder / "dense.h5", tmp_path / "o.h5", split())
 
 
 def test_statistics_that_are_not_the_files_are_never_written(

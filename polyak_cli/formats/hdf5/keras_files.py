@@ -469,6 +469,7 @@ class KerasHdf5(Format):
     name = "Keras HDF5"
     # What Keras opens as HDF5: it goes by the suffix, and is case-sensitive.
     suffixes = (".h5", ".hdf5")
+    keras_layout = "layers"
     weights_suffix = WEIGHTS_SUFFIX
     can_be_left = True
 

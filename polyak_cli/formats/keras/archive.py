@@ -159,6 +159,7 @@ class KerasArchive(Format):
     key = "keras_zip"
     name = "Keras .keras"
     suffixes = (".keras",)
+    keras_layout = "objects"
     has_checksums = True
     can_be_left = True
 
