@@ -335,6 +335,8 @@ def changed(path: Path, weight_map: Any) -> None:
     [
         ({"/d/vars": "../m_00000.weights.h5"}, r"names the shard '\.\./m_00000.*bare name"),
         ({"/d/vars": "/etc/x.weights.h5"}, "names the shard '/etc/x.weights.h5'"),
+        ({"/d/vars": "/etc/passwd"}, "names the shard '/etc/passwd'.*bare name"),
+        ({"/d/vars": "../other/x.h5"}, r"names the shard '\.\./other/x.h5'.*bare name"),
         ({"/d/vars": "gone.weights.h5"}, "its shard gone.weights.h5 cannot be read"),
         ({"/d/vars": "link.weights.h5"}, "its shard link.weights.h5 is a link or no regular file"),
         ({"/d/vars": "pipe.weights.h5"}, "its shard pipe.weights.h5 is a link or no regular file"),

@@ -57,7 +57,8 @@ def _recognise(file: InputFile) -> str:
         return _archive(file, size)
     if head.lstrip().startswith(b"{"):  # an index of shards, of which the map may come first
         ends = file.read(0, _ENDS) + file.read(max(0, size - _ENDS), _ENDS)
-        if b'"weight_map"' in ends and b'.weights.h5"' in ends:
+        # A map may name anything at all; its own name says then what it was meant to be.
+        if b'"weight_map"' in ends and (b'.h5"' in ends or file.name.endswith(".weights.json")):
             return "weights_json"
         if b'"weight_map"' in ends and b'.safetensors"' in ends:
             return "safetensors"
