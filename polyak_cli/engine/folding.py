@@ -68,6 +68,8 @@ class Worker:
         self.clock = Clock()
         self.inputs = OpenInputs(job.inputs)
         self.span = page_aligned(0)  # small tensors and what lies between them
+        self.layout = b"", b""  # of the small tensors that were read last; see `_pick`
+        self.picked = np.empty(0, np.int64)
         self._allocate(0)
         self.outputs: list[LocalOutput] = []
         try:
@@ -194,13 +196,23 @@ class Worker:
         self.inputs.read(sources[0]._replace(storage=span), 0, whole, name)
         # All tensors begin and end at multiples of this unit; the larger it is, the fewer indices.
         unit = int(np.gcd(np.gcd.reduce(starts - low), width))
-        ends = np.cumsum(sizes // unit)
         raw = self._place_buffer(int(sizes.sum()), 0)
-        picked = np.arange(ends[-1]) + np.repeat(
-            (starts - low - sizes.cumsum() + sizes) // unit, sizes // unit
-        )
+        picked = self._pick((starts - low) // unit, sizes // unit)
         np.take(whole.view(f"u{unit}"), picked, out=raw.view(f"u{unit}"), mode="clip")
         return raw
+
+    def _pick(
+        self, starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Return the indices of tensors that have these starts and sizes, one after the other."""
+        # Checkpoints of one model mostly lie alike: the indices for one of them serve all, and
+        # making them takes longer than using them.
+        layout = starts.tobytes(), sizes.tobytes()
+        if layout != self.layout:
+            ends = np.cumsum(sizes)
+            self.layout = layout
+            self.picked = np.arange(ends[-1]) + np.repeat(starts - ends + sizes, sizes)
+        return self.picked
 
     def _store(self, bundle: Bundle, count: int) -> None:
         """Round the sums to the stored type and write them."""
