@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,22 +137,10 @@ class Chunks:
         file.read_into(offset, raw)
         for k, number in reversed(list(enumerate(self.filters))):
             if not skipped >> k & 1:
-                raw = self._undo(number, raw)
+                raw = _UNDO[number](raw, self)
         if len(raw) != self.block_nbytes:
             raise FormatError(f"a chunk decodes to {len(raw)} bytes, not {self.block_nbytes}")
         return raw.reshape(*self.chunk_shape, self.itemsize)
-
-    def _undo(self, number: int, raw: Bytes) -> Bytes:
-        """Undo one filter."""
-        if number == FLETCHER32:
-            return _checked(raw)
-        if number == DEFLATE:
-            return _inflate(raw, self.block_nbytes + 4)  # a checksum may have been added before
-        if number == LZF:
-            return _unpack_lzf(raw, self.block_nbytes)
-        body = len(raw) // self.itemsize * self.itemsize
-        shuffled = raw[:body].reshape(self.itemsize, -1)
-        return np.concatenate([np.ascontiguousarray(shuffled.T).ravel(), raw[body:]])
 
 
 def _inflate(raw: Bytes, limit: int) -> Bytes:
@@ -201,3 +189,20 @@ def _unpack_lzf(raw: Bytes, expected: int) -> Bytes:
         except OSError:
             raise FormatError("an LZF-compressed chunk is damaged") from None
     return unpacked
+
+
+def _unshuffle(raw: Bytes, itemsize: int) -> Bytes:
+    """Put the bytes of each element together again; a rest that fills no element stays last."""
+    body = len(raw) // itemsize * itemsize
+    shuffled = raw[:body].reshape(itemsize, -1)
+    return np.concatenate([np.ascontiguousarray(shuffled.T).ravel(), raw[body:]])
+
+
+#: Filter -> what undoes it.
+_UNDO: Mapping[int, Callable[[Bytes, Chunks], Bytes]] = {
+    # A checksum may have been added before, which makes the content longer by 4 bytes.
+    DEFLATE: lambda raw, chunks: _inflate(raw, chunks.block_nbytes + 4),
+    SHUFFLE: lambda raw, chunks: _unshuffle(raw, chunks.itemsize),
+    FLETCHER32: lambda raw, _: _checked(raw),
+    LZF: lambda raw, chunks: _unpack_lzf(raw, chunks.block_nbytes),
+}

@@ -8,28 +8,22 @@ of `sandbox`.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import h5py
-import numpy as np
-from h5py import h5a, h5d, h5g, h5s, h5t
+from h5py import h5a, h5d, h5g, h5t
 
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.hdf5 import skeleton
-from polyak_cli.formats.hdf5.chunks import UNDONE
+from polyak_cli.formats.hdf5.datasets import Describer
 from polyak_cli.formats.hdf5.library import (
-    FILTERS,
-    PACKAGES,
-    PLUGINS,
     Place,
     check_attributes,
-    describe_type,
     is_never_written,
     list_links,
     list_names,
@@ -37,20 +31,18 @@ from polyak_cli.formats.hdf5.library import (
     open_file,
     open_path,
     quote,
-    read_properties,
-    read_shape,
     read_strings,
     read_text,
     to_bytes,
     to_text,
     walk,
 )
-from polyak_cli.formats.hdf5.rows import build_table
 from polyak_cli.formats.hdf5.skeleton import PROVENANCE
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.tensors import Table
+from polyak_cli.storage import File
+from polyak_cli.tensors import KerasFacts, OutputRules, Table, TensorSpec
 
 WHOLE_CAUTIONS = {
     "bfloat16": "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it "
@@ -73,7 +65,6 @@ _OWN = b"top_level_model_weights"
 #: Versions of Keras that always save that group.
 _TOP_LEVEL = re.compile(rb"3\.|2\.(1[3-9]|[2-9]\d)\.")
 _NOT_TO_ITS_END = "the file was not saved to its end; save it again or leave it out"
-_STEP = 500  # chunks between two heartbeats
 
 
 def is_average(path: Place, heartbeat: Heartbeat) -> bool:
@@ -139,63 +130,88 @@ def _no_model(root: Any, heartbeat: Heartbeat) -> str:
     return f"holds no Keras model: expected the group 'model_weights', found {held}"
 
 
-def weights(path: Place, heartbeat: Heartbeat, *, everything: bool) -> dict[str, Any]:
-    """Read a weights file, or a part of one; `weights_table` makes a table of it.
+class Weights(NamedTuple):
+    """What a weights file holds, or a part of one."""
+
+    tensors: list[TensorSpec]  # in the order of the file
+    others: list[TensorSpec]
+    labels: dict[str, str]  # group -> the name of its layer
+    is_polyak_output: bool
+    about: Mapping[str, str]
+
+
+def read_weights(
+    path: Place, heartbeat: Heartbeat, *, with_optimizer: bool, number: int = 0
+) -> Weights:
+    """Read a weights file, or a part of one; `build_weights_table` makes a table of it.
+
+    Args:
+        path: of the file.
+        heartbeat: sent before every object.
+        with_optimizer: note also what is not the model's.
+        number: of the file in the table.
 
     Raises:
         FormatError: the file is damaged or hostile; names file and tensor.
     """
     with open_file(path) as (root, size):
-        return _weights(root, _Reader(size, heartbeat), everything)
+        return _read_weights(root, Describer(size, heartbeat, number), with_optimizer)
 
 
-def _weights(root: Any, reader: _Reader, everything: bool) -> dict[str, Any]:
-    return {
-        "tensors": reader.weights(root, everything),
-        "others": reader.others,
-        "labels": reader.labels,
-        "average": bool(h5a.exists(root, PROVENANCE)),
-        "about": _about(root) if everything else {},
-    }
+def _read_weights(root: Any, datasets: Describer, with_optimizer: bool) -> Weights:
+    reader = _Reader(datasets, datasets.heartbeat)
+    return Weights(
+        reader.weights(root, with_optimizer),
+        reader.others,
+        reader.labels,
+        bool(h5a.exists(root, PROVENANCE)),
+        _about(root) if with_optimizer else {},
+    )
 
 
-def weights_table(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the table of a weights file, as `scan` does, from what `weights` found."""
-    rows = {row[4]: row for row in found["tensors"]}
-    aside = keras_names.optimizers({place: (row[2], row[1]) for place, row in rows.items()})
+def build_weights_table(form: str, path: str, found: Weights, files: Sequence[File] = ()) -> Table:
+    """Return the table of a weights file.
+
+    Args:
+        form: the key of its format.
+        path: of the checkpoint.
+        found: in all its files.
+        files: where there are several.
+    """
+    specs = {spec.location: spec for spec in found.tensors}
+    aside = keras_names.optimizers({at: (spec.dtype, spec.shape) for at, spec in specs.items()})
     groups = tuple(f"{group}/" for group in aside)
-    own = sorted((p for p in rows if not p.startswith(groups)), key=keras_names.in_order)
-    others = found["others"] + [
-        [place, *row[1:]] for place, row in rows.items() if place.startswith(groups)
-    ]
-    optimizer = ("/optimizer/", *groups)
-    moving = keras_names.statistics(own, found["labels"])
-    return {
-        "tensors": [rows[place] for place in own],
-        "others": others,
-        "optimizer": [row[0] for row in others if row[0].startswith(optimizer)],
-        "config": "",
-        "average": found["average"],
-        "about": found["about"],
-        "statistics": [rows[place][0] for place in moving],
-        "suffixes": [WEIGHTS_SUFFIX],
-        "cautions": WEIGHTS_CAUTIONS,
-    }
+    own = sorted((at for at in specs if not at.startswith(groups)), key=keras_names.in_order)
+    others = {spec.name: spec for spec in found.others}
+    others |= {at: replace(s, name=at) for at, s in specs.items() if at.startswith(groups)}
+    moving = keras_names.statistics(own, found.labels)
+    return Table(
+        path=Path(path),
+        format=form,
+        files=tuple(files),
+        tensors={specs[at].name: specs[at] for at in own},
+        others=others,
+        optimizer=frozenset(name for name in others if name.startswith(("/optimizer/", *groups))),
+        config="",
+        is_polyak_output=found.is_polyak_output,
+        about=found.about,
+        keras=KerasFacts(statistics=frozenset(specs[at].name for at in moving)),
+        rules=OutputRules((WEIGHTS_SUFFIX,), WEIGHTS_CAUTIONS),
+    )
 
 
 @dataclass(slots=True)
 class _Reader:
-    """Walks one file; every tensor becomes a row of JSON."""
+    """Walks one file and describes its tensors."""
 
-    size: int
+    datasets: Describer
     heartbeat: Heartbeat
-    others: list[list[Any]] = field(default_factory=list)  # what is not the model's own
+    others: list[TensorSpec] = field(default_factory=list)  # what is not the model's own
     layers: list[str] = field(default_factory=list)  # those that have tensors, as Keras loads them
     variables: dict[str, str] = field(default_factory=dict)  # of a model: tensor -> variable's path
     labels: dict[str, str] = field(default_factory=dict)  # of weights: group -> layer's name
-    kinds: dict[bytes, tuple[str, str]] = field(default_factory=dict)  # of types seen before
 
-    def model(self, root: Any, home: Any, everything: bool) -> list[list[Any]]:
+    def model(self, root: Any, home: Any, everything: bool) -> list[TensorSpec]:
         """Return the model's tensors in the order in which Keras lists them.
 
         Args:
@@ -212,7 +228,7 @@ class _Reader:
         _refuse_twice(layers, "layer", base or "/")
         places = {f"{base}/{to_text(layer)}": layer for layer in layers}
         listed: dict[str, list[str]] = {}  # place of a layer -> places of its tensors
-        rows: dict[str, list[Any]] = {}
+        specs: dict[str, TensorSpec] = {}
         known: set[str] = set()
         if everything:
             check_attributes(root, "/")
@@ -224,19 +240,19 @@ class _Reader:
             if everything:
                 check_attributes(item, path)
             if path in known:
-                rows[path] = self.row(item, path[len(base) + 1 :], path)
+                specs[path] = self.datasets.describe(item, path[len(base) + 1 :], path)
             elif everything:
-                self.other(item, path)
+                self._note_other(item, path)
         tensors = []
         for place, layer in self.heartbeat.over(places.items()):
             for tensor in self.layer(listed, place, layer):
-                if tensor not in rows:
+                if tensor not in specs:
                     raise FormatError(
                         f"tensor {quote(tensor[len(base) + 1 :])} is named but does not exist in "
                         "the file"
                     )
-                tensors.append(rows[tensor])
-                self.variables[rows[tensor][0]] = tensor[len(place) + 1 :]
+                tensors.append(specs[tensor])
+                self.variables[specs[tensor].name] = tensor[len(place) + 1 :]
         return tensors
 
     def layer(self, listed: Mapping[str, list[str]], place: str, layer: bytes) -> list[str]:
@@ -248,139 +264,29 @@ class _Reader:
             self.layers.append(to_text(layer))
         return listed[place]
 
-    def weights(self, root: Any, everything: bool) -> list[list[Any]]:
+    def weights(self, root: Any, everything: bool) -> list[TensorSpec]:
         """Return the tensors of a weights file, which lists none of them."""
-        rows = []
+        specs = []
         if everything:
             check_attributes(root, "/")
         for path, _, item in walk(root, self.heartbeat, () if everything else keras_names.ASIDE):
             if everything:
                 check_attributes(item, path)
             if isinstance(item, h5d.DatasetID) and keras_names.is_variable(path):
-                row = self.row(item, path.removeprefix("/"), path)
-                if row[2] == "bfloat16" and read_text(item, DTYPE) not in (b"", b"bfloat16"):
-                    row[2] = "opaque"
-                rows.append(row)
+                spec = self.datasets.describe(item, path.removeprefix("/"), path)
+                if spec.dtype == "bfloat16" and read_text(item, DTYPE) not in (b"", b"bfloat16"):
+                    spec = replace(spec, dtype="opaque")
+                specs.append(spec)
             elif everything:
-                self.other(item, path)
+                self._note_other(item, path)
             if isinstance(item, h5g.GroupID) and path.endswith("/vars"):
                 self.labels[path] = read_text(item, b"name").decode(errors="replace")
-        return rows
+        return specs
 
-    def other(self, dataset: Any, path: str) -> None:
+    def _note_other(self, item: Any, path: str) -> None:
         """Note a dataset that is not the model's: optimizer state and whatever else."""
-        if isinstance(dataset, h5d.DatasetID):
-            read_properties(dataset, path)
-            kind = self.kind(dataset.get_type(), path)
-            offset, nbytes = dataset.get_offset(), dataset.get_storage_size()
-            storage = None if offset is None else ["extent", offset, nbytes]
-            self.others.append([path, read_shape(dataset, path), *kind, path, storage, ""])
-
-    def kind(self, datatype: Any, name: str) -> tuple[str, str]:
-        """Return what `_kind` does, which takes its time, once for all tensors of a type."""
-        code = datatype.encode()
-        if code not in self.kinds:
-            self.kinds[code] = describe_type(datatype, name)
-        return self.kinds[code]
-
-    def row(self, dataset: Any, name: str, location: str) -> list[Any]:
-        """Describe one of the model's tensors, having refused what must not be read."""
-        if not isinstance(dataset, h5d.DatasetID):
-            raise FormatError(f"tensor {quote(name)} is a group, not a dataset")
-        offset = dataset.get_offset()
-        # What has an offset is contiguous and in this file; anything else is looked at closely.
-        properties = read_properties(dataset, name) if offset is None else None
-        shape = read_shape(dataset, name)
-        datatype = dataset.get_type()
-        dtype, byteorder = self.kind(datatype, name)
-        if isinstance(datatype, h5t.TypeStringID) and datatype.is_variable_str():
-            digest = self.digest(dataset, shape)
-            return [name, shape, dtype, byteorder, location, None, digest]
-        nbytes = math.prod(shape) * datatype.get_size()
-        if nbytes == 0:
-            storage: list[Any] = ["extent", 0, 0]
-        elif offset is not None:
-            self.inside(offset, nbytes, name)
-            storage = ["extent", offset, nbytes]
-        else:
-            storage = self.storage(dataset, properties, shape, datatype.get_size(), name)
-        return [name, shape, dtype, byteorder, location, storage, ""]
-
-    def storage(
-        self, dataset: Any, properties: Any, shape: list[int], itemsize: int, name: str
-    ) -> list[Any]:
-        """Return where values lie that are not one run of bytes."""
-        nbytes = math.prod(shape) * itemsize
-        kind = properties.get_layout()
-        if kind == h5d.COMPACT:
-            raw = np.empty(nbytes, np.uint8)
-            space = h5s.create_simple(tuple(shape))
-            dataset.read(space, space, raw, dataset.get_type())
-            return ["inline", raw.tobytes().hex()]
-        if kind == h5d.CHUNKED:
-            return self.chunks(dataset, properties, shape, itemsize, name)
-        raise FormatError(
-            f"tensor {quote(name)} was never written ({nbytes} bytes are missing); "
-            "the file was not saved to its end"
-        )
-
-    def chunks(
-        self, dataset: Any, properties: Any, shape: list[int], itemsize: int, name: str
-    ) -> list[Any]:
-        """Return the index of a chunked dataset."""
-        filters = [properties.get_filter(k)[0] for k in range(properties.get_nfilters())]
-        for number in filters:
-            if number not in UNDONE:
-                what, plugin = FILTERS.get(number, "unknown"), ""
-                if number in FILTERS and number >= PLUGINS:
-                    package = PACKAGES.get(number, "hdf5plugin")
-                    plugin = f"; the package {package} brings it to h5py"
-                raise FormatError(
-                    f"tensor {quote(name)} is stored through HDF5 filter {number} ({what}{plugin}"
-                    "), which is not read here; save it uncompressed or with gzip"
-                )
-        chunk_shape = list(properties.get_chunk())
-        wanted = math.prod(-(-n // c) for n, c in zip(shape, chunk_shape, strict=True))
-        found = dataset.get_num_chunks()
-        if found < wanted:
-            raise FormatError(
-                f"tensor {quote(name)} was written in part ({found} of {wanted} chunks); "
-                "the file was not saved to its end"
-            )
-        index: list[Any] = []
-
-        def note(info: Any) -> None:
-            position = [k // c for k, c in zip(info.chunk_offset, chunk_shape, strict=True)]
-            self.inside(info.byte_offset, info.size, name)
-            index.append([position, info.byte_offset, info.size, info.filter_mask])
-            if len(index) % _STEP == 0:
-                self.heartbeat()
-
-        dataset.chunk_iter(note)
-        return ["chunks", shape, chunk_shape, itemsize, filters, index]
-
-    def inside(self, offset: int, nbytes: int, name: str) -> None:
-        """Refuse bytes that the file does not have."""
-        if offset + nbytes > self.size:
-            raise FormatError(
-                f"tensor {quote(name)} lies outside the file: it needs {offset + nbytes} bytes, "
-                f"the file has {self.size}; it is truncated or damaged"
-            )
-
-    def digest(self, dataset: Any, shape: list[int]) -> str:
-        """Digest variable-length strings, which only libhdf5 can find in the file's heap."""
-        total = hashlib.sha256()
-        values = h5py.Dataset(dataset)
-        step = max(1, 1024 // max(1, math.prod(shape[1:])))
-        rows: Iterator[Any] = (
-            iter([values[()]])
-            if not shape
-            else (values[k : k + step] for k in range(0, shape[0], step))
-        )
-        for row in self.heartbeat.over(rows):
-            for value in np.ravel(np.asarray(row, dtype=object)):
-                total.update(b"%d:%b" % (len(value), value))
-        return total.hexdigest()
+        if isinstance(item, h5d.DatasetID):
+            self.others.append(self.datasets.describe_copied(item, path))
 
 
 def _listed(group: Any, place: str, layer: bytes) -> list[str]:
@@ -484,30 +390,37 @@ class KerasHdf5(Format):
             FormatError: the file is damaged, hostile, or holds no Keras model.
         """
         with open_file(request.path) as (root, size):
-            reader = _Reader(size, heartbeat)
+            datasets = Describer(size, heartbeat)
             home = _model_group(root, heartbeat)
             if home is None:
-                found = _weights(root, reader, request.with_optimizer)
-                if not found["tensors"]:
+                found = _read_weights(root, datasets, request.with_optimizer)
+                if not found.tensors:
                     raise FormatError(_no_model(root, heartbeat))
-                return build_table(self.key, request.path, weights_table(found))
-            tensors = reader.model(root, home, request.with_optimizer)
-            _check_saved_to_its_end(root, home)
-            others = reader.others
-            state = [row[0] for row in others if row[0].startswith(f"{OPTIMIZER}/")]
-            config = read_text(root, b"model_config")
-            found = {
-                "tensors": tensors,
-                "others": others,
-                "optimizer": state,
-                "config": hashlib.sha256(config).hexdigest() if config else "",
-                "average": bool(h5a.exists(root, PROVENANCE)),
-                "about": _about(root) if request.with_optimizer else {},
-                "order": reader.layers,
-                "slots": keras_names.slots(reader.variables, state),
-                "cautions": WHOLE_CAUTIONS,
-            }
-            return build_table(self.key, request.path, found)
+                return build_weights_table(self.key, request.path, found)
+            return self._scan_model(request, root, home, datasets)
+
+    def _scan_model(self, request: ScanRequest, root: Any, home: Any, datasets: Describer) -> Table:
+        """Return the table of a file that lists its layers in the group ``home``."""
+        reader = _Reader(datasets, datasets.heartbeat)
+        tensors = {spec.name: spec for spec in reader.model(root, home, request.with_optimizer)}
+        _check_saved_to_its_end(root, home)
+        others = {spec.name: spec for spec in reader.others}
+        state = [name for name in others if name.startswith(f"{OPTIMIZER}/")]
+        config = read_text(root, b"model_config")
+        slots = keras_names.slots(reader.variables, state)
+        return Table(
+            path=Path(request.path),
+            format=self.key,
+            files=(),
+            tensors=tensors,
+            others=others,
+            optimizer=frozenset(state),
+            config=hashlib.sha256(config).hexdigest() if config else "",
+            is_polyak_output=bool(h5a.exists(root, PROVENANCE)),
+            about=_about(root) if request.with_optimizer else {},
+            keras=KerasFacts(tuple(reader.layers), ema_slots=slots),
+            rules=OutputRules(cautions=WHOLE_CAUTIONS),
+        )
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""

@@ -36,27 +36,6 @@ FOREIGN = {
     b"\x93NUMPY": "a numpy array",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself",
 }
-#: Filters that this tool does not undo, by the names their users know.
-FILTERS = {
-    4: "szip",
-    5: "nbit",
-    6: "scale-offset",
-    305: "lzo",
-    307: "bzip2",
-    32001: "blosc",
-    32004: "lz4",
-    32008: "bitshuffle",
-    32013: "zfp",
-    32015: "zstd",
-    32017: "sz",
-    32018: "fcidecomp",
-    32024: "sz3",
-    32026: "blosc2",
-    32028: "sperr",
-}
-#: The package that brings a filter which is neither the library's own nor one of hdf5plugin's.
-PACKAGES = {305: "tables"}
-PLUGINS = 256  # the HDF5 Group gives out numbers from here on; lower ones are the library's own
 _FLOAT_TYPES = [
     (name, order, h5t.py_create(np.dtype(order + code)))
     for name, code in FLOATS.items()

@@ -19,7 +19,7 @@ from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.hdf5 import keras_files, skeleton
-from polyak_cli.formats.hdf5.rows import build_table
+from polyak_cli.formats.hdf5.chunks import Chunks
 from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.formats.keras import emas
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
@@ -32,16 +32,18 @@ CONFIG, WEIGHTS, PICKLED = "config.json", "model.weights.h5", "model.weights.npz
 _ALIGNMENT = 64  # of the weights file in the archive
 
 
-def _emas(said: dict[str, Any], table: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
-    """Return the EMA slots of the model's tensors, or why there are none."""
-    own = {row[4]: row for row in table["tensors"]}
-    state = {row[0]: row[1] for row in table["others"]}
-    shapes = {place: row[1] for place, row in own.items()}
+def _find_emas(said: dict[str, Any], table: Table, labels: dict[str, str]) -> Table:
+    """Return the table with the EMA slots of the model's tensors, or why there are none."""
+    own = {spec.location: spec for spec in table.tensors.values()}
+    state = {name: spec.shape for name, spec in table.others.items()}
+    shapes = {at: spec.shape for at, spec in own.items()}
     try:
-        slots = emas.slots(said, shapes, state, labels)
+        found = emas.slots(said, shapes, state, labels)
     except FormatError as error:
-        return {"cautions": {**table["cautions"], "ema": str(error)}}
-    return {"slots": {slot: [own[place][0] for place in of] for slot, of in slots.items()}}
+        cautions = {**table.rules.cautions, "ema": str(error)}
+        return replace(table, rules=replace(table.rules, cautions=cautions))
+    slots = {slot: [own[at].name for at in of] for slot, of in found.items()}
+    return replace(table, keras=replace(table.keras, ema_slots=slots))
 
 
 def _version(file: InputFile, members: Sequence[zips.Member]) -> dict[str, str]:
@@ -112,24 +114,27 @@ def _inner(file: LocalInput, member: zips.Member, heartbeat: Heartbeat) -> Itera
         yield Window(member.name, copy.fileno(), 0, member.nbytes)
 
 
-def _in_archive(storage: list[Any] | None, member: zips.Member, name: str) -> list[Any] | None:
-    """Return where a tensor lies in the archive that lies so in the weights file."""
-    if storage is None or storage[0] == "inline" or storage == ["extent", 0, 0]:
-        return storage
-    kind, *row = storage
-    deflated = member.method != zips.STORED
-    if kind == "extent" and deflated:
-        return ["deflated", member.offset, member.stored, *row]
-    if kind == "extent":
-        return [kind, member.offset + row[0], row[1]]
-    if deflated:
-        raise FormatError(
-            f"tensor '{shown(name)}' is stored in chunks inside a deflated member, which is not "
-            "read here; save it with model.save()"
-        )
-    *grid, index = row
-    shifted = [[place, member.offset + offset, *rest] for place, offset, *rest in index]
-    return [kind, *grid, shifted]
+def _in_archive(spec: TensorSpec, member: zips.Member) -> TensorSpec:
+    """Return a tensor of the weights file with its place in the archive."""
+    place = spec.storage
+    is_deflated = member.method != zips.STORED
+    if isinstance(place, Extent) and place.nbytes:
+        if is_deflated:
+            inflated = zips.Deflated(member.offset, member.stored, place.offset, place.nbytes)
+            return replace(spec, storage=inflated)
+        return replace(spec, storage=Extent(member.offset + place.offset, place.nbytes))
+    if isinstance(place, Chunks):
+        if is_deflated:
+            raise FormatError(
+                f"tensor '{shown(spec.name)}' is stored in chunks inside a deflated member, which "
+                "is not read here; save it with model.save()"
+            )
+        index = {
+            at: (member.offset + start, nbytes, skipped)
+            for at, (start, nbytes, skipped) in place.index.items()
+        }
+        return replace(spec, storage=replace(place, index=index))
+    return spec
 
 
 def _inside(request: SkeletonRequest) -> SkeletonRequest:
@@ -169,17 +174,21 @@ class KerasArchive(Format):
             config, weights = _parts(members)
             said = _configuration(zips.whole(file, config))
             with _inner(file, weights, heartbeat) as window:
-                found = keras_files.weights(window, heartbeat, everything=request.with_optimizer)
-            if not found["tensors"]:
+                found = keras_files.read_weights(
+                    window, heartbeat, with_optimizer=request.with_optimizer
+                )
+            if not found.tensors:
                 raise FormatError(f"its {WEIGHTS} holds no tensor of a Keras model")
-            table = keras_files.weights_table(found)
-            for row in (*table["tensors"], *table["others"]):
-                row[5] = _in_archive(row[5], weights, row[0])
-            if request.with_optimizer:
-                table["about"] = {**_version(file, members), **table["about"]}
-                table |= _emas(said, table, found["labels"])
-            made = table | {"config": _digest(said), "suffixes": []}
-            return build_table(self.key, request.path, made)
+            found = found._replace(
+                tensors=[_in_archive(spec, weights) for spec in found.tensors],
+                others=[_in_archive(spec, weights) for spec in found.others],
+            )
+            table = keras_files.build_weights_table(self.key, request.path, found)
+            table = replace(table, config=_digest(said), rules=replace(table.rules, suffixes=()))
+            if not request.with_optimizer:
+                return table
+            about = {**_version(file, members), **table.about}
+            return _find_emas(said, replace(table, about=about), found.labels)
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`.

@@ -10,21 +10,21 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.hdf5 import keras_files, skeleton
-from polyak_cli.formats.hdf5.rows import build_table
+from polyak_cli.formats.hdf5.keras_files import Weights
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, Version, open_input
 from polyak_cli.storage.local import name_errors
-from polyak_cli.tensors import Table
+from polyak_cli.tensors import Table, TensorSpec
 
 
 def _shards(index: Path) -> dict[str, list[str]]:
@@ -78,24 +78,22 @@ def _identity(index: Path, shard: Path) -> Version:
     return Version.of(status)
 
 
-def _check_groups(part: Mapping[str, Any], groups: list[str], path: Path, everything: bool) -> None:
+def _check_groups(part: Weights, groups: list[str], path: Path, with_optimizer: bool) -> None:
     """Refuse a shard that lacks what the JSON says of it: another save may have replaced it."""
-    held = {row[4].rpartition("/")[0] for row in (*part["tensors"], *part["others"])}
+    held = {spec.location.rpartition("/")[0] for spec in (*part.tensors, *part.others)}
     for group in groups:
-        if group not in held and (everything or not keras_names.is_aside(group)):
+        if group not in held and (with_optimizer or not keras_names.is_aside(group)):
             raise FormatError(
                 f"{shown(path)}: has no tensor in '{shown(group)}', where its .json says there is; "
                 "it is of another save"
             )
 
 
-def _check_once(rows: list[list[Any]], index: Path) -> None:
+def _check_once(specs: Sequence[TensorSpec], index: Path) -> None:
     """Refuse a tensor that two shards hold."""
-    seen: set[str] = set()
-    for row in rows:
-        if row[0] in seen:
-            raise FormatError(f"{shown(index)}: two of its shards hold tensor '{shown(row[0])}'")
-        seen.add(row[0])
+    ((name, times),) = Counter(spec.name for spec in specs).most_common(1) or [("", 1)]
+    if times > 1:
+        raise FormatError(f"{shown(index)}: two of its shards hold tensor '{shown(name)}'")
 
 
 class KerasShards(Format):
@@ -110,21 +108,22 @@ class KerasShards(Format):
         """See `Format.scan`."""
         index = Path(request.path)
         files = [File(request.path, Version.of(index.stat()))]
-        found: dict[str, Any] = {"tensors": [], "others": [], "labels": {}, "average": False}
-        found["about"] = {}  # this tool writes no such index
+        found = Weights([], [], {}, False, {})  # this tool writes no such index
         for shard, groups in _shards(index).items():
             path = index.parent / shard
             files.append(File(str(path), _identity(index, path)))
-            part = keras_files.weights(str(path), heartbeat, everything=request.with_optimizer)
-            for rows in (part["tensors"], part["others"]):
-                for row in rows:
-                    row[7:] = [len(files) - 1]
-            found["tensors"] += part["tensors"]
-            found["others"] += part["others"]
-            found["labels"] |= {k: label for k, label in part["labels"].items() if label}
+            part = keras_files.read_weights(
+                str(path),
+                heartbeat,
+                with_optimizer=request.with_optimizer,
+                number=len(files) - 1,
+            )
+            found.tensors.extend(part.tensors)
+            found.others.extend(part.others)
+            found.labels.update({k: label for k, label in part.labels.items() if label})
             _check_groups(part, groups, path, request.with_optimizer)
-        _check_once(found["tensors"], index)
-        return build_table(self.key, request.path, keras_files.weights_table(found), files)
+        _check_once(found.tensors, index)
+        return keras_files.build_weights_table(self.key, request.path, found, files)
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
