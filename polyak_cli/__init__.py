@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from polyak_cli.averaging.options import Options
     from polyak_cli.averaging.planning import Plan
     from polyak_cli.averaging.schemes import coefficients, effective_number
     from polyak_cli.checkpoints import (
@@ -39,12 +38,12 @@ if TYPE_CHECKING:
     from polyak_cli.evaluation.recalibration import Recalibration, recalibrate
     from polyak_cli.evaluation.sample_run import TrainReport, train
     from polyak_cli.evaluation.significance import Paired, mcnemar, paired_difference, verdict
-    from polyak_cli.evaluation.sweeping import Sweep, sweep
     from polyak_cli.examining.differences import Differences, Distances, diff, distances
     from polyak_cli.examining.health import Checked, Health, check
     from polyak_cli.examining.inspection import Inspection, inspect
     from polyak_cli.examining.verification import Discrepancy, Verification, verify
-    from polyak_cli.pipeline import Report, average, plan, run
+    from polyak_cli.pipeline import Options, Report, average, plan, run
+    from polyak_cli.pipeline.sweeping import Sweep, sweep
     from polyak_cli.watching import watch
 
 __version__ = "0.1.0"
@@ -123,7 +122,7 @@ _HOMES = {
     "Inspection": "examining.inspection",
     "MismatchError": "errors",
     "MissingExtraError": "errors",
-    "Options": "averaging.options",
+    "Options": "pipeline",
     "RowScores": "evaluation.evaluator",
     "OutputError": "errors",
     "Paired": "evaluation.significance",
@@ -136,7 +135,7 @@ _HOMES = {
     "Score": "evaluation.evaluator",
     "Selection": "checkpoints",
     "Split": "evaluation.data",
-    "Sweep": "evaluation.sweeping",
+    "Sweep": "pipeline.sweeping",
     "TrainReport": "evaluation.sample_run",
     "UsageError": "errors",
     "Verification": "examining.verification",
@@ -157,7 +156,7 @@ _HOMES = {
     "recalibrate": "evaluation.recalibration",
     "run": "pipeline",
     "select": "checkpoints",
-    "sweep": "evaluation.sweeping",
+    "sweep": "pipeline.sweeping",
     "train": "evaluation.sample_run",
     "verdict": "evaluation.significance",
     "verify": "examining.verification",

@@ -93,11 +93,11 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         self.output = Path(output)
         self.folder, self.pattern, self.suffix = _named(os.fspath(checkpoints), self.output)
         self.last, self.every, self.keep, self.force = last, every, keep, force
-        self.options = cast(averaging_options.Options, {"scheme": scheme, **settings})
+        self.options = cast(pipeline.Options, {"scheme": scheme, **settings})
         self.report: pipeline.Report | None = None
         self._run: list[Path] | None = None  # its checkpoints, oldest first; None before it begins
         _check_numbers(last, every, keep)
-        averaging_options.parse(self.options)
+        pipeline.parse_options(self.options)
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Refuse what would only be found out after an epoch."""

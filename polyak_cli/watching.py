@@ -23,11 +23,10 @@ from typing import NamedTuple, Unpack
 from polyak_cli import checkpoints, formats, pipeline
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import records
-from polyak_cli.averaging.options import Options
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.checkpoints import Selection
 from polyak_cli.errors import CheckpointError, OutputError, PolyakError, UsageError, shown
-from polyak_cli.pipeline import Report
+from polyak_cli.pipeline import Options, Report
 from polyak_cli.storage import File, Version
 
 INTERVAL = 2.0  # seconds
@@ -73,7 +72,7 @@ def watch(
     """
     if not (interval > 0 and math.isfinite(interval)):
         raise UsageError(f"--interval is {interval:g}; expected a number of seconds above 0")
-    averaging_options.parse(options)
+    pipeline.parse_options(options)
     if options.get("on_unhealthy"):
         raise UsageError("on_unhealthy belongs to average; what cannot be read is waited for here")
     if not options.get("force"):
@@ -175,7 +174,7 @@ class _Watched:
             )
             return passed
 
-        choice, own = averaging_options.parse(self.options).choice, self._own_name()
+        choice, own = pipeline.parse_options(self.options)[0].choice, self._own_name()
         selection = averaging_options.select(
             self.directory,
             replace(choice, exclude=(*choice.exclude, *own)),

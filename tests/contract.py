@@ -18,10 +18,10 @@ import numpy.typing as npt
 import pytest
 
 from polyak_cli import average, inspect, plan, verify
-from polyak_cli.averaging.options import Options
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.engine import slabs
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
+from polyak_cli.pipeline import Options
 from polyak_cli.tensors import Extent
 from tests.counting import count_reads
 from tests.oracle import Array

@@ -3,179 +3,211 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import polyak_cli
+import pytest
+
 from tests.command import unmeasured
+from tests.source import PACKAGE, Source, sources
 
-PACKAGE = Path(polyak_cli.__file__).parent
-
-#: Module -> what of the package it may import at all, inside functions too.
+#: Room -> the rooms that it may import, inside functions too; its own modules it always may.
 ALLOWED = {
-    "__init__": {
-        "averaging",
-        "checkpoints",
-        "comparison",
-        "data",
-        "differences",
-        "errors",
-        "health",
-        "inspection",
-        "models",
-        "recalibration",
-        "schemes",
-        "statistics",
-        "sweeping",
-        "verification",
-        "watching",
-    },
     "__main__": {"cli"},
     "cli": {
         "averaging",
         "checkpoints",
-        "cli",
-        "comparison",
-        "data",
-        "differences",
         "errors",
+        "evaluation",
+        "examining",
         "formats",
-        "health",
-        "inspection",
-        "models",
-        "plots",
-        "quiet",
-        "reports",
-        "recalibration",
-        "schemes",
-        "sweeping",
-        "verification",
+        "pipeline",
         "watching",
     },
-    "averaging": {
-        "bitwise",
-        "checkpoints",
-        "data",
-        "ema",
-        "engine",
-        "errors",
-        "formats",
-        "health",
-        "matching",
-        "recalibration",
-        "records",
-        "schemes",
-        "tensors",
-    },
-    "bitwise": {"errors", "tensors"},
-    "comparison": {"data", "errors", "models", "statistics"},
-    "callbacks": {"averaging", "errors"},
-    "watching": {"averaging", "checkpoints", "errors", "formats", "tensors"},
-    "differences": {"checkpoints", "engine", "errors", "formats", "matching", "tensors"},
-    "health": {"checkpoints", "engine", "errors", "formats", "matching", "tensors"},
-    "ema": {"errors", "tensors"},
-    "inspection": {"checkpoints", "engine", "errors", "formats", "matching", "tensors"},
-    "matching": {"engine", "errors", "tensors"},
-    "recalibration": {
-        "data",
-        "engine",
-        "errors",
-        "formats",
-        "matching",
-        "models",
-        "records",
-        "tensors",
-    },
-    "records": {"errors"},
-    "verification": {
+    "callbacks": {"averaging", "errors", "pipeline"},
+    "watching": {"averaging", "checkpoints", "errors", "formats", "pipeline", "storage"},
+    "pipeline": {
         "averaging",
-        "bitwise",
+        "checkpoints",
+        "errors",
+        "evaluation",
+        "examining",
+        "formats",
+        "storage",
+        "tensors",
+    },
+    "evaluation": {"averaging", "engine", "errors", "formats", "storage", "tensors"},
+    "examining": {
+        "averaging",
         "checkpoints",
         "engine",
         "errors",
+        "evaluation",  # statistics that were computed from data are compared with their record
         "formats",
-        "matching",
-        "recalibration",
-        "records",
+        "storage",
         "tensors",
     },
-    "models": {"data", "errors", "formats", "quiet", "tensors"},
-    "data": {"errors", "quiet"},
-    "quiet": set(),
-    "plots": {"errors"},
-    "reports": {"errors", "plots"},
-    "sweeping": {
-        "averaging",
-        "comparison",
-        "data",
-        "errors",
-        "models",
-        "recalibration",
-        "schemes",
-    },
-    "checkpoints": {"errors"},
-    "schemes": {"errors"},
-    "statistics": {"errors"},
-    "engine": {"children", "errors", "tensors"},
-    "formats": {"children", "errors", "formats", "tensors"},
-    "children": {"errors"},
-    "tensors": {"errors"},
-    "errors": set(),
+    "averaging": {"checkpoints", "engine", "errors", "formats", "storage", "tensors"},
+    "engine": {"errors", "processes", "storage", "tensors"},
+    "formats": {"errors", "processes", "storage", "tensors"},
+    "tensors": {"errors", "storage"},
+    "checkpoints": {"errors", "storage"},
+    "processes": {"errors"},
+    "storage": {"errors"},
+    "errors": set[str](),
 }
-#: Package -> the only modules that may import it.
+#: The public names come from everywhere, each loaded when it is first used.
+ALLOWED["__init__"] = set(ALLOWED) - {"__main__", "cli", "callbacks"}
+#: Package -> the only modules, or rooms, that may import it.
 HOMES = {
     "click": {"cli"},
     "rich": {"cli"},
-    "h5py": {"formats"},
+    "h5py": {"formats.hdf5"},
     # A callback is a subclass of Keras's; who trains imports it, and nothing of the package does.
-    "keras": {"models", "callbacks"},
-    "tensorflow": {"models"},
-    "matplotlib": {"plots"},
-    "sklearn": {"data"},
+    "keras": {"evaluation", "callbacks"},
+    "tensorflow": {"evaluation"},
+    "matplotlib": {"evaluation.plots"},
+    "jinja2": {"evaluation.reports"},
+    "sklearn": {"evaluation.data"},
+    "google_crc32c": {"formats.checksums"},
 }
 
 
-def imports(path: Path) -> set[str]:
-    """Return the full names of all modules that a file imports anywhere."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def module_of(path: Path) -> str:
-    """Return the name by which the tables above know a file."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
-
-
-def violations() -> list[str]:
-    """Return every import that points up or sideways."""
+def violations(files: Iterable[Source]) -> list[str]:
+    """Return every import that the two tables above do not allow."""
     found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        module = module_of(path)
-        for name in imports(path):
+    for file in files:
+        for name in sorted(file.imports()):
             top, _, rest = name.partition(".")
-            target = rest.partition(".")[0]
-            inside = target not in ("__version__", "") and top == "polyak_cli"
-            if inside and target not in ALLOWED[module]:
-                found.append(f"{module} imports {name}")
-            if top in HOMES and module not in HOMES[top]:
-                found.append(f"{module} imports {name}")
+            room = rest.partition(".")[0]
+            inside = top == "polyak_cli" and room not in ("__version__", "", file.room)
+            if inside and room not in ALLOWED[file.room]:
+                found.append(f"{file.name} imports {name}")
+            if top in HOMES and not any(f"{file.name}.".startswith(f"{h}.") for h in HOMES[top]):
+                found.append(f"{file.name} imports {name}")
     return found
 
 
 def test_imports_point_down() -> None:
-    """Every module imports only what stands below it, and each package has one home."""
-    assert violations() == []
+    """Every room imports only what stands below it, and each package has one home."""
+    assert violations(sources()) == []
 
 
-def test_every_module_has_its_place_in_the_table() -> None:
-    """A new module must be given a place before it may be used."""
-    assert {module_of(path) for path in PACKAGE.rglob("*.py")} <= set(ALLOWED)
+def test_every_room_has_its_place_in_the_table() -> None:
+    """A new room must be given a place before it may be used, and none stays that is gone."""
+    assert {file.room for file in sources()} == set(ALLOWED)
+
+
+def test_the_table_of_rooms_has_no_circle() -> None:
+    """If a room may import another, that one may not import it, not by way of others either."""
+    assert tuple(graphlib.TopologicalSorter(ALLOWED).static_order())
+
+
+def test_an_import_that_points_up_is_seen() -> None:
+    """The check of imports fails where a lower room imports a higher one, or a foreign package."""
+    up = Source("storage.local", "def read():\n    from polyak_cli.engine import folding\n")
+    foreign = Source("engine.kernel", "import h5py\n")
+    assert violations([up]) == ["storage.local imports polyak_cli.engine.folding"]
+    assert violations([foreign]) == ["engine.kernel imports h5py"]
+
+
+def module_imports(file: Source, names: set[str]) -> set[str]:
+    """Return the modules of the package that a file imports when it is itself imported."""
+    found = set()
+    for node in file.tree.body:  # neither inside functions nor under TYPE_CHECKING
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}".removeprefix("polyak_cli.")
+                inside = full if full in names else full.rpartition(".")[0]
+                found |= {inside} & names
+    return found - {file.name}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """The modules can be put in an order in which each imports only earlier ones."""
+    files = sources()
+    names = {file.name for file in files}
+    graph = {file.name: module_imports(file, names) for file in files}
+    assert len(tuple(graphlib.TopologicalSorter(graph).static_order())) == len(files)
+
+
+# --- who opens files ------------------------------------------------------------------------------
+
+#: Calls that open a file by its path.
+OPENERS = {
+    "open",
+    "os.open",
+    "io.open",
+    "zipfile.ZipFile",
+    "np.load",
+    "np.savez",
+    "h5py.File",
+    "h5py.h5f.open",
+    "h5py.h5f.create",
+    "h5f.open",
+    "h5f.create",
+}
+#: Methods of paths that do so.
+METHODS = {"read_text", "read_bytes", "write_text", "write_bytes"}
+#: Module -> why it may open files itself.
+EXCEPTIONS = {
+    "averaging.options": "/proc/self/status is the system's answer, and no file of bytes",
+    "checkpoints.metrics": "a CSV log is text that Python's csv module reads",
+    "cli": "standard streams that were closed are opened on /dev/null",
+    "cli.rendering": "a broken pipe is replaced by /dev/null",
+    "evaluation.data": "data sets are read by numpy, csv and Python's import",
+    "evaluation.keras_files": "zipfile reads the configuration of a model that Keras then opens",
+    "evaluation.quiet": "what a framework prints is held back in a temporary file",
+    "evaluation.reports": "reports are texts for people",
+    "formats.hdf5.chunks": "h5py's LZF needs a file in memory",
+    "formats.hdf5.library": "libhdf5 opens a file by its name",
+    "formats.hdf5.skeleton": "libhdf5 creates a file by its name",
+    "formats.torch.archive": "zipfile is given a stream that storage has opened",
+    "formats.zips": "zipfile is given a stream that storage has opened",
+    "processes.sandbox": "/dev/null, and the system's answer in /proc/self/statm",
+}
+
+
+def openings(file: Source) -> Iterator[str]:
+    """Yield each call in a file that opens another by its path."""
+    for node in ast.walk(file.tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        method = called.rpartition(".")[2] if "." in called else ""
+        path_opened = method == "open" and called.rpartition(".")[0].lower().endswith("path")
+        if called in OPENERS or method in METHODS or path_opened:
+            yield f"{file.name}:{node.lineno} {called}"
+
+
+def test_only_storage_opens_files_by_path() -> None:
+    """Whatever reads or writes bytes goes through `storage`, except where a reason is named."""
+    found = [
+        opening
+        for file in sources()
+        if file.room != "storage" and file.name not in EXCEPTIONS
+        for opening in openings(file)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("module", EXCEPTIONS)
+def test_an_exception_is_one(module: str) -> None:
+    """A module that opens no file any more needs no exception."""
+    (file,) = [file for file in sources() if file.name == module]
+    assert [*openings(file)]
+
+
+def test_the_check_of_openings_can_fail() -> None:
+    """Each way to open a file is seen."""
+    text = "os.open(path, 0)\npath.read_text()\nwith open(path) as f: pass\nself.path.open('rb')\n"
+    assert len([*openings(Source("engine.reading", text))]) == 4
+
+
+# --- what is loaded -------------------------------------------------------------------------------
 
 
 def loaded_by(code: str) -> set[str]:
@@ -191,7 +223,18 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-HEAVY = {"numpy", "h5py", "rich", "tensorflow", "keras", "sklearn", "matplotlib", "decimal"}
+HEAVY = {
+    "numpy",
+    "h5py",
+    "rich",
+    "tensorflow",
+    "keras",
+    "sklearn",
+    "matplotlib",
+    "jinja2",
+    "google_crc32c",
+    "decimal",
+}
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

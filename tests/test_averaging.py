@@ -20,9 +20,9 @@ from hypothesis.extra import numpy as hnp
 
 import polyak_cli
 from polyak_cli import average, plan, run
-from polyak_cli.averaging.options import Options
 from polyak_cli.engine import slabs
 from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, UsageError
+from polyak_cli.pipeline import Options
 from tests.oracle import Array, naive_average, nearest_bfloat16, read_model, same_bits, write_model
 
 SCHEMES: list[Options] = [

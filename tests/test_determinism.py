@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 from polyak_cli import average
 from polyak_cli.averaging import records
-from polyak_cli.averaging.options import Options
 from polyak_cli.engine import slabs
+from polyak_cli.pipeline import Options
 from tests.command import SAMPLES
 from tests.oracle import naive_average, read_model, write_model
 

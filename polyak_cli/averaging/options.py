@@ -9,10 +9,10 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
 
 import numpy as np
 
@@ -22,15 +22,15 @@ from polyak_cli.engine.slabs import Memory
 from polyak_cli.errors import UsageError, shown
 from polyak_cli.tensors import FLOATS
 
-if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
-    from polyak_cli.evaluation.data import Split
-
 Source = str | os.PathLike[str]
 Progress = Callable[[int], None]
+Part = TypeVar("Part")
 
 
 class Options(TypedDict, total=False):
-    """The options of `plan` and `average`; every key may be left out.
+    """The options of an average by itself; every key may be left out.
+
+    `pipeline.Options` adds those of the stages around it.
 
     Attributes:
         last: how many of the newest to use; an error when there are fewer.
@@ -55,12 +55,6 @@ class Options(TypedDict, total=False):
         match: how tensors are paired; "name".
         use_ema: take the EMAs that the optimizer keeps in place of the model's own tensors.
         allow_nonfinite: average NaN and infinity too.
-        on_unhealthy: "fail" or "skip": `check` the chosen checkpoints first, and refuse them when
-            anything is wrong, or average those that are healthy; None does neither.
-        recalibrate: rows over which Keras computes the average's BatchNorm statistics again;
-            see `recalibrate`.
-        batch_size: of these rows at a time, at most; 256.
-        trust_code: run the code that the model carries in a Lambda layer, to recalibrate it.
         force: replace an existing output.
         hash: record each input's SHA-256; by default, if all have 64 MB at most.
         verify: read the output back from the disk before it gets its name, and compare it, bit for
@@ -91,10 +85,6 @@ class Options(TypedDict, total=False):
     match: Literal["name", "order"]
     use_ema: bool
     allow_nonfinite: bool
-    on_unhealthy: Literal["fail", "skip"] | None
-    recalibrate: Split | None
-    batch_size: int | None
-    trust_code: bool
     force: bool
     hash: bool | None
     verify: bool
@@ -194,16 +184,6 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Stages:
-    """What happens around an average; only `pipeline` looks at it."""
-
-    on_unhealthy: Literal["fail", "skip"] | None = None
-    recalibrate: Split | None = None
-    batch_size: int = 256  # rows that a model is run on at a time
-    trust_code: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
     """All options, parsed: the fields of its parts hold the only defaults."""
 
@@ -212,7 +192,6 @@ class Settings:
     tensors: Tensors = field(default_factory=Tensors)
     output: Output = field(default_factory=Output)
     machine: Machine = field(default_factory=Machine)
-    stages: Stages = field(default_factory=Stages)
 
 
 PARTS = {
@@ -221,23 +200,11 @@ PARTS = {
     "tensors": Tensors,
     "output": Output,
     "machine": Machine,
-    "stages": Stages,
 }
-
-
-def default_of(option: str) -> Any:
-    """Return the default of an option, such as "max_memory"."""
-    for part in PARTS.values():
-        for one in fields(part):
-            if one.name == option:
-                return one.default
-    raise KeyError(option)
 
 
 def parse(options: Options) -> Settings:
     """Check options by themselves, before there is a checkpoint, and return them in parts.
-
-    None stands for the default, and lists become tuples.
 
     Raises:
         TypeError: there is no such option.
@@ -246,54 +213,15 @@ def parse(options: Options) -> Settings:
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}; see Options")
-    _check_kinds(options)
-    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    for key in ("exclude", "include_tensors", "exclude_tensors", "coefficients"):
-        if key in given:
-            given[key] = tuple(given[key])
-    parts = {
-        name: part(**{one.name: given[one.name] for one in fields(part) if one.name in given})
-        for name, part in PARTS.items()
-    }
-    settings = Settings(**parts)
-    _check_values(settings)
-    return settings
-
-
-def _check_kinds(options: Options) -> None:
-    """Refuse values of another kind than an option takes."""
     for key in ("exclude", "include_tensors", "exclude_tensors"):
         if isinstance(options.get(key), str):  # a sequence too: of its letters
             raise UsageError(f"{key} is one text; expected a list of globs")
     numbers = ("last", "from_epoch", "to_epoch", "every", "best", "jobs", "max_memory")
-    for key in (*numbers, "batch_size"):
-        if not isinstance(options.get(key), (int, np.integer, type(None))):
-            raise UsageError(f"{key} is {options.get(key)!r}; expected a whole number")
-    choices: dict[str, tuple[str, ...]] = {
-        "dtype": tuple(FLOATS),
-        "optimizer": ("drop", "newest"),
-        "match": ("name", "order"),
-        "on_unhealthy": ("fail", "skip"),
-    }
-    for key, allowed in choices.items():
-        value = options.get(key)
-        if value is not None and value not in allowed:
-            option = key.replace("_", "-")
-            raise UsageError(f"--{option} is {shown(value)}; expected one of {', '.join(allowed)}")
-    for key in ("batch_size", "trust_code"):
-        if options.get(key) and options.get("recalibrate") is None:
-            raise UsageError(
-                f"--{key.replace('_', '-')} belongs to --recalibrate, which is missing"
-            )
-
-
-def _check_values(settings: Settings) -> None:
-    """Refuse values out of range, and options that contradict one another."""
-    if settings.stages.on_unhealthy and settings.tensors.use_ema:
-        raise UsageError(
-            "--on-unhealthy looks at the model's own tensors, not at the EMAs of --use-ema; leave "
-            "one of them out"
-        )
+    check_whole_numbers(options, numbers)
+    check_choice(options, "dtype", tuple(FLOATS))
+    check_choice(options, "optimizer", ("drop", "newest"))
+    check_choice(options, "match", ("name", "order"))
+    settings = Settings(**{name: fill(part, options) for name, part in PARTS.items()})
     for option, value, least in (
         ("jobs", settings.machine.jobs, 1),
         ("max-memory", settings.machine.max_memory, 1 << 20),
@@ -301,6 +229,35 @@ def _check_values(settings: Settings) -> None:
         if value < least:
             raise UsageError(f"--{option} is {value}; expected at least {least}")
     settings.weighting.resolve()
+    return settings
+
+
+def fill(part: Callable[..., Part], options: Mapping[str, Any]) -> Part:
+    """Return a part with the options that are its fields.
+
+    None stands for the default, and lists become tuples, so that parts never change.
+    """
+    given = {}
+    for one in fields(part):  # type: ignore[arg-type] # every part is a dataclass
+        value = options.get(one.name)
+        if value is not None:
+            given[one.name] = tuple(value) if isinstance(value, list) else value
+    return part(**given)
+
+
+def check_whole_numbers(options: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Refuse what is neither a whole number nor left out."""
+    for key in keys:
+        if not isinstance(options.get(key), (int, np.integer, type(None))):
+            raise UsageError(f"{key} is {options.get(key)!r}; expected a whole number")
+
+
+def check_choice(options: Mapping[str, Any], key: str, allowed: Sequence[str]) -> None:
+    """Refuse a value that an option does not take."""
+    value = options.get(key)
+    if value is not None and value not in allowed:
+        option = key.replace("_", "-")
+        raise UsageError(f"--{option} is {shown(value)}; expected one of {', '.join(allowed)}")
 
 
 def select(

@@ -5,7 +5,7 @@ Reads no value, writes nothing, and knows no option of the stages around an aver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -51,6 +51,7 @@ class Plan:
         bytes_to_write: about the size of the output.
         memory: bytes, what the process has now and the buffers.
         settings: the options, parsed.
+        stages: the options of the stages around the average, which are theirs alone.
         recalibrate: what BatchNorm's statistics will be computed over again, if they are.
         output_format: the key of the output's format.
         stored_dtypes: location in the template -> the type to store, of each averaged tensor.
@@ -76,6 +77,7 @@ class Plan:
     memory: int
     settings: Settings
     recalibrate: Mapping[str, Any] | None
+    stages: object = field(repr=False)
     output_format: str
     stored_dtypes: Mapping[str, str] = field(repr=False)
     drop_optimizer: bool
@@ -156,6 +158,7 @@ class Around(NamedTuple):
     is_examined: bool = False  # epochs and file times have been looked at already
     recalibrate: Mapping[str, Any] | None = None  # what BatchNorm's statistics come from
     copies: int = 1  # of the output that lie on its disk at a time
+    stages: object = None  # their own options, which are kept for them
     check_template: Callable[[Table, Path | None], None] = lambda _template, _output: None
 
 
@@ -174,10 +177,7 @@ def plan_average(
         around: what the stages around the average know.
 
     Raises:
-        UsageError: the options do not fit the checkpoints.
-        FormatError: a checkpoint is foreign, damaged or hostile.
-        MismatchError: the checkpoints do not belong to one model.
-        OutputError: the output is in the way or cannot be written.
+        PolyakError: a leaf of it; see `pipeline.plan`.
     """
     scheme = settings.weighting.resolve()
     coefficients = settings.weighting.compute(chosen.positions)
@@ -187,15 +187,13 @@ def plan_average(
         force = settings.output.force
         outputs.check_output(output, tables, force=force, run=chosen.left_out)
     around.check_template(template, output)
-    averaged, carried, missing_emas = _sort_tensors(tables, settings)
+    found = _sort_tensors(tables, settings)
     output_format = outputs.choose_format(output, template)
     if output_format == template.format:
-        _check_types(template, averaged, settings.tensors.dtype)
-    stored = map_stored_dtypes(averaged, settings.tensors.dtype)
-    drop = drops_optimizer(template, settings.tensors.optimizer)
-    outputs.check_conversion(output, template, averaged=stored, drop_optimizer=drop)
-    others = template.others
-    dropped = [name for name in others if drop and name in template.optimizer]
+        _check_types(template, found.averaged, settings.tensors.dtype)
+    outputs.check_conversion(
+        output, template, averaged=found.stored, drop_optimizer=found.drop_optimizer
+    )
     made = Plan(
         output=output,
         checkpoints=chosen.checkpoints,
@@ -203,35 +201,23 @@ def plan_average(
         parameters=scheme.parameters,
         coefficients=coefficients,
         positions=chosen.positions,
-        carried=(*(row[-1].name for row in carried), *(n for n in others if n not in dropped)),
-        dropped=tuple(dropped),
+        carried=found.carried_names,
+        dropped=found.dropped_names,
         passed_over=chosen.passed_over,
         skipped=tuple(around.skipped),
-        notes=(
-            *chosen.notes,
-            *_list_suspicions(chosen, tables, around),
-            *note_files_beside(chosen.checkpoints[-1], template),
-            *list_notes(
-                tables,
-                averaged,
-                carried,
-                stored,
-                drop_optimizer=drop,
-                recalibrates=around.recalibrate is not None,
-            ),
-            *note_missing_emas(missing_emas),
-        ),
-        bytes_to_read=_count_bytes_to_read(averaged, carried, coefficients),
-        bytes_to_write=_estimate_size(template, averaged, dropped, stored),
+        notes=tuple(_collect_notes(chosen, tables, found, around)),
+        bytes_to_read=_count_bytes_to_read(found.averaged, found.carried, coefficients),
+        bytes_to_write=_estimate_size(template, found),
         memory=measure_peak() + settings.machine.share().nbytes,
         settings=settings,
         recalibrate=around.recalibrate,
+        stages=around.stages,
         output_format=output_format,
-        stored_dtypes=stored,
-        drop_optimizer=drop,
+        stored_dtypes=found.stored,
+        drop_optimizer=found.drop_optimizer,
         tables=tables,
-        averaged_rows=tuple(averaged),
-        carried_rows=tuple(carried),
+        averaged_rows=tuple(found.averaged),
+        carried_rows=tuple(found.carried),
     )
     if output:
         publishing.check_room(output, around.copies * made.bytes_to_write)
@@ -244,16 +230,55 @@ def _scan(chosen: checkpoints.Selection, settings: Settings) -> tuple[Table, ...
     return tuple(formats.scan(paths, jobs=jobs, with_optimizer=settings.tensors.use_ema))
 
 
-def _sort_tensors(
-    tables: tuple[Table, ...], settings: Settings
-) -> tuple[list[Row], list[Row], Sequence[str]]:
-    """Return the tensors to average, those to carry, and the names of those without an EMA."""
-    wanted = settings.tensors
+class _Fates(NamedTuple):
+    """What becomes of each tensor of the checkpoints."""
+
+    averaged: Sequence[Row]
+    carried: Sequence[Row]
+    carried_names: tuple[str, ...]  # those of the file that are not the model's own too
+    dropped_names: tuple[str, ...]
+    stored: Mapping[str, str]  # location in the template -> the type to store
+    drop_optimizer: bool
+    missing_emas: Sequence[str]
+
+
+def _sort_tensors(tables: tuple[Table, ...], settings: Settings) -> _Fates:
+    """Pair the tensors of all checkpoints, and decide what becomes of each."""
+    template, wanted = tables[-1], settings.tensors
     taken, missing_emas = ema.in_place(tables) if wanted.use_ema else (tables, [])
     rows = match(taken, wanted.match)
-    averaged, carried = decide_fates(rows, wanted, shown(tables[-1].path))
+    averaged, carried = decide_fates(rows, wanted, shown(template.path))
     _check_chunks(tables, rows, settings.machine)
-    return averaged, carried, missing_emas
+    drop = drops_optimizer(template, wanted.optimizer)
+    dropped = [name for name in template.others if drop and name in template.optimizer]
+    others = (name for name in template.others if name not in dropped)
+    return _Fates(
+        averaged=averaged,
+        carried=carried,
+        carried_names=(*(row[-1].name for row in carried), *others),
+        dropped_names=tuple(dropped),
+        stored=map_stored_dtypes(averaged, wanted.dtype),
+        drop_optimizer=drop,
+        missing_emas=missing_emas,
+    )
+
+
+def _collect_notes(
+    chosen: checkpoints.Selection, tables: Sequence[Table], found: _Fates, around: Around
+) -> Iterator[str]:
+    """Yield what a user should know before the run."""
+    yield from chosen.notes
+    yield from _list_suspicions(chosen, tables, around)
+    yield from note_files_beside(chosen.checkpoints[-1], tables[-1])
+    yield from list_notes(
+        tables,
+        found.averaged,
+        found.carried,
+        found.stored,
+        drop_optimizer=found.drop_optimizer,
+        recalibrates=around.recalibrate is not None,
+    )
+    yield from note_missing_emas(found.missing_emas)
 
 
 def _list_suspicions(
@@ -303,11 +328,10 @@ def _count_bytes_to_read(
     return counted * sum(row[-1].nbytes for row in averaged) + compared
 
 
-def _estimate_size(
-    template: Table, averaged: Sequence[Row], dropped: Sequence[str], stored: Mapping[str, str]
-) -> int:
+def _estimate_size(template: Table, found: _Fates) -> int:
+    """Return about the bytes of the output: the template's, with other types and without state."""
     change = sum(
-        row[-1].size * (itemsize(stored[row[-1].location]) - itemsize(row[-1].dtype))
-        for row in averaged
+        row[-1].size * (itemsize(found.stored[row[-1].location]) - itemsize(row[-1].dtype))
+        for row in found.averaged
     )
-    return template.size + change - sum(template.others[n].nbytes for n in dropped)
+    return template.size + change - sum(template.others[n].nbytes for n in found.dropped_names)

@@ -369,8 +369,9 @@ def sweep(
     from pathlib import Path
 
     from polyak_cli.evaluation import data as datasets
-    from polyak_cli.evaluation import reports, sweeping
+    from polyak_cli.evaluation import reports
     from polyak_cli.evaluation.quiet import redirect_prints
+    from polyak_cli.pipeline import sweeping
 
     folder = Path(output)
     reports.check_folder(folder, force=force)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from polyak_cli import __version__, pipeline
-from polyak_cli.evaluation import data, sweeping
+from polyak_cli.evaluation import data
+from polyak_cli.pipeline import sweeping
 from tests.command import polyak, script
 from tests.test_cli import EAGER, on_terminal
 

@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from polyak_cli import checkpoints, formats
+from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import records
-from polyak_cli.averaging.options import (
-    Options,
-    Progress,
-    Settings,
-    Source,
-    Stages,
-    measure_peak,
-    parse,
-    select,
-)
+from polyak_cli.averaging.options import Progress, Settings, Source, measure_peak, select
 from polyak_cli.averaging.planning import Around, Plan, plan_average
 from polyak_cli.averaging.writing import write_average
 from polyak_cli.errors import (
@@ -37,9 +29,69 @@ from polyak_cli.formats import outputs
 from polyak_cli.storage import publishing
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
+    from polyak_cli.evaluation.data import Split
     from polyak_cli.evaluation.recalibration import Recalibration
     from polyak_cli.examining.health import Checked
     from polyak_cli.tensors import Table
+
+
+class Options(averaging_options.Options, total=False):
+    """The options of `plan` and `average`: those of an average by itself, and these.
+
+    Attributes:
+        on_unhealthy: "fail" or "skip": `check` the chosen checkpoints first, and refuse them when
+            anything is wrong, or average those that are healthy; None does neither.
+        recalibrate: rows over which Keras computes the average's BatchNorm statistics again; see
+            `recalibrate`.
+        batch_size: of these rows at a time, at most; 256.
+        trust_code: run the code that the model carries in a Lambda layer, to recalibrate it.
+    """
+
+    on_unhealthy: Literal["fail", "skip"] | None
+    recalibrate: Split | None
+    batch_size: int | None
+    trust_code: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What happens around an average; its fields hold the only defaults."""
+
+    on_unhealthy: Literal["fail", "skip"] | None = None
+    recalibrate: Split | None = None
+    batch_size: int = 256  # rows that a model is run on at a time
+    trust_code: bool = False
+
+
+def parse_options(options: Options) -> tuple[Settings, Stages]:
+    """Check options by themselves, before there is a checkpoint, and return them in parts.
+
+    Raises:
+        TypeError: there is no such option.
+        UsageError: names the option and what it takes.
+    """
+    own = {one.name for one in fields(Stages)}
+    core: Any = {key: value for key, value in options.items() if key not in own}
+    settings = averaging_options.parse(core)
+    averaging_options.check_whole_numbers(options, ["batch_size"])
+    averaging_options.check_choice(options, "on_unhealthy", ("fail", "skip"))
+    stages = averaging_options.fill(Stages, options)
+    if stages.on_unhealthy and settings.tensors.use_ema:
+        raise UsageError(
+            "--on-unhealthy looks at the model's own tensors, not at the EMAs of --use-ema; leave "
+            "one of them out"
+        )
+    for key in ("batch_size", "trust_code"):
+        if options.get(key) and stages.recalibrate is None:
+            raise UsageError(
+                f"--{key.replace('_', '-')} belongs to --recalibrate, which is missing"
+            )
+    return settings, stages
+
+
+def stages_of(plan: Plan) -> Stages:
+    """Return the options of the stages; a plan that was made without any has the defaults."""
+    return plan.stages if isinstance(plan.stages, Stages) else Stages()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +191,15 @@ def plan(
         MismatchError: the checkpoints do not belong to one model.
         OutputError: the output is in the way or cannot be written.
     """
-    settings = parse(options)
+    settings, stages = parse_options(options)
     chosen = (
         sources if isinstance(sources, checkpoints.Selection) else select(sources, settings.choice)
     )
     settings.weighting.compute(chosen.positions)  # refused before the values are examined
-    healthy, skipped = _examine(chosen, settings)
+    healthy, skipped = _examine(chosen, settings, stages)
     if skipped and settings.weighting.coefficients is not None:
         left = _keep_coefficients(skipped, chosen, settings.weighting.coefficients)
         settings = replace(settings, weighting=replace(settings.weighting, coefficients=left))
-    stages = settings.stages
     rows = stages.recalibrate
     around = Around(
         skipped=skipped,
@@ -158,6 +209,7 @@ def plan(
         else {"data": rows.source, "rows": rows.rows, "batch_size": stages.batch_size},
         # The average stays until it is copied, and what is verified until it is compared.
         copies=1 + (rows is not None) + settings.output.verify,
+        stages=stages,
         check_template=lambda template, target: _check_recalibration(template, target, stages),
     )
     target = Path(output) if output is not None else None
@@ -250,7 +302,7 @@ def _verify(
 
 def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | None:
     """Put the average with new statistics in its place, if that was asked for."""
-    stages = plan.settings.stages
+    stages = stages_of(plan)
     rows = stages.recalibrate
     if rows is None:
         return None
@@ -274,14 +326,14 @@ def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | Non
 
 
 def _examine(
-    chosen: checkpoints.Selection, settings: Settings
+    chosen: checkpoints.Selection, settings: Settings, stages: Stages
 ) -> tuple[checkpoints.Selection, tuple[Checked, ...]]:
     """Return which of the checkpoints to average and which to skip, if health is asked for.
 
     Raises:
         CheckpointError: something is wrong and nothing may be skipped, or everything would be.
     """
-    wanted = settings.stages.on_unhealthy
+    wanted = stages.on_unhealthy
     if wanted is None:
         return chosen, ()
     from polyak_cli.examining import health

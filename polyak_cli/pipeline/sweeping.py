@@ -208,7 +208,7 @@ def _write_winner(
     plan: planning.Plan,
     sources: averaging_options.Source | Sequence[averaging_options.Source],
     output: Path,
-    options: averaging_options.Options,
+    options: pipeline.Options,
 ) -> None:
     """Write the winner as `average` does, from the checkpoints with a coefficient in it."""
     # --last counts checkpoints before --best chooses and unhealthy ones are skipped, so it would
@@ -309,7 +309,7 @@ class _CandidateScorer:
 
     def _recalibrate(self, path: Path) -> Path:
         """Gather the BatchNorm statistics of an average again, if the options say so."""
-        stages = self.plan.settings.stages
+        stages = pipeline.stages_of(self.plan)
         rows = stages.recalibrate
         if rows is None:
             return path

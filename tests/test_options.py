@@ -1,0 +1,86 @@
+"""Options have one home: the fields of the parts that they are parsed into."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import click
+import pytest
+
+from polyak_cli import pipeline
+from polyak_cli.averaging import options as averaging_options
+from polyak_cli.averaging import records
+from polyak_cli.averaging.options import PARTS, Tensors
+from polyak_cli.cli import cli
+from polyak_cli.errors import UsageError
+
+#: Options of the command that are not options of an average: where it goes, and what is printed.
+COMMAND = {"sources", "output", "dry_run", "as_json", "quiet", "verbose", "split"}
+
+
+def test_every_option_is_a_field_of_exactly_one_part() -> None:
+    """The keywords that users may give are the fields, no more and no less."""
+    names = [one.name for part in (*PARTS.values(), pipeline.Stages) for one in fields(part)]
+    assert len(names) == len(set(names))
+    assert set(names) == set(pipeline.Options.__annotations__)
+
+
+def test_the_command_line_has_the_same_options_and_defaults() -> None:
+    """What `polyak average` does without an option is what `average()` does without it."""
+    command = cli.commands["average"]
+    assert isinstance(command, click.Command)
+    settings, stages = pipeline.parse_options({})
+    parsed: dict[str, Any] = {}
+    for part in (*(getattr(settings, name) for name in PARTS), stages):
+        parsed |= {one.name: getattr(part, one.name) for one in fields(part)}
+    offered = {p.name: p for p in command.params if p.name and p.name not in COMMAND}
+    assert set(offered) == set(parsed)
+    given: Any = {
+        name: option.get_default(click.Context(command)) for name, option in offered.items()
+    }
+    # click marks what was not given; a flag that was not given is off.
+    plain: Any = {
+        k: v for k, v in given.items() if v is not None and isinstance(v, int | str | tuple)
+    }
+    again, around = pipeline.parse_options(plain | {"batch_size": None})
+    assert (again, around) == (settings, stages)
+
+
+def test_the_record_has_the_options_that_decide_values() -> None:
+    """An average can be computed again from its record alone."""
+    assert {one.name for one in fields(Tensors)} == set(records._OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"last": "5"}, "last is '5'; expected a whole number"),
+        ({"exclude": "*.h5"}, "exclude is one text; expected a list of globs"),
+        ({"dtype": "int8"}, "--dtype is int8; expected one of float16"),
+        ({"jobs": 0}, "--jobs is 0; expected at least 1"),
+        ({"max_memory": 5}, "--max-memory is 5; expected at least 1048576"),
+        ({"on_unhealthy": "maybe"}, "--on-unhealthy is maybe; expected one of fail, skip"),
+        ({"on_unhealthy": "skip", "use_ema": True}, "--on-unhealthy looks at the model's own"),
+        ({"trust_code": True}, "--trust-code belongs to --recalibrate, which is missing"),
+        ({"scheme": "linear", "alpha": 2.0}, "alpha"),
+    ],
+)
+def test_options_are_refused_by_name(options: Any, expected: str) -> None:
+    """Each is refused before any checkpoint is looked for."""
+    with pytest.raises(UsageError) as caught:
+        pipeline.parse_options(options)
+    assert expected in str(caught.value)
+
+
+def test_an_unknown_option_is_a_mistake_of_the_caller() -> None:
+    """A misspelt keyword is a TypeError, as for any function."""
+    wrong: Any = {"shceme": "exp"}
+    with pytest.raises(TypeError, match="there is no option shceme"):
+        pipeline.parse_options(wrong)
+
+
+def test_none_stands_for_the_default() -> None:
+    """An option that is None is as if it had been left out."""
+    keys: Any = dict.fromkeys(averaging_options.Options.__annotations__)
+    assert averaging_options.parse(keys) == averaging_options.parse({})
