@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -26,9 +27,10 @@ import numpy as np
 import pytest
 
 import polyak_cli
+from polyak_cli.averaging.options import Settings
 from polyak_cli.averaging.schemes import SCHEMES
 from polyak_cli.cli import cli
-from polyak_cli.cli.models import _below
+from polyak_cli.cli.models import _find_failed
 from polyak_cli.errors import UsageError
 from polyak_cli.evaluation.evaluator import Score
 from polyak_cli.evaluation.reports import format_json
@@ -1079,15 +1081,15 @@ def test_a_gate_lets_pass_what_is_enough_and_finite(
 ) -> None:
     """A loss that is no number passes no gate, and two numbers that differ are shown differing."""
     score = Score(Path("m.h5"), loss, {"accuracy": accuracy}, 10)
-    assert list(_below(score, [("accuracy", least)])) == told
+    assert list(_find_failed(score, [("accuracy", least)])) == told
 
 
 def test_a_gate_on_the_loss_is_of_the_loss() -> None:
     """It is told once when it is not finite, and a metric that is not there is a usage error."""
     score = Score(Path("m.h5"), math.nan, {}, 10)
-    assert list(_below(score, [("loss", 0.1)])) == ["m.h5: loss is nan, not a finite number"]
+    assert list(_find_failed(score, [("loss", 0.1)])) == ["m.h5: loss is nan, not a finite number"]
     with pytest.raises(UsageError, match="has no such metric; it has loss"):
-        list(_below(score, [("accuracy", 0.1)]))
+        list(_find_failed(score, [("accuracy", 0.1)]))
 
 
 def test_json_has_null_where_a_number_is_none() -> None:
@@ -1175,3 +1177,17 @@ def test_a_run_warns_of_nothing(run_folder: Path) -> None:
         check=False,
     )
     assert "wrote o.h5" in succeeded(done)
+
+
+def test_defaults_are_those_of_the_options_of_averaging() -> None:
+    """The command line repeats defaults for its help, without importing numpy; they agree."""
+    parts = [getattr(Settings(), part.name) for part in dataclasses.fields(Settings)]
+    defaults = {
+        field.name: getattr(part, field.name)
+        for part in parts
+        for field in dataclasses.fields(part)
+    }
+    given = cli.commands["average"].make_context("average", ["x", "-o", "y"]).params
+    repeated = {name: given[name] for name in defaults if given[name] is not None}
+    assert {"every", "match", "optimizer", "use_ema", "force"} <= repeated.keys()
+    assert repeated == {name: defaults[name] for name in repeated}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from polyak_cli.checkpoints.listing import (
     KINDS_OF_MODEL,
     Checkpoint,
     PassedOver,
+    Pool,
     Problem,
     StrPath,
     describe_nothing_found,
@@ -137,15 +138,8 @@ def select(
     if best is not None and chosen:
         chosen, metric_notes = take_best(chosen, ordered, best, growing, monitor, better, log)
         notes += metric_notes
-    taken = {one.path for one in chosen}
-    return Selection(
-        checkpoints=tuple(chosen),
-        passed_over=tuple(sorted(pool.passed_over, key=lambda passed: str(passed.path))),
-        notes=(*pool.notes, *notes),
-        positions=place_in_run(chosen, ordered),
-        left_out=tuple(one.path for one in ordered if one.path not in taken),
-        thinned=growing or every > 1 or best is not None or is_thinned(pool, exclude),
-    )
+    thinned = growing or every > 1 or best is not None or is_thinned(pool, exclude)
+    return _build_selection(pool, chosen, ordered, notes, thinned)
 
 
 def survey(
@@ -192,16 +186,26 @@ def survey(
     within = set(restrict_epochs(known, from_epoch, to_epoch) if known else ())
     kept = [one for one in ordered if one.epoch is None or one in within]
     chosen = take_newest(kept, last, len(ordered))
+    selection = _build_selection(pool, chosen, ordered, (), is_thinned(pool, exclude))
+    concerned = (one for one in problems if one.path not in selection.left_out)
+    return replace(selection, problems=tuple(concerned))
+
+
+def _build_selection(
+    pool: Pool,
+    chosen: Sequence[Checkpoint],
+    ordered: Sequence[Checkpoint],
+    notes: Sequence[str],
+    thinned: bool,
+) -> Selection:
     taken = {one.path for one in chosen}
-    left_out = tuple(one.path for one in ordered if one.path not in taken)
     return Selection(
         checkpoints=tuple(chosen),
         passed_over=tuple(sorted(pool.passed_over, key=lambda passed: str(passed.path))),
-        notes=pool.notes,
+        notes=(*pool.notes, *notes),
         positions=place_in_run(chosen, ordered),
-        left_out=left_out,
-        thinned=is_thinned(pool, exclude),
-        problems=tuple(problem for problem in problems if problem.path not in left_out),
+        left_out=tuple(one.path for one in ordered if one.path not in taken),
+        thinned=thinned,
     )
 
 

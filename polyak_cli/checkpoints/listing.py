@@ -154,15 +154,10 @@ def find_candidates(
             paths = [path for path in paths if not _is_part(path)]
         kept, passed = _sift(paths, listed, exclude, unmatched)
         if listed:
-            kept, others = _separate_kinds(source, kept, on_problem)
-            passed += others
-        files: list[tuple[Path, tuple[int, int]]] = []
-        for path in kept:
-            try:
-                files.append((path, _read_identity(path)))
-            except CheckpointError as error:
-                on_problem(Problem("unreadable", str(error), path))
-                unusable.append(path)
+            kept, of_other_kinds = _separate_kinds(source, kept, on_problem)
+            passed += of_other_kinds
+        files, others = _read_identities(kept, on_problem)
+        unusable += others
         if listed:
             opened = {find_file(path): path for path, _ in files}
             ours = {opened[file] for file in find_polyak_outputs(list(opened))} if files else set()
@@ -179,6 +174,21 @@ def find_candidates(
         raise CheckpointError("no checkpoint is left: --exclude matches every file that was named")
     notes = tuple(f"--exclude '{shown(pattern)}' matched nothing" for pattern in unmatched)
     return Pool((*found.values(), *unusable), as_given, tuple(passed_over), notes)
+
+
+def _read_identities(
+    paths: Sequence[Path], on_problem: Callable[[Problem], None]
+) -> tuple[list[tuple[Path, tuple[int, int]]], list[Path]]:
+    """Return the regular files with device and inode, and the other paths, which are reported."""
+    files: list[tuple[Path, tuple[int, int]]] = []
+    others: list[Path] = []
+    for path in paths:
+        try:
+            files.append((path, _read_identity(path)))
+        except CheckpointError as error:
+            on_problem(Problem("unreadable", str(error), path))
+            others.append(path)
+    return files, others
 
 
 def refuse(problem: Problem) -> None:

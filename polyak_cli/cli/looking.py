@@ -163,7 +163,7 @@ def _diff_run(
     found = differences.distances(selection, by=options["match"] or "name")
     if plot:
         plots.draw_distances(
-            [_label(row.path, row.epoch) for row in found.checkpoints],
+            [_choose_label(row.path, row.epoch) for row in found.checkpoints],
             [row.to_previous for row in found.checkpoints],
             [row.to_average for row in found.checkpoints],
             Path(plot),
@@ -172,7 +172,7 @@ def _diff_run(
     return DONE
 
 
-def _label(path: Path, epoch: int | None) -> str:
+def _choose_label(path: Path, epoch: int | None) -> str:
     return shown(path.stem, 20) if epoch is None else str(epoch)
 
 

@@ -141,14 +141,18 @@ def evaluate(
     with redirect_prints():
         dataset = datasets.load(data)
         rows = dataset.split(split)
-        scores, compared = _scored(
+        scores, compared = _score_models(
             paths, baseline, rows, batch_size=batch_size, trust_code=trust_code
         )
-    failures = [line for score in scores for line in _below(score, fail_under)]
+    failures = [line for score in scores for line in _find_failed(score, fail_under)]
     if compared and fail_if_worse:
-        failures += _worse(compared)
+        failures += _find_worse(compared)
     rendering.print_notes(
-        [*map(rendering.word_passed_over, passed_over), *dataset.notes, *_about(scores, compared)],
+        [
+            *map(rendering.word_passed_over, passed_over),
+            *dataset.notes,
+            *_collect_notes(scores, compared),
+        ],
         quiet,
     )
     found = {
@@ -165,7 +169,7 @@ def evaluate(
     return ANSWER_IS_NO if failures else DONE
 
 
-def _scored(
+def _score_models(
     paths: Sequence[Path], baseline: str | None, rows: Split, **options: Any
 ) -> tuple[list[Score], Comparison | None]:
     """Score the models, and compare them with the baseline if there is one."""
@@ -177,13 +181,13 @@ def _scored(
     return [one.score for one in compared.models], compared
 
 
-def _about(scores: Sequence[Score], compared: Comparison | None) -> Iterable[str]:
+def _collect_notes(scores: Sequence[Score], compared: Comparison | None) -> Iterable[str]:
     """Return the notes about each file once; the baseline may be among the models."""
     every = [compared.baseline, *scores] if compared else scores
     return dict.fromkeys(f"{shown(one.path)}: {note}" for one in every for note in one.notes)
 
 
-def _worse(compared: Comparison) -> Iterator[str]:
+def _find_worse(compared: Comparison) -> Iterator[str]:
     """Yield the models that are worse than the baseline beyond noise, or whose loss is not finite.
 
     Accuracy decides, or loss if there is no accuracy.
@@ -204,7 +208,7 @@ def _worse(compared: Comparison) -> Iterator[str]:
             yield f"{path}: the loss is {one.score.loss!r}, not a finite number"
 
 
-def _below(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
+def _find_failed(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
     """Yield the gates that a model fails; it fails all if its loss is not finite."""
     values = dict(score.metrics) | ({} if score.loss is None else {"loss": score.loss})
     loss = values.get("loss", 0.0)
