@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 MEGABYTE = 10**6
 LIMIT = 100 * MEGABYTE
-#: What two runs of the same kind may differ by: the allocator and the threads' timing.
+#: By how much two runs of one kind may differ, by the allocator and the threads' timing.
 FLAT = 8 * MEGABYTE
 #: Elements compared at a time.
 STRIDE = 1 << 22
@@ -59,7 +59,7 @@ def measure(sources: Path, output: Path, *options: str) -> Measured:
     code, peak = json.loads(done.stderr.splitlines()[-1])
     assert code == 0, done.stderr
     report = json.loads(done.stdout)
-    # The report tells the truth, as far as it can before its own last allocations.
+    # The reported peak is right, except for the allocations that come after it.
     assert abs(report["peak_memory"] - peak) < FLAT
     return Measured(peak, [checkpoint["coefficient"] for checkpoint in report["checkpoints"]])
 
@@ -119,7 +119,7 @@ def check_stream(
 
 
 def average_large(folder: Path, count: int, tensors: int, elements: int, *options: str) -> int:
-    """Write a run, average it, check the bits, take all away and return the peak."""
+    """Write a run, average it, check the bits, delete all files and return the peak."""
     sources, output = folder / f"run_{count}_{elements}", folder / f"{count}_{elements}.h5"
     sources.mkdir()
     paths = [
@@ -161,7 +161,7 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path: Path) -> 
 
 @pytest.mark.soak
 def test_memory_stays_below_the_limit_with_a_thousand_checkpoints(tmp_path: Path) -> None:
-    """Their names and sizes are all that there is more of."""
+    """More tensors cost only the memory of their names and sizes."""
     few = average_large(tmp_path, 2, 1, 1 << 14)
     many = average_large(tmp_path, 1000, 1, 1 << 14)
     assert many <= LIMIT
@@ -208,7 +208,7 @@ def test_plain_tensors_stay_below_the_limit_with_any_bound(tmp_path: Path, bound
 
 
 def test_memory_stays_below_the_limit_with_compressed_checkpoints(tmp_path: Path) -> None:
-    """What has to be inflated is inflated chunk by chunk."""
+    """Compressed tensors are inflated chunk by chunk."""
     sources = tmp_path / "run"
     sources.mkdir()
     tile = np.random.default_rng(0).normal(size=1 << 10).astype(np.float32)
@@ -243,7 +243,7 @@ def test_memory_does_not_grow_with_carried_tensors(tmp_path: Path) -> None:
 
 
 def test_the_measuring_sees_what_is_used() -> None:
-    """A process that does take 300 MB is found out."""
+    """The measurement sees a process that takes 300 MB."""
     hungry = [sys.executable, "-c", "x = bytearray(b'x') * 300_000_000"]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *hungry], capture_output=True, text=True, check=True

@@ -402,7 +402,8 @@ def _info(
 def seal(path: str, state: Sequence[Any]) -> None:
     """Compute the checksums that are missing and write the list of members."""
     end, comment, listed = state
-    with LocalOutput(path) as file, open_local(path) as written, file.stream() as stream:
+    with LocalOutput(path) as file, file.stream() as stream:
+        written = file.reader()
         stream.seek(end)
         with zipfile.ZipFile(stream, "w") as archive:  # writes where the stream stands
             for name, header, stored, nbytes, method, crc, offset in listed:

@@ -174,6 +174,10 @@ class LocalOutput:
         """Return the descriptor, for libraries that take one."""
         return self._descriptor
 
+    def reader(self) -> LocalInput:
+        """Return an input that reads what was written; it is closed with this file."""
+        return LocalInput.borrow(self.name, self._descriptor)
+
     def write(self, offset: int, content: Bytes | bytes) -> None:
         """See `storage.OutputFile.write`; the system may take the content in several parts."""
         view = memoryview(content if isinstance(content, bytes) else content.data)

@@ -1,4 +1,4 @@
-"""What the tests of faults work on."""
+"""Folders, disks and the library of failing calls, as fixtures."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _prepared(*command: str | Path) -> None:
 
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the library that makes system calls fail."""
+    """Return the compiled library that makes system calls fail."""
     if not sys.platform.startswith("linux"):
         pytest.skip("LD_PRELOAD is Linux's")
     return compiled(tmp_path_factory.mktemp("shim"))

@@ -1,4 +1,4 @@
-"""Runs of checkpoints to average, and averages that stop at a moment so that others can act."""
+"""Runs of checkpoints to average, and averages that pause so that a test can act."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def write_run(folder: Path, count: int, elements: int) -> list[Path]:
 def paused(
     folder: Path, code: str = "", output: str = "o.h5", *options: str, moment: str = LAID_OUT
 ) -> Any:
-    """Start a run and return it when it has come to a moment."""
+    """Start a run, and return it when it has paused."""
     return stopped(moment + code, "average", "ckpts", "-q", "-o", output, *options, cwd=folder)
 
 
 def go_on(process: Any) -> tuple[int, str]:
-    """Let a paused run go on to its end."""
+    """Let a paused run continue to its end."""
     _, err = process.communicate("\n", timeout=60)
     return process.returncode, err
 

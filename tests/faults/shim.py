@@ -1,4 +1,4 @@
-"""System calls that fail when they are told to: `shim.c`, compiled and loaded into a run."""
+"""System calls that fail on request: `shim.c`, compiled and loaded into a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHORT, END = "short", "end"
 
 
 class Fault(NamedTuple):
-    """Which calls go wrong, and how; see `shim.c`."""
+    """Which calls fail, and how; see `shim.c`."""
 
     function: str
     path: str  # a part of the file's path
@@ -27,7 +27,7 @@ class Fault(NamedTuple):
 
 
 def compiled(folder: Path) -> Path:
-    """Compile the shim, or skip the test where that cannot be done."""
+    """Compile the shim, or skip the test where there is no compiler."""
     compiler = shutil.which("gcc")
     if not compiler:
         pytest.skip("gcc is not here, which compiles what makes system calls fail")
@@ -38,7 +38,7 @@ def compiled(folder: Path) -> Path:
 
 
 def injected(library: Path, fault: Fault, *arguments: object, cwd: Path) -> tuple[Done, int]:
-    """Run a command in which calls go wrong; return how it ended, and how many there were."""
+    """Run a command in which calls fail; return how it ended, and how many calls there were."""
     counter = library.with_name("count")
     counter.write_bytes(bytes(8))
     environ = {

@@ -30,7 +30,7 @@ COUNT = 3
 #: How a call on a checkpoint or on the output may go wrong, by its kind.
 READING: dict[str, list[int | str]] = {
     "read": [errno.EIO, errno.ESTALE, errno.EINTR, SHORT, SHORT],
-    # What libhdf5 finds behind the end is zeros to it; that a file got shorter its size tells.
+    # libhdf5 takes what lies behind the end for zeros; the file's size shows that it got shorter.
     "readv": [END],
     "open": [errno.EIO, errno.EMFILE, errno.EACCES],
 }
@@ -122,7 +122,7 @@ WAYS = {
 
 
 def tensors_of(seed: int) -> Tensors:
-    """Return what one checkpoint holds; the table is carried, and too large to be copied whole."""
+    """Return the tensors of one checkpoint; the table is carried, and too large for one copy."""
     rng = np.random.default_rng(seed)
     return {
         "kernel": rng.normal(size=(120, 100)).astype(np.float32),
@@ -132,16 +132,16 @@ def tensors_of(seed: int) -> Tensors:
 
 
 class Trials:
-    """A run of checkpoints that is averaged again and again, over an older output."""
+    """A run of checkpoints that is averaged repeatedly, each time over an older output."""
 
     def __init__(self, folder: Path, shim: Path, way: Way) -> None:
         self.folder = folder
         self.shim = shim
         self.way = way
         (folder / "ckpts").mkdir()
-        (folder / "out").mkdir()
-        self.output = folder / f"out/o{way.suffix}"
-        self.command = ("average", "ckpts", "-q", "--force", "-o", f"out/o{way.suffix}")
+        (folder / "written").mkdir()
+        self.output = folder / f"written/o{way.suffix}"
+        self.command = ("average", "ckpts", "-q", "--force", "-o", f"written/o{way.suffix}")
         models = [tensors_of(seed) for seed in range(COUNT)]
         for k, model in enumerate(models, start=1):
             way.write(folder / f"ckpts/model_{k}{way.suffix}", model)
@@ -167,11 +167,11 @@ class Trials:
         return calls
 
     def check(self, fault: Fault) -> int:
-        """Have calls go wrong, check what that must leave behind, and return the exit code."""
+        """Make calls fail, check what the run leaves behind, and return the exit code."""
         self.output.write_bytes(OLD)
         done, calls = injected(self.shim, fault, *self.command, cwd=self.folder)
         found = self.output.read_bytes()
-        assert os.listdir(self.folder / "out") == [self.output.name], fault
+        assert os.listdir(self.folder / "written") == [self.output.name], fault
         if done.returncode == 0:
             assert (found, done.stderr) == (self.average, ""), fault
             return 0
@@ -184,7 +184,7 @@ class Trials:
             assert line.startswith("ckpts/model_"), (fault, line)
             assert fault.how == END or os.strerror(int(fault.how)) in line, (fault, line)
             return 3
-        # When the output has its name already, only the folder is opened and synced.
+        # Once the output has its name, only the folder is opened and synced.
         last = fault.function in ("open", "sync")
         assert found == OLD or (last and found == self.average), fault
         reason = os.strerror(int(fault.how))
@@ -194,10 +194,10 @@ class Trials:
         return 3
 
     def draw(self, seed: int, count: int) -> None:
-        """Check so many faults, of every kind."""
+        """Check ``count`` faults, of every kind."""
         chance = random.Random(seed)
         kinds: list[tuple[str, str, str, int]] = []
-        for path, functions in (("ckpts/", READING), ("/out", WRITING)):
+        for path, functions in (("ckpts/", READING), ("/written", WRITING)):
             for function, hows in functions.items():
                 calls = self.calls(function, path)
                 kinds += [(function, path, str(how), calls) for how in hows]
@@ -205,7 +205,7 @@ class Trials:
         for k in range(count):
             function, path, how, calls = kinds[k % len(kinds)]
             first = chance.randint(1, calls)
-            # A disk that is full stays so; what is interrupted is not so the next time.
+            # A full disk stays full; an interrupted call succeeds the next time.
             lasting = how not in (SHORT, END, str(errno.EINTR)) and chance.random() < 0.5
             last = EVER if lasting else first
             codes[self.check(Fault(function, path, first, last, how))] += 1
@@ -214,7 +214,7 @@ class Trials:
 
 @pytest.mark.soak
 def test_any_call_may_fail(tmp_path: Path, shim: Path) -> None:
-    """At each of more than a hundred the old output or the new one, and nothing unfinished."""
+    """Each of a hundred faults leaves the old output or the new one, and nothing unfinished."""
     Trials(tmp_path, shim, WAYS["h5"]).draw(0, 100)
 
 
@@ -227,14 +227,14 @@ def test_any_call_may_fail_in_every_format(tmp_path: Path, shim: Path, name: str
 
 @pytest.mark.slow
 def test_a_call_fails(tmp_path: Path, shim: Path) -> None:
-    """EIO and a quota are told of the right file; short reads and writes are gone on with."""
+    """EIO and a quota are reported for the right file; short reads and writes are continued."""
     trials = Trials(tmp_path, shim, WAYS["h5"])
     for fault in (
-        Fault("read", "ckpts/", 1, EVER, str(errno.EIO)),  # when it is looked at
+        Fault("read", "ckpts/", 1, EVER, str(errno.EIO)),  # before it is opened by a library
         Fault("read", "ckpts/model_3", 20, EVER, str(errno.EIO)),  # in libhdf5
-        Fault("write", "/out", 1, 1, str(errno.EDQUOT)),  # in libhdf5
-        Fault("sync", "/out", 1, 1, str(errno.EIO)),
+        Fault("write", "/written", 1, 1, str(errno.EDQUOT)),  # in libhdf5
+        Fault("sync", "/written", 1, 1, str(errno.EIO)),
         Fault("read", "ckpts/", 1, EVER, SHORT),
-        Fault("write", "/out", 1, EVER, SHORT),
+        Fault("write", "/written", 1, EVER, SHORT),
     ):
         assert trials.check(fault) == (0 if fault.how == SHORT else 3)

@@ -1,4 +1,4 @@
-"""Limits of the machine and of what is worked on: kept, or refused before the work starts."""
+"""Limits of the machine: the program keeps them, or refuses the work before it starts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _average(folder: Path) -> bytes:
 
 
 def test_a_limit_of_address_space(run_folder: Path) -> None:
-    """What `ulimit -v` leaves too little for is refused in one line; a little more is enough."""
+    """With too little memory under `ulimit -v` the run is refused in one line."""
     average = _average(run_folder)
     assert _check(run_folder, 80, average) == 3
     assert _check(run_folder, 165, average) == 0
@@ -63,7 +63,7 @@ def test_a_limit_of_address_space(run_folder: Path) -> None:
 
 @pytest.mark.soak
 def test_any_limit_of_address_space(run_folder: Path) -> None:
-    """Under any limit with which Python itself begins: the average, or a refusal."""
+    """Under any limit that lets Python start, the run averages or is refused."""
     average = _average(run_folder)
     chance = random.Random(0)
     codes = Counter(_check(run_folder, chance.uniform(40, 240), average) for _ in range(60))
@@ -71,7 +71,7 @@ def test_any_limit_of_address_space(run_folder: Path) -> None:
 
 
 def test_no_memory_left_is_one_line(run_folder: Path) -> None:
-    """Wherever it runs out: exit 3, nothing unfinished."""
+    """When memory runs out anywhere, the exit code is 3 and nothing unfinished is left."""
     code = (
         "import polyak_cli.engine.executors as module\n"
         "def fold(*arguments, **options):\n"
@@ -86,7 +86,7 @@ def test_no_memory_left_is_one_line(run_folder: Path) -> None:
 
 @pytest.mark.parametrize("call", ["fork", "pipe"])
 def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """Told as what it is, and no descriptor is lost."""
+    """The error gives the system's reason, and no descriptor is lost."""
 
     def fail() -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
@@ -100,7 +100,7 @@ def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch, call: str) -
 
 @pytest.mark.soak
 def test_ten_thousand_checkpoints_under_256_open_files(tmp_path: Path) -> None:
-    """The average is the same bits, and all of them are in the record."""
+    """The average has the same bits, and the record names all of the checkpoints."""
     (tmp_path / "ckpts").mkdir()
     paths = write_run(tmp_path / "ckpts", 10_000, 10)
 
@@ -119,7 +119,7 @@ def test_ten_thousand_checkpoints_under_256_open_files(tmp_path: Path) -> None:
 
 
 def write_many(path: Path, count: int, seed: int) -> Array:
-    """Write a safetensors file of many tensors of two float32 by hand; return all values."""
+    """Write a safetensors file of many tensors of two float32 each; return all values."""
     values = np.random.default_rng(seed).normal(size=2 * count).astype("<f4")
     entries = {
         f"t{k}": {"dtype": "F32", "shape": [2], "data_offsets": [8 * k, 8 * k + 8]}
@@ -133,7 +133,7 @@ def write_many(path: Path, count: int, seed: int) -> Array:
 
 @pytest.mark.soak
 def test_a_hundred_thousand_tensors_in_one_file(tmp_path: Path) -> None:
-    """They are averaged, each with its own values."""
+    """Each tensor is the average of its own values."""
     count = 100_000
     one, other = (write_many(tmp_path / f"m_{k}.safetensors", count, k) for k in (1, 2))
     names = ("m_1.safetensors", "m_2.safetensors")
@@ -150,7 +150,7 @@ def test_a_hundred_thousand_tensors_in_one_file(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_a_million_tensors_in_one_file_are_refused(tmp_path: Path) -> None:
-    """Before the work: a header that needs more memory than any real model's is not read."""
+    """A header that needs more memory than any real model's is refused before the work."""
     write_many(tmp_path / "m_1.safetensors", 1_000_000, 1)
     done = polyak("average", "m_1.safetensors", "-o", "o.safetensors", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (3, "")

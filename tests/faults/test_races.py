@@ -1,4 +1,4 @@
-"""What others do at the same time, at moments drawn from seeds, and outputs in unusual places."""
+"""What other processes do at random moments of a run, and outputs in unusual places."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.command import POLYAK, environment, one_line, polyak
 from tests.faults.runs import CHANGES, write_run
 from tests.oracle import naive_average, read_model, same_bits
 
-#: Opens a file again and again, as bytes and by h5py, until it may go; each must be whole.
+#: Opens a file repeatedly, as bytes and by h5py, until it is stopped; each content must be whole.
 READER = """
 import hashlib, os, sys
 import h5py
@@ -36,7 +36,7 @@ print(" ".join(seen), sum(seen.values()))
 
 
 def _publish(folder: Path, times: int) -> tuple[set[str], set[str], int]:
-    """Publish two averages in turn while somebody reads; return what was made, seen, how often."""
+    """Publish two averages in turn while a reader runs; return made, read, count."""
     made = set()
     for scheme in ("equal", "linear"):
         average(folder / "ckpts", folder / "o.h5", scheme=scheme, force=True)
@@ -64,14 +64,14 @@ def _publish(folder: Path, times: int) -> tuple[set[str], set[str], int]:
 
 
 def test_whoever_reads_the_output_sees_all_of_one(run_folder: Path) -> None:
-    """While it is replaced, and replaced again, a reader finds the older or the newer, whole."""
+    """A reader finds the older or the newer output, always whole, while it is replaced."""
     made, seen, _ = _publish(run_folder, 4)
     assert seen <= made
 
 
 @pytest.mark.soak
 def test_whoever_reads_the_output_hundreds_of_times_sees_all_of_one(run_folder: Path) -> None:
-    """The same, until both were met."""
+    """The same, often enough that the reader meets both outputs."""
     made, seen, count = _publish(run_folder, 200)
     assert seen == made
     assert count > 200
@@ -79,7 +79,7 @@ def test_whoever_reads_the_output_hundreds_of_times_sees_all_of_one(run_folder: 
 
 @pytest.mark.soak
 def test_a_checkpoint_is_changed_at_any_moment(tmp_path: Path) -> None:
-    """What is published is the average of files as they were at one time, or nothing is."""
+    """The output is the average of files as they were at one moment, or there is none."""
     (tmp_path / "ckpts").mkdir()
     paths = write_run(tmp_path / "ckpts", 4, 1_000_000)
     shutil.copytree(tmp_path / "ckpts", tmp_path / "kept")
@@ -104,8 +104,7 @@ def test_a_checkpoint_is_changed_at_any_moment(tmp_path: Path) -> None:
         found = (tmp_path / "o.h5").read_bytes()
         assert sorted(os.listdir(tmp_path)) == ["ckpts", "kept", "o.h5"]
         if process.returncode == 0 and found != whole:
-            # It came before the first look, which may have met the moment between the removal of
-            # a file and its being written again.
+            # The change came before the listing, perhaps between a file's removal and its creation.
             possible = []
             away = [["--exclude", path.name]] if change == "saved again" else []
             for options in ([], *away):
@@ -136,7 +135,7 @@ def test_an_output_on_another_disk(run_folder: Path, tiny_disk: Path) -> None:
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_a_disk_that_may_only_be_read(run_folder: Path, tiny_disk: Path, force: list[str]) -> None:
-    """Refused before the work, for root too, to whom permissions do not apply."""
+    """It is refused before the work, also for root, to whom permissions do not apply."""
     (tiny_disk / "old.h5").write_bytes(b"older")
     subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
     for name in ("old.h5", "new.h5") if force else ("new.h5",):

@@ -498,8 +498,9 @@ class TensorFlowBundle(Format):
         """See `Format.finalize`; the index that `lay_out` wrote has the template's checksums."""
         found = {}
         with contextlib.ExitStack() as stack:
-            shards = [stack.enter_context(open_input(path)) for path in draft.files[1:]]
-            written = stack.enter_context(open_input(output))
+            shards = [stack.enter_context(LocalOutput(path)).reader() for path in draft.files[1:]]
+            index = stack.enter_context(LocalOutput(output))
+            written = index.reader()
             pairs, meta = sstables.read(written.read(0, written.size))
             entries = {_text(key): _entry(key, value) for key, value in pairs[1:]}
             for location in draft.placements:
@@ -510,7 +511,6 @@ class TensorFlowBundle(Format):
                 (key, _with_checksum(value, found[key]) if key in found else value)
                 for key, value in pairs
             ]
-            index = stack.enter_context(LocalOutput(output))
             table = sstables.written(final, meta)
             index.write(0, table)
             index.truncate(len(table))

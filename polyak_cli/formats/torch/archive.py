@@ -30,7 +30,6 @@ from polyak_cli.storage.local import (
     LocalOutput,
     copy_range,
     name_errors,
-    open_local,
     unreadable,
 )
 from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, TensorSpec
@@ -344,10 +343,10 @@ class TorchZip(Format):
         """See `Format.finalize`."""
         with (
             LocalOutput(output) as file,
-            open_local(output) as written,
             file.stream() as stream,
             zipfile.ZipFile(stream, "a") as archive,
         ):
+            written = file.reader()
             for name, offset, nbytes, place in draft.notes["checksums"]:
                 info = archive.getinfo(name)
                 info.CRC = zips.checksum(written, offset, nbytes)
