@@ -8,160 +8,174 @@
 Importing this package imports nothing else; each name below is loaded when it is first used.
 """
 
+# Sorting would write a statement for each `as`.
+# isort: skip_file
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from polyak_cli.averaging.planning import Plan
-    from polyak_cli.averaging.schemes import coefficients, effective_number
+if TYPE_CHECKING:  # the names below once more, in the only form that type checkers understand
+    from polyak_cli.averaging.planning import Plan as Plan
+    from polyak_cli.averaging.schemes import (
+        coefficients as coefficients,
+        effective_number as effective_number,
+    )
     from polyak_cli.checkpoints import (
-        Checkpoint,
-        PassedOver,
-        Problem,
-        Selection,
-        model_files,
-        select,
+        Checkpoint as Checkpoint,
+        PassedOver as PassedOver,
+        Problem as Problem,
+        Selection as Selection,
+        model_files as model_files,
+        select as select,
     )
     from polyak_cli.errors import (
-        CheckpointError,
-        FormatError,
-        MismatchError,
-        MissingExtraError,
-        OutputError,
-        PolyakError,
-        UsageError,
+        CheckpointError as CheckpointError,
+        FormatError as FormatError,
+        MismatchError as MismatchError,
+        MissingExtraError as MissingExtraError,
+        OutputError as OutputError,
+        PolyakError as PolyakError,
+        UsageError as UsageError,
     )
-    from polyak_cli.evaluation.comparison import Compared, Comparison, Gain, compare
-    from polyak_cli.evaluation.data import Split, halves
-    from polyak_cli.evaluation.evaluator import Evaluator, RowScores, Score, evaluate
-    from polyak_cli.evaluation.recalibration import Recalibration, recalibrate
-    from polyak_cli.evaluation.sample_run import TrainReport, train
-    from polyak_cli.evaluation.significance import Paired, mcnemar, paired_difference, verdict
-    from polyak_cli.examining.differences import Differences, Distances, diff, distances
-    from polyak_cli.examining.health import Checked, Health, check
-    from polyak_cli.examining.inspection import Inspection, inspect
-    from polyak_cli.examining.verification import Discrepancy, Verification, verify
-    from polyak_cli.pipeline import Options, Report, average, plan, run
-    from polyak_cli.pipeline.sweeping import Sweep, sweep
-    from polyak_cli.watching import watch
+    from polyak_cli.evaluation.comparison import (
+        Compared as Compared,
+        Comparison as Comparison,
+        Gain as Gain,
+        compare as compare,
+    )
+    from polyak_cli.evaluation.data import Split as Split, halves as halves
+    from polyak_cli.evaluation.evaluator import (
+        Evaluator as Evaluator,
+        RowScores as RowScores,
+        Score as Score,
+        evaluate as evaluate,
+    )
+    from polyak_cli.evaluation.recalibration import (
+        Recalibration as Recalibration,
+        recalibrate as recalibrate,
+    )
+    from polyak_cli.evaluation.sample_run import TrainReport as TrainReport, train as train
+    from polyak_cli.evaluation.significance import (
+        Paired as Paired,
+        mcnemar as mcnemar,
+        paired_difference as paired_difference,
+        verdict as verdict,
+    )
+    from polyak_cli.examining.differences import (
+        Differences as Differences,
+        Distances as Distances,
+        diff as diff,
+        distances as distances,
+    )
+    from polyak_cli.examining.health import Checked as Checked, Health as Health, check as check
+    from polyak_cli.examining.inspection import Inspection as Inspection, inspect as inspect
+    from polyak_cli.examining.verification import (
+        Discrepancy as Discrepancy,
+        Verification as Verification,
+        verify as verify,
+    )
+    from polyak_cli.pipeline import (
+        Options as Options,
+        Report as Report,
+        average as average,
+        plan as plan,
+        run as run,
+    )
+    from polyak_cli.pipeline.sweeping import Sweep as Sweep, sweep as sweep
+    from polyak_cli.watching import watch as watch
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Checked",
-    "Checkpoint",
-    "CheckpointError",
-    "Compared",
-    "Comparison",
-    "Differences",
-    "Discrepancy",
-    "Distances",
-    "Evaluator",
-    "FormatError",
-    "Gain",
-    "Health",
-    "Inspection",
-    "MismatchError",
-    "MissingExtraError",
-    "Options",
-    "OutputError",
-    "Paired",
-    "PassedOver",
-    "Plan",
-    "PolyakError",
-    "Problem",
-    "Recalibration",
-    "Report",
-    "RowScores",
-    "Score",
-    "Selection",
-    "Split",
-    "Sweep",
-    "TrainReport",
-    "UsageError",
-    "Verification",
-    "__version__",
-    "average",
-    "check",
-    "coefficients",
-    "compare",
-    "diff",
-    "distances",
-    "effective_number",
-    "evaluate",
-    "halves",
-    "inspect",
-    "mcnemar",
-    "model_files",
-    "paired_difference",
-    "plan",
-    "recalibrate",
-    "run",
-    "select",
-    "sweep",
-    "train",
-    "verdict",
-    "verify",
-    "watch",
-]
-
-_HOMES = {
-    "Checked": "examining.health",
-    "Checkpoint": "checkpoints",
-    "CheckpointError": "errors",
-    "Compared": "evaluation.comparison",
-    "Comparison": "evaluation.comparison",
-    "Differences": "examining.differences",
-    "Discrepancy": "examining.verification",
-    "Distances": "examining.differences",
-    "Evaluator": "evaluation.evaluator",
-    "FormatError": "errors",
-    "Gain": "evaluation.comparison",
-    "Health": "examining.health",
-    "Inspection": "examining.inspection",
-    "MismatchError": "errors",
-    "MissingExtraError": "errors",
-    "Options": "pipeline",
-    "RowScores": "evaluation.evaluator",
-    "OutputError": "errors",
-    "Paired": "evaluation.significance",
-    "PassedOver": "checkpoints",
-    "Plan": "averaging.planning",
-    "PolyakError": "errors",
-    "Problem": "checkpoints",
-    "Recalibration": "evaluation.recalibration",
-    "Report": "pipeline",
-    "Score": "evaluation.evaluator",
-    "Selection": "checkpoints",
-    "Split": "evaluation.data",
-    "Sweep": "pipeline.sweeping",
-    "TrainReport": "evaluation.sample_run",
-    "UsageError": "errors",
-    "Verification": "examining.verification",
-    "average": "pipeline",
-    "check": "examining.health",
-    "coefficients": "averaging.schemes",
-    "compare": "evaluation.comparison",
-    "diff": "examining.differences",
-    "distances": "examining.differences",
-    "effective_number": "averaging.schemes",
-    "evaluate": "evaluation.evaluator",
-    "halves": "evaluation.data",
-    "inspect": "examining.inspection",
-    "mcnemar": "evaluation.significance",
-    "model_files": "checkpoints",
-    "paired_difference": "evaluation.significance",
-    "plan": "pipeline",
-    "recalibrate": "evaluation.recalibration",
-    "run": "pipeline",
-    "select": "checkpoints",
-    "sweep": "pipeline.sweeping",
-    "train": "evaluation.sample_run",
-    "verdict": "evaluation.significance",
-    "verify": "examining.verification",
-    "watch": "watching",
+#: Module -> the public names that it defines.
+_NAMES = {
+    "averaging.planning": ("Plan",),
+    "averaging.schemes": (
+        "coefficients",
+        "effective_number",
+    ),
+    "checkpoints": (
+        "Checkpoint",
+        "PassedOver",
+        "Problem",
+        "Selection",
+        "model_files",
+        "select",
+    ),
+    "errors": (
+        "CheckpointError",
+        "FormatError",
+        "MismatchError",
+        "MissingExtraError",
+        "OutputError",
+        "PolyakError",
+        "UsageError",
+    ),
+    "evaluation.comparison": (
+        "Compared",
+        "Comparison",
+        "Gain",
+        "compare",
+    ),
+    "evaluation.data": (
+        "Split",
+        "halves",
+    ),
+    "evaluation.evaluator": (
+        "Evaluator",
+        "RowScores",
+        "Score",
+        "evaluate",
+    ),
+    "evaluation.recalibration": (
+        "Recalibration",
+        "recalibrate",
+    ),
+    "evaluation.sample_run": (
+        "TrainReport",
+        "train",
+    ),
+    "evaluation.significance": (
+        "Paired",
+        "mcnemar",
+        "paired_difference",
+        "verdict",
+    ),
+    "examining.differences": (
+        "Differences",
+        "Distances",
+        "diff",
+        "distances",
+    ),
+    "examining.health": (
+        "Checked",
+        "Health",
+        "check",
+    ),
+    "examining.inspection": (
+        "Inspection",
+        "inspect",
+    ),
+    "examining.verification": (
+        "Discrepancy",
+        "Verification",
+        "verify",
+    ),
+    "pipeline": (
+        "Options",
+        "Report",
+        "average",
+        "plan",
+        "run",
+    ),
+    "pipeline.sweeping": (
+        "Sweep",
+        "sweep",
+    ),
+    "watching": ("watch",),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -37,6 +38,21 @@ def test_every_name_can_be_had_and_none_is_a_module_s() -> None:
         importlib.import_module(f"polyak_cli.{module}")
     for name in polyak_cli.__all__:
         assert not inspect.ismodule(getattr(polyak_cli, name)), name
+
+
+def test_type_checkers_know_the_names_that_are_loaded() -> None:
+    """The imports for type checkers name each public name, and the module that defines it."""
+    tree = ast.parse(Path(polyak_cli.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    found = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        module = (node.module or "").removeprefix("polyak_cli.")
+        for alias in node.names:
+            assert alias.asname == alias.name  # otherwise the name is not public
+            found[alias.name] = module
+    assert found == polyak_cli._HOMES
+    assert {*polyak_cli.__all__} == found.keys() | {"__version__"}
 
 
 def test_every_error_and_every_command_with_a_result_is_exported() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import click
 import pytest
@@ -14,6 +14,7 @@ from polyak_cli.averaging import records
 from polyak_cli.averaging.options import PARTS, Tensors
 from polyak_cli.cli import cli
 from polyak_cli.errors import UsageError
+from polyak_cli.tensors import FLOATS
 
 #: Options of the command that are not options of an average: where it goes, and what is printed.
 COMMAND = {"sources", "output", "dry_run", "as_json", "quiet", "verbose", "split"}
@@ -45,6 +46,29 @@ def test_the_command_line_has_the_same_options_and_defaults() -> None:
     }
     again, around = pipeline.parse_options(plain | {"batch_size": None})
     assert (again, around) == (settings, stages)
+
+
+def test_the_command_line_offers_the_words_that_are_accepted() -> None:
+    """A choice of the command line is complete, and none is refused afterwards."""
+    types = {one.name: one.type for one in cli.commands["average"].params}
+    hints = get_type_hints(Tensors)
+    for name, words in (
+        ("dtype", {*FLOATS}),
+        ("optimizer", {*get_args(hints["optimizer"])}),
+        ("match", {*get_args(hints["match"])}),
+    ):
+        found = types[name]
+        assert isinstance(found, click.Choice)
+        assert {*found.choices} == words, name
+
+
+def test_the_help_texts_have_the_defaults_that_are_used() -> None:
+    """Where click has no default of its own, the help text has it in words."""
+    options = [one for one in cli.commands["average"].params if isinstance(one, click.Option)]
+    helps = {one.name: one.help or "" for one in options}
+    settings, stages = pipeline.parse_options({})
+    assert f"[default: {stages.batch_size}]" in helps["batch_size"]
+    assert f"[default: {settings.machine.max_memory >> 20}MiB]" in helps["max_memory"]
 
 
 def test_the_record_has_the_options_that_decide_values() -> None:

@@ -196,7 +196,7 @@ def plan(
         sources if isinstance(sources, checkpoints.Selection) else select(sources, settings.choice)
     )
     settings.weighting.compute(chosen.positions)  # refused before the values are examined
-    healthy, skipped = _examine(chosen, settings, stages)
+    healthy, skipped = _examine(chosen, settings, stages, options.get("max_memory"))
     if skipped and settings.weighting.coefficients is not None:
         left = _keep_coefficients(skipped, chosen, settings.weighting.coefficients)
         settings = replace(settings, weighting=replace(settings.weighting, coefficients=left))
@@ -326,7 +326,7 @@ def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | Non
 
 
 def _examine(
-    chosen: checkpoints.Selection, settings: Settings, stages: Stages
+    chosen: checkpoints.Selection, settings: Settings, stages: Stages, max_memory: int | None
 ) -> tuple[checkpoints.Selection, tuple[Checked, ...]]:
     """Return which of the checkpoints to average and which to skip, if health is asked for.
 
@@ -338,9 +338,8 @@ def _examine(
         return chosen, ()
     from polyak_cli.examining import health
 
-    found = health.check(
-        chosen, match=settings.tensors.match, max_memory=settings.machine.max_memory
-    )
+    # The check has a smaller default of its own: only a bound that was given is passed on.
+    found = health.check(chosen, match=settings.tensors.match, max_memory=max_memory)
     skipped = tuple(one for one in found.checkpoints if one.problems)
     if not found.healthy and (wanted == "fail" or len(skipped) == len(found.checkpoints)):
         first, *others = found.all_problems
