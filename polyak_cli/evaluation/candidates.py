@@ -75,6 +75,7 @@ def parse_schemes(text: str) -> list[tuple[str, float | None]]:
             raise UsageError(f"--schemes: {shown(part)!r} is not written like exp:2") from None
         if value is not None and not parameter:
             raise UsageError(f"--schemes: {name} takes no parameter, found {shown(part)!r}")
+        # Only for its errors: the parameter may be out of range.
         schemes.resolve(name, **make_parameter(name, value))
         if (name, value) not in found:
             found.append((name, value))
@@ -124,6 +125,7 @@ def list_candidates(
         Candidate("single", "", None, 1, tuple(float(k == j) for j in range(count)))
         for k in range(count)
     ]
+    # By scheme first, so that tables and figures have the windows of a scheme in one piece.
     for (name, value), window in itertools.product(chosen, windows):
         newest = schemes.coefficients(
             name, positions[count - window :], **make_parameter(name, value)

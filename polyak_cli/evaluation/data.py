@@ -1,8 +1,8 @@
-"""The data sets that ``--data`` names: made blobs, .npz and .csv files, and a user's own function.
+"""Load the data sets of ``--data``: generated blobs, .npz and .csv files, or a user's function.
 
-Knows rows and labels, no model: what the labels must look like for a loss is decided by `models`.
-A function named as MODULE.py:FUNCTION is the user's own code and is run; nothing else here runs
-code, and nothing is unpickled.
+A function given as MODULE.py:FUNCTION is code of the user and is run.  Nothing else here runs code,
+and nothing is unpickled.  The files are opened by path: they are the user's data, not checkpoints.
+This module knows rows and labels, and no model; `labels` decides their form for a loss.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from polyak_cli.errors import (
 from polyak_cli.evaluation.quiet import silence_frameworks
 
 Array: TypeAlias = npt.NDArray[Any]
-#: One array; or several of the same length, by name or by position, for a model with several inputs
+#: One array, or several of the same length, by name or by position, for a model with several inputs
 #: or outputs.
 Arrays: TypeAlias = Array | Mapping[str, Array] | tuple[Array, ...]
 
 EXPECTED = "expected blobs, FILE.npz, FILE.csv or MODULE.py:FUNCTION"
 LABEL_COLUMNS = ("label", "target", "class", "y")
 _NPZ_PAIRS = {"": ("x", "y"), "train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
-_WHOLE = ""  # the split of a data set that is not split
+_WHOLE = ""  # name of the only split of a data set that is not divided
 _DAMAGED = (csv.Error, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
-    """Some rows: features and the labels that belong to them.
+    """Some rows: features and their labels.
 
     Attributes:
-        source: how messages call it.
+        source: its name in messages.
         features: float, integer or boolean arrays whose first axis is the rows.
         labels: classes as integers (rows,), one-hot (rows, classes), or numbers to predict.
     """
@@ -67,12 +67,12 @@ class Split:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
-    """The rows of one ``--data``, in one piece or split into train and test.
+    """The rows of one ``--data``, undivided or divided into train and test.
 
     Attributes:
-        name: as it was asked for.
-        splits: by name; one without a name where the data set is not split.
-        notes: what the user should know, a line each.
+        name: the value of ``--data``.
+        splits: name -> rows; the name is "" if the data set is not divided.
+        notes: messages for the user, one line each.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def split(self, which: str | None = None, default: str = "test") -> Split:
-        """Return the rows of a split; else those of the default one, or of the only one there is.
+        """Return the rows of a split; by default those of ``default``, or of the only one.
 
         Raises:
             UsageError: the data set has no such split.
@@ -97,33 +97,33 @@ class Dataset:
 
 
 def list_arrays(arrays: Arrays) -> list[Array]:
-    """Return the arrays, in order, whether there is one or several."""
+    """Return one or several arrays as a list, in order."""
     if isinstance(arrays, Mapping):
         return list(arrays.values())
     return list(arrays) if isinstance(arrays, tuple) else [arrays]
 
 
 def is_one_hot(labels: Array) -> bool:
-    """Tell whether each row along the last axis has a single 1 among zeros."""
+    """Return whether each row along the last axis has a single 1 among zeros."""
     return bool(np.isin(labels, (0, 1)).all() and (labels.sum(-1) == 1).all())
 
 
 def halves(split: Split, *, seed: int = 0, share: float = 0.5) -> tuple[Split, Split]:
-    """Part rows at random in two: some to choose a model by, the others to report on it.
+    """Divide rows at random: some to choose a model, the others to report on it.
 
-    A model that was chosen by the rows it is reported on looks better than it is.  Where labels are
-    classes, either part has its share of each class, to one row.
+    A model looks better than it is on the rows that it was chosen on.  If labels are classes, each
+    part gets its share of each class, to within one row.
 
     Args:
         split: the rows; they keep their order.
-        seed: of the drawing; the same seed gives the same parts.
-        share: of the rows that are for selection, above 0 and below 1.
+        seed: the same seed gives the same parts.
+        share: the share of the rows for selection, above 0 and below 1.
 
     Returns:
-        The rows for selection and the rows for reporting; each row is in one of them.
+        The rows for selection and the rows for reporting; each row is in exactly one of them.
 
     Raises:
-        UsageError: the share is out of range, or leaves a part less than the two rows that a
+        UsageError: the share is out of range, or a part gets fewer than the two rows that a
             comparison needs.
     """
     if not 0 < share < 1:
@@ -133,8 +133,8 @@ def halves(split: Split, *, seed: int = 0, share: float = 0.5) -> tuple[Split, S
     classes = _find_classes(split.labels)
     if classes is not None:
         order = order[np.argsort(classes[order], kind="stable")]
-    # Every so many-th row of the sorted ones, from a random start: each class gives its share, and
-    # each row has the same chance, however few its class has.
+    # Systematic sampling: every 1/share-th of the rows sorted by class, from a random start.  So
+    # each class gives its share, and each row has the same chance, also in a small class.
     steps = np.floor(np.arange(split.rows + 1) * share + random.random())
     chosen = np.zeros(split.rows, dtype=bool)
     chosen[order[np.diff(steps) > 0]] = True
@@ -163,7 +163,7 @@ def _take_rows(arrays: Arrays, chosen: Array) -> Arrays:
 
 
 def _find_classes(labels: Arrays) -> Array | None:
-    """Return the class of each row as a number, or None where labels are no classes."""
+    """Return the class of each row as a number, or None if labels are not classes."""
     if len(list_arrays(labels)) != 1:
         return None
     (array,) = list_arrays(labels)
@@ -174,13 +174,13 @@ def _find_classes(labels: Arrays) -> Array | None:
 
 
 def load(name: str) -> Dataset:
-    """Load the data set that ``--data`` names.
+    """Load the data set of a value of ``--data``.
 
     * ``blobs``: 1,100 points of scikit-learn's ``make_blobs(centers=3, n_features=2, cluster_std=2,
       random_state=2)``; the first 100 are train, the other 1,000 test.
     * ``FILE.npz``: arrays ``x`` and ``y``, or ``x_train``, ``y_train``, ``x_test``, ``y_test``.
     * ``FILE.csv``: a header row, then numbers; separated by comma, semicolon or tab.  The label is
-      the column named label, target, class or y (the first of these), else the last one.
+      the first column named label, target, class or y, else the last column.
     * ``MODULE.py:FUNCTION``: called without arguments, returns ``(x, y)`` or ``{"train": (x, y),
       "test": (x, y)}``; x and y may each be a dict or a tuple of arrays.
 
@@ -188,7 +188,7 @@ def load(name: str) -> Dataset:
 
     Raises:
         UsageError: the name is none of these.
-        FormatError: the file does not hold such data, or its parts do not fit together.
+        FormatError: the file does not contain such data, or its parts do not fit together.
         MissingExtraError: blobs without scikit-learn.
         PolyakError: no such file, or the user's function failed.
     """
@@ -246,8 +246,9 @@ def _load_npz(name: str) -> Dataset:
 
 def _read_npz(name: str) -> dict[str, Array]:
     """Read every array of an archive."""
-    # numpy leaves a file that it opened itself open when the archive is damaged.
+    # numpy does not close a file that it opened itself if the archive is damaged.
     with _reword_read_errors(name), open(name, "rb") as file:
+        # allow_pickle=False: unpickling would run code of the file.
         opened = np.load(file, allow_pickle=False)
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise FormatError(f"{shown(name)}: is one numpy array, not an .npz archive of several")
@@ -256,11 +257,13 @@ def _read_npz(name: str) -> dict[str, Array]:
 
 
 def _load_csv(name: str) -> Dataset:
+    # utf-8-sig: spreadsheets begin a file with a byte order mark.
     with _reword_read_errors(name), open(name, encoding="utf-8-sig", newline="") as file:
         first = file.readline()
         delimiter = max(",;\t", key=first.count)
         lines = csv.reader(itertools.chain([first], file), delimiter=delimiter)
         header = [cell.strip() for cell in next(lines, [])]
+        # Without a header, the first row would be lost and the label column be a guess.
         if len(header) < 2 or all(map(_is_number, header)):
             raise FormatError(
                 f"{shown(name)}: the first line must name at least two columns, found "
@@ -276,11 +279,11 @@ def _load_csv(name: str) -> Dataset:
 def _read_csv_rows(
     name: str, lines: Iterator[list[str]], header: Sequence[str], label: int
 ) -> tuple[list[list[float]], list[str]]:
-    """Read the rows below the header: their features and, as text, their labels."""
+    """Return the features and the labels (as text) of the rows below the header."""
     rows, labels = [], []
     for number, cells in enumerate(lines, 2):
         if not cells:
-            continue  # an empty line, as at the end of many files
+            continue  # many files end with an empty line
         if len(cells) != len(header):
             raise FormatError(
                 f"{shown(name)}: row {number} has {len(cells)} fields, but the header names "
@@ -310,11 +313,11 @@ def _find_label_column(header: Sequence[str]) -> int:
 
 
 def _convert_labels(labels: Sequence[str]) -> Array:
-    """Return whole numbers as integers, other numbers as floats, text as it is."""
+    """Return labels as integers if all are whole, as floats if all are numbers, else as text."""
     if not all(map(_is_number, labels)):
         return np.array(labels, dtype=str)
     numbers = np.array([float(label) for label in labels])
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # NaN and infinity are no integers, and found below
         whole = numbers.astype(np.int64)
     return whole if np.array_equal(whole, numbers) else numbers
 
@@ -329,14 +332,14 @@ def _is_number(text: str) -> bool:
 
 @contextlib.contextmanager
 def _reword_read_errors(name: str) -> Iterator[None]:
-    """Turn what reading a file can raise into one line.
+    """Replace any exception of reading a file by an error of one line.
 
     Raises:
-        PolyakError: there is no such file, or it cannot be read.
-        FormatError: it is damaged, or something else than its suffix says.
+        PolyakError: the file does not exist or cannot be read.
+        FormatError: it is damaged, or not of the type of its suffix.
     """
     path = Path(name)
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+    if path.exists() and not path.is_file():  # opening a pipe would wait forever
         raise PolyakError(f"{shown(name)}: is not a regular file; {EXPECTED}")
     try:
         yield
@@ -365,12 +368,12 @@ def _load_function(name: str, path: Path, function: str) -> Dataset:
 
 
 def _import_file(path: Path) -> object:
-    """Import the user's file, which may import what lies beside it."""
+    """Import a file of the user, which may import its neighbours."""
     spec = importlib.util.spec_from_file_location(f"polyak_data_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError("it is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[spec.name] = module  # dataclasses and pickle look for it there
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
     try:
@@ -382,9 +385,9 @@ def _import_file(path: Path) -> object:
 
 @contextlib.contextmanager
 def _reword_user_errors(path: Path, what: str) -> Iterator[None]:
-    """Make an error in the user's code one line that says where it is, keeping the cause."""
+    """Replace an exception in code of the user by an error of one line with its line number."""
     try:
-        with silence_frameworks():  # it may well import a framework
+        with silence_frameworks():  # it may import a framework
             yield
     except (Exception, SystemExit) as error:
         line = _line_in(path, error)
@@ -395,7 +398,7 @@ def _reword_user_errors(path: Path, what: str) -> Iterator[None]:
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:
-    """Return the line of the file at which the error arose, the innermost one."""
+    """Return the number of the innermost line of the file in the traceback, or None."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return error.lineno
     frames = traceback.extract_tb(error.__traceback__)
@@ -427,7 +430,7 @@ def _make_dataset(
     """Check the pairs of features and labels, and number labels that are text.
 
     Raises:
-        FormatError: an array is empty, not numeric, or of another length than its partner.
+        FormatError: an array is empty or not numeric, or the lengths differ.
     """
     splits = {}
     for key, (features, labels) in pairs.items():
@@ -442,7 +445,7 @@ def _make_dataset(
 
 
 def _convert_arrays(given: object, what: str, text: bool = False) -> Arrays:
-    """Return the given as arrays of numbers: a dict by name, a tuple by position, else one."""
+    """Return arrays of numbers: several for a dict or a tuple, otherwise one."""
     if isinstance(given, Mapping):
         return {
             str(k): _convert_array(v, f"{what} '{shown(k, 60)}'", text) for k, v in given.items()
@@ -459,6 +462,7 @@ def _convert_array(given: object, what: str, text: bool) -> Array:
         raise FormatError(f"{what} are not an array: {shown(error)}") from None
     if text and array.dtype.kind in "US" and array.ndim == 1:
         return array
+    # Complex numbers and objects mean that something else was loaded.
     if array.dtype.kind not in "biuf":
         raise FormatError(f"{what} have dtype {array.dtype}; expected numbers")
     if array.ndim == 0:
@@ -479,12 +483,13 @@ def _check_rows(split: Split) -> None:
 
 
 def _number_text_labels(dataset: Dataset) -> Dataset:
-    """Number labels that are text, by the sorted names of all splits."""
+    """Replace text labels by the index of their name among the sorted names of all splits."""
     texts = [s.labels for s in dataset.splits.values() if _is_text(s.labels)]
     if not texts:
         return dataset
     if len(texts) < len(dataset.splits):
         raise FormatError(f"{shown(dataset.name)}: the labels are text in one split only")
+    # All splits share one numbering, even if one of them lacks a class.
     names = np.unique(np.concatenate([np.asarray(text, dtype=str) for text in texts]))
     splits = {
         key: Split(s.source, s.features, np.searchsorted(names, np.asarray(s.labels, dtype=str)))

@@ -182,6 +182,7 @@ class Evaluator:
         Raises:
             FormatError: a file is damaged or foreign, or holds weights without an architecture.
         """
+        # Keras decides by the suffix first: a zip archive of another name is opened as HDF5.
         hdf5 = [path for path in paths if path.suffix != ".keras" or not is_zip(path)]
         self._described.update(zip(hdf5, describe_hdf5_files(hdf5), strict=True))
         for path in paths:
@@ -325,6 +326,7 @@ class _CompiledModel:
         weights = keep_plain_values(training.get("loss_weights")) if has_loss else None
         parts, right = _fit_splits(keras, path, model, splits, loss, metrics)
         row_wise = RowWise(keras, resolve_row_losses(keras, outputs, loss, weights), right, outputs)
+        # Users compare accuracy, so it is added where the model does not measure it itself.
         if right and not find_accuracy(metrics):
             metrics = [*flatten(metrics), keras.metrics.MeanMetricWrapper(right, name="accuracy")]
         if not has_loss and not flatten(metrics):
@@ -346,6 +348,7 @@ class _CompiledModel:
         result = self.model.evaluate(
             part.features, part.labels, batch_size=batch_size, verbose=0, return_dict=True
         )
+        # With return_dict the total loss has this name, penalties of regularizers included.
         metrics = {name: shorten_float32(value) for name, value in result.items()}
         loss = metrics.pop("loss", None)
         return (loss if self.has_loss else None), metrics
@@ -387,6 +390,7 @@ class _CompiledModel:
 
         losses, correct = self.row_wise.compute(part.labels, [output], batch_size)
         losses = losses if reportable.losses else None
+        # Rounded to float32 like the totals of Keras, so that both are printed alike.
         loss = None if losses is None else shorten_float32(float(np.float32(losses.mean())))
         metrics = {}
         if reportable.accuracy and correct is not None:
@@ -427,5 +431,6 @@ def shorten_float32(value: float) -> float:
     """
     import numpy as np
 
+    # numpy prints the shortest decimal that identifies a number of its type.
     single = np.float32(value)
     return float(str(single)) if float(single) == float(value) else float(value)

@@ -82,6 +82,7 @@ def fit_labels(
             "sparse" in normalise_name(known) for known in flatten(own) or flatten(metrics)
         )
         fitted.append(_fit(array, tuple(outputs[index].shape)[1:], sparse, where, rows.source))
+    # With several outputs, accuracy would be one of several; those are left to the metrics.
     classes = len(fitted) == 1 and fitted[0][1]
     arrays = [array for array, _ in fitted]
     if isinstance(rows.labels, Mapping):

@@ -1,9 +1,8 @@
-"""Keeping a framework's chatter off the user's terminal.
+"""Keep messages of frameworks off the terminal, and prints of user code off standard output.
 
-Knows descriptors and log levels, no framework.  Keeps what a user's own code prints apart from the
-program's results.  Silences what C++ code writes to descriptor 2 and
-what TensorFlow's Python loggers say below an error; Python's own standard error, warnings and
-exceptions keep their way to the terminal.
+C++ code writes to descriptor 2, and TensorFlow's Python loggers write below the level of errors;
+both are held back.  Standard error of Python, warnings and exceptions still reach the terminal.
+This module knows descriptors and log levels; it imports no framework.
 """
 
 from __future__ import annotations
@@ -21,32 +20,33 @@ _LOGGERS = ("absl", "tensorflow")
 
 @contextlib.contextmanager
 def silence_frameworks() -> Iterator[Callable[[], str]]:
-    """Hold back a framework's chatter while the block runs.
+    """Hold back the messages of a framework while the block runs.
 
-    Descriptor 2 goes to a temporary file meanwhile; where Python's standard error is that very
-    descriptor, it is led around.  Not for several threads at a time.
+    Descriptor 2 is redirected to a temporary file; if Python's standard error uses it, that stream
+    is reopened on the terminal.  Not for several threads at once, as descriptors belong to the
+    process.
 
     Yields:
-        A function that returns the last line held back, "" where there is none: what to add to an
-        error that C++ code explained there.
+        A function that returns the last line held back, or "".  C++ code explains some errors
+        there, which the exception does not contain.
     """
-    # What is logged after the block, at the interpreter's end, is chatter too.
+    # TensorFlow also logs at the exit of the interpreter, after the block; hence the variable.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with contextlib.ExitStack() as stack:
         for name in _LOGGERS:
             stack.enter_context(_raise_level(logging.getLogger(name), logging.ERROR))
         held = stack.enter_context(tempfile.TemporaryFile())
-        with contextlib.suppress(OSError):  # descriptor 2 may be closed: then nothing is shown
+        with contextlib.suppress(OSError):  # descriptor 2 may be closed; then nothing is shown
             stack.enter_context(_redirect_stderr(held))
         yield lambda: _read_last_line(held)
 
 
 @contextlib.contextmanager
 def redirect_prints() -> Iterator[None]:
-    """Lead descriptor 1 to where descriptor 2 leads while the block runs.
+    """Redirect descriptor 1 to standard error while the block runs.
 
-    So what others' code prints, in Python, in C or in a child process, does not mix with the
-    results on standard output.  Outside of `silence_frameworks`, which would hold it back.
+    So prints of other code, in Python, C or a child process, do not mix with the results on
+    standard output.  Enter it outside `silence_frameworks`, which would hold the prints back.
     """
     sys.stdout.flush()
     outside = os.dup(1)
@@ -71,7 +71,7 @@ def _raise_level(logger: logging.Logger, level: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _redirect_stderr(held: IO[bytes]) -> Iterator[None]:
-    """Lead descriptor 2 into a file, and Python's standard error around it."""
+    """Redirect descriptor 2 to a file, except for what Python writes to its standard error."""
     outside = os.dup(2)
     stderr = sys.stderr
     try:
@@ -88,12 +88,12 @@ def _redirect_stderr(held: IO[bytes]) -> Iterator[None]:
 
 
 def _reopen(stream: TextIO | None, descriptor: int) -> TextIO | None:
-    """Return a stream to the descriptor in place of one to descriptor 2, else None."""
+    """Return a stream on the descriptor that replaces one on descriptor 2, else None."""
     try:
         if stream is None or stream.fileno() != 2:
             return None
         stream.flush()
-    except (OSError, ValueError, AttributeError):  # closed, or no file at all
+    except (OSError, ValueError, AttributeError):  # closed, or not a file, as in notebooks
         return None
     return open(
         descriptor, "w", encoding=stream.encoding, errors=stream.errors, buffering=1, closefd=False

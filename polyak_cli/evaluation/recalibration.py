@@ -124,6 +124,7 @@ def recalibrate(
     check_recalibration(table, target, rows, batch_size)
     outputs.check_output(target, [table], force=force)
     formats.check([table], jobs=1)
+    # The output is a copy of the model, whose size the new statistics do not change.
     publishing.check_room(target, table.size)
     with publishing.publish(target, force=force) as hidden:
         return rewrite(table, hidden, target, rows, batch_size, trust_code)
@@ -211,6 +212,7 @@ def rewrite(
 def _make_record(table: Table, found: Moments, rows: data.Split, batch_size: int) -> dict[str, Any]:
     """Return the record of the output: that of the model, and the pass over rows."""
     # Times and folders are left out, so that the same inputs give the same bytes.
+    # A model of another program has no record; then only the pass is recorded.
     text = table.about.get("provenance", "{}")
     try:
         own = json.loads(text)

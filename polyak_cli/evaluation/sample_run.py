@@ -25,18 +25,18 @@ _StrPath = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class TrainReport:
-    """What a training run left.
+    """The result of a training run.
 
     Attributes:
         output: the folder.
         checkpoints: the model files kept, oldest first.
-        log: what Keras's CSVLogger wrote.
-        history: metric -> its value after each epoch: loss and accuracy on the training points, and
-            with val_ before the name on the test points.  Loss is the mean cross-entropy of a point
-            in nats, accuracy the share of points classified right, 0 to 1.
-        seed: of the initial weights and the order of the points.
+        log: the file that Keras's CSVLogger wrote.
+        history: metric -> its value after each epoch: loss and accuracy on the training points,
+            val_loss and val_accuracy on the test points.  Loss is the mean cross-entropy in nats;
+            accuracy is the share of points classified correctly, 0 to 1.
+        seed: seed of the initial weights and of the order of the points.
         optimizer: sgd or adam.
-        learning_rate: of the optimizer.
+        learning_rate: learning rate of the optimizer.
     """
 
     output: Path
@@ -61,23 +61,24 @@ def train(
 ) -> TrainReport:
     """Train the sample run on blobs, saving a checkpoint after each of the last epochs.
 
-    ``Dense(25, relu) -> Dense(3, softmax)`` under categorical cross-entropy, 100 training and 1,000
-    test points, batches of 32.  Two runs of one seed on one machine write the same bytes.
+    The model is ``Dense(25, relu) -> Dense(3, softmax)`` with categorical cross-entropy, trained on
+    100 points in batches of 32, and tested on 1,000.  Runs with the same seed on the same machine
+    write the same bytes.
 
     Args:
-        out: the folder; made if it is missing.  Gets ``model_<epoch>.h5``, counted from 0, and
-            ``training.csv``.
-        epochs: how many.
-        keep: of how many, at the end, a checkpoint is kept; all where there are fewer.
-        seed: of the initial weights and the order of the points; 0 to 4294967295.
+        out: the folder for ``model_<epoch>.h5``, counted from 0, and ``training.csv``; it is
+            created if it is missing.
+        epochs: the number of epochs.
+        keep: how many of the last epochs leave a checkpoint.
+        seed: seed of the initial weights and of the order of the points; 0 to 4294967295.
         optimizer: sgd, with momentum 0.9, or adam.
         learning_rate: by default 0.01 for sgd, 0.001 for adam.
-        force: replace an earlier run's ``model_*.h5`` in the folder, which are removed first.
-        progress: called after each epoch with its number, from 0, and its metrics, named as in the
-            history.
+        force: remove the ``model_*.h5`` of an earlier run in the folder first.
+        progress: called after each epoch with its number, from 0, and its metrics, with the
+            names of the history.
 
     Returns:
-        What was written where, and the history.
+        The files that were written, and the history.
 
     Raises:
         UsageError: a number is out of range.
@@ -93,7 +94,6 @@ def train(
             f"{shown(out)}: holds checkpoints already ({shown(earlier[0].name)}); name another "
             "folder, or use --force to replace them"
         )
-    log = out / "training.csv"
     with silence_frameworks() as held_back:
         keras = import_keras("polyak train")
         points = data.load("blobs")
@@ -104,15 +104,12 @@ def train(
             for path in earlier:
                 path.unlink()
             saver = _make_saver(keras, out, epochs - keep, progress)
-            logger = keras.callbacks.CSVLogger(str(log))
-            try:
-                history = _fit_model(model, points, epochs, [logger, saver])
-            finally:  # Keras closes it only after the last epoch
-                if logger.csv_file:
-                    logger.csv_file.close()
+            logger = keras.callbacks.CSVLogger(str(out / "training.csv"))
+            history = _fit_model(model, points, epochs, logger, saver)
         except OSError as error:
             why = error.strerror or held_back() or str(error)
             raise OutputError(f"{shown(out)}: cannot be written: {shown(why)}") from error
+    log = out / "training.csv"
     return TrainReport(out, tuple(saver.saved), log, history, seed, optimizer, rate)
 
 
@@ -136,10 +133,10 @@ def _check_run(epochs: int, keep: int, seed: int) -> None:
 
 
 def _list_earlier_checkpoints(out: Path) -> list[Path]:
-    """Return the checkpoints that an earlier run of this command left, by name.
+    """Return the checkpoints of an earlier run of this command, sorted by name.
 
     Raises:
-        OutputError: the folder is no folder, or cannot be read.
+        OutputError: the folder is not a folder, or cannot be read.
     """
     try:
         names = sorted(out.iterdir()) if out.exists() else []
@@ -149,7 +146,9 @@ def _list_earlier_checkpoints(out: Path) -> list[Path]:
 
 
 def _build_model(keras: Any, optimizer: str, learning_rate: float) -> Any:
-    """Build and compile the model; the names are given, as Keras would number them anew."""
+    """Build and compile the model."""
+    # Keras would number the names by the models built before in this process; fixed names make the
+    # bytes of the files independent of that.
     model = keras.Sequential(
         [
             keras.Input((2,), name="input"),
@@ -170,17 +169,16 @@ def _build_model(keras: Any, optimizer: str, learning_rate: float) -> Any:
 
 
 def _fit_model(
-    model: Any, points: data.Dataset, epochs: int, callbacks: list[Any]
+    model: Any, points: data.Dataset, epochs: int, logger: Any, saver: Any
 ) -> dict[str, tuple[float, ...]]:
     """Run Keras's fit and return its history."""
     import numpy as np
     import tensorflow as tf
 
     tf.config.experimental.enable_op_determinism()
-    # A pipeline of our own for two reasons.  Given arrays, Keras repeats one order of the rows in
-    # every epoch once it is seeded (seen in 3.15.1); this one shuffles anew each time.
-    # And TensorFlow would optimise Keras's pipeline again in every epoch, for six times as long as
-    # the epoch takes.
+    # A custom pipeline, for two reasons.  Given arrays, a seeded Keras repeats one order of rows in
+    # every epoch (seen in 3.15.1); this one shuffles each time.  And TensorFlow would optimise
+    # the pipeline of Keras again in every epoch, which takes six times as long as the epoch.
     options = tf.data.Options()
     options.autotune.enabled = False
     options.experimental_optimization.apply_default_optimizations = False
@@ -189,14 +187,18 @@ def _fit_model(
         one_hot = np.eye(3, dtype=np.float32)[np.asarray(split.labels)]
         features = np.asarray(split.features, np.float32)
         rows[name] = tf.data.Dataset.from_tensor_slices((features, one_hot)).with_options(options)
-    history = model.fit(
-        rows["train"].shuffle(points.splits["train"].rows).batch(BATCH_SIZE),
-        validation_data=rows["test"].batch(points.splits["test"].rows),
-        epochs=epochs,
-        callbacks=callbacks,
-        shuffle=False,  # the pipeline does
-        verbose=0,
-    )
+    try:
+        history = model.fit(
+            rows["train"].shuffle(points.splits["train"].rows).batch(BATCH_SIZE),
+            validation_data=rows["test"].batch(points.splits["test"].rows),
+            epochs=epochs,
+            callbacks=[logger, saver],
+            shuffle=False,  # the pipeline shuffles
+            verbose=0,
+        )
+    finally:  # Keras closes the log only after the last epoch, not if one fails
+        if logger.csv_file:
+            logger.csv_file.close()
     return {name: tuple(map(float, values)) for name, values in history.history.items()}
 
 
@@ -206,10 +208,10 @@ def _make_saver(
     first: int,
     progress: Callable[[int, Mapping[str, float]], None] | None,
 ) -> Any:
-    """Return a callback that saves a checkpoint after each epoch from ``first`` on."""
+    """Return a callback that saves a checkpoint after each epoch, beginning with ``first``."""
 
     class Saver(keras.callbacks.Callback):  # type: ignore[misc]  # keras ships no types
-        """Saves under a hidden name, so that no half-written checkpoint is ever seen."""
+        """Saves under a hidden name first, so that a partial checkpoint is never visible."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -149,7 +149,7 @@ def sweep(
         select_on: the share of the test rows to choose on; the others are reported on.  Or the
             name of another split to choose on; then all test rows are reported on.
         seed: seed of the random division.
-        search: "greedy" and "coefficients": soups to search for, besides the schemes.
+        search: soups to search for: "greedy", "coefficients".
         write_best: the file to write the winner to.
         force: replace an older one.
         recalibrate: rows on which the statistics of BatchNorm are gathered again for every
@@ -164,13 +164,7 @@ def sweep(
         UsageError: windows, schemes, searches or splits are not valid.
         PolyakError: as for `planning.plan` and `evaluator.Evaluator`.
     """
-    if batch < 1:
-        raise UsageError(f"--batch {batch} is out of range; expected 1 or more")
-    for name in search:
-        if name not in SEARCHES:
-            raise UsageError(
-                f"--search: there is no {shown(name)}; choose of {', '.join(SEARCHES)}"
-            )
+    _check_arguments(batch, search)
     if recalibrate is not None:
         options |= {"recalibrate": recalibrate, "batch_size": batch_size, "trust_code": trust_code}
     plan = pipeline.plan(sources, write_best, force=force, **options)
@@ -179,14 +173,17 @@ def sweep(
     )
     splits = _divide_rows(rows, select_on, seed)
     evaluator = Evaluator([*splits.values()], batch_size=batch_size, trust_code=trust_code)
+    # A hidden folder, which searches for checkpoints do not enter.
     with tempfile.TemporaryDirectory(prefix=".polyak-sweep-", dir=scratch) as folder:
         scorer = _CandidateScorer(plan, evaluator, tuple(splits), Path(folder), batch)
         scored = list(scorer.score(wanted, progress))
         scored += _score_ensembles(scorer, scored)
+        # Only now: the results show whether labels are classes and whether there is a loss.
         metric = _choose_metric(scored)
         for name in search:
             scored.append(SEARCHES[name](scorer.score, scored, metric))
     competing = [row for row in scored if row.candidate.kind != "ensemble"]
+    # Singles come first, so a single checkpoint wins over an average that is no better.
     winner = find_best(competing, metric)
     if write_best:
         own: Any = {**options, "force": force}
@@ -201,6 +198,16 @@ def sweep(
         digests=tuple(records.hash_files(table.files) for table in plan.tables),
         notes=(*plan.notes, *rows.notes, *dict.fromkeys(evaluator.notes)),
     )
+
+
+def _check_arguments(batch: int, search: Sequence[str]) -> None:
+    if batch < 1:
+        raise UsageError(f"--batch {batch} is out of range; expected 1 or more")
+    for name in search:
+        if name not in SEARCHES:
+            raise UsageError(
+                f"--search: there is no {shown(name)}; choose of {', '.join(SEARCHES)}"
+            )
 
 
 def _write_winner(
@@ -280,6 +287,7 @@ class _CandidateScorer:
     ) -> Iterator[ScoredCandidate]:
         """Yield the scores of each candidate, in order; equal coefficients are scored once."""
         found: dict[tuple[float, ...], Mapping[str, RowScores]] = {}
+        # Windows of 1 equal the newest checkpoint under every scheme.
         unique = list(dict.fromkeys(candidate.coefficients for candidate in wanted))
         for coefficients, scores in self._score_coefficients(unique):
             found[coefficients] = scores
@@ -298,6 +306,7 @@ class _CandidateScorer:
                 yield coefficients, self._score_file(path)
             else:
                 several.append(coefficients)
+        # Keras chooses the format of a file by its suffix.
         suffix = "".join(self.plan.checkpoints[-1].path.suffixes[-1:])
         for first in range(0, len(several), self.batch):
             part = several[first : first + self.batch]
@@ -305,7 +314,7 @@ class _CandidateScorer:
             writing.several(self.plan, part, paths)
             for coefficients, path in zip(part, paths, strict=True):
                 yield coefficients, self._score_file(self._recalibrate(path))
-                path.unlink()
+                path.unlink()  # at once, which frees the disk before the next is recalibrated
 
     def _recalibrate(self, path: Path) -> Path:
         """Gather the BatchNorm statistics of an average again, if the options say so."""
@@ -332,6 +341,7 @@ def _score_ensembles(
     """
     singles = [row for row in rows if row.candidate.kind == "single"]
     windows = sorted({row.candidate.window for row in rows if row.candidate.kind == "average"})
+    # Windows grow by one older member each, so running sums are enough for all of them.
     sums: list[Any] = [0.0] * len(scorer.splits)
     for window, single in enumerate(reversed(singles), start=1):
         given = [single.scores[split].predictions for split in scorer.splits]
