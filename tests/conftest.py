@@ -6,7 +6,7 @@ import signal
 
 from hypothesis import Phase, settings
 
-# For `make mutants`: some examples, of which it needs to know that one fails, not the simplest one.
+# For `make mutants`: it needs to know only that some example fails, not the simplest one.
 settings.register_profile("mutants", max_examples=20, phases=[Phase.explicit, Phase.generate])
 
 

@@ -106,7 +106,7 @@ def test_contenders_take_turns(tmp_path: Path) -> None:
 
 
 def test_failures_and_absences_are_kept_apart_and_shown(tmp_path: Path) -> None:
-    """A contender that fails is not run again; one that is absent is never run; both are told."""
+    """A contender that fails is not run again; an absent one is never run; both are reported."""
     log = tmp_path / "log"
     code = f"open({str(log)!r}, 'a').write('x'); raise SystemExit('no luck')"
     found = measure.interleaved(
@@ -316,7 +316,7 @@ def test_the_page_cache_is_seen_and_steered(tmp_path: Path) -> None:
 def test_what_was_not_wholly_warm_is_not_told_as_warm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A page lost to the system is told; inputs that the page cache cannot hold are refused."""
+    """A page that the system evicts is reported; inputs larger than the page cache are refused."""
     path = tmp_path / "file"
     path.write_bytes(b"x")
     for shares, note in (

@@ -193,7 +193,7 @@ def test_two_kinds_of_files_are_refused(run: Path, files: list[str]) -> None:
 
 
 def test_a_lone_file_of_another_kind_is_passed_over(run: Path) -> None:
-    """A data set beside the checkpoints is told of and does not disturb."""
+    """A data set beside the checkpoints is passed over with a reason."""
     make(run, "m_1.h5", "m_2.hdf5", "data.npz")
     selection = select([run])
     assert len(selection.checkpoints) == 2
@@ -292,7 +292,7 @@ def test_an_epoch_pattern_that_finds_no_number_is_refused(
 
 
 def test_what_is_no_checkpoint_is_passed_over_with_a_reason(run: Path) -> None:
-    """Hidden, unfinished and foreign files and subdirectories are told, not silently dropped."""
+    """Hidden, unfinished and foreign files and subdirectories are reported with the reason."""
     numbered(run, 1)
     make(run, "model_2.h5")
     make(run, ".model_2.h5", "model_3.tmp.h5", "model_4.h5.part", "model_5.h5~", "tmp.h5")
@@ -314,7 +314,7 @@ def test_what_is_no_checkpoint_is_passed_over_with_a_reason(run: Path) -> None:
 
 
 def test_parts_of_checkpoints_are_passed_over_with_a_reason(run: Path) -> None:
-    """TensorFlow's shards go by their index, and without it they are told."""
+    """TensorFlow's shards are named by their index; without it they are reported."""
     make(run, "m-1.index", "m-1.data-00000-of-00001", "m-2.data-00000-of-00001", "checkpoint")
     make(run, "m-00001-of-00002.safetensors", "tmp-m-3.index", "m-4.index")
     shard = "a data shard of a TensorFlow checkpoint whose .index is not here"
@@ -662,7 +662,7 @@ def test_one_file_named_twice_is_an_error(run: Path) -> None:
 
 
 def test_the_advice_leaves_out_one_of_two_equal_names(tmp_path: Path, run: Path) -> None:
-    """Two links of one name in two directories are told apart by their whole paths."""
+    """Two links of one name in two directories are distinguished by their whole paths."""
     (path,) = numbered(run, 1)
     other = tmp_path / "model_1.h5"
     other.symlink_to(path)
@@ -736,7 +736,7 @@ def test_a_folder_that_is_a_checkpoint_has_its_name_from_wherever_it_is_seen(
 
 
 def test_a_survey_tells_what_a_choice_would_refuse(run: Path) -> None:
-    """Each trouble is told with its file, and all that can be looked at is, in order."""
+    """Each problem is reported with its file; every readable checkpoint is kept, in order."""
     numbered(run, 1, 2, 3)
     make(run, "model_02.h5", "final.h5", "net_7.h5")
     (run / "model_8.h5").symlink_to("model_3.h5")
@@ -912,7 +912,7 @@ def test_arguments_that_contradict_are_refused(run: Path, options: Options, mess
 
 
 def test_from_and_to_need_epochs(run: Path) -> None:
-    """A file without a number in its name cannot be told to lie within."""
+    """A file without a number in its name cannot be placed between two epochs."""
     paths = [*make(run, "first.h5"), *numbered(run, 2)]
     assert "first.h5: --from and --to needs the epoch" in refusal(*paths, to_epoch=2)
 
@@ -972,7 +972,7 @@ def test_the_best_are_chosen_by_the_metric_in_the_names(run: Path) -> None:
 
 
 def test_the_highest_are_best_where_more_is_better(run: Path) -> None:
-    """An accuracy is maximised without being told, and --mode turns it round."""
+    """An accuracy is maximised by default, and --mode reverses it."""
     make(run, "1_val_acc0.7.h5", "2_val_acc0.9.h5", "3_val_acc0.8.h5")
     assert epochs(select([run], best=1, monitor="val_acc")) == [2]
     assert epochs(select([run], best=1, monitor="val_accuracy")) == [2]
@@ -1208,7 +1208,7 @@ def test_an_alignment_that_nothing_settles_is_noted(run: Path) -> None:
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_any_separator_of_the_logger_is_read(run: Path, separator: str) -> None:
-    """CSVLogger can be told to write semicolons or tabs."""
+    """CSVLogger can be configured to write semicolons or tabs."""
     numbered(run, 1, 2)
     log = write_log(run, [0.5, 0.4])
     log.write_text("\ufeff" + log.read_text().replace(",", separator), encoding="utf-8")
@@ -1439,7 +1439,7 @@ def test_the_order_is_of_epochs_even_where_names_would_have_another(run: Path) -
 
 
 def test_what_is_no_model_is_passed_over_with_a_reason(run: Path) -> None:
-    """Hidden, unfinished and foreign files, weights alone and directories are told, each once."""
+    """Hidden, unfinished and foreign files, bare weights and directories are reported once each."""
     make(run, "model_1.h5", "data.npz", "m.weights.h5", "training.csv", ".m.h5", "m.tmp.h5")
     (run / "logs").mkdir()
     files, passed_over = model_files([run])

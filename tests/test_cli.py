@@ -516,7 +516,7 @@ def test_bad_input_is_one_line_that_names_it_and_leaves_nothing(
 
 @pytest.mark.parametrize("output", ["/proc/out.h5", "/sys/out.h5", "/dev/full/out.h5"])
 def test_targets_that_cannot_be_written(run_folder: Path, output: str) -> None:
-    """Folders that take no file, even from root, are told so by name."""
+    """Folders in which no file can be made, even by root, are named in the error."""
     if not Path(output).parent.exists():
         pytest.skip(f"there is no {Path(output).parent} here")
     done = polyak("average", "ckpts", "-o", output, cwd=run_folder)
@@ -1064,7 +1064,7 @@ def test_sources_and_outputs_complete_as_files(words: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("loss", "accuracy", "least", "told"),
+    ("loss", "accuracy", "least", "failed"),
     [
         (0.5, 0.8, 0.8, []),
         (None, 0.8, 0.8, []),
@@ -1077,15 +1077,15 @@ def test_sources_and_outputs_complete_as_files(words: str, tmp_path: Path) -> No
     ],
 )
 def test_a_gate_lets_pass_what_is_enough_and_finite(
-    loss: float | None, accuracy: float, least: float, told: list[str]
+    loss: float | None, accuracy: float, least: float, failed: list[str]
 ) -> None:
     """A loss that is no number passes no gate, and two numbers that differ are shown differing."""
     score = Score(Path("m.h5"), loss, {"accuracy": accuracy}, 10)
-    assert list(_find_failed(score, [("accuracy", least)])) == told
+    assert list(_find_failed(score, [("accuracy", least)])) == failed
 
 
 def test_a_gate_on_the_loss_is_of_the_loss() -> None:
-    """It is told once when it is not finite, and a metric that is not there is a usage error."""
+    """A loss that is not finite is reported once; an unknown metric is a usage error."""
     score = Score(Path("m.h5"), math.nan, {}, 10)
     assert list(_find_failed(score, [("loss", 0.1)])) == ["m.h5: loss is nan, not a finite number"]
     with pytest.raises(UsageError, match="has no such metric; it has loss"):

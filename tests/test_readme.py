@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
 
 
 def without_keras(script: str) -> str:
-    """Leave out the commands that need an extra which is not installed here."""
+    """Remove the commands that need an extra that is not installed here."""
     lines = script.splitlines(keepends=True)
     commands = tuple(f"polyak {name} " for name in ("evaluate", "recalibrate", "sweep", "train"))
     return "".join(line for line in lines if not line.startswith(commands))
@@ -122,7 +122,7 @@ def named_tests(text: str) -> list[tuple[str, str]]:
 
 
 def defines(path: Path, name: str) -> bool:
-    """Tell whether a file defines a function, or a method by ``Class::method``."""
+    """Return whether a file defines a function, or a method by ``Class::method``."""
     body: list[ast.stmt] = ast.parse(path.read_text()).body
     for part in name.split("::"):
         inside = [d for d in body if isinstance(d, ast.ClassDef | ast.FunctionDef)]

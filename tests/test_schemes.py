@@ -282,7 +282,7 @@ def test_custom_numbers_that_cannot_be_used_are_refused(numbers: list[float], fo
 
 
 def test_custom_and_a_scheme_exclude_each_other() -> None:
-    """A scheme chosen beside one's own coefficients is an error that names both."""
+    """A scheme together with custom coefficients is an error that names both."""
     with pytest.raises(UsageError, match="--coefficients and --scheme exp exclude each other"):
         coefficients("exp", run_of(1), custom=[1.0])
 

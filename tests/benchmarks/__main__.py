@@ -141,7 +141,7 @@ def _reach(reach: Mapping[str, Any]) -> str:
 
 
 def _failed(data: Mapping[str, Any]) -> bool:
-    """Tell whether polyak itself failed: of others, the table says so and that is all."""
+    """Return whether polyak itself failed; failures of others are only shown in the table."""
     rows = [row for row in data.get("rows", ()) if row["key"] in ("polyak", "help", "samples")]
     rows += [point for series in data.get("series", ()) for point in series["points"]]
     return any(row["error"] for row in rows)

@@ -1,6 +1,6 @@
 """Writes checkpoints in Keras's layout, and compares model files, with h5py and no framework.
 
-Runs in a process of its own.  Imports nothing of the package under test.
+Runs in a separate process.  Imports nothing of the package under test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The floor: reads every input byte once on two threads, then writes and syncs one output.
 
-A script of its own, so that nothing but the standard library is started; computes nothing.
+A separate script, so that only the standard library is loaded; computes nothing.
 """
 
 from __future__ import annotations

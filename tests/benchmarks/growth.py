@@ -247,7 +247,7 @@ def _reached(series: Mapping[str, Any]) -> Iterator[Reach]:
         yield Reach(
             "seconds per gigabyte, one huge tensor against ten",
             _between(series["tensor"], "one", "ten", "seconds_per_gigabyte"),
-            1.05,  # no slower, but for what two medians differ by anyway
+            1.05,  # no slower, except for the usual difference of two medians
         )
     for each in _EACH:
         if f"small-{each}" in series:

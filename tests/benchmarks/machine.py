@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.benchmarks.measure import Failed
 
-#: Distributions whose versions are told where installed.
+#: Distributions whose versions are reported if installed.
 _PACKAGES = ("polyak", "numpy", "h5py", "click", "tensorflow", "keras")
 _MIB = 1 << 20
 #: Share of the inputs below which a run is not said to be warm.
@@ -120,7 +120,7 @@ class Warmth:
             return "Every input was read ahead of each run; whether it was kept is unknown."
         if min(known) == 1.0:
             return "The page cache was warm: it held every page of the inputs ahead of each run."
-        # Rounded down: what was not whole must not be told as 100 %.
+        # Rounded down: an incomplete cache must not be reported as 100 %.
         least = int(min(known) * 10000) / 100
         return (
             f"The page cache was warm: it held at least {least} % of the inputs ahead of each run."

@@ -1,4 +1,4 @@
-"""What the contenders work on: described here, made by `files` in a process of its own."""
+"""Describe the files that the contenders average; `files` makes them in a separate process."""
 
 from __future__ import annotations
 

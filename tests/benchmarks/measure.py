@@ -1,7 +1,7 @@
-"""Runs commands as a user would and keeps what each cost: wall clock, processor, memory.
+"""Run commands as a user would, and measure wall clock, processor time and memory.
 
-Knows no contender and no file format.  On Linux no peak is told below that of the measuring process
-itself, some 20 MB: a child inherits it.
+Knows no contender and no file format.  On Linux no peak is reported below that of the measuring
+process itself, some 20 MB: a child inherits it.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def interleaved(
         slow_rounds: of one that takes more than `SLOW` seconds.
         before: called ahead of each run, unmeasured; where it fails, so does the contender.
         inspect: judges the output of a contender's first run.
-        say: told what goes on.
+        say: called with a line for each step.
 
     Returns:
         By key, in the order given.
@@ -268,7 +268,7 @@ class Reach:
 
     @property
     def missed(self) -> bool:
-        """Tell whether it was measured and is beyond the limit."""
+        """Return whether it was measured and is beyond the limit."""
         if self.value is None:
             return False
         return self.value < self.limit if self.least else self.value > self.limit

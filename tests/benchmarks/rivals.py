@@ -1,4 +1,4 @@
-"""The ways people average checkpoints today, each a short script run in a process of its own.
+"""The ways people average checkpoints today, each a short script that runs in a separate process.
 
 Imports nothing of the package under test.  None of them syncs its output, as such scripts do not.
 """

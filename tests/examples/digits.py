@@ -150,7 +150,7 @@ def compare(right: Sequence[Mapping[str, npt.NDArray[np.bool_]]]) -> list[dict[s
     """Compare the contenders over all seeds.
 
     The unit of a paired interval is a row of the test, for which each contender gets the share of
-    the seeds in which it was right: rows are drawn anew, the runs are these.
+    the seeds in which it was right: rows are drawn again, the runs are fixed.
 
     Args:
         right: for each seed, what `examine` gives.
