@@ -1,6 +1,6 @@
-"""The same inputs give the same bytes: whatever the division of the work, the day or the versions.
+"""The same inputs give the same bytes, for any division of the work, day or version.
 
-That these bytes are the right ones, the tests of averaging and of each format say.
+The tests of averaging and of each format check that these bytes are right.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from polyak_cli.pipeline import Options
 from tests.command import SAMPLES
 from tests.oracle import naive_average, read_model, write_model
 
-#: Bytes of a float32 slab and of all buffers: the smallest slabs, the largest, and slabs that have
-#: to shrink to an odd size, since the processes share so little memory.
+#: Bytes of a float32 slab and of all buffers: the smallest slabs, the largest slabs, and slabs that
+#: shrink to an odd size because the processes share little memory.
 DIVISIONS = ((4 << 10, 1 << 33), (64 << 20, 1 << 33), (64 << 20, 1 << 20))
 
 
@@ -58,7 +58,7 @@ def digest(path: Path) -> str:
 
 
 def assert_naive(output: Path, paths: list[Path]) -> None:
-    """Compare an equal average with the naive one; bfloat16 has an oracle of its own elsewhere."""
+    """Compare an equal average with the naive one, except bfloat16, which has another oracle."""
     found = read_model(output)
     for name, values in naive_average(paths, [1 / len(paths)] * len(paths)).items():
         if values.dtype.kind != "V":
@@ -67,7 +67,7 @@ def assert_naive(output: Path, paths: list[Path]) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
-    """Return a run, and the digest of its average as one process makes it in one piece each."""
+    """Return a run, and the digest of its average as one process makes it with large slabs."""
     folder = tmp_path_factory.mktemp("run")
     paths = write_run(folder, large=100_003)
     average(paths, folder / "o.h5", jobs=1)
@@ -104,7 +104,7 @@ def test_a_run_that_is_large_enough_to_be_divided_gives_the_same_bytes(tmp_path:
 
 
 def test_folders_and_file_times_change_no_byte(tmp_path: Path) -> None:
-    """Nothing of where the checkpoints lie, or of when they were written, is in the output."""
+    """The output does not depend on the folder of the checkpoints or on their file times."""
     state = {"iteration": np.array(7)}
     for k, name in enumerate(("a", "elsewhere")):
         folder = tmp_path / name
@@ -182,12 +182,12 @@ def tensors_digest(path: Path) -> str:
 def test_the_averages_of_the_samples_have_golden_digests(
     tmp_path: Path, scheme: str, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes are those that were committed, on any machine, with any versions of the libraries.
+    """The bytes equal the committed ones, on any machine, with any versions of the libraries.
 
-    The digest of the tensors may never change: these are the numbers that the scheme promises.
-    That of the whole file may change in a release that lays files out in another way, and the
-    changelog says so then.  The record of provenance, which holds polyak's version, is left out of
-    both: here, it is always the same.
+    The digest of the tensors must never change: these are the numbers that the scheme promises.
+    The digest of the whole file may change in a release that arranges files differently; the
+    changelog then says so.  The record of provenance holds polyak's version, so a constant
+    replaces it here.
     """
     monkeypatch.setattr(records, "seal", lambda _: {"always": "the same"})
     output = tmp_path / f"o{suffix}"

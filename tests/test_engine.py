@@ -1,4 +1,4 @@
-"""Slabs, workers and memory: how the work is divided changes nothing."""
+"""Slabs, workers, executors and memory: dividing the work in another way changes no byte."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ from polyak_cli.tensors import Extent, Files, Grid, GridPart, Inline, Placement
 
 
 def tensor(size: int, offset: int = 0, count: int = 1) -> FoldTensor:
-    """Return a float32 tensor that all checkpoints keep at one place."""
+    """Return a float32 tensor that lies at the same offset in all checkpoints."""
     sources = [TensorSource(Extent(offset, size * 4), "<", k) for k in range(count)]
     return FoldTensor("x", size, "float32", sources, [Placement(offset, "float32", "<")])
 
 
 class Banded(Extent):
-    """An extent that is better read in bands of seven float32, as if it were chunked."""
+    """An extent that prefers to be read in bands of seven float32, like a chunked one."""
 
     preferred_nbytes = 28
     block_nbytes = 28
@@ -65,7 +65,7 @@ class Banded(Extent):
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.integers(1, 1000), max_size=20), st.integers(1, 300))
 def test_slabs_cover_each_tensor_exactly_once(sizes: list[int], piece: int) -> None:
-    """No element is folded twice or left out, and no slab is larger than a piece."""
+    """Every element is in exactly one slab, and no slab is larger than a piece."""
     tensors = [tensor(size) for size in sizes]
     cut = list(cut_slabs(tensors, piece, piece))
     for one in tensors:
@@ -78,7 +78,7 @@ def test_slabs_cover_each_tensor_exactly_once(sizes: list[int], piece: int) -> N
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.integers(1, 9000), max_size=50), st.integers(1, 20_000))
 def test_bundles_and_batches_lose_no_slab(sizes: list[int], elements: int) -> None:
-    """Gathering slabs keeps each of them, in order, and no bundle is larger than a piece."""
+    """Bundles and batches keep every slab, in order, and no bundle is larger than a piece."""
     starts = np.cumsum([0, *sizes]) * 4
     tensors = [tensor(n, int(start)) for n, start in zip(sizes, starts, strict=False)]
     cut = [slab for one in tensors for slab in cut_slabs([one], elements, elements)]
@@ -89,7 +89,7 @@ def test_bundles_and_batches_lose_no_slab(sizes: list[int], elements: int) -> No
 
 
 def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
-    """Write raw files, which are as good as any format to the engine."""
+    """Write raw files: the engine knows no format."""
     inputs = []
     for k, array in enumerate(arrays):
         path = folder / f"{k}.raw"
@@ -105,7 +105,7 @@ WHERE = ["in process", "forked", "threads", "spawned"]
 
 @pytest.fixture(scope="module")
 def spawned() -> Iterator[ProcessPoolExecutor]:
-    """Yield processes that share nothing with this one: all they get was pickled."""
+    """Yield spawned processes: they share no memory, so everything they receive is pickled."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(time.sleep, [0.1] * 4))  # both are there before a test counts descriptors
         yield pool
@@ -154,7 +154,7 @@ def run(
     memory: Memory,
     allow_nonfinite: bool = False,
 ) -> list[np.ndarray]:
-    """Fold whole files into as many outputs as there are rows."""
+    """Fold whole files into one output for each row of coefficients."""
     inputs = write_inputs(folder, arrays)
     size = arrays[0].size
     outputs = [folder / f"out{row}" for row in range(len(np.array(coefficients)))]
@@ -177,7 +177,7 @@ def run(
 def test_workers_and_pieces_change_no_bit(
     tmp_path_factory: pytest.TempPathFactory, jobs: int, piece: int, count: int, seed: int
 ) -> None:
-    """Any division of the work gives the bits of the fold over whole arrays."""
+    """For any number of jobs and size of pieces, the bits are those of a fold of whole arrays."""
     rng = np.random.default_rng(seed)
     arrays = [rng.normal(size=5000).astype(np.float32) for _ in range(count)]
     coefficients = rng.random(count)
@@ -206,7 +206,7 @@ def test_workers_and_pieces_change_no_bit(
     st.integers(50, 4000),
     st.integers(0, 2**32 - 1),
 )
-def test_small_tensors_side_by_side_are_each_averaged(
+def test_neighbouring_small_tensors_are_each_averaged(
     tmp_path_factory: pytest.TempPathFactory,
     width: int,
     shape: list[tuple[int, int, bool]],
@@ -214,7 +214,7 @@ def test_small_tensors_side_by_side_are_each_averaged(
     piece: int,
     seed: int,
 ) -> None:
-    """Each has the bits of its own fold, wherever the checkpoints keep it, and nothing else is.
+    """Each tensor has the bits of its own fold, wherever it lies; the bytes between stay.
 
     Between them lie any number of bytes, so that most begin at odd places; some are big-endian.
     """
@@ -259,10 +259,10 @@ def test_small_tensors_side_by_side_are_each_averaged(
     assert totals.bytes_read == 3 * sum(size for size, _, _ in shape) * width
 
 
-def test_small_tensors_side_by_side_are_read_at_once(
+def test_neighbouring_small_tensors_are_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hundred neighbours at the end of a file take two readings of it, without what is before."""
+    """A hundred neighbours at the end of a file take two reads, which skip the bytes before."""
     before = np.zeros(10_000, np.float32)
     numbers = np.arange(995, dtype=np.float32)
     inputs = write_inputs(tmp_path, [np.concatenate([before, numbers])] * 2)
@@ -293,7 +293,7 @@ def test_small_tensors_side_by_side_are_read_at_once(
 
 
 def test_a_nan_among_small_tensors_is_named_with_its_own_tensor(tmp_path: Path) -> None:
-    """What is wrong with one of many that are folded together is told of that one."""
+    """An error in one of many tensors that are folded together names that tensor."""
     array = np.zeros(100, np.float32)
     array[57] = np.nan
     inputs = write_inputs(tmp_path, [array])
@@ -305,7 +305,7 @@ def test_a_nan_among_small_tensors_is_named_with_its_own_tensor(tmp_path: Path) 
 
 
 def test_small_tensors_that_a_tight_bound_cuts_are_averaged(tmp_path: Path) -> None:
-    """What is left of one, or its beginning, is not taken for the whole beside its neighbours."""
+    """A part of a small tensor is never bundled with its neighbours as if it were whole."""
     arrays = [np.arange(60, dtype=np.float32), np.ones(60, np.float32)]
     inputs = write_inputs(tmp_path, arrays)
     starts = [0, 15, 20, 25, 52, 53, 60]
@@ -319,7 +319,7 @@ def test_small_tensors_that_a_tight_bound_cuts_are_averaged(tmp_path: Path) -> N
 
 
 def test_several_outputs_come_from_one_reading(tmp_path: Path) -> None:
-    """A matrix of coefficients gives a row's own average in each output."""
+    """Each output holds the average of its own row of coefficients."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=1000).astype(np.float32) for _ in range(3)]
     matrix = [[1.0, 0.0, 0.0], [0.25, 0.25, 0.5], [0.0, 0.5, 0.5]]
@@ -331,14 +331,14 @@ def test_several_outputs_come_from_one_reading(tmp_path: Path) -> None:
 
 
 def test_a_coefficient_of_zero_is_not_even_read(tmp_path: Path) -> None:
-    """NaN and infinity in a checkpoint that does not count leave no trace."""
+    """NaN and infinity in a checkpoint of coefficient 0 do not reach the average."""
     arrays = [np.array([np.nan, np.inf], np.float32), np.array([1, 2], np.float32)]
     (out,) = run(tmp_path, arrays, [[0.0, 1.0]], Memory(1, 10, 10))
     assert out.tolist() == [1.0, 2.0]
 
 
 def test_a_nan_is_named_with_file_tensor_and_element(tmp_path: Path) -> None:
-    """What is not finite is refused, and the message says where it stands."""
+    """A value that is not finite is refused, and the message says where it is."""
     arrays = [np.zeros(1000, np.float32), np.zeros(1000, np.float32)]
     arrays[1][777] = np.nan
     with pytest.raises(MismatchError, match=r"1\.raw: tensor 'x' holds nan \(element 777\)"):
@@ -346,15 +346,15 @@ def test_a_nan_is_named_with_file_tensor_and_element(tmp_path: Path) -> None:
 
 
 def test_nonfinite_values_are_averaged_where_they_are_allowed(tmp_path: Path) -> None:
-    """With leave, infinity and NaN go through the arithmetic like any number."""
+    """With allow_nonfinite, infinity and NaN go through the arithmetic like any number."""
     arrays = [np.array([np.inf, 1, np.inf], np.float32), np.array([1, np.nan, -np.inf], np.float32)]
     (out,) = run(tmp_path, arrays, [[0.5, 0.5]], Memory(2, 10, 10), allow_nonfinite=True)
     assert np.isposinf(out[0])
     assert np.isnan(out[1:]).all()
 
 
-def test_an_average_beyond_float64_is_told_apart_from_a_bad_checkpoint(tmp_path: Path) -> None:
-    """Where every value is finite and their sum is not, no checkpoint is blamed."""
+def test_an_overflow_of_float64_blames_no_checkpoint(tmp_path: Path) -> None:
+    """If all values are finite and only their sum is not, no checkpoint is blamed."""
     inputs = write_inputs(tmp_path, [np.array([1.0, 1.7e308])] * 2)
     (tmp_path / "out").write_bytes(b"")
     sources = [TensorSource(Extent(0, 16), "<", k) for k in range(2)]
@@ -368,14 +368,14 @@ def test_an_average_beyond_float64_is_told_apart_from_a_bad_checkpoint(tmp_path:
 
 
 def test_great_float64_values_are_no_false_alarm() -> None:
-    """Finite values whose sum overflows are still told to be finite."""
+    """Finite values are recognised as finite even if their sum overflows."""
     assert is_finite(np.full(10, 1e308))
     assert not is_finite(np.array([1.0, np.inf]))
     assert not is_finite(np.array([np.inf, -np.inf]))
 
 
 def test_an_input_that_ends_early_is_named(tmp_path: Path) -> None:
-    """A short read is an error with file and tensor, not zeros."""
+    """A short read is an error that names file and tensor; it never gives zeros."""
     inputs = write_inputs(tmp_path, [np.zeros(10, np.float32)])
     (tmp_path / "out").write_bytes(b"")
     work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
@@ -384,7 +384,7 @@ def test_an_input_that_ends_early_is_named(tmp_path: Path) -> None:
 
 
 def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
-    """A file that is not the one whose header was scanned is not read."""
+    """A file that was replaced after its header was scanned is not read."""
     inputs = write_inputs(tmp_path, [np.zeros(10, np.float32)])
     (tmp_path / "new").write_bytes(b"\0" * 40)
     (tmp_path / "new").replace(inputs[0].path)
@@ -399,7 +399,7 @@ def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
 def test_an_input_that_became_a_pipe_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opening it does not wait for somebody to write into it."""
+    """Opening a FIFO does not wait for a writer."""
     inputs = write_inputs(tmp_path, [np.zeros(10, np.float32)])
     (tmp_path / "0.raw").unlink()
     os.mkfifo(tmp_path / "0.raw")
@@ -415,7 +415,7 @@ def test_an_input_that_became_a_pipe_is_refused(
         files.read(tensor(10).sources[0], 0, np.empty(40, np.uint8), "x")
 
 
-def test_what_a_header_holds_is_averaged_with_what_lies_in_a_file(tmp_path: Path) -> None:
+def test_inline_bytes_are_averaged_with_extents(tmp_path: Path) -> None:
     """A tensor may be stored in bands in one checkpoint and have no offset in another."""
     arrays = [np.arange(100, dtype=np.float32), np.ones(100, np.float32)]
     inputs = write_inputs(tmp_path, arrays)
@@ -431,7 +431,7 @@ def test_what_a_header_holds_is_averaged_with_what_lies_in_a_file(tmp_path: Path
 
 
 def test_more_inputs_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not fit among the open files is opened for each slab, with the same result."""
+    """Files above the limit are opened again for each slab, with the same result."""
     monkeypatch.setattr("resource.getrlimit", lambda _: (66, 66))
     arrays = [np.full(1000, k, np.float32) for k in range(8)]
     before = len(os.listdir("/proc/self/fd"))
@@ -443,7 +443,7 @@ def test_more_inputs_than_may_be_open(tmp_path: Path, monkeypatch: pytest.Monkey
 @settings(derandomize=True, deadline=None)
 @given(st.integers(1 << 20, 1 << 34), st.integers(1, 256))
 def test_the_bound_on_memory_is_kept(nbytes: int, jobs: int) -> None:
-    """Threads times their buffers stay within what was allowed, however many were asked for."""
+    """The buffers of all processes stay within the bound, however many processes were asked for."""
     memory = Memory.within(nbytes, jobs)
     assert 1 <= memory.jobs <= jobs
     assert memory.nbytes <= nbytes
@@ -454,7 +454,7 @@ def test_the_bound_on_memory_is_kept(nbytes: int, jobs: int) -> None:
 def test_an_error_of_the_disk_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush: int
 ) -> None:
-    """What cannot be flushed while the folding goes on ends the run, though later flushes can."""
+    """A flush that fails during the fold ends the run, even if later flushes succeed."""
     flushed: list[int] = []
 
     def broken(descriptor: int) -> None:
@@ -477,8 +477,8 @@ class Killing(Extent):
         os.kill(os.getpid(), 9)
 
 
-def test_a_worker_that_is_killed_is_told(tmp_path: Path, where: str) -> None:
-    """When the system ends a worker, the run ends with an error, not with half an output."""
+def test_a_worker_that_is_killed_is_reported(tmp_path: Path, where: str) -> None:
+    """If the system kills a worker, the run ends with an error and not with half an output."""
     if where in ("in process", "threads"):
         return  # here it would be this very process
     inputs = write_inputs(tmp_path, [np.zeros(1000, np.float32)])
@@ -504,7 +504,7 @@ def test_a_worker_that_is_killed_is_told(tmp_path: Path, where: str) -> None:
 def test_where_a_tensor_lies_in_its_file_changes_nothing(
     tmp_path: Path, offset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Buffers lie where the system copies quickly; the bits are the same."""
+    """Buffers are placed where the system copies fast; the bits are the same."""
     preadv, pwrite = os.preadv, os.pwrite
 
     def address(buffer: memoryview) -> int:
@@ -538,10 +538,10 @@ def test_where_a_tensor_lies_in_its_file_changes_nothing(
 
 
 @pytest.mark.parametrize("slow", [True, False])
-def test_what_will_be_read_next_is_fetched_ahead(
+def test_the_next_batch_is_prefetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
-    """From a slow disk, all but the first slabs are announced before they are read, each once."""
+    """From a slow disk, all slabs but the first are prefetched, each once, before they are read."""
     tuning = Tuning(cache_speed=math.inf if slow else 0.0)
     monkeypatch.setitem(HERE, "executor", InProcess(tuning))
     events: list[tuple[str, int, int]] = []
@@ -572,7 +572,7 @@ def test_what_will_be_read_next_is_fetched_ahead(
 
 
 def test_slabs_hold_whole_bands_where_they_fit() -> None:
-    """What is stored in bands is cut between them, in as many as a piece or the bound holds."""
+    """Tensors in bands are cut between bands: as many bands as a piece or the bound holds."""
     banded = TensorSource(Banded(0, 400), "<", 0)
     whole = FoldTensor("x", 100, "float32", [*tensor(100).sources, banded], [])
     for piece, most, length in ((20, 50, 14), (5, 50, 7), (5, 6, 6), (20, 10, 10), (1, 1, 1)):
@@ -580,8 +580,8 @@ def test_slabs_hold_whole_bands_where_they_fit() -> None:
         assert spans == [(k, min(k + length, 100)) for k in range(0, 100, length)]
 
 
-def test_only_small_tensors_side_by_side_are_bundled() -> None:
-    """The second is folded with the first up to some gap, span and size, and if it is like it."""
+def test_only_neighbouring_small_tensors_are_bundled() -> None:
+    """Two tensors are bundled if gap, span and sizes are small and their types are the same."""
     small = TUNING.small_nbytes // 4
 
     def bundled(first: FoldTensor, second: FoldTensor, elements: int = 10_000) -> bool:
@@ -617,7 +617,7 @@ def test_only_small_tensors_side_by_side_are_bundled() -> None:
 
 
 def test_batches_are_closed_by_elements_or_by_number() -> None:
-    """A message is sent for so many elements, or for so many small tensors."""
+    """A batch is complete when it has enough elements, or enough small tensors."""
     ones: list[Bundle] = [[Slab(tensor(1), 0, 1)] for _ in range(600)]
     assert [len(batch) for batch in gather_batches(ones, 1000)] == [256, 256, 88]
     assert [len(batch) for batch in gather_batches(ones[:11], 5)] == [5, 5, 1]
@@ -642,7 +642,7 @@ def test_memory_is_shared_out_to_the_byte(bound: tuple[int, ...], memory: Memory
 
 
 def test_a_worker_has_the_buffers_that_the_bound_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For one average and for several, an element takes the bytes that `Memory` takes it for."""
+    """For one average and for several, an element needs the bytes that `Memory` counts."""
     for averages in (1, 2, 3):
         work = FoldJob([], [], np.ones((averages, 1)), False)
         worker = Worker(work)
@@ -658,18 +658,18 @@ def test_a_worker_has_the_buffers_that_the_bound_counts(monkeypatch: pytest.Monk
         assert sum(buffers) == 1000 * element + 2048  # room to move the stored values
 
 
-def test_what_a_run_did_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes are those of the tensors, seconds are split in three, and progress tells the bytes."""
+def test_bytes_and_seconds_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of tensors are counted, seconds are split in three, and progress reports the bytes."""
     inputs = write_inputs(tmp_path, [np.ones(1000, np.float32)] * 3)
     (tmp_path / "out").write_bytes(b"")
     work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.0, 0.5]]), False)
-    told: list[int] = []
+    reported: list[int] = []
     flushed: list[int] = []
     monkeypatch.setattr(os, "fdatasync", flushed.append, raising=False)
     memory = Memory(2, 100, 100, tuning=Tuning(flush_nbytes=1000))
-    totals = fold([tensor(1000, 0, 3)], work, memory, told.append)
+    totals = fold([tensor(1000, 0, 3)], work, memory, reported.append)
     assert (totals.bytes_read, totals.bytes_written) == (8000, 4000)
-    assert sorted(told) == [1600, 6400]
+    assert sorted(reported) == [1600, 6400]
     assert flushed
     assert min(totals[2:]) > 0.0
     times = iter([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
@@ -686,7 +686,7 @@ def test_what_a_run_did_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
-    """A byte at either end, in any checkpoint, and another length are found, and nothing else."""
+    """A differing byte at either end, in any checkpoint, or another length is found."""
     content = np.random.default_rng(0).integers(0, 256, 360, np.uint8)
     arrays = [content, content.copy(), content.copy()]
     arrays[2][90] += 1
@@ -698,12 +698,12 @@ def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
 
     rows = [(f"t{k}", everywhere(90 * k, 90 * k + 90)) for k in range(4)]
     rows.append(("shorter", [*everywhere(0, 90)[:2], everywhere(0, 89)[2]]))
-    told: list[int] = []
+    reported: list[int] = []
     memory = Memory(1, 10, 10)
-    found, totals = reading.find_differing(rows, inputs, memory, told.append)
+    found, totals = reading.find_differing(rows, inputs, memory, reported.append)
     assert found == {"t1", "t2", "shorter"}
     # In pieces of 80 bytes, and no further than to the first that differs.
-    assert sum(told) == totals.bytes_read == 270 + 240 + 260 + 270
+    assert sum(reported) == totals.bytes_read == 270 + 240 + 260 + 270
     assert reading.find_differing(rows, inputs, memory)[0] == found
     assert reading.find_differing([("alone", everywhere(0, 90)[:1])], inputs, memory)[0] == set()
     for k in range(2):
@@ -714,7 +714,7 @@ def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
 
 
 def test_pieces_are_the_stored_bytes_of_each_checkpoint(tmp_path: Path) -> None:
-    """Slab by slab, checkpoint by checkpoint, as long as the bound and the caller's buffers let."""
+    """Pieces come slab by slab and checkpoint by checkpoint, as large as the bound allows."""
     arrays = [np.arange(100, dtype="<f4"), np.arange(100, dtype=">f8") / 3]
     inputs = write_inputs(tmp_path, arrays)
     sources = [TensorSource(Extent(0, 400), "<", 0), TensorSource(Extent(0, 800), ">", 1)]
@@ -747,7 +747,7 @@ def test_pieces_are_the_stored_bytes_of_each_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_piece_that_cannot_be_read_is_an_error_in_its_place(tmp_path: Path) -> None:
-    """The others are told all the same; for `values`, it ends the reading."""
+    """`read_pieces` yields the other pieces all the same; `read_values` raises the error."""
     inputs = write_inputs(tmp_path, [np.zeros(n, np.float32) for n in (10, 5, 10)])
     tensor = ReadTensor(
         "x", 10, ["float32"] * 3, [TensorSource(Extent(0, 40), "<", k) for k in range(3)]
@@ -764,7 +764,7 @@ def test_a_piece_that_cannot_be_read_is_an_error_in_its_place(tmp_path: Path) ->
 
 
 def test_values_are_float64_whatever_is_stored(tmp_path: Path) -> None:
-    """Types, byte orders, lengths and numbers of checkpoints may change from tensor to tensor."""
+    """Each tensor may have other types, byte orders, lengths and numbers of checkpoints."""
     types = {"float32": "<f4", "int16": ">i2", "uint8": "<u1"}
     content = [np.arange(100).astype(code) for code in types.values()]
     inputs = write_inputs(tmp_path, content)
@@ -789,8 +789,8 @@ def test_values_are_float64_whatever_is_stored(tmp_path: Path) -> None:
     }
 
 
-def test_what_must_be_held_whole_must_fit_the_bound(tmp_path: Path) -> None:
-    """The error tells file, tensor, what it needs and what there is; just enough is enough."""
+def test_a_block_that_is_decoded_whole_must_fit_the_bound(tmp_path: Path) -> None:
+    """The error names file, tensor, needed and available bytes; an exact fit is accepted."""
 
     class Chunked(Extent):
         block_nbytes = 240
@@ -807,7 +807,7 @@ def test_what_must_be_held_whole_must_fit_the_bound(tmp_path: Path) -> None:
 
 
 def test_a_nan_behind_a_checkpoint_that_does_not_count_is_named(tmp_path: Path) -> None:
-    """Checkpoints of coefficient 0 are passed over in the search for it."""
+    """The search for the culprit skips checkpoints of coefficient 0."""
     arrays = [np.full(10, k, np.float32) for k in range(3)]
     arrays[2][3] = -np.inf
     with pytest.raises(
@@ -825,7 +825,7 @@ def folded_once(
     coefficient: float,
     allow_nonfinite: bool = False,
 ) -> bytes:
-    """Return what one float64 tensor becomes in an output of some type."""
+    """Return the bytes of one float64 tensor, averaged into another type."""
     inputs = write_inputs(folder, [np.array(values, np.float64)])
     (folder / "out").write_bytes(b"")
     source = TensorSource(Extent(0, 8 * len(values)), "<", 0)
@@ -836,7 +836,7 @@ def folded_once(
 
 
 def test_an_average_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    """It overflows float64, or the type that was asked for: the error says which, and the value."""
+    """Overflow of float64, and of the wanted type, are different errors; one names the value."""
     message = (
         "^the average of tensor 'x' overflows float64, though every checkpoint is finite; use "
         "--allow-nonfinite to write it all the same$"
@@ -858,7 +858,7 @@ def test_an_average_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_an_input_that_changes_before_it_is_fetched_ahead_is_named(
     tmp_path: Path, gone: bool
 ) -> None:
-    """Fetching ahead complains of nothing; the reading says which file it is."""
+    """Prefetching raises no error; the read that follows names the file."""
     inputs = write_inputs(tmp_path, [np.zeros(20_000, np.float32)] * 3)
     (tmp_path / "out").write_bytes(b"")
     if gone:
@@ -879,7 +879,7 @@ def test_an_input_that_changes_before_it_is_fetched_ahead_is_named(
 def test_as_many_inputs_stay_open_as_the_process_may_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 are left for other things; where there is no limit, all of them stay open."""
+    """64 descriptors are left for other uses; without a limit all inputs stay open."""
     inputs = write_inputs(tmp_path, [np.zeros(1, np.float32)] * 3)
     for limit, room in ((65, 1), (64, 0), (10, 0), (resource.RLIM_INFINITY, 3)):
         monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
@@ -891,10 +891,10 @@ def test_as_many_inputs_stay_open_as_the_process_may_have(
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "fsync"])
-def test_what_is_written_goes_to_the_disk_meanwhile(
+def test_outputs_are_flushed_during_the_fold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """Every so many bytes all outputs are flushed, one flush at a time; macOS has only fsync."""
+    """After enough bytes all outputs are flushed, one flush at a time; macOS has only fsync."""
     flushed: list[int] = []
     go_on = threading.Event()
 
@@ -932,7 +932,7 @@ def test_what_is_written_goes_to_the_disk_meanwhile(
 def test_an_error_of_the_disk_while_flushing_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the next bytes, or at the end; another error that is on its way is not hidden."""
+    """The next count or the end raises the error; it does not hide an earlier one."""
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -961,8 +961,8 @@ def test_an_error_of_the_disk_while_flushing_is_raised(
         written(error=ValueError("other"))
 
 
-def test_what_the_caller_has_numpy_do_about_errors_changes_nothing(tmp_path: Path) -> None:
-    """Underflow and what comes of infinity and NaN are no errors of the average."""
+def test_the_caller_s_errstate_changes_nothing(tmp_path: Path) -> None:
+    """Underflow, infinity and NaN raise no error, whatever the caller's np.errstate."""
     with np.errstate(all="raise"):
         tiny = folded_once(tmp_path, [5e-324, 1e308], "float64", 0.25)
         endless = folded_once(tmp_path, [np.inf, 1e308], "float64", 10.0, allow_nonfinite=True)
@@ -974,7 +974,7 @@ def test_what_the_caller_has_numpy_do_about_errors_changes_nothing(tmp_path: Pat
 
 
 class Pool(concurrent.futures.Executor):
-    """Runs each task when its future is waited for; what it gets and gives is pickled."""
+    """A pool of one thread that pickles all arguments and results, and counts its tasks."""
 
     def __init__(self, forget: str = "") -> None:
         self.forget = forget  # the name of a job that its worker never keeps
@@ -1004,7 +1004,7 @@ class Pool(concurrent.futures.Executor):
 
 
 def test_batches_are_sent_in_a_bounded_window_and_the_job_once(tmp_path: Path) -> None:
-    """However many batches there are, few are submitted; all but the first carry no files."""
+    """Few batches are submitted at a time, and only the first ones carry the job."""
     arrays = [np.arange(5000, dtype=np.float32) * k for k in range(40)]
     inputs = write_inputs(tmp_path, arrays)
     (tmp_path / "out").write_bytes(b"")
@@ -1031,7 +1031,7 @@ def test_batches_are_sent_in_a_bounded_window_and_the_job_once(tmp_path: Path) -
 
 
 def test_a_worker_that_does_not_know_the_job_gets_it(tmp_path: Path) -> None:
-    """A pool may start further workers at any time."""
+    """A worker that a pool started later gets the job with its batch."""
     inputs = write_inputs(tmp_path, [np.arange(100, dtype=np.float32)])
     (tmp_path / "out").write_bytes(b"")
     job = FoldJob(inputs, [str(tmp_path / "out")], np.ones((1, 1)), False)
@@ -1066,7 +1066,7 @@ def test_a_run_that_is_interrupted_ends_with_its_files_closed(tmp_path: Path) ->
 
 
 def test_a_full_disk_is_the_error_of_the_system(tmp_path: Path) -> None:
-    """It comes as it is from any executor, with its number."""
+    """Every executor raises the system's error, with its number."""
     inputs = write_inputs(tmp_path, [np.ones(1000, np.float32)])
     job = FoldJob(inputs, ["/dev/full"], np.ones((1, 1)), False)
     with pytest.raises(OSError, match="No space left on device") as caught:
@@ -1075,7 +1075,7 @@ def test_a_full_disk_is_the_error_of_the_system(tmp_path: Path) -> None:
 
 
 def test_a_tensor_in_blocks_of_several_files_is_averaged(tmp_path: Path) -> None:
-    """Two processes of a training wrote two rows, or some columns, each into another file."""
+    """Blocks of rows, and blocks of columns, are read from the files that hold them."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(4, 6)).astype(np.float32) for _ in range(2)]
     rows = [arrays[0][:2], arrays[0][2:]]

@@ -1,4 +1,4 @@
-"""How numbers are stored: widening is exact, narrowing rounds once, to nearest, ties to even."""
+"""The kernel: widening is exact, sums have fixed roundings, rounding is to nearest even, once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False, width=64)
 
 
 def stored(values: npt.ArrayLike, dtype: str, byteorder: str = "<") -> npt.NDArray[np.uint8]:
-    """Return what `round_to` writes."""
+    """Return the bytes that `round_to` writes."""
     array = np.array(values, np.float64)
     out = np.empty(array.size * int(FLOATS[dtype][1:]), np.uint8)
     round_to(array, dtype, byteorder, out)
@@ -34,7 +34,7 @@ def stored(values: npt.ArrayLike, dtype: str, byteorder: str = "<") -> npt.NDArr
     st.one_of(
         FINITE,
         st.floats(-1e5, 1e5),
-        # Values just beside the middle between two bfloat16, where rounding twice goes wrong.
+        # Values close to the middle between two bfloat16, where rounding twice goes wrong.
         st.builds(
             lambda bits, nudge: (
                 float(np.array([(bits << 16) | 0x8000], np.uint32).view(np.float32)[0])
@@ -47,19 +47,19 @@ def stored(values: npt.ArrayLike, dtype: str, byteorder: str = "<") -> npt.NDArr
 )
 @pytest.mark.slow
 def test_bfloat16_is_the_nearest_by_exact_fractions(value: float) -> None:
-    """A float64 becomes the nearest bfloat16, ties to even, having been rounded only once."""
+    """A float64 is rounded to the nearest bfloat16 in one step, ties to even."""
     assert stored([value], "bfloat16").view(np.uint16)[0] == nearest_bfloat16(value)
 
 
 def test_bfloat16_beside_a_tie_is_not_rounded_twice() -> None:
-    """A value a hair above the middle goes up, though as a float32 it would be the middle."""
+    """A value just above the middle is rounded up, though as float32 it would be the middle."""
     hair_above = 1 + 2.0**-8 + 2.0**-40
     assert stored([hair_above], "bfloat16").view(np.uint16)[0] == 0x3F81
     assert stored([1 + 2.0**-8], "bfloat16").view(np.uint16)[0] == 0x3F80
 
 
 def test_bfloat16_keeps_nan_and_infinity_apart() -> None:
-    """NaN stays NaN, infinity stays infinity, and what is too great becomes infinity."""
+    """NaN stays NaN, infinity stays infinity, and an overflow becomes infinity."""
     bits = stored([np.nan, np.inf, -np.inf, 1e300, -0.0], "bfloat16").view(np.uint16)
     assert np.isnan(np.array([int(bits[0]) << 16], np.uint32).view(np.float32)[0])
     assert bits[1:].tolist() == [0x7F80, 0xFF80, 0x7F80, 0x8000]
@@ -70,7 +70,7 @@ FLOAT8 = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.flo
 
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_float8_means_what_ml_dtypes_says(dtype: str) -> None:
-    """All 256 codes, NaN, infinity and subnormals among them."""
+    """All 256 codes have the value that ml_dtypes gives: NaN, infinity and subnormals too."""
     raw = np.arange(256, dtype=np.uint8)
     values = np.empty(256)
     widen(raw, dtype, "<", values)
@@ -79,9 +79,9 @@ def test_float8_means_what_ml_dtypes_says(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_float8_rounds_to_the_nearest_once(dtype: str) -> None:
-    """Ties, in the middle of every two neighbours, go to even; a hair beside one they do not.
+    """A tie between two neighbours goes to the even one; the next float64 goes to the nearer.
 
-    ml_dtypes rounds float32 once, but float64 to float32 first: a hair is lost on it.
+    ml_dtypes is compared with float32 values only, because it rounds float64 to float32 first.
     """
     known = np.arange(256, dtype=np.uint8).view(FLOAT8[dtype]).astype(np.float64)
     finite = np.unique(known[np.isfinite(known)])
@@ -100,10 +100,10 @@ def test_float8_rounds_to_the_nearest_once(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_float8_overflows_where_the_next_number_would_be(dtype: str) -> None:
-    """To infinity, or to NaN where there is none; from half a step above the greatest on."""
+    """Values from half a step above the maximum become infinity, or NaN without infinity."""
     greatest, step, over = (448, 32, np.nan) if "fn" in dtype else (57344, 8192, np.inf)
     limit = greatest + step / 2
-    # In E4M3FN the greatest number is even, in E5M2 it is odd: a tie goes down, or up.
+    # The maximum of E4M3FN is even and that of E5M2 is odd: a tie goes down, or up.
     tie = greatest if "fn" in dtype else over
     values = [np.nextafter(limit, 0), limit, np.nextafter(limit, np.inf), 1e300, -np.inf]
     found = stored(values, dtype).view(FLOAT8[dtype]).astype(np.float64)
@@ -113,7 +113,7 @@ def test_float8_overflows_where_the_next_number_would_be(dtype: str) -> None:
 @settings(derandomize=True, deadline=None)
 @given(st.lists(FINITE, min_size=1, max_size=20), st.sampled_from(["float16", "float32"]))
 def test_float16_and_float32_round_like_numpy(values: list[float], dtype: str) -> None:
-    """One rounding from float64, as numpy's own conversion does it."""
+    """float16 and float32 are rounded as numpy's conversion from float64 does it."""
     with np.errstate(over="ignore"):
         expected = np.array(values).astype(dtype)
     assert stored(values, dtype).tobytes() == expected.tobytes()
@@ -122,7 +122,7 @@ def test_float16_and_float32_round_like_numpy(values: list[float], dtype: str) -
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("byteorder", ["<", ">"])
 def test_every_stored_value_survives_widening_and_narrowing(dtype: str, byteorder: str) -> None:
-    """All 65,536 patterns (or as many random ones) come back, NaN as NaN."""
+    """All 65,536 patterns, or as many random ones, survive; NaN stays some NaN."""
     width = int(FLOATS[dtype][1:])
     rng = np.random.default_rng(0)
     raw = (
@@ -144,7 +144,7 @@ def test_every_stored_value_survives_widening_and_narrowing(dtype: str, byteorde
 
 
 def test_widening_bfloat16_takes_it_for_the_upper_half_of_a_float32() -> None:
-    """0x3FC0 is 1.5, in either byte order."""
+    """0x3FC0 is 1.5 in both byte orders."""
     for byteorder in "<>":
         values = np.empty(1)
         raw = np.array([0x3FC0], f"{byteorder}u2").view(np.uint8)
@@ -154,7 +154,7 @@ def test_widening_bfloat16_takes_it_for_the_upper_half_of_a_float32() -> None:
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 100_000, 1 << 22])
 def test_buffers_begin_at_a_page(nbytes: int) -> None:
-    """Wherever the allocator puts them, and with all the bytes asked for."""
+    """Buffers begin at a page and have the wanted length, wherever the allocator puts them."""
     buffers = [page_aligned(nbytes) for _ in range(5)]
     assert [len(buffer) for buffer in buffers] == [nbytes] * 5
     assert all(buffer.ctypes.data % 4096 == 0 for buffer in buffers if nbytes)
@@ -226,7 +226,7 @@ def bits(values: npt.ArrayLike) -> list[bytes]:
 def test_the_kernel_gives_the_bits_of_the_oracle(
     dtype: str, byteorder: str, averages: int, coefficients: list[list[float]], data: st.DataObject
 ) -> None:
-    """Every term is rounded, then every sum, and nothing is added to 0 first; then one rounding."""
+    """Each product and each sum is rounded to float64; then each value is rounded once."""
     width = int(FLOATS[dtype][1:])
     codes = data.draw(
         st.lists(

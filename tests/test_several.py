@@ -1,4 +1,4 @@
-"""Several averages from one reading of the checkpoints."""
+"""Several averages are made while the checkpoints are read once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.oracle import write_model
 
 
 def test_several_averages_are_each_what_average_writes(tmp_path: Path) -> None:
-    """Every output has the tensors, bit for bit, of a run of its own."""
+    """Every output has the same bytes as an average that is made alone."""
     rng = np.random.default_rng(0)
     paths = [
         write_model(
@@ -38,7 +38,7 @@ def test_several_averages_are_each_what_average_writes(tmp_path: Path) -> None:
 def test_several_averages_read_each_byte_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many outputs there are, no part of a tensor is read twice."""
+    """No part of a tensor is read twice, however many outputs there are."""
     paths = [
         write_model(tmp_path / f"m_{k}.h5", {"d": {"k": np.full(200_000, k, np.float32)}})
         for k in range(3)

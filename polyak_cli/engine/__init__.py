@@ -1,6 +1,6 @@
-"""Slabs of many checkpoints -> slabs of one or several outputs, in processes and flat memory.
+"""Fold slabs of many checkpoints into slabs of one or several outputs, in bounded memory.
 
 Knows no format, no scheme and no header: it gets tables of extents and a matrix of coefficients.
-The modules, from the bottom up: `timing`, `slabs`, `kernel`, `inputs`, `folding`, `executors`; and
-`reading` for tools that only look.
+The modules, from the bottom up, are `timing`, `slabs`, `kernel`, `inputs`, `folding` and
+`executors`; tools that only look at tensors use `reading`.
 """

@@ -70,6 +70,7 @@ def fold(
         OSError: an output cannot be written.
     """
     tuning = memory.tuning
+    # Generators: of a table of 100,000 tensors, only the batches that are at work are in memory.
     bundles = bundle_slabs(cut_slabs(tensors, memory.piece, memory.most), memory.piece, tuning)
     batches = gather_batches(bundles, memory.piece * tuning.pieces_per_batch, tuning)
     executor = executor or choose_executor(job, memory)
@@ -89,7 +90,8 @@ def fold(
 
 
 def choose_executor(job: FoldJob, memory: Memory) -> Executor:
-    """Return the quickest executor on this machine."""
+    """Return the fastest executor for local files."""
+    # Starting a process and its share of the page tables takes longer than averaging a few MB.
     nbytes = sum(file.version.size for file in job.inputs)
     if memory.jobs == 1 or nbytes < memory.tuning.fork_nbytes:
         return InProcess(memory.tuning)
@@ -135,6 +137,8 @@ class Forked:
 
     def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Totals, None, None]:
         """See `Executor.run`."""
+        # Each process walks over all batches and folds its own: walking is cheap, and sending
+        # batches through a pipe is not.
         children: list[Child] = []
         with selectors.DefaultSelector() as selector:
             try:
@@ -145,6 +149,7 @@ class Forked:
                     for key, _ in selector.select():
                         yield from _receive(key.data, selector)
             finally:
+                # After an error or an interrupt the children are still at work on the outputs.
                 for child in children:
                     child.stop()
 
@@ -247,6 +252,7 @@ class _Flusher:
     def __init__(self, outputs: Sequence[OutputFile], flush_nbytes: int) -> None:
         self.outputs = outputs
         self.flush_nbytes = flush_nbytes
+        # A thread is enough: a flush waits for the disk without the interpreter's lock.
         self.pool = ThreadPoolExecutor(1)
         self.flushing: Future[None] | None = None
         self.waiting = 0

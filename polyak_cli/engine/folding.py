@@ -108,8 +108,8 @@ class Worker:
 
         Args:
             nbytes: its length.
-            distance: how far, modulo a page, a page lies behind where the system copies from, or
-                ahead of where it copies to.
+            distance: where a page boundary lies relative to the source of the system's copy (when
+                reading) or to its target (when writing), modulo a page; see `clashes`.
         """
         start = _DODGE if clashes(distance) else 0
         return self.raw[start : start + nbytes]

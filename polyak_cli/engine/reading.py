@@ -1,6 +1,6 @@
 """Read the same slabs of several checkpoints, for tools that look at tensors.
 
-Knows nothing of what is done with the values.
+Knows nothing of what those tools compute.
 """
 
 from __future__ import annotations
@@ -25,25 +25,36 @@ def find_differing(
     memory: Memory,
     progress: Progress = lambda _: None,
 ) -> tuple[set[str], Totals]:
-    """Return the names of tensors whose bytes are not the same everywhere, and what that took."""
+    """Return the names of tensors whose bytes differ between checkpoints, and what that took.
+
+    Args:
+        tensors: name and sources of each.
+        inputs: the files of all checkpoints.
+        memory: bounds the buffers.
+        progress: called with the bytes of each piece that was read.
+
+    Raises:
+        FormatError: an input ends early, is damaged, or changed since it was scanned.
+    """
+    # Bytes and not values are compared: then -0.0 and NaN need no rules, and any type will do.
     step = memory.piece * 8
     found = set()
     clock = Clock()
     with OpenInputs(inputs) as files:
         for name, sources in tensors:
-            for read, same in _compared(sources, files, step, name):
+            for read, same in _compare(sources, files, step, name):
                 clock.read(read)
                 progress(read)
                 if not same:
                     found.add(name)
-                    break
+                    break  # the rest of the tensor cannot change the answer
     return found, clock.totals()
 
 
-def _compared(
+def _compare(
     sources: Sequence[TensorSource], files: OpenInputs, step: int, name: str
 ) -> Iterator[tuple[int, bool]]:
-    """Yield the bytes of each piece read, and whether it is the same as the first source's."""
+    """Yield the length of each piece read, and whether it equals the first source's."""
     nbytes = sources[0].storage.nbytes
     if any(source.storage.nbytes != nbytes for source in sources):
         yield 0, False
@@ -58,7 +69,7 @@ def _compared(
 
 
 class ReadTensor(NamedTuple):
-    """One tensor of numbers, where each of several checkpoints keeps it."""
+    """One tensor of numbers to read, and where each of several checkpoints keeps it."""
 
     name: str
     size: int
@@ -69,19 +80,19 @@ class ReadTensor(NamedTuple):
 def read_pieces(
     tensors: Iterable[ReadTensor], inputs: Sequence[File], memory: Memory, held: int | None = None
 ) -> Iterator[tuple[ReadTensor, int, Bytes | FormatError]]:
-    """Yield the stored bytes of every slab of every tensor, from each checkpoint in turn.
+    """Yield the stored bytes of every slab of every tensor, checkpoint after checkpoint.
 
     Args:
-        tensors: of types of at most 8 bytes, and not empty.
+        tensors: of types of at most 8 bytes; none is empty.
         inputs: the files of all checkpoints.
-        memory: bounds the buffers, which are used again: a piece is gone when the next but one
-            comes.
-        held: how many float64 buffers of a slab's length the caller keeps; one a checkpoint, if
-            not given.
+        memory: bounds the buffers.  There are two, used in turn: a piece is overwritten when the
+            second one after it is yielded.
+        held: how many float64 buffers of a slab's length the caller keeps; by default one for
+            each checkpoint.
 
     Yields:
-        The tensor, the number of the checkpoint, and its bytes; or, in place of them, the error of
-        a file that ends early, is damaged, or changed since it was scanned.
+        The tensor, the number of the checkpoint, and its bytes.  If a file ends early, is damaged,
+        or changed since it was scanned, its error is yielded instead of the bytes.
 
     Raises:
         FormatError: a tensor cannot be read within the bound.
@@ -91,11 +102,13 @@ def read_pieces(
             _check_held(tensor, inputs, memory)
             buffers = len(tensor.sources) if held is None else held
             count = min(tensor.size, max(1, memory.most // (1 + buffers)))
-            # Whole bands of chunks where they fit, or chunks would be decoded again and again.
+            # Slabs of whole bands of chunks where they fit: a chunk that two slabs share is decoded
+            # twice.
             band = max(
                 s.storage.preferred_nbytes * tensor.size // s.storage.nbytes for s in tensor.sources
             )
             count -= count % band if 0 < band < count < tensor.size else 0
+            # Two buffers, so that a caller can compare a piece with the piece before it.
             raw = [np.empty(count * 8, np.uint8) for _ in range(2)]
             for start in range(0, tensor.size, count):
                 for k, source in enumerate(tensor.sources):
@@ -112,12 +125,12 @@ def read_pieces(
 def read_values(
     tensors: Iterable[ReadTensor], inputs: Sequence[File], memory: Memory
 ) -> Iterator[tuple[ReadTensor, list[Float64]]]:
-    """Yield every slab of every tensor as each checkpoint has it, in float64 and in flat memory.
+    """Yield every slab of every tensor as float64, one array for each checkpoint.
 
     Args:
-        tensors: of types that `kernel.widen_any` knows, and not empty.
+        tensors: of types that `kernel.widen_any` knows; none is empty.
         inputs: the files of all checkpoints.
-        memory: bounds the buffers, which are used again: a slab is gone when the next one comes.
+        memory: bounds the buffers.  They are used again: a slab is overwritten by the next one.
 
     Raises:
         FormatError: an input ends early, is damaged, or changed since it was scanned.
@@ -128,6 +141,7 @@ def read_values(
             raise stored
         source = tensor.sources[k]
         count = len(stored) // (source.storage.nbytes // tensor.size)
+        # Buffers are kept from tensor to tensor: allocating them costs more than a small tensor.
         if k == 0 and (len(buffers) != len(tensor.sources) or len(buffers[0]) < count):
             buffers = [np.empty(count) for _ in tensor.sources]
         widen_any(stored, tensor.dtypes[k], source.byteorder, buffers[k][:count])
@@ -136,7 +150,8 @@ def read_values(
 
 
 def _check_held(tensor: ReadTensor, inputs: Sequence[File], memory: Memory) -> None:
-    """Refuse what cannot be read within the bound."""
+    """Refuse a tensor in blocks that do not fit the bound."""
+    # A compressed chunk is decoded whole for any part of it, so no slab can be small enough.
     for source in tensor.sources:
         if source.storage.block_nbytes > memory.most * FOLD_BYTES:
             path = inputs[source.find_file(0)].path

@@ -58,7 +58,7 @@ class TensorSource(NamedTuple):
 
 
 class FoldTensor(NamedTuple):
-    """One tensor to average: where all checkpoints keep it and where the outputs want it."""
+    """One tensor to average: where each checkpoint keeps it, and where each output wants it."""
 
     name: str
     size: int
@@ -87,11 +87,11 @@ def count_elements(bundle: Bundle) -> int:
 
 
 class Memory(NamedTuple):
-    """How a bound on the buffers is shared out."""
+    """How a bound on the buffers is divided among processes and slabs."""
 
     jobs: int
     piece: int  # elements of one tensor folded at a time
-    most: int  # elements at a time where the storage is better read in larger parts
+    most: int  # elements at a time if the storage prefers larger reads
     element: int = FOLD_BYTES  # bytes that one element needs
     tuning: Tuning = TUNING
 
@@ -125,9 +125,9 @@ def cut_slabs(tensors: Iterable[FoldTensor], piece: int, most: int) -> Iterator[
     """Cut tensors into slabs that cover each exactly once.
 
     Args:
-        tensors: what to cut.
+        tensors: the tensors to cut.
         piece: elements of a slab.
-        most: elements that a slab may have where the storage is better read in larger parts.
+        most: elements of a slab if the storage prefers larger reads.
     """
     for tensor in tensors:
         width = itemsize(tensor.dtype)
@@ -139,7 +139,7 @@ def cut_slabs(tensors: Iterable[FoldTensor], piece: int, most: int) -> Iterator[
 
 
 def bundle_slabs(slabs: Iterable[Slab], elements: int, tuning: Tuning = TUNING) -> Iterator[Bundle]:
-    """Put small tensors together that lie side by side in every checkpoint: they are folded as one.
+    """Bundle small tensors that are neighbours in every checkpoint, so that one read serves all.
 
     Args:
         slabs: best in the order in which their tensors lie in the files.

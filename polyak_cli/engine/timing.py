@@ -1,6 +1,6 @@
-"""Count the bytes and seconds of a run, parted into reading, folding and writing.
+"""Count the bytes and seconds that a run spends on reading, folding and writing.
 
-Knows nothing of the work.
+Knows nothing of the work itself.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+#: Called with the bytes that a finished piece of work has read.
 Progress = Callable[[int], None]
 
 
@@ -33,7 +34,10 @@ class Totals(NamedTuple):
 
 
 class Clock:
-    """Splits the time into reading, folding and writing."""
+    """Splits the time into reading, folding and writing.
+
+    Each call counts the time since the call before, so that no time is lost or counted twice.
+    """
 
     def __init__(self) -> None:
         self.last = time.perf_counter()
@@ -41,6 +45,8 @@ class Clock:
         self.reading = self.folding = self.writing = 0.0
 
     def _lap(self) -> float:
+        """Return the seconds since the last lap, and begin another."""
+        # One look at the clock for each lap: it is asked several times for each small slab.
         last, self.last = self.last, time.perf_counter()
         return self.last - last
 
@@ -59,5 +65,5 @@ class Clock:
         self.writing += self._lap()
 
     def totals(self) -> Totals:
-        """Return what was counted."""
+        """Return the counts so far."""
         return Totals(self.bytes_read, self.bytes_written, self.reading, self.folding, self.writing)
