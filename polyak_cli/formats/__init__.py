@@ -167,7 +167,7 @@ def probe(paths: Sequence[Path], *, jobs: int = 1) -> list[Probed | PolyakError]
         outcome
         if isinstance(outcome, PolyakError)
         else Probed(
-            tuple(File(path, Version(*version)) for path, version in outcome["files"]),
+            wire.unpack_files(outcome["files"]),
             outcome["is_polyak_output"],
         )
         for outcome in sandbox.each(_probe_one, requests, names, max(1, min(jobs, len(paths))))
@@ -249,11 +249,15 @@ def write_skeleton(
         raise outcome
     if "unwritable" in outcome:
         raise OSError(*outcome["unwritable"])
-    placements = wire.unpack_placements(outcome["placements"], averaged)
-    draft = Draft(placements, outcome["files"], outcome["notes"])
-    return Skeleton(
-        draft.files or [str(output)], placements, lambda: _finalize(key, str(output), draft)
-    )
+    try:
+        files = wire.unpack_output_files(outcome["files"], str(output))
+        placements = wire.unpack_placements(outcome["placements"], averaged, max(1, len(files)))
+    except ValueError as error:
+        raise FormatError(
+            f"{shown(template.path)}: copying it gave {shown(error)}; the file is hostile"
+        ) from None
+    draft = Draft(placements, files, outcome["notes"])
+    return Skeleton(files or [str(output)], placements, lambda: _finalize(key, str(output), draft))
 
 
 def _write_one(request: tuple[str, SkeletonRequest], heartbeat: Heartbeat) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Turn tables into what JSON can hold, and back: the only place where they cross a process border.
 
 Knows no format.  A child that reads a hostile header may have been taken over by it, so what comes
-back is checked: nothing but numbers that lie inside the files, and texts.
+back is checked: nothing but texts, and numbers that lie inside the files.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.storage import File, Version
 from polyak_cli.tensors import (
+    FLOATS,
     Extent,
     Grid,
     GridPart,
@@ -29,7 +32,13 @@ from polyak_cli.tensors import (
 
 
 class _NonsenseError(Exception):
-    """What came from a child is no table."""
+    """A child sent something that no format sends."""
+
+
+#: What unpacking raises for rows of other types or lengths than `pack_table` makes.
+_MALFORMED = (_NonsenseError, LookupError, TypeError, ValueError, AttributeError, OverflowError)
+#: HDF5 keeps the size of a chunk in 32 bits, and decoding one takes that much memory.
+_CHUNK_NBYTES = 1 << 32
 
 
 # --- to JSON --------------------------------------------------------------------------------------
@@ -102,7 +111,7 @@ def unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
     """
     try:
         return _unpack_table(packed, form, file)
-    except (_NonsenseError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except _MALFORMED as error:
         raise FormatError(
             f"{shown(file.path)}: reading its header gave no sensible table ({shown(error)}); the "
             "file is damaged, hostile, or still being written"
@@ -110,7 +119,7 @@ def unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
 
 
 def _unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
-    files = tuple(File(str(path), Version(*map(int, v))) for path, v in packed["files"]) or (file,)
+    files = unpack_files(packed["files"]) or (file,)
     tensors = {row[0]: _unpack_spec(files, *row) for row in packed["tensors"]}
     if len(tensors) < len(packed["tensors"]):
         raise FormatError(f"{shown(file.path)}: two of its tensors have the same name")
@@ -124,7 +133,7 @@ def _unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
         others={row[0]: _unpack_spec(files, *row) for row in packed["others"]},
         optimizer=frozenset(_texts(packed["optimizer"])),
         config=_text(packed["config"]),
-        is_polyak_output=bool(packed["is_polyak_output"]),
+        is_polyak_output=_flag(packed["is_polyak_output"]),
         about={_text(key): _text(value) for key, value in packed["about"].items()},
         keras=KerasFacts(
             _texts(layers),
@@ -134,7 +143,7 @@ def _unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
         rules=OutputRules(
             _texts(suffixes),
             {_text(key): _text(value) for key, value in cautions.items()},
-            bool(is_fixed),
+            _flag(is_fixed),
             _texts(tails),
         ),
     )
@@ -157,7 +166,14 @@ def _unpack_spec(
     # Shared by all that have the same: JSON has made a new text for each of 100,000.
     kind, sizes = sys.intern(_text(dtype)), _shape(*shape)
     return TensorSpec(
-        _text(name), sizes, kind, byteorder, _text(location), where, digest, arrangement
+        _text(name),
+        sizes,
+        kind,
+        byteorder,
+        _text(location),
+        where,
+        _text(digest),
+        _text(arrangement),
     )
 
 
@@ -166,32 +182,89 @@ def _shape(*shape: int) -> tuple[int, ...]:
     return tuple(_count(size) for size in shape)
 
 
+def unpack_files(packed: Iterable[Any]) -> tuple[File, ...]:
+    """Return files that a child named, with the versions that it saw."""
+    return tuple(File(_text(path), Version(*map(_count, version))) for path, version in packed)
+
+
 def _unpack_storage(files: Sequence[File], kind: str, *fields: Any) -> Storage:
     if kind == "extent":
         return _extent(files, *fields)
     if kind == "inline":
-        return Inline(bytes.fromhex(fields[0]))
+        (data,) = fields
+        return Inline(bytes.fromhex(data))
     if kind == "grid":
-        shape, itemsize, parts = fields
-        blocks = (
+        return _grid(files, *fields)
+    if kind == "deflated":
+        return _deflated(files, *fields)
+    if kind == "chunks":
+        return _chunks(files, *fields)
+    raise _NonsenseError(f"the storage {kind}")
+
+
+def _grid(files: Sequence[File], shape: Sequence[int], itemsize: int, parts: Sequence[Any]) -> Grid:
+    """Return a grid whose parts lie inside the tensor and hold as many bytes as they must."""
+    grid = Grid(
+        _shape(*shape),
+        _itemsize(itemsize),
+        tuple(
             GridPart(_shape(*start), _shape(*size), _extent(files, *extent))
             for start, size, extent in parts
-        )
-        return Grid(_shape(*shape), _count(itemsize), tuple(blocks))
-    if kind == "deflated":
-        from polyak_cli.formats.zips import Deflated
+        ),
+    )
+    for start, size, extent in grid.parts:
+        ends = (n + k for n, k in zip(start, size, strict=True))
+        # An empty part could have any number of rows, each of which would be looked at.
+        if not extent.nbytes or extent.nbytes != math.prod(size) * itemsize:
+            raise _NonsenseError(f"a part of {extent.nbytes} bytes and the shape {size}")
+        if any(end > n for end, n in zip(ends, grid.shape, strict=True)):
+            raise _NonsenseError(f"a part at {start} of a tensor of shape {grid.shape}")
+    return grid
 
-        return Deflated(*map(_count, fields))
-    if kind != "chunks":
-        raise _NonsenseError(f"the storage {kind}")
-    from polyak_cli.formats.hdf5.chunks import Chunks
 
-    return Chunks.from_fields(*fields)
+def _deflated(
+    files: Sequence[File], offset: int, stored: int, start: int, nbytes: int, file: int
+) -> Storage:
+    """Return a tensor of a deflated member that lies inside its file."""
+    from polyak_cli.formats.zips import Deflated
+
+    member = _extent(files, offset, stored, file)
+    return Deflated(member.offset, member.nbytes, _count(start), _count(nbytes), member.file)
+
+
+def _chunks(
+    files: Sequence[File],
+    shape: Sequence[int],
+    chunk_shape: Sequence[int],
+    itemsize: int,
+    filters: Sequence[int],
+    index: Sequence[Any],
+    file: int,
+) -> Storage:
+    """Return a tensor in chunks, each inside its file and of a size that can be decoded."""
+    from polyak_cli.formats.hdf5.chunks import UNDONE, Chunks
+
+    chunks = Chunks.from_fields(
+        _shape(*shape), _shape(*chunk_shape), _itemsize(itemsize), filters, index, _count(file)
+    )
+    if len(chunks.shape) != len(chunks.chunk_shape) or not all(chunks.chunk_shape):
+        raise _NonsenseError(f"chunks {chunks.chunk_shape} of a tensor of shape {chunks.shape}")
+    if chunks.block_nbytes > _CHUNK_NBYTES:
+        raise _NonsenseError(f"chunks of {chunks.block_nbytes} bytes")
+    if any(type(number) is not int or number not in UNDONE for number in chunks.filters):
+        raise _NonsenseError(f"the filters {chunks.filters}")
+    for position, (offset, nbytes, skipped) in chunks.index.items():
+        _extent(files, offset, nbytes, file)
+        _count(skipped)
+        if len(position) != len(chunks.shape):
+            raise _NonsenseError(f"a chunk at {position}")
+    return chunks
 
 
 def _extent(files: Sequence[File], offset: int, nbytes: int, file: int) -> Extent:
     """Return an extent that lies inside its file."""
     extent = Extent(_count(offset), _count(nbytes), _count(file))
+    # Reading would fail too; but an output of that size could be laid out first.
     if file >= len(files) or offset + nbytes > files[file].version.size:
         raise _NonsenseError(f"{nbytes} bytes at {offset} of file {file}")
     return extent
@@ -201,6 +274,18 @@ def _count(number: Any) -> int:
     if type(number) is not int or number < 0:
         raise _NonsenseError(f"the number {number}")
     return number
+
+
+def _itemsize(number: Any) -> int:
+    if not _count(number):
+        raise _NonsenseError(f"elements of {number} bytes")
+    return int(number)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _NonsenseError(f"the flag {value}")
+    return value
 
 
 def _text(value: Any) -> str:
@@ -225,11 +310,48 @@ def pack_placements(
 
 
 def unpack_placements(
-    packed: Sequence[Sequence[Any] | None], locations: Iterable[str]
+    packed: Sequence[Sequence[Any] | None], averaged: Mapping[str, str], files: int
 ) -> dict[str, Placement]:
-    """Return what `pack_placements` was given."""
-    return {
-        location: Placement(_count(row[0]), sys.intern(row[1]), row[2], _count(row[3]))
-        for location, row in zip(locations, packed, strict=True)
-        if row
-    }
+    """Return what `pack_placements` was given.
+
+    Args:
+        packed: what it returned.
+        averaged: location in the template -> the dtype that was to be stored.
+        files: of how many files the output consists.
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    try:
+        return {
+            location: _placement(dtype, files, *row)
+            for (location, dtype), row in zip(averaged.items(), packed, strict=True)
+            if row
+        }
+    except _MALFORMED as error:
+        raise ValueError(f"no sensible placements ({error})") from None
+
+
+def _placement(
+    wanted: str, files: int, offset: int, dtype: str, order: str, file: int
+) -> Placement:
+    """Return a placement in one of the output's files, of the dtype that was asked for."""
+    if dtype != wanted or dtype not in FLOATS or order not in ("<", ">") or _count(file) >= files:
+        raise _NonsenseError(f"the placement of a {dtype} in file {file}")
+    return Placement(_count(offset), sys.intern(dtype), order, file)
+
+
+def unpack_output_files(packed: Iterable[Any], output: str) -> list[str]:
+    """Return the files of an output that a child wrote: all in it, or in its folder.
+
+    Raises:
+        ValueError: a file lies elsewhere, so the parent would write into something else.
+    """
+    try:
+        files = [_text(path) for path in packed]
+    except _MALFORMED as error:
+        raise ValueError(f"no sensible files ({error})") from None
+    for path in files:
+        if os.path.dirname(path) not in (output, os.path.dirname(output)):  # noqa: PTH120 - as sent
+            raise ValueError(f"the file {path} of an output {output}")
+    return files
