@@ -332,7 +332,7 @@ def _crash(item: str, alive: Any) -> str:
 def test_a_crash_costs_one_error_and_no_other_item(jobs: int) -> None:
     """Whatever happens to a child, the other files are still read, in order."""
     items = ["a", "crash", "b", "exit", "c", "memory", "error", "d"]
-    outcomes = list(sandbox.each(_crash, items, items, jobs))
+    outcomes = list(sandbox.run_each(_crash, items, items, jobs))
     assert [o for o in outcomes if isinstance(o, str)] == ["A", "B", "C", "D"]
     crash, exited, memory, error = (o for o in outcomes if isinstance(o, PolyakError))
     assert "SIGSEGV" in str(crash)
@@ -345,7 +345,7 @@ def test_a_crash_costs_one_error_and_no_other_item(jobs: int) -> None:
 def test_a_bug_in_a_child_keeps_its_traceback() -> None:
     """What is no bad input is not called one."""
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        list(sandbox.each(_crash, ["bug"], ["bug"]))
+        list(sandbox.run_each(_crash, ["bug"], ["bug"]))
 
 
 def _spin(item: str, _alive: Any) -> str:
@@ -362,7 +362,7 @@ def test_a_child_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> N
         os.write(2, b"corrupted double-linked list\n")
         return item
 
-    assert list(sandbox.each(task, ["a"], ["a"])) == ["a"]
+    assert list(sandbox.run_each(task, ["a"], ["a"])) == ["a"]
     assert capfd.readouterr().err == ""
 
 
@@ -370,7 +370,7 @@ def test_a_child_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> N
 def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop without a sign of life ends at the limit of processor time."""
     monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
-    (outcome,) = sandbox.each(_spin, ["x"], ["x"])
+    (outcome,) = sandbox.run_each(_spin, ["x"], ["x"])
     assert isinstance(outcome, FormatError)
     assert "does not end" in str(outcome)
 
@@ -385,7 +385,7 @@ def _sleep(item: str, _alive: Any) -> str:
 def test_a_child_that_waits_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that does not answer ends at the limit of patience."""
     monkeypatch.setattr(sandbox, "WALL_SECONDS", 0.2)
-    (outcome,) = sandbox.each(_sleep, ["x"], ["x"])
+    (outcome,) = sandbox.run_each(_sleep, ["x"], ["x"])
     assert "does not end" in str(outcome)
 
 
@@ -713,14 +713,14 @@ def test_a_file_of_the_same_skeleton_that_is_still_written_is_refused(tmp_path: 
 
 def test_an_unfinished_scan_of_the_parent_is_not_ended_by_a_child() -> None:
     """A child inherits what its parent has not finished, and leaves it alone."""
-    unfinished = sandbox.each(_sleep_a_little, ["a", "b"], ["a", "b"])
+    unfinished = sandbox.run_each(_sleep_a_little, ["a", "b"], ["a", "b"])
     assert next(unfinished) == "a"
 
     def close(item: str, _alive: Any) -> str:
         unfinished.close()
         return item
 
-    (outcome,) = sandbox.each(close, ["c"], ["c"])
+    (outcome,) = sandbox.run_each(close, ["c"], ["c"])
     assert outcome == "c"
     assert next(unfinished) == "b"
 

@@ -17,7 +17,7 @@ from polyak_cli.processes.sandbox import Heartbeat
 
 def outcome_of(task: sandbox.Task) -> str:
     """Run a task that fails, and return its error line."""
-    (outcome,) = sandbox.each(task, ["x"], ["a.h5"])
+    (outcome,) = sandbox.run_each(task, ["x"], ["a.h5"])
     assert isinstance(outcome, FormatError)
     assert str(outcome).startswith("a.h5: ")
     return str(outcome)
@@ -56,7 +56,7 @@ def test_the_limit_of_address_space_is_named(monkeypatch: pytest.MonkeyPatch) ->
     line = outcome_of(lambda _item, heartbeat: allocate(80 << 20, heartbeat))
     assert "needs more than 64 MiB of memory, the limit of address space; leave" in line
     assert "damaged" not in line
-    assert list(sandbox.each(allocate, [16 << 20], ["a"])) == [16 << 20]
+    assert list(sandbox.run_each(allocate, [16 << 20], ["a"])) == [16 << 20]
 
 
 def test_a_limit_of_the_user_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_a_loop_with_heartbeats_may_take_long(monkeypatch: pytest.MonkeyPatch) -
             spin(0.5)
         return item
 
-    assert list(sandbox.each(task, [8], ["a"])) == [8]
+    assert list(sandbox.run_each(task, [8], ["a"])) == [8]
 
 
 def test_heartbeats_are_sent_before_each_item_but_not_too_often(

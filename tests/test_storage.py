@@ -140,5 +140,5 @@ def test_reads_of_children_are_counted(tmp_path: Path) -> None:
             return len(file.read(7, 20))
 
     with count_reads(tmp_path) as log:
-        assert [*sandbox.each(task, [str(tmp_path / "a")], ["a"])] == [20]
+        assert [*sandbox.run_each(task, [str(tmp_path / "a")], ["a"])] == [20]
     assert log.reads() == [Read(str(tmp_path / "a"), 7, 20)]

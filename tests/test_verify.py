@@ -793,7 +793,7 @@ def test_verifying_needs_room_for_two(run: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_name_that_another_took_is_reported(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file that finally has the name is the one that was verified."""
-    real = publishing._rename_new
+    real = publishing._name_new
 
     def rename(named: Mapping[Path, Path]) -> None:
         real(named)
@@ -801,7 +801,7 @@ def test_a_name_that_another_took_is_reported(run: Path, monkeypatch: pytest.Mon
             final.unlink()
             final.write_bytes(b"another's")
 
-    monkeypatch.setattr(publishing, "_rename_new", rename)
+    monkeypatch.setattr(publishing, "_name_new", rename)
     with pytest.raises(OutputError, match=r"o.h5: another file has taken its name"):
         average(run / "ckpts", run / "o.h5", verify=True)
 

@@ -29,7 +29,7 @@ from polyak_cli.engine.slabs import (
 )
 from polyak_cli.engine.timing import Progress, Totals
 from polyak_cli.errors import PolyakError
-from polyak_cli.processes.children import Child, Writer, raised
+from polyak_cli.processes.children import Child, Writer, rebuild_error
 from polyak_cli.storage import OutputFile
 from polyak_cli.storage.local import LocalOutput
 
@@ -171,7 +171,7 @@ def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Totals]
     has_more = child.receive()
     while (line := child.next_line()) is not None:
         message = json.loads(line)
-        error = raised(message)
+        error = rebuild_error(message)
         if error:
             raise error
         yield Totals(*message["done"])

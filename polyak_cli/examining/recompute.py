@@ -57,7 +57,7 @@ def compare_again(
         OutputError: there is no room for the copy.
     """
     nbytes = written.nbytes * (1 if written.recalibrated is None else 2)
-    with publishing.scratch(near, nbytes) as folder:
+    with publishing.make_scratch(near, nbytes) as folder:
         expected = writing.again(plan, folder, written.opened, written.record)
         if written.recalibrated is not None:
             from polyak_cli.evaluation import recalibration  # which knows of Keras

@@ -100,7 +100,7 @@ def _scan_all(key: str, files: Sequence[File], jobs: int, *, with_optimizer: boo
     form = find_format(key)
     requests = [(form, ScanRequest(path, with_optimizer)) for path in names]
     children = max(1, min(jobs, len(files)))
-    with contextlib.closing(sandbox.values(_scan_one, requests, names, children)) as scanned:
+    with contextlib.closing(sandbox.run_all(_scan_one, requests, names, children)) as scanned:
         return [wire.unpack_table(found, key, f) for f, found in zip(files, scanned, strict=True)]
 
 
@@ -128,7 +128,7 @@ def descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
     from polyak_cli.formats.hdf5 import keras_files
 
     names = [str(path) for path in paths]
-    yield from sandbox.values(keras_files.description, names, names)
+    yield from sandbox.run_all(keras_files.description, names, names)
 
 
 def find_polyak_outputs(paths: Sequence[Path], *, jobs: int = 1) -> Collection[Path]:
@@ -136,7 +136,7 @@ def find_polyak_outputs(paths: Sequence[Path], *, jobs: int = 1) -> Collection[P
     known = [(path, key) for path in paths if (key := _detected(path))]
     names = [str(path) for path, _ in known]
     requests = [(find_format(key), str(path)) for path, key in known]
-    outcomes = sandbox.each(_is_polyak_output, requests, names, jobs)
+    outcomes = sandbox.run_each(_is_polyak_output, requests, names, jobs)
     return {path for (path, _), ours in zip(known, outcomes, strict=True) if ours is True}
 
 
@@ -170,7 +170,7 @@ def probe(paths: Sequence[Path], *, jobs: int = 1) -> list[Probed | PolyakError]
             wire.unpack_files(outcome["files"]),
             outcome["is_polyak_output"],
         )
-        for outcome in sandbox.each(_probe_one, requests, names, max(1, min(jobs, len(paths))))
+        for outcome in sandbox.run_each(_probe_one, requests, names, max(1, min(jobs, len(paths))))
     ]
 
 
@@ -196,7 +196,7 @@ def check(tables: Sequence[Table], *, jobs: int) -> None:
     form = find_format(tables[-1].format)
     if form.has_checksums:
         names = [str(table.path) for table in tables]
-        for _ in sandbox.values(form.check, names, names, min(jobs, len(names))):
+        for _ in sandbox.run_all(form.check, names, names, min(jobs, len(names))):
             pass
 
 
@@ -244,7 +244,7 @@ def write_skeleton(
     key = form or template.format
     request = SkeletonRequest(template, str(output), averaged, drop_optimizer, provenance)
     find_format(key)  # imported here, and not in the child
-    (outcome,) = sandbox.each(_write_one, [(key, request)], [str(template.path)])
+    (outcome,) = sandbox.run_each(_write_one, [(key, request)], [str(template.path)])
     if isinstance(outcome, PolyakError):
         raise outcome
     if "unwritable" in outcome:

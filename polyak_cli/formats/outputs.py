@@ -72,7 +72,7 @@ def check_conversion(
     if not output or (name == template.format and not _merges(output, template)):
         return
     request = SkeletonRequest(template, "", averaged, drop_optimizer, "")
-    (outcome,) = sandbox.each(_refuse, [(name, request)], [str(template.path)])
+    (outcome,) = sandbox.run_each(_refuse, [(name, request)], [str(template.path)])
     if isinstance(outcome, OutputError):
         raise OutputError(f"{shown(output)}: {shown(template.path)} {outcome}")
     if isinstance(outcome, PolyakError):
@@ -175,7 +175,7 @@ def _further(output: Path, template: Table) -> list[Path]:
     Raises:
         OutputError: the name is a link, beside whose target they would not be found.
     """
-    further = [publishing.beside(output, tail) for tail in template.rules.tails]
+    further = [publishing.name_beside(output, tail) for tail in template.rules.tails]
     if further and output.is_symlink():
         raise OutputError(
             f"{shown(output)}: is a link, and the output has several files; name the place itself"

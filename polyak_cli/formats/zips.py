@@ -29,9 +29,9 @@ from polyak_cli.storage.local import (
     LocalInput,
     LocalOutput,
     copy_range,
+    make_read_error,
     name_errors,
     open_local,
-    unreadable,
 )
 from polyak_cli.tensors import Extent, Files
 
@@ -78,7 +78,7 @@ def _listed(file: LocalInput) -> tuple[list[Member], bytes]:
             infos, comment = archive.infolist(), archive.comment
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # not a place that is none
-            raise unreadable(error) from None
+            raise make_read_error(error) from None
         raise FormatError(
             f"is truncated or no zip archive ({shown(error)}); save it again"
         ) from None

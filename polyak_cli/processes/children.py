@@ -53,7 +53,7 @@ class Child:
         try:
             self.pipe, writer = os.pipe()
         except OSError as error:
-            raise _no_child(error) from None
+            raise _explain_no_child(error) from None
         with warnings.catch_warnings():
             # Python 3.12 warns of any thread, those of a caller's framework too; the child runs
             # only numpy and h5py, whose lock is taken across a fork.
@@ -66,10 +66,10 @@ class Child:
                 self.pid = os.fork()
                 if self.pid == 0:
                     os.close(self.pipe)
-                    _run(work, Writer(writer), mask)
+                    _run_child(work, Writer(writer), mask)
             except OSError as error:
                 os.close(self.pipe)
-                raise _no_child(error) from None
+                raise _explain_no_child(error) from None
             finally:
                 os.close(writer)
                 self._unblock(mask)
@@ -118,14 +118,14 @@ class Child:
             self.reap()
 
 
-def _no_child(error: OSError) -> PolyakError:
+def _explain_no_child(error: OSError) -> PolyakError:
     return PolyakError(
         f"a process of its own cannot be started for the work: {error.strerror}; allow more "
         "memory, processes or open files (ulimit -v, -u, -n), or use fewer --jobs"
     )
 
 
-def _run(work: Work, writer: Writer, mask: Iterable[int | signal.Signals]) -> NoReturn:
+def _run_child(work: Work, writer: Writer, mask: Iterable[int | signal.Signals]) -> NoReturn:
     """Work, and leave without running the parent's clean-up."""
     code = 70
     try:
@@ -138,13 +138,13 @@ def _run(work: Work, writer: Writer, mask: Iterable[int | signal.Signals]) -> No
         try:
             work(writer)
         except Exception as error:
-            writer.send(failure(error))
+            writer.send(describe_error(error))
         code = 0
     finally:
         os._exit(code)
 
 
-def failure(error: Exception) -> dict[str, Any]:
+def describe_error(error: Exception) -> dict[str, Any]:
     """Return the message that reports an error to the parent; an unexpected one is a bug."""
     if isinstance(error, PolyakError):
         return {"error": [type(error).__name__, str(error)]}
@@ -155,7 +155,7 @@ def failure(error: Exception) -> dict[str, Any]:
     return {"bug": "".join(traceback.format_exception(error))}
 
 
-def raised(message: dict[str, Any]) -> Exception | None:
+def rebuild_error(message: dict[str, Any]) -> Exception | None:
     """Return the error that a message reports, as it was in the child, or None."""
     if "error" in message:
         kind, text = message["error"]

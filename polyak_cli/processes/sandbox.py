@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from polyak_cli.errors import FormatError, PolyakError, shown
-from polyak_cli.processes.children import Child, Writer, failure, raised
+from polyak_cli.processes.children import Child, Writer, describe_error, rebuild_error
 
 CPU_SECONDS = 4  # of processor time between two heartbeats; more is a loop inside libhdf5
 WALL_SECONDS = 120  # between two heartbeats; more is a file system that does not answer
@@ -59,7 +59,7 @@ class Heartbeat:
 Task = Callable[[Any, Heartbeat], Any]
 
 
-def each(
+def run_each(
     task: Task, items: Sequence[Any], names: Sequence[str], jobs: int = 1
 ) -> Generator[Any, None, None]:
     """Yield ``task(item, heartbeat)`` for every item, in order, each run in a child.
@@ -88,11 +88,11 @@ def each(
             lane.stop()
 
 
-def values(
+def run_all(
     task: Task, items: Sequence[Any], names: Sequence[str], jobs: int = 1
 ) -> Generator[Any, None, None]:
-    """Yield what `each` does, but raise the first PolyakError."""
-    with contextlib.closing(each(task, items, names, jobs)) as outcomes:
+    """Yield what `run_each` does, but raise the first PolyakError."""
+    with contextlib.closing(run_each(task, items, names, jobs)) as outcomes:
         for outcome in outcomes:
             if isinstance(outcome, PolyakError):
                 raise outcome
@@ -109,18 +109,18 @@ class _Lane:
     share: range
     done: int = 0
     child: Child | None = None
-    waited: bool = False  # in vain: the child was ended after `WALL_SECONDS`
+    waited: bool = False  # for `WALL_SECONDS`, without a heartbeat; the child was ended
 
     def start(self) -> None:
         """Fork a child for the items that are left of the share."""
         self.waited = False
         left = [self.items[k] for k in self.share[self.done :]]
         if left:
-            self.child = Child(lambda writer: _work(self.task, left, writer))
+            self.child = Child(lambda writer: _work_through(self.task, left, writer))
 
     def take(self) -> Any:
         """Return the outcome of the next item of this lane."""
-        line = self._line()
+        line = self._read_line()
         name = shown(self.names[self.share[self.done]])
         self.done += 1
         if line is None:
@@ -128,11 +128,11 @@ class _Lane:
             self.start()
             return outcome
         message = json.loads(line)
-        error = raised(message)
+        error = rebuild_error(message)
         if isinstance(error, MemoryError):
             return FormatError(
                 f"{name}: reading its header needs more than {GROWTH_BYTES >> 20} MiB of memory, "
-                f"the limit of address space{_or_less('AS', 'ulimit -v')}; leave the file out or "
+                f"the limit of address space{_add_cap('AS', 'ulimit -v')}; leave the file out or "
                 "save it again"
             )
         if isinstance(error, OSError):
@@ -143,7 +143,7 @@ class _Lane:
             raise error
         return message["value"]
 
-    def _line(self) -> bytes | None:
+    def _read_line(self) -> bytes | None:
         """Return the next line, or None when the child is gone."""
         child = self.child
         while child:
@@ -172,16 +172,16 @@ class _Lane:
         if how == "SIGXCPU":
             return (
                 f"reading its header does not end: {CPU_SECONDS} seconds of processor time "
-                f"without a heartbeat, the limit{_or_less('CPU', 'ulimit -t')}. Leave the file "
+                f"without a heartbeat, the limit{_add_cap('CPU', 'ulimit -t')}. Leave the file "
                 "out or save it again"
             )
         if how == "SIGKILL":
             return (
                 "the process that reads its header was killed from outside (SIGKILL), perhaps "
-                f"because memory ran out{_or_less('CPU', 'ulimit -t')}; use fewer --jobs, or leave "
+                f"because memory ran out{_add_cap('CPU', 'ulimit -t')}; use fewer --jobs, or leave "
                 "the file out"
             )
-        scarce = _or_less("AS", "it needs more memory than ulimit -v allows")
+        scarce = _add_cap("AS", "it needs more memory than ulimit -v allows")
         return (
             f"reading its header crashed the HDF5 library ({how}); the file is damaged or "
             f"hostile{scarce}. Leave it out or save it again"
@@ -193,13 +193,13 @@ class _Lane:
             self.child.stop()
 
 
-def _or_less(limit: str, name: str) -> str:
-    """Return the other explanation that a limit of the user's is, where there is one."""
+def _add_cap(limit: str, name: str) -> str:
+    """Return the user's own limit as a second explanation, '' where there is none."""
     soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{limit}"))
     return f", or {name}" if soft != resource.RLIM_INFINITY else ""
 
 
-def _work(task: Task, items: Sequence[Any], writer: Writer) -> None:
+def _work_through(task: Task, items: Sequence[Any], writer: Writer) -> None:
     """Work through the items in the child."""
     _silence_stderr()
     _limit_memory()
@@ -214,7 +214,7 @@ def _work(task: Task, items: Sequence[Any], writer: Writer) -> None:
         try:
             writer.send({"value": task(item, heartbeat)})
         except Exception as error:  # the parent reports it; the next item may do better
-            writer.send(failure(error))
+            writer.send(describe_error(error))
 
 
 def _silence_stderr() -> None:

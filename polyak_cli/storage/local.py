@@ -44,7 +44,7 @@ def clashes(distance: int) -> bool:
     return 0 < distance % PAGE < 64
 
 
-def unreadable(error: OSError) -> FormatError:
+def make_read_error(error: OSError) -> FormatError:
     """Return the error for a failed read; the message lacks the file, which the caller knows."""
     return FormatError(f"cannot be read: {error.strerror}")
 
@@ -78,7 +78,7 @@ class LocalInput:
             try:
                 count = os.preadv(self._descriptor, [view], offset)
             except OSError as error:
-                raise unreadable(error) from None
+                raise make_read_error(error) from None
             if count == 0:
                 raise FormatError(f"the file ends {len(view)} bytes before the tensor does")
             view, offset = view[count:], offset + count
@@ -94,7 +94,7 @@ class LocalInput:
                 parts.append(part)
                 nbytes, offset = nbytes - len(part), offset + len(part)
         except OSError as error:
-            raise unreadable(error) from None
+            raise make_read_error(error) from None
         return b"".join(parts)
 
     def stream(self) -> BinaryIO:

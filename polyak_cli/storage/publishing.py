@@ -106,24 +106,24 @@ def publish(output: Path, *, force: bool, folder: tuple[str, ...] = ()) -> Itera
         ) as hidden:
             yield hidden
     except OSError as error:
-        raise OutputError(_unwritable(output, error)) from error
+        raise OutputError(_explain_error(output, error)) from error
 
 
 @contextlib.contextmanager
 def _publish_files(final: Path, *, force: bool) -> Iterator[Path]:
     """See `publish`; raises OSError."""
-    hidden = _hidden(final)
+    hidden = _make_hidden_name(final)
     try:
         with open(hidden, "xb"):  # the user's umask gives its mode, as for any new file
             pass
         yield hidden
-        named = _names(hidden, final)
+        named = _map_names(hidden, final)
         for path in named:
             _sync(path)
         if force:
-            _replace(named)
+            _name_over_older(named)
         else:
-            _rename_new(named)
+            _name_new(named)
         _sync(final.parent)
     finally:
         try:
@@ -132,34 +132,34 @@ def _publish_files(final: Path, *, force: bool) -> Iterator[Path]:
             _remove(hidden)
 
 
-def _hidden(final: Path) -> Path:
+def _make_hidden_name(final: Path) -> Path:
     """Return a unique hidden name beside an output."""
     return final.parent / f".polyak-{os.getpid()}-{secrets.token_hex(4)}.partial"
 
 
-def _written(hidden: Path) -> list[Path]:
+def _list_written(hidden: Path) -> list[Path]:
     """Return all files of an output that is still hidden."""
     return [hidden, *sorted(hidden.parent.glob(f"{hidden.name}.*"))]
 
 
-def _names(hidden: Path, final: Path) -> dict[Path, Path]:
+def _map_names(hidden: Path, final: Path) -> dict[Path, Path]:
     """Return the final name of each file of an output; the one that opens it comes last."""
-    further = [path for path in _written(hidden) if path != hidden]
-    named = {path: beside(final, path.name[len(hidden.name) :]) for path in further}
+    further = [path for path in _list_written(hidden) if path != hidden]
+    named = {path: name_beside(final, path.name[len(hidden.name) :]) for path in further}
     return named | {hidden: final}
 
 
 def _remove(hidden: Path) -> None:
-    for path in _written(hidden):
+    for path in _list_written(hidden):
         path.unlink(missing_ok=True)
 
 
-def beside(output: Path, tail: str) -> Path:
+def name_beside(output: Path, tail: str) -> Path:
     """Return the name of a further file of an output."""
     return output.with_name(output.stem + tail)
 
 
-def _replace(named: Mapping[Path, Path]) -> None:
+def _name_over_older(named: Mapping[Path, Path]) -> None:
     """Give files their names, and replace the files that had them."""
     for hidden, final in named.items():
         if final.exists():
@@ -167,7 +167,7 @@ def _replace(named: Mapping[Path, Path]) -> None:
         hidden.replace(final)
 
 
-def _rename_new(named: Mapping[Path, Path]) -> None:
+def _name_new(named: Mapping[Path, Path]) -> None:
     """Give files their names, unless one was taken since they were checked."""
     try:
         for hidden, final in named.items():
@@ -195,7 +195,7 @@ def _link(hidden: Path, final: Path) -> None:
 
 
 @contextlib.contextmanager
-def scratch(near: Sequence[Path], nbytes: int) -> Iterator[Path]:
+def make_scratch(near: Sequence[Path], nbytes: int) -> Iterator[Path]:
     """Yield a hidden folder for a temporary copy, and delete it at the end, whatever happens.
 
     Args:
@@ -214,12 +214,12 @@ def scratch(near: Sequence[Path], nbytes: int) -> Iterator[Path]:
             f"{named}: no room for a copy of {nbytes} bytes to compare with; make room there, or "
             "set TMPDIR to a folder on a disk that has it"
         )
-    folder = _hidden(place.resolve() / "copy")
+    folder = _make_hidden_name(place.resolve() / "copy")
     try:
         folder.mkdir(mode=0o700)
         yield folder
     except OSError as error:
-        raise OutputError(_unwritable(place, error)) from error
+        raise OutputError(_explain_error(place, error)) from error
     finally:
         try:
             shutil.rmtree(folder, ignore_errors=True)
@@ -232,7 +232,7 @@ def take_names(hidden: Path, final: Path) -> None:
     if hidden.is_dir():
         hidden.rename(final)
         return
-    for path, name in _names(hidden, final).items():
+    for path, name in _map_names(hidden, final).items():
         path.rename(name)
 
 
@@ -255,7 +255,7 @@ def _free(folder: Path) -> int:
     return space.f_bavail * space.f_frsize
 
 
-def _unwritable(output: Path, error: OSError) -> str:
+def _explain_error(output: Path, error: OSError) -> str:
     name = shown(output)
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
         return f"{name}: already exists; use --force to replace it"
@@ -278,7 +278,7 @@ def _publish_folder(final: Path, endings: tuple[str, ...], *, force: bool) -> It
         OSError: it cannot be written, or the name was taken meanwhile.
         OutputError: a foreign file was put into the older folder meanwhile.
     """
-    hidden = _hidden(final)
+    hidden = _make_hidden_name(final)
     older = hidden.with_suffix(".older")
     try:
         hidden.mkdir()

@@ -161,7 +161,7 @@ def outcomes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     for name, group in by_format.items():
         form = formats.find_format(name)
         requests = [(form, ScanRequest(str(path), with_optimizer=True)) for path in group]
-        scanned = sandbox.each(formats._scan_one, requests, [str(path) for path in group], 2)
+        scanned = sandbox.run_each(formats._scan_one, requests, [str(path) for path in group], 2)
         begun = time.monotonic()
         for path, outcome in zip(group, scanned, strict=True):
             message = str(outcome) if isinstance(outcome, PolyakError) else ""

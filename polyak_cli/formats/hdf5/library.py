@@ -21,7 +21,7 @@ from polyak_cli.errors import FormatError, PolyakError, shown
 from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile
-from polyak_cli.storage.local import LocalInput, name_errors, open_local, unreadable
+from polyak_cli.storage.local import LocalInput, make_read_error, name_errors, open_local
 from polyak_cli.tensors import FLOATS
 
 #: A file, or a part of one.
@@ -70,7 +70,7 @@ def open_file(path: Place) -> Iterator[tuple[Any, int]]:
             raise FormatError(f"{shown(path)}: {error}") from None
         finally:
             if isinstance(path, Window) and path.error:  # whatever else it led to
-                raise FormatError(f"{shown(path)}: {unreadable(path.error)}")
+                raise FormatError(f"{shown(path)}: {make_read_error(path.error)}")
 
 
 def make_access(path: Place) -> Any:

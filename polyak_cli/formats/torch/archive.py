@@ -29,8 +29,8 @@ from polyak_cli.storage.local import (
     LocalInput,
     LocalOutput,
     copy_range,
+    make_read_error,
     name_errors,
-    unreadable,
 )
 from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, TensorSpec
 
@@ -263,7 +263,7 @@ def _checksums(file: LocalInput, rooms: Sequence[zips.Member]) -> list[list[Any]
         with file.stream() as stream, zipfile.ZipFile(stream) as archive:
             infos = {info.filename: info for info in archive.infolist()}
     except OSError as error:
-        raise unreadable(error) from None
+        raise make_read_error(error) from None
     found = []
     for member in rooms:
         info, place = infos[member.name], member.offset + member.stored
