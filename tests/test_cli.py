@@ -1149,7 +1149,7 @@ def test_averaging_needs_no_extra(run_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "where",
-    ["pipeline.plan", "engine.executors.fold", "formats.hdf5.skeleton.lay_out"],
+    ["pipeline.plan", "engine.executors.fold", "formats.hdf5.skeleton.write_skeleton"],
 )
 def test_a_bug_keeps_its_traceback_and_leaves_nothing(run_folder: Path, where: str) -> None:
     """What nobody foresaw is loud, and still cleans up."""

@@ -132,11 +132,11 @@ LABELS = {"/layers/dense/vars": "b", "/layers/dense_1/vars": "a"}
 def test_the_slots_of_an_archive_follow_its_configuration() -> None:
     """By the order of the layers there, whatever they are called; a schedule is no variable."""
     expected = dict(zip([*STATE][2:], ([place] for place in OWN), strict=True))
-    assert emas.slots(configuration(), OWN, STATE, LABELS) == expected
-    assert emas.slots(configuration(), OWN, STATE, {}) == expected  # of an older Keras
+    assert emas.find_slots(configuration(), OWN, STATE, LABELS) == expected
+    assert emas.find_slots(configuration(), OWN, STATE, {}) == expected  # of an older Keras
     said = configuration(learning_rate={"class_name": "ExponentialDecay"})
     moved = {f"/optimizer/vars/{k}": shape for k, shape in enumerate([*STATE.values()][1:])}
-    found = emas.slots(said, OWN, moved, LABELS)
+    found = emas.find_slots(said, OWN, moved, LABELS)
     assert [*found.values()] == [*expected.values()]
 
 
@@ -160,14 +160,14 @@ def test_what_a_configuration_does_not_tell_is_refused(
 ) -> None:
     """Rather than to take one tensor's EMA for another's; layers without tensors do not matter."""
     if message is None:
-        assert len(emas.slots(configuration(**settings), OWN, STATE, LABELS)) == 4
+        assert len(emas.find_slots(configuration(**settings), OWN, STATE, LABELS)) == 4
         return
     with pytest.raises(FormatError, match=message):
-        emas.slots(configuration(**settings), OWN, STATE, LABELS)
+        emas.find_slots(configuration(**settings), OWN, STATE, LABELS)
 
 
 @pytest.mark.parametrize("said", [{}, {"compile_config": 3}, {"compile_config": {"optimizer": []}}])
 def test_a_configuration_of_any_kind_is_read(said: dict[str, Any]) -> None:
     """It may be a stranger's."""
     with pytest.raises(FormatError, match="use_ema=True"):
-        emas.slots(said, OWN, STATE, LABELS)
+        emas.find_slots(said, OWN, STATE, LABELS)

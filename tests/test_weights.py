@@ -394,7 +394,7 @@ def test_ema_slots_are_matched_by_the_paths_of_variables() -> None:
         "/optimizer_weights/sgd/gone_average",
         "/optimizer_weights/rmsprop/m_d_kernel_average_gradient",
     ]
-    assert keras_names.slots(paths, state) == {
+    assert keras_names.find_slots(paths, state) == {
         state[0]: ["a"],
         state[2]: ["b", "c"],
         state[3]: [],

@@ -128,7 +128,7 @@ def descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
     from polyak_cli.formats.hdf5 import keras_files
 
     names = [str(path) for path in paths]
-    yield from sandbox.run_all(keras_files.description, names, names)
+    yield from sandbox.run_all(keras_files.read_description, names, names)
 
 
 def find_polyak_outputs(paths: Sequence[Path], *, jobs: int = 1) -> Collection[Path]:

@@ -1,4 +1,4 @@
-"""HDF5 files that Keras writes; nothing here is imported before it is needed."""
+"""Read and write HDF5 files of Keras; nothing here is imported before it is needed."""
 
 import os
 

@@ -1,7 +1,7 @@
-"""Tensors that HDF5 keeps in pieces: decodes chunks without the HDF5 library.
+"""Read tensors that HDF5 keeps in chunks, without the HDF5 library.
 
-The scan has told where each chunk lies and which filters it went through; from there on it is
-`pread` at checked offsets and zlib, which runs outside every lock.  Knows nothing of headers.
+The scan found where each chunk lies and which filters it went through.  zlib runs outside the
+interpreter's lock, which libhdf5 does not.  Does not know headers.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Chunks:
 
     @property
     def _row_bytes(self) -> int:
-        """Bytes of everything behind one index of the first axis."""
+        """Bytes of one row: all elements with the same first index."""
         return math.prod(self.shape[1:]) * self.itemsize
 
     @property
@@ -109,7 +109,7 @@ class Chunks:
         return itertools.product(*ranges)
 
     def _place(self, chunk: Bytes, corner: list[int], start: int, buffer: Bytes) -> None:
-        """Copy what a chunk, shape (..., itemsize), shares with the bytes wanted."""
+        """Copy the elements of a chunk, shape (..., itemsize), that belong in the buffer."""
         row, step = corner[0], self._row_bytes
         if start % step == 0 and len(buffer) % step == 0:
             band = buffer.reshape(len(buffer) // step, *self.shape[1:], self.itemsize)
@@ -155,7 +155,7 @@ def _inflate(raw: Bytes, limit: int) -> Bytes:
     return np.frombuffer(data, np.uint8)
 
 
-def _checked(raw: Bytes) -> Bytes:
+def _verify_checksum(raw: Bytes) -> Bytes:
     """Verify and remove a Fletcher-32 checksum (HDF5 file format, section III.A.3).
 
     Sums 16-bit big-endian words modulo 65535; an odd last byte is the upper half of a word.
@@ -203,6 +203,6 @@ _UNDO: Mapping[int, Callable[[Bytes, Chunks], Bytes]] = {
     # A checksum may have been added before, which makes the content longer by 4 bytes.
     DEFLATE: lambda raw, chunks: _inflate(raw, chunks.block_nbytes + 4),
     SHUFFLE: lambda raw, chunks: _unshuffle(raw, chunks.itemsize),
-    FLETCHER32: lambda raw, _: _checked(raw),
+    FLETCHER32: lambda raw, _: _verify_checksum(raw),
     LZF: lambda raw, chunks: _unpack_lzf(raw, chunks.block_nbytes),
 }

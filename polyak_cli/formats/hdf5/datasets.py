@@ -1,6 +1,7 @@
-"""Datasets of HDF5 files as tensors: where their values lie, and what refuses to be read.
+"""Describe datasets of HDF5 files as tensors: their types, and where their values lie.
 
-Reads headers only, except for what has no place in the file outside them.  Knows nothing of Keras.
+Reads values only where they have no place of their own: inside a header, or in the file's heap.
+Does not know what Keras stores.  Runs in a child of `processes.sandbox`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from polyak_cli.formats.hdf5.library import describe_type, quote, read_propertie
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.tensors import Extent, Inline, Storage, TensorSpec
 
-#: Filters that this tool does not undo, by the names their users know.
+#: Filters that are refused, by the names that their users know.
 _FILTERS = {
     4: "szip",
     5: "nbit",
@@ -84,7 +85,7 @@ class Describer:
         if not isinstance(dataset, h5d.DatasetID):
             raise FormatError(f"tensor {quote(name)} is a group, not a dataset")
         offset = dataset.get_offset()
-        # What has an offset is contiguous and in this file; anything else is looked at closely.
+        # A dataset with an offset is contiguous and in this file; others need a closer look.
         properties = read_properties(dataset, name) if offset is None else None
         shape = tuple(read_shape(dataset, name))
         datatype = dataset.get_type()
@@ -105,10 +106,11 @@ class Describer:
     def _find_values(
         self, dataset: Any, properties: Any, shape: tuple[int, ...], itemsize: int, name: str
     ) -> Storage:
-        """Return where values lie that are not one run of bytes."""
+        """Return the place of values that are not one run of bytes."""
         nbytes = math.prod(shape) * itemsize
         kind = properties.get_layout()
         if kind == h5d.COMPACT:
+            # At most 64 KiB, because a header message is no larger.
             raw = np.empty(nbytes, np.uint8)
             space = h5s.create_simple(shape)
             dataset.read(space, space, raw, dataset.get_type())
@@ -128,6 +130,7 @@ class Describer:
         _check_filters(filters, name)
         chunk_shape = tuple(properties.get_chunk())
         wanted = math.prod(-(-n // c) for n, c in zip(shape, chunk_shape, strict=True))
+        # libhdf5 would read a chunk that was never written as zeros.
         found = dataset.get_num_chunks()
         if found < wanted:
             raise FormatError(
@@ -147,7 +150,7 @@ class Describer:
         return Chunks(shape, chunk_shape, itemsize, filters, index, self.file)
 
     def _check_inside(self, offset: int, nbytes: int, name: str) -> None:
-        """Refuse bytes that the file does not have."""
+        """Refuse a range that ends behind the file."""
         if offset + nbytes > self.size:
             raise FormatError(
                 f"tensor {quote(name)} lies outside the file: it needs {offset + nbytes} bytes, "
@@ -155,7 +158,7 @@ class Describer:
             )
 
     def _digest(self, dataset: Any, shape: tuple[int, ...]) -> str:
-        """Digest variable-length strings, which only libhdf5 can find in the file's heap."""
+        """Digest variable-length strings, which only libhdf5 finds in the file's heap."""
         total = hashlib.sha256()
         values = h5py.Dataset(dataset)
         step = max(1, 1024 // max(1, math.prod(shape[1:])))

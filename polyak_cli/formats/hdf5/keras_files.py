@@ -1,8 +1,7 @@
-"""HDF5 files that Keras writes: scanned into a table of tensors.
+"""Scan HDF5 files that Keras writes: whole models of every generation, and weights files.
 
-Reads whole-model `.h5` of every Keras generation, legacy weights-only `.h5`, and `.weights.h5`.
-Walks by the names that Keras wrote.  Executes nothing of the model configuration.  Runs in a child
-of `sandbox`.
+Finds the tensors by the names that Keras lists, and executes nothing of the model configuration.
+Does not know how values are stored; see `datasets`.  Runs in a child of `processes.sandbox`.
 """
 
 from __future__ import annotations
@@ -56,7 +55,8 @@ WEIGHTS_CAUTIONS = {
     "ema": "a weights file numbers the optimizer's variables without saying which are EMA slots "
     "and of what; save whole models with model.save()",
 }
-#: Attributes that say what tensors there are, and of which type: any format says that in its way.
+#: Attributes that list tensors and their types.  A conversion does not carry them: every format has
+#: its own way to list tensors.
 _LISTS = re.compile(
     rb".*@(layer_names|weight_names)\d*|@polyak_provenance|.*/vars@name|.*/\d+@dtype", re.DOTALL
 )
@@ -67,8 +67,8 @@ _TOP_LEVEL = re.compile(rb"3\.|2\.(1[3-9]|[2-9]\d)\.")
 _NOT_TO_ITS_END = "the file was not saved to its end; save it again or leave it out"
 
 
-def is_average(path: Place, heartbeat: Heartbeat) -> bool:
-    """Tell whether this tool wrote the file; a file that cannot be read it did not."""
+def is_polyak_output(path: Place, heartbeat: Heartbeat) -> bool:
+    """Tell whether this tool wrote the file; False if it cannot be read."""
     heartbeat()
     try:
         with open_file(path) as (root, _):
@@ -77,16 +77,16 @@ def is_average(path: Place, heartbeat: Heartbeat) -> bool:
         return False
 
 
-def description(path: str, heartbeat: Heartbeat) -> list[str]:
-    """Return what a file says of its model: what it is, how it was trained, which Keras."""
+def read_description(path: str, heartbeat: Heartbeat) -> list[str]:
+    """Return the model configuration, the training configuration and the version of Keras."""
     heartbeat()
     with open_file(path) as (root, _):
         keys = (b"model_config", b"training_config", b"keras_version")
         return [read_text(root, key).decode(errors="replace") for key in keys]
 
 
-def texts_in(path: Place, heartbeat: Heartbeat) -> dict[str, str]:
-    """Return the texts of a file; what only lists the names of tensors is not among them."""
+def read_texts(path: Place, heartbeat: Heartbeat) -> dict[str, str]:
+    """Return the text attributes of a file, except those that only list tensors."""
     said: dict[str, str] = {}
     with open_file(path) as (root, _):
         below = ((where, item) for where, _, item in walk(root, heartbeat, {OPTIMIZER}))
@@ -107,22 +107,22 @@ def texts_in(path: Place, heartbeat: Heartbeat) -> dict[str, str]:
     return said
 
 
-def _about(root: Any) -> dict[str, str]:
-    """Return the short texts in which a file says what it is."""
+def _read_about(root: Any) -> dict[str, str]:
+    """Return the short texts by which a file describes itself."""
     keys = {"keras_version": b"keras_version", "backend": b"backend", "provenance": PROVENANCE}
     texts = {name: read_text(root, key) for name, key in keys.items()}
     return {name: text.decode(errors="replace") for name, text in texts.items() if text}
 
 
-def _model_group(root: Any, heartbeat: Heartbeat) -> Any:
-    """Return the group that lists the layers, or None for a weights file, which has no lists."""
+def _find_model_group(root: Any, heartbeat: Heartbeat) -> Any:
+    """Return the group that lists the layers; None for a weights file, which has no lists."""
     if _list_parts(root, b"layer_names"):
-        return root  # legacy weights-only: the same layout one level up
+        return root  # legacy weights-only files have the same layout one level up
     links = [link for link in list_links(root, heartbeat) if link.name == b"model_weights"]
     return open_child(root, links[0], "") if links else None
 
 
-def _no_model(root: Any, heartbeat: Heartbeat) -> str:
+def _describe_content(root: Any, heartbeat: Heartbeat) -> str:
     names = list_names(root, heartbeat)
     if {b"vars", b"layers", b"_layer_checkpoint_dependencies"} & {*names}:
         return "is a Keras weights file that holds no tensor of a model"
@@ -148,7 +148,7 @@ def read_weights(
     Args:
         path: of the file.
         heartbeat: sent before every object.
-        with_optimizer: note also what is not the model's.
+        with_optimizer: also note the datasets that are not the model's.
         number: of the file in the table.
 
     Raises:
@@ -161,11 +161,11 @@ def read_weights(
 def _read_weights(root: Any, datasets: Describer, with_optimizer: bool) -> Weights:
     reader = _Reader(datasets, datasets.heartbeat)
     return Weights(
-        reader.weights(root, with_optimizer),
+        reader.read_weights(root, with_optimizer),
         reader.others,
         reader.labels,
         bool(h5a.exists(root, PROVENANCE)),
-        _about(root) if with_optimizer else {},
+        _read_about(root) if with_optimizer else {},
     )
 
 
@@ -179,12 +179,14 @@ def build_weights_table(form: str, path: str, found: Weights, files: Sequence[Fi
         files: where there are several.
     """
     specs = {spec.location: spec for spec in found.tensors}
-    aside = keras_names.optimizers({at: (spec.dtype, spec.shape) for at, spec in specs.items()})
+    aside = keras_names.find_optimizers(
+        {at: (spec.dtype, spec.shape) for at, spec in specs.items()}
+    )
     groups = tuple(f"{group}/" for group in aside)
-    own = sorted((at for at in specs if not at.startswith(groups)), key=keras_names.in_order)
+    own = sorted((at for at in specs if not at.startswith(groups)), key=keras_names.sort_key)
     others = {spec.name: spec for spec in found.others}
     others |= {at: replace(s, name=at) for at, s in specs.items() if at.startswith(groups)}
-    moving = keras_names.statistics(own, found.labels)
+    moving = keras_names.find_statistics(own, found.labels)
     return Table(
         path=Path(path),
         format=form,
@@ -206,18 +208,18 @@ class _Reader:
 
     datasets: Describer
     heartbeat: Heartbeat
-    others: list[TensorSpec] = field(default_factory=list)  # what is not the model's own
-    layers: list[str] = field(default_factory=list)  # those that have tensors, as Keras loads them
+    others: list[TensorSpec] = field(default_factory=list)  # datasets that are not the model's own
+    layers: list[str] = field(default_factory=list)  # with tensors, in Keras's order
     variables: dict[str, str] = field(default_factory=dict)  # of a model: tensor -> variable's path
     labels: dict[str, str] = field(default_factory=dict)  # of weights: group -> layer's name
 
-    def model(self, root: Any, home: Any, everything: bool) -> list[TensorSpec]:
+    def read_model(self, root: Any, home: Any, everything: bool) -> list[TensorSpec]:
         """Return the model's tensors in the order in which Keras lists them.
 
         Args:
             root: of the file.
             home: the group that lists the layers.
-            everything: walk all of the file, and note what is not the model's.
+            everything: walk the whole file, and note the other datasets too.
         """
         base = "" if home is root else "/model_weights"
         layers = _read_names(home, b"layer_names", base or "/")
@@ -235,7 +237,7 @@ class _Reader:
         found = walk(root, self.heartbeat) if everything else walk(home, self.heartbeat, where=base)
         for path, _, item in found:
             if path in places:
-                listed[path] = _listed(item, path, places[path])
+                listed[path] = _list_tensors(item, path, places[path])
                 known.update(listed[path])
             if everything:
                 check_attributes(item, path)
@@ -245,7 +247,7 @@ class _Reader:
                 self._note_other(item, path)
         tensors = []
         for place, layer in self.heartbeat.over(places.items()):
-            for tensor in self.layer(listed, place, layer):
+            for tensor in self.list_layer(listed, place, layer):
                 if tensor not in specs:
                     raise FormatError(
                         f"tensor {quote(tensor[len(base) + 1 :])} is named but does not exist in "
@@ -255,8 +257,8 @@ class _Reader:
                 self.variables[specs[tensor].name] = tensor[len(place) + 1 :]
         return tensors
 
-    def layer(self, listed: Mapping[str, list[str]], place: str, layer: bytes) -> list[str]:
-        """Return where the tensors of a layer lie, which must be there itself."""
+    def list_layer(self, listed: Mapping[str, list[str]], place: str, layer: bytes) -> list[str]:
+        """Return the paths of a layer's tensors; refuse a layer without a group."""
         _check_name(layer, to_text(layer))
         if place not in listed:
             raise FormatError(f"{quote(place)} is named but does not exist in the file")
@@ -264,7 +266,7 @@ class _Reader:
             self.layers.append(to_text(layer))
         return listed[place]
 
-    def weights(self, root: Any, everything: bool) -> list[TensorSpec]:
+    def read_weights(self, root: Any, everything: bool) -> list[TensorSpec]:
         """Return the tensors of a weights file, which lists none of them."""
         specs = []
         if everything:
@@ -273,6 +275,7 @@ class _Reader:
             if everything:
                 check_attributes(item, path)
             if isinstance(item, h5d.DatasetID) and keras_names.is_variable(path):
+                # Two bare bytes are bfloat16, unless Keras names another type.
                 spec = self.datasets.describe(item, path.removeprefix("/"), path)
                 if spec.dtype == "bfloat16" and read_text(item, DTYPE) not in (b"", b"bfloat16"):
                     spec = replace(spec, dtype="opaque")
@@ -284,13 +287,13 @@ class _Reader:
         return specs
 
     def _note_other(self, item: Any, path: str) -> None:
-        """Note a dataset that is not the model's: optimizer state and whatever else."""
+        """Note a dataset that is not the model's, such as optimizer state."""
         if isinstance(item, h5d.DatasetID):
             self.others.append(self.datasets.describe_copied(item, path))
 
 
-def _listed(group: Any, place: str, layer: bytes) -> list[str]:
-    """Return where the tensors lie that a layer's group lists."""
+def _list_tensors(group: Any, place: str, layer: bytes) -> list[str]:
+    """Return the paths of the tensors that a layer's group lists."""
     if not isinstance(group, h5g.GroupID):
         raise FormatError(f"{quote(place)} is not a group")
     names = _read_names(group, b"weight_names", place)
@@ -331,20 +334,20 @@ def _read_names(location: Any, key: bytes, where: str) -> list[bytes]:
 
 
 def _list_parts(location: Any, key: bytes) -> list[bytes]:
-    """Return what follows the key in the names of the attributes that hold a list: b"", b"0" ..."""
+    """Return the suffixes of the attributes that hold a list: b"", or b"0", b"1", ..."""
     if h5a.get_num_attrs(location) == 1 and h5a.exists(location, key):
-        return [b""]  # mostly
+        return [b""]  # the usual case, which 100,000 layers may have
     names = [h5a.open(location, index=k).name for k in range(h5a.get_num_attrs(location))]
     parts = [name[len(key) :] for name in names if name.startswith(key)]
-    return sorted((part for part in parts if not part or part.isdigit()), key=_in_order)
+    return sorted((part for part in parts if not part or part.isdigit()), key=_by_number)
 
 
-def _in_order(part: bytes) -> tuple[int, bytes]:
+def _by_number(part: bytes) -> tuple[int, bytes]:
     return len(part), part
 
 
 def _check_saved_to_its_end(root: Any, home: Any) -> None:
-    """Refuse a whole model that a save left behind which failed on the way.
+    """Refuse a whole model whose save failed before its end.
 
     Keras writes all layers, then the weights of the model itself, then the names of the optimizer's
     tensors, then these tensors in their order.  A file that ends before the optimizer cannot be
@@ -353,6 +356,7 @@ def _check_saved_to_its_end(root: Any, home: Any) -> None:
     if _TOP_LEVEL.match(read_text(home, b"keras_version")) and not home.links.exists(_OWN):
         raise FormatError(f"has no group {quote(to_text(_OWN))}; {_NOT_TO_ITS_END}")
     group = to_bytes(OPTIMIZER[1:])
+    # Legacy weights-only files have no optimizer state.
     if home is root or not root.links.exists(group):
         return
     optimizer = open_path(root, group, "")
@@ -361,6 +365,7 @@ def _check_saved_to_its_end(root: Any, home: Any) -> None:
     if not _list_parts(optimizer, b"weight_names"):
         raise FormatError(f"has no list of its optimizer's tensors; {_NOT_TO_ITS_END}")
     names = _read_names(optimizer, b"weight_names", OPTIMIZER)
+    # The tensors are written in the order of the list, so the last one stands for all of them.
     if names:
         last = open_path(optimizer, names[-1], OPTIMIZER)
         if last is None or is_never_written(last):
@@ -381,7 +386,7 @@ class KerasHdf5(Format):
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`."""
-        return texts_in(table.files[0].path, heartbeat)
+        return read_texts(table.files[0].path, heartbeat)
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`.
@@ -391,23 +396,26 @@ class KerasHdf5(Format):
         """
         with open_file(request.path) as (root, size):
             datasets = Describer(size, heartbeat)
-            home = _model_group(root, heartbeat)
+            home = _find_model_group(root, heartbeat)
             if home is None:
                 found = _read_weights(root, datasets, request.with_optimizer)
                 if not found.tensors:
-                    raise FormatError(_no_model(root, heartbeat))
+                    raise FormatError(_describe_content(root, heartbeat))
                 return build_weights_table(self.key, request.path, found)
             return self._scan_model(request, root, home, datasets)
 
     def _scan_model(self, request: ScanRequest, root: Any, home: Any, datasets: Describer) -> Table:
         """Return the table of a file that lists its layers in the group ``home``."""
         reader = _Reader(datasets, datasets.heartbeat)
-        tensors = {spec.name: spec for spec in reader.model(root, home, request.with_optimizer)}
+        tensors = {
+            spec.name: spec for spec in reader.read_model(root, home, request.with_optimizer)
+        }
         _check_saved_to_its_end(root, home)
         others = {spec.name: spec for spec in reader.others}
         state = [name for name in others if name.startswith(f"{OPTIMIZER}/")]
+        # Compared as bytes and never parsed: a configuration may name any code.
         config = read_text(root, b"model_config")
-        slots = keras_names.slots(reader.variables, state)
+        slots = keras_names.find_slots(reader.variables, state)
         return Table(
             path=Path(request.path),
             format=self.key,
@@ -417,15 +425,15 @@ class KerasHdf5(Format):
             optimizer=frozenset(state),
             config=hashlib.sha256(config).hexdigest() if config else "",
             is_polyak_output=bool(h5a.exists(root, PROVENANCE)),
-            about=_about(root) if request.with_optimizer else {},
+            about=_read_about(root) if request.with_optimizer else {},
             keras=KerasFacts(tuple(reader.layers), ema_slots=slots),
             rules=OutputRules(cautions=WHOLE_CAUTIONS),
         )
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
-        return skeleton.lay_out(request, heartbeat)
+        return skeleton.write_skeleton(request, heartbeat)
 
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""
-        return is_average(path, heartbeat)
+        return is_polyak_output(path, heartbeat)

@@ -1,7 +1,7 @@
-"""libhdf5, held carefully: files opened, errors made plain, links, attributes and types checked.
+"""Use libhdf5 with care: open files, explain errors, walk links, check attributes and types.
 
-Walks through hard links only, and never reads a tensor's values: those are `pread` by the engine.
-Knows nothing of Keras.  Runs in a child of `sandbox`.
+Follows hard links only, and leaves the values of tensors to the engine, which reads them by offset.
+Does not know what Keras stores.  Runs in a child of `processes.sandbox`.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ _STEP = 500  # links between two heartbeats
 
 @contextlib.contextmanager
 def open_file(path: Place) -> Iterator[tuple[Any, int]]:
-    """Yield the root group and the size of the file, with h5py's errors made ours.
+    """Yield the root group and the size of the file; explain h5py's errors.
 
     Raises:
-        FormatError: named by path, for everything that a damaged file makes libhdf5 say.
+        FormatError: the file is damaged, or being written; names its path.
         OSError: another file, to which it is copied, cannot be written.
     """
-    size = _look(path)
+    size = _check_file(path)
     with explain_errors(path, size):
         name = NAMELESS if isinstance(path, Window) else os.fsencode(path)
         file = h5f.open(name, h5f.ACC_RDONLY, fapl=make_access(path))
@@ -74,9 +74,10 @@ def open_file(path: Place) -> Iterator[tuple[Any, int]]:
 
 
 def make_access(path: Place) -> Any:
-    """Return how a file is opened that is laid out, or that is a part of another."""
+    """Return the access properties with which every file is opened or created."""
     access = h5p.create(h5p.FILE_ACCESS)
-    access.set_fclose_degree(h5f.CLOSE_STRONG)  # with everything still open in it
+    # Closing the file also closes the objects that are still open in it.
+    access.set_fclose_degree(h5f.CLOSE_STRONG)
     # What Keras writes through h5py; HDF5 2.0 would start from a newer version by itself.
     access.set_libver_bounds(h5f.LIBVER_EARLIEST, h5f.LIBVER_LATEST)
     if isinstance(path, Window):
@@ -96,7 +97,7 @@ def _resize(cache: Any, nbytes: int) -> Any:
     return cache
 
 
-def _names_nbytes(group: Any, links: Sequence[_Link]) -> int:
+def _measure_names(group: Any, links: Sequence[_Link]) -> int:
     """Return the size of the block that holds a group's names, 0 where it fits into any cache.
 
     A cache that has no room for this block makes libhdf5 read it again for every link that is
@@ -114,25 +115,28 @@ def explain_errors(path: Place, size: int) -> Iterator[None]:
         yield
     except Exception as error:
         # h5py raises half a dozen types for a damaged file; what comes from elsewhere is a bug.
-        if isinstance(error, PolyakError) or not _from_h5py(error):
+        if isinstance(error, PolyakError) or not _is_from_h5py(error):
             raise
-        number = _errno(error)
+        number = _read_errno(error)
         if number in _NO_ROOM or re.search("file write failed|create file", str(error)):
             raise OSError(number, os.strerror(number)) from None
-        raise FormatError(f"{shown(path)}: {_reason(error, size)}") from None
+        raise FormatError(f"{shown(path)}: {_explain(error, size)}") from None
 
 
-def _errno(error: Exception) -> int:
-    """Return the number of the system's error that libhdf5 tells of, 0 where it is of another."""
-    numbers = re.findall(r"errno = (\d+)\b", str(error))  # the last: a file may be called so
+def _read_errno(error: Exception) -> int:
+    """Return the system's error number that libhdf5 reports, or 0 if it reports none."""
+    numbers = re.findall(
+        r"errno = (\d+)\b", str(error)
+    )  # the last: a file's name may look like one
     return int(numbers[-1]) if numbers else 0
 
 
-def _look(path: Place) -> int:
-    """Look before opening (HOSTILE.md rule 1): a regular file that begins like HDF5; its size."""
+def _check_file(path: Place) -> int:
+    """Check, before libhdf5 opens it, that a file begins like HDF5; return its size."""
     if isinstance(path, Window):
         _check_signature(LocalInput.borrow(path.name, path.descriptor), path.offset, path.size)
         return path.size
+    # h5py itself would wait forever for the writer of a FIFO.
     with _open_regular(path) as file:
         if file.size == 0:
             raise FormatError(f"{shown(path)}: is empty (0 bytes); save it again or leave it out")
@@ -150,13 +154,13 @@ def _open_regular(path: str) -> LocalInput:
 
 
 def _check_signature(file: InputFile, start: int, size: int) -> None:
-    """Refuse what does not begin like HDF5."""
+    """Refuse a file that does not begin like HDF5."""
     offset = 0
     while offset < size:  # a user block may stand before the signature
-        if _head(file, start + offset, len(SIGNATURE)) == SIGNATURE:
+        if _read_head(file, start + offset, len(SIGNATURE)) == SIGNATURE:
             return
         offset = offset * 2 or 512
-    head = _head(file, start, min(32, size))
+    head = _read_head(file, start, min(32, size))
     what = next((name for magic, name in FOREIGN.items() if head.startswith(magic)), None)
     begins = f"it is {what}" if what else f"it begins with {head[:8]!r}"
     raise FormatError(
@@ -164,12 +168,13 @@ def _check_signature(file: InputFile, start: int, size: int) -> None:
     )
 
 
-def _head(file: InputFile, offset: int, nbytes: int) -> bytes:
+def _read_head(file: InputFile, offset: int, nbytes: int) -> bytes:
     with name_errors(file.name):
         return file.read(offset, nbytes)
 
 
-def _from_h5py(error: Exception) -> bool:
+def _is_from_h5py(error: Exception) -> bool:
+    # h5py's compiled modules are in tracebacks by the paths of their sources.
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
@@ -177,12 +182,12 @@ def _from_h5py(error: Exception) -> bool:
     return "h5py/" in code and not isinstance(error, MemoryError)
 
 
-def _reason(error: Exception, size: int) -> str:
-    """Say in the user's words what libhdf5 means."""
+def _explain(error: Exception, size: int) -> str:
+    """Translate a message of libhdf5 into what the user can do."""
     text = str(error)
     if "unable to lock file" in text:
         return "is still being written by another process; wait until it is closed"
-    if "already open for write" in text:  # a mark in the file, which stays when its writer dies
+    if "already open for write" in text:  # a mark in the file, which stays if its writer dies
         return (
             "is still being written by another process, or that was killed; wait until it is "
             "closed, or save it again"
@@ -190,15 +195,15 @@ def _reason(error: Exception, size: int) -> str:
     if "truncated file" in text:
         wanted = text.rpartition("stored_eof = ")[2].rstrip(")")
         return f"is truncated: it has {size} bytes, its header says {shown(wanted)}; save it again"
-    if _errno(error):
-        return f"cannot be read: {os.strerror(_errno(error))}"
+    if _read_errno(error):
+        return f"cannot be read: {os.strerror(_read_errno(error))}"
     return f"is damaged or not a Keras model file: {shown(text)}"
 
 
 def describe_type(datatype: Any, name: str) -> tuple[str, str]:
-    """Return the dtype's name and byte order; refuse what points elsewhere."""
+    """Return the dtype's name and byte order; refuse types whose values lie elsewhere."""
     size = datatype.get_size()
-    order = ">" if _order(datatype) == h5t.ORDER_BE else "<"
+    order = ">" if _read_byteorder(datatype) == h5t.ORDER_BE else "<"
     if isinstance(datatype, h5t.TypeFloatID):
         for float_name, float_order, known in _FLOAT_TYPES:
             if datatype.equal(known):
@@ -214,7 +219,7 @@ def describe_type(datatype: Any, name: str) -> tuple[str, str]:
         return ("bool" if members == {b"FALSE", b"TRUE"} else "enum"), order
     if isinstance(datatype, h5t.TypeStringID):
         return "string", "<"
-    if isinstance(datatype, h5t.TypeOpaqueID):  # how h5py stores bfloat16, without a word of it
+    if isinstance(datatype, h5t.TypeOpaqueID):  # h5py stores bfloat16 as two bare bytes
         return ("bfloat16" if size == 2 else "opaque"), "<"
     if isinstance(datatype, h5t.TypeBitfieldID):
         return "bitfield", order
@@ -226,7 +231,7 @@ def describe_type(datatype: Any, name: str) -> tuple[str, str]:
     )
 
 
-def _order(datatype: Any) -> int:
+def _read_byteorder(datatype: Any) -> int:
     if isinstance(datatype, h5t.TypeEnumID):
         return int(datatype.get_super().get_order())
     if isinstance(datatype, (h5t.TypeFloatID, h5t.TypeIntegerID, h5t.TypeBitfieldID)):
@@ -235,7 +240,7 @@ def _order(datatype: Any) -> int:
 
 
 def is_pointing(datatype: Any) -> bool:
-    """Tell whether values of a type lie or point outside of themselves, or a part of them does."""
+    """Tell whether values of a type refer to data that lies outside them."""
     if isinstance(datatype, h5t.TypeArrayID):
         return is_pointing(datatype.get_super())
     if isinstance(datatype, h5t.TypeCompoundID):
@@ -254,7 +259,7 @@ def read_shape(dataset: Any, name: str) -> list[int]:
 
 
 def read_properties(dataset: Any, name: str) -> Any:
-    """Return how a dataset is stored, having refused values in other files (CVE-2026-1669)."""
+    """Return how a dataset is stored; refuse values in other files (CVE-2026-1669)."""
     properties = dataset.get_create_plist()
     if properties.get_external_count():
         raise FormatError(f"tensor {quote(name)} points to another file (external storage)")
@@ -279,18 +284,18 @@ def quote(name: str) -> str:
 
 
 class _Link(NamedTuple):
-    """What a group says of something that it holds."""
+    """One entry of a group."""
 
     name: bytes
     is_hard: bool
-    address: int  # of the object's header, by which it is known
+    address: int  # of the object's header, which identifies the object
 
 
 def list_links(group: Any, heartbeat: Heartbeat) -> list[_Link]:
-    """Return what a group holds, in the order in which it keeps it."""
+    """Return the links of a group, in the order in which it keeps them."""
     found: list[tuple[int, _Link]] = []
 
-    def note(name: bytes, link: Any) -> None:  # the next one has the same object
+    def note(name: bytes, link: Any) -> None:  # h5py passes the same object each time
         if len(found) % _STEP == 0:
             heartbeat()
         order = link.corder if link.corder_valid else 0
@@ -307,7 +312,7 @@ def list_names(group: Any, heartbeat: Heartbeat) -> list[bytes]:
 
 
 def open_child(group: Any, link: _Link, where: str) -> Any:
-    """Open what a hard link names; soft and external links lead to places not of this tree."""
+    """Open the object of a hard link; refuse links that lead out of this tree."""
     if not link.is_hard:
         full = quote(f"{where}/{to_text(link.name)}")
         raise FormatError(f"{full} is a soft or external link, which is not followed")
@@ -353,7 +358,7 @@ def read_strings(location: Any, key: bytes, where: str) -> list[bytes]:
 
 
 def read_text(location: Any, key: bytes) -> bytes:
-    """Return the bytes of a string attribute, or b'' where there is none."""
+    """Return the bytes of a text attribute, or b'' if there is none."""
     if not h5a.exists(location, key):
         return b""
     attribute = h5a.open(location, key)
@@ -368,7 +373,7 @@ def read_text(location: Any, key: bytes) -> bytes:
 def walk(
     root: Any, heartbeat: Heartbeat, shut: Collection[str] = (), where: str = "", copy: Any = None
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (path, parent group, object) for all of the tree, groups before what they hold.
+    """Yield (path, parent group, object) for the whole tree, each group before its content.
 
     Args:
         root: where to begin.
@@ -410,13 +415,13 @@ class _Entered(NamedTuple):
 
     path: str
     group: Any
-    links: Iterator[_Link]  # those that are left
+    links: Iterator[_Link]  # the remaining ones
     names_nbytes: int
 
 
 def _enter(group: Any, path: str, heartbeat: Heartbeat) -> _Entered:
     links = list_links(group, heartbeat)
-    return _Entered(path, group, iter(links), _names_nbytes(group, links))
+    return _Entered(path, group, iter(links), _measure_names(group, links))
 
 
 def _resize_caches(files: Sequence[Any], nbytes: int) -> None:
@@ -440,7 +445,7 @@ def check_attributes(item: Any, path: str) -> None:
 
 
 def copy_attribute(attribute: Any, target: Any, path: str) -> None:
-    """Copy an attribute byte for byte, having checked it."""
+    """Check an attribute, and copy it byte for byte."""
     _check_attribute(attribute, path)
     space = attribute.get_space()
     made = h5a.create(target, attribute.name, attribute.get_type(), space)
@@ -451,7 +456,7 @@ def copy_attribute(attribute: Any, target: Any, path: str) -> None:
 
 
 def _check_attribute(attribute: Any, path: str) -> None:
-    """Refuse an attribute that points to something else, which a copy would lose."""
+    """Refuse an attribute that refers to another object: a copy would lose the reference."""
     datatype = attribute.get_type()
     text = isinstance(datatype, h5t.TypeStringID)
     if isinstance(datatype, h5t.TypeCompoundID) or (is_pointing(datatype) and not text):

@@ -1,7 +1,8 @@
-"""The output that is like a Keras HDF5 file, complete but for its averaged tensors.
+"""Write an output like a Keras HDF5 file, complete except for its averaged tensors.
 
-Attributes, groups, configuration and carried tensors are copied; averaged tensors get room.  Knows
-nothing of values: those are written by offset.  Runs in a child of `sandbox`.
+Copies attributes, groups, configuration and carried tensors, and allocates the averaged tensors.
+Does not know their values, which the engine writes by offset.  Runs in a child of
+`processes.sandbox`.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ _NAMES = CACHE // 4  # bytes of names in one group that may be copied at once
 _TENSORS = 50_000  # tensors that may be copied at once: half a second
 
 
-def lay_out(request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
+def write_skeleton(request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
     """See `Format.write_skeleton`.
 
-    Attributes, groups, configuration and carried tensors are copied.  The file is built anew, not
-    copied and edited: HDF5 leaves what is deleted as dead space.
+    Attributes, groups, configuration and carried tensors are copied.  The file is built from the
+    start, not copied and edited: HDF5 keeps deleted objects as dead space.
     """
     (template,) = request.template.files
     return merge(request, [template.path], heartbeat)
@@ -63,10 +64,10 @@ def merge(
     heartbeat: Heartbeat,
     output: Window | None = None,
 ) -> Draft:
-    """Lay out one file like several that share a tree: the parts of a weights file.
+    """Write one skeleton like several files that share a tree: the parts of a weights file.
 
     Args:
-        request: what to lay out.
+        request: the output to write.
         paths: the parts.
         heartbeat: sent before every object.
         output: where to write; None for a file of its own.  Offsets count from its beginning.
@@ -81,24 +82,24 @@ def merge(
         try:
             copy = _Copy(request, heartbeat, {"": h5o.open(made, b"/")})
             if len(paths) == 1:
-                copy.whole = _whole_groups(request.template, request.averaged)
+                copy.whole = _find_whole_groups(request.template, request.averaged)
             for path in paths:
                 with open_file(path) as (root, _):
-                    copy.tree(root)
+                    copy.copy_tree(root)
                 moved[path], copy.moved = copy.moved, []
-            copy.provenance()
+            copy.write_provenance()
         finally:
             made.close()
-            if output and output.error:  # whatever else it led to
+            if output and output.error:  # the first cause, whatever errors followed
                 raise output.error
     for path, runs in moved.items():
-        _move(path, output or request.output, runs, heartbeat)
+        _copy_large(path, output or request.output, runs, heartbeat)
     placements = {where: Placement(*place) for where, place in copy.averaged.items()}
     return Draft(placements)
 
 
-def _whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[TensorSpec]]:
-    """Return the groups that may be copied as they are, and what is averaged in each.
+def _find_whole_groups(table: Table, averaged: Mapping[str, str]) -> dict[str, list[TensorSpec]]:
+    """Return the groups that are copied as they are, each with its averaged tensors.
 
     Those that hold small tensors only, of unchanged type, and not so many that libhdf5 would be
     busy too long without a heartbeat.  None at all where tensors share their storage: the links
@@ -131,50 +132,52 @@ def _is_weights(table: Table) -> bool:
     return table.rules.suffixes == (WEIGHTS_SUFFIX,)
 
 
-def _optimizers(table: Table) -> set[str]:
+def _find_optimizers(table: Table) -> set[str]:
     """Return the groups that hold the optimizer's state."""
     if not _is_weights(table):
         return {OPTIMIZER}
-    return {"/optimizer", *(keras_names.optimizer_of(name) for name in table.optimizer)}
+    return {"/optimizer", *(keras_names.find_optimizer_group(name) for name in table.optimizer)}
 
 
 @dataclass(slots=True)
 class _Copy:
-    """The output that grows while the template's tree is walked."""
+    """Builds the output while the template's tree is walked."""
 
     request: SkeletonRequest
     heartbeat: Heartbeat
     groups: dict[str, Any]
-    linked: list[tuple[str, Any, Any]] = field(default_factory=list)  # what has several names
-    places: dict[tuple[int, int], str] = field(default_factory=dict)  # where it is by now
+    linked: list[tuple[str, Any, Any]] = field(default_factory=list)  # objects with several names
+    places: dict[tuple[int, int], str] = field(default_factory=dict)  # object -> output path
     dropped: Collection[str] = ()
-    whole: Mapping[str, Sequence[TensorSpec]] = field(default_factory=dict)  # see `_whole_groups`
+    whole: Mapping[str, Sequence[TensorSpec]] = field(
+        default_factory=dict
+    )  # see `_find_whole_groups`
     averaged: dict[str, tuple[int, str, str]] = field(default_factory=dict)
     moved: list[tuple[int, int, int]] = field(default_factory=list)  # from, to, bytes
 
     def __post_init__(self) -> None:
         if self.request.drop_optimizer:
-            self.dropped = _optimizers(self.request.template)
+            self.dropped = _find_optimizers(self.request.template)
 
-    def tree(self, root: Any) -> None:
+    def copy_tree(self, root: Any) -> None:
         """Copy a template, or one part of it."""
         self.linked.clear()
         self.places.clear()
-        self.attributes(root, self.groups[""], "/")
+        self.copy_attributes(root, self.groups[""], "/")
         for path, parent, item in walk(
             root, self.heartbeat, {*self.whole, *self.dropped}, copy=self.groups[""]
         ):
-            self.item(path, parent, item)
-        self.links()
+            self.copy_item(path, parent, item)
+        self.copy_links()
 
-    def item(self, path: str, parent: Any, item: Any) -> None:
+    def copy_item(self, path: str, parent: Any, item: Any) -> None:
         """Copy one object of the template, unless it is dropped."""
         if path in self.dropped:
             return
-        if path in self.groups:  # an earlier part has it too
+        if path in self.groups:  # an earlier part has this group too
             if not isinstance(item, h5g.GroupID):
                 raise FormatError(f"tensor {quote(path)} is a group in another part")
-            self.attributes(item, self.groups[path], path)
+            self.copy_attributes(item, self.groups[path], path)
             return
         info = h5o.get_info(item)
         if info.rc > 1 and isinstance(item, h5d.DatasetID):
@@ -183,36 +186,36 @@ class _Copy:
                 self.linked.append((path, parent, item))
                 return
             self.places.setdefault((info.fileno, info.addr), path)
-        self.make(path, parent, item)
+        self.create(path, parent, item)
 
-    def links(self) -> None:
-        """Copy what has several names, once; its other names are hard links again."""
+    def copy_links(self) -> None:
+        """Copy objects with several names once; their other names become hard links again."""
         for path, parent, item in self.heartbeat.over(self.linked):
             info = h5o.get_info(item)
             first = self.places.setdefault((info.fileno, info.addr), path)
             if first == path:
-                self.make(path, parent, item)
+                self.create(path, parent, item)
                 continue
             where, _, last = path.rpartition("/")
             there, _, its_name = first.rpartition("/")
             target = self.groups[where]
             target.links.create_hard(to_bytes(last), self.groups[there], to_bytes(its_name))
 
-    def make(self, path: str, parent: Any, item: Any) -> None:
-        """Create one object like the template's."""
+    def create(self, path: str, parent: Any, item: Any) -> None:
+        """Create an object like the template's."""
         where, _, last = path.rpartition("/")
         target, name = self.groups[where], to_bytes(last)
         if path in self.whole:
             self.copy_whole(path, parent, target, name)
         elif isinstance(item, h5g.GroupID):
-            self.groups[path] = self.group(item, target, name, path)
+            self.groups[path] = self.create_group(item, target, name, path)
         elif path in self.request.averaged:
             wanted = self.request.averaged[path]
-            made, byteorder = self.room(item, target, name, path, wanted)
+            made, byteorder = self.allocate(item, target, name, path, wanted)
             if made.get_offset() is not None:
                 self.averaged[path] = (made.get_offset(), wanted, byteorder)
         elif _is_large(item, path):
-            made, _ = self.room(item, target, name, path, None)
+            made, _ = self.allocate(item, target, name, path, None)
             self.moved.append((item.get_offset(), made.get_offset(), item.get_storage_size()))
         else:
             h5o.copy(parent, name, target, name)
@@ -225,18 +228,18 @@ class _Copy:
             wanted = self.request.averaged[spec.location]
             self.averaged[spec.location] = (made.get_offset(), wanted, spec.byteorder)
 
-    def group(self, source: Any, target: Any, name: bytes, path: str) -> Any:
+    def create_group(self, source: Any, target: Any, name: bytes, path: str) -> Any:
         """Create a group like its source."""
         properties = source.get_create_plist()
-        properties.set_obj_track_times(False)  # the same bytes at any time of day
+        properties.set_obj_track_times(False)  # outputs do not depend on the time
         made = h5g.create(target, name, gcpl=properties)
-        self.attributes(source, made, path)
+        self.copy_attributes(source, made, path)
         return made
 
-    def room(
+    def allocate(
         self, source: Any, target: Any, name: bytes, path: str, wanted: str | None
     ) -> tuple[Any, str]:
-        """Allocate a tensor without filling it: it is written by offset.  None: of its own type."""
+        """Allocate a tensor without filling it, of the dtype ``wanted`` or else its source's."""
         dtype, byteorder = describe_type(source.get_type(), path)
         datatype = source.get_type()
         if wanted and wanted != dtype:
@@ -247,32 +250,33 @@ class _Copy:
         space = h5s.create_simple(shape) if shape else h5s.create(h5s.SCALAR)
         properties = h5p.create(h5p.DATASET_CREATE)
         properties.set_layout(h5d.CONTIGUOUS)
+        # Allocated now, so that there is an offset to write at, and not filled with zeros before.
         properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
         properties.set_fill_time(h5d.FILL_TIME_NEVER)
         properties.set_obj_track_times(False)
         made = h5d.create(target, name, datatype, space, properties)
-        self.attributes(source, made, path)
+        self.copy_attributes(source, made, path)
         if wanted and wanted != dtype and _is_weights(self.request.template):
-            _say_dtype(made, wanted)
+            _note_dtype(made, wanted)
         return made, byteorder
 
-    def attributes(self, source: Any, target: Any, path: str) -> None:
+    def copy_attributes(self, source: Any, target: Any, path: str) -> None:
         """Copy the attributes byte for byte, of types that point nowhere."""
         for k in range(h5a.get_num_attrs(source)):
             attribute = h5a.open(source, index=k)
             if attribute.name == PROVENANCE and path == "/":
-                continue  # the template was an average itself; this one has its own
+                continue  # the template is an average itself; the output gets its own record
             if h5a.exists(target, attribute.name):
-                continue  # of an earlier part
+                continue  # an earlier part had it
             copy_attribute(attribute, target, path)
 
-    def provenance(self) -> None:
-        """Write down where the average comes from."""
+    def write_provenance(self) -> None:
+        """Write the record of where the average comes from."""
         write_text(self.groups[""], PROVENANCE, self.request.provenance)
 
 
-def _say_dtype(dataset: Any, dtype: str) -> None:
-    """Have Keras know a type that changed to or from bfloat16."""
+def _note_dtype(dataset: Any, dtype: str) -> None:
+    """Note a type that changed to or from bfloat16, in the way that Keras reads it."""
     if h5a.exists(dataset, DTYPE):
         h5a.delete(dataset, DTYPE)
     if dtype == "bfloat16":
@@ -289,10 +293,10 @@ def _is_large(item: Any, path: str) -> bool:
     return item.get_offset() is not None and item.get_storage_size() > _SMALL and not in_heap
 
 
-def _move(
+def _copy_large(
     template: Place, output: Place, moved: Sequence[tuple[int, int, int]], heartbeat: Heartbeat
 ) -> None:
-    """Copy large carried tensors by offset: libhdf5 would give no sign of life meanwhile."""
+    """Copy large carried tensors by offset: inside libhdf5 no heartbeat would be sent."""
     with contextlib.ExitStack() as stack:
         source: LocalInput
         target: LocalOutput

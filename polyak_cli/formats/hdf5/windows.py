@@ -1,6 +1,6 @@
-"""A part of an open file that libhdf5 takes for a file of its own: an HDF5 file inside an archive.
+"""Let libhdf5 read and write a part of an open file, such as an HDF5 file inside an archive.
 
-It reads and writes by offset, so that nothing is unpacked.  Knows nothing of what lies there.
+Reads and writes by offset, so that nothing is unpacked.  Does not know the content.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 class Window:
     """Bytes of an open file from an offset on, as h5py's driver for file-like objects wants them.
 
-    An exception must not pass through libhdf5, which goes on with what it has: what cannot be read
-    is zeros to it, and why something could not be read or written is kept for who asks.
+    An exception must not pass through libhdf5, which would continue with undefined bytes.  Bytes
+    that cannot be read are zeros instead, and ``error`` keeps the first reason.
     """
 
     def __init__(self, name: str, descriptor: int, offset: int, size: int = 0) -> None:
@@ -47,7 +47,7 @@ class Window:
         return self.position
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill the buffer; what lies behind the end is zeros."""
+        """Fill the buffer, with zeros behind the end."""
         view = memoryview(buffer).cast("B")
         inside = view[: max(0, self.size - self.position)]
         done = 0
@@ -57,16 +57,16 @@ class Window:
                     self.descriptor, [inside[done:]], self.offset + self.position + done
                 )
                 if not count:
-                    break
+                    break  # the file was truncated after it was opened
                 done += count
         except OSError as error:
             self.error = self.error or error
-        np.frombuffer(view, np.uint8)[done:] = 0  # in place: a header may ask for much
+        np.frombuffer(view, np.uint8)[done:] = 0  # in place: a damaged header may ask for gigabytes
         self.position += len(view)
         return len(view)
 
     def write(self, content: memoryview) -> int:
-        """Write the content; ``error`` tells why it could not be."""
+        """Write the content; ``error`` is set if that fails."""
         view = memoryview(content).cast("B")
         done = 0
         try:
@@ -75,13 +75,14 @@ class Window:
         except OSError as error:
             self.error = self.error or error
         self.position += len(view)
+        # libhdf5 does not call `truncate` for each write that makes the file longer.
         self.size = max(self.size, self.position)
         return len(view)
 
     def truncate(self, size: int) -> int:
-        """Set the size; the file itself is cut, or grows, when it is finished."""
+        """Set the size; the file itself is resized when it is finished."""
         self.size = size
         return size
 
     def flush(self) -> None:
-        """Do nothing: no byte is kept back."""
+        """Do nothing: no byte is buffered."""

@@ -1,1 +1,1 @@
-"""What Keras 3 saves beside plain HDF5 files, and the names that it gives."""
+"""Read and write what Keras 3 saves besides plain HDF5 files, and explain its names."""

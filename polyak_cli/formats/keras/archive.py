@@ -1,8 +1,8 @@
-"""Keras 3's `.keras`: a zip archive of the model's configuration, its weights file and its assets.
+"""Read and write Keras 3's `.keras`: a zip archive of configuration, weights file and assets.
 
-The weights file is HDF5, and is read and laid out where it lies in the archive.  Where it is
-deflated, it is inflated into a temporary file that has no name, for its header alone.  Executes
-nothing of the configuration.
+The weights file is HDF5, and is read and written at its place in the archive.  A deflated one is
+inflated into a temporary file without a name, for its header alone.  Executes nothing of the
+configuration.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from polyak_cli.storage.local import LocalInput
 from polyak_cli.tensors import Extent, Table, TensorSpec
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.weights.h5", "model.weights.npz"
-_ALIGNMENT = 64  # of the weights file in the archive
+#: Of the weights file in the archive: its tensors keep the alignment that HDF5 gives them.
+_ALIGNMENT = 64
 
 
 def _find_emas(said: dict[str, Any], table: Table, labels: dict[str, str]) -> Table:
@@ -38,7 +39,7 @@ def _find_emas(said: dict[str, Any], table: Table, labels: dict[str, str]) -> Ta
     state = {name: spec.shape for name, spec in table.others.items()}
     shapes = {at: spec.shape for at, spec in own.items()}
     try:
-        found = emas.slots(said, shapes, state, labels)
+        found = emas.find_slots(said, shapes, state, labels)
     except FormatError as error:
         cautions = {**table.rules.cautions, "ema": str(error)}
         return replace(table, rules=replace(table.rules, cautions=cautions))
@@ -46,22 +47,23 @@ def _find_emas(said: dict[str, Any], table: Table, labels: dict[str, str]) -> Ta
     return replace(table, keras=replace(table.keras, ema_slots=slots))
 
 
-def _version(file: InputFile, members: Sequence[zips.Member]) -> dict[str, str]:
-    """Return which Keras saved the archive, if it says so."""
+def _read_version(file: InputFile, members: Sequence[zips.Member]) -> dict[str, str]:
+    """Return the version of Keras that saved the archive, if it is recorded."""
     for member in members:
         if member.name == "metadata.json":
             try:
                 said = json.loads(zips.whole(file, member))
-            except (ValueError, RecursionError):  # Keras does without it
+            except (ValueError, RecursionError):  # Keras itself does not need it
                 return {}
             version = said.get("keras_version") if isinstance(said, dict) else None
             return {"keras_version": version} if isinstance(version, str) else {}
     return {}
 
 
-def _parts(members: Sequence[zips.Member]) -> tuple[zips.Member, zips.Member]:
+def _find_parts(members: Sequence[zips.Member]) -> tuple[zips.Member, zips.Member]:
     """Return the members that hold the configuration and the weights."""
     named = {member.name: member for member in members}
+    # The variables are dictionaries, which numpy can store as pickles only.
     if WEIGHTS not in named and PICKLED in named:
         raise FormatError(
             f"its weights are pickles ({PICKLED}), which are not opened; save it with model.save()"
@@ -72,10 +74,11 @@ def _parts(members: Sequence[zips.Member]) -> tuple[zips.Member, zips.Member]:
     return named[CONFIG], named[WEIGHTS]
 
 
-def _configuration(content: bytes) -> dict[str, Any]:
-    """Return the configuration of the model, without the numbers of objects in memory."""
+def _parse_configuration(content: bytes) -> dict[str, Any]:
+    """Return the configuration of the model, without numbers that differ in every process."""
 
     def lasting(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Keras numbers shared objects by their addresses in memory.
         return {key: value for key, value in pairs if key != "shared_object_id"}
 
     try:
@@ -87,18 +90,19 @@ def _configuration(content: bytes) -> dict[str, Any]:
     return parsed
 
 
-def _digest(said: dict[str, Any]) -> str:
-    """Digest a configuration without how the model is trained: the learning rate falls."""
+def _digest_configuration(said: dict[str, Any]) -> str:
+    """Digest a configuration without its training: the learning rate may fall with epochs."""
     lasting = {key: value for key, value in said.items() if key != "compile_config"}
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def _inner(file: LocalInput, member: zips.Member, heartbeat: Heartbeat) -> Iterator[Window]:
-    """Yield the weights file, open for reading; one that was deflated has been checked then."""
+def _open_weights(file: LocalInput, member: zips.Member, heartbeat: Heartbeat) -> Iterator[Window]:
+    """Yield the weights file, open for reading; inflating one has also checked it."""
     if member.method == zips.STORED:
         yield Window(member.name, file.fileno(), member.offset, member.nbytes)
         return
+    # libhdf5 seeks in its file, and a deflated member can be read forwards only.
     with contextlib.ExitStack() as stack:
         try:
             copy = stack.enter_context(tempfile.TemporaryFile())
@@ -114,7 +118,7 @@ def _inner(file: LocalInput, member: zips.Member, heartbeat: Heartbeat) -> Itera
         yield Window(member.name, copy.fileno(), 0, member.nbytes)
 
 
-def _in_archive(spec: TensorSpec, member: zips.Member) -> TensorSpec:
+def _place_in_archive(spec: TensorSpec, member: zips.Member) -> TensorSpec:
     """Return a tensor of the weights file with its place in the archive."""
     place = spec.storage
     is_deflated = member.method != zips.STORED
@@ -124,6 +128,7 @@ def _in_archive(spec: TensorSpec, member: zips.Member) -> TensorSpec:
             return replace(spec, storage=inflated)
         return replace(spec, storage=Extent(member.offset + place.offset, place.nbytes))
     if isinstance(place, Chunks):
+        # A chunk is read at its own offset; a deflated member is read forwards only.
         if is_deflated:
             raise FormatError(
                 f"tensor '{shown(spec.name)}' is stored in chunks inside a deflated member, which "
@@ -137,8 +142,8 @@ def _in_archive(spec: TensorSpec, member: zips.Member) -> TensorSpec:
     return spec
 
 
-def _inside(request: SkeletonRequest) -> SkeletonRequest:
-    """Return the request as it would be for the weights file alone."""
+def _place_in_member(request: SkeletonRequest) -> SkeletonRequest:
+    """Return the request for the weights file alone."""
 
     def inside(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         return {
@@ -171,23 +176,25 @@ class KerasArchive(Format):
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
         with zips.opened(request.path) as (file, members, _):
-            config, weights = _parts(members)
-            said = _configuration(zips.whole(file, config))
-            with _inner(file, weights, heartbeat) as window:
+            config, weights = _find_parts(members)
+            said = _parse_configuration(zips.whole(file, config))
+            with _open_weights(file, weights, heartbeat) as window:
                 found = keras_files.read_weights(
                     window, heartbeat, with_optimizer=request.with_optimizer
                 )
             if not found.tensors:
                 raise FormatError(f"its {WEIGHTS} holds no tensor of a Keras model")
             found = found._replace(
-                tensors=[_in_archive(spec, weights) for spec in found.tensors],
-                others=[_in_archive(spec, weights) for spec in found.others],
+                tensors=[_place_in_archive(spec, weights) for spec in found.tensors],
+                others=[_place_in_archive(spec, weights) for spec in found.others],
             )
             table = keras_files.build_weights_table(self.key, request.path, found)
-            table = replace(table, config=_digest(said), rules=replace(table.rules, suffixes=()))
+            table = replace(
+                table, config=_digest_configuration(said), rules=replace(table.rules, suffixes=())
+            )
             if not request.with_optimizer:
                 return table
-            about = {**_version(file, members), **table.about}
+            about = {**_read_version(file, members), **table.about}
             return _find_emas(said, replace(table, about=about), found.labels)
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
@@ -201,14 +208,15 @@ class KerasArchive(Format):
             zips.opened(template.path) as (file, members, comment),
             zips.Archive(request.output, comment) as archive,
         ):
-            _, weights = _parts(members)
+            _, weights = _find_parts(members)
+            # The weights file comes last, because its size is not known before.
             for member in members:
                 if member is not weights:
                     archive.copy(file, member, heartbeat)
             offset = archive.begin(WEIGHTS, _ALIGNMENT)
             target = Window(request.output, archive.file.fileno(), offset)
-            with _inner(file, weights, heartbeat) as source:
-                draft = skeleton.merge(_inside(request), [source], heartbeat, target)
+            with _open_weights(file, weights, heartbeat) as source:
+                draft = skeleton.merge(_place_in_member(request), [source], heartbeat, target)
             archive.finish(WEIGHTS, offset, target.size)
             placements = {
                 where: place._replace(offset=offset + place.offset)
@@ -219,9 +227,9 @@ class KerasArchive(Format):
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`: the configuration, and assets that are texts."""
         with zips.opened(table.files[0].path) as (file, members, _):
-            _, weights = _parts(members)
-            with _inner(file, weights, heartbeat) as window:
-                said = keras_files.texts_in(window, heartbeat)
+            _, weights = _find_parts(members)
+            with _open_weights(file, weights, heartbeat) as window:
+                said = keras_files.read_texts(window, heartbeat)
             for member in members:
                 if member is not weights:
                     try:
@@ -237,7 +245,7 @@ class KerasArchive(Format):
         zips.seal(output, draft.notes["archive"])
 
     def check(self, path: str, heartbeat: Heartbeat) -> None:
-        """See `Format.check`; deflated weights were compared when they were scanned."""
+        """See `Format.check`; the scan has checked deflated weights."""
         with zips.opened(path) as (file, members, _):
             for member in members:
                 if member.name != WEIGHTS or member.method == zips.STORED:
@@ -248,10 +256,10 @@ class KerasArchive(Format):
         """See `Format.is_polyak_output`; this tool never deflates."""
         try:
             with zips.opened(path) as (file, members, _):
-                _, weights = _parts(members)
+                _, weights = _find_parts(members)
                 if weights.method != zips.STORED:
-                    return False
-                with _inner(file, weights, heartbeat) as window:
-                    return keras_files.is_average(window, heartbeat)
+                    return False  # and inflating gigabytes to find out is not worth it
+                with _open_weights(file, weights, heartbeat) as window:
+                    return keras_files.is_polyak_output(window, heartbeat)
         except FormatError:
             return False

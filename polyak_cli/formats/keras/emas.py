@@ -1,4 +1,4 @@
-"""Which EMA slot is of which tensor in a `.keras` archive, which gives both of them numbers only.
+"""Match EMA slots with tensors in a `.keras` archive, which gives both of them numbers only.
 
 Keras keeps the EMAs in the order of the trainable variables.  For models that are made of Keras's
 own layers that order follows from the configuration; anything else is refused, since two tensors of
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats.keras.names import in_order
+from polyak_cli.formats.keras.names import sort_key
 
 #: Slots that an optimizer keeps of each variable by default, and settings that add another one.
 _KEPT = {
@@ -39,16 +39,16 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class _Tree(NamedTuple):
-    """The model's tensors: group -> what is in it, as paths; and the names of layers."""
+    """The model's tensors: group -> the paths in it; and the names of layers."""
 
     below: Mapping[str, Sequence[str]]
     labels: Mapping[str, str]
 
 
-def slots(
+def find_slots(
     config: Mapping[str, Any], own: Shapes, state: Shapes, labels: Mapping[str, str]
 ) -> dict[str, list[str]]:
-    """Return where each EMA lies, and of which tensor it is.
+    """Return each EMA slot with the tensor that it belongs to.
 
     Args:
         config: of the archive.
@@ -57,7 +57,7 @@ def slots(
         labels: group of variables -> the name of its layer, which only newer files have.
 
     Raises:
-        FormatError: there is none, or it cannot be told for sure.
+        FormatError: there is none, or the match is not certain.
     """
     emas = _emas(config, state)
     trained = list(_trained(config, "", _Tree(_below(own), labels)))
@@ -79,10 +79,11 @@ def _emas(config: Mapping[str, Any], state: Shapes) -> list[str]:
         raise FormatError("the run was not trained with use_ema=True and saved whole")
     if not isinstance(kind, str) or kind not in _KEPT or not _is_kerases(optimizer):
         raise FormatError(f"how many slots its optimizer {shown(kind, 40)} keeps is not known here")
-    # Under mixed_float16, Keras scales the loss around an optimizer without telling.
+    # Under mixed_float16, Keras wraps the optimizer in one that scales the loss, and the
+    # configuration does not say so.
     scaled = [place for place in state if place.startswith("/optimizer/inner_optimizer/vars/")]
     plain = [place for place in state if place.startswith("/optimizer/vars/")]
-    places = sorted(scaled or plain, key=in_order)
+    places = sorted(scaled or plain, key=sort_key)
     first = 1 if isinstance(settings.get("learning_rate"), dict) else 2  # a schedule is no variable
     each = 1 + _KEPT[kind] + sum(bool(settings.get(key)) for key in _MORE)
     count, rest = divmod(len(places) - first, each)
@@ -95,9 +96,9 @@ def _emas(config: Mapping[str, Any], state: Shapes) -> list[str]:
 
 
 def _below(own: Shapes) -> dict[str, list[str]]:
-    """Return what is in each group, as a reader counts."""
+    """Return the paths in each group, sorted by number."""
     below: dict[str, dict[str, None]] = defaultdict(dict)
-    for place in sorted(own, key=in_order):
+    for place in sorted(own, key=sort_key):
         while place:
             home = place.rpartition("/")[0]
             below[home][place] = None
@@ -126,7 +127,7 @@ def _trained(layer: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[str]:
 
 
 def _of_layers(config: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[str]:
-    """Yield those of a model, whose layers are named by their classes and counted."""
+    """Yield the tensors of a model, whose layers have numbered names of their classes."""
     layers = config.get("layers")
     if tree.below[path] != [f"{path}/layers"] or not isinstance(layers, list):
         raise FormatError(f"the model '{shown(config.get('name'), 40)}' has tensors of its own")
@@ -141,7 +142,7 @@ def _of_layers(config: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[st
 
 
 def _of_one(path: str, tree: _Tree) -> Iterator[str]:
-    """Yield all tensors of a layer: its own, or those of what it consists of."""
+    """Yield all tensors of a layer: its own, or those of its sublayers."""
     held = {place.rpartition("/")[2]: place for place in tree.below[path]}
     if held.keys() == {"vars"}:
         yield from tree.below[held["vars"]]

@@ -1,4 +1,4 @@
-"""What the names in Keras's weights files mean: the tensors in them have numbers only.
+"""Explain the names in Keras's weights files, where tensors have numbers only.
 
 Keras 3 stores the variables of each layer as ``.../vars/0``, ``1``, ... in a tree of class or
 attribute names.  Reads no file.
@@ -24,8 +24,8 @@ _EMA = "_average"
 _OLDER_EMA = re.compile(r"/optimizer_weights/[^/]+/average/(.*)")
 
 
-def in_order(path: str) -> list[tuple[int, str]]:
-    """Return what sorts paths as a reader counts: dense_2 before dense_10, 2 before 10."""
+def sort_key(path: str) -> list[tuple[int, str]]:
+    """Return a key that sorts numbers in paths by value: dense_2 before dense_10."""
     return [
         (int(digits), "") if digits else (-1, text)
         for part in path.split("/")
@@ -39,11 +39,11 @@ def is_aside(path: str) -> bool:
 
 
 def is_variable(path: str) -> bool:
-    """Tell whether a dataset is one of the model's tensors, by where it lies."""
+    """Tell by its path whether a dataset is one of the model's tensors."""
     return "vars" in path.split("/")[1:-1] and not is_aside(path)
 
 
-def optimizers(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> set[str]:
+def find_optimizers(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> set[str]:
     """Return the groups that hold optimizers which a model has as its own attributes.
 
     Each of Keras's optimizers saves the number of its iteration first, an integer scalar.
@@ -56,17 +56,17 @@ def optimizers(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> set[str]:
     return {g for g, (dtype, shape) in first.items() if dtype.startswith("int") and not shape}
 
 
-def optimizer_of(location: str) -> str:
+def find_optimizer_group(location: str) -> str:
     """Return the group of the optimizer to which a tensor belongs."""
     match = _OPTIMIZER.match(location)
     return match[0] if match else ""
 
 
-def statistics(locations: Iterable[str], labels: Mapping[str, str]) -> list[str]:
+def find_statistics(locations: Iterable[str], labels: Mapping[str, str]) -> list[str]:
     """Return the moving statistics of BatchNorm layers among tensors.
 
     A layer saves gamma and beta, where it has them, before mean and variance; renorm has more of
-    them behind.  A layer that is known by an attribute's name is told by its label alone.
+    them behind.  A layer under an attribute's name is recognised by its label only.
 
     Args:
         locations: of the tensors.
@@ -79,13 +79,13 @@ def statistics(locations: Iterable[str], labels: Mapping[str, str]) -> list[str]
     for group, held in groups.items():
         layer = group.removesuffix("/vars").rpartition("/")[2]
         if any(_BATCH_NORM.fullmatch(name) for name in (layer, labels.get(group, ""))):
-            held.sort(key=in_order)
+            held.sort(key=sort_key)
             found += held[-2:] if len(held) < 5 else held[2:]
     return found
 
 
-def slots(paths: Mapping[str, str], state: Iterable[str]) -> dict[str, list[str]]:
-    """Return where an optimizer keeps an EMA, and of which tensors that may be.
+def find_slots(paths: Mapping[str, str], state: Iterable[str]) -> dict[str, list[str]]:
+    """Return an optimizer's EMA slots, each with the tensors that it may belong to.
 
     Keras calls the slot of ``sequential/dense/kernel`` ``sgd/sequential_dense_kernel_average``, and
     tf_keras that of ``dense/kernel:0`` ``SGD/average/dense/kernel:0``.

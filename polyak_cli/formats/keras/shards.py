@@ -1,8 +1,8 @@
-"""Keras 3's sharded weights: `x.weights.json` and the `x_00000.weights.h5` ... that it names.
+"""Read Keras 3's sharded weights: `x.weights.json`, and the `x_00000.weights.h5` ... that it names.
 
-Keras writes them by ``save_weights("x.weights.json", max_shard_size=...)``; a group of variables
+Keras writes them with ``save_weights("x.weights.json", max_shard_size=...)``; a group of variables
 may begin in one shard and end in the next.  The output is a single `.weights.h5`, which Keras opens
-just as well and in which nothing is lost.  Knows the JSON; the shards are those of `hdf5`.
+just as well and in which nothing is lost.  Does not know HDF5; see `hdf5.keras_files`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from polyak_cli.storage.local import name_errors
 from polyak_cli.tensors import Table, TensorSpec
 
 
-def _shards(index: Path) -> dict[str, list[str]]:
-    """Return the shards that the JSON names, each with the groups that it should hold."""
+def _list_shards(index: Path) -> dict[str, list[str]]:
+    """Return the shards that the JSON names, each with its groups."""
     shards: dict[str, list[str]] = {}
-    for group, names in _weight_map(index):
+    for group, names in _read_weight_map(index):
         for name in names:
+            # Keras writes bare names only; a path could lead to any file of this machine.
             if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
                 raise FormatError(
                     f"{shown(index)}: names the shard '{shown(name)}'; expected the bare name of a "
@@ -41,8 +42,8 @@ def _shards(index: Path) -> dict[str, list[str]]:
     return shards
 
 
-def _weight_map(index: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each group and the shards in which it lies."""
+def _read_weight_map(index: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each group with the names of its shards."""
     try:
         with open_input(index) as file, name_errors(str(index)):
             content = file.read(0, WHOLE + 1)
@@ -63,10 +64,10 @@ def _weight_map(index: Path) -> Iterator[tuple[str, list[str]]]:
         yield group, listed
 
 
-def _identity(index: Path, shard: Path) -> Version:
-    """Return which file a shard is; a link may lead to one that was not meant."""
+def _check_shard(index: Path, shard: Path) -> Version:
+    """Return the version of a shard; refuse a link, which may lead to any file."""
     try:
-        status = os.lstat(shard)
+        status = os.lstat(shard)  # not `stat`: a link is to be seen as one
     except OSError as error:
         raise FormatError(
             f"{shown(index)}: its shard {shown(shard.name)} cannot be read: {error.strerror}"
@@ -79,7 +80,7 @@ def _identity(index: Path, shard: Path) -> Version:
 
 
 def _check_groups(part: Weights, groups: list[str], path: Path, with_optimizer: bool) -> None:
-    """Refuse a shard that lacks what the JSON says of it: another save may have replaced it."""
+    """Refuse a shard without a group that the JSON promises: another save may have replaced it."""
     held = {spec.location.rpartition("/")[0] for spec in (*part.tensors, *part.others)}
     for group in groups:
         if group not in held and (with_optimizer or not keras_names.is_aside(group)):
@@ -108,10 +109,10 @@ class KerasShards(Format):
         """See `Format.scan`."""
         index = Path(request.path)
         files = [File(request.path, Version.of(index.stat()))]
-        found = Weights([], [], {}, False, {})  # this tool writes no such index
-        for shard, groups in _shards(index).items():
+        found = Weights([], [], {}, False, {})  # False: this tool writes no index
+        for shard, groups in _list_shards(index).items():
             path = index.parent / shard
-            files.append(File(str(path), _identity(index, path)))
+            files.append(File(str(path), _check_shard(index, path)))
             part = keras_files.read_weights(
                 str(path),
                 heartbeat,
@@ -122,6 +123,7 @@ class KerasShards(Format):
             found.others.extend(part.others)
             found.labels.update({k: label for k, label in part.labels.items() if label})
             _check_groups(part, groups, path, request.with_optimizer)
+        # A group that goes on in the next shard keeps counting, so no name comes twice.
         _check_once(found.tensors, index)
         return keras_files.build_weights_table(self.key, request.path, found, files)
 
@@ -132,13 +134,13 @@ class KerasShards(Format):
         )
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
-        """See `Format.texts`; what the JSON says follows from the shards."""
+        """See `Format.texts`; the JSON says nothing that the shards do not."""
         said: dict[str, str] = {}
         for shard in table.files[1:]:
-            said |= keras_files.texts_in(shard.path, heartbeat)
+            said |= keras_files.read_texts(shard.path, heartbeat)
         return said
 
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
-        """Tell whether this tool wrote the file: its output is a single file, never such."""
+        """Return False: this tool writes a single file instead."""
         del path, heartbeat
         return False
