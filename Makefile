@@ -34,7 +34,7 @@ quick: .venv/.ready
 # Formats that are read without h5py have run their contract in `make test` already.
 core: .venv-core/.ready
 	$(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" \
-		$(patsubst %,tests/test_%.py,api architecture cli determinism ema formats generations \
+		$(patsubst %,tests/test_%.py,api architecture cli determinism ema formats generations hdf5 \
 		inspection keras_zip packaging plots readme statistics weights)
 
 core-all: .venv-core/.ready
@@ -43,7 +43,7 @@ core-all: .venv-core/.ready
 # The oldest versions that pyproject allows: the same bytes, what numpy and h5py do, a few commands.
 oldest: .venv-oldest/.ready
 	$(OLDEST)/python -m pytest $(SPREAD) -m "not slow and not soak" \
-		$(patsubst %,tests/test_%.py,averaging determinism formats generations inspection npz readme weights)
+		$(patsubst %,tests/test_%.py,averaging determinism formats generations hdf5 inspection npz readme weights)
 
 # What PyTorch writes and loads, in an environment of its own beside TensorFlow's.
 torch: .venv-torch/.ready
