@@ -54,7 +54,7 @@ ALLOWED = {
     "engine": {"errors", "processes", "storage", "tensors"},
     "formats": {"errors", "processes", "storage", "tensors"},
     "tensors": {"errors", "storage"},
-    "checkpoints": {"errors", "storage"},
+    "checkpoints": {"errors", "formats", "storage"},
     "processes": {"errors"},
     "storage": {"errors"},
     "errors": set[str](),

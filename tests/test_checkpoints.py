@@ -436,7 +436,7 @@ def test_an_empty_directory_is_an_error(run: Path) -> None:
         f"{run}: there is no checkpoint here: looked for files in .weights.h5"
     )
     assert "looked for files in .weights.h5, .weights.json, .h5, .hdf5, " in message
-    assert ".safetensors.index.json, but found nothing at all" in message
+    assert ".ckpt, .index, but found nothing at all" in message
 
 
 def test_a_foreign_directory_is_an_error_that_says_what_was_there(run: Path) -> None:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from polyak_cli.checkpoints.names import split_words
 from polyak_cli.errors import CheckpointError, UsageError, shown, word_rest
+from polyak_cli.formats.catalogue import FORMATS
 
 StrPath = str | os.PathLike[str]
 
@@ -67,33 +68,18 @@ class Problem(NamedTuple):
 
 #: Suffixes of the files in a directory that are taken for checkpoints -> their kind.  The first
 #: suffix that fits counts.  The format is recognised later, by content.
-_KINDS_OF_FILE = {
-    ".weights.h5": ".weights.h5",
-    ".weights.json": ".weights.json",
-    ".h5": ".h5",
-    ".hdf5": ".h5",
-    ".keras": ".keras",
-    ".npz": ".npz",
-    ".pt": ".pt",
-    ".pth": ".pth",
-    ".bin": ".bin",
-    ".ckpt": ".ckpt",
-    ".index": ".index",
-    ".safetensors": ".safetensors",
-    ".safetensors.index.json": ".safetensors.index.json",
-}
+_KINDS_OF_FILE = dict(
+    sorted(
+        (pair for entry in FORMATS for pair in entry.kinds.items()),
+        key=lambda pair: not pair[0].startswith(".weights"),  # ".weights.h5" ends in ".h5" too
+    )
+)
 
 #: The kind of a folder that is one checkpoint.
 _FOLDER = "checkpoint folders"
 
 #: The file by which such a folder is opened; it has exactly one of these.
-_OPENERS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-)
+_OPENERS = tuple(name for entry in FORMATS for name in entry.openers)
 
 #: A data shard of a TensorFlow checkpoint, which is named by its .index file.
 _DATA = re.compile(r"(.+)\.data-\d{5}-of-\d{5}", re.DOTALL)

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyak_cli import formats
 from polyak_cli.errors import MismatchError, PolyakError, list_some, shown
 from polyak_cli.evaluation import data
 from polyak_cli.evaluation.keras_files import (
@@ -39,6 +38,7 @@ from polyak_cli.evaluation.keras_files import (
 )
 from polyak_cli.evaluation.labels import check_features
 from polyak_cli.evaluation.quiet import silence_frameworks
+from polyak_cli.formats.catalogue import find_format
 from polyak_cli.tensors import Float64, Table
 
 #: The newest Keras whose way of saving an archive `_trace_archive` was tested with.
@@ -116,7 +116,7 @@ def _load_model(
     """Return keras, the model of a file, and its layers, those inside other layers included."""
     check_model(table)
     path, opened = table.path, Path(table.files[0].path)
-    form = formats.find_format(table.format)
+    form = find_format(table.format)
     if form.keras_layout == "layers":
         check_suffix(opened, form)
     written = Description("", "", table.about.get("keras_version", ""))
@@ -209,7 +209,7 @@ def locate_variables(model: Any, table: Table) -> dict[int, list[str]]:
     an .h5 file, by the tree of objects in a .keras archive.  Mismatches are left out.
     """
     found: dict[int, list[str]] = {}
-    if formats.find_format(table.format).keras_layout == "layers":
+    if find_format(table.format).keras_layout == "layers":
         variables = (
             variable
             for layer in model.layers

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from polyak_cli import formats
 from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, shown
+from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.format import Format
 from polyak_cli.tensors import Table
 
@@ -63,7 +64,7 @@ def describe_hdf5_files(paths: Sequence[Path]) -> Iterator[Description]:
     for table in tables:
         check_architecture(table)
     for path, table, texts in zip(paths, tables, formats.descriptions(paths), strict=True):
-        check_suffix(path, formats.find_format(table.format))
+        check_suffix(path, find_format(table.format))
         architecture, training, keras = texts
         yield Description(architecture, _drop_optimizer(path, training), keras)
 

@@ -31,6 +31,7 @@ from polyak_cli.evaluation import data
 from polyak_cli.evaluation.batchnorm import Moments, gather_moments
 from polyak_cli.evaluation.keras_files import check_model
 from polyak_cli.formats import outputs
+from polyak_cli.formats.catalogue import find_format
 from polyak_cli.storage import Bytes, publishing
 from polyak_cli.storage.local import LocalOutput
 from polyak_cli.tensors import FLOATS, Float64, Placement, Table, itemsize
@@ -157,7 +158,7 @@ def check_recalibration(
         raise MismatchError(
             f"{rows.source}: is one row, which has no variance; expected all training rows"
         )
-    form = formats.find_format(table.format)
+    form = find_format(table.format)
     if not form.keras_layout:
         raise FormatError(
             f"{shown(table.path)}: is {form.name}; only "

@@ -26,7 +26,7 @@ from polyak_cli.engine import reading
 from polyak_cli.engine.slabs import Memory
 from polyak_cli.errors import MismatchError, PolyakError, UsageError, shown
 from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, bound_memory
-from polyak_cli.formats.detection import detect
+from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.tensors import FLOATS, Table
 
 Source = str | os.PathLike[str]
@@ -273,7 +273,7 @@ def _select_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
 def _describe_mismatch(table: Table, template: Table, by: str) -> str:
     """Return why two checkpoints cannot belong to one run, "" if they can."""
     if table.format != template.format:
-        found, expected = (formats.find_format(one.format).name for one in (table, template))
+        found, expected = (find_format(one.format).name for one in (table, template))
         return f"{shown(table.path)}: is a {found} file, but {shown(template.path)} is {expected}"
     try:
         match([table, template], by)

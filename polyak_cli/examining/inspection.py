@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from polyak_cli import formats
 from polyak_cli.checkpoints import find_file
 from polyak_cli.examining.reductions import ValueSums, reduce_each
+from polyak_cli.formats.catalogue import find_format
 from polyak_cli.tensors import FLOATS, Table, TensorSpec, is_carried, is_numeric
 
 
@@ -118,7 +119,7 @@ def inspect(paths: Sequence[Path], *, statistics: bool = False) -> Iterator[Insp
         found = _measure(table, specs) if statistics else {}
         yield Inspection(
             table,
-            formats.find_format(table.format).name,
+            find_format(table.format).name,
             tuple(Inspected(s, _decide_fate(table, s), found.get(s.name)) for s in specs),
         )
 

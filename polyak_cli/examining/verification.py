@@ -34,7 +34,7 @@ from polyak_cli.errors import (
 from polyak_cli.evaluation import recalibration
 from polyak_cli.examining.bitwise import Deviation
 from polyak_cli.examining.recompute import Written, compare_again
-from polyak_cli.formats.detection import detect
+from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.storage import File, Version, open_input
 from polyak_cli.tensors import Table
 
@@ -158,7 +158,7 @@ def _find_opener(path: Path) -> Path:
 
 def _is_sharded(table: Table) -> bool:
     """Return whether an average is a folder, not files whose names begin alike."""
-    return bool(formats.find_format(table.format).folder_endings) and len(table.files) > 1
+    return bool(find_format(table.format).folder_endings) and len(table.files) > 1
 
 
 def _find_folder(table: Table) -> Path:
@@ -264,7 +264,7 @@ class _Search:
         known = next((one.path for one in self.inputs if one.path and one.is_recorded), None)
         expected = detect(find_file(known)) if known else found
         if found != expected:
-            one, other = (formats.find_format(name).name for name in (found, expected))
+            one, other = (find_format(name).name for name in (found, expected))
             raise FormatError(
                 f"{shown(path)}: is a {one} file, but other checkpoints of the record are {other}"
             )

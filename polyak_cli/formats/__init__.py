@@ -1,15 +1,14 @@
 """How tensors are stored: scan checkpoints, and write outputs like the newest of them.
 
-Each format is one class in a module of its own; `FORMATS` lists them.  This module runs their work
-in children (`processes.sandbox`), because a hostile file may crash, hang or bloat what reads it.
+Each format is one class in a module of its own; `catalogue.FORMATS` lists them.  This module runs
+their work in children (`processes.sandbox`), because a hostile file may crash, hang or bloat what
+reads it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,34 +16,12 @@ from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, MismatchError, PolyakError, shown
 from polyak_cli.formats import wire
-from polyak_cli.formats.detection import detect
+from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.processes import sandbox
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, Version
 from polyak_cli.tensors import Placement, Table
-
-#: Key of a format -> its class.  The modules are imported when they are first needed.
-FORMATS: Mapping[str, str] = {
-    "hdf5": "polyak_cli.formats.hdf5.keras_files:KerasHdf5",
-    "keras_zip": "polyak_cli.formats.keras.archive:KerasArchive",
-    "weights_json": "polyak_cli.formats.keras.shards:KerasShards",
-    "safetensors": "polyak_cli.formats.safetensors:Safetensors",
-    "torch_zip": "polyak_cli.formats.torch.archive:TorchZip",
-    "tf_bundle": "polyak_cli.formats.tensorflow.bundle:TensorFlowBundle",
-    "npz": "polyak_cli.formats.npz:Npz",
-}
-
-
-@functools.cache
-def find_format(key: str) -> Format:
-    """Return the format of a key of `FORMATS`."""
-    module, _, name = FORMATS[key].partition(":")
-    form = getattr(importlib.import_module(module), name)()
-    if not isinstance(form, Format):
-        raise TypeError(f"{FORMATS[key]} is no Format")
-    return form
-
 
 # --- reading --------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from polyak_cli.errors import OutputError, PolyakError, shown
-from polyak_cli.formats import FORMATS, find_format
+from polyak_cli.formats.catalogue import FORMATS, find_format
 from polyak_cli.formats.format import SkeletonRequest
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import publishing
@@ -21,7 +21,7 @@ from polyak_cli.tensors import Table
 @functools.cache
 def _conversions() -> dict[str, str]:
     """Return suffix of an output -> the format to which checkpoints of others are converted."""
-    forms = {key: find_format(key) for key in FORMATS}
+    forms = {entry.key: find_format(entry.key) for entry in FORMATS}
     return {form.conversion_suffix: key for key, form in forms.items() if form.conversion_suffix}
 
 

@@ -24,7 +24,8 @@ import numpy as np
 
 from polyak_cli import average, formats
 from polyak_cli.errors import PolyakError
-from polyak_cli.formats import detection, wire
+from polyak_cli.formats import catalogue, wire
+from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.format import ScanRequest
 from polyak_cli.processes import sandbox
 from polyak_cli.storage import File, Version
@@ -157,9 +158,9 @@ def outcomes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     """Yield what became of each file: "read", or the one line that refuses it."""
     by_format: dict[str, list[Path]] = {}
     for path in paths:
-        by_format.setdefault(detection.detect(path), []).append(path)
+        by_format.setdefault(catalogue.detect(path), []).append(path)
     for name, group in by_format.items():
-        form = formats.find_format(name)
+        form = find_format(name)
         requests = [(form, ScanRequest(str(path), with_optimizer=True)) for path in group]
         scanned = sandbox.run_each(formats._scan_one, requests, [str(path) for path in group], 2)
         begun = time.monotonic()

@@ -1,0 +1,123 @@
+"""List the formats: how each is recognised, what its files are called, and where its class is.
+
+Imports no format: a class is imported when a file of its format is first met.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from polyak_cli.errors import FormatError
+from polyak_cli.formats import detection
+from polyak_cli.formats.detection import Opening
+from polyak_cli.formats.format import Format
+from polyak_cli.storage import open_input
+from polyak_cli.storage.local import name_errors
+
+
+class Entry(NamedTuple):
+    """One format.
+
+    Attributes:
+        key: its name in tables and records; it never changes.
+        home: module and class, separated by a colon.
+        recognises: tells a file of it by its content.
+        kinds: suffix of the files in a directory that are taken for checkpoints -> their kind.
+            Files of two kinds are not of one run.  The first suffix that fits counts.
+        openers: names of the file by which a folder that is one checkpoint is opened.
+    """
+
+    key: str
+    home: str
+    recognises: Callable[[Opening], bool]
+    kinds: Mapping[str, str]
+    openers: tuple[str, ...] = ()
+
+
+#: A new format is one line here and one subclass of `format.Format`.  The first that recognises a
+#: file has it; a file that none recognises is left to the first, which says what it found.
+FORMATS: tuple[Entry, ...] = (
+    Entry(
+        "hdf5",
+        "polyak_cli.formats.hdf5.keras_files:KerasHdf5",
+        detection.is_hdf5,
+        {".weights.h5": ".weights.h5", ".h5": ".h5", ".hdf5": ".h5"},
+    ),
+    Entry(
+        "keras_zip",
+        "polyak_cli.formats.keras.archive:KerasArchive",
+        detection.is_keras_archive,
+        {".keras": ".keras"},
+    ),
+    Entry(
+        "npz",
+        "polyak_cli.formats.npz:Npz",
+        detection.is_npz,
+        {".npz": ".npz"},
+    ),
+    Entry(
+        "weights_json",
+        "polyak_cli.formats.keras.shards:KerasShards",
+        detection.is_keras_index,
+        {".weights.json": ".weights.json"},
+    ),
+    Entry(
+        "safetensors",
+        "polyak_cli.formats.safetensors:Safetensors",
+        detection.is_safetensors,
+        {
+            ".safetensors": ".safetensors",
+            ".safetensors.index.json": ".safetensors.index.json",
+        },
+        (
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "adapter_model.safetensors",
+            "diffusion_pytorch_model.safetensors",
+            "diffusion_pytorch_model.safetensors.index.json",
+        ),
+    ),
+    Entry(
+        "torch_zip",
+        "polyak_cli.formats.torch.archive:TorchZip",
+        detection.is_torch_zip,
+        {".pt": ".pt", ".pth": ".pth", ".bin": ".bin", ".ckpt": ".ckpt"},
+    ),
+    Entry(
+        "tf_bundle",
+        "polyak_cli.formats.tensorflow.bundle:TensorFlowBundle",
+        detection.is_tensorflow_index,
+        {".index": ".index"},
+    ),
+)
+
+
+@functools.cache
+def find_format(key: str) -> Format:
+    """Return the format of a key of `FORMATS`, imported when it is first needed."""
+    (home,) = (entry.home for entry in FORMATS if entry.key == key)
+    module, _, name = home.partition(":")
+    form = getattr(importlib.import_module(module), name)()
+    if not isinstance(form, Format):
+        raise TypeError(f"{home} is no Format")
+    return form
+
+
+def detect(path: Path) -> str:
+    """Return the key of the format of a checkpoint, recognised by content.
+
+    Raises:
+        FormatError: the file cannot be read.
+    """
+    try:
+        with open_input(path) as file, name_errors(str(path)):
+            opening = Opening(file)
+            return next((e.key for e in FORMATS if e.recognises(opening)), FORMATS[0].key)
+    except FormatError as error:
+        if str(error).endswith(": is not a regular file"):
+            return FORMATS[0].key
+        raise
