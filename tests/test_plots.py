@@ -18,7 +18,7 @@ HISTORY = {
 
 
 def test_the_curves_are_drawn_by_suffix(tmp_path: Path) -> None:
-    """PNG or SVG, in small or capital letters, with axes and curves named."""
+    """A suffix in lower or upper case gives a PNG or SVG with named axes and curves."""
     pytest.importorskip("matplotlib")
     plots.draw_learning_curves(HISTORY, tmp_path / "curves.PNG")
     assert (tmp_path / "curves.PNG").read_bytes().startswith(b"\x89PNG")
@@ -30,7 +30,7 @@ def test_the_curves_are_drawn_by_suffix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_the_same_numbers_give_the_same_file(tmp_path: Path, suffix: str) -> None:
-    """No dates and no random identifiers, and the user's settings do not matter."""
+    """There are no dates or random identifiers, and settings of the user do not matter."""
     mpl = pytest.importorskip("matplotlib")
     plots.draw_learning_curves(HISTORY, tmp_path / f"one{suffix}")
     with mpl.rc_context({"svg.hashsalt": "other", "font.size": 20}):
@@ -42,7 +42,7 @@ def test_the_same_numbers_give_the_same_file(tmp_path: Path, suffix: str) -> Non
 
 
 def test_a_history_without_test_points_is_drawn(tmp_path: Path) -> None:
-    """What is missing is not drawn."""
+    """A missing metric is not drawn."""
     pytest.importorskip("matplotlib")
     plots.draw_learning_curves({"loss": (1.0,)}, tmp_path / "curves.svg")
     svg = (tmp_path / "curves.svg").read_text(encoding="utf-8")
@@ -52,13 +52,13 @@ def test_a_history_without_test_points_is_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["curves", "curves.pdf", "curves.png.txt"])
 def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
-    """With those that are known."""
+    """The message lists the known suffixes."""
     with pytest.raises(UsageError, match=r"neither \.png nor \.svg"):
         plots.check_path(tmp_path / name)
 
 
 def test_a_plot_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    """A missing folder before any work, a folder of that name at the end."""
+    """A missing folder is refused before any work, a folder of that name at the end."""
     pytest.importorskip("matplotlib")
     with pytest.raises(OutputError, match="there is no folder"):
         plots.check_path(tmp_path / "none" / "curves.png")
@@ -70,7 +70,7 @@ def test_a_plot_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 def test_a_missing_matplotlib_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message is what to install."""
+    """The message says what to install."""
     real = builtins.__import__
 
     def without(name: str, *arguments: Any, **named: Any) -> Any:

@@ -17,7 +17,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_what_is_written_to_the_descriptor_is_held_back() -> None:
-    """Chatter of C++ code and of child processes does not reach standard error."""
+    """Messages of C++ code and of child processes do not reach standard error."""
     done = run(
         "with silence_frameworks():\n    os.write(2, b'chatter\\n'); os.system('echo more >&2')"
     )
@@ -25,7 +25,7 @@ def test_what_is_written_to_the_descriptor_is_held_back() -> None:
 
 
 def test_pythons_own_standard_error_is_not_held_back() -> None:
-    """Prints, warnings and what is logged as an error reach the terminal."""
+    """Prints, warnings and logged errors reach the terminal."""
     done = run(
         "with silence_frameworks():\n"
         "    os.write(2, b'chatter\\n')\n"
@@ -67,7 +67,7 @@ def test_the_last_line_held_back_is_told() -> None:
 
 
 def test_a_closed_standard_error_is_no_reason_to_fail() -> None:
-    """Where descriptor 2 is closed there is nothing to hold back."""
+    """If descriptor 2 is closed, there is nothing to hold back."""
     done = run("os.close(2)\nwith silence_frameworks() as held_back:\n    print(repr(held_back()))")
     assert done.stdout == "''\n"
 

@@ -1,4 +1,4 @@
-"""What a sweep found as files: numbers survive, and the page works in a real browser."""
+"""The files of a sweep: numbers read back the same, and the page works in a real browser."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from polyak_cli.evaluation import reports
 
 
 def found(evil: str = "model_3.h5") -> dict[str, Any]:
-    """Return what a sweep of three checkpoints might have found."""
+    """Return a possible result of a sweep of three checkpoints."""
 
     def row(label: str, kind: str, window: int, coefficients: list[float], score: float) -> Any:
         metrics = {"loss": 1 - score, "accuracy": score}
@@ -60,7 +60,7 @@ def found(evil: str = "model_3.h5") -> dict[str, Any]:
 
 
 def test_csv_and_json_hold_every_number() -> None:
-    """A line and an object for each candidate, whose numbers read back the same."""
+    """Each candidate has a line and an object, whose numbers read back the same."""
     data = found()
     lines = list(csv.DictReader(io.StringIO(reports.format_csv(data))))
     assert [line["label"] for line in lines] == [row["label"] for row in data["rows"]]
@@ -72,7 +72,7 @@ def test_csv_and_json_hold_every_number() -> None:
 
 
 def test_words_say_that_a_gain_is_within_noise() -> None:
-    """Winner, both numbers of rows, the difference, its interval and p are told."""
+    """The sentences name the winner, both numbers of rows, the difference, its interval and p."""
     text = " ".join(reports.write_sentences(found()))
     assert "equal, last 2" in text
     for part in ("50 rows", "51 other rows", "+0.1000", "-0.0200 to +0.2000", "p 0.25"):
@@ -82,7 +82,7 @@ def test_words_say_that_a_gain_is_within_noise() -> None:
 
 @pytest.mark.slow
 def test_an_older_report_is_kept_unless_forced(tmp_path: Path) -> None:
-    """A folder with a report is refused before any work; another file in it is no matter."""
+    """A folder with a report is refused before any work; other files in it do not matter."""
     pytest.importorskip("matplotlib")
     folder = tmp_path / "report"
     reports.check_folder(folder, force=False)
@@ -97,7 +97,7 @@ def test_an_older_report_is_kept_unless_forced(tmp_path: Path) -> None:
 
 
 def test_a_missing_jinja2_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A report is refused before any work, with the install that it needs."""
+    """A report is refused before any work; the message says what to install."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(reports, "find_spec", lambda _name: None)
     with pytest.raises(MissingExtraError, match=r"an HTML report needs .*'polyak\[plot\]'"):
@@ -105,14 +105,14 @@ def test_a_missing_jinja2_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class _Outside(HTMLParser):
-    """Notes whatever would fetch something, and text that became an element."""
+    """Collects attributes that would fetch something, and text that became an element."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note what points elsewhere."""
+        """Collect what points outside the page."""
         if tag in ("link", "img", "iframe", "object", "embed", "b-evil"):
             self.found.append(tag)
         for name, value in attrs:
@@ -122,7 +122,7 @@ class _Outside(HTMLParser):
 
 
 def test_the_page_fetches_nothing_and_escapes_names(tmp_path: Path) -> None:
-    """No address is in it, and a file's name with markup in it stays text."""
+    """The page contains no address, and markup in the name of a file stays text."""
     pytest.importorskip("matplotlib")
     reports.write_files(found("<b-evil onclick=x>.h5"), tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
@@ -140,7 +140,7 @@ def test_the_page_fetches_nothing_and_escapes_names(tmp_path: Path) -> None:
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    """Yield a headless Chromium; `make system` installs it where it is missing."""
+    """Yield a headless Chromium; `make system` installs it if it is missing."""
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
     if not driver or not chromium:
         pytest.skip("no Chromium and chromedriver here; `make system` installs them")
@@ -158,7 +158,7 @@ def browser() -> Iterator[Any]:
 
 
 def cells(browser: Any, column: int) -> list[str]:
-    """Return the text of a column of the table as it stands."""
+    """Return the text of a column of the table in its present order."""
     script = "return [...document.querySelectorAll('tbody tr')].map(r => r.cells[%d].innerText)"
     texts: list[str] = browser.execute_script(script % column)
     return texts
@@ -166,7 +166,7 @@ def cells(browser: Any, column: int) -> list[str]:
 
 @pytest.mark.slow
 def test_a_browser_sorts_the_table_and_shows_both_themes(tmp_path: Path, browser: Any) -> None:
-    """Chromium opens the page without an error; columns sort both ways, themes differ, it fits."""
+    """Chromium shows no error; columns sort both ways, themes differ, and the page fits a phone."""
     reports.write_files(found(), tmp_path / "report")
     browser.get((tmp_path / "report" / "report.html").as_uri())
     titles = [button.text for button in browser.find_elements("css selector", "th button")]

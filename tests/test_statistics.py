@@ -25,7 +25,7 @@ Numbers = npt.NDArray[Any]
 
 
 def answers(only_ours: int, only_theirs: int, both: int = 0) -> tuple[Numbers, Numbers]:
-    """Return which rows two models have right, with so many right by one or by both."""
+    """Return which rows two models have right, given the numbers right by one and by both."""
     ours = np.repeat([True, False, True, False], [only_ours, only_theirs, both, 1])
     theirs = np.repeat([False, True, True, False], [only_ours, only_theirs, both, 1])
     return ours, theirs
@@ -39,7 +39,7 @@ def answers(only_ours: int, only_theirs: int, both: int = 0) -> tuple[Numbers, N
 def test_the_difference_is_the_mean_and_lies_among_the_rows(
     pairs: list[tuple[float, float]], seed: int
 ) -> None:
-    """The interval holds no value that no row has, and is the same every time."""
+    """The interval lies within the values of the rows, and is the same every time."""
     ours, theirs = np.array(pairs).T
     found = paired_difference(ours, theirs, seed=seed, resamples=500)
     exact = sum((Fraction(a) - Fraction(b) for a, b in pairs), Fraction()) / len(pairs)
@@ -54,7 +54,7 @@ def test_the_difference_is_the_mean_and_lies_among_the_rows(
 @quietly
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60))
 def test_the_models_change_places_with_the_sign(pairs: list[tuple[bool, bool]]) -> None:
-    """Theirs minus ours is the mirror image, and scaling the unit scales all."""
+    """Theirs minus ours is the mirror image, and a change of unit scales all numbers."""
     ours, theirs = np.array(pairs).T
     there, back = (
         paired_difference(ours, theirs, resamples=500),
@@ -66,7 +66,7 @@ def test_the_models_change_places_with_the_sign(pairs: list[tuple[bool, bool]]) 
 
 
 def test_the_interval_is_that_of_all_resamples() -> None:
-    """Five rows have 3,125 resamples; their middle 95 % is what 100,000 random ones find."""
+    """Five rows have 3,125 resamples; 100,000 random ones find their middle 95 %."""
     rows = np.array([0.3, -1.0, 2.5, 0.0, 1.1])
     means = [np.mean(drawn) for drawn in itertools.product(rows, repeat=5)]
     found = paired_difference(rows, np.zeros(5), resamples=100_000)
@@ -102,7 +102,7 @@ def test_the_interval_covers_the_truth_nineteen_times_of_twenty(kind: str) -> No
 
 
 def test_groups_of_rows_leave_the_interval_as_it_is() -> None:
-    """Above 10,000 rows it is as wide as the spread of the rows says, around their mean."""
+    """Above 10,000 rows the interval has the width of the normal approximation, around the mean."""
     rows = np.random.default_rng(3).exponential(size=123_457)
     found = paired_difference(rows, np.zeros(len(rows)), resamples=4000)
     expected = 1.959964 * rows.std() / math.sqrt(len(rows))
@@ -134,7 +134,7 @@ def test_a_million_rows_take_seconds_and_little_memory() -> None:
 
 
 def test_rows_that_are_no_numbers_give_an_interval_that_is_none() -> None:
-    """One NaN, or infinity on either side, is told and does not hide."""
+    """One NaN, or infinity on either side, makes the difference not comparable."""
     for value in (math.nan, math.inf, -math.inf):
         found = paired_difference(np.array([1.0, value]), np.array([1.0, 2.0]))
         assert not math.isfinite(found.difference)
@@ -145,7 +145,7 @@ def test_rows_that_are_no_numbers_give_an_interval_that_is_none() -> None:
 
 
 def test_rows_that_cannot_be_paired_are_refused() -> None:
-    """Other numbers of rows, more than one number a row, and a single row."""
+    """Unequal numbers of rows, several numbers a row, and a single row are refused."""
     for ours, theirs in ((3, 4), (1, 1), (0, 0)):
         with pytest.raises(UsageError, match="a paired difference needs"):
             paired_difference(np.zeros(ours), np.zeros(theirs))
@@ -159,7 +159,7 @@ def test_rows_that_cannot_be_paired_are_refused() -> None:
 
 
 def exactly(only_ours: int, only_theirs: int) -> float:
-    """Return the two-sided p in whole numbers."""
+    """Return the two-sided p, computed with whole numbers."""
     count, fewer = only_ours + only_theirs, min(only_ours, only_theirs)
     tail = sum(math.comb(count, k) for k in range(fewer + 1))
     return float(min(Fraction(1), Fraction(2 * tail, 2**count)))
@@ -168,7 +168,7 @@ def exactly(only_ours: int, only_theirs: int) -> float:
 @quietly
 @given(st.integers(0, 400), st.integers(0, 400), st.integers(0, 5))
 def test_p_is_that_of_whole_numbers(only_ours: int, only_theirs: int, both: int) -> None:
-    """However many pairs; rows on which the models agree change nothing."""
+    """It holds for any number of pairs; rows on which the models agree change nothing."""
     ours, theirs = answers(only_ours, only_theirs, both)
     assert mcnemar(ours, theirs) == pytest.approx(exactly(only_ours, only_theirs), rel=1e-12)
     assert mcnemar(ours, theirs) == mcnemar(theirs, ours)
@@ -180,7 +180,7 @@ def test_p_is_that_of_whole_numbers(only_ours: int, only_theirs: int, both: int)
      (500_700, 499_300)],
 )  # fmt: skip
 def test_p_is_that_of_another_implementation(pairs: tuple[int, int]) -> None:
-    """SciPy's exact binomial test, from no pair to a million."""
+    """SciPy's exact binomial test agrees, from no pair to a million."""
     scipy_stats = pytest.importorskip("scipy.stats")
     count = sum(pairs)
     expected = scipy_stats.binomtest(pairs[0], count, 0.5).pvalue if count else 1.0
@@ -188,7 +188,7 @@ def test_p_is_that_of_another_implementation(pairs: tuple[int, int]) -> None:
 
 
 def test_p_of_a_disagreement_that_cannot_be_chance_is_zero_or_nearly() -> None:
-    """Nothing overflows where every one of many pairs is ours."""
+    """Nothing overflows if every one of many pairs is ours."""
     assert mcnemar(*answers(1000, 0)) == pytest.approx(2.0**-999, rel=1e-10)
     assert mcnemar(*answers(100_000, 0)) == 0.0
 
@@ -209,12 +209,12 @@ def test_p_of_a_disagreement_that_cannot_be_chance_is_zero_or_nearly() -> None:
 def test_the_verdict_is_whether_zero_is_in_the_interval(
     low: float, high: float, more: str, less: str
 ) -> None:
-    """For what should be high, and for what should be low."""
+    """This holds for metrics that should be high, and for those that should be low."""
     found = Paired((low + high) / 2, low, high, 100)
     assert verdict(found, higher_is_better=True) == more
     assert verdict(found, higher_is_better=False) == less
 
 
 def test_the_constants_are_those_of_the_documentation() -> None:
-    """Ten thousand resamples from seed 0, 95 %."""
+    """There are 10,000 resamples from seed 0, and the interval has 95 %."""
     assert (significance.SEED, significance.RESAMPLES, significance.CONFIDENCE) == (0, 10_000, 0.95)

@@ -25,13 +25,13 @@ def test_schemes_are_read_with_their_parameters() -> None:
 
 @pytest.mark.parametrize("text", ["", "mean", "equal:2", "exp:x", "exp:-1", "ema:2", "equal,,exp"])
 def test_what_is_no_scheme_is_refused(text: str) -> None:
-    """Unknown names, parameters that are none or out of range, and stray ones."""
+    """Unknown names, and parameters that are invalid, out of range or not accepted, are refused."""
     with pytest.raises(UsageError):
         candidates.parse_schemes(text)
 
 
 def test_windows_are_numbers_and_ranges() -> None:
-    """Without a list, every window there is."""
+    """Without a list, every window is scored."""
     assert candidates.parse_windows("1-3, 7,2", 10) == [1, 2, 3, 7]
     assert candidates.parse_windows(None, 4) == [1, 2, 3, 4]
 
@@ -68,7 +68,7 @@ def test_candidates_are_all_singles_windows_and_schemes(count: int, data: st.Dat
 def test_a_step_of_the_search_keeps_coefficients_such(
     raw: list[float], data: st.DataObject, step: float
 ) -> None:
-    """A step toward or away from a checkpoint leaves them not negative, with the sum 1."""
+    """After a step toward or away from a checkpoint, none is negative and the sum is 1."""
     total = math.fsum(raw)
     if total < 0.01:
         return

@@ -235,9 +235,9 @@ def _trace_archive(model: Any) -> list[tuple[Any, str]]:
     Raises:
         PolyakError: this Keras saves in another way.
     """
-    # Warning: these are private names of Keras, and a minor release may change them.  Nothing
-    # public tells where a variable is saved.  The alternative, to write down the walk over the
-    # objects of a model again, would go wrong silently.  A test runs this with the installed Keras.
+    # Warning: these are private names of Keras, and a minor release may change them.  No public
+    # function says where a variable is saved.  A walk over the objects of a model, written down
+    # here again, would go wrong silently.  A test runs this with the installed Keras.
     try:
         from keras.src.saving import saving_lib
 
@@ -291,7 +291,7 @@ def _locate_values(
             if id(statistic) not in stored:
                 raise MismatchError(
                     f"{shown(path)}: the statistics of layer '{shown(one.layer.name, 80)}' are not "
-                    "where this Keras would keep them; load it and save it anew with model.save()"
+                    "where this Keras would keep them; load it and save it again with model.save()"
                 )
             before |= dict.fromkeys(stored[id(statistic)], values)
     return before

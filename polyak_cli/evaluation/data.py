@@ -317,7 +317,7 @@ def _convert_labels(labels: Sequence[str]) -> Array:
     if not all(map(_is_number, labels)):
         return np.array(labels, dtype=str)
     numbers = np.array([float(label) for label in labels])
-    with np.errstate(invalid="ignore"):  # NaN and infinity are no integers, and found below
+    with np.errstate(invalid="ignore"):  # NaN and infinity are found below
         whole = numbers.astype(np.int64)
     return whole if np.array_equal(whole, numbers) else numbers
 
@@ -458,7 +458,7 @@ def _convert_arrays(given: object, what: str, text: bool = False) -> Arrays:
 def _convert_array(given: object, what: str, text: bool) -> Array:
     try:
         array = np.asarray(given)
-    except (ValueError, TypeError) as error:  # ragged lists, objects that are no arrays
+    except (ValueError, TypeError) as error:  # ragged lists, other objects
         raise FormatError(f"{what} are not an array: {shown(error)}") from None
     if text and array.dtype.kind in "US" and array.ndim == 1:
         return array

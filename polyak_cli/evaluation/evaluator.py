@@ -409,7 +409,7 @@ def _is_close(mean: float, keras: float | None, tolerance: float) -> bool:
 def _fit_splits(
     keras: Any, path: Path, model: Any, splits: Sequence[data.Split], loss: Any, metrics: Any
 ) -> tuple[tuple[_FittedSplit, ...], Callable[[Any, Any], Any] | None]:
-    """Return the rows as the model wants them, and what tells whether their class is right."""
+    """Return the rows in the form that a model expects, and the accuracy of a row, if any."""
     parts, all_classes = [], True
     for split in splits:
         check_features(path, model, split)

@@ -200,7 +200,7 @@ class RowWise:
     def compute(
         self, labels: data.Arrays, outputs: Sequence[data.Array], batch_size: int
     ) -> tuple[data.Array | None, data.Array | None]:
-        """Return the loss of each row, and whether its class is right; None for what is unknown."""
+        """Return the loss of each row, and whether its class is right; None for unknown ones."""
         truths = self.order_outputs(labels)
         losses = None
         for one in self.losses:

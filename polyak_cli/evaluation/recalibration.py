@@ -346,7 +346,7 @@ def _check_loaded(table: Table, found: Moments) -> None:
             if not np.array_equal(slab.astype(own.dtype), own, equal_nan=True):
                 raise MismatchError(
                     f"{shown(table.path)}: '{shown(tensor.name)}' is not what Keras loaded for it; "
-                    "load the model and save it anew with model.save()"
+                    "load the model and save it again with model.save()"
                 )
 
 

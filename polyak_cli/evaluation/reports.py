@@ -145,7 +145,7 @@ class _Bar(NamedTuple):
 
 
 class _Cell(NamedTuple):
-    """One score: what is shown, and the number to sort by ("" where there is none)."""
+    """One score: its text, and the number to sort by ("" if there is none)."""
 
     text: str
     number: str

@@ -1,4 +1,4 @@
-"""What the tests of Keras models share; they are not collected without TensorFlow."""
+"""Fixtures of the tests of Keras models, which are not collected without TensorFlow."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if find_spec("tensorflow") is None or find_spec("keras") is None:
 
 #: Warnings of the frameworks about themselves, which the project can do nothing about.
 FRAMEWORKS = [
-    # Keras's variables do not yet know an argument of numpy 2.
+    # The variables of Keras do not accept an argument of numpy 2 yet.
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
-    # tf_keras warns of the very format that the project is about.
+    # tf_keras warns about .h5, the format of these tests.
     "ignore:You are saving your model as an HDF5 file:UserWarning",
 ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let those warnings pass in the tests of this folder."""
+    """Ignore these warnings in the tests of this folder."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             for warning in FRAMEWORKS:

@@ -40,14 +40,14 @@ def load():
 
 
 def example(command: str) -> str:
-    """Return what the help of a command offers to paste, without the program's name."""
+    """Return the example in the help of a command, without the name of the program."""
     line = (cli.commands[command].epilog or "").rpartition("\n")[2].strip()
     assert line.startswith(f"polyak {command} ")
     return line.removeprefix("polyak ")
 
 
 def damaged(path: Path) -> Path:
-    """Write a sample whose last bias is not a number, so that its loss is none; its classes are."""
+    """Write a sample whose last bias is NaN, so that its loss is NaN; it still predicts classes."""
     shutil.copy(SAMPLES / "model_499.h5", path)
     with h5py.File(path, "r+") as file:
         file["model_weights/dense_1/sequential/dense_1/bias"][0] = np.nan
@@ -55,7 +55,7 @@ def damaged(path: Path) -> Path:
 
 
 def test_the_example_of_train_trains_and_draws(tmp_path: Path) -> None:
-    """It runs as it stands but for the numbers; checkpoints, log and picture are there."""
+    """It runs with other numbers, and writes checkpoints, log and picture."""
     line = example("train").replace("--epochs 500", "--epochs 3").replace("--keep 10", "--keep 2")
     done = polyak(*shlex.split(line), "--plot", "x.png", "--seed", "3", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -80,7 +80,7 @@ def test_the_example_of_train_trains_and_draws(tmp_path: Path) -> None:
 
 
 def test_the_example_of_evaluate_passes_its_gate(tmp_path: Path) -> None:
-    """It runs as it stands: exit 0, one table with the test points, nothing on stderr."""
+    """It runs unchanged: exit 0, one table with the test points, nothing on stderr."""
     average(SAMPLES, tmp_path / "final.h5", scheme="exp", alpha=2)
     done = polyak(*shlex.split(example("evaluate")), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -92,7 +92,7 @@ def test_the_example_of_evaluate_passes_its_gate(tmp_path: Path) -> None:
 
 
 def test_a_directory_gives_a_row_each_and_a_gate_that_fails_exits_with_1(tmp_path: Path) -> None:
-    """Averages and names without numbers are scored; what is not is told; the JSON is strict."""
+    """Averages and names without numbers are scored, skipped files reported; the JSON is strict."""
     for name in ("last", "best_10", "best_9"):
         shutil.copy(SAMPLES / "model_499.h5", tmp_path / f"{name}.h5")
     (tmp_path / "training.csv").write_text("epoch,loss\n")
@@ -122,7 +122,7 @@ def test_a_directory_gives_a_row_each_and_a_gate_that_fails_exits_with_1(tmp_pat
 
 
 def scored(name: str, accuracy: float | None) -> dict[str, Any]:
-    """Return what the JSON says of a model; one without accuracy has no loss that is a number."""
+    """Return the JSON of a model, checking that without accuracy its loss is null, too."""
     return {
         "path": name,
         "loss": None if accuracy is None else pytest.approx(0.54, abs=0.02),
@@ -143,7 +143,7 @@ def test_code_in_a_model_is_refused_without_the_option(tmp_path: Path) -> None:
 
 
 def test_trusted_code_is_scored_on_the_part_asked_for(tmp_path: Path) -> None:
-    """With --split and --batch-size; what the user's own code prints is not among the results."""
+    """With --split and --batch-size; prints of the user's code are not among the results."""
     path = with_lambda(tmp_path / "code.h5")
     (tmp_path / "own.py").write_text(OWN_DATA)
     options = ("--split", "train", "--batch-size", "7", "--trust-code", "--json")
@@ -160,7 +160,7 @@ def test_trusted_code_is_scored_on_the_part_asked_for(tmp_path: Path) -> None:
 
 
 def with_lambda(path: Path) -> Path:
-    """Save a model of which one layer is code: it doubles what the other makes of two numbers."""
+    """Save a model with a layer of code, which doubles the output of the other layer."""
     import keras
 
     dense = keras.layers.Dense(3, use_bias=False)
@@ -178,7 +178,7 @@ def softmax(keras: Any) -> Any:
 
 
 def test_the_calls_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Train and evaluate give their results to the caller alone, and take plain paths."""
+    """Train and evaluate print nothing, return their results, and accept plain paths."""
     report = train(str(tmp_path / "run"), epochs=2, keep=1)
     (score,) = evaluate(str(report.checkpoints[0]), data.load("blobs").split("test"))
     assert score.metrics["accuracy"] == pytest.approx(report.history["val_accuracy"][-1], abs=1e-6)

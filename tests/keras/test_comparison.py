@@ -1,4 +1,4 @@
-"""Models against a baseline: the pairing, its words, and `polyak evaluate --baseline`."""
+"""Models compared with a baseline, by rows, in words, and by `polyak evaluate --baseline`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.keras.test_evaluate import CLASSES, ROWS, SAMPLE, SAMPLES, network, s
 
 
 def ruined(path: Path, bias: float) -> Path:
-    """Write a sample whose first class is told far too often, or, for NaN, always."""
+    """Write a sample that predicts its first class far too often, or, for NaN, always."""
     shutil.copy(SAMPLE, path)
     with h5py.File(path, "r+") as file:
         file["model_weights/dense_1/sequential/dense_1/bias"][0] += bias
@@ -29,7 +29,7 @@ def ruined(path: Path, bias: float) -> Path:
 
 
 def made(**given: Any) -> evaluator.RowScores:
-    """Return an outcome of four rows."""
+    """Return the scores of four rows."""
     whole = {"loss": 0.5, "metrics": {}, "losses": np.ones(4), "correct": np.ones(4, bool)}
     return evaluator.RowScores(**{**whole, "predictions": None, "loss_name": "a", **given})
 
@@ -70,7 +70,7 @@ def test_a_model_is_not_ahead_of_itself() -> None:
 
 
 def test_what_only_one_has_is_not_compared() -> None:
-    """Classes, losses, and losses of different kinds."""
+    """Only classes, or losses of the same name, that both models have are compared."""
     assert [gain.metric for gain in compute_gains(made(), made())] == ["accuracy", "loss"]
     assert [gain.metric for gain in compute_gains(made(correct=None), made())] == ["loss"]
     assert [gain.metric for gain in compute_gains(made(), made(losses=None))] == ["accuracy"]
@@ -79,7 +79,7 @@ def test_what_only_one_has_is_not_compared() -> None:
 
 
 def test_less_loss_is_better_and_less_accuracy_worse() -> None:
-    """And a loss that is no number cannot be compared."""
+    """A loss that is not finite cannot be compared."""
     wrong = made(correct=np.zeros(4, bool), losses=np.zeros(4))
     assert [gain.verdict for gain in compute_gains(wrong, made())] == ["worse", "better"]
     assert [gain.verdict for gain in compute_gains(made(), wrong)] == ["better", "worse"]
@@ -103,7 +103,7 @@ def test_another_architecture_is_a_baseline_and_another_loss_is_told(tmp_path: P
 
 
 def test_every_file_is_looked_at_before_the_first_is_scored(tmp_path: Path) -> None:
-    """The baseline too; and one row is too few."""
+    """A bad file, also as the baseline, is refused; and one row is too few."""
     (tmp_path / "bad.h5").write_bytes(b"no")
     rows = data.load("blobs").split("train")
     for path, baseline in ((SAMPLE, tmp_path / "bad.h5"), (tmp_path / "bad.h5", SAMPLE)):
@@ -141,7 +141,7 @@ def test_the_table_says_how_far_each_model_is_ahead(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_is_worse_exits_with_1_and_is_named(tmp_path: Path) -> None:
-    """Only the one that is, and the one whose loss is no number; other gates hold as before."""
+    """Only the worse model fails, and the one whose loss is NaN; other gates still hold."""
     shutil.copy(SAMPLE, tmp_path / "newest.h5")
     ruined(tmp_path / "worse.h5", 3.0)
     ruined(tmp_path / "nan.h5", np.nan)
@@ -165,7 +165,7 @@ def test_a_model_that_is_worse_exits_with_1_and_is_named(tmp_path: Path) -> None
         "nan.h5: accuracy",
     ]
     assert "worse than that of newest.h5 by 0." in failures[3]
-    # Without the option it is said, and not held against anybody.
+    # Without the option it is reported, and the exit code is 0.
     done = evaluated("worse.h5", "--baseline", "newest.h5", cwd=tmp_path)
     assert done.returncode == 0
     assert "worse" in done.stdout.splitlines()[-1]

@@ -16,7 +16,7 @@ from polyak_cli.evaluation import data
 
 
 def only(dataset: data.Dataset) -> data.Split:
-    """Return the rows of a data set that is not split."""
+    """Return the rows of a data set that is not divided."""
     assert list(dataset.splits) == [""]
     return dataset.split()
 
@@ -28,7 +28,7 @@ def equal(arrays: data.Arrays, expected: Any) -> bool:
 
 
 def one_line(error: pytest.ExceptionInfo[PolyakError]) -> str:
-    """Return a message, having seen that it is one line."""
+    """Return an error message, and check that it is one line."""
     text = str(error.value)
     assert len(text.splitlines()) == 1
     return text
@@ -55,7 +55,7 @@ def test_blobs_are_the_ones_of_scikit_learn() -> None:
 
 
 def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """The message says which splits there are."""
+    """The message names the splits that exist."""
     with pytest.raises(UsageError, match="has only train and test") as error:
         data.load("blobs").split("valid")
     one_line(error)
@@ -66,14 +66,14 @@ def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["blob", "data.txt", "module.py", "module.py:", "module:load", ""])
 def test_what_is_no_data_set_is_told_what_is(name: str) -> None:
-    """Any other name gets the list of the four kinds."""
+    """For any other name, the message lists the four kinds."""
     with pytest.raises(UsageError, match=r"FILE\.npz, FILE\.csv or MODULE\.py:FUNCTION"):
         data.load(name)
 
 
 @pytest.mark.parametrize("name", ["none.npz", "none.csv", "none.py:load"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    """No such file is one line with its name."""
+    """A missing file gives one line with its name."""
     with pytest.raises(PolyakError, match="none") as error:
         data.load(str(tmp_path / name))
     one_line(error)
@@ -81,7 +81,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["npz", "csv"])
 def test_a_pipe_or_folder_is_not_opened(tmp_path: Path, suffix: str) -> None:
-    """A pipe, which would hang, and a folder are refused by what they are."""
+    """A pipe, which would hang, and a folder are refused."""
     os.mkfifo(tmp_path / f"pipe.{suffix}")
     (tmp_path / f"folder.{suffix}").mkdir()
     for name in ("pipe", "folder"):
@@ -135,7 +135,7 @@ def test_an_npz_in_two_splits(tmp_path: Path) -> None:
 def test_an_npz_that_does_not_fit_is_refused(
     tmp_path: Path, arrays: dict[str, Any], message: str
 ) -> None:
-    """Missing, empty, ragged and non-numeric arrays are one line that says what was found."""
+    """Missing, empty, ragged and non-numeric arrays give one line with what was found."""
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(FormatError, match=message) as error:
         data.load(str(tmp_path / "d.npz"))
@@ -150,7 +150,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 
 
 def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
-    """A truncated archive, text, one bare array, and a flipped byte are each one line."""
+    """A truncated archive, text, a single array, and a flipped byte give one line each."""
     good = tmp_path / "good.npz"
     np.savez_compressed(good, x=np.arange(2000.0).reshape(1000, 2), y=np.zeros(1000))
     raw = good.read_bytes()
@@ -190,14 +190,14 @@ def test_a_csv_has_its_label_last_or_by_name(tmp_path: Path) -> None:
     "text", ["a;y\n1;2\n", "a\ty\n1\t2\n", "\ufeffa,y\r\n1,2\r\n\r\n", "a,y\n1,2"]
 )
 def test_a_csv_as_spreadsheets_write_it(tmp_path: Path, text: str) -> None:
-    """Semicolons, tabs, a byte order mark, empty lines, and no last line end are all read."""
+    """Semicolons, tabs, a byte order mark, empty lines, and no last line end are accepted."""
     rows = only(data.load(write(tmp_path / "a.csv", text)))
     assert equal(rows.features, [[1]])
     assert equal(rows.labels, [2])
 
 
 def test_labels_that_are_whole_numbers_are_integers(tmp_path: Path) -> None:
-    """Numbers with a fraction stay floats: something to predict, not classes."""
+    """Numbers with a fraction stay floats: they are values to predict, not classes."""
     whole = only(data.load(write(tmp_path / "a.csv", "a,y\n1,2.0\n1,3\n")))
     assert np.asarray(whole.labels).dtype == np.int64
     floats = only(data.load(write(tmp_path / "a.csv", "a,y\n1,2.5\n1,3\n1,nan\n")))
@@ -242,7 +242,7 @@ def test_a_csv_that_does_not_fit_is_refused(tmp_path: Path, text: str, message: 
 
 
 def test_a_csv_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    """Bytes that are not UTF-8 are one line, not a traceback."""
+    """Bytes that are not UTF-8 give one line, not a traceback."""
     (tmp_path / "a.csv").write_bytes(b"a,y\n\xff\xfe,1\n")
     with pytest.raises(FormatError, match="damaged or not what its suffix says"):
         data.load(str(tmp_path / "a.csv"))
@@ -305,7 +305,7 @@ def test_a_function_may_return_several_arrays(module: Callable[[str], str]) -> N
 def test_a_module_may_import_what_lies_beside_it(
     module: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """As a script can; the search path is left as it was."""
+    """It can import its neighbours, as a script can; the search path is restored."""
     import sys
 
     (tmp_path / "beside_polyak_test.py").write_text("rows = [[1.0]], [2]", encoding="utf-8")
@@ -344,7 +344,7 @@ def test_what_is_wrong_with_a_function_is_said(
 
 
 def test_an_error_in_the_users_code_keeps_its_cause(module: Callable[[str], str]) -> None:
-    """The exception itself hangs on the one line, for who wants the traceback."""
+    """The exception itself is the cause of the error, for those who want the traceback."""
     with pytest.raises(PolyakError) as error:
         data.load(module("def load(): return 1 / 0"))
     assert isinstance(error.value.__cause__, ZeroDivisionError)
@@ -383,7 +383,7 @@ def test_halves_have_each_row_once_and_each_class_by_its_share(
 
 
 def test_halves_are_halves_and_say_so() -> None:
-    """Of the 1,000 test points 500 each, another 500 for another seed."""
+    """Each part gets 500 of the 1,000 test points; another seed gives others."""
     split = data.load("blobs").split("test")
     chosen, other = data.halves(split)
     assert (chosen.rows, other.rows) == (500, 500)
@@ -397,7 +397,7 @@ def test_halves_are_halves_and_say_so() -> None:
     [np.linspace(0, 1, 20), {"a": np.arange(20), "b": np.arange(20.0)}, (np.ones((20, 3)),)],
 )
 def test_halves_of_numbers_and_of_several_arrays_are_random(labels: data.Arrays) -> None:
-    """Dicts and tuples stay what they are, and their arrays are parted alike."""
+    """Dicts and tuples stay dicts and tuples, and all their arrays are divided in the same way."""
     split = data.Split("mine", {"x": np.arange(20), "z": np.arange(20)[:, None]}, labels)
     chosen, other = data.halves(split, share=0.25)
     assert (chosen.rows, other.rows) == (5, 15)
@@ -410,7 +410,7 @@ def test_halves_of_numbers_and_of_several_arrays_are_random(labels: data.Arrays)
 
 
 def test_every_row_has_the_same_chance_of_either_half() -> None:
-    """Also the only one of its class: over 400 seeds each is chosen about 200 times."""
+    """This holds also for the only row of a class: it is chosen for about 200 of 400 seeds."""
     split = data.Split("mine", np.arange(9), np.array([0, 1, 1, 2, 2, 2, 2, 2, 3]))
     chosen = [data.halves(split, seed=seed)[0].features for seed in range(400)]
     times = np.bincount(np.concatenate([np.asarray(rows) for rows in chosen]), minlength=9)
@@ -418,7 +418,7 @@ def test_every_row_has_the_same_chance_of_either_half() -> None:
 
 
 def test_too_few_rows_to_part_are_told() -> None:
-    """Either part needs two, and a share leaves some for both."""
+    """Each part needs two rows, and the share must leave some for both."""
     for rows, share in ((1, 0.5), (3, 0.5), (20, 0.02)):
         with pytest.raises(UsageError, match=r"mine: has \d+ rows?, too few"):
             data.halves(data.Split("mine", np.ones(rows), np.ones(rows)), share=share)

@@ -1,4 +1,4 @@
-"""The example on digits: what the README says of it stands in its results, and comes out again."""
+"""The example on digits: the README agrees with its results, and they can be reproduced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESULTS = Path(digits.__file__).parent / "results"
 
 
 def test_the_readme_shows_the_results() -> None:
-    """Each regime's table, made anew from all figures, is in the README line for line."""
+    """The table of each regime, made again from all numbers, is in the README line by line."""
     readme = (digits.ROOT / "README.md").read_text()
     results = json.loads((RESULTS / "digits.json").read_text())
     known = [dataclasses.asdict(regime) for regime in digits.REGIMES]
@@ -26,7 +26,7 @@ def test_the_readme_shows_the_results() -> None:
 
 @pytest.mark.soak
 def test_averaging_pays_where_the_newest_checkpoint_wanders(tmp_path: Path) -> None:
-    """With wrong labels, the average beats the newest beyond noise; in the calm it is its equal."""
+    """With wrong labels, the average beats the newest beyond noise; else they are equal."""
     calm, _, wrong = digits.REGIMES
     gains = {}
     for regime in (calm, wrong):

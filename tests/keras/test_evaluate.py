@@ -30,7 +30,7 @@ ONE_HOT = np.eye(3)[CLASSES]
 
 
 def split(features: Any = ROWS, labels: Any = CLASSES) -> data.Split:
-    """Return rows as `data` would."""
+    """Return rows in the form that `data` returns."""
     return data.Split("rows.npz", features, labels)
 
 
@@ -41,7 +41,7 @@ def score(path: Path, rows: data.Split | None = None, **options: Any) -> evaluat
 
 
 def refusal(path: Path, rows: data.Split | None = None, **options: Any) -> str:
-    """Return the one line with which a file is refused, having seen that it names the file."""
+    """Return the one line with which a file is refused, and check that it names the file."""
     with pytest.raises(PolyakError) as error:
         score(path, rows, **options)
     text = str(error.value)
@@ -64,7 +64,7 @@ def network(width: int = 3, activation: str = "softmax", inputs: int = 4) -> Any
 
 
 def predicted(model: Any) -> npt.NDArray[np.float64]:
-    """Return what a Sequential model of Dense layers makes of the rows, with numpy in float64."""
+    """Return the predictions of a Sequential model of Dense layers, by numpy in float64."""
     kernel, bias, last_kernel, last_bias = (w.astype(np.float64) for w in model.get_weights())
     hidden = np.maximum(ROWS @ kernel + bias, 0)
     return np.asarray(hidden @ last_kernel + last_bias)
@@ -98,7 +98,7 @@ def test_the_numbers_are_those_of_keras() -> None:
 
 
 def test_the_accuracy_is_the_share_that_is_right() -> None:
-    """It equals what numpy counts, and is the decimal number that people expect."""
+    """It equals the count of numpy, and is the decimal number that people expect."""
     rows = data.load("blobs").split("test")
     with h5py.File(SAMPLE) as file:
         weights = [
@@ -222,14 +222,14 @@ def test_classes_are_given_as_the_loss_wants_them(
 
 @pytest.mark.parametrize("loss", ["categorical_crossentropy", "sparse_categorical_crossentropy"])
 def test_accuracy_is_added_where_labels_are_classes(tmp_path: Path, loss: str) -> None:
-    """A model without a metric of its own gets it."""
+    """A model without a metric gets it."""
     model = network()
     found = score(saved(model, tmp_path / "model.h5", loss, None))
     assert found.metrics == {"accuracy": (predicted(model).argmax(1) == CLASSES).mean()}
 
 
 def test_accuracy_of_two_classes_in_one_column(tmp_path: Path) -> None:
-    """Under a binary loss: above a half, or above zero where the model gives logits."""
+    """With a binary loss, above a half is class 1; above zero if the model gives logits."""
     import keras
 
     labels = (CLASSES > 0).astype(np.int64)
@@ -247,7 +247,7 @@ def test_accuracy_of_two_classes_in_one_column(tmp_path: Path) -> None:
 
 
 def test_numbers_to_predict_get_no_accuracy(tmp_path: Path) -> None:
-    """Under a regression loss, 0 and 1 in one column are numbers."""
+    """With a regression loss, 0 and 1 in one column are numbers."""
     path = saved(network(1, "linear"), tmp_path / "model.h5", "mae", None)
     assert score(path, split(labels=(CLASSES > 0).astype(int))).metrics == {}
 
@@ -297,7 +297,7 @@ def test_a_model_that_was_not_compiled_gets_accuracy_only(tmp_path: Path) -> Non
 
 
 def test_a_sigmoid_that_was_not_compiled_gets_accuracy(tmp_path: Path) -> None:
-    """One column is a class where it ends in a sigmoid."""
+    """One column is a class if the model ends in a sigmoid."""
     model = network(1, "sigmoid")
     model.save(tmp_path / "model.h5")
     labels = (CLASSES > 0).astype(int)
@@ -306,7 +306,7 @@ def test_a_sigmoid_that_was_not_compiled_gets_accuracy(tmp_path: Path) -> None:
 
 
 def test_a_loss_of_the_users_own_is_left_out_with_a_note(tmp_path: Path) -> None:
-    """What Keras does not know is told, and the rest is measured."""
+    """A name unknown to Keras is reported, and the rest is measured."""
 
     def mine(truth: Any, output: Any) -> Any:
         import keras
@@ -347,7 +347,7 @@ def test_what_the_user_registers_is_known(tmp_path: Path) -> None:
 
 
 def test_a_warning_of_keras_is_a_note(tmp_path: Path) -> None:
-    """It is not lost, and does not reach the terminal as lines of source."""
+    """It becomes a note, and does not reach the terminal as lines of source code."""
     (tmp_path / "warning.py").write_text(
         "import keras, warnings\n"
         "@keras.saving.register_keras_serializable('polyak_tests')\n"
@@ -417,7 +417,7 @@ def test_code_in_a_model_is_not_run_unless_trusted(tmp_path: Path) -> None:
 def test_nothing_that_a_training_configuration_names_is_imported(
     tmp_path: Path, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses and metrics come from Keras's own tables only; all else is left out with a note."""
+    """Losses and metrics come from Keras only; everything else is left out with a note."""
     path = saved(network(), tmp_path / "model.h5", "mse", None)
     edited(path, training_config=json.dumps({"loss": config, "metrics": [config]}))
     monkeypatch.setattr(os, "system", lambda *_: pytest.fail("code of the file was run"))
@@ -428,20 +428,20 @@ def test_nothing_that_a_training_configuration_names_is_imported(
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[1]", '"a"'])
 def test_a_damaged_training_configuration_is_one_line(tmp_path: Path, text: str) -> None:
-    """Broken JSON, nested without end, or no object."""
+    """JSON that is broken, nested without end, or not an object is refused."""
     path = edited(saved(network(), tmp_path / "model.h5", "mse", None), training_config=text)
     assert "its training configuration is damaged" in refusal(path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[1]", '{"a": 1}'])
 def test_a_damaged_architecture_is_one_line(tmp_path: Path, text: str) -> None:
-    """Whatever Keras raises for it."""
+    """Any exception of Keras becomes one line."""
     path = edited(saved(network(), tmp_path / "model.h5", "mse", None), model_config=text)
     assert "Keras cannot load it" in refusal(path)
 
 
 def test_weights_without_an_architecture_are_told_so(tmp_path: Path) -> None:
-    """In each of the formats that Keras has for them."""
+    """This holds for each format of Keras for weights."""
     path = saved(network(), tmp_path / "model.h5", "mse", None)
     assert "holds weights only, no architecture" in refusal(edited(path, model_config=None))
     network().save_weights(tmp_path / "w.weights.h5")
@@ -460,7 +460,7 @@ def test_a_name_that_keras_does_not_open_is_told(tmp_path: Path, name: str) -> N
 
 
 def damages(good: bytes) -> dict[str, bytes]:
-    """Return contents that are no whole model file."""
+    """Return contents that are not a whole model file."""
     return {
         "empty": b"",
         "text": b"loss,accuracy\n",
@@ -482,7 +482,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, kind: str, suffix: str) -> N
 
 
 def test_a_keras_file_with_a_broken_member_is_one_line(tmp_path: Path) -> None:
-    """A .keras archive without its configuration, or with another text in it."""
+    """A .keras archive without its configuration, or with other text in it, is refused."""
     import zipfile
 
     for name, members in (("none", {}), ("broken", {"config.json": "{"}), ("empty", {"a": ""})):
@@ -493,7 +493,7 @@ def test_a_keras_file_with_a_broken_member_is_one_line(tmp_path: Path) -> None:
 
 
 def test_no_file_a_folder_and_a_pipe_are_one_line(tmp_path: Path) -> None:
-    """None of them is opened."""
+    """None of them is opened, neither a folder nor a missing file."""
     os.mkfifo(tmp_path / "pipe.h5")
     (tmp_path / "folder.h5").mkdir()
     for name in ("none.h5", "pipe.h5", "folder.h5", "none.keras"):
@@ -517,7 +517,7 @@ def test_a_layer_that_keras_does_not_know_is_named(tmp_path: Path) -> None:
 
 
 def test_rows_that_do_not_fit_are_told_with_both_shapes(tmp_path: Path) -> None:
-    """Features and labels, each against what the model takes and gives."""
+    """Features must fit the inputs of the model, and labels its outputs."""
     path = saved(network(), tmp_path / "model.h5", "categorical_crossentropy", None)
     sparse = saved(network(), tmp_path / "s.h5", "sparse_categorical_crossentropy", None)
     cases: list[tuple[Path, Any, Any, str]] = [
@@ -539,7 +539,7 @@ def test_rows_that_do_not_fit_are_told_with_both_shapes(tmp_path: Path) -> None:
 
 
 def test_a_later_bad_file_is_found_before_an_earlier_one_is_scored(tmp_path: Path) -> None:
-    """All files are looked at first, so that a typo does not cost an hour."""
+    """All files are inspected first, so that a typo does not cost an hour."""
     (tmp_path / "bad.h5").write_bytes(b"no")
     with pytest.raises(FormatError, match=r"bad\.h5"):
         evaluator.evaluate([SAMPLE, tmp_path / "bad.h5"], data.load("blobs").split())
@@ -549,7 +549,7 @@ def test_a_later_bad_file_is_found_before_an_earlier_one_is_scored(tmp_path: Pat
 def test_a_keras_that_runs_hidden_code_is_refused(
     monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    """Before 3.11.3 the safe mode is ignored for .h5: found and needed version are told."""
+    """Before 3.11.3 the safe mode is ignored for .h5; the message names both versions."""
     monkeypatch.setattr("importlib.metadata.version", lambda _name: version)
     with pytest.raises(PolyakError, match=rf"3\.11\.3 or newer, found {version}.*CVE-2025-9905"):
         evaluator.evaluate([SAMPLE], split())
@@ -564,7 +564,7 @@ def test_a_newer_keras_is_not_refused(monkeypatch: pytest.MonkeyPatch, version: 
 
 @pytest.mark.parametrize("missing", ["keras", "tensorflow"])
 def test_a_missing_framework_names_the_extra(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    """The message is what to install."""
+    """The message says what to install."""
     import importlib.metadata
 
     def version(name: str) -> str:
@@ -582,7 +582,7 @@ def test_a_missing_framework_names_the_extra(monkeypatch: pytest.MonkeyPatch, mi
 
 
 def forward(path: Path, rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Return what the model of `keras_generations` makes of rows, with numpy and h5py alone."""
+    """Return the predictions of the model of `keras_generations`, by numpy and h5py alone."""
     with h5py.File(path) as file:
 
         def weights(layer: str) -> list[npt.NDArray[np.float64]]:
@@ -644,7 +644,7 @@ def test_nothing_reaches_the_terminal(tmp_path: Path, level: str | None) -> None
 
 
 def test_importing_the_module_imports_no_framework() -> None:
-    """Nor do the checks that refuse a bad file."""
+    """The checks that refuse a bad file do not import one either."""
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -671,7 +671,7 @@ def test_importing_the_module_imports_no_framework() -> None:
 @settings(derandomize=True, deadline=None)
 @given(st.integers(1, 10_000_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_a_number_is_shown_as_the_shortest_of_its_float32(share: tuple[int, int]) -> None:
-    """It is the same float32, and no longer than any other decimal of it."""
+    """It is the same float32, and no other decimal for it is shorter."""
     single = np.float32(share[0] / share[1])
     short = evaluator.shorten_float32(float(single))
     assert np.float32(short) == single

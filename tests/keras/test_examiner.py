@@ -1,4 +1,4 @@
-"""What is told of single rows, against Keras's own numbers for all of them."""
+"""The scores of single rows agree with the totals of Keras."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.keras.test_evaluate import (
 
 
 def outcome(path: Path, rows: data.Split | None = None, **options: Any) -> evaluator.RowScores:
-    """Return what a model makes of one split."""
+    """Return the scores of a model on one split."""
     (found,) = evaluator.Evaluator([rows or split()], **options).score_rows(path)
     return found
 
 
 def agrees(path: Path, rows: data.Split | None = None) -> evaluator.RowScores:
-    """Return the outcome, having seen that its rows agree with it and it with `evaluate`."""
+    """Return the scores, and check that rows agree with totals, and totals with `evaluate`."""
     found = outcome(path, rows, batch_size=16)
     expected = score(path, rows, batch_size=16)
     assert (found.loss, found.metrics) == (expected.loss, expected.metrics)
@@ -60,7 +60,7 @@ def agrees(path: Path, rows: data.Split | None = None) -> evaluator.RowScores:
 def test_rows_of_classes_agree_with_their_mean(
     tmp_path: Path, loss: str | None, metrics: Any
 ) -> None:
-    """Losses to float32, the classes exactly, and the predictions are the model's."""
+    """Losses agree to float32, classes exactly, and the predictions are those of the model."""
     model = network()
     if loss is None:
         model.save(tmp_path / "model.h5")
@@ -75,7 +75,7 @@ def test_rows_of_classes_agree_with_their_mean(
 
 
 def test_one_loss_has_one_name_however_it_is_written(tmp_path: Path) -> None:
-    """As a name, an object, or for whole classes; another loss has another."""
+    """A loss has one name, as a text, an object, or for integer classes; others differ."""
     import keras
 
     losses = (
@@ -95,7 +95,7 @@ def test_one_loss_has_one_name_however_it_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("metrics", [None, ["accuracy"]])
 def test_rows_of_one_column_agree_with_their_mean(tmp_path: Path, metrics: Any) -> None:
-    """Above a half, or above zero where the model gives logits and measures no accuracy itself."""
+    """Class 1 is above a half; above zero if the model gives logits and measures no accuracy."""
     import keras
 
     labels = (CLASSES > 0).astype(np.int64)
@@ -109,7 +109,7 @@ def test_rows_of_one_column_agree_with_their_mean(tmp_path: Path, metrics: Any) 
 
 
 def test_numbers_to_predict_have_losses_and_no_classes(tmp_path: Path) -> None:
-    """The loss of a row is the mean over its numbers."""
+    """The loss of a row is the mean over its elements."""
     model = network(4, "linear")
     targets = RANDOM.normal(size=(50, 4))
     found = agrees(saved(model, tmp_path / "model.h5", "mae", ["mse"]), split(labels=targets))
@@ -120,7 +120,7 @@ def test_numbers_to_predict_have_losses_and_no_classes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_several_outputs_add_their_losses(tmp_path: Path) -> None:
-    """Each by its weight; there is no single prediction."""
+    """Each output counts by its weight; there are no predictions."""
     import keras
 
     rows = keras.layers.Input((4,))
@@ -146,7 +146,7 @@ def test_several_outputs_add_their_losses(tmp_path: Path) -> None:
 
 
 def test_the_penalty_of_regularizers_is_in_every_row(tmp_path: Path) -> None:
-    """Keras adds it to the mean; without it the rows would not agree."""
+    """Keras adds it to the mean, so it is added to the rows, too."""
     import keras
 
     model = keras.Sequential(
@@ -161,7 +161,7 @@ def test_the_penalty_of_regularizers_is_in_every_row(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_no_row_has_is_not_told_by_rows(tmp_path: Path) -> None:
-    """The sum over a batch, and a loss that looks at the whole batch, are no means of rows."""
+    """A sum over a batch, and a loss of the whole batch, are not means over rows."""
     (tmp_path / "batch.py").write_text(
         "import keras\n"
         "@keras.saving.register_keras_serializable('polyak_tests')\n"
@@ -183,7 +183,7 @@ def test_a_loss_that_no_row_has_is_not_told_by_rows(tmp_path: Path) -> None:
 
 
 def test_words_of_a_text_are_no_rows(tmp_path: Path) -> None:
-    """A class for each step of a row has an accuracy, but no row is right or wrong."""
+    """If each step of a row has a class, there is an accuracy, but no row is right or wrong."""
     import keras
 
     model = keras.Sequential([keras.Input((6, 4)), keras.layers.Dense(3, activation="softmax")])
@@ -197,7 +197,7 @@ def test_words_of_a_text_are_no_rows(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_examiner_mixes_neither_files_nor_splits(tmp_path: Path) -> None:
-    """Files of one run, another architecture between them, a name that is written anew."""
+    """This holds for files of a run, another architecture between them, and a rewritten file."""
     blobs = data.load("blobs")
     splits = [data.halves(blobs.split("test"))[1], blobs.split("train")]
     other = network(inputs=2)
@@ -216,7 +216,7 @@ def test_an_examiner_mixes_neither_files_nor_splits(tmp_path: Path) -> None:
 
 
 def test_predictions_of_others_are_judged_as_the_models_own() -> None:
-    """Its own give its own score; the mean of two models' gives that of the mean."""
+    """The predictions of a model give its own scores; a mean of two models gives its own."""
     blobs = data.load("blobs")
     splits = [blobs.split("test"), blobs.split("train")]
     examiner = evaluator.Evaluator(splits)
@@ -240,7 +240,7 @@ def test_predictions_of_others_are_judged_as_the_models_own() -> None:
 
 
 def test_judging_names_the_accuracy_as_the_model_does(tmp_path: Path) -> None:
-    """So that both stand in one column."""
+    """Both are rounded alike, as they are printed in one column."""
     path = saved(network(), tmp_path / "model.h5", "mse", ["categorical_accuracy"])
     examiner = evaluator.Evaluator([split()])
     (own,) = examiner.score_rows(path)
@@ -249,7 +249,7 @@ def test_judging_names_the_accuracy_as_the_model_does(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
-    """Before a model was examined, after one that failed, and predictions of another shape."""
+    """Predictions are refused before a model was scored, after an error, and in another shape."""
     examiner = evaluator.Evaluator([split()])
     with pytest.raises(UsageError, match="examined before"):
         examiner.score_predictions([ONE_HOT])
@@ -267,7 +267,7 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_examiner_checks_its_batch_size_and_tells_each_note_once(tmp_path: Path) -> None:
-    """A note that every file of a run has is one note."""
+    """A note that every file of a run has is reported once."""
     with pytest.raises(UsageError, match="--batch-size 0 is out of range"):
         evaluator.Evaluator([split()], batch_size=0)
     network().save(tmp_path / "model.h5")
@@ -279,7 +279,7 @@ def test_an_examiner_checks_its_batch_size_and_tells_each_note_once(tmp_path: Pa
 
 
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Return a list to which every file that Keras builds a model of is added."""
+    """Return a list that gets every file from which Keras builds a model."""
     import keras
 
     built = []
@@ -297,7 +297,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_a_run_s_model_is_built_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    """Only tensors are exchanged, also where the learning rate was lowered by epoch."""
+    """Only tensors are replaced, also if the learning rate changes from epoch to epoch."""
     model, labels = network(), ONE_HOT
     model.compile("adam", loss="categorical_crossentropy", metrics=["accuracy"])
     paths, expected = [], []
@@ -319,7 +319,7 @@ def test_a_run_s_model_is_built_once(
 def test_a_model_with_a_vocabulary_is_built_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is no tensor belongs to each file: here, which numbers a layer knows."""
+    """State besides tensors belongs to each file: here, the vocabulary of a layer."""
     import keras
 
     rows = np.arange(8).reshape(8, 1)
@@ -347,7 +347,7 @@ def test_a_model_with_a_vocabulary_is_built_anew(
 def test_models_with_assets_are_built_anew_though_described_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a layer keeps among the assets is in no tensor, and in no configuration."""
+    """Assets of a layer are in no tensor, and in no configuration."""
     network().save(tmp_path / "1.keras")
     with zipfile.ZipFile(tmp_path / "1.keras", "a") as archive:
         archive.writestr("assets/layers/none/words.txt", "one")

@@ -35,13 +35,13 @@ Values = npt.NDArray[np.float64]
 
 
 def split(features: Any = ROWS, source: str = "folder/rows.npz (train)") -> data.Split:
-    """Return rows as `data` would."""
+    """Return rows in the form that `data` returns."""
     count = len(data.list_arrays(features)[0])
     return data.Split(source, features, LABELS[:count])
 
 
 def dense() -> Any:
-    """Return a model with two BatchNorms, noise, and all that is not BatchNorm but called alike."""
+    """Return a model with two BatchNorms, noise, and other layers with similar names."""
     normal = layers.Normalization(name="normalization")
     normal.adapt(ROWS)
     return keras.Sequential(
@@ -72,7 +72,7 @@ def convolutional() -> Any:
 
 
 def saved(model: Any, path: Path, features: Any = ROWS) -> Path:
-    """Train a model a little and save it, optimizer and all."""
+    """Train a model a little, and save it with its optimizer."""
     keras.utils.set_random_seed(3)
     model.compile("adam", "sparse_categorical_crossentropy")
     model.fit(features, LABELS[: len(features)], epochs=2, verbose=0)
@@ -107,7 +107,7 @@ def tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def attributes(path: Path) -> dict[str, bytes]:
-    """Return every attribute of a file but the record."""
+    """Return every attribute of a file except the record."""
     found: dict[str, bytes] = {}
 
     def note(name: str, item: Any) -> None:
@@ -129,7 +129,7 @@ def _hdf5(path: Path) -> Any:
 
 
 def record(path: Path) -> dict[str, Any]:
-    """Return the record that an output carries."""
+    """Return the record in an output."""
     with _hdf5(path) as file:
         found: dict[str, Any] = json.loads(file.attrs["polyak_provenance"])
     return found
@@ -147,7 +147,7 @@ def statistics(path: Path) -> dict[str, Values]:
 
 
 def batches(features: npt.NDArray[Any], size: int) -> Iterator[npt.NDArray[Any]]:
-    """Yield the batches that are promised: one fixed shuffle, sizes that differ by one at most."""
+    """Yield the promised batches: one fixed shuffle, and sizes that differ by one at most."""
     order = np.random.RandomState(0).permutation(len(features))
     for batch in np.array_split(order, -(-len(features) // size)):
         yield features[batch]
@@ -192,7 +192,7 @@ def refusal(error: type[PolyakError], *arguments: Any, **options: Any) -> str:
 
 @pytest.mark.parametrize("size", [10, 25, 1000])
 def test_the_statistics_are_those_computed_by_hand(folder: Path, tmp_path: Path, size: int) -> None:
-    """The mean over the rows of each batch's moments, with batches of equal size or nearly so."""
+    """They are the mean of the moments of batches, weighted by their rows."""
     report = recalibrate(folder / "dense.h5", tmp_path / "o.h5", split(), batch_size=size)
     expected, found = by_hand(folder / "dense.h5", size), statistics(tmp_path / "o.h5")
     assert set(found) == set(expected)
@@ -205,7 +205,7 @@ def test_the_statistics_are_those_computed_by_hand(folder: Path, tmp_path: Path,
 def test_equal_batches_give_what_momentum_k_over_k_plus_1_gives(
     folder: Path, tmp_path: Path
 ) -> None:
-    """Keras's own update with a cumulative momentum ends at the same statistics."""
+    """The update of Keras with a cumulative momentum gives the same statistics."""
     rows = ROWS[:100]
     recalibrate(folder / "dense.h5", tmp_path / "o.h5", split(rows), batch_size=20)
     model = keras.saving.load_model(folder / "dense.h5", compile=False)
@@ -227,7 +227,7 @@ def test_equal_batches_give_what_momentum_k_over_k_plus_1_gives(
 def test_a_convolution_is_normalised_over_rows_and_places(
     folder: Path, tmp_path: Path, end: str
 ) -> None:
-    """In a nested model too: the moments over all but the channels, of what the layer gets."""
+    """They are moments over all axes except the channels, also inside a nested model."""
     recalibrate(folder / f"conv.{end}", tmp_path / f"o.{end}", split(IMAGES))
     model = keras.saving.load_model(folder / f"conv.{end}", compile=False)
     outer, nested = model.get_layer("outer"), model.get_layer("nested")
@@ -257,7 +257,7 @@ def test_a_layer_that_is_called_twice_counts_every_call(tmp_path: Path) -> None:
 
 
 def test_what_the_statistics_were_before_does_not_count(folder: Path, tmp_path: Path) -> None:
-    """Not even where they are no numbers: two models that differ by them give the same bytes."""
+    """Not even NaN in them matters: two models that differ only in them give the same bytes."""
     model = keras.saving.load_model(folder / "dense.h5")
     for name in ("one", "two"):
         model.get_layer(name).moving_mean.assign(np.full(model.get_layer(name).beta.shape, np.nan))
@@ -284,12 +284,12 @@ def test_several_inputs_come_by_name_or_by_position(tmp_path: Path) -> None:
     assert len({b"".join(v.tobytes() for v in each.values()) for each in found}) == 1
 
 
-# --- what is not touched --------------------------------------------------------------------------
+# --- everything else stays ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["dense.h5", "dense.keras", "conv.h5", "conv.keras"])
 def test_only_the_statistics_change(folder: Path, tmp_path: Path, name: str) -> None:
-    """Every other tensor, optimizer state too, and every attribute is the model's, bit for bit."""
+    """Every other tensor, the state of the optimizer and all attributes stay bit for bit."""
     path, output = folder / name, tmp_path / name
     report = recalibrate(path, output, split(ROWS if "dense" in name else IMAGES))
     before, after = tensors(path), tensors(output)
@@ -309,7 +309,7 @@ def test_only_the_statistics_change(folder: Path, tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("name", ["dense.h5", "dense.keras"])
 def test_the_same_command_gives_the_same_bytes(folder: Path, tmp_path: Path, name: str) -> None:
-    """Twice the same, and again of its own output."""
+    """The bytes repeat, also when the output is recalibrated again."""
     for number, source in enumerate([folder / name, folder / name, tmp_path / f"0_{name}"]):
         recalibrate(source, tmp_path / f"{number}_{name}", split(), batch_size=30)
     first, second, third = ((tmp_path / f"{k}_{name}").read_bytes() for k in range(3))
@@ -319,7 +319,7 @@ def test_the_same_command_gives_the_same_bytes(folder: Path, tmp_path: Path, nam
 
 @pytest.mark.parametrize("generation", ["keras-3.0.5", "keras-3.3.3", "keras-3.15.1"])
 def test_files_of_every_keras_3_are_recalibrated(tmp_path: Path, generation: str) -> None:
-    """They name their tensors in three ways; four are statistics, some in a nested model."""
+    """Their tensors are named in three ways; four are statistics, some in a nested model."""
     path = GENERATIONS / generation / "model_3.h5"
     model = keras.saving.load_model(path, compile=False)
     rows = RANDOM.normal(size=(40, *model.inputs[0].shape[1:])).astype(np.float32)
@@ -327,7 +327,7 @@ def test_files_of_every_keras_3_are_recalibrated(tmp_path: Path, generation: str
 
 
 def test_files_of_keras_2_are_recalibrated(tmp_path: Path) -> None:
-    """Those that Keras 3 opens, in which a name ends with :0."""
+    """These are the files that Keras 3 opens, in which names end with :0."""
     old = pytest.importorskip("tf_keras")
     own = [old.layers.Dense(5, input_shape=(4,)), old.layers.BatchNormalization()]
     old.Sequential([*own, old.layers.Dense(3)]).save(tmp_path / "m.h5")
@@ -335,7 +335,7 @@ def test_files_of_keras_2_are_recalibrated(tmp_path: Path) -> None:
 
 
 def check_only_statistics(path: Path, output: Path, rows: npt.NDArray[Any], count: int) -> None:
-    """See that so many statistics change and nothing else."""
+    """Check that this number of statistics changes, and nothing else."""
     report = recalibrate(path, output, split(rows))
     before, after = tensors(path), tensors(output)
     changed = {n for n in before if before[n].tobytes() != after[n].tobytes()}
@@ -346,7 +346,7 @@ def check_only_statistics(path: Path, output: Path, rows: npt.NDArray[Any], coun
 
 
 def frozen(tmp_path: Path, first: Callable[[Any, Any], Any]) -> Path:
-    """Save a model whose first BatchNorm is called or made in a way of its own."""
+    """Save a model whose first BatchNorm is made or called in a special way."""
     entry = keras.Input((4,))
     x = first(layers.BatchNormalization(name="one"), layers.Rescaling(2.0)(entry))
     x = layers.BatchNormalization(name="two")(x)
@@ -369,27 +369,27 @@ class Inferring(keras.Layer):  # type: ignore[misc]  # keras ships no types
         self.inner = layers.BatchNormalization(name="one")
 
     def build(self, shape: Any) -> None:
-        """Have its variables before they are loaded."""
+        """Build its variables before they are loaded."""
         self.inner.build(shape)
 
     def call(self, x: Any) -> Any:
-        """Infer, in training too."""
+        """Run in inference mode, also in training."""
         return self.inner(x, training=False)
 
     def get_config(self) -> dict[str, Any]:
-        """Return what makes another."""
+        """Return the arguments for another one."""
         return {"name": self.name}
 
 
 def inferring(layer: Any, x: Any) -> Any:
-    """Have the layer infer in training too."""
+    """Make the layer run in inference mode, also in training."""
     del layer
     return Inferring()(x)
 
 
 @pytest.mark.parametrize("freeze", [not_trainable, inferring])
 def test_frozen_layers_are_left_alone(tmp_path: Path, freeze: Callable[[Any, Any], Any]) -> None:
-    """In training they normalise by their statistics as in inference; a note names them."""
+    """They normalise by their statistics in training, too; a note names them."""
     report = recalibrate(frozen(tmp_path, freeze), tmp_path / "o.h5", split())
     found = statistics(tmp_path / "o.h5")
     assert (found["one/moving_mean"] == 0).all()
@@ -403,7 +403,7 @@ def test_frozen_layers_are_left_alone(tmp_path: Path, freeze: Callable[[Any, Any
 
 
 def test_layers_that_change_in_training_infer(tmp_path: Path) -> None:
-    """The look at which layers train leaves no trace: a spectral norm's vector is the file's."""
+    """The probe for layers that train changes nothing: the vector of a spectral norm stays."""
     entry = keras.Input((4,))
     spectral = layers.SpectralNormalization(layers.Dense(4, use_bias=False))
     keras.Model(entry, layers.BatchNormalization(name="bn")(spectral(entry))).save(
@@ -420,7 +420,7 @@ def test_layers_that_change_in_training_infer(tmp_path: Path) -> None:
 
 
 def test_the_record_of_an_average_is_kept_and_extended(folder: Path, tmp_path: Path) -> None:
-    """It still tells the checkpoints, and now the pass; the data are named without their folder."""
+    """It has the checkpoints, and now the pass; the data are named without their folder."""
     average([folder / "dense.h5", folder / "dense.h5"][:1], tmp_path / "average.h5", scheme="exp")
     recalibrate(tmp_path / "average.h5", tmp_path / "o.h5", split(), batch_size=50)
     before, after = record(tmp_path / "average.h5"), record(tmp_path / "o.h5")
@@ -445,7 +445,7 @@ def test_the_record_of_an_average_is_kept_and_extended(folder: Path, tmp_path: P
 
 
 def test_a_model_without_a_record_gets_one(folder: Path, tmp_path: Path) -> None:
-    """Of version and pass alone; somebody else's text in its place is refused."""
+    """It gets a record of version and pass alone; another text in its place is refused."""
     recalibrate(folder / "dense.keras", tmp_path / "o.keras", split())
     assert set(record(tmp_path / "o.keras")) == {"polyak", "recalibrated", "sha256"}
     path = tmp_path / "m.h5"
@@ -472,7 +472,7 @@ def test_half_precision_is_rounded_once(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_recalibrated_is_refused(folder: Path, tmp_path: Path) -> None:
-    """No BatchNorm, all of it frozen, weights alone, other formats, other shapes: one line each."""
+    """No or only frozen BatchNorm, bare weights, other formats or shapes give one line each."""
     output = tmp_path / "o.h5"
     blobs = data.load("blobs").split("train")
     line = refusal(MismatchError, SAMPLES / "model_499.h5", output, blobs)
@@ -500,7 +500,7 @@ def test_what_cannot_be_recalibrated_is_refused(folder: Path, tmp_path: Path) ->
 
 
 def test_on_failure_an_older_output_stays(folder: Path, tmp_path: Path) -> None:
-    """Whatever fails, and whenever: the old file is whole, and no hidden one is left."""
+    """After any failure the old file is complete, and no hidden file is left."""
     output = tmp_path / "o.h5"
     output.write_bytes(b"old")
     old = tree(tmp_path)
@@ -544,7 +544,7 @@ def test_a_keras_that_saves_in_another_way_is_named(
 def test_statistics_that_are_not_the_files_are_never_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Should Keras load something else for a tensor than what lies there, nothing is written."""
+    """If Keras loads other values than those in the file, nothing is written."""
     own = batchnorm.locate_variables
 
     def crossed(model: Any, table: Any) -> dict[int, list[str]]:
@@ -595,7 +595,7 @@ def run_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("end", ["h5", "keras"])
 def test_averaging_can_recalibrate_in_one_go(run_folder: Path, tmp_path: Path, end: str) -> None:
-    """The file is, byte for byte, that of average and then recalibrate; the report has both."""
+    """The file equals that of average and then recalibrate; the report has both."""
     one, average_alone, two = (tmp_path / f"{name}.{end}" for name in ("one", "average", "two"))
     report = average(run_folder / end, one, scheme="linear", recalibrate=split(), batch_size=40)
     average(run_folder / end, average_alone, scheme="linear")
@@ -613,7 +613,7 @@ def test_averaging_can_recalibrate_in_one_go(run_folder: Path, tmp_path: Path, e
 def test_what_averaging_promises_holds_with_recalibration(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused before a tensor is read where that can be; on failure the old output is untouched."""
+    """Refused before a tensor is read if possible; on failure the old output is unchanged."""
     output = tmp_path / "o.h5"
     output.write_bytes(b"old")
     old = tree(tmp_path)
@@ -643,13 +643,13 @@ def test_what_averaging_promises_holds_with_recalibration(
 
 
 def write_npz(path: Path) -> Path:
-    """Write tensors that are no model."""
+    """Write tensors that are not a model."""
     np.savez(path, a=ROWS)
     return path
 
 
 def interrupted(*_: Any, **__: Any) -> Any:
-    """Do as Ctrl-C does."""
+    """Raise what Ctrl-C raises."""
     raise KeyboardInterrupt
 
 
@@ -658,7 +658,7 @@ def interrupted(*_: Any, **__: Any) -> Any:
 
 @pytest.mark.slow
 def test_the_command_recalibrates_on_the_training_rows(folder: Path, tmp_path: Path) -> None:
-    """Report, JSON and inspect tell rows and layers; the output is what the call gives."""
+    """Report, JSON and inspect name rows and layers; the output equals that of the function."""
     np.savez(tmp_path / "d.npz", x_train=ROWS, y_train=LABELS, x_test=ROWS[:9], y_test=LABELS[:9])
     (tmp_path / "m.h5").write_bytes((folder / "dense.h5").read_bytes())
     command = ("recalibrate", "m.h5", "--data", "d.npz", "-o", "o.h5")
@@ -679,7 +679,7 @@ def test_the_command_recalibrates_on_the_training_rows(folder: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_the_command_fails_in_one_line(tmp_path: Path) -> None:
-    """Exit 3 and nothing written where there is nothing to recalibrate."""
+    """Exit 3 and nothing is written if there is nothing to recalibrate."""
     model = SAMPLES / "model_499.h5"
     done = polyak("recalibrate", model, "--data", "blobs", "-o", "o.h5", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (3, "")
@@ -689,7 +689,7 @@ def test_the_command_fails_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_averages_and_recalibrates(run_folder: Path, tmp_path: Path) -> None:
-    """The plan says so, a dry run writes nothing, report and JSON tell what was done."""
+    """The plan names it, a dry run writes nothing, report and JSON say what was done."""
     np.savez(tmp_path / "d.npz", x=ROWS, y=LABELS)
     command = ("average", run_folder / "h5", "--recalibrate", "d.npz", "--batch-size", 50)
     done = polyak(*command, "--dry-run", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""What is true of averaging over many seeds of the sample network: shapes, and digits of no seed.
+"""What averaging does over many seeds of the sample network, whatever the digits of one seed.
 
 The tutorial's figures show one run.  Here, each seed is a run of its own, of 500 epochs, whose last
 ten checkpoints are scored alone and averaged over every window, on all 1,000 test points.
@@ -24,7 +24,7 @@ Accuracies = dict[str, npt.NDArray[np.float64]]
 
 
 def accuracy(path: Path, rows: data.Split) -> float:
-    """Return the share of rows told right, by the network's formula in numpy."""
+    """Return the share of rows classified correctly, by the formula of the network in numpy."""
     with h5py.File(path) as file:
         tensors = {}
         file["model_weights"].visititems(
@@ -57,7 +57,7 @@ def accuracies(tmp_path_factory: pytest.TempPathFactory) -> Accuracies:
 
 
 def test_a_window_of_one_is_the_newest_model(accuracies: Accuracies) -> None:
-    """Every scheme begins with it, and with ten checkpoints the schemes differ."""
+    """Every scheme begins with the newest, and with ten checkpoints the schemes differ."""
     for name in SCHEMES:
         assert accuracies[name].shape == (SEEDS, LAST)
         assert np.array_equal(accuracies[name][:, 0], accuracies["single"][:, -1])
@@ -65,14 +65,14 @@ def test_a_window_of_one_is_the_newest_model(accuracies: Accuracies) -> None:
 
 
 def test_accuracy_spreads_less_over_windows_than_over_models(accuracies: Accuracies) -> None:
-    """How many checkpoints are averaged matters less than which single one is taken."""
+    """The number of averaged checkpoints matters less than the choice of a single one."""
     singles = accuracies["single"].std(axis=1).mean()
     for name in SCHEMES:
         assert accuracies[name].std(axis=1).mean() < singles
 
 
 def test_the_average_is_no_worse_than_the_mean_model(accuracies: Accuracies) -> None:
-    """Of ten checkpoints by any scheme, within two standard errors over the seeds."""
+    """This holds for ten checkpoints and any scheme, within two standard errors over the seeds."""
     mean = accuracies["single"].mean(axis=1)
     for name in SCHEMES:
         gains = accuracies[name][:, -1] - mean
@@ -80,6 +80,6 @@ def test_the_average_is_no_worse_than_the_mean_model(accuracies: Accuracies) -> 
 
 
 def test_exp_is_the_flattest_line(accuracies: Accuracies) -> None:
-    """Its accuracy changes least from one window to the next, as the oldest hardly count."""
+    """Its accuracy changes least from window to window, as the oldest hardly count."""
     steps = {name: np.abs(np.diff(accuracies[name], axis=1)).mean() for name in SCHEMES}
     assert steps["exp"] < min(steps["equal"], steps["linear"])

@@ -1,4 +1,4 @@
-"""Sweeping the sample run, with Keras itself as the oracle."""
+"""Sweeps of the sample run, with Keras itself as the oracle."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def scored(path: Path, rows: data.Split) -> tuple[float, float]:
 def test_every_candidate_has_the_scores_of_its_own_average(
     found: sweeping.Sweep, tmp_path: Path
 ) -> None:
-    """What the sweep says of a window and a scheme is what Keras says of `average`'s file."""
+    """The scores of a window and a scheme are those of Keras for the file of `average`."""
     halves = dict(
         zip(("selection", "reporting"), data.halves(data.load("blobs").split()), strict=True)
     )
@@ -72,7 +72,7 @@ def test_every_candidate_has_the_scores_of_its_own_average(
 
 
 def test_the_winner_is_best_on_the_selection_rows(found: sweeping.Sweep) -> None:
-    """No single, average or soup is better there; reporting rows are others, of equal number."""
+    """No single, average or soup is better there; the reporting rows are as many, and others."""
     competing = [row for row in found.rows if row.candidate.kind != "ensemble"]
     best = max(row.value("accuracy", "selection") for row in competing)
     assert found.winner.value("accuracy", "selection") == best
@@ -81,7 +81,7 @@ def test_the_winner_is_best_on_the_selection_rows(found: sweeping.Sweep) -> None
 
 
 def test_gains_are_paired_differences_on_the_reporting_rows(found: sweeping.Sweep) -> None:
-    """The difference in accuracy is that of the two candidates' own, within its interval."""
+    """The difference is that of the accuracies of the two candidates, and in its interval."""
     newest = next(r for r in found.rows if r.candidate.coefficients == (0.0, 0.0, 0.0, 1.0))
     gain = next(gain for gain in found.gains["newest"] if gain.metric == "accuracy")
     difference = found.winner.value("accuracy", "reporting") - newest.value("accuracy", "reporting")
@@ -105,9 +105,9 @@ def test_the_ensemble_is_the_mean_of_predictions(found: sweeping.Sweep) -> None:
 
 def test_the_report_says_which_files_it_is_about(found: sweeping.Sweep) -> None:
     """Path, epoch, size and digest of each checkpoint, and the version that averaged them."""
-    told = found.data()
-    assert told["polyak"] == __version__
-    for epoch, checkpoint in zip(range(496, 500), told["checkpoints"], strict=True):
+    described = found.data()
+    assert described["polyak"] == __version__
+    for epoch, checkpoint in zip(range(496, 500), described["checkpoints"], strict=True):
         path = SAMPLE / f"model_{epoch}.h5"
         assert checkpoint == {
             "path": str(path),
@@ -133,7 +133,7 @@ def test_average_repeats_a_soup_by_its_coefficients(found: sweeping.Sweep, tmp_p
 
 
 def test_soups_are_no_worse_than_what_they_began_with(found: sweeping.Sweep) -> None:
-    """On the selection rows, and their coefficients are such."""
+    """This holds on the selection rows; coefficients are not negative, and their sum is 1."""
     singles = [row for row in found.rows if row.candidate.kind == "single"]
     greedy, fitted = [row for row in found.rows if row.candidate.kind == "soup"]
     best = max(row.value("accuracy", "selection") for row in singles)
@@ -145,7 +145,7 @@ def test_soups_are_no_worse_than_what_they_began_with(found: sweeping.Sweep) -> 
 
 
 def test_averages_are_recalibrated_before_they_are_scored(tmp_path: Path) -> None:
-    """With BatchNorm, each has the scores of what `average --recalibrate` writes."""
+    """With BatchNorm, each has the scores of the file of `average --recalibrate`."""
     import keras
 
     keras.utils.set_random_seed(1)
@@ -190,26 +190,26 @@ def test_averages_are_recalibrated_before_they_are_scored(tmp_path: Path) -> Non
 
 
 def test_the_command_writes_report_and_winner(tmp_path: Path) -> None:
-    """Report, figure, tables and the winner, which is the file that `average` writes."""
+    """It writes report, figure, tables, and the winner, which equals the file of `average`."""
     report, best = tmp_path / "report", tmp_path / "best.h5"
     run = polyak(
         "sweep", SAMPLE, "--data", "blobs", "--windows", "1-3", "--schemes", "equal,linear",
         "-o", report, "--write-best", best, "--json", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    told: dict[str, Any] = json.loads(run.stdout)
+    described: dict[str, Any] = json.loads(run.stdout)
     assert {path.name for path in tmp_path.iterdir()} == {"report", "best.h5"}
     with open(report / "sweep.csv") as file:
         assert [line["label"] for line in csv.DictReader(file)] == [
-            r["label"] for r in told["rows"]
+            r["label"] for r in described["rows"]
         ]
-    winner = told["winner"]
+    winner = described["winner"]
     again = tmp_path / "again.h5"
     if winner["kind"] == "average":
         options = ["--last", str(winner["window"]), "--scheme", winner["scheme"]]
         made = polyak("average", SAMPLE, *options, "-o", again, cwd=tmp_path)
     else:
-        single = told["checkpoints"][winner["coefficients"].index(1.0)]["path"]
+        single = described["checkpoints"][winner["coefficients"].index(1.0)]["path"]
         made = polyak("average", single, "-o", again, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert again.read_bytes() == best.read_bytes()
@@ -219,7 +219,7 @@ def test_the_command_writes_report_and_winner(tmp_path: Path) -> None:
 
 
 def test_a_terminal_shows_how_far_the_sweep_is(tmp_path: Path) -> None:
-    """Candidates scored and how many there are; those of the same coefficients count once."""
+    """It counts scored candidates and all of them; equal coefficients count once."""
     options = ["--data", "blobs", "--last", "2", "--schemes", "equal,exp:2", "-o", "report"]
     code, text = on_terminal([*script(EAGER, "sweep", str(SAMPLE), *options)], tmp_path)
     assert code == 0, text

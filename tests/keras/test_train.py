@@ -19,7 +19,7 @@ SAMPLES = Path(__file__).parents[2] / "sample_checkpoints"
 
 
 def accuracy_and_loss(path: Path) -> tuple[float, float]:
-    """Return what a checkpoint of the sample run makes of the test points, with numpy alone."""
+    """Return accuracy and loss of a checkpoint of the sample run, by numpy alone."""
     rows = data.load("blobs").split("test")
     points, classes = np.asarray(rows.features), np.asarray(rows.labels)
     with h5py.File(path) as file:
@@ -36,7 +36,7 @@ def accuracy_and_loss(path: Path) -> tuple[float, float]:
 
 
 def test_the_last_epochs_are_kept_and_all_are_logged(tmp_path: Path) -> None:
-    """Each of the last epochs leaves a model file named from 0, every epoch a row of the log."""
+    """The last epochs leave model files, numbered from 0, and every epoch a row of the log."""
     seen: list[tuple[int, Mapping[str, float]]] = []
     report = sample_run.train(
         tmp_path / "new" / "run", epochs=4, keep=2, progress=lambda *both: seen.append(both)
@@ -59,7 +59,7 @@ def test_the_last_epochs_are_kept_and_all_are_logged(tmp_path: Path) -> None:
 
 
 def test_what_is_logged_is_what_the_checkpoint_does(tmp_path: Path) -> None:
-    """The test accuracy and loss of the last epoch are those that numpy finds in its file."""
+    """The test accuracy and loss of the last epoch are those of numpy for its file."""
     report = sample_run.train(tmp_path, epochs=3, keep=1)
     right, loss = accuracy_and_loss(report.checkpoints[0])
     assert report.history["val_accuracy"][-1] == pytest.approx(right, abs=1e-6)
@@ -67,7 +67,7 @@ def test_what_is_logged_is_what_the_checkpoint_does(tmp_path: Path) -> None:
 
 
 def test_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
-    """Two runs write the same files, another seed others; nothing hangs on what ran before."""
+    """The same seed gives the same files, another one others, whatever ran before."""
     for name, seed in (("one", 3), ("other", 4), ("again", 3)):
         sample_run.train(tmp_path / name, epochs=3, keep=2, seed=seed)
 
@@ -79,7 +79,7 @@ def test_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_fewer_epochs_than_are_to_be_kept_are_all_kept(tmp_path: Path) -> None:
-    """--keep is of how many at the end, at most."""
+    """--keep is an upper limit."""
     report = sample_run.train(tmp_path, epochs=2, keep=10)
     assert [path.name for path in report.checkpoints] == ["model_0.h5", "model_1.h5"]
 
@@ -132,14 +132,14 @@ def test_an_earlier_run_is_not_mixed_with_a_new_one(tmp_path: Path) -> None:
 def test_numbers_out_of_range_are_refused(
     tmp_path: Path, arguments: dict[str, Any], message: str
 ) -> None:
-    """Before anything is written."""
+    """They are refused before anything is written."""
     with pytest.raises(UsageError, match=message):
         sample_run.train(tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    """A file where the folder should be, or above it, is named."""
+    """A file in place of the folder, or above it, is named."""
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file: is not a folder to write to"):
         sample_run.train(tmp_path / "file", epochs=1)
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_leaves_whole_checkpoints_only(tmp_path: Path) -> None:
-    """What was saved before the interrupt stays; nothing half-written is left, hidden or not."""
+    """Files saved before the interrupt stay; no partial file is left, hidden or not."""
 
     def interrupt(epoch: int, _metrics: Mapping[str, float]) -> None:
         if epoch == 1:
@@ -163,7 +163,7 @@ def test_an_interrupted_run_leaves_whole_checkpoints_only(tmp_path: Path) -> Non
 def test_a_failed_save_leaves_nothing_under_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk in the middle of a file is one line, and the hidden file is gone."""
+    """A full disk in the middle of a file gives one line, and the hidden file is removed."""
     import keras
 
     def fail(_model: object, path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_failed_save_leaves_nothing_under_the_name(
 def test_a_missing_framework_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without TensorFlow the message is what to install."""
+    """Without TensorFlow the message says what to install."""
     monkeypatch.setattr(keras_files, "find_spec", lambda _name: None)
     with pytest.raises(MissingExtraError, match=r"polyak train needs .*'polyak\[tensorflow\]'"):
         sample_run.train(tmp_path, epochs=1)
@@ -190,7 +190,7 @@ def test_a_missing_framework_names_the_extra(
 
 
 def test_the_samples_are_of_this_command(tmp_path: Path) -> None:
-    """The shipped run begins as the command with its defaults begins, rounding aside."""
+    """The first epochs of the command equal those of the shipped run, except for rounding."""
     report = sample_run.train(tmp_path, epochs=2)
     with open(SAMPLES / "training.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -200,16 +200,16 @@ def test_the_samples_are_of_this_command(tmp_path: Path) -> None:
 
 
 def test_the_figures_of_the_samples_are_true() -> None:
-    """The README tells each sample's accuracy and loss, and the log agrees."""
+    """The README has accuracy and loss of each sample, and the log agrees."""
     text = (SAMPLES / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"\| (\d+) \| ([\d.]+) \| ([\d.]+) \|", text)
-    told = {int(epoch): (right, loss) for epoch, right, loss in lines}
-    assert list(told) == list(range(490, 500))
+    listed = {int(epoch): (right, loss) for epoch, right, loss in lines}
+    assert list(listed) == list(range(490, 500))
     with open(SAMPLES / "training.csv", newline="") as file:
         logged = {int(row["epoch"]): row for row in csv.DictReader(file)}
-    found = {epoch: accuracy_and_loss(SAMPLES / f"model_{epoch}.h5") for epoch in told}
+    found = {epoch: accuracy_and_loss(SAMPLES / f"model_{epoch}.h5") for epoch in listed}
     for epoch, (accuracy, cross_entropy) in found.items():
-        assert told[epoch] == (f"{accuracy:.3f}", f"{cross_entropy:.4f}")
+        assert listed[epoch] == (f"{accuracy:.3f}", f"{cross_entropy:.4f}")
         assert float(logged[epoch]["val_accuracy"]) == pytest.approx(accuracy, abs=1e-6)
     means = [f"{np.mean(column):.4f}" for column in zip(*found.values(), strict=True)]
     assert f"| mean of the ten | {means[0]} | {means[1]} |" in text
