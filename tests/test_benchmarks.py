@@ -421,4 +421,4 @@ def test_cold_and_startup_run(tmp_path: Path) -> None:
     )
     assert all(not row["error"] for row in [*cold["rows"], *startup["rows"]])
     assert "page cache" in cold["notes"][0].lower()
-    assert [reach["limit"] for reach in startup["reach"]] == [2.0, 2.5]
+    assert [reach["limit"] for reach in startup["reach"]] == [1.5, 1.8]

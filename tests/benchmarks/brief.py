@@ -46,11 +46,11 @@ def startup(session: Session) -> dict[str, Any]:
         "reach": [
             reach.data()
             for reach in (
-                Reach("--help against importing click", ratio(found["help"], found["click"]), 2.0),
+                Reach("--help against importing click", ratio(found["help"], found["click"]), 1.5),
                 Reach(
                     "ten sample files against importing click, numpy and h5py",
                     ratio(found["samples"], found["imports"]),
-                    2.5,
+                    1.8,
                 ),
             )
         ],
