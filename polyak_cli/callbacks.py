@@ -1,8 +1,7 @@
-"""INSIDE TRAINING: a Keras callback that saves checkpoints and keeps their average current.
+"""A Keras callback that saves checkpoints and keeps their average current.
 
-Imports keras as soon as it is imported itself, as a callback is a subclass of Keras's; so nothing
-else of the package imports it.  Knows how its own checkpoints are called; how they are averaged is
-`averaging`'s.
+Importing it imports keras, because a callback is a subclass of Keras's; so no other module of the
+package imports it.  Knows the names of its own checkpoints, but not how they are averaged.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ try:
 except ModuleNotFoundError:
     raise MissingExtraError("polyak_cli.callbacks", "tensorflow") from None
 
-#: Names by which Keras tells what to save; the longer first.
+#: Suffixes by which Keras decides what to save; the longer first.
 _SUFFIXES = (".weights.h5", ".h5", ".hdf5", ".keras")
 
 
 class Settings(TypedDict, total=False):
-    """What averaging may be told besides the scheme: see `polyak_cli.Options`."""
+    """Options of averaging besides the scheme; see `polyak_cli.Options`."""
 
     alpha: float | None
     decay: float | None
@@ -52,8 +51,8 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
 
     Checkpoints and output appear whole under their names or not at all, and the output is to the
     byte what ``polyak average`` makes of the same checkpoints.  While there are fewer than
-    ``last``, all are averaged.  A training that is resumed with ``initial_epoch`` goes on from the
-    checkpoints up to that epoch; later ones, of a run that is repeated, do not count.
+    ``last``, all are averaged.  A training that is resumed with ``initial_epoch`` continues with
+    the checkpoints up to that epoch; later ones belong to an older run and are ignored.
 
     Args:
         checkpoints: a directory, for ``model_01.h5`` and so on with the output's suffix, or a path
@@ -64,7 +63,7 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         last: how many of the newest checkpoints to average.
         scheme: the rule that gives coefficients.
         every: epochs from one checkpoint to the next.
-        keep: delete all but the newest so many checkpoints, at least ``last``; None keeps all.
+        keep: how many of the newest checkpoints to keep, at least ``last``; None keeps all.
         force: replace an output that is no average by polyak.
         **settings: see `Settings`.
 
@@ -91,7 +90,7 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
     ) -> None:
         super().__init__()
         self.output = Path(output)
-        self.folder, self.pattern, self.suffix = _named(os.fspath(checkpoints), self.output)
+        self.folder, self.pattern, self.suffix = _parse_name(os.fspath(checkpoints), self.output)
         self.last, self.every, self.keep, self.force = last, every, keep, force
         self.options = cast(pipeline.Options, {"scheme": scheme, **settings})
         self.report: pipeline.Report | None = None
@@ -100,7 +99,7 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         pipeline.parse_options(self.options)
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        """Refuse what would only be found out after an epoch."""
+        """Refuse an output that could not be replaced, before an epoch is wasted."""
         del logs
         if not self.force:
             pipeline.check_replaceable(self.output)
@@ -108,13 +107,13 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         self._run = None
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Find what an earlier part of the run has saved; the first epoch tells of which."""
+        """Find the checkpoints of an earlier part of the run, before its first epoch."""
         del logs
         if self._run is None:
-            self._run = self._earlier(epoch)
+            self._run = self._find_earlier(epoch)
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Save a checkpoint, average, and delete what is not to be kept."""
+        """Save a checkpoint, average, and delete old checkpoints."""
         if (epoch + 1) % self.every:
             return
         saved = self._save(epoch + 1, logs or {})
@@ -125,7 +124,7 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         options["force"] = True
         self.report = pipeline.average(run, self.output, **options)
         old = run[: -self.keep] if self.keep else []
-        for path in old:  # only when the average is there
+        for path in old:  # only after the average was published
             path.unlink(missing_ok=True)
         self._run = run[len(old) :]
 
@@ -146,9 +145,9 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         finally:
             hidden.unlink(missing_ok=True)
 
-    def _earlier(self, epoch: int) -> list[Path]:
+    def _find_earlier(self, epoch: int) -> list[Path]:
         """Return the checkpoints of the epochs before this one, oldest first."""
-        pattern = _expression(self.pattern)
+        pattern = _compile_pattern(self.pattern)
         found: dict[int, Path] = {}
         for path in sorted(self.folder.iterdir()):
             match = pattern.fullmatch(path.name)
@@ -163,7 +162,7 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         return [found[number] for number in sorted(found)]
 
 
-def _named(checkpoints: str, output: Path) -> tuple[Path, str, str]:
+def _parse_name(checkpoints: str, output: Path) -> tuple[Path, str, str]:
     """Return folder, pattern of the names, and suffix of the checkpoints."""
     path = Path(checkpoints)
     fields = [field for _, field, _, _ in Formatter().parse(path.name) if field is not None]
@@ -184,8 +183,8 @@ def _named(checkpoints: str, output: Path) -> tuple[Path, str, str]:
     return path.parent, path.name, suffix
 
 
-def _expression(pattern: str) -> re.Pattern[str]:
-    """Return what matches the names that a pattern makes."""
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Return an expression that matches the names made from a pattern."""
     text = ""
     for literal, field, _, _ in Formatter().parse(pattern):
         text += re.escape(literal)

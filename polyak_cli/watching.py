@@ -1,12 +1,12 @@
-"""WHILE TRAINING GOES ON: keep the average of a directory's checkpoints current.
+"""Keep the average of a directory's checkpoints current while training writes them.
 
-Knows when a checkpoint is whole and when an output is out of date; how they are averaged is
-`averaging`'s.  Looks again every few seconds at what `stat` tells: the system's notifications would
-be quicker, but do not come from network file systems, where the checkpoints of clusters lie.
+Knows when a checkpoint is whole and when an output is out of date, but not how checkpoints are
+averaged.  Calls `stat` every few seconds: notifications of the system would be quicker, but network
+file systems, where clusters keep checkpoints, send none.
 
 The rule: a checkpoint counts when two looks found it unchanged and it can be read whole.  Until
-then it is as if it were not there, so the average is that of the others; and the average is made
-anew when a checkpoint has come or changed, never because one has gone or is being rewritten.
+then the average is that of the others.  It is made again when a checkpoint was added or changed,
+never because one was deleted or is being rewritten.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from polyak_cli.pipeline import Options, Report
 from polyak_cli.storage import File, Version
 
 INTERVAL = 2.0  # seconds
-#: Looks that find the same trouble in an unchanged file before it is told.
+#: Looks that find the same problem in an unchanged file before it is reported.
 _PATIENCE = 5
 
 _Files = tuple[File, ...]
@@ -47,8 +47,8 @@ def watch(
 ) -> Iterator[Report]:
     """Average the checkpoints of a directory, and again whenever there are new ones.
 
-    What is published is to the byte what `average` makes of the same checkpoints.  ``last`` and
-    ``best`` take what is there while there is less, ``coefficients`` wait for as many checkpoints.
+    What is published is to the byte what `average` makes of the same checkpoints.  With
+    fewer checkpoints than ``last`` or ``best``, all are averaged; ``coefficients`` wait for enough.
 
     >>> for report in watch("ckpts/", "latest.h5", last=10, scheme="exp"):  # doctest: +SKIP
     ...     print(len(report.plan.checkpoints), report.notes)
@@ -58,7 +58,7 @@ def watch(
         output: the file to write and to replace each time, in the directory or elsewhere.
         interval: seconds between two looks.
         once: look twice and end, as from cron; an output that is up to date is left alone.
-        told: given what the user should know of what is waited for, a line each.
+        told: called with each message on what is waited for, one line each.
         **options: see `averaging.Options`; ``force`` replaces an output that is no average.
 
     Returns:
@@ -68,7 +68,7 @@ def watch(
         UsageError: the options contradict one another.
         OutputError: the output is in the way or cannot be written.
         CheckpointError: the checkpoints cannot be ordered.
-        PolyakError: another leaf of it for what waiting will not mend.
+        PolyakError: another subclass, for problems that waiting does not solve.
     """
     if not (interval > 0 and math.isfinite(interval)):
         raise UsageError(f"--interval is {interval:g}; expected a number of seconds above 0")
@@ -79,10 +79,10 @@ def watch(
         pipeline.check_replaceable(Path(output))
     options["force"] = True  # from now on: it is an average, or the user has said so
     watched = _Watched(Path(directory), Path(output), options, told or (lambda _: None), once)
-    return _reports(watched, interval, 2 if once else None)
+    return _look_repeatedly(watched, interval, 2 if once else None)
 
 
-def _reports(watched: _Watched, interval: float, looks: int | None) -> Iterator[Report]:
+def _look_repeatedly(watched: _Watched, interval: float, looks: int | None) -> Iterator[Report]:
     """Look and wait in turn."""
     while True:
         report = watched.look()
@@ -95,7 +95,7 @@ def _reports(watched: _Watched, interval: float, looks: int | None) -> Iterator[
 
 
 class _Seen(NamedTuple):
-    """What was found of one checkpoint."""
+    """The findings on one checkpoint."""
 
     files: _Files
     trouble: str  # why it cannot be read, '' where it can
@@ -110,7 +110,7 @@ class _Seen(NamedTuple):
 
 @dataclass(slots=True)
 class _Watched:
-    """A directory, and what is known of it."""
+    """A directory, and the state of its checkpoints and output."""
 
     directory: Path
     output: Path
@@ -119,35 +119,35 @@ class _Watched:
     once: bool
     looks: int = 0
     seen: dict[Path, _Seen] = field(default_factory=dict)  # by the file that opens it
-    held: dict[Path, _Files] | None = None  # what the output is of; None where not known yet
+    held: dict[Path, _Files] | None = None  # the inputs of the output; None if not known yet
 
     def look(self) -> Report | None:
         """Look once, and publish an average if there is a new one to be made.
 
         Raises:
-            PolyakError: what is wrong, while nothing changes that could mend it.
+            PolyakError: the problem, if nothing changed in the directory meanwhile.
         """
         self.looks += 1
-        names = self._names()
+        names = self._list_names()
         try:
-            selection = self._selection()
-            plan = self._due(selection)
+            selection = self._select()
+            plan = self._plan_if_due(selection)
             if not plan:
                 return None
             report = pipeline.run(plan)
         except (UsageError, OutputError):
             raise
         except PolyakError as error:
-            if self._stands_still(names):
+            if self._is_still(names):
                 raise
             self.told(f"{error}; the directory is changing, so it is looked at again")
             return None
-        self.held = _files_of(plan)
-        return replace(report, notes=(*self._fewer(plan), *report.notes))
+        self.held = _map_files(plan)
+        return replace(report, notes=(*self._note_fewer(plan), *report.notes))
 
     # --- what is there ----------------------------------------------------------------------------
 
-    def _names(self) -> set[str]:
+    def _list_names(self) -> set[str]:
         try:
             return set(os.listdir(self.directory))  # noqa: PTH208 (names are all that is compared)
         except OSError as error:
@@ -155,18 +155,18 @@ class _Watched:
                 f"{shown(self.directory)}: is not a directory to watch: {error.strerror}"
             ) from None
 
-    def _stands_still(self, names: set[str]) -> bool:
-        """Tell whether all is as it was when the look began, so that another finds the same."""
-        same = all(map(_unchanged, (seen.files for seen in self.seen.values() if seen.whole)))
-        return same and self._names() == names
+    def _is_still(self, names: set[str]) -> bool:
+        """Return whether nothing changed since the look began, so that another finds the same."""
+        same = all(map(_are_unchanged, (seen.files for seen in self.seen.values() if seen.whole)))
+        return same and self._list_names() == names
 
-    def _selection(self) -> Selection:
+    def _select(self) -> Selection:
         """Return the checkpoints that count now; there may be none."""
         earlier, self.seen = self.seen, {}
         passed: dict[Path, str] = {}
 
         def sift(paths: Sequence[Path]) -> Collection[Path]:
-            self.seen = self._found(paths, earlier)
+            self.seen = self._look_at(paths, earlier)
             passed.update(
                 (path, "written by polyak" if seen.average else "not whole yet")
                 for path, seen in self.seen.items()
@@ -174,14 +174,14 @@ class _Watched:
             )
             return passed
 
-        choice, own = pipeline.parse_options(self.options)[0].choice, self._own_name()
+        choice, own = pipeline.parse_options(self.options)[0].choice, self._exclude_output()
         selection = averaging_options.select(
             self.directory,
             replace(choice, exclude=(*choice.exclude, *own)),
             growing=True,
             find_polyak_outputs=sift,
         )
-        self._tell(selection)
+        self._report_waiting(selection)
         about = []
         for one in selection.passed_over:
             reason = one.reason
@@ -192,23 +192,23 @@ class _Watched:
             about.append(replace(one, reason=reason))
         return replace(selection, passed_over=tuple(about))
 
-    def _own_name(self) -> list[str]:
-        """Return what keeps the output from being taken for a checkpoint, or for another kind."""
+    def _exclude_output(self) -> list[str]:
+        """Return a glob that excludes the output, if it is in the directory."""
         output = self.output
         inside = output.exists() and output.parent.resolve() == self.directory.resolve()
         return [glob.escape(output.name)] if inside else []
 
-    def _found(self, paths: Sequence[Path], earlier: Mapping[Path, _Seen]) -> dict[Path, _Seen]:
-        """Look at the checkpoints; only what is new, changed or in trouble is opened."""
+    def _look_at(self, paths: Sequence[Path], earlier: Mapping[Path, _Seen]) -> dict[Path, _Seen]:
+        """Look at the checkpoints; only new, changed or unreadable ones are opened."""
         seen: dict[Path, _Seen] = {}
         for path in paths:
             before = earlier.get(path)
-            if before and not before.trouble and _unchanged(before.files):
+            if before and not before.trouble and _are_unchanged(before.files):
                 seen[path] = before._replace(looks=before.looks + 1)
         to_try = [path for path in paths if path not in seen]
         for path, outcome in zip(to_try, formats.probe(to_try), strict=True):
             if isinstance(outcome, PolyakError):
-                found = _Seen(_file(path), str(outcome), False, 0)
+                found = _Seen(_find_file(path), str(outcome), False, 0)
             else:
                 found = _Seen(outcome.files, "", outcome.is_polyak_output, 0)
             before = earlier.get(path)
@@ -217,8 +217,8 @@ class _Watched:
             seen[path] = found
         return seen
 
-    def _tell(self, selection: Selection) -> None:
-        """Say what is waited for, where somebody may have to mend it."""
+    def _report_waiting(self, selection: Selection) -> None:
+        """Report what is waited for, if somebody may have to repair it."""
         patience = 1 if self.once else _PATIENCE
         for seen in self.seen.values():
             if seen.trouble and seen.looks == patience:
@@ -228,8 +228,8 @@ class _Watched:
 
     # --- what there is to do ----------------------------------------------------------------------
 
-    def _due(self, selection: Selection) -> Plan | None:
-        """Return the plan for a new output, None where there is nothing to do yet."""
+    def _plan_if_due(self, selection: Selection) -> Plan | None:
+        """Return the plan for a new output, None if there is nothing to do yet."""
         chosen: dict[Path, _Files] = {}
         for one in selection.checkpoints:
             path = checkpoints.find_file(one.path)
@@ -242,18 +242,18 @@ class _Watched:
         coefficients = self.options.get("coefficients")
         if not chosen or (coefficients and len(chosen) < len(coefficients)):
             return None
-        if self.held is not None and not self._outdated(chosen, self.held):
+        if self.held is not None and not self._is_outdated(chosen, self.held):
             return None
         plan = pipeline.plan(selection, self.output, **self.options)
-        if _files_of(plan) != chosen:
+        if _map_files(plan) != chosen:
             return None  # one was written to since: the next look finds it so
-        if self.held is None and self._up_to_date(plan, selection.left_out):
+        if self.held is None and self._is_up_to_date(plan, selection.left_out):
             self.held = chosen
             return None
         return plan
 
-    def _outdated(self, chosen: Mapping[Path, _Files], held: Mapping[Path, _Files]) -> bool:
-        """Tell whether the output lacks a checkpoint, or has one that is there and not chosen."""
+    def _is_outdated(self, chosen: Mapping[Path, _Files], held: Mapping[Path, _Files]) -> bool:
+        """Return whether the output lacks a checkpoint, or has one that is no longer chosen."""
         rewritten = any(not self.seen[path].whole for path in held if path in self.seen)
         if rewritten and list(chosen)[-1] in held:
             return False  # an average without it would last for moments only
@@ -261,10 +261,10 @@ class _Watched:
         left = [path for path in held if path not in chosen and path in self.seen]
         return new or any(self.seen[path].whole for path in left)
 
-    def _up_to_date(self, plan: Plan, left_out: Sequence[Path]) -> bool:
-        """Tell whether an output of an earlier run is what the plan would make, by its provenance.
+    def _is_up_to_date(self, plan: Plan, left_out: Sequence[Path]) -> bool:
+        """Return whether an earlier run's output is up to date, judging by its record.
 
-        Checkpoints that have gone since do not count here either.
+        Checkpoints that were deleted since do not count here either.
         """
         record = records.read_output_record(self.output) if self.output.exists() else None
         if not isinstance(record, dict) or not isinstance(record.get("inputs"), list):
@@ -288,8 +288,8 @@ class _Watched:
             and gone.isdisjoint(path.name for path in left_out)
         )
 
-    def _fewer(self, plan: Plan) -> list[str]:
-        """Say that there are fewer checkpoints than asked for, which `average` would refuse."""
+    def _note_fewer(self, plan: Plan) -> list[str]:
+        """Return a note if there are fewer checkpoints than asked for, which `average` refuses."""
         last, best = self.options.get("last"), self.options.get("best")
         option, wanted = ("last", last) if best is None else ("best", best)
         if len(plan.checkpoints) >= (wanted or 0):
@@ -297,21 +297,21 @@ class _Watched:
         return [f"fewer checkpoints than --{option} {wanted} are there yet; all are averaged"]
 
 
-def _files_of(plan: Plan) -> dict[Path, _Files]:
-    """Return what each checkpoint of a plan consists of."""
+def _map_files(plan: Plan) -> dict[Path, _Files]:
+    """Return the files of each checkpoint of a plan."""
     return {
         checkpoints.find_file(one.path): tuple(table.files)
         for one, table in zip(plan.checkpoints, plan.tables, strict=True)
     }
 
 
-def _file(path: Path) -> _Files:
-    """Return a file as it is now, nothing where it is gone."""
+def _find_file(path: Path) -> _Files:
+    """Return a file as it is now, nothing if it was deleted."""
     try:
         return (File(str(path), Version.of(path.stat())),)
     except OSError:
         return ()
 
 
-def _unchanged(files: _Files) -> bool:
-    return all(_file(Path(file.path)) == (file,) for file in files)
+def _are_unchanged(files: _Files) -> bool:
+    return all(_find_file(Path(file.path)) == (file,) for file in files)

@@ -63,7 +63,7 @@ def test_every_error_and_every_command_with_a_result_is_exported() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS | {"plan", "compare"}))
-def test_the_documentation_tells_arguments_and_errors(name: str) -> None:
+def test_the_documentation_names_arguments_and_errors(name: str) -> None:
     """Every parameter, and what is raised."""
     function = getattr(polyak_cli, name)
     text = inspect.getdoc(function) or ""

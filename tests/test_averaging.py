@@ -672,7 +672,7 @@ def test_options_that_make_no_sense(tmp_path: Path, options: Any, message: str) 
 
 
 def test_a_plan_without_output_cannot_run(tmp_path: Path) -> None:
-    """A dry run is told that something is missing."""
+    """A dry run reports that something is missing."""
     write_run(tmp_path)
     with pytest.raises(UsageError, match="no output"):
         run(plan(tmp_path))

@@ -27,7 +27,7 @@ def test_several_averages_are_each_what_average_writes(tmp_path: Path) -> None:
     ]
     rows = [[0.25] * 4, [0.0, 0.0, 0.5, 0.5], [0.0, 1.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]]
     outputs = [tmp_path / f"out_{k}.h5" for k in range(len(rows))]
-    writing.several(pipeline.plan(paths), rows, outputs)
+    writing.write_several(pipeline.plan(paths), rows, outputs)
     for row, output in zip(rows, outputs, strict=True):
         pipeline.average(paths, tmp_path / "one.h5", coefficients=row, force=True, hash=False)
         assert output.read_bytes() == (tmp_path / "one.h5").read_bytes()
@@ -59,6 +59,6 @@ def test_several_averages_read_each_byte_once(
     monkeypatch.setattr(records, "compute_sampled_digest", lambda _: "0" * 64)
     monkeypatch.setattr(os, "preadv", counted)
     rows = [[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.0, 0.5, 0.5]]
-    writing.several(plan, rows, [tmp_path / f"out_{k}.h5" for k in range(3)])
+    writing.write_several(plan, rows, [tmp_path / f"out_{k}.h5" for k in range(3)])
     assert max(reads.values()) == 1
     assert total == 3 * 200_000 * 4

@@ -720,7 +720,7 @@ def test_no_room_for_the_copy_is_refused(run: Path, monkeypatch: pytest.MonkeyPa
 def test_a_signal_leaves_no_copy(run: Path) -> None:
     """The copy is gone and the exit code is the signal's."""
     before = tree(run)
-    code = PAUSE.format(module="averaging.writing", function="again")
+    code = PAUSE.format(module="averaging.writing", function="write_again")
     process = stopped(code, "verify", "final.h5", "--source", "ckpts", cwd=run)
     assert tree(run) != before
     process.send_signal(signal.SIGTERM)

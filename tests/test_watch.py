@@ -138,7 +138,7 @@ def watcher(folder: Path, *options: str, code: str = "") -> Iterator[Watcher]:
     ids=str,
 )
 def test_the_output_is_that_of_average_to_the_byte(folder: Path, options: dict[str, Any]) -> None:
-    """Whatever the options, nothing tells how the file came to be."""
+    """Whatever the options, the file does not depend on how it was made."""
     (report,) = once(folder, **options)
     assert report.output == folder / "o.h5"
     assert (folder / "o.h5").read_bytes() == made(folder, **options)
@@ -381,7 +381,7 @@ def test_a_checkpoint_that_is_rewritten_is_waited_for(folder: Path) -> None:
 
 
 def test_a_checkpoint_whose_checksum_is_wrong_is_waited_for(folder: Path) -> None:
-    """Formats that can tell are asked before anything is averaged."""
+    """Formats with checksums are checked before anything is averaged."""
     shutil.rmtree(folder / "ckpts")
     (folder / "ckpts").mkdir()
     for k in (1, 2):
@@ -533,7 +533,7 @@ def test_an_ambiguous_order_ends_it(folder: Path) -> None:
 
 
 def test_values_that_cannot_be_averaged_end_it(folder: Path) -> None:
-    """A run that has diverged is told of."""
+    """A run that has diverged is reported."""
     write(folder / "ckpts/model_4.h5", float("nan"))
     with pytest.raises(MismatchError, match=r"model_4\.h5"):
         once(folder)
@@ -544,7 +544,7 @@ def test_values_that_cannot_be_averaged_end_it(folder: Path) -> None:
 
 
 def test_each_published_file_is_one_line_of_json(folder: Path) -> None:
-    """Flushed, with what `average --json` tells."""
+    """Each line is flushed, and has the keys of `average --json`."""
     with watcher(folder, "--json") as watched:
         for newest in (3, 4):
             found = json.loads(watched.line())

@@ -1,7 +1,7 @@
-"""The EMA that an optimizer keeps of a model's tensors, to be taken in their place.
+"""Replace a model's tensors by the EMAs that the optimizer keeps of them.
 
-Keras keeps it in the optimizer's state (``use_ema=True``).  A tensor that is not trained has none,
-such as BatchNorm's statistics, and stays what it is.  Reads nothing but tables.
+Keras keeps an EMA of each trained tensor in the optimizer's state (``use_ema=True``).  Tensors that
+are not trained, such as BatchNorm's statistics, have none and stay as they are.  Reads only tables.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from polyak_cli.errors import MismatchError, shown
 from polyak_cli.tensors import FLOATS, Table, TensorSpec
 
 
-def in_place(tables: Sequence[Table]) -> tuple[list[Table], list[str]]:
+def substitute_emas(tables: Sequence[Table]) -> tuple[list[Table], list[str]]:
     """Return the tables with EMAs in place of tensors, and the names of those that have none.
 
     Args:
         tables: of all checkpoints, with what is not the model's own; the last is the template.
 
     Raises:
-        MismatchError: a checkpoint has no EMA, or not of the tensors of which the template has, or
-            one of which it cannot be told whose it is; names file and tensor.
+        MismatchError: a checkpoint has no EMAs, has them of other tensors than the template, or has
+            one that fits no single tensor; names file and tensor.
     """
     found: dict[int, Mapping[str, TensorSpec]] = {}
     for table in tables:
         if id(table.tensors) not in found:  # tables of the same skeleton share their tensors
-            found[id(table.tensors)] = _ema(table)
+            found[id(table.tensors)] = _find_emas(table)
     wanted = found[id(tables[-1].tensors)]
     for table in tables:
         differing = sorted(found[id(table.tensors)].keys() ^ wanted.keys())
@@ -35,14 +35,16 @@ def in_place(tables: Sequence[Table]) -> tuple[list[Table], list[str]]:
                 f"{shown(table.path)} and {shown(tables[-1].path)}: only one of them has an EMA of "
                 f"tensor '{shown(differing[0])}'; average checkpoints of one run"
             )
+    # One merged mapping for each shared one: 100,000 tensors a checkpoint would not fit.
     merged = {id(t.tensors): {**t.tensors, **found[id(t.tensors)]} for t in tables}
     template = tables[-1].tensors.values()
     without = [s.name for s in template if s.dtype in FLOATS and s.name not in wanted]
     return [replace(table, tensors=merged[id(table.tensors)]) for table in tables], without
 
 
-def _ema(table: Table) -> dict[str, TensorSpec]:
+def _find_emas(table: Table) -> dict[str, TensorSpec]:
     """Return the EMA of each tensor that has one, described as the tensor is."""
+    # Keras writes the slots only if the model was saved with its optimizer.
     if not table.keras.ema_slots:
         why = table.rules.cautions.get(
             "ema", "the run was not trained with use_ema=True and saved whole"
@@ -56,11 +58,11 @@ def _ema(table: Table) -> dict[str, TensorSpec]:
                 f"{shown(table.path)}: the EMA slot '{shown(slot)}' fits {whose}; expected exactly "
                 "one slot of one tensor, told by its name"
             )
-        found[tensors[0]] = _described(table, table.others[slot], table.tensors[tensors[0]])
+        found[tensors[0]] = _describe_as(table, table.others[slot], table.tensors[tensors[0]])
     return found
 
 
-def _described(table: Table, slot: TensorSpec, tensor: TensorSpec) -> TensorSpec:
+def _describe_as(table: Table, slot: TensorSpec, tensor: TensorSpec) -> TensorSpec:
     """Return the tensor with the slot's values; its place in an output stays its own."""
     if (slot.shape, slot.dtype) != (tensor.shape, tensor.dtype):
         raise MismatchError(
@@ -68,6 +70,7 @@ def _described(table: Table, slot: TensorSpec, tensor: TensorSpec) -> TensorSpec
             f"dtype {slot.dtype}, but tensor '{shown(tensor.name)}' has {tensor.shape} and "
             f"{tensor.dtype}"
         )
+    # An EMA is read in the tensor's place, so it must have the tensor's layout in the file.
     if slot.storage is None or slot.storage.nbytes != tensor.nbytes:
         raise MismatchError(
             f"{shown(table.path)}: the EMA slot '{shown(slot.name)}' was never written or is not "

@@ -1,4 +1,4 @@
-"""Decide which tensors are averaged, carried or dropped, and what a user should know of it.
+"""Decide which tensors are averaged, carried or dropped, and collect notes for the user.
 
 Reads no values and opens no file.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
-from polyak_cli.averaging.matching import Row, is_statistic, leaf
+from polyak_cli.averaging.matching import Row, find_last_part, is_statistic
 from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import Checkpoint
 from polyak_cli.errors import MismatchError, UsageError, list_some, shown
@@ -16,7 +16,7 @@ from polyak_cli.tensors import FLOATS, Table, is_carried
 
 
 def drops_optimizer(template: Table, optimizer: str) -> bool:
-    """Tell whether the output leaves the optimizer's state out.
+    """Return whether the output leaves the optimizer's state out.
 
     Files that are restored as a whole need every part that their index lists.
     """
@@ -24,7 +24,7 @@ def drops_optimizer(template: Table, optimizer: str) -> bool:
 
 
 def map_stored_dtypes(averaged: Iterable[Row], dtype: str | None) -> dict[str, str]:
-    """Return where in the template each averaged tensor lies, and the type to store."""
+    """Return a mapping: location in the template -> the type to store, for averaged tensors."""
     return {row[-1].location: dtype or row[-1].dtype for row in averaged}
 
 
@@ -37,6 +37,7 @@ def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list
     """
     include, exclude = wanted.include_tensors, wanted.exclude_tensors
     names = [row[-1].name for row in rows]
+    # A glob that matches nothing is a typing error, and would change the result silently.
     for option, globs in (("include", include), ("exclude", exclude)):
         for glob in globs:
             if not any(fnmatch.fnmatchcase(name, glob) for name in names):
@@ -56,6 +57,7 @@ def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list
             )
         else:
             carried.append(row)
+    # Only now: a quantised kernel is known by the float scale that would be averaged beside it.
     _refuse_quantised(averaged, carried, where)
     if not averaged:
         raise MismatchError(
@@ -66,13 +68,15 @@ def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list
 
 def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row], where: str) -> None:
     """Refuse kernels of 8 bits with a float scale: the two mean nothing but together."""
+    # Each checkpoint has other scales: the mean integer times the mean scale is not the average.
     names = {row[-1].name for row in averaged}
     numbered = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2].isdigit()}
     for row in (*averaged, *carried):
         spec = row[-1]
         folder, _, last = spec.name.rpartition("/")
         narrow = spec.dtype in ("int8", "uint8")
-        nameless = narrow and last.isdigit() and spec.shape and folder in numbered  # weights files
+        # Weights files have numbers for names.
+        nameless = narrow and last.isdigit() and spec.shape and folder in numbered
         scaled = not names.isdisjoint((f"{spec.name}_scale", f"{spec.name}_scale_inv"))
         if nameless or (scaled and (narrow or spec.dtype.startswith("float8"))):
             raise MismatchError(
@@ -91,7 +95,7 @@ def list_notes(
     drop_optimizer: bool,
     recalibrates: bool,
 ) -> list[str]:
-    """Say what a user should know before the run."""
+    """Return what a user should know before the run."""
     notes = [
         f"{shown(table.path)} is itself an average that polyak wrote"
         for table in tables
@@ -101,6 +105,8 @@ def list_notes(
         notes.append(
             "the model configuration is not the same in all checkpoints; the newest one's is kept"
         )
+    # The averaged model's activations have other moments than the mean of the checkpoints' moments:
+    # Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018.
     names = [row[-1].name for row in averaged]
     statistics = [name for name in names if is_statistic(tables[-1], name)]
     if statistics and not recalibrates:
@@ -119,12 +125,13 @@ def list_notes(
             "optimizer state is the newest checkpoint's: such a file keeps it even where it is to "
             "be dropped, and it does not belong to averaged values"
         )
+    # Strings have no storage to compare; their digests come with the header.
     strings = [row[-1].name for row in carried if len({spec.digest for spec in row}) > 1]
     return notes + [describe_difference(name) for name in strings]
 
 
 def note_missing_emas(names: Sequence[str]) -> list[str]:
-    """Say which float tensors have no EMA, and are averaged themselves."""
+    """Return a note with the float tensors that have no EMA and are averaged themselves."""
     if not names:
         return []
     return [
@@ -134,7 +141,7 @@ def note_missing_emas(names: Sequence[str]) -> list[str]:
 
 
 def note_files_beside(newest: Checkpoint, template: Table) -> list[str]:
-    """Say what a folder has besides its tensors, which an average does not."""
+    """Return a note on the files in a checkpoint's folder that are not written."""
     if newest.path == template.path:
         return []
     return [
@@ -144,15 +151,15 @@ def note_files_beside(newest: Checkpoint, template: Table) -> list[str]:
 
 
 def describe_difference(name: str) -> str:
-    """Say that a carried tensor differs between the checkpoints."""
+    """Return the note that a carried tensor differs between the checkpoints."""
     return f"tensor '{shown(name)}' is not the same in all checkpoints; the newest one's is carried"
 
 
 def is_compared(row: Row) -> bool:
-    """Tell whether a carried tensor should be the same everywhere.
+    """Return whether a carried tensor should be the same in all checkpoints.
 
-    Not where it was asked for, and PyTorch's BatchNorm counts its batches.
+    Floats are carried only if an option says so, and PyTorch's BatchNorm counts its batches.
     """
     spec = row[-1]
-    counts = spec.dtype in FLOATS or leaf(spec.name) == "num_batches_tracked"
+    counts = spec.dtype in FLOATS or find_last_part(spec.name) == "num_batches_tracked"
     return not counts and all(spec.storage is not None for spec in row)

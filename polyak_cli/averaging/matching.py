@@ -1,6 +1,6 @@
-"""WHICH tensors belong together: pairs those of several checkpoints by name or by order.
+"""Pair the tensors of several checkpoints, by name or by order.
 
-Knows how Keras names layers, and why two checkpoints of one model may not agree.
+Knows how Keras names layers, and why two checkpoints of one model may differ.  Reads no values.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def match(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
         MismatchError: a tensor is missing, extra, or of another shape or dtype.
     """
     template = tables[-1]
-    pair = _by_order if by == "order" else _by_name
+    pair = _pair_by_order if by == "order" else _pair_by_name
     columns = [list(template.tensors.values())]
     # From the newest back: the first that differs says which window would still do.
     for left, table in enumerate(reversed(tables[:-1]), start=1):
-        if table.tensors is template.tensors:  # found to be the same by their very bytes
+        if table.tensors is template.tensors:  # the skeletons are equal byte for byte
             columns.insert(0, columns[-1])
             continue
         hint = f"; use --last {left} to average only the newer ones" if left > 1 else ""
@@ -51,10 +51,11 @@ def match(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
     return tuple(zip(*columns, strict=True))
 
 
-def _by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
+def _pair_by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
+    """Return the tensors in the template's order; refuse other names or other layers."""
     missing = [name for name in template.tensors if name not in table.tensors]
     extra = [name for name in table.tensors if name not in template.tensors]
-    if (missing or extra) and _renamed(table, template):
+    if (missing or extra) and _is_renumbered(table, template):
         ours, theirs = next(
             (a, b) for a, b in zip(table.tensors, template.tensors, strict=True) if a != b
         )
@@ -66,13 +67,14 @@ def _by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
     if missing:
         raise MismatchError(
             f"{shown(table.path)}: has no tensor '{shown(missing[0])}', but {shown(template.path)} "
-            f"has{_and_more(missing)}. Checkpoints must come from one model{hint}"
+            f"has{_count_others(missing)}. Checkpoints must come from one model{hint}"
         )
     if extra:
         raise MismatchError(
             f"{shown(table.path)}: has a tensor '{shown(extra[0])}' that {shown(template.path)} "
-            f"has not{_and_more(extra)}. Checkpoints must come from one model{hint}"
+            f"has not{_count_others(extra)}. Checkpoints must come from one model{hint}"
         )
+    # Names alone are not enough: Keras's loader goes by the position of a layer.
     for ours, theirs in zip(table.keras.layers, template.keras.layers, strict=False):
         if ours != theirs:
             raise MismatchError(
@@ -83,17 +85,20 @@ def _by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
     return [table.tensors[name] for name in template.tensors]
 
 
-def _and_more(names: Sequence[str]) -> str:
+def _count_others(names: Sequence[str]) -> str:
+    """Return how many names there are after the first, in brackets; "" if there are none."""
     return f" ({len(names) - 1} more such)" if len(names) > 1 else ""
 
 
-def _by_order(table: Table, template: Table, hint: str) -> list[TensorSpec]:
+def _pair_by_order(table: Table, template: Table, hint: str) -> list[TensorSpec]:
+    """Return the tensors as they stand; refuse an order that would mix different tensors."""
     column = list(table.tensors.values())
     if len(column) != len(template.tensors):
         raise MismatchError(
             f"{shown(table.path)}: has {len(column)} tensors, but {shown(template.path)} has "
             f"{len(template.tensors)}. Checkpoints must come from one model{hint}"
         )
+    # With equal names, another order means other layers: by position they would be mixed up.
     moved = next((a for a, b in zip(table.tensors, template.tensors, strict=True) if a != b), None)
     if moved and table.tensors.keys() == template.tensors.keys():
         raise MismatchError(
@@ -101,7 +106,7 @@ def _by_order(table: Table, template: Table, hint: str) -> list[TensorSpec]:
             f"from '{shown(moved)}' on; pair them by name, without --match order"
         )
     for ours, theirs in zip(table.tensors, template.tensors, strict=True):
-        if _plain(ours).rpartition("/")[2] != _plain(theirs).rpartition("/")[2]:
+        if _strip_numbers(ours).rpartition("/")[2] != _strip_numbers(theirs).rpartition("/")[2]:
             raise MismatchError(
                 f"{shown(table.path)}: by order, tensor '{shown(ours)}' would be averaged with "
                 f"'{shown(theirs)}' of {shown(template.path)}; they are not the same tensor"
@@ -109,18 +114,22 @@ def _by_order(table: Table, template: Table, hint: str) -> list[TensorSpec]:
     return column
 
 
-def _plain(name: str) -> str:
+def _strip_numbers(name: str) -> str:
     """Return a name without the numbers that Keras appends to make names unique, and without :0."""
     return re.sub(r"_\d+(?=/|$)", "", re.sub(r":\d+$", "", name))
 
 
-def _renamed(table: Table, template: Table) -> bool:
-    return [_plain(n) for n in table.tensors] == [_plain(n) for n in template.tensors]
+def _is_renumbered(table: Table, template: Table) -> bool:
+    """Return whether the names differ only in the numbers that Keras appends."""
+    return [_strip_numbers(n) for n in table.tensors] == [
+        _strip_numbers(n) for n in template.tensors
+    ]
 
 
 def _check_same(
     table: Table, ours: TensorSpec, template: Table, theirs: TensorSpec, hint: str
 ) -> None:
+    # Fortran order is an arrangement too: the bytes of the two orders do not match.
     for what, one, other in (
         ("shape", ours.shape, theirs.shape),
         ("dtype", ours.dtype, theirs.dtype),
@@ -144,14 +153,14 @@ def sources_of(tables: Sequence[Table], row: Row) -> list[TensorSource]:
     ]
 
 
-def leaf(name: str) -> str:
+def find_last_part(name: str) -> str:
     """Return the last part of a tensor's name."""
     return re.split(r"[/.]", name)[-1].partition(":")[0]
 
 
 def is_statistic(table: Table, name: str) -> bool:
-    """Tell whether a tensor is one of BatchNorm's moving statistics."""
-    return leaf(name) in _STATISTICS or name in table.keras.statistics
+    """Return whether a tensor is one of BatchNorm's moving statistics."""
+    return find_last_part(name) in _STATISTICS or name in table.keras.statistics
 
 
 def files_of(tables: Sequence[Table]) -> list[File]:
@@ -160,7 +169,7 @@ def files_of(tables: Sequence[Table]) -> list[File]:
 
 
 def compared(tables: Sequence[Table], rows: Iterable[Row]) -> Iterator[ReadTensor]:
-    """Yield those of the tensors that are not empty as the engine wants to know of them."""
+    """Yield the tensors that are not empty, in the form in which the engine reads them."""
     for row in rows:
         if row[0].size:
             dtypes = [spec.dtype for spec in row]

@@ -49,7 +49,7 @@ class Options(TypedDict, total=False):
         sigma: of power.
         coefficients: in place of a scheme, oldest first.
         dtype: stored float type, one of `tensors.FLOATS`; as in the template.
-        optimizer: what becomes of the optimizer's state; "drop".
+        optimizer: "drop" (the default) or "newest": leave the optimizer's state out, or carry it.
         include_tensors: globs: average only these.
         exclude_tensors: globs: carry these.
         match: how tensors are paired; "name".
@@ -136,7 +136,7 @@ class Weighting:
         """Return one coefficient a checkpoint, oldest first.
 
         Raises:
-            UsageError: they cannot be computed for so many checkpoints.
+            UsageError: they do not fit the number of checkpoints.
         """
         return schemes.coefficients(
             self.scheme,
@@ -150,7 +150,7 @@ class Weighting:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """What becomes of each tensor.  All of it is in the record of an average."""
+    """The options that decide the values of an average; its record has all of them."""
 
     dtype: str | None = None
     optimizer: Literal["drop", "newest"] = "drop"
@@ -172,7 +172,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What an average may use of the machine."""
+    """How much of the machine an average may use."""
 
     #: Bytes for the buffers of the engine; the interpreter with numpy and h5py comes on top.
     max_memory: int = 32 << 20
@@ -194,6 +194,7 @@ class Settings:
     machine: Machine = field(default_factory=Machine)
 
 
+#: Name in `Settings` -> the part; `parse` fills each with the options that are its fields.
 PARTS = {
     "choice": Choice,
     "weighting": Weighting,
@@ -210,6 +211,7 @@ def parse(options: Options) -> Settings:
         TypeError: there is no such option.
         UsageError: names the option and what it takes.
     """
+    # A TypeError, as Python raises for an unknown keyword: the caller's mistake, not the user's.
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}; see Options")
@@ -228,6 +230,7 @@ def parse(options: Options) -> Settings:
     ):
         if value < least:
             raise UsageError(f"--{option} is {value}; expected at least {least}")
+    # A scheme and parameters that contradict one another are refused before any file is read.
     settings.weighting.resolve()
     return settings
 
@@ -248,6 +251,7 @@ def fill(part: Callable[..., Part], options: Mapping[str, Any]) -> Part:
 def check_whole_numbers(options: Mapping[str, Any], keys: Iterable[str]) -> None:
     """Refuse what is neither a whole number nor left out."""
     for key in keys:
+        # Elements of numpy arrays, such as np.arange(3)[1], are no int.
         if not isinstance(options.get(key), (int, np.integer, type(None))):
             raise UsageError(f"{key} is {options.get(key)!r}; expected a whole number")
 
@@ -268,6 +272,7 @@ def select(
     find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]] = formats.find_polyak_outputs,
 ) -> checkpoints.Selection:
     """Choose checkpoints; see `checkpoints.select`."""
+    # A text is a sequence too, of its letters.
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     return checkpoints.select(
         listed,

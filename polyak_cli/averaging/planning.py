@@ -189,6 +189,7 @@ def plan_average(
     around.check_template(template, output)
     found = _sort_tensors(tables, settings)
     output_format = outputs.choose_format(output, template)
+    # Only a conversion can store other types in place of fixed ones.
     if output_format == template.format:
         _check_types(template, found.averaged, settings.tensors.dtype)
     outputs.check_conversion(
@@ -225,13 +226,14 @@ def plan_average(
 
 
 def _scan(chosen: checkpoints.Selection, settings: Settings) -> tuple[Table, ...]:
+    """Read the headers of all checkpoints."""
     paths = [checkpoints.find_file(checkpoint.path) for checkpoint in chosen.checkpoints]
     jobs = settings.machine.share().jobs
     return tuple(formats.scan(paths, jobs=jobs, with_optimizer=settings.tensors.use_ema))
 
 
 class _Fates(NamedTuple):
-    """What becomes of each tensor of the checkpoints."""
+    """The fate of each tensor of the checkpoints."""
 
     averaged: Sequence[Row]
     carried: Sequence[Row]
@@ -243,9 +245,9 @@ class _Fates(NamedTuple):
 
 
 def _sort_tensors(tables: tuple[Table, ...], settings: Settings) -> _Fates:
-    """Pair the tensors of all checkpoints, and decide what becomes of each."""
+    """Pair the tensors of all checkpoints, and decide the fate of each."""
     template, wanted = tables[-1], settings.tensors
-    taken, missing_emas = ema.in_place(tables) if wanted.use_ema else (tables, [])
+    taken, missing_emas = ema.substitute_emas(tables) if wanted.use_ema else (tables, [])
     rows = match(taken, wanted.match)
     averaged, carried = decide_fates(rows, wanted, shown(template.path))
     _check_chunks(tables, rows, settings.machine)
@@ -284,7 +286,7 @@ def _collect_notes(
 def _list_suspicions(
     chosen: checkpoints.Selection, tables: Sequence[Table], around: Around
 ) -> list[str]:
-    """Say what epochs and file times suggest, unless all of it has been looked at."""
+    """Return what epochs and file times suggest, unless the values were examined already."""
     if around.is_examined:
         return []
     modified = [max(file.version.mtime_ns for file in table.files) / 1e9 for table in tables]
@@ -305,6 +307,7 @@ def _check_types(template: Table, averaged: Sequence[Row], dtype: str | None) ->
 def _check_chunks(tables: Sequence[Table], rows: Sequence[Row], machine: Machine) -> None:
     """Refuse chunks that do not fit: HDF5's filters work on whole chunks only."""
     jobs = machine.share().jobs
+    # A process holds a chunk twice: as stored, and decoded.
     bound = machine.max_memory // jobs // 2
     newest = len(tables) - 1
     # Checkpoints with the template's skeleton share its table, and need no second look.
@@ -323,12 +326,16 @@ def _check_chunks(tables: Sequence[Table], rows: Sequence[Row], machine: Machine
 def _count_bytes_to_read(
     averaged: Sequence[Row], carried: Sequence[Row], coefficients: Sequence[float]
 ) -> int:
+    """Return the bytes of tensors that a run reads."""
     counted = sum(1 for coefficient in coefficients if coefficient)  # a zero is never read
+    # Carried tensors are copied with the skeleton, and read only to be compared.
     compared = sum(spec.nbytes for row in carried if is_compared(row) for spec in row)
     return counted * sum(row[-1].nbytes for row in averaged) + compared
 
 
 def _estimate_size(template: Table, found: _Fates) -> int:
+    """Return the template's size, corrected for other types and for dropped tensors."""
+    # Headers and padding are taken to stay as they are: only free disk space depends on it.
     """Return about the bytes of the output: the template's, with other types and without state."""
     change = sum(
         row[-1].size * (itemsize(found.stored[row[-1].location]) - itemsize(row[-1].dtype))

@@ -1,6 +1,6 @@
-"""Carry out a plan: write the skeleton of an output, fold its tensors, finish it.
+"""Carry out a plan: write the skeleton of an output, fold its tensors, and finalize it.
 
-Gives no output its name, and decides nothing.
+Decides nothing, and does not know how an output is published under its name.
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ from polyak_cli.tensors import Table
 def write_average(
     plan: Plan, hidden: Path, record: str, progress: Progress
 ) -> tuple[Totals, list[Path], list[str]]:
-    """Write the whole output under its hidden name; return what that took, its files and notes."""
+    """Write the output under its hidden name; return the totals, its files and notes."""
     formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
     skeleton = _write_skeleton(plan, hidden, record)
     totals = _fold(plan, [plan.coefficients], [skeleton], progress)
     inputs = files_of(plan.tables)
-    compared, differing = _differing(plan, inputs, progress)
+    compared, differing = _compare_carried(plan, inputs, progress)
+    # Only now: a file that was rewritten while it was read gives a mixture of two checkpoints.
     check_unchanged(inputs)
     return totals.plus(compared), [*map(Path, skeleton.files)], differing
 
 
-def again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
-    """Write a plan's average once more, as `run` writes it; return its table.
+def write_again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
+    """Write a plan's average again, exactly as `run` does; return its table.
 
     Args:
         plan: what to average.
         folder: where to write it; it should be empty.
-        opened: the name, below that, of the file that opens it; of one in a folder where the
-            output is such.
-        record: that it carries.
+        opened: the name, relative to ``folder``, of the file that opens the average; "NAME/FILE" if
+            the average is a folder.
+        record: the text of its record.
 
     Raises:
         PolyakError: as `run`.
@@ -56,6 +57,7 @@ def again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
     """
     formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
     hidden = folder / ".again"
+    # Skeletons become what the hidden name already is: a folder of shards, or one file.
     if len(opened.parts) > 1:
         hidden.mkdir()
     else:
@@ -68,28 +70,29 @@ def again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
     return table
 
 
-def several(
+def write_several(
     plan: Plan,
     coefficients: Sequence[Sequence[float]],
     outputs: Sequence[Path],
     *,
     progress: Progress | None = None,
 ) -> None:
-    """Write several averages of the same checkpoints, each of whose bytes is read once.
+    """Write several averages of the same checkpoints, and read each byte only once.
 
-    The outputs are neither synced nor published: they are for looking at.
+    The outputs are neither synced nor published; they are meant to be evaluated and deleted.
 
     Args:
-        plan: which tensors of which checkpoints; its own coefficients do not count.
+        plan: which tensors of which checkpoints; its own coefficients are ignored.
         coefficients: for each output, one a checkpoint, oldest first; see `schemes.coefficients`.
         outputs: the files to write, named as those of the format are; their records have only
             the sampled digests of the inputs.
-        progress: told the bytes read by every finished piece of work.
+        progress: called with the bytes read, after each piece of work.
 
     Raises:
         PolyakError: as `run`.
         OSError: there is no room.
     """
+    # Hashing all inputs would cost a second reading, for files that are deleted soon.
     rows = [tuple(row) for row in coefficients]
     unhashed = replace(plan.settings, output=replace(plan.settings.output, hash=False))
     sampled = [records.compute_sampled_digest(table.files) for table in plan.tables]
@@ -107,7 +110,7 @@ def several(
 
 
 def _write_skeleton(plan: Plan, output: Path, record: str) -> formats.Skeleton:
-    """Write all of an output, the record included, but its averaged tensors."""
+    """Write an output with its record, but without values for the averaged tensors."""
     return formats.write_skeleton(
         plan.tables[-1],
         output,
@@ -130,6 +133,7 @@ def _fold(
     work = FoldJob(files_of(plan.tables), files, np.array(coefficients), nonfinite)
     memory = plan.settings.machine.share(len(skeletons))
     totals = executors.fold(_Averaged(plan, skeletons), work, memory, progress)
+    # Checksums in an archive cover the folded bytes, so they are written last.
     for skeleton in skeletons:
         skeleton.finalize()
     return totals
@@ -137,19 +141,23 @@ def _fold(
 
 @dataclass(frozen=True, slots=True)
 class _Averaged:
-    """The tensors to average, made anew whenever they are gone through: 100,000 fill the memory."""
+    """The tensors to average.
+
+    They are created on each iteration, because 100,000 of them would fill the memory.
+    """
 
     plan: Plan
     skeletons: Sequence[formats.Skeleton]
 
     def __iter__(self) -> Iterator[FoldTensor]:
-        """Yield them as they lie in the template, which is how they are read best."""
+        """Yield them in the order of their offsets in the template, which reads fastest."""
+        # The engine numbers the files of all outputs in one row.
         firsts = [
             *itertools.accumulate((len(skeleton.files) for skeleton in self.skeletons), initial=0)
         ]
-        for row in sorted(self.plan.averaged_rows, key=_place):
+        for row in sorted(self.plan.averaged_rows, key=_find_place):
             spec = row[-1]
-            if spec.size:
+            if spec.size:  # an empty tensor is complete in the skeleton
                 sources = sources_of(self.plan.tables, row)
                 places = [skeleton.placements[spec.location] for skeleton in self.skeletons]
                 targets = [
@@ -159,15 +167,18 @@ class _Averaged:
                 yield FoldTensor(spec.name, spec.size, spec.dtype, sources, targets)
 
 
-def _place(row: Row) -> tuple[int, int, int]:
-    """Return where a tensor lies in the template."""
+def _find_place(row: Row) -> tuple[int, int, int]:
+    """Return file and offset of a tensor in the template, as a key to sort by."""
     spec = row[-1]
+    # Chunks have no single offset: they come first, in the order of the plan.
     file, offset, start = (getattr(spec.storage, key, 0) for key in ("file", "offset", "start"))
     return file, offset, start
 
 
-def _differing(plan: Plan, inputs: Sequence[File], progress: Progress) -> tuple[Totals, list[str]]:
-    """Compare what is carried and should be the same everywhere."""
+def _compare_carried(
+    plan: Plan, inputs: Sequence[File], progress: Progress
+) -> tuple[Totals, list[str]]:
+    """Compare carried tensors that should be the same in all checkpoints."""
     rows = [(r[-1].name, sources_of(plan.tables, r)) for r in plan.carried_rows if is_compared(r)]
     found, totals = reading.find_differing(rows, inputs, plan.settings.machine.share(), progress)
     return totals, [describe_difference(name) for name, _ in rows if name in found]

@@ -58,7 +58,7 @@ def compare_again(
     """
     nbytes = written.nbytes * (1 if written.recalibrated is None else 2)
     with publishing.make_scratch(near, nbytes) as folder:
-        expected = writing.again(plan, folder, written.opened, written.record)
+        expected = writing.write_again(plan, folder, written.opened, written.record)
         if written.recalibrated is not None:
             from polyak_cli.evaluation import recalibration  # which knows of Keras
 

@@ -103,13 +103,13 @@ class Report:
         plan: what was to be done.
         bytes_read: of tensors; checksums that a format keeps are computed besides.
         bytes_written: the size of the output.
-        seconds: wall clock, from the first byte to the renamed output, but for the recalibration,
-            which tells its own.
+        seconds: wall clock, from the first byte to the renamed output, without the recalibration,
+            which has its own.
         peak_memory: bytes, of the largest process.
         shares: of the workers' time: "reading", "folding", "writing"; sum 1.
-        notes: the plan's, and what only the bytes could tell.
-        recalibrated: what was gathered anew of BatchNorm's statistics, if that was asked for.
-        verified: what the disk holds was found equal, bit for bit, to the average computed twice.
+        notes: the plan's, and those found while reading values.
+        recalibrated: the result of recalibrating BatchNorm's statistics, if that was asked for.
+        verified: the output was read back and equals, bit for bit, the average computed again.
     """
 
     output: Path
@@ -159,7 +159,7 @@ def average(
     Args:
         sources: directories, globs or files, or what `select` chose.
         output: the file to write, ``.h5`` or ``.hdf5``.
-        progress: told the bytes read by every finished piece of work.
+        progress: called with the bytes read, after each piece of work.
         **options: see `Options`.
 
     Raises:
@@ -179,8 +179,8 @@ def plan(
     Only headers are read, except with ``on_unhealthy``, which examines the values first.
 
     Args:
-        sources: directories, globs or files; or what `select` chose, where the options that choose
-            say nothing more.
+        sources: directories, globs or files; or a selection made by `select`, for
+            which the options that choose are ignored.
         output: the file or folder that would be written; None to leave it open.
         **options: see `Options`.
 
@@ -221,7 +221,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
 
     Args:
         plan: of `plan`, with an output.
-        progress: told the bytes read by every finished piece of work.
+        progress: called with the bytes read, after each piece of work.
 
     Raises:
         PolyakError: an input is damaged or changed meanwhile, a value is not finite, or the output
@@ -235,13 +235,14 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     record = records.encode(records.seal(records.make_record(plan)))
     with publishing.publish(plan.output, force=force, folder=folder) as hidden:
         totals, files, notes = write_average(plan, hidden, record, progress or (lambda _: None))
-        recalibrated = _recalibrated(plan, plan.output, hidden)
+        recalibrated = _recalibrate(plan, plan.output, hidden)
         if recalibrated:
             notes += recalibrated.notes
         nbytes = sum(file.stat().st_size for file in files)
         if verify:
             _verify(plan, plan.output, hidden, files, record, own=recalibrated is not None)
         written = hidden.stat().st_ino
+    # Another run may have published under this name meanwhile; its bytes were not compared.
     if verify and plan.output.stat().st_ino != written:
         raise OutputError(
             f"{shown(plan.output)}: another file has taken its name since; see what else writes it"
@@ -267,21 +268,22 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
 def _verify(
     plan: Plan, output: Path, hidden: Path, files: Sequence[Path], record: str, *, own: bool
 ) -> None:
-    """Refuse an output that is not, on the disk, what averaging once more gives.
+    """Read the output back, average again, and refuse any difference.
 
     Args:
         plan: what was done.
         output: what it will be called.
         hidden: what it is called now.
-        files: of which it consists.
+        files: all of its files.
         record: of the average.
-        own: it has statistics of its own, gathered anew, which are compared with its record.
+        own: its BatchNorm statistics were recalibrated, and are compared with its record.
 
     Raises:
         OutputError: what differs.
     """
     from polyak_cli.examining.recompute import Written, compare_again
 
+    # Otherwise the kernel would return what was written, not what is on the disk.
     publishing.drop_cache(files)
     written = Written(
         files=files,
@@ -300,7 +302,7 @@ def _verify(
         )
 
 
-def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | None:
+def _recalibrate(plan: Plan, output: Path, hidden: Path) -> Recalibration | None:
     """Put the average with new statistics in its place, if that was asked for."""
     stages = stages_of(plan)
     rows = stages.recalibrate
@@ -328,7 +330,7 @@ def _recalibrated(plan: Plan, output: Path, hidden: Path) -> Recalibration | Non
 def _examine(
     chosen: checkpoints.Selection, settings: Settings, stages: Stages, max_memory: int | None
 ) -> tuple[checkpoints.Selection, tuple[Checked, ...]]:
-    """Return which of the checkpoints to average and which to skip, if health is asked for.
+    """Return the checkpoints to average, and those to skip if health is asked for.
 
     Raises:
         CheckpointError: something is wrong and nothing may be skipped, or everything would be.
@@ -380,6 +382,7 @@ def _keep_coefficients(
 
 
 def _check_recalibration(template: Table, output: Path | None, stages: Stages) -> None:
+    """Refuse, before any work, a model that cannot be recalibrated, if that is asked for."""
     if stages.recalibrate is not None:
         from polyak_cli.evaluation import recalibration
 
@@ -389,7 +392,7 @@ def _check_recalibration(template: Table, output: Path | None, stages: Stages) -
 def check_replaceable(output: Path) -> None:
     """Refuse an output that is there already and was not written by this tool.
 
-    For those who write one file again and again, without being asked each time.
+    For callers that write one file again and again without asking each time.
 
     Raises:
         OutputError: with what to do.

@@ -311,7 +311,7 @@ class _CandidateScorer:
         for first in range(0, len(several), self.batch):
             part = several[first : first + self.batch]
             paths = [self.folder / f"{k}{suffix}" for k in range(len(part))]
-            writing.several(self.plan, part, paths)
+            writing.write_several(self.plan, part, paths)
             for coefficients, path in zip(part, paths, strict=True):
                 yield coefficients, self._score_file(self._recalibrate(path))
                 path.unlink()  # at once, which frees the disk before the next is recalibrated

@@ -118,7 +118,7 @@ def test_a_resumed_training_goes_on_from_its_checkpoints(tmp_path: Path) -> None
 def test_later_checkpoints_of_a_run_that_is_repeated_do_not_count(
     tmp_path: Path, begin: int
 ) -> None:
-    """They are those of the run before, until their epoch is trained anew."""
+    """They belong to the older run until their epoch is trained again."""
     output = tmp_path / "latest.h5"
     callback = PolyakCheckpoint(tmp_path / "c", output, last=10)
     fit(callback, epochs=5)
@@ -189,7 +189,7 @@ def test_an_exception_in_training_leaves_the_last_output_whole(tmp_path: Path) -
     assert files(tmp_path) == ["c", "latest.h5", "reference.h5"]
 
 
-def test_a_run_that_diverges_is_told_of(tmp_path: Path) -> None:
+def test_a_run_that_diverges_is_reported(tmp_path: Path) -> None:
     """Values that cannot be averaged end the training, and the last output stays."""
     output = tmp_path / "latest.h5"
     trained = fit(PolyakCheckpoint(tmp_path / "c", output), epochs=1)
@@ -211,7 +211,7 @@ def test_an_output_that_is_no_average_is_refused_before_training(tmp_path: Path)
 
 
 def test_an_epoch_that_is_there_twice_is_refused(tmp_path: Path) -> None:
-    """Which of the two belongs to the run cannot be told."""
+    """It is not known which of the two belongs to the run."""
     (tmp_path / "1-0.50.h5").touch()
     (tmp_path / "1-0.60.h5").touch()
     callback = PolyakCheckpoint(tmp_path / "{epoch}-{loss:.2f}.h5", tmp_path / "latest.h5")
