@@ -17,6 +17,7 @@ from polyak_cli.formats import checksums
 from polyak_cli.formats.format import ScanRequest
 from polyak_cli.formats.tensorflow import sstables
 from polyak_cli.formats.tensorflow.bundle import TensorFlowBundle
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import open_input, publishing
 from tests.oracle import Array
 
@@ -226,7 +227,9 @@ def test_random_damage_never_gives_a_traceback(tmp_path: Path) -> None:
         mend(damaged)
         (tmp_path / "m-1.index").write_bytes(damaged)
         try:
-            TensorFlowBundle().scan(ScanRequest(str(tmp_path / "m-1.index"), True), lambda: None)
+            TensorFlowBundle().scan(
+                ScanRequest(str(tmp_path / "m-1.index"), True), Heartbeat(lambda: None)
+            )
         except FormatError:
             refused += 1
     assert 100 < refused < 1000

@@ -23,6 +23,7 @@ from polyak_cli.formats.format import ScanRequest
 from polyak_cli.formats.torch import archive as torch_zip
 from polyak_cli.formats.torch import pickles
 from polyak_cli.formats.torch.archive import TorchZip
+from polyak_cli.processes.sandbox import Heartbeat
 
 REBUILD = "torch._utils _rebuild_tensor_v2"
 PROTO, STOP = b"\x80\x02", b"."
@@ -276,7 +277,7 @@ def test_a_pickle_has_a_bounded_number_of_opcodes(monkeypatch: pytest.MonkeyPatc
     """What is longer than any state dict is not read to its end."""
     monkeypatch.setattr(pickles, "MOST", 5000)
     with pytest.raises(FormatError, match="more than 5000 opcodes"):
-        pickles.read(PROTO + b"]" * 10_000 + STOP, lambda: None)
+        pickles.read(PROTO + b"]" * 10_000 + STOP, Heartbeat(lambda: None))
 
 
 def test_archives_that_torch_save_did_not_write_are_refused(tmp_path: Path) -> None:
@@ -352,12 +353,12 @@ def test_mutated_pickles_give_one_line_or_a_table(tmp_path: Path) -> None:
         for _ in range(chance.randint(1, 4)):
             mutated[chance.randrange(len(mutated))] = chance.choice((chance.randrange(256), 46, 82))
         try:
-            root = pickles.read(bytes(mutated), lambda: None)
-            torch_zip._Collected({}, "<").fill(root, lambda: None)
+            root = pickles.read(bytes(mutated), Heartbeat(lambda: None))
+            torch_zip._Collected({}, "<").fill(root, Heartbeat(lambda: None))
         except FormatError as error:
             assert "\n" not in str(error)  # noqa: PT017 (either may be)
     path = archive(tmp_path / "m.pt", whole[2:-1], _0=ONE, _1=ONE[:2])
-    assert len(TorchZip().scan(ScanRequest(str(path), True), lambda: None).tensors) == 2
+    assert len(TorchZip().scan(ScanRequest(str(path), True), Heartbeat(lambda: None)).tensors) == 2
 
 
 def test_a_truncated_archive_is_refused_wherever_it_ends(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats.format import SkeletonRequest
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile, OutputFile, Version, open_input
 from polyak_cli.tensors import Table, TensorSpec
 
@@ -46,7 +46,7 @@ def require_same(path: str, found: Version, scanned: Version) -> None:
 class Carrier:
     """Copies carried tensors of a checkpoint piece by piece, little-endian."""
 
-    def __init__(self, table: Table, heartbeat: Alive) -> None:
+    def __init__(self, table: Table, heartbeat: Heartbeat) -> None:
         self.table = table
         self.heartbeat = heartbeat
         self.opened: dict[int, InputFile] = {}

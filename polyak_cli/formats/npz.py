@@ -19,7 +19,7 @@ import numpy as np
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import conversion, zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile
 from polyak_cli.tensors import FLOATS, Extent, Placement, Storage, Table, TensorSpec, itemsize
 
@@ -160,12 +160,11 @@ class Npz(Format):
     can_be_left = True
     conversion_suffix = ".npz"
 
-    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
         with zips.opened(request.path) as (file, members, comment):
             specs = []
-            for member in members:
-                alive()
+            for member in heartbeat.over(members):
                 specs.append(_spec(file, member))
         tensors = {spec.name: spec for spec in specs}
         if len(tensors) < len(specs):  # "x" and "x.npy"
@@ -182,7 +181,7 @@ class Npz(Format):
             about=_about(comment),
         )
 
-    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
         specs = {spec.location: spec for spec in request.template.tensors.values()}
         places = {}
@@ -190,11 +189,10 @@ class Npz(Format):
             zips.opened(request.template.files[0].path) as (file, members, _),
             zips.Archive(request.output, _comment(request.provenance)) as archive,
         ):
-            for member in members:
-                alive()
+            for member in heartbeat.over(members):
                 wanted = request.averaged.get(member.name)
                 if wanted is None:
-                    archive.copy(file, member, alive, _ALIGNMENT)
+                    archive.copy(file, member, heartbeat, _ALIGNMENT)
                     continue
                 spec = specs[member.name]
                 head = _new_header(zips.head(file, member, _HEAD), wanted, spec.dtype)
@@ -210,22 +208,22 @@ class Npz(Format):
         """See `Format.finalize`."""
         zips.seal(output, draft.notes["archive"])
 
-    def check(self, path: str, alive: Alive) -> None:
+    def check(self, path: str, heartbeat: Heartbeat) -> None:
         """See `Format.check`."""
-        zips.check(path, alive)
+        zips.check(path, heartbeat)
 
-    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+    def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""
-        alive()
+        heartbeat()
         try:
             with zips.opened(path) as (_, _, comment):
                 return comment.startswith(MARK)
         except FormatError:
             return False
 
-    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+    def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`."""
-        alive()
+        heartbeat()
         with zips.opened(table.files[0].path) as (_, _, comment):
             if not comment or comment.startswith(MARK):
                 return {}
@@ -250,16 +248,17 @@ class Npz(Format):
                     f"tensor '{shown(spec.name)}' has a name that leads out of a zip archive"
                 )
 
-    def convert(self, request: SkeletonRequest, texts: Mapping[str, str], alive: Alive) -> Draft:
+    def convert(
+        self, request: SkeletonRequest, texts: Mapping[str, str], heartbeat: Heartbeat
+    ) -> Draft:
         """See `Format.convert`; stored, as np.savez does it."""
         del texts  # `refuse_conversion` has found nothing in them
         places = {}
         with (
-            conversion.Carrier(request.template, alive) as carrier,
+            conversion.Carrier(request.template, heartbeat) as carrier,
             zips.Archive(request.output, _comment(request.provenance)) as archive,
         ):
-            for spec in request.template.tensors.values():
-                alive()
+            for spec in heartbeat.over(request.template.tensors.values()):
                 wanted = request.averaged.get(spec.location)
                 dtype = np.dtype(wanted or spec.dtype)
                 head = _described(dtype.newbyteorder("<").str, spec.shape, fortran=False)

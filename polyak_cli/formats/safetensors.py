@@ -18,7 +18,7 @@ from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import conversion
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.zips import WHOLE
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, Version, open_input
 from polyak_cli.storage.local import LocalOutput, name_errors
 from polyak_cli.tensors import FLOATS, Extent, Placement, Table, TensorSpec
@@ -120,7 +120,7 @@ def _content(path: str, most: int, offset: int) -> tuple[Version, bytes]:
         return file.version, file.read(offset, most)
 
 
-def _header(path: str, alive: Alive) -> _Header:
+def _header(path: str, heartbeat: Heartbeat) -> _Header:
     """Read what a file of tensors says, and refuse what the format's library would refuse."""
     version, head = _content(path, 8, 0)
     length = int.from_bytes(head, "little")
@@ -132,7 +132,7 @@ def _header(path: str, alive: Alive) -> _Header:
             )
         if length > _LONGEST:
             raise FormatError(f"claims a header of {length} bytes; expected at most {_LONGEST}")
-        content = _object(_content(path, length, 8)[1], alive)
+        content = _object(_content(path, length, 8)[1], heartbeat)
         metadata = _metadata(content.pop(_METADATA, {}))
         entries = [_entry(name, said) for name, said in content.items()]
         _check_extents(entries, version.size - 8 - length)
@@ -141,11 +141,11 @@ def _header(path: str, alive: Alive) -> _Header:
     return _Header(path, version, metadata, entries, 8 + length)
 
 
-def _object(raw: bytes, alive: Alive) -> dict[str, Any]:
+def _object(raw: bytes, heartbeat: Heartbeat) -> dict[str, Any]:
     """Parse a JSON object in which no key may stand twice: programs would read it differently."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        alive()
+        heartbeat()
         made = dict(pairs)
         if len(made) < len(pairs):
             ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
@@ -220,13 +220,13 @@ def _check_extents(entries: Sequence[_Entry], nbytes: int) -> None:
         raise FormatError(f"{nbytes - end} bytes at its end belong to no tensor; it is damaged")
 
 
-def _index(path: str, alive: Alive) -> _Index:
+def _index(path: str, heartbeat: Heartbeat) -> _Index:
     """Read which shards there are, and which tensors should be in each."""
     version, raw = _content(path, WHOLE + 1, 0)
     try:
         if len(raw) > WHOLE:
             raise FormatError(f"has {version.size} bytes; expected at most {WHOLE}")
-        content = _object(raw, alive)
+        content = _object(raw, heartbeat)
         listed = content.get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise FormatError("has no weight_map that says which tensor is in which shard")
@@ -245,11 +245,11 @@ def _index(path: str, alive: Alive) -> _Index:
     return _Index(version, content, shards)
 
 
-def _shards(path: str, index: _Index, alive: Alive) -> list[_Header]:
+def _shards(path: str, index: _Index, heartbeat: Heartbeat) -> list[_Header]:
     """Read the shards, which must hold the very tensors that the index says."""
     headers = []
     for name, wanted in sorted(index.shards.items()):
-        header = _header(str(Path(path).with_name(name)), alive)
+        header = _header(str(Path(path).with_name(name)), heartbeat)
         held = {entry.name for entry in header.entries}
         for tensor in sorted(wanted - held)[:1]:
             raise FormatError(
@@ -296,10 +296,10 @@ class _Output(NamedTuple):
     entries: Sequence[_Entry]
 
 
-def _new_index(request: SkeletonRequest, made: Sequence[_Output], alive: Alive) -> str:
+def _new_index(request: SkeletonRequest, made: Sequence[_Output], heartbeat: Heartbeat) -> str:
     """Write the template's index for an output whose tensors may have another type."""
     source = request.template.files[-1].path
-    content = dict(_index(source, alive).content)
+    content = dict(_index(source, heartbeat).content)
     name = Path(source).name
     total = sum(entry.stop - entry.start for one in made for entry in one.entries)
     content["metadata"] = content["metadata"] | {_SIZE: total}
@@ -340,11 +340,11 @@ def _nbytes(code: str, shape: Sequence[int]) -> int:
     return bits // 8
 
 
-def _written(request: SkeletonRequest, made: Sequence[_Output], alive: Alive) -> Draft:
+def _written(request: SkeletonRequest, made: Sequence[_Output], heartbeat: Heartbeat) -> Draft:
     """Write headers and carried tensors, and return where the averaged ones belong."""
     specs = request.template.tensors
     placements = {}
-    with conversion.Carrier(request.template, alive) as carrier:
+    with conversion.Carrier(request.template, heartbeat) as carrier:
         for number, one in enumerate(made):
             head = _head(one, request.provenance)
             # A file of its own exists already under the hidden name; those in a folder do not.
@@ -352,8 +352,7 @@ def _written(request: SkeletonRequest, made: Sequence[_Output], alive: Alive) ->
             with LocalOutput(one.path, create=create) as file:
                 file.write(0, head)
                 file.truncate(len(head) + max((entry.stop for entry in one.entries), default=0))
-                for entry in one.entries:
-                    alive()
+                for entry in heartbeat.over(one.entries):
                     spec, offset = specs[entry.name], len(head) + entry.start
                     wanted = request.averaged.get(spec.location)
                     if wanted is None:
@@ -400,15 +399,15 @@ class Safetensors(Format):
     can_be_left = True
     conversion_suffix = ".safetensors"
 
-    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
         if _begins_like_json(request.path):
-            index = _index(request.path, alive)
-            headers = _shards(request.path, index, alive)
+            index = _index(request.path, heartbeat)
+            headers = _shards(request.path, index, heartbeat)
             files = [File(header.path, header.version) for header in headers]
             files.append(File(request.path, index.version))
         else:
-            headers = [_header(request.path, alive)]
+            headers = [_header(request.path, heartbeat)]
             files = [File(request.path, headers[0].version)]
         tensors: dict[str, TensorSpec] = {}
         for number, header in enumerate(headers):
@@ -425,24 +424,24 @@ class Safetensors(Format):
             about=_about(headers),
         )
 
-    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+    def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """Return what a checkpoint says besides its tensors."""
-        return _merged([_header(file.path, alive) for file in _tensor_files(table)])
+        return _merged([_header(file.path, heartbeat) for file in _tensor_files(table)])
 
-    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+    def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""
         try:
             if _begins_like_json(path):
-                first = min(_index(path, alive).shards)
+                first = min(_index(path, heartbeat).shards)
                 path = str(Path(path).with_name(first))
-            return PROVENANCE in _header(path, alive).metadata
+            return PROVENANCE in _header(path, heartbeat).metadata
         except FormatError:
             return False
 
-    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`: one file, or a folder with the template's shards."""
         files = _tensor_files(request.template)
-        headers = [_header(file.path, alive) for file in files]
+        headers = [_header(file.path, heartbeat) for file in files]
         for header, file in zip(headers, files, strict=True):
             conversion.require_same(header.path, header.version, file.version)
         if not Path(request.output).is_dir():
@@ -450,7 +449,7 @@ class Safetensors(Format):
             moved = len(headers) > 1
             merged = _merged(headers) if moved else headers[0].metadata
             made = [_Output(request.output, merged, _changed(entries, request, moved=moved))]
-            return _written(request, made, alive)
+            return _written(request, made, heartbeat)
         folder = Path(request.output)
         made = [
             _Output(
@@ -460,8 +459,8 @@ class Safetensors(Format):
             )
             for header in headers
         ]
-        draft = _written(request, made, alive)
-        index = _new_index(request, made, alive)
+        draft = _written(request, made, heartbeat)
+        index = _new_index(request, made, heartbeat)
         return draft._replace(files=[*(one.path for one in made), index])
 
     def refuse_conversion(self, request: SkeletonRequest, texts: Mapping[str, str]) -> None:
@@ -484,7 +483,9 @@ class Safetensors(Format):
             _refuse_half_characters(key)
             _refuse_half_characters(text)
 
-    def convert(self, request: SkeletonRequest, texts: Mapping[str, str], alive: Alive) -> Draft:
+    def convert(
+        self, request: SkeletonRequest, texts: Mapping[str, str], heartbeat: Heartbeat
+    ) -> Draft:
         """See `Format.convert`; in the order in which the library would write it."""
 
         def entry(spec: TensorSpec) -> _Entry:
@@ -493,4 +494,4 @@ class Safetensors(Format):
 
         specs = request.template.tensors
         entries = _in_a_row([entry(specs[name]) for name in sorted(specs)])
-        return _written(request, [_Output(request.output, texts, entries)], alive)
+        return _written(request, [_Output(request.output, texts, entries)], heartbeat)

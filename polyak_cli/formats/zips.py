@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import Bytes, InputFile
 from polyak_cli.storage.local import (
     LocalInput,
@@ -196,7 +196,7 @@ def _inflated(file: InputFile, member: Member) -> Iterator[bytes]:
         yield stream.take(min(_STEP, member.nbytes - stream.position))
 
 
-def check(path: str, alive: Alive) -> None:
+def check(path: str, heartbeat: Heartbeat) -> None:
     """Check the checksums of all members.
 
     Raises:
@@ -204,8 +204,8 @@ def check(path: str, alive: Alive) -> None:
     """
     with opened(path) as (file, members, _):
         for member in members:
-            for _piece in pieces(file, member):
-                alive()
+            for _piece in heartbeat.over(pieces(file, member)):
+                pass  # reading all of a member compares its checksum
 
 
 class _Stream:
@@ -343,11 +343,13 @@ class Archive:
         offset = self._begin(name, len(content), len(content), STORED, zlib.crc32(content), 1)
         self.file.write(offset, content)
 
-    def copy(self, source: InputFile, member: Member, alive: Alive, alignment: int = 1) -> None:
+    def copy(
+        self, source: InputFile, member: Member, heartbeat: Heartbeat, alignment: int = 1
+    ) -> None:
         """Copy a member of another archive as it is stored there."""
         _, offset, stored, nbytes, method, crc = member
         target = self._begin(member.name, stored, nbytes, method, crc, alignment)
-        copy_range(source, offset, self.file, target, stored, alive)
+        copy_range(source, offset, self.file, target, stored, heartbeat)
 
     def write(self, offset: int, content: bytes) -> None:
         """Write into a room."""

@@ -26,8 +26,6 @@ WALL_SECONDS = 120  # between two heartbeats; more is a file system that does no
 BEAT_SECONDS = 0.1  # between two heartbeats at least
 GROWTH_BYTES = 256 << 20  # address space on top of what the parent has
 
-#: What a task calls while it works; `Heartbeat` is one.
-Alive = Callable[[], None]
 Item = TypeVar("Item")
 
 

@@ -21,7 +21,7 @@ from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonReques
 from polyak_cli.formats.tensorflow import sstables
 from polyak_cli.formats.tensorflow.sstables import Pair, from_number, varint
 from polyak_cli.formats.zips import WHOLE
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, InputFile, open_input
 from polyak_cli.storage.local import LocalOutput, copy_range, name_errors
 from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, TensorSpec
@@ -386,14 +386,16 @@ def _below(name: str, homes: Collection[str]) -> bool:
 # --- the format -----------------------------------------------------------------------------------
 
 
-def _copy(source: InputFile, path: str, holes: Sequence[tuple[int, int]], alive: Alive) -> None:
+def _copy(
+    source: InputFile, path: str, holes: Sequence[tuple[int, int]], heartbeat: Heartbeat
+) -> None:
     """Copy a shard, except for what will be overwritten."""
     with LocalOutput(path, create=True) as target, name_errors(source.name):
         target.truncate(source.size)
         start = 0
         for low, high in (*holes, (source.size, source.size)):
             if start < low:
-                copy_range(source, start, target, start, low - start, alive)
+                copy_range(source, start, target, start, low - start, heartbeat)
             start = high
 
 
@@ -415,11 +417,11 @@ class TensorFlowBundle(Format):
     has_checksums = True
     dtypes = frozenset(FLOATS)
 
-    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
-        alive()
+        heartbeat()
         with _opened(request.path) as bundle:
-            alive()
+            heartbeat()
             optimizer, rest = _sorted_out(bundle.entries)
             tensors: dict[str, TensorSpec] = {}
             others: dict[str, TensorSpec] = {}
@@ -449,12 +451,11 @@ class TensorFlowBundle(Format):
                 rules=OutputRules(is_fixed=True, tails=tails),
             )
 
-    def check(self, path: str, alive: Alive) -> None:
+    def check(self, path: str, heartbeat: Heartbeat) -> None:
         """See `Format.check`; of the model's own tensors, as no others are read."""
         with _opened(path) as bundle:
             optimizer, rest = _sorted_out(bundle.entries)
-            for entry in bundle.entries:
-                alive()
+            for entry in heartbeat.over(bundle.entries):
                 # Of what varies in length, the checksum is not that of the bytes.
                 if (
                     entry.name in optimizer
@@ -463,14 +464,14 @@ class TensorFlowBundle(Format):
                 ):
                     continue
                 file = bundle.files[1 + entry.shard]
-                crc = checksums.crc32c_of(file, entry.offset, entry.nbytes, alive)
+                crc = checksums.crc32c_of(file, entry.offset, entry.nbytes, heartbeat)
                 if checksums.mask(crc) != entry.crc:
                     raise FormatError(
                         f"{shown(file.name)}: tensor '{shown(entry.name)}' has a "
                         "wrong checksum: the data are damaged"
                     )
 
-    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
         placements = {}
         with _opened(request.template.files[0].path) as bundle:
@@ -488,7 +489,7 @@ class TensorFlowBundle(Format):
                     )
                     holes[file].append((entry.offset, entry.offset + entry.nbytes))
             for k in range(1, len(files)):
-                _copy(bundle.files[k], files[k], sorted(holes[k]), alive)
+                _copy(bundle.files[k], files[k], sorted(holes[k]), heartbeat)
             table = sstables.written(bundle.pairs, {PROVENANCE: request.provenance.encode()})
             with LocalOutput(request.output) as index:
                 index.write(0, table)
@@ -515,9 +516,9 @@ class TensorFlowBundle(Format):
             index.write(0, table)
             index.truncate(len(table))
 
-    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+    def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""
-        alive()
+        heartbeat()
         try:
             with contextlib.ExitStack() as stack:
                 return PROVENANCE in _table(_open(path, stack))[1]

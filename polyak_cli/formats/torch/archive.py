@@ -23,7 +23,7 @@ from polyak_cli.formats import zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.torch import pickles
 from polyak_cli.formats.torch.pickles import SIZES, Pairs, Stored, Tensor
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile, open_input
 from polyak_cli.storage.local import (
     LocalInput,
@@ -108,14 +108,14 @@ class _Collected:
     others: list[TensorSpec] = field(default_factory=list)
     optimizer: list[str] = field(default_factory=list)
 
-    def fill(self, root: Any, alive: Alive) -> None:
+    def fill(self, root: Any, heartbeat: Heartbeat) -> None:
         """Add the storages of all tensors that the pickle's root leads to."""
         if isinstance(root, Pairs) and [key for key, _ in root.items] == ["state", "param_groups"]:
             raise FormatError("is the state of an optimizer; expected a model's state dict")
         views: dict[str, list[tuple[tuple[str, ...], Tensor | Stored]]] = {}
         for count, (path, value) in enumerate(_walk(root, (), set())):
             if count % 500 == 0:
-                alive()
+                heartbeat()
             key = value.key if isinstance(value, Stored) else value.storage.key
             views.setdefault(key, []).append((path, value))
         for found in views.values():
@@ -242,7 +242,7 @@ def _arrangement(named: Sequence[Named], views: Sequence[Tensor], size: int) -> 
 
 
 def _copy_around(
-    source: InputFile, output: str, averaged: Sequence[zips.Member], alive: Alive
+    source: InputFile, output: str, averaged: Sequence[zips.Member], heartbeat: Heartbeat
 ) -> None:
     """Copy the template except for the bytes of averaged storages."""
     ends = itertools.chain(*((m.offset, m.offset + m.stored) for m in averaged))
@@ -250,7 +250,7 @@ def _copy_around(
     with LocalOutput(output) as target:
         target.truncate(source.size)
         for start, stop in zip(bounds[::2], bounds[1::2], strict=True):
-            copy_range(source, start, target, start, stop - start, alive)
+            copy_range(source, start, target, start, stop - start, heartbeat)
 
 
 def _checksums(file: LocalInput, rooms: Sequence[zips.Member]) -> list[list[Any]]:
@@ -296,13 +296,13 @@ class TorchZip(Format):
     can_be_left = True
     dtypes = frozenset(FLOATS)
 
-    def scan(self, request: ScanRequest, alive: Alive) -> Table:
+    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
         _refuse_bare(request.path)
         with zips.opened(request.path) as (file, members, _):
             records = _records(members)
             table = _Collected(records, _byteorder(file, records))
-            table.fill(pickles.read(zips.whole(file, records["data.pkl"]), alive), alive)
+            table.fill(pickles.read(zips.whole(file, records["data.pkl"]), heartbeat), heartbeat)
             if request.with_optimizer:
                 table.leftover()
             tensors = {spec.name: spec for spec in table.tensors}
@@ -322,12 +322,12 @@ class TorchZip(Format):
                 rules=OutputRules(is_fixed=True),
             )
 
-    def write_skeleton(self, request: SkeletonRequest, alive: Alive) -> Draft:
+    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
         specs = {spec.location: spec for spec in request.template.tensors.values()}
         with zips.opened(request.template.files[0].path) as (file, members, _):
             rooms = [m for m in members if m.name in request.averaged and m.nbytes]
-            _copy_around(file, request.output, rooms, alive)
+            _copy_around(file, request.output, rooms, heartbeat)
             placements = {
                 m.name: Placement(m.offset, specs[m.name].dtype, specs[m.name].byteorder)
                 for m in rooms
@@ -356,18 +356,18 @@ class TorchZip(Format):
             info.create_system = 3
             archive.writestr(info, draft.notes["provenance"])
 
-    def check(self, path: str, alive: Alive) -> None:
+    def check(self, path: str, heartbeat: Heartbeat) -> None:
         """See `Format.check`."""
-        zips.check(path, alive)
+        zips.check(path, heartbeat)
 
-    def texts(self, table: Table, alive: Alive) -> dict[str, str]:
+    def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`: what it says is Python's, and only names can leave it.
 
         The versions of modules that a state dict has besides stay behind, as in PyTorch's own
         safetensors files.
         """
         with zips.opened(table.files[0].path) as (file, members, _):
-            root = pickles.read(zips.whole(file, _records(members)["data.pkl"]), alive)
+            root = pickles.read(zips.whole(file, _records(members)["data.pkl"]), heartbeat)
         if not isinstance(root, Pairs):
             raise OutputError("is no state dict, so that its tensors have no names")
         for key, value in root.items:
@@ -379,9 +379,9 @@ class TorchZip(Format):
                 )
         return {"format": "pt"}
 
-    def is_polyak_output(self, path: str, alive: Alive) -> bool:
+    def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""
-        alive()
+        heartbeat()
         try:
             with zips.opened(path) as (_, members, _):
                 return any(member.name.partition("/")[2] == PROVENANCE for member in members)

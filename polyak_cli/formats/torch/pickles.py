@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.processes.sandbox import Alive
+from polyak_cli.processes.sandbox import Heartbeat
 
 #: Opcodes of a pickle; 100,000 tensors need some three millions.
 MOST = 10_000_000
@@ -127,7 +127,7 @@ class Pairs:
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
 
-def read(content: bytes, alive: Alive) -> Any:
+def read(content: bytes, heartbeat: Heartbeat) -> Any:
     """Return what a pickle holds: plain values, lists, tuples and the inert classes above.
 
     Raises:
@@ -139,7 +139,7 @@ def read(content: bytes, alive: Alive) -> Any:
         warnings.simplefilter("ignore", DeprecationWarning)
         for count, (opcode, argument) in enumerate(_opcodes(content)):
             if count % _STEP == 0:
-                alive()
+                heartbeat()
                 if count >= MOST:
                     raise FormatError(f"its pickle has more than {MOST} opcodes")
             action = _ACTIONS.get(opcode)
