@@ -374,7 +374,7 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
 
 
 def test_a_window_keeps_errors_from_the_library(tmp_path: Path) -> None:
-    """What cannot be written is told afterwards; what is not there reads as zeros."""
+    """Bytes that cannot be written are reported afterwards; missing bytes are read as zeros."""
     path = tmp_path / "f"
     path.write_bytes(b"0123456789")
     with open(path, "rb") as file:

@@ -169,7 +169,7 @@ NORM = {str(k): HALF for k in range(4)}
 def test_batchnorm_statistics_are_named_in_a_note(
     tmp_path: Path, layer: str, label: str, count: int, expected: str
 ) -> None:
-    """They are told by class, attribute or layer name, behind gamma and beta where it has them."""
+    """They are recognised by class, attribute or layer name, and follow gamma and beta."""
     tensors = {f"{layer}/vars/{k}": HALF for k in range(count)}
     _, report = average_of(tmp_path, tensors, labels={f"{layer}/vars": label})
     notes = [note for note in report.notes if "moving statistics" in note]
@@ -385,7 +385,7 @@ def test_numbered_weights_without_a_map_are_checkpoints(tmp_path: Path) -> None:
 
 
 def test_ema_slots_are_matched_by_the_paths_of_variables() -> None:
-    """As Keras 3 and tf_keras call them; a slot that fits none or two is told as such."""
+    """As Keras 3 and tf_keras call them; a slot may fit no tensor, or two."""
     paths = {"a": "m/d/kernel", "b": "m/d/bias:0", "c": "m/d_bias"}
     state = [
         "/optimizer_weights/sgd/m_d_kernel_average",

@@ -62,7 +62,7 @@ def replaced(link: Any) -> Make:
 
 
 def dataset(*arguments: Any, **options: Any) -> Make:
-    """Return what creates the tensor anew."""
+    """Return an edit that creates the tensor again."""
 
     def edit(file: Any) -> None:
         del file["model_weights/d/k"]

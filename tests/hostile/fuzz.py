@@ -1,8 +1,8 @@
 """Mutated headers of every format: each is read or refused in one line, and nothing else happens.
 
 Run as ``python -m tests.hostile.fuzz --count 20000 --seed 1``; `make fuzz` and CI do.  Values are
-left alone: what is mutated is what a program has to understand.  Where checksums would stop it at
-the door, they are made right again.
+left alone: the mutated bytes are those that a program has to understand.  Checksums that would
+end the reading early are corrected.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def keras_zip(folder: Path) -> tuple[bytes, Mutate]:
 
 
 def npz(folder: Path) -> tuple[bytes, Mutate]:
-    """Archives of arrays, of which the header may be anything."""
+    """Archives of arrays, whose headers may be anything."""
     np.savez(folder / "x.npz", a=X, b=X.reshape(2, 3))
     return (folder / "x.npz").read_bytes(), mutated
 
@@ -127,7 +127,7 @@ def torch_zip(folder: Path) -> tuple[bytes, Mutate]:
 
 
 def tf_bundle(folder: Path) -> tuple[bytes, Mutate]:
-    """Indexes, of which the checksum is often made right again."""
+    """Indexes, whose checksums are often corrected."""
     Bundle({"a": X, "b": X.reshape(2, 3)}).write(folder / "x.index")
 
     def mutate(rng: random.Random, content: bytes) -> bytes:
@@ -197,7 +197,7 @@ def fuzz(name: str, count: int, seed: int, say: Callable[[str], None] = print) -
     """Try so many mutations of one format and return how many were read, refused, or fatal.
 
     Raises:
-        AssertionError: one took too long or was told in more than a line.
+        AssertionError: one took too long, or its error has more than one line.
         RuntimeError: one met a bug; the message is a traceback.
     """
     suffix, make = TARGETS[name]

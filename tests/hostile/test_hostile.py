@@ -181,11 +181,11 @@ def test_archives(
     for path in paths:
         case.make(path)
     if case.message:
-        told, *others = without_traces(tmp_path, paths, tmp_path / "o.npz")
-        assert re.search(case.message, told), told
-        assert re.match(rf"{tmp_path}/m_[12]\.npz: ", told), told
+        reported, *others = without_traces(tmp_path, paths, tmp_path / "o.npz")
+        assert re.search(case.message, reported), reported
+        assert re.match(rf"{tmp_path}/m_[12]\.npz: ", reported), reported
         # What averaging refuses by type or sense alone, whoever only looks may read.
-        only_averaged = re.search("not averaged|quantised", told)
+        only_averaged = re.search("not averaged|quantised", reported)
         assert all(only_averaged or re.search(case.message, other) for other in others), others
     else:
         average(paths, tmp_path / "o.npz")
@@ -252,8 +252,8 @@ def test_a_file_that_another_process_writes(tmp_path: Path, name: str) -> None:
         assert writer.stdout.readline() == "\n"
         if ending != "input()":
             writer.wait()
-        for told in without_traces(tmp_path, [path], tmp_path / "o.h5"):
-            assert re.search(rf"m_1.h5: is still being written .*{message}", told), told
+        for reported in without_traces(tmp_path, [path], tmp_path / "o.h5"):
+            assert re.search(rf"m_1.h5: is still being written .*{message}", reported), reported
         writer.communicate("\n" if ending == "input()" else None)
 
 
@@ -291,7 +291,7 @@ def test_truncation_at_any_byte(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
-    """Permissions are told as they are; root may read everything."""
+    """Permissions are reported as they are; root may read everything."""
     if os.geteuid() == 0:
         pytest.skip("root may read everything")
     folder = tmp_path / "run"

@@ -160,7 +160,7 @@ def recurrent() -> Any:
 
 
 def frozen() -> Any:
-    """Return a model of which one layer is not trained."""
+    """Return a model with a layer that is not trained."""
     model = sequential()
     model.layers[0].trainable = False
     return model

@@ -32,7 +32,7 @@ def save(prefix: Path, tensors: Tensors) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return all tensors of a checkpoint, of which TensorFlow compares the checksums."""
+    """Return all tensors of a checkpoint; TensorFlow compares their checksums."""
     prefix = path.with_suffix("")
     # What TensorFlow takes for a folder of checkpoints, where there is one, it looks through.
     open_it = V1.train.NewCheckpointReader if prefix.is_dir() else tf.train.load_checkpoint

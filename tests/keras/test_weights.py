@@ -141,7 +141,7 @@ def save_shards(model: Any, path: Path) -> None:
 def test_keras_loads_the_average_of_weights(
     tmp_path: Path, build: Any, save: Any, policy: str, statistics: int
 ) -> None:
-    """Every weight has the very bits of the naive average, in a model that was built anew."""
+    """Every weight has the very bits of the naive average, in a model that was built again."""
     keras.config.set_dtype_policy(policy)
     model = build()
     weights = save_random(model, tmp_path / "run", save)
