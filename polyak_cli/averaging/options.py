@@ -252,6 +252,7 @@ def check_whole_numbers(options: Mapping[str, Any], keys: Iterable[str]) -> None
     """Refuse what is neither a whole number nor left out."""
     for key in keys:
         # Elements of numpy arrays, such as np.arange(3)[1], are no int.
+        # Elements of numpy arrays are no instances of int.
         if not isinstance(options.get(key), (int, np.integer, type(None))):
             raise UsageError(f"{key} is {options.get(key)!r}; expected a whole number")
 

@@ -184,8 +184,7 @@ def plan_average(
     tables = _scan(chosen, settings)
     template = tables[-1]
     if output:
-        force = settings.output.force
-        outputs.check_output(output, tables, force=force, run=chosen.left_out)
+        outputs.check_output(output, tables, force=settings.output.force, run=chosen.left_out)
     around.check_template(template, output)
     found = _sort_tensors(tables, settings)
     output_format = outputs.choose_format(output, template)
@@ -229,6 +228,7 @@ def _scan(chosen: checkpoints.Selection, settings: Settings) -> tuple[Table, ...
     """Read the headers of all checkpoints."""
     paths = [checkpoints.find_file(checkpoint.path) for checkpoint in chosen.checkpoints]
     jobs = settings.machine.share().jobs
+    # EMAs lie in the optimizer's state, which is described only where it is needed.
     return tuple(formats.scan(paths, jobs=jobs, with_optimizer=settings.tensors.use_ema))
 
 
@@ -250,6 +250,7 @@ def _sort_tensors(tables: tuple[Table, ...], settings: Settings) -> _Fates:
     taken, missing_emas = ema.substitute_emas(tables) if wanted.use_ema else (tables, [])
     rows = match(taken, wanted.match)
     averaged, carried = decide_fates(rows, wanted, shown(template.path))
+    # Refused now: later, a block that is too large would fail in the middle of a fold.
     _check_chunks(tables, rows, settings.machine)
     drop = drops_optimizer(template, wanted.optimizer)
     dropped = [name for name in template.others if drop and name in template.optimizer]
@@ -289,6 +290,7 @@ def _list_suspicions(
     """Return what epochs and file times suggest, unless the values were examined already."""
     if around.is_examined:
         return []
+    # A checkpoint of several files is as new as the newest of them.
     modified = [max(file.version.mtime_ns for file in table.files) / 1e9 for table in tables]
     found = find_suspicions(chosen.checkpoints, modified, chosen.thinned)
     return [problem.text for problem in found]
