@@ -1,7 +1,8 @@
 """Every read of a file that a test makes through storage, by path, offset and length.
 
 A test sees its own reads and those of the children that it forks.  What libhdf5 reads by itself
-does not pass through Python and is not seen.
+does not pass through Python and is not seen.  Observed with LD_PRELOAD: it reads object headers in
+pieces of 512 bytes, so a piece may reach less than 512 bytes into a tensor that follows a header.
 """
 
 from __future__ import annotations
