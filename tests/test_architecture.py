@@ -159,7 +159,7 @@ EXCEPTIONS = {
     "cli": "standard streams that were closed are opened on /dev/null",
     "cli.rendering": "a broken pipe is replaced by /dev/null",
     "evaluation.data": "data sets are read by numpy, csv and Python's import",
-    "evaluation.keras_files": "zipfile reads the configuration of a model that Keras then opens",
+    "evaluation.keras_files": "zipfile is given a stream that storage has opened",
     "evaluation.quiet": "what a framework prints is held back in a temporary file",
     "evaluation.reports": "reports are texts for people",
     "formats.hdf5.chunks": "h5py's LZF needs a file in memory",

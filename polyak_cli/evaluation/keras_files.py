@@ -22,6 +22,7 @@ from polyak_cli import formats
 from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, shown
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.format import Format
+from polyak_cli.storage import open_input
 from polyak_cli.tensors import Table
 
 #: Older ones run the code of a Lambda layer in any .h5 file, safe mode or not: CVE-2025-9905.
@@ -182,7 +183,12 @@ def describe_archive(path: Path) -> Description:
 def _read_config(path: Path) -> tuple[bytes, bool]:
     """Return config.json, and whether the archive has assets."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("config.json") as member:
+        with (
+            open_input(path) as file,
+            file.stream() as stream,
+            zipfile.ZipFile(stream) as archive,
+            archive.open("config.json") as member,
+        ):
             config = member.read(_LONGEST_CONFIG + 1)
             assets = any(name.startswith("assets/") for name in archive.namelist())
     except (KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:

@@ -84,12 +84,12 @@ def _merges(output: Path, template: Table) -> bool:
     return bool(_endings(template)) and len(template.files) > 1 and not is_folder(output, template)
 
 
-def _refuse(request: tuple[str, SkeletonRequest], alive: Heartbeat) -> None:
+def _refuse(request: tuple[str, SkeletonRequest], heartbeat: Heartbeat) -> None:
     """Refuse, in a child, what cannot be converted or merged."""
     from polyak_cli.formats import conversion
 
     name, layout = request
-    texts = find_format(layout.template.format).texts(layout.template, alive)
+    texts = find_format(layout.template.format).texts(layout.template, heartbeat)
     if name != layout.template.format:
         conversion.refuse(layout)
         find_format(name).refuse_conversion(layout, texts)
