@@ -470,11 +470,14 @@ class _Verifier:
             plan = planning.plan_average(selected, None, untyped)
         except UsageError as error:
             raise FormatError(f"its record has options that are refused: {error}") from None
+        # Sharded weights become a single HDF5 file, which is no conversion: their format writes it.
+        is_converted = bool(find_format(self.table.format).conversion_suffix)
+        output_format = self.table.format if is_converted else plan.output_format
         return replace(
             plan,
             coefficients=tuple(one.coefficient for one in self.record.inputs),
             settings=settings,
-            output_format=self.table.format,
+            output_format=output_format,
             stored_dtypes=map_stored_dtypes(plan.averaged_rows, settings.tensors.dtype),
         )
 
