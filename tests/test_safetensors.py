@@ -20,7 +20,9 @@ from safetensors.numpy import load_file, save_file
 
 from polyak_cli import average
 from polyak_cli.errors import CheckpointError, FormatError, MismatchError, OutputError, PolyakError
+from polyak_cli.formats.catalogue import detect
 from tests.contract import Contract, Tensors, assert_same, content, naive
+from tests.counting import count_reads
 from tests.oracle import nearest_bfloat16
 
 INDEX = "model.safetensors.index.json"
@@ -569,3 +571,14 @@ def test_shards_that_are_links_are_followed(tmp_path: Path) -> None:
     (folder / SHARD).symlink_to(tmp_path / "blob")
     average(folder, tmp_path / "o.safetensors")
     assert load_file(tmp_path / "o.safetensors")["x"].tolist() == [1, 1, 1]
+
+
+def test_a_header_whose_length_begins_like_json_is_recognised_by_it(tmp_path: Path) -> None:
+    """No byte of a tensor is read, though "{" is the length's first byte."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    header = header.ljust(ord("{"))
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with count_reads(tmp_path) as log:
+        assert detect(path) == "safetensors"
+    assert all(read.offset + read.nbytes <= 8 + len(header) for read in log.reads())

@@ -21,6 +21,8 @@ _LISTED, _LOCAL = (b"PK\x01\x02", 28, 46), (b"PK\x03\x04", 26, 30)
 #: Members of a .keras archive; one without its weights is one all the same.
 _KERAS_WEIGHTS = {b"model.weights.h5", b"model.weights.npz"}
 _KERAS_TEXTS = {b"config.json", b"metadata.json"}
+#: The length of a header of safetensors, below 2^40, and its first brace.
+_LENGTH = re.compile(rb".{5}\0{3}\{", re.DOTALL)
 #: LevelDB's tables end like this.  That of a TensorFlow checkpoint begins with an entry that has
 #: no key, whose protocol buffer starts with the number of shards.
 _TABLE = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
@@ -50,7 +52,8 @@ class Opening:
     @cached_property
     def weight_map(self) -> bytes:
         """Both ends of a JSON index of shards, of which the map may come first; else nothing."""
-        if not self.head.lstrip().startswith(b"{"):
+        # The length of a header of safetensors may begin with the byte of a brace.
+        if not self.head.lstrip().startswith(b"{") or _LENGTH.match(self.head):
             return b""
         last = max(0, self.file.size - _ENDS)
         ends = self.file.read(0, _ENDS) + self.file.read(last, _ENDS)
@@ -111,7 +114,7 @@ def is_safetensors(opening: Opening) -> bool:
     """Tell whether a file is an index of safetensors shards, or begins with a header's length."""
     if b'.safetensors"' in opening.weight_map:
         return True
-    return re.match(rb".{5}\0{3}\{", opening.head, re.DOTALL) is not None
+    return _LENGTH.match(opening.head) is not None
 
 
 def is_tensorflow_index(opening: Opening) -> bool:
