@@ -56,9 +56,11 @@ def _spec(file: InputFile, member: zips.Member) -> TensorSpec:
         dtype, shape, fortran, start = _header(_read_head(file, member))
     except ValueError as error:
         raise FormatError(f"tensor '{shown(name)}' has no .npy header ({shown(error)})") from None
+    # numpy would unpickle these, which runs whatever code the file names.
     if dtype.hasobject:
         raise FormatError(f"tensor '{shown(name)}' is a pickle of objects, which is not opened")
     nbytes = dtype.itemsize * int(np.prod(shape, dtype=object))
+    # The header alone could claim any shape; the member's size is the second witness.
     if start + nbytes != member.nbytes:
         raise FormatError(
             f"tensor '{shown(name)}' has {member.nbytes - start} bytes; "

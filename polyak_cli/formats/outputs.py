@@ -141,6 +141,7 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
         raise OutputError(f"{name}: there is no folder {shown(folder)}; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{name}: the folder {shown(folder)} is not writable")
+    # A format of several files replaces all of them together, so all names must be free.
     for further in _further(output, tables[-1]):
         if os.path.lexists(further) and not force:
             raise OutputError(f"{shown(further)}: already exists; use --force to replace it")

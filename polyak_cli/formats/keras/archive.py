@@ -68,6 +68,7 @@ def _find_parts(members: Sequence[zips.Member]) -> tuple[zips.Member, zips.Membe
         raise FormatError(
             f"its weights are pickles ({PICKLED}), which are not opened; save it with model.save()"
         )
+    # metadata.json may be missing: Keras does not need it to open a model.
     for name in (CONFIG, WEIGHTS):
         if name not in named:
             raise FormatError(f"has no member '{name}'; expected a whole Keras model")
@@ -209,7 +210,7 @@ class KerasArchive(Format):
             zips.Archive(request.output, comment) as archive,
         ):
             _, weights = _find_parts(members)
-            # The weights file comes last, because its size is not known before.
+            # The weights file comes last, because its size is not known before it is built.
             for member in members:
                 if member is not weights:
                     archive.copy(file, member, heartbeat)
@@ -218,6 +219,7 @@ class KerasArchive(Format):
             with _open_weights(file, weights, heartbeat) as source:
                 draft = skeleton.merge(_place_in_member(request), [source], heartbeat, target)
             archive.finish(WEIGHTS, offset, target.size)
+            # libhdf5 counted offsets from the beginning of its window.
             placements = {
                 where: place._replace(offset=offset + place.offset)
                 for where, place in draft.placements.items()

@@ -59,6 +59,8 @@ def find_slots(
     Raises:
         FormatError: there is none, or the match is not certain.
     """
+    # Both lists are in Keras's order, so that the n-th slot belongs to the n-th trained tensor;
+    # shapes that differ anywhere show that the order was not understood.
     emas = _emas(config, state)
     trained = list(_trained(config, "", _Tree(_below(own), labels)))
     if [state[place] for place in emas] != [own[place] for place in trained]:
@@ -99,6 +101,7 @@ def _below(own: Shapes) -> dict[str, list[str]]:
     """Return the paths in each group, sorted by number."""
     below: dict[str, dict[str, None]] = defaultdict(dict)
     for place in sorted(own, key=sort_key):
+        # A path is entered in all groups above it; a dictionary keeps the first order.
         while place:
             home = place.rpartition("/")[0]
             below[home][place] = None
@@ -111,6 +114,7 @@ def _trained(layer: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[str]:
     config, kind = _part(layer, "config"), layer.get("class_name")
     if path not in tree.below:
         return
+    # The optimizer has no slots for a frozen layer, nor for anything below it.
     if config.get("trainable") is False:
         return
     if not _is_kerases(layer):
@@ -120,6 +124,7 @@ def _trained(layer: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[str]:
     if kind in ("Sequential", "Functional"):
         yield from _of_layers(config, path, tree)
     elif kind == "BatchNormalization":
+        # gamma and beta come before the moving statistics, which no optimizer trains.
         trained = bool(config.get("scale", True)) + bool(config.get("center", True))
         yield from tree.below.get(f"{path}/vars", ())[:trained]
     elif kind != "Normalization":

@@ -46,7 +46,7 @@ def _read_weight_map(index: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield each group with the names of its shards."""
     try:
         with open_input(index) as file, name_errors(str(index)):
-            content = file.read(0, WHOLE + 1)
+            content = file.read(0, WHOLE + 1)  # one byte more shows that the file is larger
         if len(content) > WHOLE:
             raise FormatError(f"{shown(index)}: is larger than {WHOLE} bytes; expected a short map")
         weight_map = json.loads(content)["weight_map"]
@@ -55,6 +55,7 @@ def _read_weight_map(index: Path) -> Iterator[tuple[str, list[str]]]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{shown(index)}: is damaged: expected JSON with a weight_map of shards")
     for group, names in weight_map.items():
+        # Keras writes a list where the variables of one group lie in several shards.
         listed = names if isinstance(names, list) else [names]
         if not listed or not all(isinstance(name, str) for name in listed):
             raise FormatError(
@@ -82,6 +83,7 @@ def _check_shard(index: Path, shard: Path) -> Version:
 def _check_groups(part: Weights, groups: list[str], path: Path, with_optimizer: bool) -> None:
     """Refuse a shard without a group that the JSON promises: another save may have replaced it."""
     held = {spec.location.rpartition("/")[0] for spec in (*part.tensors, *part.others)}
+    # Without the optimizer's part, groups that belong to it are not read and cannot be missed.
     for group in groups:
         if group not in held and (with_optimizer or not keras_names.is_aside(group)):
             raise FormatError(
@@ -109,6 +111,7 @@ class KerasShards(Format):
         """See `Format.scan`."""
         index = Path(request.path)
         files = [File(request.path, Version.of(index.stat()))]
+        # Each shard is read as a weights file of its own, and what was found is put together.
         found = Weights([], [], {}, False, {})  # False: this tool writes no index
         for shard, groups in _list_shards(index).items():
             path = index.parent / shard
