@@ -59,7 +59,7 @@ def assert_same(found: Mapping[str, Array], expected: Mapping[str, Array]) -> No
 
 
 def described(made: Plan) -> list[Any]:
-    """Return all that a plan says, but for the memory that the process happens to have."""
+    """Return all that a plan says, except the memory that the process happens to have."""
     tables = [[*table.tensors.values(), *table.others.values()] for table in made.tables]
     return [replace(made, memory=0, tables=(), averaged_rows=(), carried_rows=()), tables]
 
@@ -271,7 +271,7 @@ class Contract(abc.ABC):
         assert os.listdir(tmp_path) == ["run"]
 
     def test_a_mixture_of_formats_is_refused(self, tmp_path: Path) -> None:
-        """The sources of one average are of one format, told by what they hold."""
+        """The sources of one average are of one format, recognised by content."""
         paths, _ = self.write_run(tmp_path / "run", 2)
         other = tmp_path / f"run/other{self.suffix}"
         other.write_bytes(b"neither this nor that")

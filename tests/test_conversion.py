@@ -53,7 +53,7 @@ def write_run(folder: Path) -> list[Tensors]:
 
 
 def test_h5_becomes_what_the_library_itself_would_write(tmp_path: Path) -> None:
-    """Byte for byte but for the metadata, in which every text of the Keras file is kept."""
+    """Byte for byte except the metadata, where every text of the Keras file is kept."""
     models = write_run(tmp_path / "run")
     output = tmp_path / "o.safetensors"
     average(tmp_path / "run", output, hash=False)

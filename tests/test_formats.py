@@ -593,7 +593,7 @@ def test_no_room_is_told_before_the_work(tmp_path: Path) -> None:
 
 
 def test_what_it_wrote_is_recognised(tmp_path: Path) -> None:
-    """An average is told from a checkpoint and from files that are no HDF5."""
+    """An average is distinguished from a checkpoint and from files that are no HDF5."""
     path = write_model(tmp_path / "m.h5", {"d": {"k": KERNEL}})
     output = lay_out(path, tmp_path / "o.h5")
     (tmp_path / "text.h5").write_text("text")

@@ -43,7 +43,7 @@ def write_folder(folder: Path, tensors: Tensors, shards: int = 2) -> Path:
 
 
 def read_folder(folder: Path) -> Tensors:
-    """Read a sharded checkpoint by its index, of which every word must be true."""
+    """Read a sharded checkpoint by its index, and check every word of the index."""
     index = json.loads((folder / INDEX).read_text())
     held: Tensors = {}
     for name in sorted(set(index["weight_map"].values())):

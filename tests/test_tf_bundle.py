@@ -62,7 +62,7 @@ def block(pairs: Sequence[tuple[bytes, bytes]], kind: int = 0) -> bytes:
 
 @dataclass
 class Bundle:
-    """A checkpoint to write, every part of which a test may falsify."""
+    """A checkpoint to write; a test may falsify every part of it."""
 
     tensors: Mapping[str, Array]
     header: bytes = fields((1, 1), (3, fields((1, 1))))

@@ -32,7 +32,7 @@ def scan(paths: Sequence[Path], *, jobs: int = 1, with_optimizer: bool = False) 
     A checkpoint that differs from the template in its tensors' values only shares its table.
 
     Args:
-        paths: the checkpoints; the last one is the template, of which everything is listed.
+        paths: the checkpoints; the last one is the template, and everything in it is listed.
         jobs: children that scan at a time.
         with_optimizer: list what is not the model's own of the other checkpoints too.
 

@@ -51,7 +51,7 @@ class Opening:
 
     @cached_property
     def weight_map(self) -> bytes:
-        """Both ends of a JSON index of shards, of which the map may come first; else nothing."""
+        """Both ends of a JSON index of shards, whose map may come first; else nothing."""
         # The length of a header of safetensors may begin with the byte of a brace.
         if not self.head.lstrip().startswith(b"{") or _LENGTH.match(self.head):
             return b""

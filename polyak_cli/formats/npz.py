@@ -74,7 +74,7 @@ def _spec(file: InputFile, member: zips.Member) -> TensorSpec:
 
 
 def _read_head(file: InputFile, member: zips.Member) -> bytes:
-    """Return the first bytes of an array, of which only its header where that can be told apart."""
+    """Return the first bytes of an array: only its header, if the header's length is known."""
     if member.method != zips.STORED:  # its bytes are inflated in larger pieces anyway
         return zips.head(file, member, _HEAD)
     start = zips.head(file, member, 12)

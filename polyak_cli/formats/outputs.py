@@ -21,7 +21,8 @@ from polyak_cli.tensors import Table
 @functools.cache
 def _conversions() -> dict[str, str]:
     """Return suffix of an output -> the format to which checkpoints of others are converted."""
-    forms = {entry.key: find_format(entry.key) for entry in FORMATS}
+    # Reversed: safetensors comes before .npz, which has no bfloat16.
+    forms = {entry.key: find_format(entry.key) for entry in reversed(FORMATS)}
     return {form.conversion_suffix: key for key, form in forms.items() if form.conversion_suffix}
 
 

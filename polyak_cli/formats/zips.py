@@ -43,7 +43,7 @@ RATIO, LARGE = 1032, 256 << 20
 _LOCAL = struct.Struct("<4s5H3L2H")
 _STEP = 1 << 20
 _ENCRYPTED, _LATER, _UTF8 = 0x1, 0x8, 0x800
-_ZIP64 = 0xFFFFFFFF  # stands for a size that is told elsewhere
+_ZIP64 = 0xFFFFFFFF  # stands for a size that an extra field holds (APPNOTE 4.5.3)
 
 
 class Member(NamedTuple):
@@ -170,7 +170,7 @@ def head(file: InputFile, member: Member, nbytes: int) -> bytes:
 
 
 def pieces(file: InputFile, member: Member) -> Iterator[bytes]:
-    """Yield a member's content, of which length and checksum are checked at its end.
+    """Yield a member's content; its length and checksum are checked at the end.
 
     Raises:
         FormatError: it is damaged.

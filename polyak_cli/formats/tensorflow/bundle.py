@@ -496,7 +496,7 @@ class TensorFlowBundle(Format):
             return Draft(placements, files)
 
     def finalize(self, output: str, draft: Draft) -> None:
-        """See `Format.finalize`; the index that `lay_out` wrote has the template's checksums."""
+        """See `Format.finalize`; the index still has the template's checksums."""
         found = {}
         with contextlib.ExitStack() as stack:
             shards = [stack.enter_context(LocalOutput(path)).reader() for path in draft.files[1:]]

@@ -1,7 +1,7 @@
 """PyTorch's `.pt`: a zip archive of a pickle and of one member for each storage.
 
 The pickle says how tensors lie in storages; a storage is averaged as a whole, which averages every
-view of it.  The output is the template byte for byte but for averaged storages, their checksums and
+view of it.  The output is the template byte for byte except averaged storages, their checksums and
 this tool's record, since PyTorch finds storages by where its own writer would have put them.
 """
 
@@ -232,10 +232,10 @@ def _arrangement(named: Sequence[Named], views: Sequence[Tensor], size: int) -> 
         for (name, _), view in zip(named, views, strict=True)
     ]
     text = f"{size} elements viewed as {'; '.join(parts)}"
-    told = shown(text)
-    if told != text:
-        told += f" (SHA-256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
-    return told
+    name = shown(text)
+    if name != text:
+        name += f" (SHA-256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
+    return name
 
 
 # --- writing --------------------------------------------------------------------------------------
