@@ -42,7 +42,7 @@ def watch(
     *,
     interval: float = INTERVAL,
     once: bool = False,
-    told: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
     **options: Unpack[Options],
 ) -> Iterator[Report]:
     """Average the checkpoints of a directory, and again whenever there are new ones.
@@ -58,7 +58,7 @@ def watch(
         output: the file to write and to replace each time, in the directory or elsewhere.
         interval: seconds between two looks.
         once: look twice and end, as from cron; an output that is up to date is left alone.
-        told: called with each message on what is waited for, one line each.
+        on_note: called with each message on what is waited for, one line each.
         **options: see `averaging.Options`; ``force`` replaces an output that is no average.
 
     Returns:
@@ -78,7 +78,7 @@ def watch(
     if not options.get("force"):
         pipeline.check_replaceable(Path(output))
     options["force"] = True  # from now on: it is an average, or the user has said so
-    watched = _Watched(Path(directory), Path(output), options, told or (lambda _: None), once)
+    watched = _Watched(Path(directory), Path(output), options, on_note or (lambda _: None), once)
     return _look_repeatedly(watched, interval, 2 if once else None)
 
 
@@ -115,7 +115,7 @@ class _Watched:
     directory: Path
     output: Path
     options: Options
-    told: Callable[[str], None]
+    on_note: Callable[[str], None]
     once: bool
     looks: int = 0
     seen: dict[Path, _Seen] = field(default_factory=dict)  # by the file that opens it
@@ -140,7 +140,7 @@ class _Watched:
         except PolyakError as error:
             if self._is_still(names):
                 raise
-            self.told(f"{error}; the directory is changing, so it is looked at again")
+            self.on_note(f"{error}; the directory is changing, so it is looked at again")
             return None
         self.held = _map_files(plan)
         return replace(report, notes=(*self._note_fewer(plan), *report.notes))
@@ -222,9 +222,9 @@ class _Watched:
         patience = 1 if self.once else _PATIENCE
         for seen in self.seen.values():
             if seen.trouble and seen.looks == patience:
-                self.told(f"{seen.trouble}; it is left out until it is whole")
+                self.on_note(f"{seen.trouble}; it is left out until it is whole")
         if self.looks == 2 and not selection.checkpoints:
-            self.told(f"{shown(self.directory)}: no whole checkpoint is here yet")
+            self.on_note(f"{shown(self.directory)}: no whole checkpoint is here yet")
 
     # --- what there is to do ----------------------------------------------------------------------
 

@@ -435,7 +435,7 @@ RENAMED = (
 )
 
 
-def test_layers_that_keras_numbered_anew_get_an_error_that_says_so(tmp_path: Path) -> None:
+def test_layers_that_keras_numbered_again_get_an_error_that_says_so(tmp_path: Path) -> None:
     """'dense' in one file and 'dense_4' in another are not guessed to be the same."""
     two(tmp_path, *RENAMED)
     with pytest.raises(MismatchError, match=r"'dense/sequential/dense/kernel' is called 'dense_4"):
@@ -513,10 +513,10 @@ def test_the_plan_tells_everything_and_writes_nothing(tmp_path: Path) -> None:
 def test_the_report_tells_what_was_done(tmp_path: Path) -> None:
     """Bytes, seconds, speed, peak memory and how the time was spent."""
     write_run(tmp_path)
-    told: list[int] = []
-    report = average(tmp_path, tmp_path / "o.h5", progress=told.append)
+    amounts: list[int] = []
+    report = average(tmp_path, tmp_path / "o.h5", progress=amounts.append)
     averaged, compared = 4 * (33 * 17 + 17 + 17 * 5 + 1), 8 + 5 * 4 + 2
-    assert sum(told) == report.bytes_read == 4 * (averaged + compared)
+    assert sum(amounts) == report.bytes_read == 4 * (averaged + compared)
     assert report.bytes_written == (tmp_path / "o.h5").stat().st_size
     assert report.seconds > 0
     assert report.speed == report.bytes_read / report.seconds

@@ -72,7 +72,7 @@ def test_memory_of_grandchildren_counts() -> None:
     assert 300e6 < _measured(nested).peak < 400e6
 
 
-def test_a_failed_command_is_told_by_its_last_line() -> None:
+def test_a_failed_command_is_reported_by_its_last_line() -> None:
     """A contender that fails is reported with its exit code and its last word."""
     with pytest.raises(Failed, match="exit code 3: the last"):
         measure.run(_python("import sys; print('first\\nthe last', file=sys.stderr); sys.exit(3)"))
@@ -125,7 +125,7 @@ def test_failures_and_absences_are_kept_apart_and_shown(tmp_path: Path) -> None:
     assert "skipped: not here" in shown
 
 
-def test_what_cannot_be_prepared_is_told_and_loses_no_other_result() -> None:
+def test_what_cannot_be_prepared_is_reported_and_loses_no_other_result() -> None:
     """Where the inputs do not fit the page cache, that is what the contender's row says."""
     ready = iter([None, None])
 
@@ -313,7 +313,7 @@ def test_the_page_cache_is_seen_and_steered(tmp_path: Path) -> None:
     assert machine.resident([path]) == 1.0
 
 
-def test_what_was_not_wholly_warm_is_not_told_as_warm(
+def test_what_was_not_wholly_warm_is_not_reported_as_warm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page that the system evicts is reported; inputs larger than the page cache are refused."""
@@ -364,10 +364,10 @@ def test_growth_measures_and_tells_what_was_reached(tmp_path: Path) -> None:
         assert point["error"] == ""
         assert point["seconds_per_gigabyte"] == pytest.approx(point["seconds"] / point["gigabytes"])
         assert 20e6 < point["peak"] < 200e6
-    told = {reach["what"]: reach["value"] for reach in data["reach"]}
+    reached = {reach["what"]: reach["value"] for reach in data["reach"]}
     points = {point["label"]: point for point in data["series"][0]["points"]}
     expected = points["1"]["seconds"] / points["2"]["seconds"]
-    assert told["gzip, one thread against two"] == pytest.approx(expected)
+    assert reached["gzip, one thread against two"] == pytest.approx(expected)
     assert "| drop |" in (tmp_path / "growth.md").read_text()
     assert not list(tmp_path.glob("scratch-*"))
 
@@ -384,14 +384,14 @@ def test_startup_exits_with_1_where_a_limit_is_missed(
 ) -> None:
     """The limits of starting are a gate."""
     for value, code in ((2.1, 1), (1.9, 0)):
-        told = {
+        reached = {
             "title": "Starting",
             "notes": [],
             "machine": {},
             "rows": [],
             "reach": [Reach("--help", value, 2.0).data()],
         }
-        monkeypatch.setitem(command._EXPERIMENTS, "startup", lambda *_, told=told: told)
+        monkeypatch.setitem(command._EXPERIMENTS, "startup", lambda *_, reached=reached: reached)
         assert command.main(["startup", "--out", str(tmp_path)]) == code
 
 

@@ -341,7 +341,7 @@ def test_shards_of_weights_are_parts_where_their_table_is_there(run: Path) -> No
     }
 
 
-def test_what_every_source_passed_over_is_told_in_order(tmp_path: Path, run: Path) -> None:
+def test_what_every_source_passed_over_is_reported_in_order(tmp_path: Path, run: Path) -> None:
     """Not only the last one's, and whichever was named first."""
     numbered(run, 1)
     other = tmp_path / "a"
@@ -1005,7 +1005,7 @@ def test_a_choice_says_what_it_left_out_and_whether_that_makes_gaps(run: Path) -
         ]
 
 
-def test_notes_of_order_and_of_metric_are_both_told(run: Path) -> None:
+def test_notes_of_order_and_of_metric_are_both_reported(run: Path) -> None:
     """One does not take the place of the other."""
     numbered(run, 1, 2)
     log = write_log(run, [0.5, 0.4, 0.3])
@@ -1121,7 +1121,7 @@ def test_a_metric_that_is_not_in_a_name_is_an_error(
         ],
     ],
 )
-def test_the_mode_is_told_from_the_name_of_the_metric(monitor: str, mode: str | None) -> None:
+def test_the_mode_is_reported_from_the_name_of_the_metric(monitor: str, mode: str | None) -> None:
     """Losses and errors are minimised, scores maximised, and anything else asked for."""
     assert metrics._guess_mode(monitor) == mode
 
@@ -1454,7 +1454,7 @@ def test_what_is_no_model_is_passed_over_with_a_reason(run: Path) -> None:
     }
 
 
-def test_what_every_source_has_passed_over_is_told(tmp_path: Path, run: Path) -> None:
+def test_what_every_source_has_passed_over_is_reported(tmp_path: Path, run: Path) -> None:
     """Not only the last one's."""
     make(run, "a.h5", "a.txt")
     other = tmp_path / "other"

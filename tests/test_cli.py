@@ -975,7 +975,7 @@ def test_closed_streams_do_no_harm(run_folder: Path, closed: str) -> None:
     assert sorted(os.listdir(run_folder)) == ["ckpts", "o.h5", "p.h5"]
 
 
-def test_a_full_device_behind_stdout_is_told(run_folder: Path) -> None:
+def test_a_full_device_behind_stdout_is_reported(run_folder: Path) -> None:
     """A result that cannot be shown is an error of one line."""
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")

@@ -211,7 +211,7 @@ def test_compact_tensors_are_read_from_the_header(tmp_path: Path) -> None:
         (np.zeros(2, np.complex64), "compound"),
     ],
 )
-def test_types_are_told_apart(tmp_path: Path, values: np.ndarray, dtype: str) -> None:
+def test_types_are_reported_apart(tmp_path: Path, values: np.ndarray, dtype: str) -> None:
     """Each HDF5 type has the name that decides its fate."""
     path = write_model(tmp_path / "m.h5", {"d": {"x": values}})
     assert scan(path).tensors["d/x"].dtype == dtype
@@ -292,7 +292,7 @@ def test_a_file_that_is_still_written(tmp_path: Path) -> None:
     assert list(scan(path).tensors) == ["d/k"]
 
 
-def test_an_empty_weights_file_is_told_from_a_model(tmp_path: Path) -> None:
+def test_an_empty_weights_file_is_reported_from_a_model(tmp_path: Path) -> None:
     """Keras 3's .weights.h5 has another layout, and the message says that nothing is in it."""
     path = tmp_path / "m.weights.h5"
     with h5py.File(path, "w") as file:
@@ -301,7 +301,7 @@ def test_an_empty_weights_file_is_told_from_a_model(tmp_path: Path) -> None:
         scan(path)
 
 
-def test_other_hdf5_files_are_told_what_is_missing(tmp_path: Path) -> None:
+def test_other_hdf5_files_are_reported_what_is_missing(tmp_path: Path) -> None:
     """Any HDF5 file that holds no model says what it holds."""
     path = tmp_path / "m.h5"
     with h5py.File(path, "w") as file:
@@ -586,7 +586,7 @@ def test_an_output_that_is_an_input_is_refused_through_links(tmp_path: Path) -> 
             formats_outputs.check_output(tmp_path / name, [table], force=True)
 
 
-def test_no_room_is_told_before_the_work(tmp_path: Path) -> None:
+def test_no_room_is_reported_before_the_work(tmp_path: Path) -> None:
     """An output larger than the disk is refused with both sizes."""
     with pytest.raises(OutputError, match="free; make room"):
         publishing.check_room(tmp_path / "o.h5", 1 << 60)

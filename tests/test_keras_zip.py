@@ -344,7 +344,7 @@ def test_a_wrong_checksum_is_refused(tmp_path: Path, method: int, name: str) -> 
         average(paths, tmp_path / "o.keras")
 
 
-def test_a_prefix_is_told(tmp_path: Path) -> None:
+def test_a_prefix_is_reported(tmp_path: Path) -> None:
     """What begins with something else is no checkpoint, though zip programs find the archive."""
     (path, _) = write_pair(tmp_path)
     path.write_bytes(b"#!/bin/sh\n" + path.read_bytes())
@@ -362,7 +362,7 @@ def test_a_deflated_archive_needs_a_temporary_folder(
         average(paths, tmp_path / "o.keras")
 
 
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     """An output that may not grow, as on a full disk, is one line, and nothing is left."""
     write_pair(tmp_path)
     code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

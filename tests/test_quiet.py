@@ -55,7 +55,7 @@ def test_everything_is_as_before_afterwards() -> None:
     assert (done.stderr, done.returncode) == ("heard", 0)
 
 
-def test_the_last_line_held_back_is_told() -> None:
+def test_the_last_line_held_back_is_reported() -> None:
     """An error can quote the last line that C++ code wrote before it."""
     done = run(
         "with silence_frameworks() as held_back:\n"

@@ -336,7 +336,7 @@ def test_no_checkpoints_are_refused() -> None:
         coefficients("equal", [])
 
 
-def test_the_parameter_really_used_can_be_told() -> None:
+def test_the_parameter_really_used_can_be_reported() -> None:
     """A default is filled in, so that plan and provenance can record it."""
     assert resolve("exp").parameters == {"alpha": 2.0}
     assert resolve("ema").parameters == {"decay": 0.9}

@@ -238,9 +238,9 @@ LIES = {
 def test_tensors_that_cannot_be_are_refused(tmp_path: Path, value: bytes, message: str) -> None:
     """A tensor reaches nothing but its own storage, whose size two places agree on."""
     content = dictionary({"x\x1b[2J": value})
-    told = refused(tmp_path / "m.pt", content)
-    assert message in told
-    assert r"tensor 'x\x1b[2J" in told
+    line = refused(tmp_path / "m.pt", content)
+    assert message in line
+    assert r"tensor 'x\x1b[2J" in line
 
 
 BOMBS = {

@@ -246,7 +246,7 @@ def test_other_coefficients_of_one_s_own_make_another_output(folder: Path) -> No
     assert len(once(folder, coefficients=(1.0, 1.0, 3.0))) == 1
 
 
-def test_a_new_or_a_changed_checkpoint_makes_the_output_anew(folder: Path) -> None:
+def test_a_new_or_a_changed_checkpoint_makes_the_output_again(folder: Path) -> None:
     """By name and size, or by a time after the output's."""
     once(folder, last=3)
     write(folder / "ckpts/model_4.h5", 4)
@@ -303,7 +303,7 @@ def test_a_half_written_checkpoint_is_waited_for(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_stays_broken_is_told_once_and_stops_nothing(folder: Path) -> None:
+def test_a_checkpoint_that_stays_broken_is_reported_once_and_stops_nothing(folder: Path) -> None:
     """Newer ones are averaged without it; when it is whole, it counts."""
     rest = halves(folder / "ckpts/model_4.h5", write(folder / "four.h5", 4))
     with watcher(folder) as watched:
@@ -390,21 +390,21 @@ def test_a_checkpoint_whose_checksum_is_wrong_is_waited_for(folder: Path) -> Non
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
     path.write_bytes(content)
-    told: list[str] = []
-    (report,) = once(folder, "o.npz", told=told.append)
+    notes: list[str] = []
+    (report,) = once(folder, "o.npz", on_note=notes.append)
     assert names(report) == ["m_1.npz"]
-    assert len(told) == 1
-    assert "m_2.npz" in told[0]
+    assert len(notes) == 1
+    assert "m_2.npz" in notes[0]
 
 
 @pytest.mark.parametrize("name", ["model_4.h5.tmp", ".model_4.h5", "model_4.tmp.h5"])
 def test_unfinished_names_are_never_read(folder: Path, name: str) -> None:
     """However long they stay."""
     (folder / "ckpts" / name).write_bytes(b"half")
-    told: list[str] = []
-    (report,) = once(folder, told=told.append)
+    notes: list[str] = []
+    (report,) = once(folder, on_note=notes.append)
     assert len(names(report)) == 3
-    assert told == []
+    assert notes == []
 
 
 def test_an_empty_directory_is_waited_for(folder: Path) -> None:
@@ -432,11 +432,11 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_no_error(
         return real(plan)
 
     monkeypatch.setattr(pipeline, "run", run)
-    told: list[str] = []
-    reports = watch(folder / "ckpts", folder / "o.h5", interval=0.01, told=told.append)
+    notes: list[str] = []
+    reports = watch(folder / "ckpts", folder / "o.h5", interval=0.01, on_note=notes.append)
     assert names(next(reports)) == ["model_2.h5", "model_3.h5"]
-    assert len(told) == 1
-    assert "model_1.h5" in told[0]
+    assert len(notes) == 1
+    assert "model_1.h5" in notes[0]
     assert sorted(os.listdir(folder)) == ["ckpts", "o.h5"]
 
 

@@ -56,7 +56,7 @@ def _find_emas(table: Table) -> dict[str, TensorSpec]:
             whose = f"{len(tensors)} tensors" if len(tensors) != 1 else "a tensor that has another"
             raise MismatchError(
                 f"{shown(table.path)}: the EMA slot '{shown(slot)}' fits {whose}; expected exactly "
-                "one slot of one tensor, told by its name"
+                "one slot of one tensor, recognised by its name"
             )
         found[tensors[0]] = _describe_as(table, table.others[slot], table.tensors[tensors[0]])
     return found

@@ -61,7 +61,7 @@ def _pair_by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
         )
         raise MismatchError(
             f"{shown(table.path)}: tensor '{shown(ours)}' is called '{shown(theirs)}' in "
-            f"{shown(template.path)}; Keras merely numbers layers anew when a model is built "
+            f"{shown(template.path)}; Keras merely numbers layers again when a model is built "
             "again in one process. Use --match order to pair tensors by position"
         )
     if missing:

@@ -150,7 +150,7 @@ def watch(
         output,
         interval=interval,
         once=once,
-        told=lambda note: rendering.print_notes([note], quiet),
+        on_note=lambda note: rendering.print_notes([note], quiet),
         **options,
     ):
         rendering.print_notes([note for note in report.notes if note not in noted], quiet)

@@ -63,13 +63,13 @@ def make(material: Material, folder: Path) -> Made:
     folder.mkdir(parents=True)
     described = json.dumps(dataclasses.asdict(material))
     measure.run([*_FILES, "make", described, str(folder)])
-    told = json.loads((folder / "made.json").read_text())
+    made = json.loads((folder / "made.json").read_text())
     names = [f"model_{epoch:03d}" for epoch in range(material.files)]
     made = Made(
         [folder / f"{name}.h5" for name in names],
         [folder / f"{name}.safetensors" for name in names] if material.safetensors else [],
-        told["tensors"],
-        told["nbytes"],
+        made["tensors"],
+        made["nbytes"],
     )
     machine.warm([*made.paths, *made.safetensors])
     return made

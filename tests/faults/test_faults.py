@@ -441,7 +441,7 @@ def test_forced_runs_at_once_leave_one_whole_output(run_folder: Path) -> None:
 # --- no room --------------------------------------------------------------------------------------
 
 
-def test_no_room_is_told_before_the_work(run_folder: Path, tiny_disk: Path) -> None:
+def test_no_room_is_reported_before_the_work(run_folder: Path, tiny_disk: Path) -> None:
     """What will not fit is refused with both sizes, before a tensor is read."""
     (tiny_disk / "ballast").write_bytes(bytes(900_000))
     done = polyak("average", "ckpts", "-o", "disk/o.h5", cwd=run_folder)
@@ -533,7 +533,7 @@ def test_hundreds_of_checkpoints_under_a_low_limit_of_open_files(tmp_path: Path)
 
 
 @pytest.mark.parametrize("descriptors", [16, 24, 40])
-def test_very_few_open_files_are_enough_or_are_told(run_folder: Path, descriptors: int) -> None:
+def test_very_few_open_files_are_enough_or_are_reported(run_folder: Path, descriptors: int) -> None:
     """Whatever the limit, the average is right or the error is one line and leaves nothing."""
 
     def limited() -> None:

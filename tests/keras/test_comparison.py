@@ -90,7 +90,7 @@ def test_less_loss_is_better_and_less_accuracy_worse() -> None:
     ]
 
 
-def test_another_architecture_is_a_baseline_and_another_loss_is_told(tmp_path: Path) -> None:
+def test_another_architecture_is_a_baseline_and_another_loss_is_reported(tmp_path: Path) -> None:
     """Accuracy is compared; crossentropy and squared error are not, and a note says so."""
     rows = data.load("blobs").split("train")
     other = saved(network(inputs=2), tmp_path / "other.h5", "mse", None)

@@ -65,7 +65,7 @@ def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["blob", "data.txt", "module.py", "module.py:", "module:load", ""])
-def test_what_is_no_data_set_is_told_what_is(name: str) -> None:
+def test_what_is_no_data_set_is_reported_what_is(name: str) -> None:
     """For any other name, the message lists the four kinds."""
     with pytest.raises(UsageError, match=r"FILE\.npz, FILE\.csv or MODULE\.py:FUNCTION"):
         data.load(name)
@@ -417,7 +417,7 @@ def test_every_row_has_the_same_chance_of_either_half() -> None:
     assert (abs(times - 200) < 50).all()  # five standard deviations
 
 
-def test_too_few_rows_to_part_are_told() -> None:
+def test_too_few_rows_to_part_are_reported() -> None:
     """Each part needs two rows, and the share must leave some for both."""
     for rows, share in ((1, 0.5), (3, 0.5), (20, 0.02)):
         with pytest.raises(UsageError, match=r"mine: has \d+ rows?, too few"):

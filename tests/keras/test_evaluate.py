@@ -440,7 +440,7 @@ def test_a_damaged_architecture_is_one_line(tmp_path: Path, text: str) -> None:
     assert "Keras cannot load it" in refusal(path)
 
 
-def test_weights_without_an_architecture_are_told_so(tmp_path: Path) -> None:
+def test_weights_without_an_architecture_are_reported_so(tmp_path: Path) -> None:
     """This holds for each format of Keras for weights."""
     path = saved(network(), tmp_path / "model.h5", "mse", None)
     assert "holds weights only, no architecture" in refusal(edited(path, model_config=None))
@@ -453,7 +453,7 @@ def test_weights_without_an_architecture_are_told_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.H5", "model.hd5", "model", "model.keras"])
-def test_a_name_that_keras_does_not_open_is_told(tmp_path: Path, name: str) -> None:
+def test_a_name_that_keras_does_not_open_is_reported(tmp_path: Path, name: str) -> None:
     """An HDF5 file needs the suffix .h5 or .hdf5."""
     shutil.copy(SAMPLE, tmp_path / name)
     assert "rename it" in refusal(tmp_path / name)
@@ -516,7 +516,7 @@ def test_a_layer_that_keras_does_not_know_is_named(tmp_path: Path) -> None:
         assert "register" in text
 
 
-def test_rows_that_do_not_fit_are_told_with_both_shapes(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_are_reported_with_both_shapes(tmp_path: Path) -> None:
     """Features must fit the inputs of the model, and labels its outputs."""
     path = saved(network(), tmp_path / "model.h5", "categorical_crossentropy", None)
     sparse = saved(network(), tmp_path / "s.h5", "sparse_categorical_crossentropy", None)

@@ -160,7 +160,7 @@ def test_the_penalty_of_regularizers_is_in_every_row(tmp_path: Path) -> None:
     assert found.losses == pytest.approx(own + penalty, rel=1e-4)
 
 
-def test_a_loss_that_no_row_has_is_not_told_by_rows(tmp_path: Path) -> None:
+def test_a_loss_that_no_row_has_is_not_reported_by_rows(tmp_path: Path) -> None:
     """A sum over a batch, and a loss of the whole batch, are not means over rows."""
     (tmp_path / "batch.py").write_text(
         "import keras\n"
@@ -316,7 +316,7 @@ def test_a_run_s_model_is_built_once(
     assert built == paths[:1]
 
 
-def test_a_model_with_a_vocabulary_is_built_anew(
+def test_a_model_with_a_vocabulary_is_built_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """State besides tensors belongs to each file: here, the vocabulary of a layer."""
@@ -344,7 +344,7 @@ def test_a_model_with_a_vocabulary_is_built_anew(
     assert not np.array_equal(second[4], second[0])
 
 
-def test_models_with_assets_are_built_anew_though_described_alike(
+def test_models_with_assets_are_built_again_though_described_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Assets of a layer are in no tensor, and in no configuration."""
