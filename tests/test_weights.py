@@ -342,7 +342,7 @@ def changed(path: Path, weight_map: Any) -> None:
         ({"/d/vars": "pipe.weights.h5"}, "its shard pipe.weights.h5 is a link or no regular file"),
         ({"/d/vars": "m_00002.weights.h5"}, "m_00002.weights.h5: has no tensor in '/d/vars'"),
         ({"/d/vars": [7], "": "x.weights.h5"}, "the weight_map of '/d/vars' is not the name"),
-        ([".weights.h5"], "is damaged: expected JSON with a weight_map"),
+        ([".weights.h5"], "is damaged: it has no weight_map"),
         ({"/d/vars": ["m_00000.weights.h5", "twin.weights.h5"]}, "two of its shards hold tensor"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import conversion
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.zips import WHOLE
+from polyak_cli.formats.sharding import Index, read_index
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, Version, open_input
 from polyak_cli.storage.local import LocalOutput, name_errors
@@ -81,14 +81,6 @@ class _Header(NamedTuple):
     metadata: Mapping[str, str]
     entries: Sequence[_Entry]  # in its order
     data: int  # offset of the tensors in the file
-
-
-class _Index(NamedTuple):
-    """What the index of a sharded checkpoint says."""
-
-    version: Version
-    content: Mapping[str, Any]
-    shards: Mapping[str, set[str]]  # file name -> the tensors that should be in it
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -220,35 +212,19 @@ def _check_extents(entries: Sequence[_Entry], nbytes: int) -> None:
         raise FormatError(f"{nbytes - end} bytes at its end belong to no tensor; it is damaged")
 
 
-def _index(path: str, heartbeat: Heartbeat) -> _Index:
+def _index(path: str, heartbeat: Heartbeat) -> Index:
     """Read which shards there are, and which tensors should be in each."""
-    version, raw = _content(path, WHOLE + 1, 0)
-    try:
-        if len(raw) > WHOLE:
-            raise FormatError(f"has {version.size} bytes; expected at most {WHOLE}")
-        content = _object(raw, heartbeat)
-        listed = content.get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise FormatError("has no weight_map that says which tensor is in which shard")
-        if not isinstance(content.setdefault("metadata", {}), dict):
-            raise FormatError("is damaged: its metadata are not an object")
-        shards: dict[str, set[str]] = {}
-        for tensor, name in listed.items():
-            if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
-                raise FormatError(
-                    f"keeps tensor '{shown(tensor)}' in the shard '{shown(name)}'; expected the "
-                    "bare name of a .safetensors file beside it"
-                )
-            shards.setdefault(name, set()).add(tensor)
-    except FormatError as error:
-        raise FormatError(f"{shown(path)}: {error}") from None
-    return _Index(version, content, shards)
+    index = read_index(path, ".safetensors", lambda raw: _object(raw, heartbeat))
+    if not isinstance(index.content.get("metadata", {}), dict):
+        raise FormatError(f"{shown(path)}: is damaged: its metadata are not an object")
+    return index
 
 
-def _shards(path: str, index: _Index, heartbeat: Heartbeat) -> list[_Header]:
+def _shards(path: str, index: Index, heartbeat: Heartbeat) -> list[_Header]:
     """Read the shards, which must hold the very tensors that the index says."""
     headers = []
-    for name, wanted in sorted(index.shards.items()):
+    for name, listed in sorted(index.shards.items()):
+        wanted = set(listed)
         header = _header(str(Path(path).with_name(name)), heartbeat)
         held = {entry.name for entry in header.entries}
         for tensor in sorted(wanted - held)[:1]:
@@ -302,7 +278,7 @@ def _new_index(request: SkeletonRequest, made: Sequence[_Output], heartbeat: Hea
     content = dict(_index(source, heartbeat).content)
     name = Path(source).name
     total = sum(entry.stop - entry.start for one in made for entry in one.entries)
-    content["metadata"] = content["metadata"] | {_SIZE: total}
+    content["metadata"] = content.get("metadata", {}) | {_SIZE: total}
     target = str(Path(request.output, name if name.endswith(_INDEX) else f"model{_INDEX}"))
     with LocalOutput(target, create=True) as file:
         file.write(0, (json.dumps(content, indent=2) + "\n").encode())

@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from polyak_cli.errors import FormatError, shown
@@ -20,49 +20,10 @@ from polyak_cli.formats.hdf5 import keras_files, skeleton
 from polyak_cli.formats.hdf5.keras_files import Weights
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
-from polyak_cli.formats.zips import WHOLE
+from polyak_cli.formats.sharding import read_index
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.storage import File, Version, open_input
-from polyak_cli.storage.local import name_errors
+from polyak_cli.storage import File, Version
 from polyak_cli.tensors import Table, TensorSpec
-
-
-def _list_shards(index: Path) -> dict[str, list[str]]:
-    """Return the shards that the JSON names, each with its groups."""
-    shards: dict[str, list[str]] = {}
-    for group, names in _read_weight_map(index):
-        for name in names:
-            # Keras writes bare names only; a path could lead to any file of this machine.
-            if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
-                raise FormatError(
-                    f"{shown(index)}: names the shard '{shown(name)}'; expected the bare name of a "
-                    "file beside it"
-                )
-            shards.setdefault(name, []).append(group)
-    return shards
-
-
-def _read_weight_map(index: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each group with the names of its shards."""
-    try:
-        with open_input(index) as file, name_errors(str(index)):
-            content = file.read(0, WHOLE + 1)  # one byte more shows that the file is larger
-        if len(content) > WHOLE:
-            raise FormatError(f"{shown(index)}: is larger than {WHOLE} bytes; expected a short map")
-        weight_map = json.loads(content)["weight_map"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        weight_map = None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{shown(index)}: is damaged: expected JSON with a weight_map of shards")
-    for group, names in weight_map.items():
-        # Keras writes a list where the variables of one group lie in several shards.
-        listed = names if isinstance(names, list) else [names]
-        if not listed or not all(isinstance(name, str) for name in listed):
-            raise FormatError(
-                f"{shown(index)}: the weight_map of '{shown(group)}' is not the name of a shard, "
-                "nor a list of such"
-            )
-        yield group, listed
 
 
 def _check_shard(index: Path, shard: Path) -> Version:
@@ -113,7 +74,7 @@ class KerasShards(Format):
         files = [File(request.path, Version.of(index.stat()))]
         # Each shard is read as a weights file of its own, and what was found is put together.
         found = Weights([], [], {}, False, {})  # False: this tool writes no index
-        for shard, groups in _list_shards(index).items():
+        for shard, groups in read_index(request.path, "", json.loads).shards.items():
             path = index.parent / shard
             files.append(File(str(path), _check_shard(index, path)))
             part = keras_files.read_weights(

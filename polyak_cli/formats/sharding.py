@@ -1,0 +1,75 @@
+"""Read the index of a sharded checkpoint: JSON whose ``weight_map`` says what lies in which shard.
+
+Knows neither what the map's keys mean nor how a shard stores tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.formats.zips import WHOLE
+from polyak_cli.storage import Version, open_input
+from polyak_cli.storage.local import name_errors
+
+
+class Index(NamedTuple):
+    """The index of a sharded checkpoint."""
+
+    version: Version
+    content: Mapping[str, Any]  # all of the JSON
+    shards: Mapping[str, list[str]]  # file name -> the keys of the map that lie in it
+
+
+def read_index(path: str, suffix: str, parse: Callable[[bytes], Any]) -> Index:
+    """Read an index.
+
+    Args:
+        path: the JSON file.
+        suffix: of the names of shards; "" if any name will do.
+        parse: returns the content as Python objects.
+
+    Raises:
+        FormatError: it is damaged, or names a file that does not lie beside it; names the file.
+    """
+    with open_input(path) as file, name_errors(path):
+        raw = file.read(0, WHOLE + 1)  # one byte more shows that the file is larger
+        if len(raw) > WHOLE:
+            raise FormatError(f"has {file.size} bytes; expected at most {WHOLE}")
+        try:
+            content = parse(raw)
+        except (ValueError, RecursionError):
+            content = None
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise FormatError("is damaged: it has no weight_map that says what is in which shard")
+        shards: dict[str, list[str]] = {}
+        for key, name in _list_pairs(weight_map):
+            _check_bare(key, name, suffix)
+            shards.setdefault(name, []).append(key)
+        return Index(file.version, content, shards)
+
+
+def _list_pairs(weight_map: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each key with the name of each of its shards."""
+    for key, names in weight_map.items():
+        # Keras writes a list where the variables of one group lie in several shards.
+        listed = names if isinstance(names, list) else [names]
+        if not listed or not all(isinstance(name, str) for name in listed):
+            raise FormatError(
+                f"the weight_map of '{shown(key)}' is not the name of a shard, nor a list of such; "
+                "expected the bare name of a file beside it"
+            )
+        for name in listed:
+            yield key, name
+
+
+def _check_bare(key: str, name: str, suffix: str) -> None:
+    """Refuse a path: libraries write bare names only, and a path could lead to any file."""
+    is_path = name in ("", ".", "..") or any(c in name for c in "/\\\0")
+    if is_path or not name.endswith(suffix) or name == suffix != "":
+        raise FormatError(
+            f"names the shard '{shown(name)}' for '{shown(key)}'; expected the bare name of a "
+            f"{suffix or ''}{' ' * bool(suffix)}file beside it"
+        )
