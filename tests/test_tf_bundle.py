@@ -300,6 +300,6 @@ def test_checksums_are_castagnoli(tmp_path: Path) -> None:
 def test_large_tables_are_read_as_they_were_written() -> None:
     """Many blocks and shared beginnings of keys; metadata apart from them."""
     entries = [(b"layer/%06d/kernel" % k, b"v" * (k % 90)) for k in range(20_000)]
-    table = sstables.written(entries, {b"record": b"{}"})
+    table = sstables.build_table(entries, {b"record": b"{}"})
     assert sstables.read(table) == (entries, {b"record": b"{}"})
     assert table.count(b"layer/") < 1400

@@ -18,7 +18,7 @@ from polyak_cli.tensors import Table, TensorSpec
 _STEP = 1 << 20
 
 
-def refuse(request: SkeletonRequest) -> None:
+def refuse_losses(request: SkeletonRequest) -> None:
     """Refuse what no other format can hold.
 
     Raises:

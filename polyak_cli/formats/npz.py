@@ -35,7 +35,7 @@ _TYPES = re.compile(r"u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|bool")
 _IDLE = {"format"}
 
 
-def _about(comment: bytes) -> dict[str, str]:
+def _read_record(comment: bytes) -> dict[str, str]:
     """Return this tool's record, if it wrote the archive."""
     if not comment.startswith(MARK):
         return {}
@@ -46,14 +46,14 @@ def _about(comment: bytes) -> dict[str, str]:
     return {"provenance": record.decode(errors="replace")}
 
 
-def _spec(file: InputFile, member: zips.Member) -> TensorSpec:
+def _describe_member(file: InputFile, member: zips.Member) -> TensorSpec:
     """Describe a member."""
     if not member.name.endswith(".npy"):
-        where = _storage(member, 0)
+        where = _find_storage(member, 0)
         return TensorSpec(member.name, (member.nbytes,), "opaque", "<", member.name, where)
     name = member.name.removesuffix(".npy")
     try:
-        dtype, shape, fortran, start = _header(_read_head(file, member))
+        dtype, shape, fortran, start = _parse_header(_read_head(file, member))
     except ValueError as error:
         raise FormatError(f"tensor '{shown(name)}' has no .npy header ({shown(error)})") from None
     # numpy would unpickle these, which runs whatever code the file names.
@@ -68,22 +68,24 @@ def _spec(file: InputFile, member: zips.Member) -> TensorSpec:
         )
     order = ">" if dtype.str.startswith(">") else "<"
     arrangement = "Fortran order" if fortran else ""
-    where = _storage(member, start) if nbytes else Extent(0, 0)
+    where = _find_storage(member, start) if nbytes else Extent(0, 0)
     sizes = tuple(shape)
-    return TensorSpec(name, sizes, _kind(dtype), order, member.name, where, arrangement=arrangement)
+    return TensorSpec(
+        name, sizes, _name_dtype(dtype), order, member.name, where, arrangement=arrangement
+    )
 
 
 def _read_head(file: InputFile, member: zips.Member) -> bytes:
     """Return the first bytes of an array: only its header, if the header's length is known."""
     if member.method != zips.STORED:  # its bytes are inflated in larger pieces anyway
-        return zips.head(file, member, _HEAD)
-    start = zips.head(file, member, 12)
+        return zips.read_head(file, member, _HEAD)
+    start = zips.read_head(file, member, 12)
     width = 2 if start[6:7] == b"\1" else 4  # of the header's length, by the format's version
     length = int.from_bytes(start[8 : 8 + width], "little")
-    return zips.head(file, member, min(8 + width + length, _HEAD))
+    return zips.read_head(file, member, min(8 + width + length, _HEAD))
 
 
-def _header(head: bytes) -> tuple[np.dtype[Any], list[int], bool, int]:
+def _parse_header(head: bytes) -> tuple[np.dtype[Any], list[int], bool, int]:
     """Read dtype, shape, whether in Fortran order, and where the values begin.
 
     Raises:
@@ -109,7 +111,7 @@ def _header(head: bytes) -> tuple[np.dtype[Any], list[int], bool, int]:
     return dtype, list(shape), fortran and len(shape) > 1, stream.tell()
 
 
-def _kind(dtype: np.dtype[Any]) -> str:
+def _name_dtype(dtype: np.dtype[Any]) -> str:
     """Return the dtype's name as tables have it."""
     if dtype.kind in "SU":
         return "string"
@@ -120,28 +122,28 @@ def _kind(dtype: np.dtype[Any]) -> str:
     return dtype.name
 
 
-def _storage(member: zips.Member, start: int) -> Storage:
+def _find_storage(member: zips.Member, start: int) -> Storage:
     if member.method == zips.STORED:
         return Extent(member.offset + start, member.nbytes - start)
     return zips.Deflated(member.offset, member.stored, start, member.nbytes - start)
 
 
-def _comment(provenance: str) -> bytes:
+def _build_comment(provenance: str) -> bytes:
     comment = MARK + zlib.compress(provenance.encode())
     if len(comment) > 0xFFFF:
         raise FormatError("so many checkpoints cannot be named in one .npz; average fewer of them")
     return comment
 
 
-def _new_header(head: bytes, wanted: str, stored: str) -> bytes:
+def _convert_header(head: bytes, wanted: str, stored: str) -> bytes:
     """Return a .npy header for another type, or as it is for the same."""
-    _, shape, fortran, end = _header(head)
+    _, shape, fortran, end = _parse_header(head)
     if wanted == stored:
         return head[:end]
-    return _described("|V2" if wanted == "bfloat16" else "<" + FLOATS[wanted], shape, fortran)
+    return _build_header("|V2" if wanted == "bfloat16" else "<" + FLOATS[wanted], shape, fortran)
 
 
-def _described(descr: str, shape: Sequence[int], fortran: bool) -> bytes:
+def _build_header(descr: str, shape: Sequence[int], fortran: bool) -> bytes:
     """Return a .npy header."""
     stream = io.BytesIO()
     described = {"descr": descr, "fortran_order": fortran, "shape": tuple(shape)}
@@ -164,10 +166,10 @@ class Npz(Format):
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
-        with zips.opened(request.path) as (file, members, comment):
+        with zips.open_archive(request.path) as (file, members, comment):
             specs = []
             for member in heartbeat.over(members):
-                specs.append(_spec(file, member))
+                specs.append(_describe_member(file, member))
         tensors = {spec.name: spec for spec in specs}
         if len(tensors) < len(specs):  # "x" and "x.npy"
             raise FormatError(f"{shown(request.path)}: two of its tensors have the same name")
@@ -180,7 +182,7 @@ class Npz(Format):
             optimizer=frozenset(),
             config="",
             is_polyak_output=comment.startswith(MARK),
-            about=_about(comment),
+            about=_read_record(comment),
         )
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
@@ -188,8 +190,8 @@ class Npz(Format):
         specs = {spec.location: spec for spec in request.template.tensors.values()}
         places = {}
         with (
-            zips.opened(request.template.files[0].path) as (file, members, _),
-            zips.Archive(request.output, _comment(request.provenance)) as archive,
+            zips.open_archive(request.template.files[0].path) as (file, members, _),
+            zips.Archive(request.output, _build_comment(request.provenance)) as archive,
         ):
             for member in heartbeat.over(members):
                 wanted = request.averaged.get(member.name)
@@ -197,18 +199,18 @@ class Npz(Format):
                     archive.copy(file, member, heartbeat, _ALIGNMENT)
                     continue
                 spec = specs[member.name]
-                head = _new_header(zips.head(file, member, _HEAD), wanted, spec.dtype)
+                head = _convert_header(zips.read_head(file, member, _HEAD), wanted, spec.dtype)
                 nbytes = spec.size * itemsize(wanted)
-                offset = archive.room(member.name, len(head) + nbytes, _ALIGNMENT)
+                offset = archive.reserve(member.name, len(head) + nbytes, _ALIGNMENT)
                 archive.write(offset, head)
                 if spec.size:
                     order = spec.byteorder if wanted == spec.dtype else "<"
                     places[member.name] = Placement(offset + len(head), wanted, order)
-            return Draft(places, notes={"archive": archive.state()})
+            return Draft(places, notes={"archive": archive.describe()})
 
     def finalize(self, output: str, draft: Draft) -> None:
         """See `Format.finalize`."""
-        zips.seal(output, draft.notes["archive"])
+        zips.finalize_archive(output, draft.notes["archive"])
 
     def check(self, path: str, heartbeat: Heartbeat) -> None:
         """See `Format.check`."""
@@ -218,7 +220,7 @@ class Npz(Format):
         """See `Format.is_polyak_output`."""
         heartbeat()
         try:
-            with zips.opened(path) as (_, _, comment):
+            with zips.open_archive(path) as (_, _, comment):
                 return comment.startswith(MARK)
         except FormatError:
             return False
@@ -226,7 +228,7 @@ class Npz(Format):
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`."""
         heartbeat()
-        with zips.opened(table.files[0].path) as (_, _, comment):
+        with zips.open_archive(table.files[0].path) as (_, _, comment):
             if not comment or comment.startswith(MARK):
                 return {}
             return {"comment": comment.decode("utf-8", "surrogateescape")}
@@ -258,17 +260,17 @@ class Npz(Format):
         places = {}
         with (
             conversion.Carrier(request.template, heartbeat) as carrier,
-            zips.Archive(request.output, _comment(request.provenance)) as archive,
+            zips.Archive(request.output, _build_comment(request.provenance)) as archive,
         ):
             for spec in heartbeat.over(request.template.tensors.values()):
                 wanted = request.averaged.get(spec.location)
                 dtype = np.dtype(wanted or spec.dtype)
-                head = _described(dtype.newbyteorder("<").str, spec.shape, fortran=False)
+                head = _build_header(dtype.newbyteorder("<").str, spec.shape, fortran=False)
                 nbytes = spec.size * dtype.itemsize
-                offset = archive.room(f"{spec.name}.npy", len(head) + nbytes, _ALIGNMENT)
+                offset = archive.reserve(f"{spec.name}.npy", len(head) + nbytes, _ALIGNMENT)
                 archive.write(offset, head)
                 if wanted is None:
                     carrier.carry(spec, archive.file, offset + len(head))
                 elif spec.size:
                     places[spec.location] = Placement(offset + len(head), wanted, "<")
-            return Draft(places, notes={"archive": archive.state()})
+            return Draft(places, notes={"archive": archive.describe()})

@@ -19,7 +19,7 @@ from polyak_cli.tensors import Table
 
 
 @functools.cache
-def _conversions() -> dict[str, str]:
+def _map_conversions() -> dict[str, str]:
     """Return suffix of an output -> the format to which checkpoints of others are converted."""
     # Reversed: safetensors comes before .npz, which has no bfloat16.
     forms = {entry.key: find_format(entry.key) for entry in reversed(FORMATS)}
@@ -30,21 +30,21 @@ def choose_format(output: Path | None, template: Table) -> str:
     """Return the format of an output: the template's, unless its suffix is that of another."""
     form = find_format(template.format)
     if output and not output.name.endswith(form.suffixes) and form.can_be_left:
-        return _conversions().get(output.suffix, template.format)
+        return _map_conversions().get(output.suffix, template.format)
     return template.format
 
 
 def is_folder(output: Path, template: Table) -> bool:
     """Tell whether an output is to be a folder: named without suffix, for several files."""
-    return bool(_endings(template)) and len(template.files) > 1 and not output.suffix
+    return bool(_find_endings(template)) and len(template.files) > 1 and not output.suffix
 
 
-def folder_endings(output: Path, template: Table) -> tuple[str, ...]:
+def list_folder_endings(output: Path, template: Table) -> tuple[str, ...]:
     """Return the endings of the names in an output that is to be a folder; () for a file."""
-    return _endings(template) if is_folder(output, template) else ()
+    return _find_endings(template) if is_folder(output, template) else ()
 
 
-def _endings(template: Table) -> tuple[str, ...]:
+def _find_endings(template: Table) -> tuple[str, ...]:
     return find_format(template.format).folder_endings
 
 
@@ -70,29 +70,33 @@ def check_conversion(
             f"{shown(output or template.path)}: is {find_format(name).name}, which has no "
             f"type {dtype}; choose another --dtype, or safetensors for the output"
         )
-    if not output or (name == template.format and not _merges(output, template)):
+    if not output or (name == template.format and not _is_merged(output, template)):
         return
     request = SkeletonRequest(template, "", averaged, drop_optimizer, "")
-    (outcome,) = sandbox.run_each(_refuse, [(name, request)], [str(template.path)])
+    (outcome,) = sandbox.run_each(_refuse_conversion, [(name, request)], [str(template.path)])
     if isinstance(outcome, OutputError):
         raise OutputError(f"{shown(output)}: {shown(template.path)} {outcome}")
     if isinstance(outcome, PolyakError):
         raise outcome
 
 
-def _merges(output: Path, template: Table) -> bool:
+def _is_merged(output: Path, template: Table) -> bool:
     """Tell whether the shards of a folder, each with texts of its own, become one file."""
-    return bool(_endings(template)) and len(template.files) > 1 and not is_folder(output, template)
+    return (
+        bool(_find_endings(template))
+        and len(template.files) > 1
+        and not is_folder(output, template)
+    )
 
 
-def _refuse(request: tuple[str, SkeletonRequest], heartbeat: Heartbeat) -> None:
+def _refuse_conversion(request: tuple[str, SkeletonRequest], heartbeat: Heartbeat) -> None:
     """Refuse, in a child, what cannot be converted or merged."""
     from polyak_cli.formats import conversion
 
     name, layout = request
     texts = find_format(layout.template.format).texts(layout.template, heartbeat)
     if name != layout.template.format:
-        conversion.refuse(layout)
+        conversion.refuse_losses(layout)
         find_format(name).refuse_conversion(layout, texts)
 
 
@@ -134,7 +138,8 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
     if not folder_wanted and not output.name.endswith(suffixes):
         raise OutputError(
             f"{name}: the checkpoints are {form.name}, which is opened only as "
-            f"{' or '.join(suffixes)}; give the output that suffix{_otherwise(tables[-1])}"
+            f"{' or '.join(suffixes)}; give the output that suffix"
+            f"{_describe_alternatives(tables[-1])}"
         )
     _check_weights_suffix(output, tables[-1], suffixes)
     folder = output.resolve().parent
@@ -143,14 +148,14 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{name}: the folder {shown(folder)} is not writable")
     # A format of several files replaces all of them together, so all names must be free.
-    for further in _further(output, tables[-1]):
+    for further in _list_further(output, tables[-1]):
         if os.path.lexists(further) and not force:
             raise OutputError(f"{shown(further)}: already exists; use --force to replace it")
     if not os.path.lexists(output):
         return
     if folder_wanted and output.exists():
         inputs = [file for table in tables for file in table.files]
-        publishing.check_folder(output, inputs, _endings(tables[-1]), force=force)
+        publishing.check_folder(output, inputs, _find_endings(tables[-1]), force=force)
         return
     if output.exists():
         _check_existing(output, tables)
@@ -171,7 +176,7 @@ def _check_weights_suffix(output: Path, template: Table, suffixes: Sequence[str]
         )
 
 
-def _further(output: Path, template: Table) -> list[Path]:
+def _list_further(output: Path, template: Table) -> list[Path]:
     """Return the files that an output consists of besides the one that is named.
 
     Raises:
@@ -185,11 +190,13 @@ def _further(output: Path, template: Table) -> list[Path]:
     return further
 
 
-def _otherwise(template: Table) -> str:
+def _describe_alternatives(template: Table) -> str:
     """Say what else an output may be called."""
     form = find_format(template.format)
     shards = ", or none for a folder of as many files" if is_folder(Path("x"), template) else ""
-    others = [end for end in _conversions() if end not in form.suffixes] if form.can_be_left else []
+    others = (
+        [end for end in _map_conversions() if end not in form.suffixes] if form.can_be_left else []
+    )
     return shards + (f", or {' or '.join(others)} to convert it" if others else "")
 
 

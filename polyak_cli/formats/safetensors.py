@@ -86,35 +86,35 @@ class _Header(NamedTuple):
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _about(headers: Iterable[_Header]) -> dict[str, str]:
-    """Return this tool's record and the short ones of the texts, which may be configurations."""
+def _collect_short_texts(headers: Iterable[_Header]) -> dict[str, str]:
+    """Return this tool's record and the short texts; long ones may be whole configurations."""
     texts = {key: text for header in headers for key, text in header.metadata.items()}
     names = {key: key for key in texts if len(texts[key]) <= _SHORT} | {PROVENANCE: "provenance"}
     return {name: texts[key] for key, name in names.items() if key in texts}
 
 
-def _specs(header: _Header, number: int) -> Iterator[TensorSpec]:
+def _build_specs(header: _Header, number: int) -> Iterator[TensorSpec]:
     """Yield the tensors of a file that is the ``number``-th of its checkpoint."""
     for name, code, shape, start, stop in header.entries:
         where = Extent(header.data + start, stop - start, number)
         yield TensorSpec(name, tuple(shape), _TYPES[code][0], "<", name, where)
 
 
-def _begins_like_json(path: str) -> bool:
+def _is_index(path: str) -> bool:
     """Tell an index from a file of tensors, which begins with a length that may look like a "{"."""
-    head = _content(path, 9, 0)[1]
+    head = _read_content(path, 9, 0)[1]
     return head.startswith(b"{") and not head.endswith(b"\0\0\0{")
 
 
-def _content(path: str, most: int, offset: int) -> tuple[Version, bytes]:
+def _read_content(path: str, most: int, offset: int) -> tuple[Version, bytes]:
     """Return the version of a file, and its bytes from an offset on."""
     with open_input(path) as file, name_errors(path):
         return file.version, file.read(offset, most)
 
 
-def _header(path: str, heartbeat: Heartbeat) -> _Header:
+def _read_header(path: str, heartbeat: Heartbeat) -> _Header:
     """Read what a file of tensors says, and refuse what the format's library would refuse."""
-    version, head = _content(path, 8, 0)
+    version, head = _read_content(path, 8, 0)
     length = int.from_bytes(head, "little")
     try:
         if len(head) < 8 or 8 + length > version.size:
@@ -124,16 +124,16 @@ def _header(path: str, heartbeat: Heartbeat) -> _Header:
             )
         if length > _LONGEST:
             raise FormatError(f"claims a header of {length} bytes; expected at most {_LONGEST}")
-        content = _object(_content(path, length, 8)[1], heartbeat)
-        metadata = _metadata(content.pop(_METADATA, {}))
-        entries = [_entry(name, said) for name, said in content.items()]
+        content = _parse_object(_read_content(path, length, 8)[1], heartbeat)
+        metadata = _check_metadata(content.pop(_METADATA, {}))
+        entries = [_parse_entry(name, said) for name, said in content.items()]
         _check_extents(entries, version.size - 8 - length)
     except FormatError as error:
         raise FormatError(f"{shown(path)}: {error}") from None
     return _Header(path, version, metadata, entries, 8 + length)
 
 
-def _object(raw: bytes, heartbeat: Heartbeat) -> dict[str, Any]:
+def _parse_object(raw: bytes, heartbeat: Heartbeat) -> dict[str, Any]:
     """Parse a JSON object in which no key may stand twice: programs would read it differently."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,13 +155,13 @@ def _object(raw: bytes, heartbeat: Heartbeat) -> dict[str, Any]:
     return dict(parsed)
 
 
-def _metadata(said: Any) -> dict[str, str]:
+def _check_metadata(said: Any) -> dict[str, str]:
     if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
         raise FormatError(f"is damaged: its {_METADATA} is not a list of texts by name")
     return said
 
 
-def _entry(name: str, said: Any) -> _Entry:
+def _parse_entry(name: str, said: Any) -> _Entry:
     """Check one tensor of a header by itself."""
     if not isinstance(said, dict) or set(said) != _KEYS:
         raise FormatError(
@@ -170,9 +170,9 @@ def _entry(name: str, said: Any) -> _Entry:
     code, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
     if not isinstance(code, str) or code not in _TYPES:
         raise FormatError(f"tensor '{shown(name)}' is of an unknown type, {shown(code, 40)}")
-    if not _counts(shape) or len(shape) > _DEEPEST:
+    if not _is_list_of_counts(shape) or len(shape) > _DEEPEST:
         raise FormatError(f"tensor '{shown(name)}' has no shape, but {shown(shape, 40)}")
-    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _is_list_of_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FormatError(f"tensor '{shown(name)}' has no data_offsets, but {shown(offsets, 40)}")
     bits = _TYPES[code][1]
     for dimension in shape:
@@ -186,7 +186,7 @@ def _entry(name: str, said: Any) -> _Entry:
     return _Entry(name, code, shape, start, stop)
 
 
-def _counts(numbers: Any) -> bool:
+def _is_list_of_counts(numbers: Any) -> bool:
     """Tell whether something is a list of what can be counted or addressed."""
     return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
 
@@ -212,20 +212,20 @@ def _check_extents(entries: Sequence[_Entry], nbytes: int) -> None:
         raise FormatError(f"{nbytes - end} bytes at its end belong to no tensor; it is damaged")
 
 
-def _index(path: str, heartbeat: Heartbeat) -> Index:
+def _read_index(path: str, heartbeat: Heartbeat) -> Index:
     """Read which shards there are, and which tensors should be in each."""
-    index = read_index(path, ".safetensors", lambda raw: _object(raw, heartbeat))
+    index = read_index(path, ".safetensors", lambda raw: _parse_object(raw, heartbeat))
     if not isinstance(index.content.get("metadata", {}), dict):
         raise FormatError(f"{shown(path)}: is damaged: its metadata are not an object")
     return index
 
 
-def _shards(path: str, index: Index, heartbeat: Heartbeat) -> list[_Header]:
+def _read_shards(path: str, index: Index, heartbeat: Heartbeat) -> list[_Header]:
     """Read the shards, which must hold the very tensors that the index says."""
     headers = []
     for name, listed in sorted(index.shards.items()):
         wanted = set(listed)
-        header = _header(str(Path(path).with_name(name)), heartbeat)
+        header = _read_header(str(Path(path).with_name(name)), heartbeat)
         held = {entry.name for entry in header.entries}
         for tensor in sorted(wanted - held)[:1]:
             raise FormatError(
@@ -243,12 +243,12 @@ def _shards(path: str, index: Index, heartbeat: Heartbeat) -> list[_Header]:
     return headers
 
 
-def _tensor_files(table: Table) -> Sequence[Any]:
+def _list_tensor_files(table: Table) -> Sequence[Any]:
     """Return the files of a checkpoint without its index, which is the last of several."""
     return table.files[:-1] if len(table.files) > 1 else table.files
 
 
-def _merged(headers: Sequence[_Header]) -> dict[str, str]:
+def _merge_metadata(headers: Sequence[_Header]) -> dict[str, str]:
     """Return the metadata of several files as one's."""
     merged: dict[str, str] = {}
     for header in headers:
@@ -272,10 +272,10 @@ class _Output(NamedTuple):
     entries: Sequence[_Entry]
 
 
-def _new_index(request: SkeletonRequest, made: Sequence[_Output], heartbeat: Heartbeat) -> str:
+def _write_index(request: SkeletonRequest, made: Sequence[_Output], heartbeat: Heartbeat) -> str:
     """Write the template's index for an output whose tensors may have another type."""
     source = request.template.files[-1].path
-    content = dict(_index(source, heartbeat).content)
+    content = dict(_read_index(source, heartbeat).content)
     name = Path(source).name
     total = sum(entry.stop - entry.start for one in made for entry in one.entries)
     content["metadata"] = content.get("metadata", {}) | {_SIZE: total}
@@ -285,7 +285,7 @@ def _new_index(request: SkeletonRequest, made: Sequence[_Output], heartbeat: Hea
     return target
 
 
-def _changed(
+def _change_types(
     entries: Sequence[_Entry], request: SkeletonRequest, *, moved: bool
 ) -> Sequence[_Entry]:
     """Return entries with the types of the output, and new offsets where they are needed."""
@@ -295,34 +295,34 @@ def _changed(
         else entry
         for entry in entries
     ]
-    return _in_a_row(changed) if moved or changed != list(entries) else entries
+    return _place_in_a_row(changed) if moved or changed != list(entries) else entries
 
 
-def _in_a_row(entries: Sequence[_Entry]) -> list[_Entry]:
+def _place_in_a_row(entries: Sequence[_Entry]) -> list[_Entry]:
     """Give tensors their offsets, the widest types first: so each is aligned."""
     placed = []
     end = 0
     for entry in sorted(entries, key=lambda entry: -_RANKS[entry.code]):
-        nbytes = _nbytes(entry.code, entry.shape)
+        nbytes = _count_bytes(entry.code, entry.shape)
         placed.append(entry._replace(start=end, stop=end + nbytes))
         end += nbytes
     return placed
 
 
-def _nbytes(code: str, shape: Sequence[int]) -> int:
+def _count_bytes(code: str, shape: Sequence[int]) -> int:
     bits = _TYPES[code][1]
     for dimension in shape:
         bits *= dimension
     return bits // 8
 
 
-def _written(request: SkeletonRequest, made: Sequence[_Output], heartbeat: Heartbeat) -> Draft:
+def _write_files(request: SkeletonRequest, made: Sequence[_Output], heartbeat: Heartbeat) -> Draft:
     """Write headers and carried tensors, and return where the averaged ones belong."""
     specs = request.template.tensors
     placements = {}
     with conversion.Carrier(request.template, heartbeat) as carrier:
         for number, one in enumerate(made):
-            head = _head(one, request.provenance)
+            head = _build_header(one, request.provenance)
             # A file of its own exists already under the hidden name; those in a folder do not.
             create = one.path != request.output
             with LocalOutput(one.path, create=create) as file:
@@ -338,7 +338,7 @@ def _written(request: SkeletonRequest, made: Sequence[_Output], heartbeat: Heart
     return Draft(placements)
 
 
-def _head(one: _Output, provenance: str) -> bytes:
+def _build_header(one: _Output, provenance: str) -> bytes:
     """Return a header with its length, padded as the library does it."""
     metadata = {key: text for key, text in one.metadata.items() if key != PROVENANCE}
     content: dict[str, Any] = {_METADATA: metadata | {PROVENANCE: provenance}}
@@ -377,17 +377,17 @@ class Safetensors(Format):
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
-        if _begins_like_json(request.path):
-            index = _index(request.path, heartbeat)
-            headers = _shards(request.path, index, heartbeat)
+        if _is_index(request.path):
+            index = _read_index(request.path, heartbeat)
+            headers = _read_shards(request.path, index, heartbeat)
             files = [File(header.path, header.version) for header in headers]
             files.append(File(request.path, index.version))
         else:
-            headers = [_header(request.path, heartbeat)]
+            headers = [_read_header(request.path, heartbeat)]
             files = [File(request.path, headers[0].version)]
         tensors: dict[str, TensorSpec] = {}
         for number, header in enumerate(headers):
-            tensors.update((spec.name, spec) for spec in _specs(header, number))
+            tensors.update((spec.name, spec) for spec in _build_specs(header, number))
         return Table(
             path=Path(request.path),
             format=self.key,
@@ -397,46 +397,48 @@ class Safetensors(Format):
             optimizer=frozenset(),
             config="",
             is_polyak_output=any(PROVENANCE in header.metadata for header in headers),
-            about=_about(headers),
+            about=_collect_short_texts(headers),
         )
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """Return what a checkpoint says besides its tensors."""
-        return _merged([_header(file.path, heartbeat) for file in _tensor_files(table)])
+        return _merge_metadata(
+            [_read_header(file.path, heartbeat) for file in _list_tensor_files(table)]
+        )
 
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""
         try:
-            if _begins_like_json(path):
-                first = min(_index(path, heartbeat).shards)
+            if _is_index(path):
+                first = min(_read_index(path, heartbeat).shards)
                 path = str(Path(path).with_name(first))
-            return PROVENANCE in _header(path, heartbeat).metadata
+            return PROVENANCE in _read_header(path, heartbeat).metadata
         except FormatError:
             return False
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`: one file, or a folder with the template's shards."""
-        files = _tensor_files(request.template)
-        headers = [_header(file.path, heartbeat) for file in files]
+        files = _list_tensor_files(request.template)
+        headers = [_read_header(file.path, heartbeat) for file in files]
         for header, file in zip(headers, files, strict=True):
             conversion.require_same(header.path, header.version, file.version)
         if not Path(request.output).is_dir():
             entries = [entry for header in headers for entry in header.entries]
             moved = len(headers) > 1
-            merged = _merged(headers) if moved else headers[0].metadata
-            made = [_Output(request.output, merged, _changed(entries, request, moved=moved))]
-            return _written(request, made, heartbeat)
+            merged = _merge_metadata(headers) if moved else headers[0].metadata
+            made = [_Output(request.output, merged, _change_types(entries, request, moved=moved))]
+            return _write_files(request, made, heartbeat)
         folder = Path(request.output)
         made = [
             _Output(
                 str(folder / Path(header.path).name),
                 header.metadata,
-                _changed(header.entries, request, moved=False),
+                _change_types(header.entries, request, moved=False),
             )
             for header in headers
         ]
-        draft = _written(request, made, heartbeat)
-        index = _new_index(request, made, heartbeat)
+        draft = _write_files(request, made, heartbeat)
+        index = _write_index(request, made, heartbeat)
         return draft._replace(files=[*(one.path for one in made), index])
 
     def refuse_conversion(self, request: SkeletonRequest, texts: Mapping[str, str]) -> None:
@@ -449,7 +451,7 @@ class Safetensors(Format):
         for spec in request.template.tensors.values():
             code = _CODES.get(request.averaged.get(spec.location, spec.dtype), "")
             carried = spec.location not in request.averaged
-            if not code or (carried and spec.nbytes != _nbytes(code, spec.shape)):
+            if not code or (carried and spec.nbytes != _count_bytes(code, spec.shape)):
                 raise OutputError(
                     f"tensor '{shown(spec.name)}' is of type {spec.dtype}, which safetensors "
                     "has not"
@@ -469,5 +471,5 @@ class Safetensors(Format):
             return _Entry(spec.name, code, list(spec.shape), 0, 0)
 
         specs = request.template.tensors
-        entries = _in_a_row([entry(specs[name]) for name in sorted(specs)])
-        return _written(request, [_Output(request.output, texts, entries)], heartbeat)
+        entries = _place_in_a_row([entry(specs[name]) for name in sorted(specs)])
+        return _write_files(request, [_Output(request.output, texts, entries)], heartbeat)

@@ -1,7 +1,7 @@
-"""Zip archives as several formats use them: members at checked offsets, and room for new ones.
+"""Read and write zip archives: members at checked offsets, and space reserved for new ones.
 
 Python's own `zipfile` reads and writes the list of members.  What it cannot do is here: refuse what
-means harm, say where a member's bytes lie, and leave room for bytes that are written later by
+means harm, say where a member's bytes lie, and reserve space for bytes that are written later by
 offset.  Knows nothing of what the members hold.
 """
 
@@ -61,18 +61,18 @@ class Member(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[tuple[LocalInput, list[Member], bytes]]:
+def open_archive(path: str) -> Iterator[tuple[LocalInput, list[Member], bytes]]:
     """Yield an archive, open, with its members in the order of their bytes, and its comment.
 
     Raises:
         FormatError: the archive is damaged or means harm; names file and member.
     """
     with open_local(path) as file, name_errors(path):
-        members, comment = _listed(file)
+        members, comment = _list_members(file)
         yield file, members, comment
 
 
-def _listed(file: LocalInput) -> tuple[list[Member], bytes]:
+def _list_members(file: LocalInput) -> tuple[list[Member], bytes]:
     try:
         with file.stream() as stream, zipfile.ZipFile(stream) as archive:
             infos, comment = archive.infolist(), archive.comment
@@ -85,7 +85,7 @@ def _listed(file: LocalInput) -> tuple[list[Member], bytes]:
     ((often, times),) = Counter(info.filename for info in infos).most_common(1) or [("", 1)]
     if times > 1:
         raise FormatError(f"the member '{shown(often)}' is there twice")
-    members = [_checked(file, info) for info in infos if info.filename[-1:] != "/"]
+    members = [_check_member(file, info) for info in infos if info.filename[-1:] != "/"]
     members.sort(key=lambda member: member.offset)
     for one, other in itertools.pairwise(members):
         if one.offset + one.stored > other.offset:
@@ -93,7 +93,7 @@ def _listed(file: LocalInput) -> tuple[list[Member], bytes]:
     return members, comment
 
 
-def _checked(file: InputFile, info: zipfile.ZipInfo) -> Member:
+def _check_member(file: InputFile, info: zipfile.ZipInfo) -> Member:
     """Return a member, having refused what must not be read."""
     name = f"the member '{shown(info.filename)}'"
     # zipfile cuts a name at a NUL, under which another name might hide.
@@ -114,9 +114,9 @@ def _checked(file: InputFile, info: zipfile.ZipInfo) -> Member:
         raise FormatError(
             f"{name} claims {info.file_size} bytes in {info.compress_size}: a decompression bomb"
         )
-    head = _at(file, info.header_offset, _LOCAL.size, name)
-    signature, _, flags, method, _, _, *sizes, name_length, extra_length = _LOCAL.unpack(head)
-    written = _at(file, info.header_offset + _LOCAL.size, name_length, name)
+    read_head = _read_part(file, info.header_offset, _LOCAL.size, name)
+    signature, _, flags, method, _, _, *sizes, name_length, extra_length = _LOCAL.unpack(read_head)
+    written = _read_part(file, info.header_offset + _LOCAL.size, name_length, name)
     encoding = "utf-8" if info.flag_bits & _UTF8 else "cp437"
     if signature != b"PK\x03\x04" or written != info.orig_filename.encode(encoding, "replace"):
         raise FormatError(f"{name} has another name where it lies than in the archive's list")
@@ -136,7 +136,7 @@ def _checked(file: InputFile, info: zipfile.ZipInfo) -> Member:
     )
 
 
-def _at(file: InputFile, offset: int, nbytes: int, name: str) -> bytes:
+def _read_part(file: InputFile, offset: int, nbytes: int, name: str) -> bytes:
     # The list may place a member anywhere, also where no file can be read.
     data = file.read(offset, nbytes) if 0 <= offset < 1 << 62 else b""
     if len(data) < nbytes:
@@ -144,7 +144,7 @@ def _at(file: InputFile, offset: int, nbytes: int, name: str) -> bytes:
     return data
 
 
-def whole(file: InputFile, member: Member) -> bytes:
+def read_whole(file: InputFile, member: Member) -> bytes:
     """Return a member's content, checked.
 
     Raises:
@@ -154,10 +154,10 @@ def whole(file: InputFile, member: Member) -> bytes:
         raise FormatError(
             f"the member '{shown(member.name)}' has {member.nbytes} bytes; expected at most {WHOLE}"
         )
-    return b"".join(pieces(file, member))
+    return b"".join(read_pieces(file, member))
 
 
-def head(file: InputFile, member: Member, nbytes: int) -> bytes:
+def read_head(file: InputFile, member: Member, nbytes: int) -> bytes:
     """Return the first bytes of a member's content, which are not checked, or all where it is less.
 
     Raises:
@@ -169,14 +169,16 @@ def head(file: InputFile, member: Member, nbytes: int) -> bytes:
     return _Stream(file, member.offset, member.stored).take(nbytes)
 
 
-def pieces(file: InputFile, member: Member) -> Iterator[bytes]:
+def read_pieces(file: InputFile, member: Member) -> Iterator[bytes]:
     """Yield a member's content; its length and checksum are checked at the end.
 
     Raises:
         FormatError: it is damaged.
     """
     crc = done = 0
-    for piece in _inflated(file, member) if member.method == DEFLATED else _plain(file, member):
+    for piece in (
+        _inflate(file, member) if member.method == DEFLATED else _read_stored(file, member)
+    ):
         crc, done = zlib.crc32(piece, crc), done + len(piece)
         yield piece
     if (crc, done) != (member.crc, member.nbytes):
@@ -185,12 +187,12 @@ def pieces(file: InputFile, member: Member) -> Iterator[bytes]:
         )
 
 
-def _plain(file: InputFile, member: Member) -> Iterator[bytes]:
+def _read_stored(file: InputFile, member: Member) -> Iterator[bytes]:
     for done in range(0, member.stored, _STEP):
         yield file.read(member.offset + done, min(_STEP, member.stored - done))
 
 
-def _inflated(file: InputFile, member: Member) -> Iterator[bytes]:
+def _inflate(file: InputFile, member: Member) -> Iterator[bytes]:
     stream = _Stream(file, member.offset, member.stored)
     while stream.position < member.nbytes:
         yield stream.take(min(_STEP, member.nbytes - stream.position))
@@ -202,9 +204,9 @@ def check(path: str, heartbeat: Heartbeat) -> None:
     Raises:
         FormatError: one is wrong; names file and member.
     """
-    with opened(path) as (file, members, _):
+    with open_archive(path) as (file, members, _):
         for member in members:
-            for _piece in heartbeat.over(pieces(file, member)):
+            for _piece in heartbeat.over(read_pieces(file, member)):
                 pass  # reading all of a member compares its checksum
 
 
@@ -228,7 +230,7 @@ class _Stream:
         wanted = nbytes
         try:
             while wanted:
-                data = self.decompressor.unconsumed_tail or self._more()
+                data = self.decompressor.unconsumed_tail or self._read_more()
                 piece = self.decompressor.decompress(data, wanted)
                 if not piece and not data:
                     raise FormatError("a deflated member ends before its content does")
@@ -239,7 +241,7 @@ class _Stream:
         self.position += nbytes
         return b"".join(taken)
 
-    def _more(self) -> bytes:
+    def _read_more(self) -> bytes:
         if self.decompressor.eof:
             return b""
         data = self.file.read(self.offset, min(_STEP >> 4, self.left))
@@ -308,7 +310,7 @@ _KEPT = 256  # some 100 KB each
 class Archive:
     """A new archive whose large members are written later, by offset.
 
-    The list of members at its end needs their checksums, and is written by `seal`.
+    The list of members at its end needs their checksums, and is written by `finalize_archive`.
     """
 
     def __init__(self, path: str, comment: bytes = b"") -> None:
@@ -324,23 +326,29 @@ class Archive:
         self.file.truncate(self.end)
         self.file.close()
 
-    def room(self, name: str, nbytes: int, alignment: int = 1) -> int:
-        """Leave room for a stored member and return the offset of its bytes."""
-        return self._begin(name, nbytes, nbytes, STORED, None, alignment)
+    def reserve(self, name: str, nbytes: int, alignment: int = 1) -> int:
+        """Leave space for a stored member and return the offset of its bytes."""
+        return self._write_header_aligned(name, nbytes, nbytes, STORED, None, alignment)
 
-    def begin(self, name: str, alignment: int) -> int:
-        """Return where the bytes of a stored member may begin whose size `finish` will tell."""
-        longest = _info(name, self.end, 1 << 32, 1 << 32, STORED, None, padding=0).FileHeader()
+    def find_start(self, name: str, alignment: int) -> int:
+        """Return where a stored member may begin; `list_written` is given its size later."""
+        longest = _describe_member(
+            name, self.end, 1 << 32, 1 << 32, STORED, None, padding=0
+        ).FileHeader()
         return -(-(self.end + len(longest)) // alignment) * alignment
 
-    def finish(self, name: str, offset: int, nbytes: int) -> None:
-        """List the member that was written at the offset that `begin` gave."""
-        bare = _info(name, self.end, nbytes, nbytes, STORED, None, padding=0).FileHeader()
-        self._header(name, nbytes, nbytes, STORED, None, offset - self.end - len(bare))
+    def list_written(self, name: str, offset: int, nbytes: int) -> None:
+        """List the member that was written at the offset that `find_start` gave."""
+        bare = _describe_member(
+            name, self.end, nbytes, nbytes, STORED, None, padding=0
+        ).FileHeader()
+        self._write_header(name, nbytes, nbytes, STORED, None, offset - self.end - len(bare))
 
     def add(self, name: str, content: bytes) -> None:
         """Write a small stored member."""
-        offset = self._begin(name, len(content), len(content), STORED, zlib.crc32(content), 1)
+        offset = self._write_header_aligned(
+            name, len(content), len(content), STORED, zlib.crc32(content), 1
+        )
         self.file.write(offset, content)
 
     def copy(
@@ -348,41 +356,43 @@ class Archive:
     ) -> None:
         """Copy a member of another archive as it is stored there."""
         _, offset, stored, nbytes, method, crc = member
-        target = self._begin(member.name, stored, nbytes, method, crc, alignment)
+        target = self._write_header_aligned(member.name, stored, nbytes, method, crc, alignment)
         copy_range(source, offset, self.file, target, stored, heartbeat)
 
     def write(self, offset: int, content: bytes) -> None:
-        """Write into a room."""
+        """Write into space that `reserve` left."""
         self.file.write(offset, content)
 
-    def _begin(
+    def _write_header_aligned(
         self, name: str, stored: int, nbytes: int, method: int, crc: int | None, alignment: int
     ) -> int:
         """Write a local header, and return the offset behind it, aligned."""
         padding = None
         if alignment > 1:
-            bare = _info(name, self.end, stored, nbytes, method, crc, padding=0).FileHeader()
+            bare = _describe_member(
+                name, self.end, stored, nbytes, method, crc, padding=0
+            ).FileHeader()
             padding = -(self.end + len(bare)) % alignment
-        return self._header(name, stored, nbytes, method, crc, padding)
+        return self._write_header(name, stored, nbytes, method, crc, padding)
 
-    def _header(
+    def _write_header(
         self, name: str, stored: int, nbytes: int, method: int, crc: int | None, padding: int | None
     ) -> int:
         """Write a local header, and return the offset behind it."""
         row = (name, self.end, stored, nbytes, method, crc)
-        head = _info(*row, padding=padding).FileHeader()
-        self.file.write(self.end, head)
-        offset = self.end + len(head)
+        read_head = _describe_member(*row, padding=padding).FileHeader()
+        self.file.write(self.end, read_head)
+        offset = self.end + len(read_head)
         self.listed.append([*row, offset])
         self.end = offset + stored
         return offset
 
-    def state(self) -> list[Any]:
-        """Return what `seal` wants to know, as JSON can hold it."""
+    def describe(self) -> list[Any]:
+        """Return what `finalize_archive` wants to know, as JSON can hold it."""
         return [self.end, self.comment.hex(), self.listed]
 
 
-def _info(
+def _describe_member(
     name: str,
     header_offset: int,
     stored: int,
@@ -401,7 +411,7 @@ def _info(
     return info
 
 
-def seal(path: str, state: Sequence[Any]) -> None:
+def finalize_archive(path: str, state: Sequence[Any]) -> None:
     """Compute the checksums that are missing and write the list of members."""
     end, comment, listed = state
     with LocalOutput(path) as file, file.stream() as stream:
@@ -411,13 +421,15 @@ def seal(path: str, state: Sequence[Any]) -> None:
             for name, header, stored, nbytes, method, crc, offset in listed:
                 found = crc
                 if crc is None:
-                    found = checksum(written, offset, nbytes)
+                    found = compute_crc32(written, offset, nbytes)
                     file.write(header + 14, struct.pack("<L", found))
-                archive.filelist.append(_info(name, header, stored, nbytes, method, found))
+                archive.filelist.append(
+                    _describe_member(name, header, stored, nbytes, method, found)
+                )
             archive.comment = bytes.fromhex(comment)
 
 
-def checksum(file: InputFile, offset: int, nbytes: int) -> int:
+def compute_crc32(file: InputFile, offset: int, nbytes: int) -> int:
     """Return the checksum of bytes of a file as zip archives have it."""
     crc = 0
     buffer = np.empty(min(_STEP, nbytes), np.uint8)

@@ -231,7 +231,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         raise UsageError("the plan has no output; name the file to write")
     begun = time.perf_counter()
     force, verify = plan.settings.output.force, plan.settings.output.verify
-    folder = outputs.folder_endings(plan.output, plan.tables[-1])
+    folder = outputs.list_folder_endings(plan.output, plan.tables[-1])
     record = records.encode(records.seal(records.make_record(plan)))
     with publishing.publish(plan.output, force=force, folder=folder) as hidden:
         totals, files, notes = write_average(plan, hidden, record, progress or (lambda _: None))

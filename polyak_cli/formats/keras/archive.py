@@ -52,7 +52,7 @@ def _read_version(file: InputFile, members: Sequence[zips.Member]) -> dict[str, 
     for member in members:
         if member.name == "metadata.json":
             try:
-                said = json.loads(zips.whole(file, member))
+                said = json.loads(zips.read_whole(file, member))
             except (ValueError, RecursionError):  # Keras itself does not need it
                 return {}
             version = said.get("keras_version") if isinstance(said, dict) else None
@@ -107,7 +107,7 @@ def _open_weights(file: LocalInput, member: zips.Member, heartbeat: Heartbeat) -
     with contextlib.ExitStack() as stack:
         try:
             copy = stack.enter_context(tempfile.TemporaryFile())
-            for piece in heartbeat.over(zips.pieces(file, member)):
+            for piece in heartbeat.over(zips.read_pieces(file, member)):
                 copy.write(piece)
             copy.flush()
         except OSError as error:
@@ -176,9 +176,9 @@ class KerasArchive(Format):
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
-        with zips.opened(request.path) as (file, members, _):
+        with zips.open_archive(request.path) as (file, members, _):
             config, weights = _find_parts(members)
-            said = _parse_configuration(zips.whole(file, config))
+            said = _parse_configuration(zips.read_whole(file, config))
             with _open_weights(file, weights, heartbeat) as window:
                 found = keras_files.read_weights(
                     window, heartbeat, with_optimizer=request.with_optimizer
@@ -206,7 +206,7 @@ class KerasArchive(Format):
         """
         (template,) = request.template.files
         with (
-            zips.opened(template.path) as (file, members, comment),
+            zips.open_archive(template.path) as (file, members, comment),
             zips.Archive(request.output, comment) as archive,
         ):
             _, weights = _find_parts(members)
@@ -214,28 +214,28 @@ class KerasArchive(Format):
             for member in members:
                 if member is not weights:
                     archive.copy(file, member, heartbeat)
-            offset = archive.begin(WEIGHTS, _ALIGNMENT)
+            offset = archive.find_start(WEIGHTS, _ALIGNMENT)
             target = Window(request.output, archive.file.fileno(), offset)
             with _open_weights(file, weights, heartbeat) as source:
                 draft = skeleton.merge(_place_in_member(request), [source], heartbeat, target)
-            archive.finish(WEIGHTS, offset, target.size)
+            archive.list_written(WEIGHTS, offset, target.size)
             # libhdf5 counted offsets from the beginning of its window.
             placements = {
                 where: place._replace(offset=offset + place.offset)
                 for where, place in draft.placements.items()
             }
-            return Draft(placements, notes={"archive": archive.state()})
+            return Draft(placements, notes={"archive": archive.describe()})
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`: the configuration, and assets that are texts."""
-        with zips.opened(table.files[0].path) as (file, members, _):
+        with zips.open_archive(table.files[0].path) as (file, members, _):
             _, weights = _find_parts(members)
             with _open_weights(file, weights, heartbeat) as window:
                 said = keras_files.read_texts(window, heartbeat)
             for member in members:
                 if member is not weights:
                     try:
-                        said[member.name] = zips.whole(file, member).decode()
+                        said[member.name] = zips.read_whole(file, member).decode()
                     except UnicodeDecodeError:
                         raise OutputError(
                             f"its member '{shown(member.name)}', which is not a text, would be lost"
@@ -244,20 +244,20 @@ class KerasArchive(Format):
 
     def finalize(self, output: str, draft: Draft) -> None:
         """See `Format.finalize`."""
-        zips.seal(output, draft.notes["archive"])
+        zips.finalize_archive(output, draft.notes["archive"])
 
     def check(self, path: str, heartbeat: Heartbeat) -> None:
         """See `Format.check`; the scan has checked deflated weights."""
-        with zips.opened(path) as (file, members, _):
+        with zips.open_archive(path) as (file, members, _):
             for member in members:
                 if member.name != WEIGHTS or member.method == zips.STORED:
-                    for _piece in heartbeat.over(zips.pieces(file, member)):
+                    for _piece in heartbeat.over(zips.read_pieces(file, member)):
                         pass  # reading all of a member compares its checksum
 
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`; this tool never deflates."""
         try:
-            with zips.opened(path) as (file, members, _):
+            with zips.open_archive(path) as (file, members, _):
                 _, weights = _find_parts(members)
                 if weights.method != zips.STORED:
                     return False  # and inflating gigabytes to find out is not worth it

@@ -19,7 +19,8 @@ from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats import checksums
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.tensorflow import sstables
-from polyak_cli.formats.tensorflow.sstables import Pair, from_number, varint
+from polyak_cli.formats.tensorflow.protobuf import read_fields, require_message, require_number
+from polyak_cli.formats.tensorflow.sstables import Pair, encode_varint
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, InputFile, open_input
@@ -92,7 +93,7 @@ class _Entry(NamedTuple):
     @property
     def location(self) -> str:
         """The key, as JSON can hold it."""
-        return _text(self.key)
+        return _decode(self.key)
 
 
 class _Bundle(NamedTuple):
@@ -109,31 +110,34 @@ class _Bundle(NamedTuple):
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[_Bundle]:
+def _open_bundle(path: str) -> Iterator[_Bundle]:
     """Yield a checkpoint with every extent checked.
 
     Raises:
         FormatError: it is damaged, hostile or not complete; names the file.
     """
     with contextlib.ExitStack() as stack:
-        index = _open(path, stack)
+        index = _open_file(path, stack)
         try:
             if not path.endswith(_SUFFIX):
                 raise FormatError("is a TensorFlow index; expected it to be called NAME.index")
-            pairs, meta = _table(index)
-            shards, byteorder = _header(pairs[0] if pairs else (b"?", b""))
-            entries = [_entry(key, value) for key, value in pairs[1:]]
+            pairs, meta = _read_table(index)
+            shards, byteorder = _parse_header(pairs[0] if pairs else (b"?", b""))
+            entries = [_parse_entry(key, value) for key, value in pairs[1:]]
         except FormatError as error:
             raise FormatError(f"{shown(path)}: {error}") from None
         stem = path.removesuffix(".index")
-        files = [index, *(_open(f"{stem}{_tail(k, shards)}", stack) for k in range(shards))]
+        files = [
+            index,
+            *(_open_file(f"{stem}{_name_tail(k, shards)}", stack) for k in range(shards)),
+        ]
         entries = [entry for entry in entries if not entry.parts]
         _check_extents(entries, [file.name for file in files], [file.size for file in files])
         record = meta.get(PROVENANCE)
         yield _Bundle(pairs, entries, byteorder, files, record)
 
 
-def _open(path: str, stack: contextlib.ExitStack) -> InputFile:
+def _open_file(path: str, stack: contextlib.ExitStack) -> InputFile:
     try:
         return stack.enter_context(open_input(path))
     except FormatError as error:
@@ -145,62 +149,18 @@ def _open(path: str, stack: contextlib.ExitStack) -> InputFile:
         ) from None
 
 
-def _tail(shard: int, shards: int) -> str:
+def _name_tail(shard: int, shards: int) -> str:
     """Return how the name of a shard ends."""
     return f".data-{shard:05d}-of-{shards:05d}"
 
 
-def _table(index: InputFile) -> tuple[list[Pair], dict[bytes, bytes]]:
+def _read_table(index: InputFile) -> tuple[list[Pair], dict[bytes, bytes]]:
     if index.size > WHOLE:
         raise FormatError(f"has {index.size} bytes; expected an index of at most {WHOLE}")
     return sstables.read(index.read(0, index.size))
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
-    """Yield number, value and stored bytes of each field of a protocol buffer.
-
-    Raises:
-        FormatError: it is damaged.
-    """
-    place = 0
-    while place < len(message):
-        start = place
-        tag, place = varint(message, place)
-        value: int | bytes
-        if tag & 7 == 0:
-            value, place = varint(message, place)
-        elif tag & 7 in (1, 5):
-            start_value, place = place, place + (8 if tag & 7 == 1 else 4)
-            value = int.from_bytes(message[start_value:place], "little")
-        elif tag & 7 == 2:
-            length, start_value = varint(message, place)
-            place = start_value + length
-            value = message[start_value:place]
-        else:
-            raise FormatError(f"a field has wire type {tag & 7}, which is not used here")
-        if place > len(message):
-            raise FormatError("a field is cut off")
-        yield tag >> 3, value, message[start:place]
-
-
-def _number(value: int | bytes) -> int:
-    """Return a field that must be a number.
-
-    Raises:
-        FormatError: it is something else, or negative.
-    """
-    if isinstance(value, bytes) or value >= 1 << 63:
-        raise FormatError("a field that should be a number from 0 on is not")
-    return value
-
-
-def _message(value: int | bytes) -> bytes:
-    if isinstance(value, int):
-        raise FormatError("a field that should be a message is a number")
-    return value
-
-
-def _header(pair: Pair) -> tuple[int, str]:
+def _parse_header(pair: Pair) -> tuple[int, str]:
     """Return the number of shards and the byte order, which the entry without a key tells.
 
     Raises:
@@ -209,27 +169,30 @@ def _header(pair: Pair) -> tuple[int, str]:
     key, value = pair
     if key:
         raise FormatError("is a sorted table, but not the index of a TensorFlow checkpoint")
-    header = {number: field for number, field, _ in _fields(value)}
-    version = {number: field for number, field, _ in _fields(_message(header.get(3, b"")))}
-    least = _number(version.get(2, 0))
+    header = {number: field for number, field, _ in read_fields(value)}
+    version = {
+        number: field for number, field, _ in read_fields(require_message(header.get(3, b"")))
+    }
+    least = require_number(version.get(2, 0))
     if least > 1:
         raise FormatError(f"wants a reader of version {least}; expected at most 1")
-    return _number(header.get(1, 0)), ">" if _number(header.get(2, 0)) else "<"
+    return require_number(header.get(1, 0)), ">" if require_number(header.get(2, 0)) else "<"
 
 
-def _entry(key: bytes, value: bytes) -> _Entry:
+def _parse_entry(key: bytes, value: bytes) -> _Entry:
     """Read an entry.
 
     Raises:
         FormatError: it contradicts itself; names the tensor.
     """
-    name = _name(key)
+    name = _name_tensor(key)
     try:
-        fields = {number: field for number, field, _ in _fields(value)}
+        fields = {number: field for number, field, _ in read_fields(value)}
         code, shard, offset, nbytes, crc = (
-            _number(fields.get(number, 0)) for number in (_DTYPE, _SHARD, _OFFSET, _SIZE, _CRC)
+            require_number(fields.get(number, 0))
+            for number in (_DTYPE, _SHARD, _OFFSET, _SIZE, _CRC)
         )
-        shape = _shape(_message(fields.get(_SHAPE, b"")))
+        shape = _parse_shape(require_message(fields.get(_SHAPE, b"")))
         if code not in KINDS:
             raise FormatError(f"is of TensorFlow's type {code}, which is not known here")
         dtype, width = KINDS[code]
@@ -244,13 +207,13 @@ def _entry(key: bytes, value: bytes) -> _Entry:
     return _Entry(key, name, dtype, shape, shard, offset, nbytes, crc, parts)
 
 
-def _shape(message: bytes) -> tuple[int, ...]:
+def _parse_shape(message: bytes) -> tuple[int, ...]:
     """Read a TensorShapeProto."""
     shape = []
-    for number, value, _ in _fields(message):
+    for number, value, _ in read_fields(message):
         if number == 2:
-            size = {k: field for k, field, _ in _fields(_message(value))}.get(1, 0)
-            shape.append(_number(size))
+            size = {k: field for k, field, _ in read_fields(require_message(value))}.get(1, 0)
+            shape.append(require_number(size))
     if len(shape) > _MAXIMUM_RANK:
         raise FormatError(f"has {len(shape)} dimensions; expected at most {_MAXIMUM_RANK}")
     return tuple(shape)
@@ -282,21 +245,21 @@ def _check_extents(entries: list[_Entry], paths: Sequence[str], sizes: Sequence[
 # --- names ----------------------------------------------------------------------------------------
 
 
-def _text(key: bytes) -> str:
+def _decode(key: bytes) -> str:
     return key.decode(errors="surrogateescape")
 
 
-def _name(key: bytes) -> str:
-    """Return what users call a tensor."""
-    name = _text(key).removesuffix(_VALUE)
+def _name_tensor(key: bytes) -> str:
+    """Return the name by which users know a tensor."""
+    name = _decode(key).removesuffix(_VALUE)
     if key.startswith(b"\0"):
         with contextlib.suppress(FormatError):
-            return _part_name(key)
+            return _name_part(key)
     return name
 
 
-def _part_name(key: bytes) -> str:
-    """Return variable and place of a part, from TensorFlow's "ordered code" of them.
+def _name_part(key: bytes) -> str:
+    """Name a part of a partitioned variable, from TensorFlow's "ordered code" of its place.
 
     Raises:
         FormatError: it is something else.
@@ -308,14 +271,14 @@ def _part_name(key: bytes) -> str:
     rank, place = key[place] if place < len(key) else 0, place + 1
     spans = []
     for _ in range(rank):
-        start, place = _ordered(key, place)
-        length, place = _ordered(key, place)
+        start, place = _read_signed(key, place)
+        length, place = _read_signed(key, place)
         spans.append(":" if length < 0 else f"{start}:{start + length}")
-    return f"{_text(key[1:end])}[{', '.join(spans)}]"
+    return f"{_decode(key[1:end])}[{', '.join(spans)}]"
 
 
-def _ordered(key: bytes, place: int) -> tuple[int, int]:
-    """Read a signed number: as many ones as it has bytes, and the rest; -1 is the only negative."""
+def _read_signed(key: bytes, place: int) -> tuple[int, int]:
+    """Read a signed number: its first bits count its bytes; only -1 is negative."""
     if key[place : place + 1] == b"\x7f":
         return -1, place + 1
     first = key[place] if place < len(key) else 0
@@ -326,12 +289,12 @@ def _ordered(key: bytes, place: int) -> tuple[int, int]:
     return digits & (1 << 7 * ones - 1) - 1, place + ones
 
 
-def _sorted_out(entries: Sequence[_Entry]) -> tuple[set[str], set[str]]:
-    """Return the names of optimizer state, and of what else is not the model's own."""
+def _separate_state(entries: Sequence[_Entry]) -> tuple[set[str], set[str]]:
+    """Return the names of optimizer state, and of other tensors that are not the model's own."""
     names = {entry.name for entry in entries}
-    homes = _homes(names)
+    homes = _find_homes(names)
     tracked = any(entry.name == _GRAPH for entry in entries)
-    of_optimizer = _tracked_state if tracked else _saved_state
+    of_optimizer = _is_tracked_state if tracked else _is_saved_state
     optimizer = {name for name in names if of_optimizer(name, names, homes)}
     # Such as the keys of a lookup table, which have no fixed order.
     attributes = {
@@ -343,8 +306,8 @@ def _sorted_out(entries: Sequence[_Entry]) -> tuple[set[str], set[str]]:
     return optimizer, rest - optimizer
 
 
-def _homes(names: Collection[str]) -> set[str]:
-    """Return the paths that are optimizers by what lies in them."""
+def _find_homes(names: Collection[str]) -> set[str]:
+    """Return the paths of optimizers, recognised by the tensors that lie in them."""
     homes = set()
     for name in names:
         home, _, leaf = name.rpartition("/")
@@ -356,8 +319,8 @@ def _homes(names: Collection[str]) -> set[str]:
     return homes
 
 
-def _tracked_state(name: str, names: Collection[str], homes: Collection[str]) -> bool:
-    """Tell optimizer state in a checkpoint of objects."""
+def _is_tracked_state(name: str, names: Collection[str], homes: Collection[str]) -> bool:
+    """Tell whether a tensor is optimizer state, in a checkpoint of objects."""
     del names
     steps = name.split("/")
     # TensorFlow names a variable by the shortest way to it.  Keras 3's optimizers lead to the
@@ -367,19 +330,19 @@ def _tracked_state(name: str, names: Collection[str], homes: Collection[str]) ->
     return (
         ".OPTIMIZER_SLOT" in steps
         or any(_OPTIMIZER.search(step) for step in steps[:-1])
-        or _below(name, homes)
+        or _is_below(name, homes)
     )
 
 
-def _saved_state(name: str, names: Collection[str], homes: Collection[str]) -> bool:
-    """Tell optimizer state in a checkpoint of names, such as the Saver of TensorFlow 1 writes."""
+def _is_saved_state(name: str, names: Collection[str], homes: Collection[str]) -> bool:
+    """Tell whether a tensor is optimizer state, in a checkpoint of names (TensorFlow 1's Saver)."""
     whole, bracket, part = name.partition("[")
     variable, _, leaf = whole.rpartition("/")
     slot = _SLOTS.fullmatch(leaf) and f"{variable}{bracket}{part}" in names
-    return bool(slot or _POWERS.fullmatch(name)) or _below(name, homes)
+    return bool(slot or _POWERS.fullmatch(name)) or _is_below(name, homes)
 
 
-def _below(name: str, homes: Collection[str]) -> bool:
+def _is_below(name: str, homes: Collection[str]) -> bool:
     return any(name[: match.start()] in homes for match in re.finditer("/", name))
 
 
@@ -399,12 +362,12 @@ def _copy(
             start = high
 
 
-def _with_checksum(value: bytes, crc: int) -> bytes:
+def _replace_checksum(value: bytes, crc: int) -> bytes:
     """Return an entry with another checksum."""
     # Its fields in order, as TensorFlow compares some by their bytes; a zero is left out.
-    fields = [(number, raw) for number, _, raw in _fields(value) if number != _CRC]
+    fields = [(number, raw) for number, _, raw in read_fields(value) if number != _CRC]
     if crc:
-        fields.append((_CRC, from_number(_CRC << 3 | 5) + crc.to_bytes(4, "little")))
+        fields.append((_CRC, encode_varint(_CRC << 3 | 5) + crc.to_bytes(4, "little")))
     return b"".join(raw for _, raw in sorted(fields, key=lambda field: field[0]))
 
 
@@ -420,9 +383,9 @@ class TensorFlowBundle(Format):
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
         heartbeat()
-        with _opened(request.path) as bundle:
+        with _open_bundle(request.path) as bundle:
             heartbeat()
-            optimizer, rest = _sorted_out(bundle.entries)
+            optimizer, rest = _separate_state(bundle.entries)
             tensors: dict[str, TensorSpec] = {}
             others: dict[str, TensorSpec] = {}
             for entry in bundle.entries:
@@ -453,8 +416,8 @@ class TensorFlowBundle(Format):
 
     def check(self, path: str, heartbeat: Heartbeat) -> None:
         """See `Format.check`; of the model's own tensors, as no others are read."""
-        with _opened(path) as bundle:
-            optimizer, rest = _sorted_out(bundle.entries)
+        with _open_bundle(path) as bundle:
+            optimizer, rest = _separate_state(bundle.entries)
             for entry in heartbeat.over(bundle.entries):
                 # Of what varies in length, the checksum is not that of the bytes.
                 if (
@@ -474,11 +437,11 @@ class TensorFlowBundle(Format):
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
         placements = {}
-        with _opened(request.template.files[0].path) as bundle:
+        with _open_bundle(request.template.files[0].path) as bundle:
             shards = len(bundle.files) - 1
             files = [
                 request.output,
-                *(f"{request.output}{_tail(k, shards)}" for k in range(shards)),
+                *(f"{request.output}{_name_tail(k, shards)}" for k in range(shards)),
             ]
             holes: list[list[tuple[int, int]]] = [[] for _ in files]
             for entry in bundle.entries:
@@ -490,7 +453,7 @@ class TensorFlowBundle(Format):
                     holes[file].append((entry.offset, entry.offset + entry.nbytes))
             for k in range(1, len(files)):
                 _copy(bundle.files[k], files[k], sorted(holes[k]), heartbeat)
-            table = sstables.written(bundle.pairs, {PROVENANCE: request.provenance.encode()})
+            table = sstables.build_table(bundle.pairs, {PROVENANCE: request.provenance.encode()})
             with LocalOutput(request.output) as index:
                 index.write(0, table)
             return Draft(placements, files)
@@ -503,16 +466,16 @@ class TensorFlowBundle(Format):
             index = stack.enter_context(LocalOutput(output))
             written = index.reader()
             pairs, meta = sstables.read(written.read(0, written.size))
-            entries = {_text(key): _entry(key, value) for key, value in pairs[1:]}
+            entries = {_decode(key): _parse_entry(key, value) for key, value in pairs[1:]}
             for location in draft.placements:
                 entry = entries[location]
                 crc = checksums.crc32c_of(shards[entry.shard], entry.offset, entry.nbytes)
                 found[entry.key] = checksums.mask(crc)
             final = [
-                (key, _with_checksum(value, found[key]) if key in found else value)
+                (key, _replace_checksum(value, found[key]) if key in found else value)
                 for key, value in pairs
             ]
-            table = sstables.written(final, meta)
+            table = sstables.build_table(final, meta)
             index.write(0, table)
             index.truncate(len(table))
 
@@ -521,6 +484,6 @@ class TensorFlowBundle(Format):
         heartbeat()
         try:
             with contextlib.ExitStack() as stack:
-                return PROVENANCE in _table(_open(path, stack))[1]
+                return PROVENANCE in _read_table(_open_file(path, stack))[1]
         except FormatError:
             return False

@@ -30,7 +30,7 @@ class _Handle(NamedTuple):
     nbytes: int
 
 
-def varint(data: bytes, place: int) -> tuple[int, int]:
+def read_varint(data: bytes, place: int) -> tuple[int, int]:
     """Return a number of seven bits a byte, and the place behind it.
 
     Raises:
@@ -50,8 +50,8 @@ def varint(data: bytes, place: int) -> tuple[int, int]:
     raise FormatError("a number in it has more than 64 bits")
 
 
-def from_number(value: int) -> bytes:
-    """Return a number as `varint` reads it."""
+def encode_varint(value: int) -> bytes:
+    """Return a number as `read_varint` reads it."""
     result = bytearray()
     while value > 0x7F:
         result.append(value & 0x7F | 0x80)
@@ -71,17 +71,17 @@ def read(data: bytes) -> tuple[list[Pair], dict[bytes, bytes]]:
     if len(data) < _FOOTER or not data.endswith(MAGIC):
         raise FormatError("has no footer: it is truncated or damaged; save it again")
     place = len(data) - _FOOTER
-    meta, place = _handle(data, place)
-    index, _ = _handle(data, place)
+    meta, place = _read_handle(data, place)
+    index, _ = _read_handle(data, place)
     budget = _Budget()
     entries: list[Pair] = []
-    for _, value in _entries(_block(data, index), budget):
-        entries.extend(_entries(_block(data, _handle(value, 0)[0]), budget))
+    for _, value in _read_entries(_read_block(data, index), budget):
+        entries.extend(_read_entries(_read_block(data, _read_handle(value, 0)[0]), budget))
     if any(one[0] >= other[0] for one, other in itertools.pairwise(entries)):
         raise FormatError("is damaged: its keys are not sorted")
     return entries, {
-        name: _block(data, _handle(value, 0)[0])
-        for name, value in _entries(_block(data, meta), budget)
+        name: _read_block(data, _read_handle(value, 0)[0])
+        for name, value in _read_entries(_read_block(data, meta), budget)
     }
 
 
@@ -102,13 +102,13 @@ class _Budget:
             raise FormatError(f"its keys and values have more than {WHOLE} bytes")
 
 
-def _handle(data: bytes, place: int) -> tuple[_Handle, int]:
-    offset, place = varint(data, place)
-    nbytes, place = varint(data, place)
+def _read_handle(data: bytes, place: int) -> tuple[_Handle, int]:
+    offset, place = read_varint(data, place)
+    nbytes, place = read_varint(data, place)
     return _Handle(offset, nbytes), place
 
 
-def _block(data: bytes, handle: _Handle) -> bytes:
+def _read_block(data: bytes, handle: _Handle) -> bytes:
     """Return the content of a block, checked."""
     end = handle.offset + handle.nbytes
     if end + _TRAILER.size > len(data):
@@ -127,17 +127,17 @@ def _block(data: bytes, handle: _Handle) -> bytes:
     return data[handle.offset : end]
 
 
-def _entries(block: bytes, budget: _Budget) -> Iterator[Pair]:
-    """Yield keys and values of a block, each key given by how it differs from the one before."""
+def _read_entries(block: bytes, budget: _Budget) -> Iterator[Pair]:
+    """Yield keys and values of a block; each key is stored as its difference from the last one."""
     (restarts,) = struct.unpack_from("<L", block, len(block) - 4) if len(block) >= 4 else (1 << 32,)
     end = len(block) - 4 - 4 * restarts
     if end < 0:
         raise FormatError("is damaged: a block has no entries")
     place, key = 0, b""
     while place < end:
-        shared, place = varint(block, place)
-        own, place = varint(block, place)
-        length, place = varint(block, place)
+        shared, place = read_varint(block, place)
+        own, place = read_varint(block, place)
+        length, place = read_varint(block, place)
         if shared > len(key) or place + own + length > end:
             raise FormatError("is damaged: an entry reaches out of its block")
         budget.spend(shared + own + length)
@@ -150,7 +150,7 @@ def _entries(block: bytes, budget: _Budget) -> Iterator[Pair]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def written(entries: Iterable[Pair], meta: Mapping[bytes, bytes]) -> bytes:
+def build_table(entries: Iterable[Pair], meta: Mapping[bytes, bytes]) -> bytes:
     """Return a table.
 
     Args:
@@ -159,16 +159,16 @@ def written(entries: Iterable[Pair], meta: Mapping[bytes, bytes]) -> bytes:
     """
     table = bytearray()
     index = []
-    for group in _groups(entries):
-        index.append((group[-1][0], _append(table, _packed(group, _RESTART))))
-    named = [(name, _append(table, content)) for name, content in sorted(meta.items())]
-    meta_handle = _append(table, _packed(named, _RESTART))
-    footer = meta_handle + _append(table, _packed(index, 1))
+    for group in _group_entries(entries):
+        index.append((group[-1][0], _append_block(table, _pack_block(group, _RESTART))))
+    named = [(name, _append_block(table, content)) for name, content in sorted(meta.items())]
+    meta_handle = _append_block(table, _pack_block(named, _RESTART))
+    footer = meta_handle + _append_block(table, _pack_block(index, 1))
     return bytes(table + footer.ljust(_FOOTER - len(MAGIC), b"\0") + MAGIC)
 
 
-def _groups(entries: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Divide entries into what makes one block each."""
+def _group_entries(entries: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Divide entries into groups that each fill one block."""
     group: list[Pair] = []
     total = 0
     for key, value in entries:
@@ -181,7 +181,7 @@ def _groups(entries: Iterable[Pair]) -> Iterator[list[Pair]]:
         yield group
 
 
-def _packed(entries: Sequence[Pair], restart: int) -> bytes:
+def _pack_block(entries: Sequence[Pair], restart: int) -> bytes:
     """Return the content of a block."""
     block = bytearray()
     restarts = [] if entries else [0]
@@ -191,23 +191,23 @@ def _packed(entries: Sequence[Pair], restart: int) -> bytes:
         if number % restart == 0:
             restarts.append(len(block))
         else:
-            shared = _shared(before, key)
+            shared = _count_shared(before, key)
         for length in (shared, len(key) - shared, len(value)):
-            block += from_number(length)
+            block += encode_varint(length)
         block += key[shared:] + value
         before = key
     return bytes(block + struct.pack(f"<{len(restarts)}LL", *restarts, len(restarts)))
 
 
-def _shared(one: bytes, other: bytes) -> int:
+def _count_shared(one: bytes, other: bytes) -> int:
     """Return how many bytes two keys have in common at their beginning."""
     length = min(len(one), len(other))
     return next((k for k in range(length) if one[k] != other[k]), length)
 
 
-def _append(table: bytearray, content: bytes) -> bytes:
+def _append_block(table: bytearray, content: bytes) -> bytes:
     """Append a block with its trailer and return its handle."""
-    handle = from_number(len(table)) + from_number(len(content))
+    handle = encode_varint(len(table)) + encode_varint(len(content))
     sealed = content + b"\0"
     table += sealed + struct.pack("<L", checksums.mask(checksums.crc32c(sealed)))
     return handle

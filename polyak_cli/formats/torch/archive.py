@@ -60,7 +60,7 @@ def _refuse_bare(path: str) -> None:
             )
 
 
-def _records(members: Sequence[zips.Member]) -> dict[str, zips.Member]:
+def _find_records(members: Sequence[zips.Member]) -> dict[str, zips.Member]:
     """Return the members by their names within the one folder that `torch.save` puts them in."""
     folders = {member.name.partition("/")[0] for member in members}
     if len(folders) > 1:
@@ -82,17 +82,17 @@ def _records(members: Sequence[zips.Member]) -> dict[str, zips.Member]:
     return records
 
 
-def _about(file: InputFile, records: Mapping[str, zips.Member]) -> dict[str, str]:
+def _read_record(file: InputFile, records: Mapping[str, zips.Member]) -> dict[str, str]:
     """Return this tool's record, if it wrote the archive."""
     if PROVENANCE not in records:
         return {}
-    return {"provenance": zips.whole(file, records[PROVENANCE]).decode(errors="replace")}
+    return {"provenance": zips.read_whole(file, records[PROVENANCE]).decode(errors="replace")}
 
 
-def _byteorder(file: InputFile, records: Mapping[str, zips.Member]) -> str:
+def _read_byteorder(file: InputFile, records: Mapping[str, zips.Member]) -> str:
     if "byteorder" not in records:
         return "<"  # what PyTorch takes for granted too
-    text = zips.whole(file, records["byteorder"])
+    text = zips.read_whole(file, records["byteorder"])
     if text not in (b"little", b"big"):
         raise FormatError(f"has the byte order {shown(text[:20])}; expected little or big")
     return "<" if text == b"little" else ">"
@@ -130,7 +130,7 @@ class _Collected:
         """Describe a storage."""
         name, first = named[0]
         stored = first if isinstance(first, Stored) else first.storage
-        views = [_view(value) for _, value in named]
+        views = [_view_storage(value) for _, value in named]
         if any(view.storage != stored or view.dtype != views[0].dtype for view in views):
             raise FormatError(f"tensor '{shown(name)}' shares its storage with one of another type")
         member = self.member(stored, name)
@@ -141,7 +141,7 @@ class _Collected:
         whole = math.prod(views[0].shape) == size
         shape = views[0].shape if whole else (size,)
         plain = len(named) == 1 and whole and _is_plain(views[0])
-        arrangement = "" if plain else _arrangement(named, views, size)
+        arrangement = "" if plain else _describe_arrangement(named, views, size)
         storage = Extent(member.offset if size else 0, member.nbytes)
         return TensorSpec(
             name, tuple(shape), dtype, self.byteorder, member.name, storage, "", arrangement
@@ -198,7 +198,7 @@ def _is_own(path: Sequence[str]) -> bool:
     return len(path) < 2 or not (_OPTIMIZER.fullmatch(path[0]) or path[0] in _OF_THE_RUN)
 
 
-def _view(value: Tensor | Stored) -> Tensor:
+def _view_storage(value: Tensor | Stored) -> Tensor:
     """Return a bare storage as a view of itself."""
     if isinstance(value, Tensor):
         return value
@@ -225,7 +225,7 @@ def _is_plain(view: Tensor) -> bool:
     return True
 
 
-def _arrangement(named: Sequence[Named], views: Sequence[Tensor], size: int) -> str:
+def _describe_arrangement(named: Sequence[Named], views: Sequence[Tensor], size: int) -> str:
     """Tell how tensors lie in a storage, so that it differs where they do."""
     parts = [
         f"{name} {view.shape} from {view.offset} by {view.stride}"
@@ -253,7 +253,7 @@ def _copy_around(
             copy_range(source, start, target, start, stop - start, heartbeat)
 
 
-def _checksums(file: LocalInput, rooms: Sequence[zips.Member]) -> list[list[Any]]:
+def _find_checksums(file: LocalInput, rooms: Sequence[zips.Member]) -> list[list[Any]]:
     """Return name, offset and bytes of each averaged storage, and where its checksum stands.
 
     That is behind it where the writer did not know it before (bit 3, APPNOTE 4.3.9), with or
@@ -277,7 +277,7 @@ def _checksums(file: LocalInput, rooms: Sequence[zips.Member]) -> list[list[Any]
     return found
 
 
-def _drop(archive: zipfile.ZipFile, name: str) -> None:
+def _drop_record(archive: zipfile.ZipFile, name: str) -> None:
     """Take the record of an average that was the template out of the list, and out of the way."""
     old = archive.NameToInfo.pop(name, None)
     if old:
@@ -299,10 +299,12 @@ class TorchZip(Format):
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
         _refuse_bare(request.path)
-        with zips.opened(request.path) as (file, members, _):
-            records = _records(members)
-            table = _Collected(records, _byteorder(file, records))
-            table.fill(pickles.read(zips.whole(file, records["data.pkl"]), heartbeat), heartbeat)
+        with zips.open_archive(request.path) as (file, members, _):
+            records = _find_records(members)
+            table = _Collected(records, _read_byteorder(file, records))
+            table.fill(
+                pickles.read(zips.read_whole(file, records["data.pkl"]), heartbeat), heartbeat
+            )
             if request.with_optimizer:
                 table.leftover()
             tensors = {spec.name: spec for spec in table.tensors}
@@ -318,14 +320,14 @@ class TorchZip(Format):
                 optimizer=frozenset(table.optimizer),
                 config="",
                 is_polyak_output=PROVENANCE in records,
-                about=_about(file, records) if request.with_optimizer else {},
+                about=_read_record(file, records) if request.with_optimizer else {},
                 rules=OutputRules(is_fixed=True),
             )
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
         specs = {spec.location: spec for spec in request.template.tensors.values()}
-        with zips.opened(request.template.files[0].path) as (file, members, _):
+        with zips.open_archive(request.template.files[0].path) as (file, members, _):
             rooms = [m for m in members if m.name in request.averaged and m.nbytes]
             _copy_around(file, request.output, rooms, heartbeat)
             placements = {
@@ -333,7 +335,7 @@ class TorchZip(Format):
                 for m in rooms
             }
             notes = {
-                "checksums": _checksums(file, rooms),
+                "checksums": _find_checksums(file, rooms),
                 "record": f"{members[0].name.partition('/')[0]}/{PROVENANCE}",
                 "provenance": request.provenance,
             }
@@ -349,9 +351,9 @@ class TorchZip(Format):
             written = file.reader()
             for name, offset, nbytes, place in draft.notes["checksums"]:
                 info = archive.getinfo(name)
-                info.CRC = zips.checksum(written, offset, nbytes)
+                info.CRC = zips.compute_crc32(written, offset, nbytes)
                 file.write(place, struct.pack("<L", info.CRC))
-            _drop(archive, draft.notes["record"])
+            _drop_record(archive, draft.notes["record"])
             info = zipfile.ZipInfo(draft.notes["record"], (1980, 1, 1, 0, 0, 0))
             info.create_system = 3
             archive.writestr(info, draft.notes["provenance"])
@@ -366,8 +368,10 @@ class TorchZip(Format):
         The versions of modules that a state dict has besides stay behind, as in PyTorch's own
         safetensors files.
         """
-        with zips.opened(table.files[0].path) as (file, members, _):
-            root = pickles.read(zips.whole(file, _records(members)["data.pkl"]), heartbeat)
+        with zips.open_archive(table.files[0].path) as (file, members, _):
+            root = pickles.read(
+                zips.read_whole(file, _find_records(members)["data.pkl"]), heartbeat
+            )
         if not isinstance(root, Pairs):
             raise OutputError("is no state dict, so that its tensors have no names")
         for key, value in root.items:
@@ -383,7 +387,7 @@ class TorchZip(Format):
         """See `Format.is_polyak_output`."""
         heartbeat()
         try:
-            with zips.opened(path) as (_, members, _):
+            with zips.open_archive(path) as (_, members, _):
                 return any(member.name.partition("/")[2] == PROVENANCE for member in members)
         except FormatError:
             return False
