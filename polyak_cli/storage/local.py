@@ -49,7 +49,31 @@ def make_read_error(error: OSError) -> FormatError:
     return FormatError(f"cannot be read: {error.strerror}")
 
 
-class LocalInput:
+class _Descriptor:
+    """An open descriptor, which is closed once."""
+
+    _descriptor: int
+
+    def fileno(self) -> int:
+        """Return the descriptor, for libraries that take one."""
+        return self._descriptor
+
+    def close(self) -> None:
+        """See `storage.InputFile.close`."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        """Return the open file."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+
+class LocalInput(_Descriptor):
     """A regular file, open for reading; see `storage.InputFile`."""
 
     def __init__(self, name: str, descriptor: int, version: Version) -> None:
@@ -66,10 +90,6 @@ class LocalInput:
     def size(self) -> int:
         """Its bytes, when it was opened."""
         return self.version.size
-
-    def fileno(self) -> int:
-        """Return the descriptor, for libraries that take one."""
-        return self._descriptor
 
     def read_into(self, offset: int, buffer: Bytes) -> None:
         """See `storage.InputFile.read_into`."""
@@ -107,20 +127,6 @@ class LocalInput:
             for offset, nbytes in ranges:
                 os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
-    def close(self) -> None:
-        """See `storage.InputFile.close`."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def __enter__(self) -> Self:
-        """Return the open file."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
-
 
 class _InputStream(io.RawIOBase):
     """A position in an input, for libraries that seek and read; it reads as `InputFile.read`."""
@@ -154,7 +160,7 @@ class _InputStream(io.RawIOBase):
         return len(data)
 
 
-class LocalOutput:
+class LocalOutput(_Descriptor):
     """A file that is being written; see `storage.OutputFile`."""
 
     def __init__(self, path: str, *, create: bool = False) -> None:
@@ -169,10 +175,6 @@ class LocalOutput:
         output = cls.__new__(cls)
         output.name, output._descriptor = name, descriptor
         return output
-
-    def fileno(self) -> int:
-        """Return the descriptor, for libraries that take one."""
-        return self._descriptor
 
     def reader(self) -> LocalInput:
         """Return an input that reads what was written; it is closed with this file."""
@@ -196,20 +198,6 @@ class LocalOutput:
     def sync(self) -> None:
         """See `storage.OutputFile.sync`."""
         getattr(os, "fdatasync", os.fsync)(self._descriptor)  # macOS has only fsync
-
-    def close(self) -> None:
-        """See `storage.OutputFile.close`."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def __enter__(self) -> Self:
-        """Return the open file."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
 
 
 class LocalStore:
