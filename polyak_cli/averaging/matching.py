@@ -142,7 +142,7 @@ def _check_same(
             )
 
 
-def sources_of(tables: Sequence[Table], row: Row) -> list[TensorSource]:
+def list_sources(tables: Sequence[Table], row: Row) -> list[TensorSource]:
     """Return where every checkpoint keeps a tensor; files are numbered across tables."""
     if any(spec.storage is None for spec in row):  # only strings have none, and those are carried
         raise AssertionError(f"{row[-1].name} has no storage")
@@ -163,14 +163,14 @@ def is_statistic(table: Table, name: str) -> bool:
     return find_last_part(name) in _STATISTICS or name in table.keras.statistics
 
 
-def files_of(tables: Sequence[Table]) -> list[File]:
-    """Return the files of all checkpoints, as `sources_of` numbers them."""
+def list_files(tables: Sequence[Table]) -> list[File]:
+    """Return the files of all checkpoints, as `list_sources` numbers them."""
     return [file for table in tables for file in table.files]
 
 
-def compared(tables: Sequence[Table], rows: Iterable[Row]) -> Iterator[ReadTensor]:
+def list_compared(tables: Sequence[Table], rows: Iterable[Row]) -> Iterator[ReadTensor]:
     """Yield the tensors that are not empty, in the form in which the engine reads them."""
     for row in rows:
         if row[0].size:
             dtypes = [spec.dtype for spec in row]
-            yield ReadTensor(row[0].name, row[0].size, dtypes, sources_of(tables, row))
+            yield ReadTensor(row[0].name, row[0].size, dtypes, list_sources(tables, row))

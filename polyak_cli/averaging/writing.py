@@ -15,7 +15,7 @@ import numpy as np
 from polyak_cli import formats
 from polyak_cli.averaging import records
 from polyak_cli.averaging.fates import describe_difference, is_compared
-from polyak_cli.averaging.matching import Row, files_of, sources_of
+from polyak_cli.averaging.matching import Row, list_files, list_sources
 from polyak_cli.averaging.options import Progress
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.engine import executors, reading
@@ -34,7 +34,7 @@ def write_average(
     formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
     skeleton = _write_skeleton(plan, hidden, record)
     totals = _fold(plan, [plan.coefficients], [skeleton], progress)
-    inputs = files_of(plan.tables)
+    inputs = list_files(plan.tables)
     compared, differing = _compare_carried(plan, inputs, progress)
     # Only now: a file that was rewritten while it was read gives a mixture of two checkpoints.
     check_unchanged(inputs)
@@ -64,7 +64,7 @@ def write_again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
         hidden.touch()
     skeleton = _write_skeleton(plan, hidden, record)
     _fold(plan, [plan.coefficients], [skeleton], lambda _: None)
-    check_unchanged(files_of(plan.tables))
+    check_unchanged(list_files(plan.tables))
     publishing.take_names(hidden, folder / opened.parts[0])
     (table,) = formats.scan([folder / opened], with_optimizer=True)
     return table
@@ -106,7 +106,7 @@ def write_several(
         )
     ]
     _fold(plan, rows, skeletons, progress or (lambda _: None))
-    check_unchanged(files_of(plan.tables))
+    check_unchanged(list_files(plan.tables))
 
 
 def _write_skeleton(plan: Plan, output: Path, record: str) -> formats.Skeleton:
@@ -130,7 +130,7 @@ def _fold(
     """Average the tensors into the outputs, a row of coefficients each."""
     files = [file for skeleton in skeletons for file in skeleton.files]
     nonfinite = plan.settings.tensors.allow_nonfinite
-    work = FoldJob(files_of(plan.tables), files, np.array(coefficients), nonfinite)
+    work = FoldJob(list_files(plan.tables), files, np.array(coefficients), nonfinite)
     memory = plan.settings.machine.share(len(skeletons))
     totals = executors.fold(_Averaged(plan, skeletons), work, memory, progress)
     # Checksums in an archive cover the folded bytes, so they are written last.
@@ -158,7 +158,7 @@ class _Averaged:
         for row in sorted(self.plan.averaged_rows, key=_find_place):
             spec = row[-1]
             if spec.size:  # an empty tensor is complete in the skeleton
-                sources = sources_of(self.plan.tables, row)
+                sources = list_sources(self.plan.tables, row)
                 places = [skeleton.placements[spec.location] for skeleton in self.skeletons]
                 targets = [
                     place._replace(file=first + place.file) if first else place
@@ -179,6 +179,6 @@ def _compare_carried(
     plan: Plan, inputs: Sequence[File], progress: Progress
 ) -> tuple[Totals, list[str]]:
     """Compare carried tensors that should be the same in all checkpoints."""
-    rows = [(r[-1].name, sources_of(plan.tables, r)) for r in plan.carried_rows if is_compared(r)]
+    rows = [(r[-1].name, list_sources(plan.tables, r)) for r in plan.carried_rows if is_compared(r)]
     found, totals = reading.find_differing(rows, inputs, plan.settings.machine.share(), progress)
     return totals, [describe_difference(name) for name, _ in rows if name in found]

@@ -64,7 +64,7 @@ def describe_hdf5_files(paths: Sequence[Path]) -> Iterator[Description]:
     tables = formats.scan(paths, jobs=4)
     for table in tables:
         check_architecture(table)
-    for path, table, texts in zip(paths, tables, formats.descriptions(paths), strict=True):
+    for path, table, texts in zip(paths, tables, formats.read_descriptions(paths), strict=True):
         check_suffix(path, find_format(table.format))
         architecture, training, keras = texts
         yield Description(architecture, _drop_optimizer(path, training), keras)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyak_cli import formats
-from polyak_cli.averaging.matching import Row, files_of, match, sources_of
+from polyak_cli.averaging.matching import Row, list_files, list_sources, match
 from polyak_cli.checkpoints import Selection, find_file
 from polyak_cli.engine import reading
 from polyak_cli.errors import MismatchError, UsageError, shown
@@ -108,8 +108,8 @@ def _pair(tables: Sequence[Table]) -> tuple[list[Row], list[str]]:
             mismatches.append(f"'{shown(name)}', {a.dtype} and {b.dtype}, is not the same")
         elif a.storage and b.storage:
             others.append((a, b))
-    pairs = [(row[0].name, sources_of(tables, row)) for row in others]
-    unequal, _ = reading.find_differing(pairs, files_of(tables), bound_memory())
+    pairs = [(row[0].name, list_sources(tables, row)) for row in others]
+    unequal, _ = reading.find_differing(pairs, list_files(tables), bound_memory())
     mismatches += [f"'{shown(name)}' is not the same" for name in unequal]
     return rows, sorted(mismatches)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli import checkpoints, formats
-from polyak_cli.averaging.matching import Row, files_of, match, sources_of
+from polyak_cli.averaging.matching import Row, list_files, list_sources, match
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, find_file
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.engine import reading
@@ -310,9 +310,9 @@ def _has_same_carried(tables: Sequence[Table], rows: Sequence[Row]) -> bool:
     if any(row[0].digest != row[1].digest for row in carried):
         return False
     pairs = [
-        (row[0].name, sources_of(tables, row)) for row in carried if all(s.storage for s in row)
+        (row[0].name, list_sources(tables, row)) for row in carried if all(s.storage for s in row)
     ]
-    unequal, _ = reading.find_differing(pairs, files_of(tables), bound_memory())
+    unequal, _ = reading.find_differing(pairs, list_files(tables), bound_memory())
     return not unequal
 
 

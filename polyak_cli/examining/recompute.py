@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli.averaging import writing
-from polyak_cli.averaging.matching import sources_of
+from polyak_cli.averaging.matching import list_sources
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.engine import reading
 from polyak_cli.errors import shown
@@ -94,7 +94,7 @@ def _compare_tensors(found: Table, expected: Table) -> Deviation:
         if len({(spec.dtype, spec.shape, spec.digest) for spec in row}) > 1:
             unequal.add(name)
         elif all(spec.storage for spec in row):
-            rows.append((name, sources_of([found, expected], row)))
+            rows.append((name, list_sources([found, expected], row)))
     differing, _ = reading.find_differing(rows, [*found.files, *expected.files], bound_memory())
     unequal.update(differing)
     tensors = [TensorDeviation(name, 0, 0, b[name].size) for name in b if name in unequal]

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from polyak_cli.averaging.matching import Row, compared, files_of
+from polyak_cli.averaging.matching import Row, list_compared, list_files
 from polyak_cli.engine import reading
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.kernel import widen_any
@@ -58,10 +58,12 @@ def fold_slabs(
     Raises:
         FormatError: a file ends early, is damaged, or changed since it was scanned.
     """
-    files = files_of(tables)
+    files = list_files(tables)
     # Damaged or diverged models hold NaN, infinities, and values whose squares overflow.
     with np.errstate(invalid="ignore", over="ignore"):
-        for tensor, slabs in reading.read_values(compared(tables, rows), files, bound_memory()):
+        for tensor, slabs in reading.read_values(
+            list_compared(tables, rows), files, bound_memory()
+        ):
             add(tensor.name, slabs)
     check_unchanged(files)
 
@@ -201,15 +203,15 @@ class NeighbourSums:
         """
         with np.errstate(invalid="ignore", over="ignore"):
             self._read(tables, rows, memory)
-        check_unchanged(files_of(tables))
+        check_unchanged(list_files(tables))
 
     def _read(self, tables: Sequence[Table], rows: Sequence[Row], memory: Memory) -> None:
         # A ring of the newest slabs: row k lies in place k % (REACH + 1); the last is scratch.
         recent: list[Float64] = []
         before: Bytes | None = None
         held = REACH + 4  # slabs to compare, their difference, two as stored, and masks
-        tensors = compared(tables, rows)
-        for tensor, k, stored in reading.read_pieces(tensors, files_of(tables), memory, held):
+        tensors = list_compared(tables, rows)
+        for tensor, k, stored in reading.read_pieces(tensors, list_files(tables), memory, held):
             if k == 0:
                 size = min(tensor.size, max(1, memory.most // (1 + held)))
                 if not recent or len(recent[0]) < size:

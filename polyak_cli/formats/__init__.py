@@ -44,8 +44,8 @@ def scan(paths: Sequence[Path], *, jobs: int = 1, with_optimizer: bool = False) 
 
     if not paths:
         return []
-    files = [File(str(path), _version(path)) for path in paths]
-    key = _common_format(paths)
+    files = [File(str(path), _read_version(path)) for path in paths]
+    key = _find_common_format(paths)
     (template,) = _scan_all(key, files[-1:], 1, with_optimizer=True)
     same = compare_skeletons(template, files[:-1])
     others = [file for file, is_same in zip(files, same, strict=False) if not is_same]
@@ -57,7 +57,7 @@ def scan(paths: Sequence[Path], *, jobs: int = 1, with_optimizer: bool = False) 
     return [*older, template]
 
 
-def _common_format(paths: Sequence[Path]) -> str:
+def _find_common_format(paths: Sequence[Path]) -> str:
     """Return the format of all checkpoints, recognised by content and not by their names."""
     key = detect(paths[-1])
     for path in paths[:-1]:
@@ -87,14 +87,14 @@ def _scan_one(request: tuple[Format, ScanRequest], heartbeat: Heartbeat) -> dict
     return wire.pack_table(form.scan(scan_request, heartbeat))
 
 
-def _version(path: Path) -> Version:
+def _read_version(path: Path) -> Version:
     try:
         return Version.of(path.stat())
     except OSError as error:
         raise PolyakError(f"{shown(path)}: cannot be read: {error.strerror}") from None
 
 
-def descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
+def read_descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
     """Yield model configuration, training configuration and Keras version of each `.h5` file.
 
     They are the texts that Keras wrote; what a file lacks is ''.
@@ -110,7 +110,7 @@ def descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
 
 def find_polyak_outputs(paths: Sequence[Path], *, jobs: int = 1) -> Collection[Path]:
     """Return those of the files that this tool wrote."""
-    known = [(path, key) for path in paths if (key := _detected(path))]
+    known = [(path, key) for path in paths if (key := _detect_or_none(path))]
     names = [str(path) for path, _ in known]
     requests = [(find_format(key), str(path)) for path, key in known]
     outcomes = sandbox.run_each(_is_polyak_output, requests, names, jobs)
@@ -138,7 +138,7 @@ def probe(paths: Sequence[Path], *, jobs: int = 1) -> list[Probed | PolyakError]
         For each file what it consists of, or the error that says why not.
     """
     # A file that cannot be read just now is left to hdf5, which says why.
-    requests = [(find_format(_detected(path) or "hdf5"), str(path)) for path in paths]
+    requests = [(find_format(_detect_or_none(path) or "hdf5"), str(path)) for path in paths]
     names = [str(path) for path in paths]
     return [
         outcome
@@ -154,7 +154,7 @@ def probe(paths: Sequence[Path], *, jobs: int = 1) -> list[Probed | PolyakError]
 def _probe_one(request: tuple[Format, str], heartbeat: Heartbeat) -> dict[str, Any]:
     """Probe a checkpoint, in a child."""
     form, path = request
-    version = _version(Path(path))
+    version = _read_version(Path(path))
     table = form.scan(ScanRequest(path, with_optimizer=False), heartbeat)
     if form.has_checksums:
         form.check(path, heartbeat)
@@ -177,7 +177,7 @@ def check(tables: Sequence[Table], *, jobs: int) -> None:
             pass
 
 
-def _detected(path: Path) -> str:
+def _detect_or_none(path: Path) -> str:
     """Return the format of a file, '' where it has none that is known here."""
     with contextlib.suppress(PolyakError):
         return detect(path)

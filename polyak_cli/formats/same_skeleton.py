@@ -43,7 +43,7 @@ def compare_skeletons(table: Table, files: Sequence[File]) -> list[bool]:
     if len(table.files) > 1:
         return [False] * len(files)
     extents = _merge_extents(table)
-    regions = _regions(extents, size)
+    regions = _find_regions(extents, size)
     found: set[int] = set()
     for first in range(0, len(candidates), _OPEN):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError, FormatError):
@@ -62,13 +62,13 @@ def _find_equal(
     """Return which of the open files equal the template in all regions, outside the extents."""
     equal = dict(opened)
     buffers = [np.empty(_STEP, np.uint8) for _ in range(3)]
-    for block in _blocks(regions):
+    for block in _group_blocks(regions):
         if not equal:
             break
         count = int((block[:, 1] - block[:, 0]).sum())
         expected, found, outside = (buffer[:count] for buffer in buffers)
         _read(template, block, expected)
-        _mask(extents, block, outside)
+        _mask_extents(extents, block, outside)
         for key, file in list(equal.items()):
             try:
                 _read(file, block, found)
@@ -107,7 +107,7 @@ def _merge_extents(table: Table) -> Spans:
     return np.array(merged, np.int64).reshape(-1, 2)
 
 
-def _regions(extents: Spans, size: int) -> Spans:
+def _find_regions(extents: Spans, size: int) -> Spans:
     """Return the parts of the file to compare, which leave out the tensors of over a page."""
     large = extents[extents[:, 1] - extents[:, 0] > _ALONG]
     starts, stops = np.append(0, large[:, 1]), np.append(large[:, 0], size)
@@ -117,7 +117,7 @@ def _regions(extents: Spans, size: int) -> Spans:
     return np.column_stack([cut, np.minimum(cut + _STEP, whole)])
 
 
-def _blocks(regions: Spans) -> Iterator[Spans]:
+def _group_blocks(regions: Spans) -> Iterator[Spans]:
     """Yield consecutive regions that together fit into a buffer: many headers are a few bytes."""
     ends = np.cumsum(regions[:, 1] - regions[:, 0])
     first = 0
@@ -136,7 +136,7 @@ def _read(file: InputFile, block: Spans, buffer: Bytes) -> None:
         done += stop - start
 
 
-def _mask(extents: Spans, block: Spans, mask: Bytes) -> None:
+def _mask_extents(extents: Spans, block: Spans, mask: Bytes) -> None:
     """Fill a mask for the bytes of regions: all ones, but zero where values lie."""
     mask[:] = 0xFF
     firsts = np.searchsorted(extents[:, 1], block[:, 0], side="right")

@@ -131,20 +131,20 @@ def _unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
         files=files,
         tensors=tensors,
         others={row[0]: _unpack_spec(files, *row) for row in packed["others"]},
-        optimizer=frozenset(_texts(packed["optimizer"])),
-        config=_text(packed["config"]),
-        is_polyak_output=_flag(packed["is_polyak_output"]),
-        about={_text(key): _text(value) for key, value in packed["about"].items()},
+        optimizer=frozenset(_require_texts(packed["optimizer"])),
+        config=_require_text(packed["config"]),
+        is_polyak_output=_require_flag(packed["is_polyak_output"]),
+        about={_require_text(key): _require_text(value) for key, value in packed["about"].items()},
         keras=KerasFacts(
-            _texts(layers),
-            frozenset(_texts(statistics)),
-            {_text(slot): _texts(names) for slot, names in ema_slots.items()},
+            _require_texts(layers),
+            frozenset(_require_texts(statistics)),
+            {_require_text(slot): _require_texts(names) for slot, names in ema_slots.items()},
         ),
         rules=OutputRules(
-            _texts(suffixes),
-            {_text(key): _text(value) for key, value in cautions.items()},
-            _flag(is_fixed),
-            _texts(tails),
+            _require_texts(suffixes),
+            {_require_text(key): _require_text(value) for key, value in cautions.items()},
+            _require_flag(is_fixed),
+            _require_texts(tails),
         ),
     )
 
@@ -164,51 +164,56 @@ def _unpack_spec(
     if byteorder not in ("<", ">"):
         raise _NonsenseError(f"the byte order {byteorder}")
     # Shared by all that have the same: JSON has made a new text for each of 100,000.
-    kind, sizes = sys.intern(_text(dtype)), _shape(*shape)
+    kind, sizes = sys.intern(_require_text(dtype)), _intern_shape(*shape)
     return TensorSpec(
-        _text(name),
+        _require_text(name),
         sizes,
         kind,
         byteorder,
-        _text(location),
+        _require_text(location),
         where,
-        _text(digest),
-        _text(arrangement),
+        _require_text(digest),
+        _require_text(arrangement),
     )
 
 
 @functools.cache
-def _shape(*shape: int) -> tuple[int, ...]:
-    return tuple(_count(size) for size in shape)
+def _intern_shape(*shape: int) -> tuple[int, ...]:
+    return tuple(_require_count(size) for size in shape)
 
 
 def unpack_files(packed: Iterable[Any]) -> tuple[File, ...]:
     """Return files that a child named, with the versions that it saw."""
-    return tuple(File(_text(path), Version(*map(_count, version))) for path, version in packed)
+    return tuple(
+        File(_require_text(path), Version(*map(_require_count, version)))
+        for path, version in packed
+    )
 
 
 def _unpack_storage(files: Sequence[File], kind: str, *fields: Any) -> Storage:
     if kind == "extent":
-        return _extent(files, *fields)
+        return _unpack_extent(files, *fields)
     if kind == "inline":
         (data,) = fields
         return Inline(bytes.fromhex(data))
     if kind == "grid":
-        return _grid(files, *fields)
+        return _unpack_grid(files, *fields)
     if kind == "deflated":
-        return _deflated(files, *fields)
+        return _unpack_deflated(files, *fields)
     if kind == "chunks":
-        return _chunks(files, *fields)
+        return _unpack_chunks(files, *fields)
     raise _NonsenseError(f"the storage {kind}")
 
 
-def _grid(files: Sequence[File], shape: Sequence[int], itemsize: int, parts: Sequence[Any]) -> Grid:
+def _unpack_grid(
+    files: Sequence[File], shape: Sequence[int], itemsize: int, parts: Sequence[Any]
+) -> Grid:
     """Return a grid whose parts lie inside the tensor and hold as many bytes as they must."""
     grid = Grid(
-        _shape(*shape),
-        _itemsize(itemsize),
+        _intern_shape(*shape),
+        _require_itemsize(itemsize),
         tuple(
-            GridPart(_shape(*start), _shape(*size), _extent(files, *extent))
+            GridPart(_intern_shape(*start), _intern_shape(*size), _unpack_extent(files, *extent))
             for start, size, extent in parts
         ),
     )
@@ -222,17 +227,19 @@ def _grid(files: Sequence[File], shape: Sequence[int], itemsize: int, parts: Seq
     return grid
 
 
-def _deflated(
+def _unpack_deflated(
     files: Sequence[File], offset: int, stored: int, start: int, nbytes: int, file: int
 ) -> Storage:
     """Return a tensor of a deflated member that lies inside its file."""
     from polyak_cli.formats.zips import Deflated
 
-    member = _extent(files, offset, stored, file)
-    return Deflated(member.offset, member.nbytes, _count(start), _count(nbytes), member.file)
+    member = _unpack_extent(files, offset, stored, file)
+    return Deflated(
+        member.offset, member.nbytes, _require_count(start), _require_count(nbytes), member.file
+    )
 
 
-def _chunks(
+def _unpack_chunks(
     files: Sequence[File],
     shape: Sequence[int],
     chunk_shape: Sequence[int],
@@ -245,7 +252,12 @@ def _chunks(
     from polyak_cli.formats.hdf5.chunks import UNDONE, Chunks
 
     chunks = Chunks.from_fields(
-        _shape(*shape), _shape(*chunk_shape), _itemsize(itemsize), filters, index, _count(file)
+        _intern_shape(*shape),
+        _intern_shape(*chunk_shape),
+        _require_itemsize(itemsize),
+        filters,
+        index,
+        _require_count(file),
     )
     if len(chunks.shape) != len(chunks.chunk_shape) or not all(chunks.chunk_shape):
         raise _NonsenseError(f"chunks {chunks.chunk_shape} of a tensor of shape {chunks.shape}")
@@ -254,48 +266,48 @@ def _chunks(
     if any(type(number) is not int or number not in UNDONE for number in chunks.filters):
         raise _NonsenseError(f"the filters {chunks.filters}")
     for position, (offset, nbytes, skipped) in chunks.index.items():
-        _extent(files, offset, nbytes, file)
-        _count(skipped)
+        _unpack_extent(files, offset, nbytes, file)
+        _require_count(skipped)
         if len(position) != len(chunks.shape):
             raise _NonsenseError(f"a chunk at {position}")
     return chunks
 
 
-def _extent(files: Sequence[File], offset: int, nbytes: int, file: int) -> Extent:
+def _unpack_extent(files: Sequence[File], offset: int, nbytes: int, file: int) -> Extent:
     """Return an extent that lies inside its file."""
-    extent = Extent(_count(offset), _count(nbytes), _count(file))
+    extent = Extent(_require_count(offset), _require_count(nbytes), _require_count(file))
     # Reading would fail too; but an output of that size could be laid out first.
     if file >= len(files) or offset + nbytes > files[file].version.size:
         raise _NonsenseError(f"{nbytes} bytes at {offset} of file {file}")
     return extent
 
 
-def _count(number: Any) -> int:
+def _require_count(number: Any) -> int:
     if type(number) is not int or number < 0:
         raise _NonsenseError(f"the number {number}")
     return number
 
 
-def _itemsize(number: Any) -> int:
-    if not _count(number):
+def _require_itemsize(number: Any) -> int:
+    if not _require_count(number):
         raise _NonsenseError(f"elements of {number} bytes")
     return int(number)
 
 
-def _flag(value: Any) -> bool:
+def _require_flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise _NonsenseError(f"the flag {value}")
     return value
 
 
-def _text(value: Any) -> str:
+def _require_text(value: Any) -> str:
     if not isinstance(value, str):
         raise _NonsenseError(f"the text {value}")
     return value
 
 
-def _texts(values: Iterable[Any]) -> tuple[str, ...]:
-    return tuple(_text(value) for value in values)
+def _require_texts(values: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(_require_text(value) for value in values)
 
 
 # --- placements -----------------------------------------------------------------------------------
@@ -324,7 +336,7 @@ def unpack_placements(
     """
     try:
         return {
-            location: _placement(dtype, files, *row)
+            location: _unpack_placement(dtype, files, *row)
             for (location, dtype), row in zip(averaged.items(), packed, strict=True)
             if row
         }
@@ -332,13 +344,18 @@ def unpack_placements(
         raise ValueError(f"no sensible placements ({error})") from None
 
 
-def _placement(
+def _unpack_placement(
     wanted: str, files: int, offset: int, dtype: str, order: str, file: int
 ) -> Placement:
     """Return a placement in one of the output's files, of the dtype that was asked for."""
-    if dtype != wanted or dtype not in FLOATS or order not in ("<", ">") or _count(file) >= files:
+    if (
+        dtype != wanted
+        or dtype not in FLOATS
+        or order not in ("<", ">")
+        or _require_count(file) >= files
+    ):
         raise _NonsenseError(f"the placement of a {dtype} in file {file}")
-    return Placement(_count(offset), sys.intern(dtype), order, file)
+    return Placement(_require_count(offset), sys.intern(dtype), order, file)
 
 
 def unpack_output_files(packed: Iterable[Any], output: str) -> list[str]:
@@ -348,7 +365,7 @@ def unpack_output_files(packed: Iterable[Any], output: str) -> list[str]:
         ValueError: a file lies elsewhere, so the parent would write into something else.
     """
     try:
-        files = [_text(path) for path in packed]
+        files = [_require_text(path) for path in packed]
     except _MALFORMED as error:
         raise ValueError(f"no sensible files ({error})") from None
     for path in files:

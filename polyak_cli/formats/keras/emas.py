@@ -61,8 +61,8 @@ def find_slots(
     """
     # Both lists are in Keras's order, so that the n-th slot belongs to the n-th trained tensor;
     # shapes that differ anywhere show that the order was not understood.
-    emas = _emas(config, state)
-    trained = list(_trained(config, "", _Tree(_below(own), labels)))
+    emas = _find_emas(config, state)
+    trained = list(_list_trained(config, "", _Tree(_group_paths(own), labels)))
     if [state[place] for place in emas] != [own[place] for place in trained]:
         raise FormatError(
             f"its optimizer has EMAs of {len(emas)} tensors, which are not the {len(trained)} that "
@@ -71,12 +71,12 @@ def find_slots(
     return {slot: [place] for slot, place in zip(emas, trained, strict=True)}
 
 
-def _emas(config: Mapping[str, Any], state: Shapes) -> list[str]:
+def _find_emas(config: Mapping[str, Any], state: Shapes) -> list[str]:
     """Return the EMA slots: behind the iteration and the learning rate, before all others."""
-    optimizer = _part(_part(config, "compile_config"), "optimizer")
+    optimizer = _read_part(_read_part(config, "compile_config"), "optimizer")
     if optimizer.get("class_name") == "LossScaleOptimizer":
-        optimizer = _part(_part(optimizer, "config"), "inner_optimizer")
-    settings, kind = _part(optimizer, "config"), optimizer.get("class_name")
+        optimizer = _read_part(_read_part(optimizer, "config"), "inner_optimizer")
+    settings, kind = _read_part(optimizer, "config"), optimizer.get("class_name")
     if settings.get("use_ema") is not True:
         raise FormatError("the run was not trained with use_ema=True and saved whole")
     if not isinstance(kind, str) or kind not in _KEPT or not _is_kerases(optimizer):
@@ -97,7 +97,7 @@ def _emas(config: Mapping[str, Any], state: Shapes) -> list[str]:
     return places[first : first + count]
 
 
-def _below(own: Shapes) -> dict[str, list[str]]:
+def _group_paths(own: Shapes) -> dict[str, list[str]]:
     """Return the paths in each group, sorted by number."""
     below: dict[str, dict[str, None]] = defaultdict(dict)
     for place in sorted(own, key=sort_key):
@@ -109,9 +109,9 @@ def _below(own: Shapes) -> dict[str, list[str]]:
     return {home: list(held) for home, held in below.items()}
 
 
-def _trained(layer: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[str]:
+def _list_trained(layer: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[str]:
     """Yield the trainable tensors of a layer or model, in the order in which Keras lists them."""
-    config, kind = _part(layer, "config"), layer.get("class_name")
+    config, kind = _read_part(layer, "config"), layer.get("class_name")
     if path not in tree.below:
         return
     # The optimizer has no slots for a frozen layer, nor for anything below it.
@@ -122,16 +122,16 @@ def _trained(layer: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[str]:
     if tree.labels.get(f"{path}/vars", "") not in ("", config.get("name")):
         raise FormatError(f"'{shown(path)}' is not of the layer that its configuration has there")
     if kind in ("Sequential", "Functional"):
-        yield from _of_layers(config, path, tree)
+        yield from _list_of_layers(config, path, tree)
     elif kind == "BatchNormalization":
         # gamma and beta come before the moving statistics, which no optimizer trains.
         trained = bool(config.get("scale", True)) + bool(config.get("center", True))
         yield from tree.below.get(f"{path}/vars", ())[:trained]
     elif kind != "Normalization":
-        yield from _of_one(path, tree)
+        yield from _list_of_layer(path, tree)
 
 
-def _of_layers(config: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[str]:
+def _list_of_layers(config: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[str]:
     """Yield the tensors of a model, whose layers have numbered names of their classes."""
     layers = config.get("layers")
     if tree.below[path] != [f"{path}/layers"] or not isinstance(layers, list):
@@ -140,13 +140,13 @@ def _of_layers(config: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[st
     for layer in layers:
         if not isinstance(layer, dict) or not isinstance(layer.get("class_name"), str):
             raise FormatError("its configuration is damaged: it has a layer without a class")
-        name = _snake_case(layer["class_name"])
+        name = _to_snake_case(layer["class_name"])
         number = f"_{counted[name]}" if counted[name] else ""
         counted[name] += 1
-        yield from _trained(layer, f"{path}/layers/{name}{number}", tree)
+        yield from _list_trained(layer, f"{path}/layers/{name}{number}", tree)
 
 
-def _of_one(path: str, tree: _Tree) -> Iterator[str]:
+def _list_of_layer(path: str, tree: _Tree) -> Iterator[str]:
     """Yield all tensors of a layer: its own, or those of its sublayers."""
     held = {place.rpartition("/")[2]: place for place in tree.below[path]}
     if held.keys() == {"vars"}:
@@ -156,10 +156,10 @@ def _of_one(path: str, tree: _Tree) -> Iterator[str]:
         raise FormatError(f"the order of the variables in '{shown(path)}' is not known here")
     for name in _INNER:
         if name in held:
-            yield from _of_one(held[name], tree)
+            yield from _list_of_layer(held[name], tree)
 
 
-def _part(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _read_part(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Return an object in a configuration, or an empty one."""
     found = said.get(key)
     return found if isinstance(found, dict) else {}
@@ -170,7 +170,7 @@ def _is_kerases(said: Mapping[str, Any]) -> bool:
     return str(said.get("module")).partition(".")[0] == "keras"
 
 
-def _snake_case(name: str) -> str:
+def _to_snake_case(name: str) -> str:
     """Return what Keras makes of the name of a class."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
