@@ -39,6 +39,7 @@ class Settings(TypedDict, total=False):
     exclude_tensors: Sequence[str]
     use_ema: bool
     allow_nonfinite: bool
+    allow: Sequence[str]
     hash: bool | None
     max_memory: int | None
     jobs: int | None

@@ -431,7 +431,9 @@ def test_a_run_that_was_resumed(tmp_path: Path, order: tuple[int, ...], text: st
     found = check(tmp_path / "run")
     assert kinds(found) == {"": ["resumed"]}
     assert text in found.problems[0].text
-    assert plan(tmp_path / "run").notes == (found.problems[0].text,)
+    made = plan(tmp_path / "run")
+    assert made.notes == (found.problems[0].text,)
+    assert made.data()["suspicions"] == [{"kind": "resumed", "text": found.problems[0].text}]
 
 
 def test_one_file_under_two_names(tmp_path: Path) -> None:

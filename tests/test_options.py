@@ -56,6 +56,7 @@ def test_the_command_line_offers_the_words_that_are_accepted() -> None:
         ("dtype", {*FLOATS}),
         ("optimizer", {*get_args(hints["optimizer"])}),
         ("match", {*get_args(hints["match"])}),
+        ("allow", {*averaging_options.ALLOWED}),
     ):
         found = types[name]
         assert isinstance(found, click.Choice)
@@ -73,7 +74,11 @@ def test_the_help_texts_have_the_defaults_that_are_used() -> None:
 
 def test_the_record_has_the_options_that_decide_values() -> None:
     """An average can be computed again from its record alone."""
-    assert {one.name for one in fields(Tensors)} == set(records._OPTIONS)
+    recorded = {*records._OPTIONS, *records._YOUNGER_OPTIONS}
+    assert {one.name for one in fields(Tensors)} == recorded
+    for key, (_, default) in records._YOUNGER_OPTIONS.items():
+        kept = getattr(Tensors(), key)
+        assert (list(kept) if isinstance(kept, tuple) else kept) == default, key
 
 
 @pytest.mark.parametrize(
@@ -82,6 +87,8 @@ def test_the_record_has_the_options_that_decide_values() -> None:
         ({"last": "5"}, "last is '5'; expected a whole number"),
         ({"exclude": "*.h5"}, "exclude is one text; expected a list of globs"),
         ({"dtype": "int8"}, "--dtype is int8; expected one of float16"),
+        ({"allow": ["anything"]}, "--allow is anything; expected one of two-runs"),
+        ({"allow": "two-runs"}, "allow is one text; expected a list of words"),
         ({"jobs": 0}, "--jobs is 0; expected at least 1"),
         ({"max_memory": 5}, "--max-memory is 5; expected at least 1048576"),
         ({"on_unhealthy": "maybe"}, "--on-unhealthy is maybe; expected one of fail, skip"),

@@ -180,6 +180,22 @@ def test_inputs_of_one_name_are_distinguished(tmp_path: Path) -> None:
         assert verify(tmp_path / "o.h5", sources=[tmp_path / name for name in sources]).verified
 
 
+def test_what_was_allowed_and_suspected_is_recorded(run: Path) -> None:
+    """The record has both only where there are any, and such an average verifies."""
+    for k in range(1, 7):  # epoch 6 was written before epoch 4: the run was resumed
+        path = run / f"ckpts/model_{k}.h5"
+        if not path.exists():
+            shutil.copy(run / "ckpts/model_1.h5", path)
+        os.utime(path, (1e9 + (350 if k == 6 else 100 * k),) * 2)
+    average(run / "ckpts", run / "allowed.h5", allow=["two-runs"])
+    record = record_of(run / "allowed.h5")
+    assert record["options"]["allow"] == ["two-runs"]
+    assert record["suspicions"] == ["resumed"]
+    assert "allow" not in record_of(run / "final.h5")["options"]
+    assert "suspicions" not in record_of(run / "final.h5")
+    assert verified(run, "allowed.h5").verified
+
+
 def test_older_records_have_no_digest_of_themselves(run: Path) -> None:
     """They are verified as far as possible, and a note says so."""
     rewrite_record(run / "final.h5", unsealed(record_of(run / "final.h5")))

@@ -26,6 +26,12 @@ Source = str | os.PathLike[str]
 Progress = Callable[[int], None]
 Part = TypeVar("Part")
 
+#: What `allow` takes: a refusal that rests on what the numbers mean -> what is averaged all the
+#: same.  A refusal that rests on a file's form has no such way out.
+ALLOWED: Mapping[str, str] = {
+    "two-runs": "checkpoints whose numbers look like those of two runs",
+}
+
 
 class Options(TypedDict, total=False):
     """The options of an average by itself; every key may be left out.
@@ -55,6 +61,7 @@ class Options(TypedDict, total=False):
         match: how tensors are paired; "name".
         use_ema: take the EMAs that the optimizer keeps in place of the model's own tensors.
         allow_nonfinite: average NaN and infinity too.
+        allow: what else to average all the same; see `ALLOWED`.
         force: replace an existing output.
         hash: record each input's SHA-256; by default, if all have 64 MB at most.
         verify: read the output back from the disk before it gets its name, and compare it, bit for
@@ -85,6 +92,7 @@ class Options(TypedDict, total=False):
     match: Literal["name", "order"]
     use_ema: bool
     allow_nonfinite: bool
+    allow: Sequence[str]
     force: bool
     hash: bool | None
     verify: bool
@@ -159,6 +167,7 @@ class Tensors:
     include_tensors: tuple[str, ...] = ()
     exclude_tensors: tuple[str, ...] = ()
     allow_nonfinite: bool = False
+    allow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +213,15 @@ PARTS = {
 }
 
 
+#: Options that are lists of texts, and what the texts are.
+_LISTS = {
+    "exclude": "globs",
+    "include_tensors": "globs",
+    "exclude_tensors": "globs",
+    "allow": "words",
+}
+
+
 def parse(options: Options) -> Settings:
     """Check options by themselves, before there is a checkpoint, and return them in parts.
 
@@ -215,9 +233,11 @@ def parse(options: Options) -> Settings:
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}; see Options")
-    for key in ("exclude", "include_tensors", "exclude_tensors"):
+    for key, what in _LISTS.items():
         if isinstance(options.get(key), str):  # a sequence too: of its letters
-            raise UsageError(f"{key} is one text; expected a list of globs")
+            raise UsageError(f"{key} is one text; expected a list of {what}")
+    for kind in options.get("allow") or ():
+        check_choice({"allow": kind}, "allow", tuple(ALLOWED))
     numbers = ("last", "from_epoch", "to_epoch", "every", "best", "jobs", "max_memory")
     check_whole_numbers(options, numbers)
     check_choice(options, "dtype", tuple(FLOATS))
@@ -251,7 +271,6 @@ def fill(part: Callable[..., Part], options: Mapping[str, Any]) -> Part:
 def check_whole_numbers(options: Mapping[str, Any], keys: Iterable[str]) -> None:
     """Refuse what is neither a whole number nor left out."""
     for key in keys:
-        # Elements of numpy arrays, such as np.arange(3)[1], are no int.
         # Elements of numpy arrays are no instances of int.
         if not isinstance(options.get(key), (int, np.integer, type(None))):
             raise UsageError(f"{key} is {options.get(key)!r}; expected a whole number")

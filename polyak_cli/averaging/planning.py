@@ -46,6 +46,8 @@ class Plan:
         dropped: names of what is left out.
         passed_over: the files of a directory that are no checkpoints, and why.
         skipped: the checkpoints that were chosen and left out because they are not healthy.
+        suspicions: what names, file times and headers suggest and do not prove: that checkpoints do
+            not belong together.  The notes have their texts, and the record their kinds.
         notes: what a user should know before the run.
         bytes_to_read: of tensors, in all checkpoints that count.
         bytes_to_write: about the size of the output.
@@ -71,6 +73,7 @@ class Plan:
     dropped: tuple[str, ...]
     passed_over: tuple[PassedOver, ...]
     skipped: tuple[Skipped, ...]
+    suspicions: tuple[Problem, ...]
     notes: tuple[str, ...]
     bytes_to_read: int
     bytes_to_write: int
@@ -132,6 +135,7 @@ class Plan:
                 {"path": str(passed.path), "reason": passed.reason} for passed in self.passed_over
             ],
             "skipped": [one.data() for one in self.skipped],
+            "suspicions": [one.data() for one in self.suspicions],
             "notes": list(self.notes),
         }
 
@@ -155,7 +159,9 @@ class Around(NamedTuple):
     """What the stages around an average contribute to its plan; see `pipeline`."""
 
     skipped: Sequence[Skipped] = ()
-    is_examined: bool = False  # epochs and file times have been looked at already
+    #: What an examination of the values suggests of the run as a whole, with its epochs and file
+    #: times; None if there was none.
+    suspicions: Sequence[Problem] | None = None
     recalibrate: Mapping[str, Any] | None = None  # what BatchNorm's statistics come from
     copies: int = 1  # of the output that lie on its disk at a time
     stages: object = None  # their own options, which are kept for them
@@ -187,13 +193,8 @@ def plan_average(
         outputs.check_output(output, tables, force=settings.output.force, run=chosen.left_out)
     around.check_template(template, output)
     found = _sort_tensors(tables, settings)
-    output_format = outputs.choose_format(output, template)
-    # Only a conversion can store other types in place of fixed ones.
-    if output_format == template.format:
-        _check_types(template, found.averaged, settings.tensors.dtype)
-    outputs.check_conversion(
-        output, template, averaged=found.stored, drop_optimizer=found.drop_optimizer
-    )
+    output_format = _choose_format(output, template, found, settings)
+    suspicions = _list_suspicions(chosen, tables, around)
     made = Plan(
         output=output,
         checkpoints=chosen.checkpoints,
@@ -205,7 +206,8 @@ def plan_average(
         dropped=found.dropped_names,
         passed_over=chosen.passed_over,
         skipped=tuple(around.skipped),
-        notes=tuple(_collect_notes(chosen, tables, found, around)),
+        suspicions=tuple(suspicions),
+        notes=tuple(_collect_notes(chosen, tables, found, around, suspicions)),
         bytes_to_read=_count_bytes_to_read(found.averaged, found.carried, coefficients),
         bytes_to_write=_estimate_size(template, found),
         memory=measure_peak() + settings.machine.share().nbytes,
@@ -267,11 +269,15 @@ def _sort_tensors(tables: tuple[Table, ...], settings: Settings) -> _Fates:
 
 
 def _collect_notes(
-    chosen: checkpoints.Selection, tables: Sequence[Table], found: _Fates, around: Around
+    chosen: checkpoints.Selection,
+    tables: Sequence[Table],
+    found: _Fates,
+    around: Around,
+    suspicions: Sequence[Problem],
 ) -> Iterator[str]:
     """Yield what a user should know before the run."""
     yield from chosen.notes
-    yield from _list_suspicions(chosen, tables, around)
+    yield from (problem.text for problem in suspicions)
     yield from note_files_beside(chosen.checkpoints[-1], tables[-1])
     yield from list_notes(
         tables,
@@ -286,14 +292,25 @@ def _collect_notes(
 
 def _list_suspicions(
     chosen: checkpoints.Selection, tables: Sequence[Table], around: Around
-) -> list[str]:
+) -> list[Problem]:
     """Return what epochs and file times suggest, unless the values were examined already."""
-    if around.is_examined:
-        return []
+    if around.suspicions is not None:
+        return [*around.suspicions]
     # A checkpoint of several files is as new as the newest of them.
     modified = [max(file.version.mtime_ns for file in table.files) / 1e9 for table in tables]
-    found = find_suspicions(chosen.checkpoints, modified, chosen.thinned)
-    return [problem.text for problem in found]
+    return find_suspicions(chosen.checkpoints, modified, chosen.thinned)
+
+
+def _choose_format(output: Path | None, template: Table, found: _Fates, settings: Settings) -> str:
+    """Return the key of the output's format; refuse what that format cannot hold."""
+    chosen = outputs.choose_format(output, template)
+    # Only a conversion can store other types in place of fixed ones.
+    if chosen == template.format:
+        _check_types(template, found.averaged, settings.tensors.dtype)
+    outputs.check_conversion(
+        output, template, averaged=found.stored, drop_optimizer=found.drop_optimizer
+    )
+    return chosen
 
 
 def _check_types(template: Table, averaged: Sequence[Row], dtype: str | None) -> None:
@@ -338,7 +355,6 @@ def _count_bytes_to_read(
 def _estimate_size(template: Table, found: _Fates) -> int:
     """Return the template's size, corrected for other types and for dropped tensors."""
     # Headers and padding are taken to stay as they are: only free disk space depends on it.
-    """Return about the bytes of the output: the template's, with other types and without state."""
     change = sum(
         row[-1].size * (itemsize(found.stored[row[-1].location]) - itemsize(row[-1].dtype))
         for row in found.averaged

@@ -36,6 +36,13 @@ _OPTIONS: Mapping[str, tuple[type, ...]] = {
     "exclude_tensors": (list,),
     "allow_nonfinite": (bool,),
 }
+#: Options that are younger than the first records, their types and their defaults.  A record has
+#: them only where they are not the default, so that the bytes of all other averages stay.
+_YOUNGER_OPTIONS: Mapping[str, tuple[tuple[type, ...], Any]] = {
+    "allow": ((list,), []),
+}
+#: Options that are lists of texts.
+_LISTS = ("include_tensors", "exclude_tensors", "allow")
 #: The longest file name that Linux and macOS allow, in bytes.
 _LONGEST = 255
 #: Inputs of at most this many bytes in all are hashed whole unasked: it takes no time then.
@@ -222,14 +229,17 @@ def _is_name(name: str) -> bool:
 
 def _parse_options(found: Any) -> dict[str, Any]:
     """Check the types of the options; `averaging` checks their values."""
-    options = found if isinstance(found, dict) else {}
-    for key, types in _OPTIONS.items():
+    given = found if isinstance(found, dict) else {}
+    younger = {key: types for key, (types, _) in _YOUNGER_OPTIONS.items()}
+    defaults = {key: default for key, (_, default) in _YOUNGER_OPTIONS.items()}
+    options = defaults | given
+    for key, types in (*_OPTIONS.items(), *younger.items()):
         if type(options.get(key)) not in types:
             raise _build_error(f"{shown(options.get(key), 40)} for {key}")
-    for key in ("include_tensors", "exclude_tensors"):
-        if not all(isinstance(glob, str) for glob in options[key]):
-            raise _build_error(f"no list of globs for {key}")
-    return {key: options[key] for key in _OPTIONS}
+    for key in _LISTS:
+        if not all(isinstance(text, str) for text in options[key]):
+            raise _build_error(f"no list of texts for {key}")
+    return {key: options[key] for key in (*_OPTIONS, *younger)}
 
 
 def _parse_statistics(recalibrated: Mapping[str, Any]) -> dict[str, str] | None:
@@ -366,6 +376,7 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
         {"name": one.path.name, "reasons": [problem.kind for problem in one.problems]}
         for one in plan.skipped
     ]
+    suspected = [problem.kind for problem in plan.suspicions]
     return {
         "polyak": __version__,
         "scheme": plan.scheme,
@@ -373,6 +384,7 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
         "options": _list_options(plan),
         "inputs": inputs,
         **({"skipped": skipped} if skipped else {}),
+        **({"suspicions": suspected} if suspected else {}),
     }
 
 
@@ -381,6 +393,9 @@ def _list_options(plan: Plan) -> dict[str, Any]:
     wanted = plan.settings.tensors
     named = {one.name: getattr(wanted, one.name) for one in fields(wanted)}
     listed = {key: list(one) if isinstance(one, tuple) else one for key, one in named.items()}
+    for key, (_, default) in _YOUNGER_OPTIONS.items():
+        if listed[key] == default:
+            del listed[key]
     # What was done, and not what was asked for: some files keep the state whatever is asked.
     return listed | {"optimizer": "drop" if plan.drop_optimizer else "newest"}
 

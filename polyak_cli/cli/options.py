@@ -269,6 +269,12 @@ AVERAGING = under(
         is_flag=True,
         help="Average NaN and infinity too, instead of refusing them.",
     ),
+    option(
+        "--allow",
+        multiple=True,
+        type=click.Choice(["two-runs"]),
+        help="Average all the same what is refused for this reason; may be given again.",
+    ),
 )
 
 RECALIBRATING = under(

@@ -196,14 +196,14 @@ def plan(
         sources if isinstance(sources, checkpoints.Selection) else select(sources, settings.choice)
     )
     settings.weighting.compute(chosen.positions)  # refused before the values are examined
-    healthy, skipped = _examine(chosen, settings, stages, options.get("max_memory"))
+    healthy, skipped, suspicions = _examine(chosen, settings, stages, options.get("max_memory"))
     if skipped and settings.weighting.coefficients is not None:
         left = _keep_coefficients(skipped, chosen, settings.weighting.coefficients)
         settings = replace(settings, weighting=replace(settings.weighting, coefficients=left))
     rows = stages.recalibrate
     around = Around(
         skipped=skipped,
-        is_examined=stages.on_unhealthy is not None,
+        suspicions=suspicions,
         recalibrate=None
         if rows is None
         else {"data": rows.source, "rows": rows.rows, "batch_size": stages.batch_size},
@@ -329,15 +329,17 @@ def _recalibrate(plan: Plan, output: Path, hidden: Path) -> Recalibration | None
 
 def _examine(
     chosen: checkpoints.Selection, settings: Settings, stages: Stages, max_memory: int | None
-) -> tuple[checkpoints.Selection, tuple[Checked, ...]]:
-    """Return the checkpoints to average, and those to skip if health is asked for.
+) -> tuple[checkpoints.Selection, tuple[Checked, ...], tuple[checkpoints.Problem, ...] | None]:
+    """Return the checkpoints to average, those to skip, and problems of the run as a whole.
+
+    Without ``on_unhealthy`` all are averaged, and nothing is known of the run.
 
     Raises:
         CheckpointError: something is wrong and nothing may be skipped, or everything would be.
     """
     wanted = stages.on_unhealthy
     if wanted is None:
-        return chosen, ()
+        return chosen, (), None
     from polyak_cli.examining import health
 
     # The check has a smaller default of its own: only a bound that was given is passed on.
@@ -356,7 +358,7 @@ def _examine(
         )
     out = {one.path for one in skipped}
     kept = [k for k, one in enumerate(chosen.checkpoints) if one.path not in out]
-    notes = [problem.text for problem in found.problems]
+    notes = []
     if skipped:
         notes.append(
             f"{len(skipped)} of the {len(chosen.checkpoints)} chosen checkpoints "
@@ -369,7 +371,7 @@ def _examine(
         notes=(*chosen.notes, *notes),
         left_out=(*chosen.left_out, *out),
     )
-    return healthy, skipped
+    return healthy, skipped, found.problems
 
 
 def _keep_coefficients(
