@@ -253,6 +253,22 @@ class Contract(abc.ABC):
             average(paths, tmp_path / f"o{self.result}")
         assert os.listdir(tmp_path) == ["run"]
 
+    def test_float_types_that_differ_are_averaged(self, tmp_path: Path) -> None:
+        """A run that changed its precision is averaged in float64 and stored as its newest is."""
+        (tmp_path / "run").mkdir()
+        types = [dtype for dtype in ("float64", "float32", "float16") if dtype in self.dtypes]
+        models = [self.tensors(seed, dtype) for seed, dtype in enumerate([types[0], *types])]
+        for k, tensors in enumerate(models):
+            self.write(tmp_path / "run" / f"model_{k}{self.suffix}", tensors)
+        output = tmp_path / f"o{self.result}"
+        report = average(tmp_path / "run", output, scheme="exp")
+        assert_same(self.read(output), naive(models, report.plan.coefficients))
+        (note,) = (note for note in report.notes if "not of one type" in note)
+        assert " and ".join(types) in note
+        assert f"stored as {types[-1]}" in note
+        assert "suspicions" not in report.data() or not report.data()["suspicions"]
+        assert verify(output, sources=[tmp_path / "run"]).problems == ()
+
     @pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
     def test_checkpoints_of_another_model_are_refused(self, tmp_path: Path, change: str) -> None:
         """A tensor missing, extra, or of another shape or type is named, with its file."""
@@ -261,7 +277,7 @@ class Contract(abc.ABC):
             "missing": lambda tensors: tensors.pop("bias"),
             "extra": lambda tensors: tensors.update(more=tensors["bias"]),
             "shape": lambda tensors: tensors.update(bias=tensors["bias"][:-1].copy()),
-            "dtype": lambda tensors: tensors.update(bias=tensors["bias"].astype(np.float64)),
+            "dtype": lambda tensors: tensors.update(bias=tensors["bias"].astype(np.int32)),
         }
         changes[change](models[1])
         self.write(paths[1], models[1])

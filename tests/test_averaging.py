@@ -393,8 +393,8 @@ K = np.arange(6, dtype=np.float32).reshape(2, 3)
         ),
         (
             {"d": {"k": K}},
-            {"d": {"k": K.astype(np.float64)}},
-            r"m_1\.h5: tensor 'd/k' has dtype float32, but .*m_2\.h5 has float64",
+            {"d": {"k": K.astype(np.int32)}},
+            r"m_1\.h5: tensor 'd/k' has dtype float32, but .*m_2\.h5 has int32",
         ),
     ],
     ids=["missing", "extra", "shape", "transposed", "dtype"],

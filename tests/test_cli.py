@@ -393,7 +393,7 @@ _ONE: Mapping[str, Any] = {"dense": {"kernel": _f4(6, 4), "bias": _f4(4)}}
 _LESS: Mapping[str, Any] = {"dense": {"kernel": _f4(6, 4)}}
 _SHAPE: Mapping[str, Any] = {"dense": {"kernel": _f4(6, 4), "bias": _f4(5)}}
 _SCALAR: Mapping[str, Any] = {"dense": {"kernel": _f4(6, 4), "bias": _f4()}}
-_DTYPE: Mapping[str, Any] = {"dense": {"kernel": _f4(6, 4), "bias": np.ones(4, np.float64)}}
+_DTYPE: Mapping[str, Any] = {"dense": {"kernel": _f4(6, 4), "bias": np.ones(4, np.int64)}}
 _RENAMED: Mapping[str, Any] = {"dense_4": {"kernel": _f4(6, 4), "bias": _f4(4)}}
 
 AVERAGE = ["average", "run", "-o", "out.h5"]
@@ -433,7 +433,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], int, str]] = {
         _pair(_DTYPE, _ONE),
         AVERAGE,
         3,
-        r"^run/m_1\.h5: tensor 'dense/bias' has dtype float64, but run/m_2\.h5 has float32",
+        r"^run/m_1\.h5: tensor 'dense/bias' has dtype int64, but run/m_2\.h5 has float32",
     ),
     "renamed layers": (_pair(_ONE, _RENAMED), AVERAGE, 3, r"^run/m_1\.h5: .*--match order"),
     "nan": (_nan, AVERAGE, 3, r"^run/m_1\.h5: tensor 'dense/kernel' holds nan"),

@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -47,12 +48,13 @@ from polyak_cli.errors import FormatError, MismatchError, PolyakError
 from polyak_cli.storage import Bytes, File, Version
 from polyak_cli.storage.local import LocalOutput, page_aligned
 from polyak_cli.tensors import Extent, Files, Grid, GridPart, Inline, Placement
+from tests.oracle import nearest_bfloat16
 
 
 def tensor(size: int, offset: int = 0, count: int = 1) -> FoldTensor:
     """Return a float32 tensor that lies at the same offset in all checkpoints."""
-    sources = [TensorSource(Extent(offset, size * 4), "<", k) for k in range(count)]
-    return FoldTensor("x", size, "float32", sources, [Placement(offset, "float32", "<")])
+    sources = [TensorSource(Extent(offset, size * 4), "float32", "<", k) for k in range(count)]
+    return FoldTensor("x", size, sources, [Placement(offset, "float32", "<")])
 
 
 class Banded(Extent):
@@ -160,10 +162,10 @@ def run(
     outputs = [folder / f"out{row}" for row in range(len(np.array(coefficients)))]
     for output in outputs:
         output.write_bytes(b"")
-    sources = [TensorSource(Extent(0, size * 4), "<", k) for k in range(len(arrays))]
+    sources = [TensorSource(Extent(0, size * 4), "float32", "<", k) for k in range(len(arrays))]
     targets = [Placement(0, "float32", "<", row) for row in range(len(outputs))]
     work = FoldJob(inputs, [str(o) for o in outputs], np.array(coefficients), allow_nonfinite)
-    fold([FoldTensor("x", size, "float32", sources, targets)], work, memory)
+    fold([FoldTensor("x", size, sources, targets)], work, memory)
     return [np.fromfile(output, np.float32) for output in outputs]
 
 
@@ -197,7 +199,10 @@ def test_workers_and_pieces_change_no_bit(
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # the fixture changes nothing
 )
 @given(
-    st.sampled_from([2, 4, 8]),
+    st.one_of(
+        st.sampled_from([2, 4, 8]).map(lambda width: [width] * 3),
+        st.lists(st.sampled_from([2, 4, 8]), min_size=3, max_size=3),
+    ),
     st.lists(
         st.tuples(st.integers(1, 40), st.sampled_from([0, 1, 4, 24, 9000]), st.booleans()),
         min_size=2,
@@ -208,7 +213,7 @@ def test_workers_and_pieces_change_no_bit(
 )
 def test_neighbouring_small_tensors_are_each_averaged(
     tmp_path_factory: pytest.TempPathFactory,
-    width: int,
+    widths: list[int],
     shape: list[tuple[int, int, bool]],
     others: str,
     piece: int,
@@ -216,11 +221,11 @@ def test_neighbouring_small_tensors_are_each_averaged(
 ) -> None:
     """Each tensor has the bits of its own fold, wherever it lies; the bytes between stay.
 
-    Between them lie any number of bytes, so that most begin at odd places; some are big-endian.
+    Between them lie any number of bytes, so that most begin at odd places; some are big-endian, and
+    the checkpoints may be of different types.
     """
     rng = np.random.default_rng(seed)
     folder = tmp_path_factory.mktemp("run")
-    name = f"float{8 * width}"
 
     def byteorder(k: int, t: int) -> str:
         return "<>"[shape[t][2] if k == 0 else t % 4 == 3]
@@ -234,7 +239,7 @@ def test_neighbouring_small_tensors_are_each_averaged(
         for t, (size, gap, _) in order[:: -1 if k == 0 and others == "in another order" else 1]:
             content += rng.bytes(gap + 3 * k if others == "moved" else gap)
             places_here[t] = len(content)
-            arrays_here[t] = rng.normal(size=size).astype(f"{byteorder(k, t)}f{width}")
+            arrays_here[t] = rng.normal(size=size).astype(f"{byteorder(k, t)}f{widths[k]}")
             content += arrays_here[t].tobytes()
         path = folder / f"{k}.raw"
         path.write_bytes(content)
@@ -243,20 +248,108 @@ def test_neighbouring_small_tensors_are_each_averaged(
         places.append(places_here)
     tensors, expected = [], bytearray(b"\xaa" * len(content))
     for t, (size, _, _) in enumerate(shape):
-        nbytes = size * width
-        sources = [TensorSource(Extent(places[k][t], nbytes), byteorder(k, t), k) for k in range(3)]
-        target = Placement(places[2][t], name, byteorder(2, t))
-        tensors.append(FoldTensor(f"t{t}", size, name, sources, [target]))
+        sources = [
+            TensorSource(
+                Extent(places[k][t], size * width), f"float{8 * width}", byteorder(k, t), k
+            )
+            for k, width in enumerate(widths)
+        ]
+        nbytes = size * widths[2]
+        target = Placement(places[2][t], f"float{8 * widths[2]}", byteorder(2, t))
+        tensors.append(FoldTensor(f"t{t}", size, sources, [target]))
         total = 0.2 * arrays[0][t].astype(np.float64)
         for coefficient, k in ((0.3, 1), (0.5, 2)):
             total = total + coefficient * arrays[k][t].astype(np.float64)
-        stored = total.astype(f"{byteorder(2, t)}f{width}").tobytes()
+        stored = total.astype(f"{byteorder(2, t)}f{widths[2]}").tobytes()
         expected[places[2][t] : places[2][t] + nbytes] = stored
     (folder / "out").write_bytes(b"\xaa" * len(content))
     work = FoldJob(inputs, [str(folder / "out")], np.array([[0.2, 0.3, 0.5]]), False)
     totals = fold(tensors, work, Memory(2, piece, piece))
     assert (folder / "out").read_bytes() == expected
-    assert totals.bytes_read == 3 * sum(size for size, _, _ in shape) * width
+    assert totals.bytes_read == sum(widths) * sum(size for size, _, _ in shape)
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the fixture changes nothing
+)
+@given(
+    st.lists(
+        st.sampled_from(["float16", "bfloat16", "float32", "float64"]), min_size=2, max_size=5
+    ),
+    st.sampled_from(["float16", "bfloat16", "float32", "float64"]),
+    st.integers(1, 4000),
+    st.integers(100, 5000),
+    st.integers(0, 2**32 - 1),
+)
+def test_each_checkpoint_may_have_another_type(
+    tmp_path_factory: pytest.TempPathFactory,
+    dtypes: list[str],
+    stored: str,
+    size: int,
+    piece: int,
+    seed: int,
+) -> None:
+    """Values are widened from their own type, folded in float64 and rounded once to the output's.
+
+    Some are stored in bands, which prefer slabs of another length.
+    """
+    rng = np.random.default_rng(seed)
+    codes = {"bfloat16": ml_dtypes.bfloat16}
+    arrays = [rng.normal(size=size).astype(codes.get(dtype, dtype)) for dtype in dtypes]
+    folder = tmp_path_factory.mktemp("run")
+    inputs = write_inputs(folder, arrays)
+    (folder / "out").write_bytes(b"")
+    sources = [
+        TensorSource((Extent, Banded)[k % 2](0, array.nbytes), dtype, "<", k)
+        for k, (array, dtype) in enumerate(zip(arrays, dtypes, strict=True))
+    ]
+    coefficients = rng.random(len(arrays))
+    total = coefficients[0] * arrays[0].astype(np.float64)
+    for coefficient, array in zip(coefficients[1:], arrays[1:], strict=True):
+        total = total + coefficient * array.astype(np.float64)
+    work = FoldJob(inputs, [str(folder / "out")], coefficients[None], False)
+    one = FoldTensor("x", size, sources, [Placement(0, stored, "<")])
+    fold([one], work, Memory(2, piece, piece))
+    found = (folder / "out").read_bytes()
+    if stored == "bfloat16":
+        bits = np.frombuffer(found, np.uint16)
+        assert len(bits) == size
+        assert bits[:50].tolist() == [nearest_bfloat16(value) for value in total[:50]]
+    else:
+        assert found == total.astype(stored).tobytes()
+
+
+def test_a_culprit_of_another_type_is_named_by_its_own_element(tmp_path: Path) -> None:
+    """The element is counted in the elements of the file that holds it."""
+    halves = np.zeros(100, np.float16)
+    halves[57] = np.inf
+    inputs = write_inputs(tmp_path, [np.zeros(100, np.float64), halves])
+    (tmp_path / "out").write_bytes(b"")
+    sources = [
+        TensorSource(Extent(0, 800), "float64", "<", 0),
+        TensorSource(Extent(0, 200), "float16", "<", 1),
+    ]
+    one = FoldTensor("x", 100, sources, [Placement(0, "float16", "<")])
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    with pytest.raises(MismatchError, match=r"1\.raw: tensor 'x' holds inf \(element 57\)"):
+        fold([one], work, Memory(1, 30, 30))
+
+
+def test_wider_values_that_the_newest_type_cannot_hold_are_refused(tmp_path: Path) -> None:
+    """An older float32 may be beyond what the newest's float16 stores."""
+    inputs = write_inputs(tmp_path, [np.full(3, 3e5, np.float32), np.ones(3, np.float16)])
+    (tmp_path / "out").write_bytes(b"")
+    sources = [
+        TensorSource(Extent(0, 12), "float32", "<", 0),
+        TensorSource(Extent(0, 6), "float16", "<", 1),
+    ]
+    one = FoldTensor("x", 3, sources, [Placement(0, "float16", "<")])
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    with pytest.raises(MismatchError, match=r"holds 150000, which float16 cannot store"):
+        fold([one], work, Memory(1, 30, 30))
 
 
 def test_neighbouring_small_tensors_are_read_at_once(
@@ -357,8 +450,8 @@ def test_an_overflow_of_float64_blames_no_checkpoint(tmp_path: Path) -> None:
     """If all values are finite and only their sum is not, no checkpoint is blamed."""
     inputs = write_inputs(tmp_path, [np.array([1.0, 1.7e308])] * 2)
     (tmp_path / "out").write_bytes(b"")
-    sources = [TensorSource(Extent(0, 16), "<", k) for k in range(2)]
-    huge = FoldTensor("x", 2, "float64", sources, [Placement(0, "float64", "<")])
+    sources = [TensorSource(Extent(0, 16), "float64", "<", k) for k in range(2)]
+    huge = FoldTensor("x", 2, sources, [Placement(0, "float64", "<")])
     coefficients = np.array([[0.75, 0.75]])
     work = FoldJob(inputs, [str(tmp_path / "out")], coefficients, False)
     with pytest.raises(MismatchError, match="the average of tensor 'x' overflows float64"):
@@ -421,7 +514,7 @@ def test_inline_bytes_are_averaged_with_extents(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path, arrays)
     (tmp_path / "out").write_bytes(b"")
     one = tensor(100, 0, 2)
-    inline = TensorSource(Inline(arrays[1].tobytes()), "<", 1)
+    inline = TensorSource(Inline(arrays[1].tobytes()), "float32", "<", 1)
     work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
     banded = one.sources[0]._replace(storage=Banded(0, 400))
     mixed = one._replace(sources=[banded, inline])
@@ -483,8 +576,8 @@ def test_a_worker_that_is_killed_is_reported(tmp_path: Path, where: str) -> None
         return  # here it would be this very process
     inputs = write_inputs(tmp_path, [np.zeros(1000, np.float32)])
     (tmp_path / "out").write_bytes(b"")
-    source = TensorSource(Killing(0, 4000), "<", 0)
-    doomed = FoldTensor("x", 1000, "float32", [source], [Placement(0, "float32", "<")])
+    source = TensorSource(Killing(0, 4000), "float32", "<", 0)
+    doomed = FoldTensor("x", 1000, [source], [Placement(0, "float32", "<")])
     job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
     how = "SIGKILL" if where == "forked" else "BrokenProcessPool"
     message = (
@@ -527,8 +620,8 @@ def test_where_a_tensor_lies_in_its_file_changes_nothing(
         tmp_path, [np.concatenate([padding, array.view(np.uint8)]) for array in arrays]
     )
     (tmp_path / "out").write_bytes(b"")
-    sources = [TensorSource(Extent(offset, 12_000), "<", k) for k in range(3)]
-    tensor = FoldTensor("x", 3000, "float32", sources, [Placement(offset, "float32", "<")])
+    sources = [TensorSource(Extent(offset, 12_000), "float32", "<", k) for k in range(3)]
+    tensor = FoldTensor("x", 3000, sources, [Placement(offset, "float32", "<")])
     coefficients = np.array([[0.5, 0.3, 0.2]])
     work = FoldJob(inputs, [str(tmp_path / "out")], coefficients, False)
     fold([tensor], work, Memory(2, 1000, 1000))
@@ -573,8 +666,8 @@ def test_the_next_batch_is_prefetched(
 
 def test_slabs_hold_whole_bands_where_they_fit() -> None:
     """Tensors in bands are cut between bands: as many bands as a piece or the bound holds."""
-    banded = TensorSource(Banded(0, 400), "<", 0)
-    whole = FoldTensor("x", 100, "float32", [*tensor(100).sources, banded], [])
+    banded = TensorSource(Banded(0, 400), "float32", "<", 0)
+    whole = FoldTensor("x", 100, [*tensor(100).sources, banded], [])
     for piece, most, length in ((20, 50, 14), (5, 50, 7), (5, 6, 6), (20, 10, 10), (1, 1, 1)):
         spans = [(s.start, s.stop) for s in cut_slabs([whole], piece, most)]
         assert spans == [(k, min(k + length, 100)) for k in range(0, 100, length)]
@@ -605,7 +698,7 @@ def test_only_neighbouring_small_tensors_are_bundled() -> None:
         "too far away": (at(0), at(41 + TUNING.gap_nbytes)),
         "before": (at(40), at(0)),
         "overlapping": (at(0), at(39)),
-        "of another type": (at(0), at(40, dtype="float16")),
+        "of another type": (at(0), at(40, sources=moved(dtype="float16"))),
         "in other bytes": (at(0), at(40, sources=moved(byteorder=">"))),
         "in another file": (at(0), at(40, sources=moved(file=0))),
         "by no offset": (at(0), at(40, sources=moved(storage=Inline(bytes(40))))),
@@ -694,7 +787,7 @@ def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path, arrays)
 
     def everywhere(start: int, stop: int) -> list[TensorSource]:
-        return [TensorSource(Extent(start, stop - start), "<", k) for k in range(3)]
+        return [TensorSource(Extent(start, stop - start), "uint8", "<", k) for k in range(3)]
 
     rows = [(f"t{k}", everywhere(90 * k, 90 * k + 90)) for k in range(4)]
     rows.append(("shorter", [*everywhere(0, 90)[:2], everywhere(0, 89)[2]]))
@@ -708,7 +801,7 @@ def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
     assert reading.find_differing([("alone", everywhere(0, 90)[:1])], inputs, memory)[0] == set()
     for k in range(2):
         ending = everywhere(0, 90)
-        ending[k] = TensorSource(Extent(300, 90), "<", k)
+        ending[k] = TensorSource(Extent(300, 90), "uint8", "<", k)
         with pytest.raises(FormatError, match=rf"/{k}\.raw: tensor 'cut': the file ends 20 bytes"):
             reading.find_differing([("cut", ending)], inputs, memory)
 
@@ -717,9 +810,12 @@ def test_pieces_are_the_stored_bytes_of_each_checkpoint(tmp_path: Path) -> None:
     """Pieces come slab by slab and checkpoint by checkpoint, as large as the bound allows."""
     arrays = [np.arange(100, dtype="<f4"), np.arange(100, dtype=">f8") / 3]
     inputs = write_inputs(tmp_path, arrays)
-    sources = [TensorSource(Extent(0, 400), "<", 0), TensorSource(Extent(0, 800), ">", 1)]
-    bands = [TensorSource(Banded(0, 400), "<", 0), sources[1]]
-    first = ReadTensor("x", 100, ["float32", "float64"], sources)
+    sources = [
+        TensorSource(Extent(0, 400), "float32", "<", 0),
+        TensorSource(Extent(0, 800), "float64", ">", 1),
+    ]
+    bands = [TensorSource(Banded(0, 400), "float32", "<", 0), sources[1]]
+    first = ReadTensor("x", 100, sources)
     memory = Memory(1, 1, 30)
     for one, most, held, length in (
         (first, 30, None, 10),
@@ -749,9 +845,7 @@ def test_pieces_are_the_stored_bytes_of_each_checkpoint(tmp_path: Path) -> None:
 def test_a_piece_that_cannot_be_read_is_an_error_in_its_place(tmp_path: Path) -> None:
     """`read_pieces` yields the other pieces all the same; `read_values` raises the error."""
     inputs = write_inputs(tmp_path, [np.zeros(n, np.float32) for n in (10, 5, 10)])
-    tensor = ReadTensor(
-        "x", 10, ["float32"] * 3, [TensorSource(Extent(0, 40), "<", k) for k in range(3)]
-    )
+    tensor = ReadTensor("x", 10, [TensorSource(Extent(0, 40), "float32", "<", k) for k in range(3)])
     memory = Memory(1, 100, 100)
     results = [(k, stored) for _, k, stored in reading.read_pieces([tensor], inputs, memory)]
     assert [k for k, _ in results] == [0, 1, 2]
@@ -771,11 +865,11 @@ def test_values_are_float64_whatever_is_stored(tmp_path: Path) -> None:
 
     def compared(name: str, size: int, files: Sequence[int]) -> ReadTensor:
         sources = [
-            TensorSource(Extent(0, size * content[k].itemsize), types[dtype][0], k)
+            TensorSource(Extent(0, size * content[k].itemsize), dtype, types[dtype][0], k)
             for k, dtype in enumerate(types)
             if k in files
         ]
-        return ReadTensor(name, size, [[*types][k] for k in files], sources)
+        return ReadTensor(name, size, sources)
 
     tensors = [compared("a", 5, [0, 1, 2]), compared("b", 100, [0, 1, 2]), compared("c", 7, [1])]
     got: dict[str, list[list[list[float]]]] = {}
@@ -796,8 +890,11 @@ def test_a_block_that_is_decoded_whole_must_fit_the_bound(tmp_path: Path) -> Non
         block_nbytes = 240
 
     inputs = write_inputs(tmp_path, [np.ones(2, np.float32)] * 2)
-    sources = [TensorSource(Extent(0, 8), "<", 0), TensorSource(Chunked(0, 8), "<", 1)]
-    tensors = [ReadTensor("x", 2, ["float32"] * 2, sources)]
+    sources = [
+        TensorSource(Extent(0, 8), "float32", "<", 0),
+        TensorSource(Chunked(0, 8), "float32", "<", 1),
+    ]
+    tensors = [ReadTensor("x", 2, sources)]
     assert len(list(reading.read_pieces(tensors, inputs, Memory(1, 10, 10)))) == 2
     with pytest.raises(
         FormatError,
@@ -828,8 +925,8 @@ def folded_once(
     """Return the bytes of one float64 tensor, averaged into another type."""
     inputs = write_inputs(folder, [np.array(values, np.float64)])
     (folder / "out").write_bytes(b"")
-    source = TensorSource(Extent(0, 8 * len(values)), "<", 0)
-    one = FoldTensor("x", len(values), "float64", [source], [Placement(0, stored, "<")])
+    source = TensorSource(Extent(0, 8 * len(values)), "float64", "<", 0)
+    one = FoldTensor("x", len(values), [source], [Placement(0, stored, "<")])
     work = FoldJob(inputs, [str(folder / "out")], np.array([[coefficient]]), allow_nonfinite)
     fold([one], work, Memory(2, 10, 10))
     return (folder / "out").read_bytes()
@@ -1099,8 +1196,11 @@ def test_a_tensor_in_blocks_of_several_files_is_averaged(tmp_path: Path) -> None
     )
     (tmp_path / "out").write_bytes(b"")
     job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.25, 0.75]]), False)
-    sources = [TensorSource(by_rows, "<", 0), TensorSource(by_columns, "<", 2)]
-    sharded = FoldTensor("x", 24, "float32", sources, [Placement(0, "float32", "<")])
+    sources = [
+        TensorSource(by_rows, "float32", "<", 0),
+        TensorSource(by_columns, "float32", "<", 2),
+    ]
+    sharded = FoldTensor("x", 24, sources, [Placement(0, "float32", "<")])
     expected = 0.25 * arrays[0].astype(np.float64) + 0.75 * arrays[1].astype(np.float64)
     for piece in (1, 5, 6, 24):
         fold([sharded], job, Memory(2, piece, piece))

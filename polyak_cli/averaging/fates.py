@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from polyak_cli.averaging.matching import Row, find_last_part, is_statistic
 from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import Checkpoint
-from polyak_cli.errors import MismatchError, UsageError, list_some, shown
+from polyak_cli.errors import MismatchError, UsageError, list_some, shown, word_count
 from polyak_cli.tensors import FLOATS, Table, is_carried
 
 
@@ -119,6 +119,7 @@ def list_notes(
     stored = {*stored_dtypes.values()}
     if not drop_optimizer and tables[-1].optimizer:
         stored.add("optimizer")
+    notes += _note_types(averaged, stored_dtypes, is_fixed=tables[-1].rules.is_fixed)
     notes += [text for key, text in tables[-1].rules.cautions.items() if key in stored]
     if tables[-1].rules.is_fixed and tables[-1].optimizer:
         notes.append(
@@ -128,6 +129,24 @@ def list_notes(
     # Strings have no storage to compare; their digests come with the header.
     strings = [row[-1].name for row in carried if len({spec.digest for spec in row}) > 1]
     return notes + [describe_difference(name) for name in strings]
+
+
+def _note_types(
+    averaged: Sequence[Row], stored_dtypes: Mapping[str, str], *, is_fixed: bool
+) -> list[str]:
+    """Return a note on the tensors that are not of one type in all checkpoints."""
+    rows = [row for row in averaged if len({spec.dtype for spec in row}) > 1]
+    if not rows:
+        return []
+    names = list_some([row[-1].name for row in rows])
+    # Oldest first: this is how the run changed.
+    found = " and ".join(dict.fromkeys(spec.dtype for row in rows for spec in row))
+    stored = " and ".join(dict.fromkeys(stored_dtypes[row[-1].location] for row in rows))
+    choice = "" if is_fixed else "; --dtype stores another type"
+    return [
+        f"{word_count(len(rows), 'tensor')} ({names}) are not of one type in all checkpoints "
+        f"({found}): they are averaged in float64 and stored as {stored}{choice}"
+    ]
 
 
 def note_missing_emas(names: Sequence[str]) -> list[str]:

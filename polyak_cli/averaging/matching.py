@@ -14,7 +14,7 @@ from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import TensorSource
 from polyak_cli.errors import MismatchError, shown
 from polyak_cli.storage import File
-from polyak_cli.tensors import Storage, Table, TensorSpec
+from polyak_cli.tensors import COMMON, Storage, Table, TensorSpec
 
 Row = tuple[TensorSpec, ...]  # one tensor as each checkpoint has it, oldest first
 #: BatchNorm's statistics, as Keras, tf_keras's renorm and PyTorch call them.
@@ -33,7 +33,7 @@ def match(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
     """Pair the tensors of all checkpoints with the template's, in the template's order.
 
     Raises:
-        MismatchError: a tensor is missing, extra, or of another shape or dtype.
+        MismatchError: a tensor is missing, extra, or of another shape or kind of dtype.
     """
     template = tables[-1]
     pair = _pair_by_order if by == "order" else _pair_by_name
@@ -130,12 +130,15 @@ def _check_same(
     table: Table, ours: TensorSpec, template: Table, theirs: TensorSpec, hint: str
 ) -> None:
     # Fortran order is an arrangement too: the bytes of the two orders do not match.
+    # A run may change its precision: any two plain floats are averaged as the numbers they are.  A
+    # float8 beside a wider float is quantised: its numbers mean nothing without their scale.
+    are_floats = ours.dtype in COMMON and theirs.dtype in COMMON
     for what, one, other in (
         ("shape", ours.shape, theirs.shape),
         ("dtype", ours.dtype, theirs.dtype),
         ("arrangement", ours.arrangement or "C order", theirs.arrangement or "C order"),
     ):
-        if one != other:
+        if one != other and not (what == "dtype" and are_floats):
             raise MismatchError(
                 f"{shown(table.path)}: tensor '{shown(ours.name)}' has {what} {one}, but "
                 f"{shown(template.path)} has {other}. Checkpoints must come from one model{hint}"
@@ -148,7 +151,7 @@ def list_sources(tables: Sequence[Table], row: Row) -> list[TensorSource]:
         raise AssertionError(f"{row[-1].name} has no storage")
     firsts = itertools.accumulate((len(table.files) for table in tables), initial=0)
     return [
-        TensorSource(cast(Storage, spec.storage), spec.byteorder, first)
+        TensorSource(cast(Storage, spec.storage), spec.dtype, spec.byteorder, first)
         for spec, first in zip(row, firsts, strict=False)
     ]
 
@@ -172,5 +175,4 @@ def list_compared(tables: Sequence[Table], rows: Iterable[Row]) -> Iterator[Read
     """Yield the tensors that are not empty, in the form in which the engine reads them."""
     for row in rows:
         if row[0].size:
-            dtypes = [spec.dtype for spec in row]
-            yield ReadTensor(row[0].name, row[0].size, dtypes, list_sources(tables, row))
+            yield ReadTensor(row[0].name, row[0].size, list_sources(tables, row))

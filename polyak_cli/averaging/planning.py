@@ -346,10 +346,15 @@ def _count_bytes_to_read(
     averaged: Sequence[Row], carried: Sequence[Row], coefficients: Sequence[float]
 ) -> int:
     """Return the bytes of tensors that a run reads."""
-    counted = sum(1 for coefficient in coefficients if coefficient)  # a zero is never read
     # Carried tensors are copied with the skeleton, and read only to be compared.
     compared = sum(spec.nbytes for row in carried if is_compared(row) for spec in row)
-    return counted * sum(row[-1].nbytes for row in averaged) + compared
+    read = sum(
+        spec.nbytes
+        for row in averaged
+        for spec, coefficient in zip(row, coefficients, strict=True)
+        if coefficient  # a coefficient of zero is never read
+    )
+    return read + compared
 
 
 def _estimate_size(template: Table, found: _Fates) -> int:

@@ -164,7 +164,7 @@ class _Averaged:
                     place._replace(file=first + place.file) if first else place
                     for first, place in zip(firsts, places, strict=False)
                 ]
-                yield FoldTensor(spec.name, spec.size, spec.dtype, sources, targets)
+                yield FoldTensor(spec.name, spec.size, sources, targets)
 
 
 def _find_place(row: Row) -> tuple[int, int, int]:

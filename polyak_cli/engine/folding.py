@@ -128,12 +128,11 @@ class Worker:
         if self.clock.bytes_read >= self.tuning.cache_speed * self.clock.reading:
             return
         for slab in itertools.chain.from_iterable(batch):
-            width = itemsize(slab.tensor.dtype)
-            start, stop = slab.start * width, slab.stop * width
-            if stop - start >= self.tuning.prefetch_nbytes:
-                for k, terms in enumerate(self.terms):
-                    if terms:
-                        self.inputs.prefetch(slab.tensor.sources[k], start, stop)
+            for source, terms in zip(slab.tensor.sources, self.terms, strict=True):
+                width = itemsize(source.dtype)
+                start, stop = slab.start * width, slab.stop * width
+                if terms and stop - start >= self.tuning.prefetch_nbytes:
+                    self.inputs.prefetch(source, start, stop)
 
     def _fold_bundle(self, bundle: Bundle) -> None:
         """Average the slabs of a bundle as if they were one."""
@@ -160,9 +159,8 @@ class Worker:
             if not terms:
                 continue
             raw = self._read(bundle, k, count)
-            accumulate(
-                raw, tensor.dtype, tensor.sources[k].byteorder, terms, sums, started, scratch
-            )
+            source = tensor.sources[k]
+            accumulate(raw, source.dtype, source.byteorder, terms, sums, started, scratch)
             self.clock.fold()
         # Whether a value is finite is asked of the sums only, which is one pass instead of one for
         # each checkpoint: NaN and infinity go through every sum.  The culprit is found afterwards.
@@ -173,7 +171,7 @@ class Worker:
         """Return the stored bytes that checkpoint ``k`` has for a bundle."""
         slab = bundle[0]
         tensor, source = slab.tensor, slab.tensor.sources[k]
-        width = itemsize(tensor.dtype)
+        width = itemsize(source.dtype)
         if len(bundle) > 1:
             raw = self._gather([s.tensor.sources[k] for s in bundle], width, tensor.name)
         else:
@@ -217,12 +215,14 @@ class Worker:
     def _store(self, bundle: Bundle, count: int) -> None:
         """Round the sums to the stored type and write them."""
         first = bundle[0]
+        dtypes = {source.dtype for source in first.tensor.sources}
         for row, target in enumerate(first.tensor.targets):
             width = itemsize(target.dtype)
             values = self.sums[row][:count]
             raw = self._place_buffer(count * width, target.offset + first.start * width)
             round_to(values, target.dtype, target.byteorder, raw)
-            if target.dtype != first.tensor.dtype and not self.job.allow_nonfinite:
+            # Finite values of one type cannot have an average that the type cannot hold.
+            if dtypes != {target.dtype} and not self.job.allow_nonfinite:
                 stored = self.values[:count]
                 widen(raw, target.dtype, target.byteorder, stored)
                 _check_fits(first.tensor.name, target.dtype, values, stored)
@@ -246,10 +246,10 @@ class Worker:
                 continue
             source = slab.tensor.sources[k]
             alone = values[: slab.stop - slab.start]
-            widen(self._read([slab], k, len(alone)), slab.tensor.dtype, source.byteorder, alone)
+            widen(self._read([slab], k, len(alone)), source.dtype, source.byteorder, alone)
             where = np.flatnonzero(~np.isfinite(alone))
             if len(where):
-                at = (slab.start + int(where[0])) * itemsize(slab.tensor.dtype)
+                at = (slab.start + int(where[0])) * itemsize(source.dtype)
                 path = self.job.inputs[source.find_file(at)].path
                 return MismatchError(
                     f"{shown(path)}: tensor '{name}' holds "

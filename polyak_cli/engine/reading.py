@@ -73,7 +73,6 @@ class ReadTensor(NamedTuple):
 
     name: str
     size: int
-    dtypes: Sequence[str]  # of each source
     sources: Sequence[TensorSource]
 
 
@@ -144,7 +143,7 @@ def read_values(
         # Buffers are kept from tensor to tensor: allocating them costs more than a small tensor.
         if k == 0 and (len(buffers) != len(tensor.sources) or len(buffers[0]) < count):
             buffers = [np.empty(count) for _ in tensor.sources]
-        widen_any(stored, tensor.dtypes[k], source.byteorder, buffers[k][:count])
+        widen_any(stored, source.dtype, source.byteorder, buffers[k][:count])
         if k == len(tensor.sources) - 1:
             yield tensor, [buffer[:count] for buffer in buffers]
 

@@ -47,6 +47,7 @@ class TensorSource(NamedTuple):
     """Where one checkpoint keeps one tensor."""
 
     storage: Storage
+    dtype: str  # its own: checkpoints of one run may differ, as after a change of precision
     byteorder: str
     file: int  # which of the inputs is the first file of the checkpoint
 
@@ -62,7 +63,6 @@ class FoldTensor(NamedTuple):
 
     name: str
     size: int
-    dtype: str
     sources: Sequence[TensorSource]
     targets: Sequence[Placement]
 
@@ -130,9 +130,8 @@ def cut_slabs(tensors: Iterable[FoldTensor], piece: int, most: int) -> Iterator[
         most: elements of a slab if the storage prefers larger reads.
     """
     for tensor in tensors:
-        width = itemsize(tensor.dtype)
         # A chunk is decoded whole for any part of it, so slabs end where chunks do if that fits.
-        best = max(source.storage.preferred_nbytes for source in tensor.sources) // width
+        best = max(s.storage.preferred_nbytes // itemsize(s.dtype) for s in tensor.sources)
         step = piece if best <= 1 else max(1, min(best * max(1, piece // best), most))
         for start in range(0, tensor.size, step):
             yield Slab(tensor, start, min(start + step, tensor.size))
@@ -164,7 +163,7 @@ def bundle_slabs(slabs: Iterable[Slab], elements: int, tuning: Tuning = TUNING) 
 def _is_neighbour(bundle: Bundle, slab: Slab, elements: int, tuning: Tuning) -> bool:
     """Return whether a slab may be read together with the slabs of a bundle."""
     first, last, new = bundle[0].tensor, bundle[-1].tensor, slab.tensor
-    if new.dtype != first.dtype or not (_is_small(slab, tuning) and _is_small(bundle[0], tuning)):
+    if not (_is_small(slab, tuning) and _is_small(bundle[0], tuning)):
         return False
     span = tuning.span_nbytes * elements
     return all(
@@ -172,6 +171,7 @@ def _is_neighbour(bundle: Bundle, slab: Slab, elements: int, tuning: Tuning) -> 
         for a, b in zip(first.targets, new.targets, strict=True)
     ) and all(
         c.file == a.file
+        and c.dtype == a.dtype
         and c.byteorder == a.byteorder
         and isinstance(a.storage, Extent)
         and isinstance(b.storage, Extent)
@@ -186,8 +186,8 @@ def _is_neighbour(bundle: Bundle, slab: Slab, elements: int, tuning: Tuning) -> 
 def _is_small(slab: Slab, tuning: Tuning) -> bool:
     """Return whether a slab is the whole of a small tensor; a tight bound may cut even those."""
     tensor = slab.tensor
-    whole = slab.stop - slab.start == tensor.size
-    return whole and tensor.size * itemsize(tensor.dtype) <= tuning.small_nbytes
+    width = max(itemsize(source.dtype) for source in tensor.sources)
+    return slab.stop - slab.start == tensor.size and tensor.size * width <= tuning.small_nbytes
 
 
 def gather_batches(

@@ -279,8 +279,8 @@ def read_statistics(table: Table) -> dict[str, Float64]:
                 f"{shown(table.path)}: its record names the statistic '{shown(name, 60)}', which "
                 "it has not"
             )
-        source = TensorSource(spec.storage, spec.byteorder, 0)
-        tensors.append(ReadTensor(name, spec.size, [spec.dtype], [source]))
+        source = TensorSource(spec.storage, spec.dtype, spec.byteorder, 0)
+        tensors.append(ReadTensor(name, spec.size, [source]))
     found = {tensor.name: np.empty(tensor.size) for tensor in tensors}
     done = dict.fromkeys(found, 0)
     with np.errstate(invalid="ignore"):
@@ -332,7 +332,7 @@ def _check_loaded(table: Table, found: Moments) -> None:
     specs = [s for s in table.tensors.values() if s.location in found.before]
     loaded = {spec.name: np.ravel(found.before[spec.location]) for spec in specs}
     tensors = [
-        ReadTensor(s.name, s.size, [s.dtype], [TensorSource(s.storage, s.byteorder, 0)])
+        ReadTensor(s.name, s.size, [TensorSource(s.storage, s.dtype, s.byteorder, 0)])
         for s in specs
         if s.size and s.storage
     ]

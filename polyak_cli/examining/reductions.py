@@ -225,7 +225,7 @@ class NeighbourSums:
                 continue
             source = tensor.sources[k]
             count = len(stored) // (source.storage.nbytes // tensor.size)
-            widen_any(stored, tensor.dtypes[k], source.byteorder, values[:count])
+            widen_any(stored, source.dtype, source.byteorder, values[:count])
             self._add(tensor.name, k, [slab[:count] for slab in recent])
             if self.same[k]:
                 self.same[k] = before is not None and np.array_equal(stored, before)
