@@ -124,6 +124,41 @@ def configuration(**settings: Any) -> dict[str, Any]:
     return model | {"compile_config": {"optimizer": optimizer}}
 
 
+def test_slots_without_the_optimizers_name_are_found(tmp_path: Path) -> None:
+    """As tf_keras writes them under mixed precision, even for a layer that is called "average"."""
+    rng = np.random.default_rng(1)
+    paths, kept = [], []
+    for k in range(2):
+        own = {n: rng.normal(size=3).astype("f4") for n in ("d/kernel:0", "average/kernel:0")}
+        slots = {f"average/{n}": rng.normal(size=3).astype("f4") for n in own}
+        moments = {f"m/{n}": rng.normal(size=3).astype("f4") for n in own}
+        layers = {n.partition("/")[0]: {n: values} for n, values in own.items()}
+        state = {"iteration:0": np.array(k), **slots, **moments}
+        paths.append(write_model(tmp_path / f"m_{k}.h5", layers, optimizer=state))
+        kept.append(slots)
+    average(paths, tmp_path / "o.h5", use_ema=True)
+    found = read_model(tmp_path / "o.h5")
+    for name in ("d/kernel:0", "average/kernel:0"):
+        mean = np.mean([one[f"average/{name}"].astype("f8") for one in kept], axis=0).astype("f4")
+        layer = name.partition("/")[0]
+        assert found[f"model_weights/{layer}/{name}"].tobytes() == mean.tobytes()
+
+
+def test_an_optimizer_without_description_is_named() -> None:
+    """Keras drops it from the configuration of a .keras that is saved after a .h5."""
+    said = configuration()
+    del said["compile_config"]["optimizer"]
+    with pytest.raises(FormatError, match=r"saved as \.h5 before: use those \.h5 files"):
+        emas.find_slots(said, OWN, STATE, LABELS)
+
+
+def test_tf_keras_saves_no_learning_rate() -> None:
+    """Its EMAs begin one place earlier."""
+    moved = {f"/optimizer/vars/{k}": shape for k, shape in enumerate([*STATE.values()][1:])}
+    found = emas.find_slots(configuration(), OWN, moved, {}, "2.21.0")
+    assert found == dict(zip([*moved][1:], ([place] for place in OWN), strict=True))
+
+
 OWN = {f"/layers/dense{k}/vars/{n}": [3, 3][n:] for k in ("", "_1") for n in (0, 1)}
 STATE = {f"/optimizer/vars/{k}": [[], [], [3, 3], [3], [3, 3], [3]][k] for k in range(6)}
 LABELS = {"/layers/dense/vars": "b", "/layers/dense_1/vars": "a"}
@@ -169,5 +204,5 @@ def test_what_a_configuration_does_not_tell_is_refused(
 @pytest.mark.parametrize("said", [{}, {"compile_config": 3}, {"compile_config": {"optimizer": []}}])
 def test_a_configuration_of_any_kind_is_read(said: dict[str, Any]) -> None:
     """It may be a stranger's."""
-    with pytest.raises(FormatError, match="use_ema=True"):
+    with pytest.raises(FormatError, match=r"use_ema=True|does not describe the optimizer"):
         emas.find_slots(said, OWN, STATE, LABELS)

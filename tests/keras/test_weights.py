@@ -12,6 +12,7 @@ import pytest
 from keras import layers
 
 from polyak_cli import average, plan
+from polyak_cli.errors import MismatchError
 from tests.oracle import Array
 
 RNG = np.random.default_rng(0)
@@ -235,14 +236,43 @@ def test_the_emas_of_checkpoints_are_averaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_ema_of_tf_keras_is_taken(tmp_path: Path) -> None:
-    """Its slots have names of another kind."""
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("suffix", ["h5", "keras"])
+def test_the_ema_of_tf_keras_is_taken(tmp_path: Path, policy: str, suffix: str) -> None:
+    """Its slots have names of another kind, without the optimizer's under mixed precision."""
     tf_keras = pytest.importorskip("tf_keras")
     hidden = [tf_keras.layers.Dense(4, input_shape=(6,)), tf_keras.layers.BatchNormalization()]
-    model = tf_keras.Sequential([*hidden, tf_keras.layers.Dense(2)])
-    optimizer = tf_keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
-    save_epochs(model, tmp_path / "run", save_whole, optimizer)
-    average(tmp_path / "run", tmp_path / "o.h5", use_ema=True, last=1)
+    tf_keras.mixed_precision.set_global_policy(policy)
+    try:
+        model = tf_keras.Sequential([*hidden, tf_keras.layers.Dense(2)])
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    optimizer = tf_keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5)
+
+    def save(model: Any, path: Path) -> None:
+        model.save(f"{path}.{suffix}")
+
+    save_epochs(model, tmp_path / "run", save, optimizer)
+    average(tmp_path / "run", tmp_path / f"o.{suffix}", use_ema=True, last=1)
+    kept = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    emas = iter(kept._model_variables_moving_average)
+    expected = [np.asarray(next(emas) if v.trainable else v) for v in model.weights]
+    opened = tf_keras.models.load_model(tmp_path / f"o.{suffix}", compile=False)
+    assert_weights(opened, expected)
+
+
+@pytest.mark.slow
+def test_a_keras_archive_saved_after_an_h5_says_what_is_missing(tmp_path: Path) -> None:
+    """The .h5 has the EMAs of the same training by name, and gives them."""
+    model = sequential()
+    optimizer = keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5)
+    model.compile(optimizer, "mean_squared_error")
+    model.fit(ROWS, LABELS, verbose=0)
+    model.save(tmp_path / "m_1.h5")
+    model.save(tmp_path / "m_1.keras")
+    with pytest.raises(MismatchError, match="does not describe the optimizer"):
+        average([tmp_path / "m_1.keras"], tmp_path / "o.keras", use_ema=True)
+    average([tmp_path / "m_1.h5"], tmp_path / "o.h5", use_ema=True)
     optimizer.finalize_variable_values(model.trainable_variables)
-    opened = tf_keras.models.load_model(tmp_path / "o.h5", compile=False)
+    opened = keras.models.load_model(tmp_path / "o.h5", compile=False)
     assert_weights(opened, [np.asarray(value) for value in model.get_weights()])

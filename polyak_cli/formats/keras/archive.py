@@ -39,7 +39,8 @@ def _find_emas(said: dict[str, Any], table: Table, labels: dict[str, str]) -> Ta
     state = {name: spec.shape for name, spec in table.others.items()}
     shapes = {at: spec.shape for at, spec in own.items()}
     try:
-        found = emas.find_slots(said, shapes, state, labels)
+        version = table.about.get("keras_version", "")
+        found = emas.find_slots(said, shapes, state, labels, version)
     except FormatError as error:
         cautions = {**table.rules.cautions, "ema": str(error)}
         return replace(table, rules=replace(table.rules, cautions=cautions))

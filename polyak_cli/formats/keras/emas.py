@@ -28,6 +28,7 @@ _KEPT = {
     "Lamb": 2,
     "Ftrl": 2,
 }
+_CONFIG = "config.json"
 _MORE = ("momentum", "amsgrad", "centered", "gradient_accumulation_steps")
 #: What a layer of Keras has below itself, in the order in which it lists their variables.
 _INNER = (
@@ -46,7 +47,11 @@ class _Tree(NamedTuple):
 
 
 def find_slots(
-    config: Mapping[str, Any], own: Shapes, state: Shapes, labels: Mapping[str, str]
+    config: Mapping[str, Any],
+    own: Shapes,
+    state: Shapes,
+    labels: Mapping[str, str],
+    version: str = "",
 ) -> dict[str, list[str]]:
     """Return each EMA slot with the tensor that it belongs to.
 
@@ -55,13 +60,14 @@ def find_slots(
         own: location -> shape of the model's tensors.
         state: the same of the optimizer's.
         labels: group of variables -> the name of its layer, which only newer files have.
+        version: of Keras, where the archive says it.
 
     Raises:
         FormatError: there is none, or the match is not certain.
     """
     # Both lists are in Keras's order, so that the n-th slot belongs to the n-th trained tensor;
     # shapes that differ anywhere show that the order was not understood.
-    emas = _find_emas(config, state)
+    emas = _find_emas(config, state, version)
     trained = list(_list_trained(config, "", _Tree(_group_paths(own), labels)))
     if [state[place] for place in emas] != [own[place] for place in trained]:
         raise FormatError(
@@ -71,9 +77,18 @@ def find_slots(
     return {slot: [place] for slot, place in zip(emas, trained, strict=True)}
 
 
-def _find_emas(config: Mapping[str, Any], state: Shapes) -> list[str]:
+def _find_emas(config: Mapping[str, Any], state: Shapes, version: str) -> list[str]:
     """Return the EMA slots: behind the iteration and the learning rate, before all others."""
-    optimizer = _read_part(_read_part(config, "compile_config"), "optimizer")
+    compiled = _read_part(config, "compile_config")
+    optimizer = _read_part(compiled, "optimizer")
+    # Saving as .h5 takes the optimizer out of the configuration that a later .keras is given
+    # (keras/src/legacy/saving/saving_utils.py, model_metadata), while its variables stay.
+    if "optimizer" not in compiled and any(place.startswith("/optimizer/") for place in state):
+        raise FormatError(
+            f"it has an optimizer's variables, but its {_CONFIG} does not describe the optimizer, "
+            "so which of them are EMAs is not known. Keras leaves the description out when the "
+            "same model was saved as .h5 before: use those .h5 files, or save .keras only"
+        )
     if optimizer.get("class_name") == "LossScaleOptimizer":
         optimizer = _read_part(_read_part(optimizer, "config"), "inner_optimizer")
     settings, kind = _read_part(optimizer, "config"), optimizer.get("class_name")
@@ -86,7 +101,9 @@ def _find_emas(config: Mapping[str, Any], state: Shapes) -> list[str]:
     scaled = [place for place in state if place.startswith("/optimizer/inner_optimizer/vars/")]
     plain = [place for place in state if place.startswith("/optimizer/vars/")]
     places = sorted(scaled or plain, key=sort_key)
-    first = 1 if isinstance(settings.get("learning_rate"), dict) else 2  # a schedule is no variable
+    # A schedule is no variable, and tf_keras does not count the learning rate among them.
+    is_rate_saved = not isinstance(settings.get("learning_rate"), dict)
+    first = 2 if is_rate_saved and not version.startswith("2.") else 1
     each = 1 + _KEPT[kind] + sum(bool(settings.get(key)) for key in _MORE)
     count, rest = divmod(len(places) - first, each)
     if count < 1 or rest:

@@ -21,7 +21,9 @@ OPTIMIZER = "/optimizer_weights"
 DTYPE = b"dtype"
 WEIGHTS_SUFFIX = ".weights.h5"
 _EMA = "_average"
-_OLDER_EMA = re.compile(r"/optimizer_weights/[^/]+/average/(.*)")
+#: Where tf_keras keeps EMAs; under mixed precision the optimizer's name is missing.
+_OLDER_EMA = re.compile(r"/optimizer_weights/(?:[^/]+/)?average/(.*)")
+_NAMELESS_EMA = f"{OPTIMIZER}/average/"
 
 
 def sort_key(path: str) -> list[tuple[int, str]]:
@@ -88,7 +90,8 @@ def find_slots(paths: Mapping[str, str], state: Iterable[str]) -> dict[str, list
     """Return an optimizer's EMA slots, each with the tensors that it may belong to.
 
     Keras calls the slot of ``sequential/dense/kernel`` ``sgd/sequential_dense_kernel_average``, and
-    tf_keras that of ``dense/kernel:0`` ``SGD/average/dense/kernel:0``.
+    tf_keras that of ``dense/kernel:0`` ``SGD/average/dense/kernel:0``, or under mixed precision,
+    where another optimizer stands around, ``average/dense/kernel:0``.
 
     Args:
         paths: tensor -> the path of its variable.
@@ -97,13 +100,27 @@ def find_slots(paths: Mapping[str, str], state: Iterable[str]) -> dict[str, list
     flat: dict[str, list[str]] = defaultdict(list)
     for tensor, path in paths.items():
         flat[_flat(path)].append(tensor)
-    found = {}
-    for slot in state:
-        older = _OLDER_EMA.fullmatch(slot)
-        name = f"{_flat(older[1])}{_EMA}" if older else _flat(slot.rpartition("/")[2])
-        if name.endswith(_EMA):
-            found[slot] = flat.get(name.removesuffix(_EMA), [])
-    return found
+    slots = list(state)
+    # A layer may itself be called "average": where the optimizer's name is missing,
+    # average/average/kernel:0 is its EMA, and m/average/kernel:0 its momentum.
+    is_nameless = any(
+        _flat(slot.removeprefix(_NAMELESS_EMA)) in flat
+        for slot in slots
+        if slot.startswith(_NAMELESS_EMA)
+    )
+    averaged = ((slot, _find_averaged(slot, is_nameless)) for slot in slots)
+    return {slot: flat.get(path, []) for slot, path in averaged if path is not None}
+
+
+def _find_averaged(slot: str, is_nameless: bool) -> str | None:
+    """Return the flat path of the variable of an EMA slot; None if it is no EMA slot."""
+    if is_nameless:
+        return _flat(slot[len(_NAMELESS_EMA) :]) if slot.startswith(_NAMELESS_EMA) else None
+    older = _OLDER_EMA.fullmatch(slot)
+    if older:
+        return _flat(older[1])
+    name = _flat(slot.rpartition("/")[2])
+    return name.removesuffix(_EMA) if name.endswith(_EMA) else None
 
 
 def _flat(path: str) -> str:

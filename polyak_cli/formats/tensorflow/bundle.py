@@ -75,6 +75,10 @@ _POWERS = re.compile(r"(.*/)?beta[12]_power(_\d+)?")
 
 
 _SUFFIX = ".index"
+_CAUTIONS = {
+    "ema": "a TensorFlow checkpoint numbers the variables of Keras's optimizers without saying "
+    "which are EMA slots and of what; save whole models with model.save('x.h5')"
+}
 
 
 class _Entry(NamedTuple):
@@ -411,7 +415,7 @@ class TensorFlowBundle(Format):
                 is_polyak_output=bundle.record is not None,
                 about={"provenance": record.decode(errors="replace")} if record else {},
                 # Checkpoint.restore wants every slot that the graph of objects lists.
-                rules=OutputRules(is_fixed=True, tails=tails),
+                rules=OutputRules(cautions=_CAUTIONS, is_fixed=True, tails=tails),
             )
 
     def check(self, path: str, heartbeat: Heartbeat) -> None:
