@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
+from polyak_cli.averaging.belonging.quantised import describe_quantised
 from polyak_cli.averaging.matching import Row, find_last_part, is_statistic
 from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import Checkpoint
@@ -46,11 +47,9 @@ def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list
     carried: list[Row] = []
     for row in rows:
         name, dtype = row[-1].name, row[-1].dtype
-        is_included = not include or any(fnmatch.fnmatchcase(name, glob) for glob in include)
-        is_wanted = is_included and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
-        if is_wanted and dtype in FLOATS:
+        if is_wanted(name, wanted) and dtype in FLOATS:
             averaged.append(row)
-        elif is_wanted and not is_carried(dtype):
+        elif is_wanted(name, wanted) and not is_carried(dtype):
             raise MismatchError(
                 f"{where}: tensor '{shown(name)}' is of type {dtype}, which is not averaged; "
                 f"expected {', '.join(FLOATS)}. Use --exclude-tensors to carry it from the newest"
@@ -58,7 +57,13 @@ def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list
         else:
             carried.append(row)
     # Only now: a quantised kernel is known by the float scale that would be averaged beside it.
-    _refuse_quantised(averaged, carried, where)
+    quantised = describe_quantised(
+        [row[-1] for row in rows],
+        {row[-1].name for row in averaged},
+        {name for name in names if is_wanted(name, wanted)},
+    )
+    if quantised:
+        raise MismatchError(f"{where}: {quantised}")
     if not averaged:
         raise MismatchError(
             f"{where}: nothing to average; expected a float tensor that no option leaves out"
@@ -66,24 +71,11 @@ def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list
     return averaged, carried
 
 
-def _refuse_quantised(averaged: Iterable[Row], carried: Iterable[Row], where: str) -> None:
-    """Refuse kernels of 8 bits with a float scale: the two mean nothing but together."""
-    # Each checkpoint has other scales: the mean integer times the mean scale is not the average.
-    names = {row[-1].name for row in averaged}
-    numbered = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2].isdigit()}
-    for row in (*averaged, *carried):
-        spec = row[-1]
-        folder, _, last = spec.name.rpartition("/")
-        narrow = spec.dtype in ("int8", "uint8")
-        # Weights files have numbers for names.
-        nameless = narrow and last.isdigit() and spec.shape and folder in numbered
-        scaled = not names.isdisjoint((f"{spec.name}_scale", f"{spec.name}_scale_inv"))
-        if nameless or (scaled and (narrow or spec.dtype.startswith("float8"))):
-            raise MismatchError(
-                f"{where}: tensor '{shown(spec.name)}' is quantised ({spec.dtype} with a scale); "
-                "average the checkpoints before quantisation, or carry all of its layer with "
-                "--exclude-tensors"
-            )
+def is_wanted(name: str, wanted: Tensors) -> bool:
+    """Return whether the options do not leave a tensor out."""
+    include, exclude = wanted.include_tensors, wanted.exclude_tensors
+    is_included = not include or any(fnmatch.fnmatchcase(name, glob) for glob in include)
+    return is_included and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
 
 
 def list_notes(

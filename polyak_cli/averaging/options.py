@@ -30,6 +30,7 @@ Part = TypeVar("Part")
 #: same.  A refusal that rests on a file's form has no such way out.
 ALLOWED: Mapping[str, str] = {
     "two-runs": "checkpoints whose numbers look like those of two runs",
+    "scaled-integers": "integers that differ between checkpoints beside what looks like a scale",
 }
 
 

@@ -6,7 +6,7 @@ Decides nothing, and does not know how an output is published under its name.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from polyak_cli import formats
 from polyak_cli.averaging import records
-from polyak_cli.averaging.fates import describe_difference, is_compared
+from polyak_cli.averaging.belonging import quantised
+from polyak_cli.averaging.fates import describe_difference, is_compared, is_wanted
 from polyak_cli.averaging.matching import Row, list_files, list_sources
 from polyak_cli.averaging.options import Progress
 from polyak_cli.averaging.planning import Plan
@@ -23,6 +24,7 @@ from polyak_cli.engine.folding import FoldJob
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.slabs import FoldTensor
 from polyak_cli.engine.timing import Totals
+from polyak_cli.errors import MismatchError, shown
 from polyak_cli.storage import File, publishing
 from polyak_cli.tensors import Table
 
@@ -181,4 +183,19 @@ def _compare_carried(
     """Compare carried tensors that should be the same in all checkpoints."""
     rows = [(r[-1].name, list_sources(plan.tables, r)) for r in plan.carried_rows if is_compared(r)]
     found, totals = reading.find_differing(rows, inputs, plan.settings.machine.share(), progress)
+    _refuse_scaled_integers(plan, found)
     return totals, [describe_difference(name) for name, _ in rows if name in found]
+
+
+def _refuse_scaled_integers(plan: Plan, differing: Collection[str]) -> None:
+    """Refuse integers that differ between the checkpoints and have a scale that is averaged."""
+    if "scaled-integers" in plan.settings.tensors.allow:
+        return
+    specs = [row[-1] for row in (*plan.averaged_rows, *plan.carried_rows)]
+    names = [spec.name for spec in specs]
+    chosen = {name for name in names if is_wanted(name, plan.settings.tensors)}
+    suspects = quantised.list_suspects(specs, set(plan.averaged), chosen) if differing else {}
+    for name, one in suspects.items():
+        if name in differing:
+            where = shown(plan.tables[-1].path)
+            raise MismatchError(f"{where}: {quantised.describe_suspect(one, names)}")

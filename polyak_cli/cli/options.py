@@ -272,7 +272,7 @@ AVERAGING = under(
     option(
         "--allow",
         multiple=True,
-        type=click.Choice(["two-runs"]),
+        type=click.Choice(["two-runs", "scaled-integers"]),
         help="Average all the same what is refused for this reason; may be given again.",
     ),
 )

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli import checkpoints, formats
+from polyak_cli.averaging.belonging import quantised
+from polyak_cli.averaging.fates import is_compared
 from polyak_cli.averaging.matching import Row, list_files, list_sources, match
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, find_file
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.engine import reading
 from polyak_cli.engine.slabs import Memory
-from polyak_cli.errors import MismatchError, PolyakError, UsageError, shown
+from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown
 from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, bound_memory
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.tensors import FLOATS, Table
@@ -146,7 +148,7 @@ def check(
     examined = [_Examined(one) for one in selection.checkpoints]
     of_run = _attach_problems(examined, selection)
     _examine(examined)
-    _measure_all(examined, match, memory)
+    of_run += _measure_all(examined, match, memory)
     alike = [one for one in examined if not one.has("other run")]
     of_run += find_suspicions(
         [one.checkpoint for one in alike], [one.modified for one in alike], selection.thinned
@@ -242,13 +244,18 @@ def _scan_each(paths: Sequence[Path]) -> Sequence[Table | PolyakError]:
 # --- the values -----------------------------------------------------------------------------------
 
 
-def _measure_all(examined: Sequence[_Examined], by: str, memory: Memory) -> None:
-    """Read all values: those of the run together, each checkpoint of another model alone."""
+def _measure_all(examined: Sequence[_Examined], by: str, memory: Memory) -> list[Problem]:
+    """Read all values: those of the run together, each checkpoint of another model alone.
+
+    Returns:
+        The problems of the run as a whole.
+    """
     run = [one for one in _select_model(examined, by) if not one.has("other run")]
     apart = [[one] for one in examined if one.table and one not in run]
     for group in (run, *apart):
         if group:
             _measure(group, by, memory)
+    return _find_quantised([one.table for one in run if one.table], by) if run else []
 
 
 def _select_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
@@ -302,6 +309,25 @@ def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> None:
             text = f"{path}: every tensor is bit for bit that of {shown(tables[k - 1].path)}"
             one.add_problem("identical", text)
     _compare_neighbours(run, sums)
+
+
+def _find_quantised(tables: Sequence[Table], by: str) -> list[Problem]:
+    """Return what averaging would refuse as quantised: by names, and by integers that differ."""
+    rows = match(tables, by)
+    specs = [row[-1] for row in rows]
+    names = [spec.name for spec in specs]
+    floats = {spec.name for spec in specs if spec.dtype in FLOATS}
+    text = quantised.describe_quantised(specs, floats, set(names))
+    if not text:
+        suspects = quantised.list_suspects(specs, floats, set(names))
+        suspected = [row for row in rows if row[-1].name in suspects]
+        pairs = [(row[-1].name, list_sources(tables, row)) for row in suspected if is_compared(row)]
+        unequal: set[str] = set()
+        with contextlib.suppress(FormatError):  # reported with the values of its checkpoint
+            unequal, _ = reading.find_differing(pairs, list_files(tables), bound_memory())
+        differing = (one for name, one in suspects.items() if name in unequal)
+        text = next((quantised.describe_suspect(one, names) for one in differing), "")
+    return [Problem("quantised", f"{shown(tables[-1].path)}: {text}")] if text else []
 
 
 def _has_same_carried(tables: Sequence[Table], rows: Sequence[Row]) -> bool:

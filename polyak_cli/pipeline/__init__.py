@@ -344,6 +344,9 @@ def _examine(
 
     # The check has a smaller default of its own: only a bound that was given is passed on.
     found = health.check(chosen, match=settings.tensors.match, max_memory=max_memory)
+    # The plan refuses these itself, and knows which tensors the options carry.
+    of_run = tuple(problem for problem in found.problems if problem.kind != "quantised")
+    found = replace(found, problems=of_run)
     skipped = tuple(one for one in found.checkpoints if one.problems)
     if not found.healthy and (wanted == "fail" or len(skipped) == len(found.checkpoints)):
         first, *others = found.all_problems
