@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # the names below once more, in the only form that type check
         Paired as Paired,
         mcnemar as mcnemar,
         paired_difference as paired_difference,
+        sign_flip as sign_flip,
         verdict as verdict,
     )
     from polyak_cli.examining.differences import (
@@ -138,6 +139,7 @@ _NAMES = {
         "Paired",
         "mcnemar",
         "paired_difference",
+        "sign_flip",
         "verdict",
     ),
     "examining.differences": (

@@ -73,11 +73,16 @@ def test_csv_and_json_hold_every_number() -> None:
 
 def test_words_say_that_a_gain_is_within_noise() -> None:
     """The sentences name the winner, both numbers of rows, the difference, its interval and p."""
-    text = " ".join(reports.write_sentences(found()))
+    data = found()
+    text = " ".join(reports.write_sentences(data))
     assert "equal, last 2" in text
     for part in ("50 rows", "51 other rows", "+0.1000", "-0.0200 to +0.2000", "p 0.25"):
         assert part in text
-    assert "within noise" in text
+    assert text.endswith("McNemar p 0.25): within noise: no difference is shown.")
+    data["gains"] = [
+        {**data["gains"][0], "mcnemar_p": None, "sign_flip_p": 0.0312, "verdict": "better"}
+    ]
+    assert " ".join(reports.write_sentences(data)).endswith(", sign-flip p 0.0312): better.")
 
 
 @pytest.mark.slow

@@ -302,17 +302,23 @@ def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> It
         return
     yield from _score_lines([*scores, compared.baseline])
     baseline = compared.baseline
-    table = [["model", "metric", "difference", "from", "to", "McNemar p", "verdict"]]
+    tests = ["McNemar p", "sign-flip p"]
+    table = [["model", "metric", "difference", "from", "to", *tests, "verdict"]]
     for one in compared.models:
         for gain in one.gains:
             numbers = [f"{value:+.6f}" for value in gain.paired[:3]]
-            p = "-" if gain.mcnemar_p is None else f"{gain.mcnemar_p:.3g}"
-            table.append([shown(one.score.path, 60), gain.metric, *numbers, p, gain.verdict])
+            p = ["-" if p is None else f"{p:.3g}" for p in (gain.mcnemar_p, gain.sign_flip_p)]
+            table.append([shown(one.score.path, 60), gain.metric, *numbers, *p, gain.verdict])
     if len(table) == 1:
         yield f"nothing can be compared with {shown(baseline.path, 60)}"
         return
     yield f"minus {shown(baseline.path, 60)}, with 95 % intervals over {baseline.rows} paired rows:"
     yield from _columns(table)
+    if any(gain.verdict == "within noise" for one in compared.models for gain in one.gains):
+        yield (
+            "within noise: no difference is shown; that takes an interval without 0 and a p below "
+            "0.05, so six rows that differ or more"
+        )
 
 
 def _score_lines(scores: Sequence[Score]) -> Iterator[str]:

@@ -26,19 +26,22 @@ class Gain:
     Attributes:
         metric: accuracy or loss.
         paired: the difference, the model's minus the baseline's, and its 95 % interval.
-        verdict: better, worse, within noise, or not comparable, where a loss is not finite.
+        verdict: better, worse, within noise, or not comparable, where a loss is not finite.  Better
+            and worse need both an interval without 0 and a p below 0.05.
         mcnemar_p: p of the exact McNemar test for accuracy; None for loss.
+        sign_flip_p: p of Fisher's randomisation test for loss; None for accuracy.
     """
 
     metric: str
     paired: significance.Paired
     verdict: str
     mcnemar_p: float | None = None
+    sign_flip_p: float | None = None
 
     def data(self) -> dict[str, Any]:
         """Return everything except the metric as JSON values."""
-        about = {"mcnemar_p": self.mcnemar_p, "verdict": self.verdict}
-        return {**self.paired._asdict(), **about}
+        tests = {"mcnemar_p": self.mcnemar_p, "sign_flip_p": self.sign_flip_p}
+        return {**self.paired._asdict(), **tests, "verdict": self.verdict}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +111,14 @@ def compute_gains(ours: RowScores, theirs: RowScores) -> tuple[Gain, ...]:
     if ours.correct is not None and theirs.correct is not None:
         paired = significance.paired_difference(ours.correct, theirs.correct)
         p = significance.mcnemar(ours.correct, theirs.correct)
-        verdict = significance.verdict(paired, higher_is_better=True)
-        found.append(Gain("accuracy", paired, verdict, p))
+        verdict = significance.verdict(paired, higher_is_better=True, p=p)
+        found.append(Gain("accuracy", paired, verdict, mcnemar_p=p))
     # Losses of different names have different units, so their difference means nothing.
     if ours.losses is not None and theirs.losses is not None and ours.loss_name == theirs.loss_name:
         paired = significance.paired_difference(ours.losses, theirs.losses)
-        found.append(Gain("loss", paired, significance.verdict(paired, higher_is_better=False)))
+        p = significance.sign_flip(ours.losses, theirs.losses)
+        verdict = significance.verdict(paired, higher_is_better=False, p=p)
+        found.append(Gain("loss", paired, verdict, sign_flip_p=p))
     return tuple(found)
 
 

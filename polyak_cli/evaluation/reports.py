@@ -124,11 +124,13 @@ def write_sentences(found: Data) -> Iterator[str]:
         f"choosing: {found['winner']['label']}."
     )
     for gain in found["gains"]:
-        p = "" if gain["mcnemar_p"] is None else f", McNemar p {gain['mcnemar_p']:.3g}"
+        tests = {"McNemar": gain["mcnemar_p"], "sign-flip": gain.get("sign_flip_p")}
+        p = "".join(f", {test} p {p:.3g}" for test, p in tests.items() if p is not None)
+        plain = ": no difference is shown" if gain["verdict"] == "within noise" else ""
         yield (
             f"On {reporting} other rows, its {gain['metric']} differs from that of the "
             f"{gain['over']} checkpoint by {gain['difference']:+.4f} (95 % interval "
-            f"{gain['low']:+.4f} to {gain['high']:+.4f}{p}): {gain['verdict']}."
+            f"{gain['low']:+.4f} to {gain['high']:+.4f}{p}): {gain['verdict']}{plain}."
         )
 
 

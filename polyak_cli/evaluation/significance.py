@@ -21,6 +21,8 @@ Array: TypeAlias = npt.NDArray[Any]
 SEED = 0
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+#: A difference is only shown where p is below it; see `verdict`.
+LEVEL = 0.05
 _UNITS = 10_000  # at most so many rows, or groups of rows, are drawn in a resample
 _BLOCK = 1 << 20  # draws at a time, about 16 MB
 
@@ -50,7 +52,8 @@ def paired_difference(
     Annals of Statistics 7, 1979): the middle 95 % of the means of rows drawn with replacement.  The
     BCa interval corrects it for skewness, by an amount that falls as 1 / rows; but it does not
     exist where resamples agree, as they do for two models that differ on a few rows only.  Both are
-    too narrow for fewer than about thirty rows.
+    too narrow for fewer than about thirty rows, or where few rows differ: so `verdict` asks for a
+    p as well.
 
     Above 10,000 rows, 10,000 random groups of (almost) equal size are drawn instead.  This bounds
     the time, and does not change the spread of the mean.
@@ -64,16 +67,9 @@ def paired_difference(
     Raises:
         UsageError: the numbers of rows differ, or there are fewer than two.
     """
-    if ours.shape != theirs.shape or ours.ndim != 1:
-        raise UsageError(
-            f"a paired difference needs one number a row of either model, found the shapes "
-            f"{ours.shape} and {theirs.shape}"
-        )
-    rows = len(ours)
-    if rows < 2:
-        raise UsageError(f"a paired difference needs two rows or more, found {rows}")
+    differences = _subtract_rows(ours, theirs)
+    rows = len(differences)
     with np.errstate(invalid="ignore"):  # infinity minus infinity
-        differences = ours.astype(np.float64) - theirs.astype(np.float64)
         difference = float(differences.mean())
     if not math.isfinite(difference):
         return Paired(difference, math.nan, math.nan, rows)
@@ -82,6 +78,19 @@ def paired_difference(
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
     return Paired(difference, float(low), float(high), rows)
+
+
+def _subtract_rows(ours: Array, theirs: Array) -> npt.NDArray[np.float64]:
+    """Return ours minus theirs, row by row; refuse numbers that are no pairs."""
+    if ours.shape != theirs.shape or ours.ndim != 1:
+        raise UsageError(
+            f"a paired difference needs one number a row of either model, found the shapes "
+            f"{ours.shape} and {theirs.shape}"
+        )
+    if len(ours) < 2:
+        raise UsageError(f"a paired difference needs two rows or more, found {len(ours)}")
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        return np.asarray(ours.astype(np.float64) - theirs.astype(np.float64))
 
 
 def _group_rows(differences: Array, random: np.random.Generator) -> tuple[Array, Array]:
@@ -141,13 +150,73 @@ def mcnemar(ours: Array, theirs: Array) -> float:
     return min(1.0, float(2 * terms[middle - fewer :].sum() / total))
 
 
-def verdict(paired: Paired, *, higher_is_better: bool) -> str:
+def sign_flip(ours: Array, theirs: Array, *, seed: int = SEED, resamples: int = RESAMPLES) -> float:
+    """Return the two-sided p of the hypothesis that the models could change places on any row.
+
+    Fisher's randomisation test for pairs ("The Design of Experiments", 1935, section 21): each
+    difference is as likely to be positive as negative, whatever its size.  p is the share of all
+    choices of signs whose sum is as far from 0 as the one found.  For differences of -1, 0 and 1 it
+    is McNemar's test.  A p below 0.05 needs six rows that differ.
+
+    All choices are tried where there are at most ``resamples``.  Otherwise random ones are, and the
+    one found counts among them, which keeps the error rate at its level (Phipson and Smyth 2010).
+    Above 10,000 rows that differ, random groups of them get one sign each.
+
+    Args:
+        ours: (rows,) numbers.
+        theirs: the same for the other model, in the same order of rows.
+        seed: seed of the signs; the same arguments give the same p.
+        resamples: the number of random choices of signs.
+
+    Returns:
+        p, or NaN if a difference is not finite.
+
+    Raises:
+        UsageError: the numbers of rows differ, or there are fewer than two.
+    """
+    differences = _subtract_rows(ours, theirs)
+    if not np.isfinite(differences).all():
+        return math.nan
+    differences = differences[differences != 0]
+    if len(differences) == 0:
+        return 1.0
+    random = np.random.default_rng(seed)
+    units, _ = _group_rows(differences, random)
+    # Sums in another order round differently: what equals the one found must count as equal.
+    least = abs(units.sum()) - 1e-10 * abs(units).sum()
+    if len(units) < resamples.bit_length():  # 2 to the number of units is at most resamples
+        choices = np.arange(1 << len(units))[:, None] >> np.arange(len(units)) & 1
+        return float(np.mean(_flip(units, choices) >= least))
+    extreme, step = 1, max(1, _BLOCK // len(units))
+    for start in range(0, resamples, step):
+        shape = (min(step, resamples - start), len(units))
+        extreme += int(np.count_nonzero(_flip(units, random.integers(2, size=shape)) >= least))
+    return extreme / (resamples + 1)
+
+
+def _flip(units: Array, choices: Array) -> Array:
+    """Return how far from 0 the sum is, where a choice of 0 makes a unit negative."""
+    return np.asarray(abs((2.0 * choices - 1.0) @ units))
+
+
+def verdict(paired: Paired, *, higher_is_better: bool, p: float) -> str:
     """Return a difference in words: better, worse, within noise, or not comparable.
 
-    It is within noise if 0 lies in the interval, and not comparable if it is not finite.
+    Better and worse need both: 0 lies outside the interval, and p is below 0.05.  Otherwise it is
+    within noise, which says that no difference is shown, not that there is none.  The interval
+    alone is wrong too often where few rows differ: four rows that differ all one way, which chance
+    gives in one of eight pairs of equal models, have an interval without 0 and a p of 0.125.
+
+    Args:
+        paired: the difference and its interval.
+        higher_is_better: whether more is better, as of accuracy, or less, as of a loss.
+        p: that of `mcnemar` for right and wrong answers, that of `sign_flip` for other numbers.
+
+    Returns:
+        "not comparable" if the difference or p is not finite.
     """
-    if not all(map(math.isfinite, paired)):
+    if not all(map(math.isfinite, (*paired, p))):
         return "not comparable"
-    if paired.low <= 0 <= paired.high:
+    if paired.low <= 0 <= paired.high or p >= LEVEL:
         return "within noise"
     return "better" if (paired.low > 0) == higher_is_better else "worse"

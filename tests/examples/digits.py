@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from polyak_cli import Evaluator, average, halves, paired_difference, recalibrate
+from polyak_cli import Evaluator, average, halves, paired_difference, recalibrate, sign_flip
 from polyak_cli.evaluation.data import Split
 from polyak_cli.evaluation.significance import verdict
 
@@ -163,10 +163,12 @@ def compare(right: Sequence[Mapping[str, npt.NDArray[np.bool_]]]) -> list[dict[s
         row: dict[str, Any] = {"name": name, "accuracy": float(shares[name].mean())}
         for over in CONTENDERS[:2]:
             gain = paired_difference(shares[name], shares[over])
+            # Shares of seeds, not right or wrong, so McNemar's test does not apply.
+            p = sign_flip(shares[name], shares[over])
             gains = [float(seed[name].mean() - seed[over].mean()) for seed in right]
             row[over] = {
                 **gain._asdict(),
-                "verdict": verdict(gain, higher_is_better=True),
+                "verdict": verdict(gain, higher_is_better=True, p=p),
                 "seeds": gains,
             }
         rows.append(row)

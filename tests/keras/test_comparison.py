@@ -15,9 +15,11 @@ from polyak_cli import average, compare, evaluate
 from polyak_cli.errors import FormatError, UsageError
 from polyak_cli.evaluation import data, evaluator
 from polyak_cli.evaluation.comparison import compute_gains
-from polyak_cli.evaluation.significance import mcnemar, paired_difference
+from polyak_cli.evaluation.significance import mcnemar, paired_difference, sign_flip
 from tests.command import Done, one_line, polyak
 from tests.keras.test_evaluate import CLASSES, ROWS, SAMPLE, SAMPLES, network, saved, split
+
+TESTS = ("mcnemar_p", "sign_flip_p")
 
 
 def ruined(path: Path, bias: float) -> Path:
@@ -29,8 +31,8 @@ def ruined(path: Path, bias: float) -> Path:
 
 
 def made(**given: Any) -> evaluator.RowScores:
-    """Return the scores of four rows."""
-    whole = {"loss": 0.5, "metrics": {}, "losses": np.ones(4), "correct": np.ones(4, bool)}
+    """Return the scores of eight rows."""
+    whole = {"loss": 0.5, "metrics": {}, "losses": np.ones(8), "correct": np.ones(8, bool)}
     return evaluator.RowScores(**{**whole, "predictions": None, "loss_name": "a", **given})
 
 
@@ -54,6 +56,10 @@ def test_models_are_compared_row_by_row() -> None:
         assert (accuracy.metric, loss.metric) == ("accuracy", "loss")
         assert accuracy.paired == paired_difference(ours.correct, theirs.correct)
         assert accuracy.mcnemar_p == mcnemar(ours.correct, theirs.correct)
+        assert ours.losses is not None
+        assert theirs.losses is not None
+        assert loss.sign_flip_p == sign_flip(ours.losses, theirs.losses)
+        assert (accuracy.sign_flip_p, loss.mcnemar_p) == (None, None)
         own, others = one.score.metrics["accuracy"], found.baseline.metrics["accuracy"]
         assert accuracy.paired.difference == pytest.approx(own - others)
         own, others = (score.loss or 0.0 for score in (one.score, found.baseline))
@@ -66,6 +72,7 @@ def test_a_model_is_not_ahead_of_itself() -> None:
     (one,) = found.models
     assert [gain.paired for gain in one.gains] == [(0.0, 0.0, 0.0, 100)] * 2
     assert [gain.mcnemar_p for gain in one.gains] == [1.0, None]
+    assert [gain.sign_flip_p for gain in one.gains] == [None, 1.0]
     assert {gain.verdict for gain in one.gains} == {"within noise"}
 
 
@@ -80,10 +87,10 @@ def test_what_only_one_has_is_not_compared() -> None:
 
 def test_less_loss_is_better_and_less_accuracy_worse() -> None:
     """A loss that is not finite cannot be compared."""
-    wrong = made(correct=np.zeros(4, bool), losses=np.zeros(4))
+    wrong = made(correct=np.zeros(8, bool), losses=np.zeros(8))
     assert [gain.verdict for gain in compute_gains(wrong, made())] == ["worse", "better"]
     assert [gain.verdict for gain in compute_gains(made(), wrong)] == ["better", "worse"]
-    none = made(losses=np.full(4, np.nan))
+    none = made(losses=np.full(8, np.nan))
     assert [gain.verdict for gain in compute_gains(none, made())] == [
         "within noise",
         "not comparable",
@@ -132,11 +139,13 @@ def test_the_table_says_how_far_each_model_is_ahead(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["model", "final.h5", "newest.h5"]
     assert lines[3] == "minus newest.h5, with 95 % intervals over 1000 paired rows:"
-    accuracy, loss = (line.split() for line in lines[5:])
+    accuracy, loss = (line.split() for line in lines[5:7])
     assert accuracy[:3] == ["final.h5", "accuracy", "+0.001000"]
     assert accuracy[-2:] == loss[-2:] == ["within", "noise"]
     assert float(accuracy[3]) < 0 < float(accuracy[4])
-    assert (accuracy[5], loss[5]) == ("1", "-")
+    assert (accuracy[5:7], loss[5]) == (["1", "-"], "-")
+    assert float(loss[6]) > 0.05
+    assert lines[7].startswith("within noise: no difference is shown")
 
 
 @pytest.mark.slow
@@ -153,7 +162,7 @@ def test_a_model_that_is_worse_exits_with_1_and_is_named(tmp_path: Path) -> None
     worse, same, none = (model["gains"] for model in found["models"])
     assert worse["accuracy"]["verdict"] == worse["loss"]["verdict"] == "worse"
     assert worse["accuracy"]["mcnemar_p"] < 0.001
-    assert set(worse["loss"]) == {"difference", "low", "high", "rows", "mcnemar_p", "verdict"}
+    assert set(worse["loss"]) == {"difference", "low", "high", "rows", *TESTS, "verdict"}
     assert same["accuracy"]["difference"] == 0
     assert none["loss"]["verdict"] == "not comparable"
     assert none["loss"]["difference"] is None
@@ -169,6 +178,32 @@ def test_a_model_that_is_worse_exits_with_1_and_is_named(tmp_path: Path) -> None
     done = evaluated("worse.h5", "--baseline", "newest.h5", cwd=tmp_path)
     assert done.returncode == 0
     assert "worse" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_four_rows_that_differ_show_nothing_and_pass_the_gate(tmp_path: Path) -> None:
+    """All four are against the model: the interval has no 0, McNemar's p is 0.125, no verdict."""
+    model = network(1, "sigmoid")
+    good = saved(model, tmp_path / "good.h5", "binary_crossentropy", None)
+    ahead = model.predict(ROWS, verbose=0)[:, 0] > 0.5
+    # The other model calls every row 1: rows called 0 by the first are the ones that differ.
+    model.layers[-1].bias.assign([50.0])
+    model.layers[-1].kernel.assign(0 * model.layers[-1].kernel)
+    model.save(tmp_path / "ones.h5")
+    assert ahead.sum() >= 6
+    assert (~ahead).sum() >= 6
+    ones, zeros = np.flatnonzero(ahead), np.flatnonzero(~ahead)
+    for differ, status, word in ((4, 0, "within noise"), (6, 1, "worse")):
+        rows = np.concatenate([ones[:6], zeros[:differ]])
+        np.savez(tmp_path / "rows.npz", x=ROWS[rows], y=ahead[rows].astype(int))
+        arguments = ["ones.h5", "--baseline", good.name, "--data", "rows.npz", "--fail-if-worse"]
+        done = polyak("evaluate", *arguments, "--json", "-q", cwd=tmp_path)
+        assert done.returncode == status
+        (found,) = json.loads(done.stdout)["models"]
+        gain = found["gains"]["accuracy"]
+        assert gain["high"] < 0
+        assert gain["mcnemar_p"] == pytest.approx(2 * 0.5**differ)
+        assert gain["verdict"] == word
 
 
 @pytest.mark.slow
