@@ -40,6 +40,7 @@ class Settings(TypedDict, total=False):
     use_ema: bool
     allow_nonfinite: bool
     allow: Sequence[str]
+    lora: Literal["factors", "exact"]
     hash: bool | None
     max_memory: int | None
     jobs: int | None

@@ -56,6 +56,7 @@ def test_the_command_line_offers_the_words_that_are_accepted() -> None:
         ("dtype", {*FLOATS}),
         ("optimizer", {*get_args(hints["optimizer"])}),
         ("match", {*get_args(hints["match"])}),
+        ("lora", {*get_args(hints["lora"])}),
         ("allow", {*averaging_options.ALLOWED}),
     ):
         found = types[name]

@@ -63,6 +63,8 @@ class Options(TypedDict, total=False):
         use_ema: take the EMAs that the optimizer keeps in place of the model's own tensors.
         allow_nonfinite: average NaN and infinity too.
         allow: what else to average all the same; see `ALLOWED`.
+        lora: "factors" (the default) or "exact": average factors whose product is meant (LoRA,
+            DoRA, weight norm) by themselves, or write factors of the mean product.
         force: replace an existing output.
         hash: record each input's SHA-256; by default, if all have 64 MB at most.
         verify: read the output back from the disk before it gets its name, and compare it, bit for
@@ -94,6 +96,7 @@ class Options(TypedDict, total=False):
     use_ema: bool
     allow_nonfinite: bool
     allow: Sequence[str]
+    lora: Literal["factors", "exact"]
     force: bool
     hash: bool | None
     verify: bool
@@ -169,6 +172,7 @@ class Tensors:
     exclude_tensors: tuple[str, ...] = ()
     allow_nonfinite: bool = False
     allow: tuple[str, ...] = ()
+    lora: Literal["factors", "exact"] = "factors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +248,7 @@ def parse(options: Options) -> Settings:
     check_choice(options, "dtype", tuple(FLOATS))
     check_choice(options, "optimizer", ("drop", "newest"))
     check_choice(options, "match", ("name", "order"))
+    check_choice(options, "lora", ("factors", "exact"))
     settings = Settings(**{name: fill(part, options) for name, part in PARTS.items()})
     for option, value, least in (
         ("jobs", settings.machine.jobs, 1),

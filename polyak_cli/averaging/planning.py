@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from polyak_cli import checkpoints, formats
-from polyak_cli.averaging import ema, schemes
+from polyak_cli.averaging import ema, products, schemes
+from polyak_cli.averaging.belonging.factors import Factors, Measured, describe_plan, find_factors
 from polyak_cli.averaging.fates import (
     decide_fates,
     drops_optimizer,
@@ -58,6 +59,8 @@ class Plan:
         output_format: the key of the output's format.
         stored_dtypes: location in the template -> the type to store, of each averaged tensor.
         drop_optimizer: the output leaves the optimizer's state out.
+        factors: those of the averaged tensors of which a model uses only the product.
+        measured: how far their means are from the mean of the products; a run measures it.
         tables: of the checkpoints.
         averaged_rows: the tensors to average as each checkpoint has them.
         carried_rows: those to carry.
@@ -84,6 +87,8 @@ class Plan:
     output_format: str
     stored_dtypes: Mapping[str, str] = field(repr=False)
     drop_optimizer: bool
+    factors: Factors = field(repr=False)
+    measured: tuple[Measured, ...]
     tables: tuple[Table, ...] = field(repr=False)
     averaged_rows: tuple[Row, ...] = field(repr=False)
     carried_rows: tuple[Row, ...] = field(repr=False)
@@ -136,6 +141,13 @@ class Plan:
             ],
             "skipped": [one.data() for one in self.skipped],
             "suspicions": [one.data() for one in self.suspicions],
+            "factors": {
+                **self.factors.data(),
+                "written": self.settings.tensors.lora,
+                "measured": [one.data() for one in self.measured],
+            }
+            if self.factors
+            else None,
             "notes": list(self.notes),
         }
 
@@ -192,7 +204,7 @@ def plan_average(
     if output:
         outputs.check_output(output, tables, force=settings.output.force, run=chosen.left_out)
     around.check_template(template, output)
-    found = _sort_tensors(tables, settings)
+    found = _sort_tensors(tables, settings, coefficients)
     output_format = _choose_format(output, template, found, settings)
     suspicions = _list_suspicions(chosen, tables, around)
     made = Plan(
@@ -217,6 +229,8 @@ def plan_average(
         output_format=output_format,
         stored_dtypes=found.stored,
         drop_optimizer=found.drop_optimizer,
+        factors=found.factors,
+        measured=(),
         tables=tables,
         averaged_rows=tuple(found.averaged),
         carried_rows=tuple(found.carried),
@@ -244,9 +258,13 @@ class _Fates(NamedTuple):
     stored: Mapping[str, str]  # location in the template -> the type to store
     drop_optimizer: bool
     missing_emas: Sequence[str]
+    factors: Factors  # among the averaged
+    is_exact: bool  # the mean products of the factors are written
 
 
-def _sort_tensors(tables: tuple[Table, ...], settings: Settings) -> _Fates:
+def _sort_tensors(
+    tables: tuple[Table, ...], settings: Settings, coefficients: Sequence[float]
+) -> _Fates:
     """Pair the tensors of all checkpoints, and decide the fate of each."""
     template, wanted = tables[-1], settings.tensors
     taken, missing_emas = ema.substitute_emas(tables) if wanted.use_ema else (tables, [])
@@ -265,7 +283,25 @@ def _sort_tensors(tables: tuple[Table, ...], settings: Settings) -> _Fates:
         stored=map_stored_dtypes(averaged, wanted.dtype),
         drop_optimizer=drop,
         missing_emas=missing_emas,
+        factors=_find_factors(tables, averaged, coefficients, settings),
+        is_exact=wanted.lora == "exact",
     )
+
+
+def _find_factors(
+    tables: Sequence[Table],
+    averaged: Sequence[Row],
+    coefficients: Sequence[float],
+    settings: Settings,
+) -> Factors:
+    """Return the factors among averaged tensors; refuse what cannot be done with them."""
+    found = find_factors(averaged)
+    if found.pairs:
+        products.compare_configurations(tables)
+    if settings.tensors.lora == "exact":
+        terms = sum(1 for coefficient in coefficients if coefficient)
+        products.check_products(found, terms, settings.machine.max_memory)
+    return found
 
 
 def _collect_notes(
@@ -288,6 +324,7 @@ def _collect_notes(
         recalibrates=around.recalibrate is not None,
     )
     yield from note_missing_emas(found.missing_emas)
+    yield from describe_plan(found.factors, exact=found.is_exact)
 
 
 def _list_suspicions(

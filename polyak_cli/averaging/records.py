@@ -40,6 +40,7 @@ _OPTIONS: Mapping[str, tuple[type, ...]] = {
 #: them only where they are not the default, so that the bytes of all other averages stay.
 _YOUNGER_OPTIONS: Mapping[str, tuple[tuple[type, ...], Any]] = {
     "allow": ((list,), []),
+    "lora": ((str,), "factors"),
 }
 #: Options that are lists of texts.
 _LISTS = ("include_tensors", "exclude_tensors", "allow")

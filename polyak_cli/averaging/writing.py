@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from polyak_cli import formats
-from polyak_cli.averaging import records
+from polyak_cli.averaging import products, records
 from polyak_cli.averaging.belonging import quantised
 from polyak_cli.averaging.fates import describe_difference, is_compared, is_wanted
 from polyak_cli.averaging.matching import Row, list_files, list_sources
@@ -135,6 +135,13 @@ def _fold(
     work = FoldJob(list_files(plan.tables), files, np.array(coefficients), nonfinite)
     memory = plan.settings.machine.share(len(skeletons))
     totals = executors.fold(_Averaged(plan, skeletons), work, memory, progress)
+    if plan.settings.tensors.lora == "exact":
+        for row, skeleton in zip(coefficients, skeletons, strict=True):
+            bound = plan.settings.machine.max_memory
+            made = products.write_products(
+                plan.factors, plan.tables, row, skeleton, bound, progress
+            )
+            totals = totals.plus(made)
     # Checksums in an archive cover the folded bytes, so they are written last.
     for skeleton in skeletons:
         skeleton.finalize()
@@ -157,9 +164,12 @@ class _Averaged:
         firsts = [
             *itertools.accumulate((len(skeleton.files) for skeleton in self.skeletons), initial=0)
         ]
+        exact = self.plan.settings.tensors.lora == "exact"
+        apart = products.list_exact(self.plan.factors) if exact else ()
         for row in sorted(self.plan.averaged_rows, key=_find_place):
             spec = row[-1]
-            if spec.size:  # an empty tensor is complete in the skeleton
+            # An empty tensor is complete in the skeleton, and factors of products are made apart.
+            if spec.size and spec.name not in apart:
                 sources = list_sources(self.plan.tables, row)
                 places = [skeleton.placements[spec.location] for skeleton in self.skeletons]
                 targets = [

@@ -275,6 +275,13 @@ AVERAGING = under(
         type=click.Choice(["two-runs", "scaled-integers"]),
         help="Average all the same what is refused for this reason; may be given again.",
     ),
+    option(
+        "--lora",
+        type=click.Choice(["factors", "exact"]),
+        default="factors",
+        help="Average the factors of products (LoRA, DoRA, weight norm), or write those of the "
+        "mean product, of LoRA truncated to the rank.",
+    ),
 )
 
 RECALIBRATING = under(

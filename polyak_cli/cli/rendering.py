@@ -59,7 +59,8 @@ def word_passed_over(one: PassedOver) -> str:
 def print_notes(notes: Sequence[str], quiet: bool) -> None:
     """Print notes to stderr, unless nothing but errors is wanted."""
     if not quiet:
-        print_lines((f"note: {note}" for note in notes), sys.stderr)
+        lines = (note if note.startswith("warning: ") else f"note: {note}" for note in notes)
+        print_lines(lines, sys.stderr)
 
 
 def print_lines(lines: Iterable[str], stream: TextIO) -> None:

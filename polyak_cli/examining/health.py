@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli import checkpoints, formats
-from polyak_cli.averaging.belonging import quantised
+from polyak_cli.averaging import products
+from polyak_cli.averaging.belonging import factors, quantised
 from polyak_cli.averaging.fates import is_compared
 from polyak_cli.averaging.matching import Row, list_files, list_sources, match
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, find_file
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.engine import reading
-from polyak_cli.engine.slabs import Memory
+from polyak_cli.engine.slabs import FOLD_BYTES, Memory
 from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown
 from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, bound_memory
 from polyak_cli.formats.catalogue import detect, find_format
@@ -255,7 +256,8 @@ def _measure_all(examined: Sequence[_Examined], by: str, memory: Memory) -> list
     for group in (run, *apart):
         if group:
             _measure(group, by, memory)
-    return _find_quantised([one.table for one in run if one.table], by) if run else []
+    tables = [one.table for one in run if one.table and one.nonfinite is not None]
+    return [*_find_quantised(tables, by), *_find_factors(tables, by, memory)] if tables else []
 
 
 def _select_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
@@ -328,6 +330,22 @@ def _find_quantised(tables: Sequence[Table], by: str) -> list[Problem]:
         differing = (one for name, one in suspects.items() if name in unequal)
         text = next((quantised.describe_suspect(one, names) for one in differing), "")
     return [Problem("quantised", f"{shown(tables[-1].path)}: {text}")] if text else []
+
+
+def _find_factors(tables: Sequence[Table], by: str, memory: Memory) -> list[Problem]:
+    """Return that the means of factors are far from the mean of their products, if they are."""
+    rows = match(tables, by)
+    found = factors.find_factors([row for row in rows if row[-1].dtype in FLOATS])
+    if not found:
+        return []
+    equal = [1 / len(tables)] * len(tables)
+    try:
+        products.compare_configurations(tables)
+        measured = products.measure(found, tables, equal, memory.most * FOLD_BYTES)
+    except MismatchError as error:
+        return [Problem("factors", str(error))]
+    _, suspicions = factors.describe_measured(found, measured, exact=False)
+    return suspicions
 
 
 def _has_same_carried(tables: Sequence[Table], rows: Sequence[Row]) -> bool:

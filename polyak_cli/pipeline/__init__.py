@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import options as averaging_options
-from polyak_cli.averaging import records
+from polyak_cli.averaging import products, records
+from polyak_cli.averaging.belonging import factors
 from polyak_cli.averaging.options import Progress, Settings, Source, measure_peak, select
 from polyak_cli.averaging.planning import Around, Plan, plan_average
 from polyak_cli.averaging.writing import write_average
@@ -227,9 +228,11 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         PolyakError: an input is damaged or changed meanwhile, a value is not finite, or the output
             cannot be written; nothing is left then, and an older output is untouched.
     """
+    begun = time.perf_counter()
+    if plan.output is not None:
+        plan = _measure_factors(plan)
     if plan.output is None:
         raise UsageError("the plan has no output; name the file to write")
-    begun = time.perf_counter()
     force, verify = plan.settings.output.force, plan.settings.output.verify
     folder = outputs.list_folder_endings(plan.output, plan.tables[-1])
     record = records.encode(records.seal(records.make_record(plan)))
@@ -262,6 +265,27 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         notes=(*plan.notes, *notes),
         recalibrated=recalibrated,
         verified=verify,
+    )
+
+
+def _measure_factors(plan: Plan) -> Plan:
+    """Return a plan with what its factors' means miss, in place of the note that it is not known.
+
+    A stage of its own, because the record has what is suspected, and is written before the values.
+    """
+    if not plan.factors:
+        return plan
+    exact = plan.settings.tensors.lora == "exact"
+    bound = plan.settings.machine.max_memory
+    measured = products.measure(plan.factors, plan.tables, plan.coefficients, bound, exact=exact)
+    texts, suspicions = factors.describe_measured(plan.factors, measured, exact=exact)
+    unknown = factors.describe_plan(plan.factors, exact=exact)
+    kept = [note for note in plan.notes if note not in unknown]
+    return replace(
+        plan,
+        measured=tuple(measured),
+        suspicions=(*plan.suspicions, *suspicions),
+        notes=(*kept, *(f"warning: {problem.text}" for problem in suspicions), *texts),
     )
 
 
@@ -344,8 +368,9 @@ def _examine(
 
     # The check has a smaller default of its own: only a bound that was given is passed on.
     found = health.check(chosen, match=settings.tensors.match, max_memory=max_memory)
-    # The plan refuses these itself, and knows which tensors the options carry.
-    of_run = tuple(problem for problem in found.problems if problem.kind != "quantised")
+    # The plan refuses or says these itself, and knows which tensors the options carry.
+    own = ("quantised", "factors")
+    of_run = tuple(problem for problem in found.problems if problem.kind not in own)
     found = replace(found, problems=of_run)
     skipped = tuple(one for one in found.checkpoints if one.problems)
     if not found.healthy and (wanted == "fail" or len(skipped) == len(found.checkpoints)):
