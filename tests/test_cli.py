@@ -570,6 +570,8 @@ PLAN_KEYS = {
     "recalibrate": type(None),
     "passed_over": list,
     "skipped": list,
+    "suspicions": list,
+    "factors": type(None),
     "notes": list,
 }
 REPORT_KEYS = PLAN_KEYS | {

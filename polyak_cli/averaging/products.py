@@ -490,6 +490,7 @@ def write_products(
         writer = _Writer(skeleton, files, reader.clock)
         for pair in factors.pairs:
             left, right = _truncate(*_stack(reader, pair), pair.rank)
+            reader.clock.fold()
             writer.write(pair.left[-1], 0, left.T if pair.left[-1].arrangement else left)
             writer.write(pair.right[-1], 0, right if pair.right[-1].arrangement else right.T)
         for norm in factors.norms:
