@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyak_cli import checkpoints
-from polyak_cli.checkpoints import Selection, metrics, model_files, ordering, select
+from polyak_cli.checkpoints import Selection, directions, metrics, model_files, ordering, select
 from polyak_cli.errors import CheckpointError, PolyakError, UsageError
 
 quietly = settings(derandomize=True, deadline=None)
@@ -1101,29 +1101,47 @@ def test_a_metric_that_is_not_in_a_name_is_an_error(
     )
 
 
+LESS = (
+    "loss val_loss mean_squared_error val_mae ppl binary_crossentropy kl_divergence head_1_loss wer"
+    " eval_wer val_cer word_error_rate top_5_error error_top1 valid.loss loss/val train_loss_epoch"
+    " mse rmse eval_perplexity fid fid_score brier_score perplexity_score KID lpips valloss"
+    " log_loss nll negative_log_likelihood cross_entropy test_ter err@1 dice_loss val_auc_loss EER"
+    " false_positive_rate"
+)
+MORE = (
+    "acc val_accuracy auc_1 mean_io_u IoU mAP50 r2 f1 val_f1_score precision_2 dice top1 top5 top-1"
+    " eval_top1 val_top_5 acc@1 acc1 top_k_categorical_accuracy bleu val_bleu_4 sacrebleu chrF++"
+    " rougeL rouge-l eval_rouge1 mIoU val_mIoU iou dice_coef mAP mAP@0.5:0.95 map50-95"
+    " average_precision roc_auc AUROC f1_macro macro_f1 recall recall@k psnr ssim ndcg@10"
+    " exact_match val_acc_epoch eval_accuracy test/acc explained_variance inception_score f_score"
+    " jaccard_index kappa mcc"
+)
+UNKNOWN = (
+    "negative_error lr cosine_similarity neg_mean_squared_error _ é score val_score"
+    " silhouette_score accuracy_drop accuracy_std loss_gap minus_iou 1-iou learning_rate rate"
+    " my_metric distance step"
+)
+
+
 @pytest.mark.parametrize(
     ("monitor", "mode"),
     [
-        *[(name, "min") for name in ("loss", "val_loss", "mean_squared_error", "val_mae", "ppl")],
-        *[(name, "min") for name in ("binary_crossentropy", "kl_divergence", "head_1_loss")],
-        *[(name, "max") for name in ("acc", "val_accuracy", "auc_1", "mean_io_u", "IoU", "mAP50")],
-        *[(name, "max") for name in ("r2", "f1", "val_f1_score", "precision_2", "dice")],
-        *[
-            (name, None)
-            for name in (
-                "negative_error",
-                "lr",
-                "cosine_similarity",
-                "neg_mean_squared_error",
-                "_",
-                "é",
-            )
-        ],
+        *((name, "min") for name in LESS.split()),
+        *((name, "max") for name in MORE.split()),
+        *((name, None) for name in UNKNOWN.split()),
     ],
 )
-def test_the_mode_is_reported_from_the_name_of_the_metric(monitor: str, mode: str | None) -> None:
+def test_the_mode_is_known_from_the_name_of_the_metric(monitor: str, mode: str | None) -> None:
     """Losses and errors are minimised, scores maximised, and anything else asked for."""
-    assert metrics._guess_mode(monitor) == mode
+    assert directions.guess_mode(monitor) == mode
+
+
+def test_a_metric_whose_direction_is_not_known_is_refused(run: Path) -> None:
+    """The error names the option, and with the option the metric serves."""
+    make(run, "1-silhouette_score=0.3.h5", "2-silhouette_score=0.5.h5")
+    with pytest.raises(UsageError, match="give --mode min or --mode max"):
+        select([run], best=1, monitor="silhouette_score")
+    assert epochs(select([run], best=1, monitor="silhouette_score", mode="max")) == [2]
 
 
 # ---- the best, by log ------------------------------------------------------------------------

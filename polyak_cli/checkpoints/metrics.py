@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from polyak_cli.checkpoints.directions import guess_mode
 from polyak_cli.checkpoints.listing import Checkpoint, StrPath
-from polyak_cli.checkpoints.names import BETTER, find_metric, is_unnamed_decimal, parse_name
+from polyak_cli.checkpoints.names import find_metric, is_unnamed_decimal, parse_name
 from polyak_cli.checkpoints.ordering import describe_epochs, require_epoch
 from polyak_cli.errors import CheckpointError, UsageError, choose_verb, shown
 
@@ -32,22 +33,13 @@ def check_monitor(
         raise UsageError("--monitor is empty, but must name a metric, such as val_loss")
     if mode not in (None, "min", "max"):
         raise UsageError(f"--mode is {shown(mode)!r}, but must be min or max")
-    better = mode or _guess_mode(monitor)
+    better = mode or guess_mode(monitor)
     if better is None:
         raise UsageError(
             f"--monitor {shown(monitor)}: its name does not tell whether less or more is better: "
             "give --mode min or --mode max"
         )
     return monitor, better
-
-
-def _guess_mode(monitor: str) -> str | None:
-    # Keras numbers metrics (auc_1) and spells IoU io_u; scikit-learn negates errors.
-    words = re.findall(r"[a-z]+[0-9]*", monitor.casefold().replace("io_u", "iou"))
-    if not words or {"neg", "negative"} & set(words):
-        return None
-    ends = {words[-1], words[-1].rstrip("0123456789")}
-    return next((mode for mode, known in BETTER.items() if ends & known), None)
 
 
 def take_best(
