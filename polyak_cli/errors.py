@@ -1,11 +1,14 @@
 """The errors of this package, and the wording that messages share.
 
-Every error is one line that says what was found, what was expected, where, and what to do.  Imports
-nothing of the package, so every module may import it, and knows nothing of checkpoints.
+Every error is one line that says what was found, what was expected, where, and what to do; an error
+about a file begins with the file's path and a colon.  Imports nothing of the package, so every
+module may import it, and knows nothing of checkpoints.
 """
 
 from __future__ import annotations
 
+import glob
+import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,7 +16,15 @@ if TYPE_CHECKING:
 
 
 class PolyakError(Exception):
-    """The input, the output or the machine does not allow the work; the message says why."""
+    """The input, the output or the machine does not allow the work; the message says why.
+
+    Attributes:
+        about: the path of the input that was worked on, where the message may begin with another.
+        at_fault: the numbers of those among several inputs without which the rest may do.
+    """
+
+    about: str = ""
+    at_fault: tuple[int, ...] = ()
 
 
 class UsageError(PolyakError):
@@ -65,6 +76,16 @@ def shown(text: object, limit: int = 200) -> str:
 def list_some(names: Sequence[str]) -> str:
     """Return the first three names: ``a, b, c, ...``."""
     return ", ".join(shown(name, 80) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def quote_glob(name: str) -> str:
+    """Return a glob that matches a name, in quotes, to be pasted into a command line.
+
+    What cannot be pasted, such as a control character, is replaced by ``?``.
+    """
+    pattern = "".join(c if c.isprintable() else "?" for c in glob.escape(name))
+    quoted = shlex.quote(pattern)
+    return quoted if quoted != pattern else f"'{pattern}'"
 
 
 def word_count(count: int, noun: str) -> str:

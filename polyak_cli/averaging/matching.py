@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
+from polyak_cli.averaging.belonging import blame
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import TensorSource
 from polyak_cli.errors import MismatchError, shown
@@ -35,23 +36,43 @@ def match(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
     Raises:
         MismatchError: a tensor is missing, extra, or of another shape or kind of dtype.
     """
+    try:
+        return _pair_all(tables, by)
+    except MismatchError as error:
+        # The newest need not be the one that is right.
+        raise blame.blame_minority(
+            tables, lambda one, other: describe_mismatch(one, other, by), error
+        ) from None
+
+
+def describe_mismatch(table: Table, template: Table, by: str) -> str:
+    """Return why two checkpoints cannot belong to one run, "" if they can."""
+    if table.format != template.format:
+        return blame.describe_formats(table.path, table.format, template.path, template.format)
+    try:
+        _pair_all([table, template], by)
+    except MismatchError as error:
+        return str(error)
+    return ""
+
+
+def _pair_all(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
+    """Pair the tensors of all checkpoints with the template's; see `match`."""
     template = tables[-1]
     pair = _pair_by_order if by == "order" else _pair_by_name
     columns = [list(template.tensors.values())]
-    # From the newest back: the first that differs says which window would still do.
-    for left, table in enumerate(reversed(tables[:-1]), start=1):
+    for table in reversed(tables[:-1]):
         if table.tensors is template.tensors:  # the skeletons are equal byte for byte
             columns.insert(0, columns[-1])
             continue
-        hint = f"; use --last {left} to average only the newer ones" if left > 1 else ""
-        column = pair(table, template, hint)
+        column = pair(table, template)
         for ours, theirs in zip(column, columns[-1], strict=True):
-            _check_same(table, ours, template, theirs, hint)
+            _check_same(table, ours, template, theirs)
         columns.insert(0, column)
     return tuple(zip(*columns, strict=True))
 
 
-def _pair_by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
+def _pair_by_name(table: Table, template: Table) -> list[TensorSpec]:
     """Return the tensors in the template's order; refuse other names or other layers."""
     missing = [name for name in template.tensors if name not in table.tensors]
     extra = [name for name in table.tensors if name not in template.tensors]
@@ -67,12 +88,12 @@ def _pair_by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
     if missing:
         raise MismatchError(
             f"{shown(table.path)}: has no tensor '{shown(missing[0])}', but {shown(template.path)} "
-            f"has{_count_others(missing)}. Checkpoints must come from one model{hint}"
+            f"has{_count_others(missing)}. Checkpoints must come from one model"
         )
     if extra:
         raise MismatchError(
             f"{shown(table.path)}: has a tensor '{shown(extra[0])}' that {shown(template.path)} "
-            f"has not{_count_others(extra)}. Checkpoints must come from one model{hint}"
+            f"has not{_count_others(extra)}. Checkpoints must come from one model"
         )
     # Names alone are not enough: Keras's loader goes by the position of a layer.
     for ours, theirs in zip(table.keras.layers, template.keras.layers, strict=False):
@@ -80,7 +101,7 @@ def _pair_by_name(table: Table, template: Table, hint: str) -> list[TensorSpec]:
             raise MismatchError(
                 f"{shown(table.path)}: has the layer '{shown(ours)}' where {shown(template.path)} "
                 f"has '{shown(theirs)}'; Keras loads layers by their position, so they must be in "
-                f"one order. Checkpoints must come from one model{hint}"
+                f"one order. Checkpoints must come from one model"
             )
     return [table.tensors[name] for name in template.tensors]
 
@@ -90,13 +111,13 @@ def _count_others(names: Sequence[str]) -> str:
     return f" ({len(names) - 1} more such)" if len(names) > 1 else ""
 
 
-def _pair_by_order(table: Table, template: Table, hint: str) -> list[TensorSpec]:
+def _pair_by_order(table: Table, template: Table) -> list[TensorSpec]:
     """Return the tensors as they stand; refuse an order that would mix different tensors."""
     column = list(table.tensors.values())
     if len(column) != len(template.tensors):
         raise MismatchError(
             f"{shown(table.path)}: has {len(column)} tensors, but {shown(template.path)} has "
-            f"{len(template.tensors)}. Checkpoints must come from one model{hint}"
+            f"{len(template.tensors)}. Checkpoints must come from one model"
         )
     # With equal names, another order means other layers: by position they would be mixed up.
     moved = next((a for a, b in zip(table.tensors, template.tensors, strict=True) if a != b), None)
@@ -126,9 +147,7 @@ def _is_renumbered(table: Table, template: Table) -> bool:
     ]
 
 
-def _check_same(
-    table: Table, ours: TensorSpec, template: Table, theirs: TensorSpec, hint: str
-) -> None:
+def _check_same(table: Table, ours: TensorSpec, template: Table, theirs: TensorSpec) -> None:
     # Fortran order is an arrangement too: the bytes of the two orders do not match.
     # A run may change its precision: any two plain floats are averaged as the numbers they are.  A
     # float8 beside a wider float is quantised: its numbers mean nothing without their scale.
@@ -141,7 +160,7 @@ def _check_same(
         if one != other and not (what == "dtype" and are_floats):
             raise MismatchError(
                 f"{shown(table.path)}: tensor '{shown(ours.name)}' has {what} {one}, but "
-                f"{shown(template.path)} has {other}. Checkpoints must come from one model{hint}"
+                f"{shown(template.path)} has {other}. Checkpoints must come from one model"
             )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import ema, products, schemes
+from polyak_cli.averaging.belonging import blame
 from polyak_cli.averaging.belonging.factors import Factors, Measured, describe_plan, find_factors
 from polyak_cli.averaging.fates import (
     decide_fates,
@@ -26,7 +27,7 @@ from polyak_cli.averaging.matching import Row, match
 from polyak_cli.averaging.options import Machine, Settings, measure_peak
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem
 from polyak_cli.checkpoints.suspicions import find_suspicions
-from polyak_cli.errors import FormatError, UsageError, shown
+from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown
 from polyak_cli.formats import outputs
 from polyak_cli.storage import publishing
 from polyak_cli.tensors import Table, itemsize
@@ -244,8 +245,13 @@ def _scan(chosen: checkpoints.Selection, settings: Settings) -> tuple[Table, ...
     """Read the headers of all checkpoints."""
     paths = [checkpoints.find_file(checkpoint.path) for checkpoint in chosen.checkpoints]
     jobs = settings.machine.share().jobs
-    # EMAs lie in the optimizer's state, which is described only where it is needed.
-    return tuple(formats.scan(paths, jobs=jobs, with_optimizer=settings.tensors.use_ema))
+    try:
+        # EMAs lie in the optimizer's state, which is described only where it is needed.
+        return tuple(formats.scan(paths, jobs=jobs, with_optimizer=settings.tensors.use_ema))
+    except MismatchError as error:
+        raise blame.blame_format(paths, error) from None
+    except PolyakError as error:
+        raise blame.blame_unreadable(paths, error) from None
 
 
 class _Fates(NamedTuple):

@@ -21,15 +21,22 @@ from typing import Any, NamedTuple
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import products
 from polyak_cli.averaging.belonging import factors, quantised
+from polyak_cli.averaging.belonging.blame import group_alike
 from polyak_cli.averaging.fates import is_compared
-from polyak_cli.averaging.matching import Row, list_files, list_sources, match
+from polyak_cli.averaging.matching import (
+    Row,
+    describe_mismatch,
+    list_files,
+    list_sources,
+    match,
+)
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, find_file
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.engine import reading
 from polyak_cli.engine.slabs import FOLD_BYTES, Memory
 from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown
 from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, bound_memory
-from polyak_cli.formats.catalogue import detect, find_format
+from polyak_cli.formats.catalogue import detect
 from polyak_cli.tensors import FLOATS, Table
 
 Source = str | os.PathLike[str]
@@ -262,33 +269,19 @@ def _measure_all(examined: Sequence[_Examined], by: str, memory: Memory) -> list
 
 def _select_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
     """Return the checkpoints of the most frequent model; add a problem to the others."""
-    models: list[list[tuple[_Examined, Table]]] = []  # newest first, as are their checkpoints
-    for one in reversed(examined):
-        if one.table:
-            same = (model for model in models if not _describe_mismatch(one.table, model[0][1], by))
-            home = next(same, None)
-            if home is None:
-                models.append(home := [])
-            home.append((one, one.table))
-    if not models:
+    known = [(one, one.table) for one in examined if one.table]
+
+    def describe(table: Table, template: Table) -> str:
+        return describe_mismatch(table, template, by)
+
+    groups = group_alike([table for _, table in known], describe)
+    if not groups:
         return []
-    usual = max(models, key=len)  # the newest on a tie
-    for model in models:
-        for one, table in model if model is not usual else ():
-            one.add_problem("other model", _describe_mismatch(table, usual[0][1], by))
-    return [one for one, _ in reversed(usual)]
-
-
-def _describe_mismatch(table: Table, template: Table, by: str) -> str:
-    """Return why two checkpoints cannot belong to one run, "" if they can."""
-    if table.format != template.format:
-        found, expected = (find_format(one.format).name for one in (table, template))
-        return f"{shown(table.path)}: is a {found} file, but {shown(template.path)} is {expected}"
-    try:
-        match([table, template], by)
-    except MismatchError as error:
-        return str(error)
-    return ""
+    usual = max(groups, key=len)  # the newest on a tie
+    template = known[usual[0]][1]
+    for one, table in (known[k] for members in groups if members is not usual for k in members):
+        one.add_problem("other model", describe(table, template) or describe(template, table))
+    return [known[k][0] for k in reversed(usual)]
 
 
 def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> None:

@@ -21,12 +21,14 @@ from polyak_cli.averaging.writing import write_average
 from polyak_cli.errors import (
     CheckpointError,
     OutputError,
+    PolyakError,
     UsageError,
     choose_verb,
     shown,
     word_count,
 )
 from polyak_cli.formats import outputs
+from polyak_cli.pipeline.advice import add_advice
 from polyak_cli.storage import publishing
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
@@ -192,6 +194,24 @@ def plan(
         MismatchError: the checkpoints do not belong to one model.
         OutputError: the output is in the way or cannot be written.
     """
+    return make_plan(sources, output, options)
+
+
+def make_plan(
+    sources: Source | Sequence[Source] | checkpoints.Selection,
+    output: Source | None,
+    options: Options,
+    *,
+    has_skip: bool = True,
+) -> Plan:
+    """Decide what averaging would do; see `plan`.
+
+    Args:
+        sources: as `plan`.
+        output: as `plan`.
+        options: as `plan`.
+        has_skip: the caller's user can say ``--on-unhealthy skip``.
+    """
     settings, stages = parse_options(options)
     chosen = (
         sources if isinstance(sources, checkpoints.Selection) else select(sources, settings.choice)
@@ -214,7 +234,13 @@ def plan(
         check_template=lambda template, target: _check_recalibration(template, target, stages),
     )
     target = Path(output) if output is not None else None
-    return plan_average(healthy, target, settings, around)
+    try:
+        return plan_average(healthy, target, settings, around)
+    except PolyakError as error:
+        # `watch` chooses by itself, and waits for what cannot be read.
+        has_skip = has_skip and not isinstance(sources, checkpoints.Selection)
+        can_skip = has_skip and stages.on_unhealthy != "skip" and not settings.tensors.use_ema
+        raise add_advice(error, sources, healthy, settings, can_skip=can_skip) from None
 
 
 def run(plan: Plan, *, progress: Progress | None = None) -> Report:

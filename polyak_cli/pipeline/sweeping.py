@@ -167,7 +167,8 @@ def sweep(
     _check_arguments(batch, search)
     if recalibrate is not None:
         options |= {"recalibrate": recalibrate, "batch_size": batch_size, "trust_code": trust_code}
-    plan = pipeline.plan(sources, write_best, force=force, **options)
+    whole: Any = {**options, "force": force}
+    plan = pipeline.make_plan(sources, write_best, whole, has_skip="on_unhealthy" in options)
     wanted = list_candidates(
         plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
     )

@@ -117,9 +117,16 @@ class _Lane:
             self.child = Child(lambda writer: _work_through(self.task, left, writer))
 
     def take(self) -> Any:
-        """Return the outcome of the next item of this lane."""
+        """Return the outcome of the next item of this lane; an error is marked with its name."""
+        name = self.names[self.share[self.done]]
+        outcome = self._take(shown(name))
+        if isinstance(outcome, PolyakError):
+            outcome.about = name
+        return outcome
+
+    def _take(self, name: str) -> Any:
+        """Return the outcome of the next item, which messages call by its name."""
         line = self._read_line()
-        name = shown(self.names[self.share[self.done]])
         self.done += 1
         if line is None:
             outcome: Any = FormatError(f"{name}: {self._explain_end()}")
