@@ -259,6 +259,17 @@ class OutputRules:
     tails: tuple[str, ...] = ()  # of its further files, in place of the suffix
 
 
+class Asset(NamedTuple):
+    """What lies beside the tensors and gives them meaning, such as the words of a vocabulary.
+
+    Row 2 of an embedding is the third word of its vocabulary: two checkpoints whose tensors pair
+    belong together only if their assets are the same.
+    """
+
+    digest: str  # of its content: equal where the content means the same
+    owner: str = ""  # the name of the layer that uses it, for messages
+
+
 _NO_FACTS, _NO_RULES = KerasFacts(), OutputRules()
 
 
@@ -277,6 +288,7 @@ class Table:
     about: Mapping[str, str] = field(default_factory=dict)  # what else it says of itself
     keras: KerasFacts = field(default_factory=lambda: _NO_FACTS)
     rules: OutputRules = field(default_factory=lambda: _NO_RULES)
+    assets: Mapping[str, Asset] = field(default_factory=dict)  # name in the checkpoint -> asset
 
     @property
     def size(self) -> int:

@@ -17,6 +17,7 @@ from polyak_cli.formats.hdf5.chunks import Chunks
 from polyak_cli.formats.zips import Deflated
 from polyak_cli.storage import File, Version
 from polyak_cli.tensors import (
+    Asset,
     Extent,
     Grid,
     GridPart,
@@ -111,6 +112,7 @@ TABLES = st.builds(
         st.booleans(),
         st.lists(NAMES, max_size=3).map(tuple),
     ),
+    assets=st.dictionaries(NAMES, st.builds(Asset, NAMES, NAMES), max_size=3),
 )
 
 
@@ -190,7 +192,8 @@ def test_a_row_of_other_types_is_refused(place: int, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["files", "tensors", "others", "optimizer", "config", "about", "keras", "rules"]
+    "key",
+    ["files", "tensors", "others", "optimizer", "config", "about", "keras", "rules", "assets"],
 )
 @pytest.mark.parametrize("value", [7, [7], [[7]]])
 def test_a_table_of_other_types_is_refused(key: str, value: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import ema, products, schemes
-from polyak_cli.averaging.belonging import blame
+from polyak_cli.averaging.belonging import assets, blame
 from polyak_cli.averaging.belonging.factors import Factors, Measured, describe_plan, find_factors
 from polyak_cli.averaging.fates import (
     decide_fates,
@@ -206,6 +206,7 @@ def plan_average(
         outputs.check_output(output, tables, force=settings.output.force, run=chosen.left_out)
     around.check_template(template, output)
     found = _sort_tensors(tables, settings, coefficients)
+    asset_notes = assets.refuse_other_assets(tables, settings.tensors.allow)
     output_format = _choose_format(output, template, found, settings)
     suspicions = _list_suspicions(chosen, tables, around)
     made = Plan(
@@ -220,7 +221,7 @@ def plan_average(
         passed_over=chosen.passed_over,
         skipped=tuple(around.skipped),
         suspicions=tuple(suspicions),
-        notes=tuple(_collect_notes(chosen, tables, found, around, suspicions)),
+        notes=(*_collect_notes(chosen, tables, found, around, suspicions), *asset_notes),
         bytes_to_read=_count_bytes_to_read(found.averaged, found.carried, coefficients),
         bytes_to_write=_estimate_size(template, found),
         memory=measure_peak() + settings.machine.share().nbytes,

@@ -272,7 +272,7 @@ AVERAGING = under(
     option(
         "--allow",
         multiple=True,
-        type=click.Choice(["two-runs", "scaled-integers"]),
+        type=click.Choice(["two-runs", "scaled-integers", "other-assets"]),
         help="Average all the same what is refused for this reason; may be given again.",
     ),
     option(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyak_cli import formats
+from polyak_cli.averaging.belonging import assets
 from polyak_cli.averaging.matching import Row, list_files, list_sources, match
 from polyak_cli.checkpoints import Selection, find_file
 from polyak_cli.engine import reading
@@ -111,6 +112,8 @@ def _pair(tables: Sequence[Table]) -> tuple[list[Row], list[str]]:
     pairs = [(row[0].name, list_sources(tables, row)) for row in others]
     unequal, _ = reading.find_differing(pairs, list_files(tables), bound_memory())
     mismatches += [f"'{shown(name)}' is not the same" for name in unequal]
+    if one.format == other.format:  # each keeps its vocabularies in its own place
+        mismatches += assets.describe_differences(tables)
     return rows, sorted(mismatches)
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import products
-from polyak_cli.averaging.belonging import factors, quantised
+from polyak_cli.averaging.belonging import assets, factors, quantised
 from polyak_cli.averaging.belonging.blame import group_alike
 from polyak_cli.averaging.fates import is_compared
 from polyak_cli.averaging.matching import (
@@ -118,6 +118,7 @@ def check(
     exclude: Sequence[str] = (),
     epoch_pattern: str | None = None,
     match: str = "name",
+    allow: Sequence[str] = (),
     max_memory: int | None = None,
 ) -> Health:
     """Check every checkpoint of a run, and the run as a whole.
@@ -131,6 +132,7 @@ def check(
         exclude: globs of file names that are not checkpoints.
         epoch_pattern: a regular expression that finds the epoch in a name.
         match: how tensors are paired, "name" or "order".
+        allow: what is no problem; see `averaging.options.ALLOWED`.
         max_memory: bytes for buffers; `reductions.BUFFER_BYTES` if None.
 
     Raises:
@@ -157,6 +159,7 @@ def check(
     of_run = _attach_problems(examined, selection)
     _examine(examined)
     of_run += _measure_all(examined, match, memory)
+    notes = _compare_assets(examined, allow)
     alike = [one for one in examined if not one.has("other run")]
     of_run += find_suspicions(
         [one.checkpoint for one in alike], [one.modified for one in alike], selection.thinned
@@ -165,7 +168,7 @@ def check(
         tuple(one.build_result() for one in examined),
         tuple(of_run),
         selection.passed_over,
-        selection.notes,
+        (*selection.notes, *notes),
     )
 
 
@@ -247,6 +250,16 @@ def _scan_each(paths: Sequence[Path]) -> Sequence[Table | PolyakError]:
         return formats.scan(paths)
     except PolyakError as error:
         return [error] if len(paths) == 1 else [_scan_each([path])[0] for path in paths]
+
+
+def _compare_assets(examined: Sequence[_Examined], allow: Sequence[str]) -> list[str]:
+    """Add a problem to checkpoints of the run's model with other vocabularies; return notes."""
+    run = [one for one in examined if not one.has("other run") and not one.has("other model")]
+    readable = [(one, one.table) for one in run if one.table]
+    problems, notes = assets.find_other_assets([table for _, table in readable])
+    for place, problem in problems.items() if assets.ALLOWED not in allow else ():
+        readable[place][0].problems.append(problem)
+    return notes
 
 
 # --- the values -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, OutputError, shown
-from polyak_cli.formats import conversion
+from polyak_cli.formats import conversion, vocabularies
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.sharding import Index, read_index
 from polyak_cli.processes.sandbox import Heartbeat
@@ -398,6 +398,9 @@ class Safetensors(Format):
             config="",
             is_polyak_output=any(PROVENANCE in header.metadata for header in headers),
             about=_collect_short_texts(headers),
+            assets=vocabularies.find_in_texts(
+                {key: text for header in headers for key, text in header.metadata.items()}
+            ),
         )
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:

@@ -18,6 +18,7 @@ from polyak_cli.errors import FormatError, shown
 from polyak_cli.storage import File, Version
 from polyak_cli.tensors import (
     FLOATS,
+    Asset,
     Extent,
     Grid,
     GridPart,
@@ -65,6 +66,7 @@ def pack_table(table: Table) -> dict[str, Any]:
             table.rules.is_fixed,
             list(table.rules.tails),
         ],
+        "assets": {name: list(asset) for name, asset in table.assets.items()},
     }
 
 
@@ -146,7 +148,30 @@ def _unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
             _require_flag(is_fixed),
             _require_texts(tails),
         ),
+        assets=_unpack_assets(packed["assets"]),
     )
+
+
+def unpack_assets(packed: Mapping[Any, Any], where: str) -> dict[str, Asset]:
+    """Return assets that a child sent of a folder.
+
+    Raises:
+        FormatError: it sent something else.
+    """
+    try:
+        return _unpack_assets(packed)
+    except _MALFORMED as error:
+        raise FormatError(
+            f"{shown(where)}: reading its files gave no sensible digests ({shown(error)}); one of "
+            "them is damaged or hostile"
+        ) from None
+
+
+def _unpack_assets(packed: Mapping[Any, Any]) -> dict[str, Asset]:
+    return {
+        _require_text(name): Asset(_require_text(digest), _require_text(owner))
+        for name, (digest, owner) in packed.items()
+    }
 
 
 def _unpack_spec(

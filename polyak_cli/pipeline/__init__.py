@@ -393,7 +393,12 @@ def _examine(
     from polyak_cli.examining import health
 
     # The check has a smaller default of its own: only a bound that was given is passed on.
-    found = health.check(chosen, match=settings.tensors.match, max_memory=max_memory)
+    found = health.check(
+        chosen,
+        match=settings.tensors.match,
+        allow=settings.tensors.allow,
+        max_memory=max_memory,
+    )
     # The plan refuses or says these itself, and knows which tensors the options carry.
     own = ("quantised", "factors")
     of_run = tuple(problem for problem in found.problems if problem.kind not in own)

@@ -7,6 +7,7 @@ Does not know how values are stored; see `datasets`.  Runs in a child of `proces
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from h5py import h5a, h5d, h5g, h5t
 
 from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.formats import vocabularies
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.hdf5 import skeleton
 from polyak_cli.formats.hdf5.datasets import Describer
@@ -41,7 +43,7 @@ from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File
-from polyak_cli.tensors import KerasFacts, OutputRules, Table, TensorSpec
+from polyak_cli.tensors import Asset, KerasFacts, OutputRules, Table, TensorSpec
 
 WHOLE_CAUTIONS = {
     "bfloat16": "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it "
@@ -105,6 +107,15 @@ def read_texts(path: Place, heartbeat: Heartbeat) -> dict[str, str]:
                 if said.get(name) != text:  # Keras repeats some in /model_weights
                     said[f"{where[1:]}/{name}" if where else name] = text
     return said
+
+
+def _find_vocabularies(config: bytes) -> dict[str, Asset]:
+    """Return the vocabularies in a model configuration; one that is no JSON has none."""
+    try:
+        found, _ = vocabularies.find_in_configuration(json.loads(config))
+    except (ValueError, RecursionError):  # Keras alone has to make sense of it
+        return {}
+    return {f"model_config/{name}": asset for name, asset in found.items()}
 
 
 def _read_about(root: Any) -> dict[str, str]:
@@ -428,6 +439,7 @@ class KerasHdf5(Format):
             about=_read_about(root) if request.with_optimizer else {},
             keras=KerasFacts(tuple(reader.layers), ema_slots=slots),
             rules=OutputRules(cautions=WHOLE_CAUTIONS),
+            assets=_find_vocabularies(config),
         )
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:

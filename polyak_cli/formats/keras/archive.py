@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from polyak_cli.errors import FormatError, OutputError, shown
-from polyak_cli.formats import zips
+from polyak_cli.formats import vocabularies, zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.hdf5 import keras_files, skeleton
 from polyak_cli.formats.hdf5.chunks import Chunks
@@ -26,9 +26,11 @@ from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile
 from polyak_cli.storage.local import LocalInput
-from polyak_cli.tensors import Extent, Table, TensorSpec
+from polyak_cli.tensors import Asset, Extent, Table, TensorSpec
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.weights.h5", "model.weights.npz"
+#: Where layers keep what is no tensor, such as a vocabulary that was adapted to data.
+_ASSETS = "assets/"
 #: Of the weights file in the archive: its tensors keep the alignment that HDF5 gives them.
 _ALIGNMENT = 64
 
@@ -96,6 +98,31 @@ def _digest_configuration(said: dict[str, Any]) -> str:
     """Digest a configuration without its training: the learning rate may fall with epochs."""
     lasting = {key: value for key, value in said.items() if key != "compile_config"}
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
+
+
+def _find_assets(
+    said: dict[str, Any], members: Sequence[zips.Member], labels: Mapping[str, str]
+) -> dict[str, Asset]:
+    """Return the assets of the archive and the vocabularies in its configuration.
+
+    An asset is known by its size and by the checksum that the archive lists, which `check` compares
+    with the content: no asset is read, however large it claims to be.
+
+    Args:
+        said: the configuration.
+        members: of the archive.
+        labels: group of the weights file -> name of the layer, where Keras recorded it.
+    """
+    found, names = vocabularies.find_in_configuration(said)
+    assets = {f"{CONFIG}/{name}": asset for name, asset in found.items()}
+    names |= {group[1:].removesuffix("/vars"): name for group, name in labels.items() if name}
+    for member in members:
+        if member.name.startswith(_ASSETS):
+            layer = member.name.removeprefix(_ASSETS).rpartition("/")[0]
+            # The vocabulary of a TextVectorization lies also with the lookup layer inside it.
+            owner = names.get(layer) or names.get(layer.rpartition("/")[0], "")
+            assets[member.name] = Asset(f"{member.nbytes}:{member.crc}", owner)
+    return assets
 
 
 @contextlib.contextmanager
@@ -192,7 +219,10 @@ class KerasArchive(Format):
             )
             table = keras_files.build_weights_table(self.key, request.path, found)
             table = replace(
-                table, config=_digest_configuration(said), rules=replace(table.rules, suffixes=())
+                table,
+                config=_digest_configuration(said),
+                rules=replace(table.rules, suffixes=()),
+                assets=_find_assets(said, members, found.labels),
             )
             if not request.with_optimizer:
                 return table

@@ -21,7 +21,7 @@ from typing import Any
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.torch import pickles
+from polyak_cli.formats.torch import pickles, vocabularies
 from polyak_cli.formats.torch.pickles import SIZES, Pairs, Stored, Tensor
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile, open_input
@@ -302,9 +302,8 @@ class TorchZip(Format):
         with zips.open_archive(request.path) as (file, members, _):
             records = _find_records(members)
             table = _Collected(records, _read_byteorder(file, records))
-            table.fill(
-                pickles.read(zips.read_whole(file, records["data.pkl"]), heartbeat), heartbeat
-            )
+            root = pickles.read(zips.read_whole(file, records["data.pkl"]), heartbeat)
+            table.fill(root, heartbeat)
             if request.with_optimizer:
                 table.leftover()
             tensors = {spec.name: spec for spec in table.tensors}
@@ -322,6 +321,7 @@ class TorchZip(Format):
                 is_polyak_output=PROVENANCE in records,
                 about=_read_record(file, records) if request.with_optimizer else {},
                 rules=OutputRules(is_fixed=True),
+                assets=vocabularies.find_in_pickle(root),
             )
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:

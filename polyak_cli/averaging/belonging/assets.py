@@ -1,0 +1,138 @@
+"""Compare what gives tensors their meaning: vocabularies, tokenizers, names of classes.
+
+An embedding's row 2 is the third word of a vocabulary.  Where two checkpoints have different ones,
+tensors of one name and one shape are not alike.  Does not know how formats keep such assets.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from polyak_cli.checkpoints import Problem
+from polyak_cli.errors import MismatchError, list_some, shown
+from polyak_cli.formats.beside import read_assets_beside
+from polyak_cli.tensors import Asset, Table
+
+#: The kind of the problem, and what `--allow` takes to average all the same.
+KIND, ALLOWED = "other assets", "other-assets"
+
+
+def refuse_other_assets(tables: Sequence[Table], allowed: Sequence[str]) -> list[str]:
+    """Refuse checkpoints whose assets are not the newest's, unless that is allowed.
+
+    Returns:
+        Notes: what is carried all the same, and which assets only some of the checkpoints have.
+
+    Raises:
+        MismatchError: names the newest of those that differ from most, and what differs.
+    """
+    assets = _collect(tables)
+    found = _find_others(tables, assets)
+    if found and ALLOWED not in allowed:
+        raise MismatchError(
+            f"{found[max(found)]}, so that a row of a tensor may stand for another word or class: "
+            f"{_advise(len(tables), found)}, and --allow {ALLOWED} averages all the same and "
+            "carries the newest's"
+        )
+    return [
+        f"{text}; the newest's is carried, as --allow {ALLOWED} asks" for text in found.values()
+    ] + _note_missing(tables, assets)
+
+
+def _advise(count: int, others: Collection[int]) -> str:
+    """Return how to select checkpoints that are alike."""
+    newer = count - 1 - max(others)
+    last = f"--last {newer} averages only the newer ones, " if newer > 1 else ""
+    return f"{last}--exclude leaves checkpoints out"
+
+
+def find_other_assets(tables: Sequence[Table]) -> tuple[dict[int, Problem], list[str]]:
+    """Return the checkpoints whose assets are not those of most of them, and notes.
+
+    Returns:
+        Index of each such checkpoint and its problem; and which assets only some checkpoints have.
+    """
+    if not tables:
+        return {}, []
+    assets = _collect(tables)
+    others = _find_others(tables, assets)
+    problems = {place: Problem(KIND, text) for place, text in others.items()}
+    return problems, _note_missing(tables, assets)
+
+
+def describe_differences(tables: Sequence[Table]) -> list[str]:
+    """Return, in a sentence each, which assets of two checkpoints are not the same."""
+    (one, other), (first, second) = tables, (table.assets for table in tables)
+    both = sorted(first.keys() & second.keys())
+    found = [
+        f"{_name(name, first)} is not the same" for name in both if _differs(name, first, second)
+    ]
+    for table, ours, theirs in ((one, first, second), (other, second, first)):
+        found += [f"only {shown(table.path)} has {_name(n, ours)}" for n in ours if n not in theirs]
+    return found
+
+
+def _collect(tables: Sequence[Table]) -> list[Mapping[str, Asset]]:
+    """Return the assets of each checkpoint, with the files beside those in folders of their own.
+
+    The files in one folder belong to all checkpoints in it: there is nothing to compare.
+    """
+    folders = [Path(table.path).parent for table in tables]
+    unique = [*dict.fromkeys(folders)]
+    beside = read_assets_beside(unique) if len(unique) > 1 else [{}]
+    by_folder = dict(zip(unique, beside, strict=True))
+    return [
+        {**table.assets, **by_folder[folder]} if len(unique) > 1 else table.assets
+        for table, folder in zip(tables, folders, strict=True)
+    ]
+
+
+def _find_others(tables: Sequence[Table], assets: Sequence[Mapping[str, Asset]]) -> dict[int, str]:
+    """Return index and description of each checkpoint with another asset than most that have it."""
+    usual = {name: _find_usual(assets, name) for name in set().union(*assets)}
+    others: dict[int, str] = {}
+    for k, found in enumerate(assets):
+        differing = [name for name in found if _differs(name, found, assets[usual[name]])]
+        if differing:
+            # Of the copies that a layer and the layer inside it keep, the outer one is named.
+            first, *more = sorted(differing, key=lambda name: (name.count("/"), name))
+            others[k] = (
+                f"{shown(tables[k].path)}: {_name(first, found)}"
+                f"{f' (and {len(more)} more)' if more else ''} is not that of "
+                f"{shown(tables[usual[first]].path)}"
+            )
+    return others
+
+
+def _find_usual(assets: Sequence[Mapping[str, Asset]], name: str) -> int:
+    """Return the index of the newest checkpoint with the most frequent content of an asset."""
+    digests = {k: found[name].digest for k, found in enumerate(assets) if name in found}
+    counts = Counter(digests.values())
+    return max(digests, key=lambda k: (counts[digests[k]], k))
+
+
+def _differs(name: str, ours: Mapping[str, Asset], theirs: Mapping[str, Asset]) -> bool:
+    return ours[name].digest != theirs[name].digest
+
+
+def _name(name: str, assets: Mapping[str, Asset]) -> str:
+    """Return an asset's name with the layer that it belongs to."""
+    owner = assets[name].owner
+    return f"'{shown(name)}'" + (f" of layer '{shown(owner, 80)}'" if owner else "")
+
+
+def _note_missing(tables: Sequence[Table], assets: Sequence[Mapping[str, Asset]]) -> list[str]:
+    """Return a note where only some checkpoints have an asset: many programs save it once."""
+    names = dict.fromkeys(name for found in assets for name in found)
+    some = [name for name in names if not all(name in found for found in assets)]
+    if not some:
+        return []
+    without = next(
+        table for table, found in zip(tables, assets, strict=True) if some[0] not in found
+    )
+    return [
+        f"{shown(without.path)} has no {list_some(some)}, which others have: whether its tensors "
+        "have the same meaning cannot be compared"
+    ]
