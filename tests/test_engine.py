@@ -146,7 +146,7 @@ def fold(
     if executor is None:
         forked = HERE["where"] == "forked"
         executor = Forked(memory.jobs, memory.tuning) if forked else InProcess(memory.tuning)
-    return executors.fold(tensors, job, memory, progress, executor)
+    return executors.fold(tensors, job, memory, progress, executor).totals
 
 
 def run(
@@ -1135,7 +1135,7 @@ def test_a_worker_that_does_not_know_the_job_gets_it(tmp_path: Path) -> None:
 
     pool = Pool(forget=job.id)
     memory = Memory(1, 10, 10, tuning=Tuning(pieces_per_batch=1))
-    totals = executors.fold([tensor(100)], job, memory, executor=Futures(pool, 1))
+    totals = executors.fold([tensor(100)], job, memory, executor=Futures(pool, 1)).totals
     kinds = [kind for kind, _ in pool.tasks]
     assert kinds == ["fold_batch", *["fold_known", "fold_batch"] * 9]
     assert totals.bytes_read == totals.bytes_written == 400

@@ -134,7 +134,7 @@ def _fold(
     nonfinite = plan.settings.tensors.allow_nonfinite
     work = FoldJob(list_files(plan.tables), files, np.array(coefficients), nonfinite)
     memory = plan.settings.machine.share(len(skeletons))
-    totals = executors.fold(_Averaged(plan, skeletons), work, memory, progress)
+    totals = executors.fold(_Averaged(plan, skeletons), work, memory, progress).totals
     if plan.settings.tensors.lora == "exact":
         for row, skeleton in zip(coefficients, skeletons, strict=True):
             bound = plan.settings.machine.max_memory

@@ -16,7 +16,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from polyak_cli.engine.folding import FoldJob, Worker, fold_batch, fold_known, release_workers
+from polyak_cli.engine.folding import (
+    Done,
+    FoldJob,
+    Worker,
+    fold_batch,
+    fold_known,
+    release_workers,
+)
+from polyak_cli.engine.products import Products
 from polyak_cli.engine.slabs import (
     TUNING,
     Batch,
@@ -37,8 +45,8 @@ from polyak_cli.storage.local import LocalOutput
 class Executor(Protocol):
     """A way to run the batches of a job."""
 
-    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Totals, None, None]:
-        """Fold all batches, and yield what each took, in any order.
+    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
+        """Fold all batches, and yield what they took and found, in any order.
 
         Closing the generator before its end stops the work.
 
@@ -53,7 +61,7 @@ def fold(
     memory: Memory,
     progress: Progress = lambda _: None,
     executor: Executor | None = None,
-) -> Totals:
+) -> Done:
     """Average all tensors into the outputs.
 
     Args:
@@ -75,6 +83,7 @@ def fold(
     batches = gather_batches(bundles, memory.piece * tuning.pieces_per_batch, tuning)
     executor = executor or choose_executor(job, memory)
     total = Totals()
+    products = Products(sum(map(bool, job.list_terms())))
     with (
         contextlib.ExitStack() as stack,
         _Flusher(
@@ -83,10 +92,11 @@ def fold(
         contextlib.closing(executor.run(job, batches)) as steps,
     ):
         for done in steps:
-            total = total.plus(done)
-            flusher.count(done.bytes_written)
-            progress(done.bytes_read)
-    return total
+            total = total.plus(done.totals)
+            products.add(done.products)
+            flusher.count(done.totals.bytes_written)
+            progress(done.totals.bytes_read)
+    return Done(total, products if job.sampling else None)
 
 
 def choose_executor(job: FoldJob, memory: Memory) -> Executor:
@@ -104,7 +114,7 @@ class InProcess:
 
     tuning: Tuning = TUNING
 
-    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Totals, None, None]:
+    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
         """See `Executor.run`."""
         with Worker(job, self.tuning) as worker:
             for batch in _prefetch(batches, worker.prefetch):
@@ -135,7 +145,7 @@ class Forked:
     jobs: int
     tuning: Tuning = TUNING
 
-    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Totals, None, None]:
+    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
         """See `Executor.run`."""
         # Each process walks over all batches and folds its own: walking is cheap, and sending
         # batches through a pipe is not.
@@ -160,13 +170,19 @@ class Forked:
 
         def fold_share(writer: Writer) -> None:
             share = itertools.islice(batches, k, None, self.jobs)
+            # A batch has few samples, and all of them together hardly more products: one message
+            # for all is less than one for each.
+            products = Products(sum(map(bool, job.list_terms())))
             for done in InProcess(self.tuning).run(job, share):
-                writer.send({"done": done})
+                products.add(done.products)
+                writer.send({"done": done.totals})
+            if products.sums:
+                writer.send({"products": products.pack()})
 
         return fold_share
 
 
-def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Totals]:
+def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Done]:
     """Yield what a child has sent, and unregister a child that has ended."""
     has_more = child.receive()
     while (line := child.next_line()) is not None:
@@ -174,7 +190,10 @@ def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Totals]
         error = rebuild_error(message)
         if error:
             raise error
-        yield Totals(*message["done"])
+        if "products" in message:
+            yield Done(products=Products.unpack(message["products"]))
+        else:
+            yield Done(Totals(*message["done"]))
     if not has_more:
         selector.unregister(child.pipe)
         how = child.reap()
@@ -203,9 +222,9 @@ class Futures:
     #: all of them at once would be the whole table of tensors in memory.
     window: int = 8
 
-    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Totals, None, None]:
+    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
         """See `Executor.run`."""
-        waiting: dict[Future[Totals | None], Batch] = {}
+        waiting: dict[Future[Done | None], Batch] = {}
         # The first batches carry the job, which names all files.  A worker keeps it, so the others
         # carry its name only; a worker that has not seen the job returns None.
         sent = 0
@@ -229,18 +248,16 @@ class Futures:
             futures.wait(waiting)
             release_workers(job.id)
 
-    def _collect(
-        self, job: FoldJob, waiting: dict[Future[Totals | None], Batch]
-    ) -> Iterator[Totals]:
+    def _collect(self, job: FoldJob, waiting: dict[Future[Done | None], Batch]) -> Iterator[Done]:
         """Wait for some batches and yield what each took."""
         done, _ = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
         for future in done:
             batch = waiting.pop(future)
-            totals = future.result()
-            if totals is None:
+            result = future.result()
+            if result is None:
                 waiting[self.pool.submit(fold_batch, job, batch)] = batch
             else:
-                yield totals
+                yield result
 
 
 class _Flusher:

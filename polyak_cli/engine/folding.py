@@ -13,12 +13,14 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.engine.inputs import OpenInputs
 from polyak_cli.engine.kernel import accumulate, is_finite, round_to, widen
+from polyak_cli.engine.products import Products, Sampler, Sampling
 from polyak_cli.engine.slabs import (
     TUNING,
     Batch,
@@ -46,6 +48,7 @@ class FoldJob:
     outputs: Sequence[str]  # the files of all averages
     coefficients: npt.NDArray[np.float64]  # averages x checkpoints
     allow_nonfinite: bool
+    sampling: Sampling | None = None  # of what inner products are taken, if they are wanted
     #: A process keeps its worker for all batches of the job with this name.
     id: str = field(init=False, default_factory=lambda: os.urandom(8).hex())
 
@@ -58,6 +61,13 @@ class FoldJob:
         ]
 
 
+class Done(NamedTuple):
+    """What folding a batch, or all of them, took and found."""
+
+    totals: Totals = Totals()
+    products: Products | None = None  # of the checkpoints that count
+
+
 class Worker:
     """Folds batches of one job one after the other, with open files and buffers that it keeps."""
 
@@ -65,6 +75,8 @@ class Worker:
         self.job = job
         self.tuning = tuning
         self.terms = job.list_terms()
+        counted = sum(map(bool, self.terms))
+        self.sampler = Sampler(counted, job.sampling) if job.sampling else None
         self.clock = Clock()
         self.inputs = OpenInputs(job.inputs)
         self.span = page_aligned(0)  # small tensors and what lies between them
@@ -114,14 +126,15 @@ class Worker:
         start = _DODGE if clashes(distance) else 0
         return self.raw[start : start + nbytes]
 
-    def fold(self, batch: Batch) -> Totals:
-        """Average the bundles into the outputs and return what that took."""
+    def fold(self, batch: Batch) -> Done:
+        """Average the bundles into the outputs and return what that took and found."""
         self.clock = Clock()
         # Entered once a batch: entering it for each slab would take longer than a small one.
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             for bundle in batch:
                 self._fold_bundle(bundle)
-        return self.clock.totals()
+        found = self.sampler.take_products() if self.sampler else None
+        return Done(self.clock.totals(), found)
 
     def prefetch(self, batch: Batch) -> None:
         """Have the bytes of a batch fetched from the disk, if the last batch came from there."""
@@ -155,17 +168,22 @@ class Worker:
         scratch = self.values[:count], self.product[:count]
         sums = [whole[:count] for whole in self.sums]
         started = bytearray(len(sums))
+        sampler = self.sampler if self.sampler and self.sampler.begin(bundle) else None
         for k, terms in enumerate(self.terms):
             if not terms:
                 continue
             raw = self._read(bundle, k, count)
             source = tensor.sources[k]
             accumulate(raw, source.dtype, source.byteorder, terms, sums, started, scratch)
+            if sampler:
+                sampler.take(raw, source.dtype, source.byteorder)
             self.clock.fold()
         # Whether a value is finite is asked of the sums only, which is one pass instead of one for
         # each checkpoint: NaN and infinity go through every sum.  The culprit is found afterwards.
         if not self.job.allow_nonfinite and not all(is_finite(row) for row in sums):
             raise self._find_culprit(bundle[0], count)
+        if sampler:
+            sampler.finish()
 
     def _read(self, bundle: Bundle, k: int, count: int) -> Bytes:
         """Return the stored bytes that checkpoint ``k`` has for a bundle."""
@@ -276,7 +294,7 @@ def _check_fits(name: str, dtype: str, values: Float64, stored: Float64) -> None
 _workers: dict[int, Worker] = {}
 
 
-def fold_batch(job: FoldJob, batch: Batch) -> Totals:
+def fold_batch(job: FoldJob, batch: Batch) -> Done:
     """Fold one batch: the unit of work that any executor can run in any process.
 
     The worker, with its open files and buffers, stays for the next batch of the same job.
@@ -291,7 +309,7 @@ def fold_batch(job: FoldJob, batch: Batch) -> Totals:
     return worker.fold(batch)
 
 
-def fold_known(job_id: str, batch: Batch) -> Totals | None:
+def fold_known(job_id: str, batch: Batch) -> Done | None:
     """Fold a batch of a job that this thread has been given before; return None if it has not."""
     worker = _workers.get(threading.get_ident())
     return worker.fold(batch) if worker is not None and worker.job.id == job_id else None

@@ -65,6 +65,7 @@ class FoldTensor(NamedTuple):
     size: int
     sources: Sequence[TensorSource]
     targets: Sequence[Placement]
+    group: int | None = None  # whose inner products its samples add to; see `products`
 
 
 class Slab(NamedTuple):
