@@ -78,6 +78,15 @@ LAYERS: Mapping[str, tuple[Callable[[int], Model], str]] = {
         },
         "'h.0.weight' is quantised (bitsandbytes: 8-bit codes with scales)",
     ),
+    "absmax beside": (
+        lambda e: {
+            "h.0.weight": whole(e, 12, 1, dtype=np.uint8),
+            "h.0.absmax": floats(e, 2),
+            "h.0.quant_map": floats(0, 16),
+            "h.0.quant_state": whole(e, 9, dtype=np.uint8),
+        },
+        "'h.0.weight' is quantised (bitsandbytes: 4-bit codes with scales)",
+    ),
     "torchao": (
         lambda e: {
             "h.0.int_data": whole(e, 4, 6, dtype=np.int8),
@@ -319,3 +328,21 @@ def test_one_glob_names_all_layers_that_differ_by_a_number(tmp_path: Path) -> No
     with pytest.raises(MismatchError) as caught:
         average(folder, tmp_path / "o.safetensors")
     assert globs_of(str(caught.value)) == ["model.layers.*.q.*"]
+
+
+def test_integers_that_are_carried_alone_are_refused_too(tmp_path: Path) -> None:
+    """The newest integers under the mean of the scales are no average either."""
+    folder = write_series(
+        tmp_path / "run",
+        lambda e: {"q.x": whole(e, 4, 6), "q.scale": floats(e, 4, 1), "b": floats(e, 2)},
+    )
+    with pytest.raises(MismatchError, match=r"'q\.x' looks quantised .*--exclude-tensors 'q\.\*'"):
+        average(folder, tmp_path / "o.safetensors", exclude_tensors=["q.x"])
+
+
+def test_many_tensors_in_one_folder_are_looked_at_once(tmp_path: Path) -> None:
+    """The work grows with the number of tensors, not with its square, which would take hours."""
+    model = {f"x{k}": np.zeros(2, np.int8) for k in range(20_000)}
+    model |= {f"s{k}_scale": np.zeros(1, np.float32) for k in range(20_000)}
+    save_file(model, tmp_path / "m_1.safetensors")
+    assert len(plan(tmp_path).averaged) == 20_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from polyak_cli.errors import shown
@@ -44,6 +44,10 @@ _COUNTS = {
     *("state", "epoch", "vocab", "label", "labels", "type", "types", "tokens", "permutation"),
     *("shape", "size", "sizes", "order", "offset", "offsets", "updates", "enabled", "tracked"),
 }
+#: Tensors of a folder that are looked at as neighbours of one of them.
+_MOST_BESIDE = 64
+#: Words at the end of a name that may say "scale": weight_input_global_scale_inv has four.
+_MOST_WORDS = 4
 #: As many globs are named in an error; each covers the layers that differ by a number only.
 _MOST_GLOBS = 12
 
@@ -66,9 +70,12 @@ def describe_quantised(
         averaged: names of those that would be averaged.
         wanted: names of those that no option leaves out.
     """
+    packed = [spec for spec in specs if _is_integer(spec) or spec.dtype.startswith("float8")]
+    if not packed:  # which most models have not, and looking at 100,000 names takes its time
+        return ""
     index = _Index(specs)
     refused = []
-    for spec in specs:
+    for spec in packed:
         kind = _recognise(spec, index)
         parts = index.list_parts(spec) if kind else []
         # Scales may be integers too (MXFP4): then only the options say that all parts are carried.
@@ -102,14 +109,13 @@ def list_suspects(
     """
     index = _Index(specs)
     found = {}
-    for spec in specs:
-        if not _is_integer(spec) or spec.name not in wanted:
-            continue
+    for spec in (spec for spec in specs if _is_integer(spec)):
         scale = _find_suspected_scale(spec, index, averaged)
-        if scale:
+        # What is carried alone keeps a scale that is averaged, and is as wrong.
+        if scale and (spec.name in wanted or _is_scale(scale.name)):
             kind = f"{spec.dtype} beside '{shown(scale.name)}', which looks like its scale"
             found[spec.name] = Quantised(spec.name, kind, (spec.name, scale.name))
-        elif _find_last(spec.name) in _WEIGHTS and len(spec.shape) > 1:
+        elif spec.name in wanted and _find_last(spec.name) in _WEIGHTS and len(spec.shape) > 1:
             kind = f"{spec.dtype} where a model has floats"
             found[spec.name] = Quantised(spec.name, kind, (spec.name,))
     return found
@@ -134,29 +140,30 @@ def describe_suspect(one: Quantised, names: Sequence[str]) -> str:
 
 
 class _Index:
-    """The tensors of a model by their folders, and their scales by the tensors they belong to."""
+    """The tensors of a model by their folders, and their scales by the tensors they belong to.
+
+    Of each folder only the first `_MOST_BESIDE` count: a layer has no more, and a file with all
+    tensors in one folder is looked at in a time that grows with their number.
+    """
 
     def __init__(self, specs: Iterable[TensorSpec]) -> None:
+        self.specs = {spec.name: spec for spec in specs}
         self.folders: dict[str, list[TensorSpec]] = {}
+        self.scales: dict[str, list[TensorSpec]] = {}  # folder -> those named after no tensor in it
         self.of_tensor: dict[str, list[TensorSpec]] = {}  # "a.weight" -> "a.weight_scale", ...
-        self.derived: set[str] = set()  # names of scales that are named after another tensor
-        names = set()
-        scales = []
-        for spec in specs:
-            names.add(spec.name)
-            self.folders.setdefault(_find_folder(spec.name), []).append(spec)
+        for spec in self.specs.values():
+            folder = _find_folder(spec.name)
+            _append(self.folders, folder, spec)
             if _is_scale(spec.name):
-                scales.append(spec)
-        for spec in scales:
-            for owner in _list_owners(spec.name):
-                if owner in names:
-                    self.of_tensor.setdefault(owner, []).append(spec)
-                    self.derived.add(spec.name)
+                owners = [owner for owner in _list_owners(spec.name) if owner in self.specs]
+                for owner in owners:
+                    _append(self.of_tensor, owner, spec)
+                if not owners:
+                    _append(self.scales, folder, spec)
 
     def list_siblings(self, spec: TensorSpec) -> list[TensorSpec]:
         """Return the scales in the folder of a tensor that are not named after another one."""
-        folder = self.folders.get(_find_folder(spec.name), [])
-        return [one for one in folder if _is_scale(one.name) and one.name not in self.derived]
+        return self.scales.get(_find_folder(spec.name), [])
 
     def list_parts(self, spec: TensorSpec) -> list[TensorSpec]:
         """Return a tensor of integers and all that belongs to it."""
@@ -166,10 +173,15 @@ class _Index:
         return parts
 
 
+def _append(lists: dict[str, list[TensorSpec]], key: str, spec: TensorSpec) -> None:
+    """Append to the list of a key, unless the list is long enough."""
+    found = lists.setdefault(key, [])
+    if len(found) < _MOST_BESIDE:
+        found.append(spec)
+
+
 def _recognise(spec: TensorSpec, index: _Index) -> str:
     """Return what a tensor is if it is surely quantised, else ""."""
-    if not _is_integer(spec) and not spec.dtype.startswith("float8"):
-        return ""
     last = _find_last(spec.name)
     siblings = index.list_siblings(spec)
     own = index.of_tensor.get(spec.name, [])
@@ -181,22 +193,19 @@ def _recognise(spec: TensorSpec, index: _Index) -> str:
         return f"{_PACKED[last]}: {spec.dtype} with scales"
     narrow = spec.dtype in ("int8", "uint8")
     words = {word for one in own for word in _split_words(_find_last(one.name))}
-    if words & {"absmax"} or (
-        last in _WEIGHTS and any(_find_last(s.name) == "SCB" for s in siblings)
-    ):
+    beside = {_find_last(one.name) for one in siblings}
+    if "absmax" in words or (last in _WEIGHTS and beside & {"SCB", "absmax"}):
         bits = 4 if spec.dtype == "uint8" else 8
         return f"bitsandbytes: {bits}-bit codes with scales"
     if own and (narrow or last in _WEIGHTS or spec.dtype.startswith("float8")):
         return f"{spec.dtype} with a scale"
-    if last.endswith("_blocks") and f"{spec.name.removesuffix('_blocks')}_scales" in {
-        one.name for one in siblings
-    }:
+    if last.endswith("_blocks") and f"{last.removesuffix('_blocks')}_scales" in beside:
         return f"MXFP4: {spec.dtype} blocks with scales"
     if spec.dtype.startswith("float8") and any(one.dtype in FLOATS for one in siblings):
         return f"{spec.dtype} with a scale"
     # Keras's weights files have numbers for names.
-    beside = index.folders[_find_folder(spec.name)]
-    if narrow and last.isdigit() and spec.shape and _has_numbered_float(beside):
+    numbered = index.folders[_find_folder(spec.name)]
+    if narrow and last.isdigit() and spec.shape and _has_numbered_float(numbered):
         return f"{spec.dtype} with a scale"
     return ""
 
@@ -207,8 +216,8 @@ def _describe_gptq(spec: TensorSpec, siblings: Sequence[TensorSpec], index: _Ind
     GPTQ packs along the inputs, whose number `g_idx` has; AWQ along the outputs, which have a
     column of scales each.
     """
-    beside = {_find_last(one.name): one for one in index.folders[_find_folder(spec.name)]}
-    groups, scales = beside.get("g_idx"), beside.get("scales", siblings[0])
+    groups = index.specs.get(f"{_find_folder(spec.name)}g_idx")
+    scales = next((one for one in siblings if _find_last(one.name) == "scales"), siblings[0])
     form, packed, whole = "AWQ", spec.shape[-1:], scales.shape[-1:]
     if groups is not None:
         form, packed, whole = "GPTQ", spec.shape[:1], groups.shape[:1]
@@ -238,7 +247,11 @@ def _find_suspected_scale(
         return None
     beside = [
         one
-        for one in (*index.of_tensor.get(spec.name, []), *index.folders[_find_folder(spec.name)])
+        for one in (
+            *index.of_tensor.get(spec.name, []),
+            *index.list_siblings(spec),
+            *index.folders[_find_folder(spec.name)],
+        )
         if one.name in averaged and one is not spec
     ]
     for one in beside:
@@ -279,12 +292,12 @@ def _is_integer(spec: TensorSpec) -> bool:
 
 def _find_folder(name: str) -> str:
     """Return a name without its last part, with the separator at its end."""
-    return name[: len(name) - len(re.split(r"[/.]", name)[-1])]
+    return name[: max(name.rfind("/"), name.rfind(".")) + 1]
 
 
 def _find_last(name: str) -> str:
     """Return the last part of a name, without the number that TensorFlow appends."""
-    return re.split(r"[/.]", name)[-1].partition(":")[0]
+    return name[max(name.rfind("/"), name.rfind(".")) + 1 :].partition(":")[0]
 
 
 def _split_words(last: str) -> list[str]:
@@ -304,7 +317,8 @@ def _list_owners(name: str) -> list[str]:
     folder, last = _find_folder(name), _find_last(name)
     tail = name[len(folder) + len(last) :]  # TensorFlow's ":0"
     owners = [folder[:-1], _find_folder(folder[:-1])[:-1]]  # "a.weight.quant_state.nf4"
-    owners += [f"{folder}{last[: match.start()]}{tail}" for match in re.finditer("_", last)]
+    ends = [match.start() for match in re.finditer("_", last)][-_MOST_WORDS:]
+    owners += [f"{folder}{last[:end]}{tail}" for end in ends]
     if last.startswith("scale_"):  # ComfyUI: scale_weight
         owners.append(f"{folder}{last.removeprefix('scale_')}{tail}")
     return [owner for owner in owners if owner]
@@ -312,17 +326,23 @@ def _list_owners(name: str) -> list[str]:
 
 def word_globs(refused: Sequence[Quantised], names: Sequence[str]) -> str:
     """Return the options that carry all parts of quantised tensors from the newest checkpoint."""
-    exact = [glob for one in refused for glob in _list_globs(one)]
-    covered = {name for glob in exact for name in names if fnmatch.fnmatchcase(name, glob)}
-    globs: Mapping[str, None] = {}
-    for glob in exact:
-        # Layers that differ by a number share a glob, where it covers nothing else.
-        shared = re.sub(r"(?<=[/.])\d+(?=[/.])|^\d+(?=[/.])", "*", glob)
-        wide = {name for name in names if fnmatch.fnmatchcase(name, shared)} <= covered
-        globs = {**globs, (shared if wide else glob): None}
-    listed = [f"--exclude-tensors '{shown(glob)}'" for glob in globs]
-    more = len(listed) - _MOST_GLOBS
-    return " ".join(listed[:_MOST_GLOBS]) + (f" and {more} more such" if more > 0 else "")
+    # Layers that differ by a number only share a glob.
+    shared: dict[str, list[str]] = {}
+    for glob in (glob for one in refused for glob in _list_globs(one)):
+        wide = re.sub(r"(?<=[/.])\d+(?=[/.])|^\d+(?=[/.])", "*", glob)
+        shared.setdefault(wide, []).append(glob)
+    globs: list[str] = []
+    for wide, exact in shared.items():
+        if len(globs) > _MOST_GLOBS:
+            break
+        # Only where it covers no other layer: that would be carried without a word.
+        starts = tuple(one.removesuffix("*") for one in exact)
+        matched = (name for name in names if fnmatch.fnmatchcase(name, wide))
+        is_safe = len(exact) > 1 and all(_escape(name).startswith(starts) for name in matched)
+        globs += [wide] if is_safe else exact
+    listed = [f"--exclude-tensors '{shown(glob)}'" for glob in globs[:_MOST_GLOBS]]
+    more = sum(map(len, shared.values())) - _MOST_GLOBS if len(globs) > _MOST_GLOBS else 0
+    return " ".join(listed) + (f" and {more} more such" if more > 0 else "")
 
 
 def _list_globs(one: Quantised) -> list[str]:
