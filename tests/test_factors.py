@@ -324,6 +324,12 @@ def test_values_that_are_not_finite_have_no_decomposition(tmp_path: Path) -> Non
         average(folder, output, lora="exact")
     assert not output.exists()
     average(folder, output, lora="exact", coefficients=[0, 1])
+    models[0]["base_model.model.q.lora_B.weight"][0, 0] = np.inf
+    write_run(tmp_path / "run", models)
+    with pytest.raises(MismatchError, match=r"m_1\.safetensors: tensor '.*lora_B.*' holds inf"):
+        average(folder, output, force=True)
+    report = average(folder, output, allow_nonfinite=True, force=True)
+    assert any("not measured" in note and "not finite" in note for note in report.notes)
 
 
 def test_types_and_other_tensors_are_as_ever(tmp_path: Path) -> None:
@@ -342,6 +348,27 @@ def test_types_and_other_tensors_are_as_ever(tmp_path: Path) -> None:
     for name, values in np.load(narrow).items():
         if values.dtype.kind == "f":
             np.testing.assert_array_equal(values, np.load(wide)[name].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("l.hada_w1_a", "l.hada_w1_b", "l.hada_w2_a", "l.hada_w2_b"),
+        ("l.lokr_w1", "l.lokr_w2"),
+        ("l.lora_down.weight", "l.lora_up.weight", "l.lora_mid.weight"),
+        ("b.q.lora_A", "b.q.lora_B", "b.q.lora_E"),
+    ],
+)
+def test_products_of_other_kinds_are_suspected(tmp_path: Path, names: Sequence[str]) -> None:
+    """LoHa, LoKr, LoCon with a core and AdaLoRA are named; what their means miss is unknown."""
+    models = [{name: floats(e + k, 3, 3) for k, name in enumerate(names)} for e in (1, 2)]
+    folder = write_run(tmp_path / "run", models)
+    report = average(folder, tmp_path / "o.safetensors")
+    (problem,) = report.plan.suspicions
+    assert problem.kind == "factors"
+    assert names[0] in problem.text
+    assert "merge each checkpoint into its base model first" in problem.text
+    assert [*check(folder).all_problems] == [problem]
 
 
 @pytest.mark.parametrize("jobs", [1, 3])

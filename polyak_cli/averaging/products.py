@@ -193,20 +193,21 @@ def _measure_pair(reader: Reader, pair: Pair, *, exact: bool) -> _Squares | str:
     """
     rank = pair.rank
     width = rank * (1 + len(reader.terms))
-    # The two matrices, and what their decomposition needs.
-    if 6 * 8 * width * width > reader.max_memory:
+    # The two matrices, and the one that is added to them.
+    if 3 * 8 * width * width > reader.max_memory:
         return pair.name
-    left = _multiply_by_itself(reader, pair, is_left=True)
-    right = _multiply_by_itself(reader, pair, is_left=False)
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is looked for below
+        left = _multiply_by_itself(reader, pair, is_left=True)
+        right = _multiply_by_itself(reader, pair, is_left=False)
     if not np.isfinite(left).all() or not np.isfinite(right).all():
         if exact:
             _stack(reader, pair)  # names the tensor
         return pair.name  # the fold refuses it, unless it is allowed
     # The trace of a product of such matrices is not negative, whatever rounding says.
-    product = max(0.0, float(np.sum(left * right)))
-    distance = max(0.0, float(np.sum(left[rank:, rank:] * right[rank:, rank:])))
+    product = max(0.0, float(np.vdot(left, right)))
+    distance = max(0.0, float(np.einsum("ij,ij->", left[rank:, rank:], right[rank:, rank:])))
     # In a few milliseconds where the factors are small; else only where it was asked for.
-    wanted = exact or width <= _SMALL
+    wanted = width <= _SMALL or (exact and 6 * 8 * width * width <= reader.max_memory)
     return _Squares(
         pair.name, product, distance, _measure_tail(left, right, rank) if wanted else None
     )
@@ -235,8 +236,7 @@ def _multiply_by_itself(reader: Reader, pair: Pair, *, is_left: bool) -> Float64
             parts[:, place] -= mean
             if is_left:
                 parts[:, place] *= coefficient
-        with np.errstate(invalid="ignore", over="ignore"):
-            total += stack.T @ stack
+        total += stack.T @ stack
         reader.clock.fold()
     return total
 
@@ -273,10 +273,11 @@ def _measure_norm(reader: Reader, norm: Norm) -> _Squares | str:
     product = distance = 0.0
     for start, stop in _list_blocks(reader, norm, sample=_SAMPLE):
         found = _average_channels(reader, norm, start, stop)
-        length = np.sqrt(np.sum(found.v * found.v, axis=1))
-        own = _scale(found.v, found.g, length) - found.product
-        product += float(np.sum(found.product * found.product))
-        distance += float(np.sum(own * own))
+        with np.errstate(invalid="ignore", over="ignore"):
+            length = np.sqrt(np.sum(found.v * found.v, axis=1))
+            own = _scale(found.v, found.g, length) - found.product
+            product += float(np.sum(found.product * found.product))
+            distance += float(np.sum(own * own))
     return _Squares(norm.name, product, distance) if np.isfinite(product) else norm.name
 
 
@@ -435,12 +436,12 @@ def check_products(factors: Factors, terms: int, max_memory: int) -> None:
     Raises:
         UsageError: there is no product, or one needs more memory; says what to do.
     """
-    if not factors.pairs and not factors.norms:
+    if not factors:
         raise UsageError(
             "--lora exact: no averaged tensors are the factors of a product; leave it out"
         )
     if factors.others:
-        globs = " ".join(f"--exclude-tensors '{shown(name)}'" for name in factors.others[:4])
+        globs = " ".join(f"--exclude-tensors '{shown(name)}'" for name in factors.others[:8])
         raise UsageError(
             f"--lora exact: tensor '{shown(factors.others[0])}' is no factor of a product of two "
             f"matrices, whose mean could be written; carry such tensors with {globs}, or merge "

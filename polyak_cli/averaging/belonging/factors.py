@@ -247,7 +247,7 @@ def describe_measured(
                 f"which loses nothing (the mean of the factors would be "
                 f"{_word_share(one.cross_term)} off)"
             )
-        elif one.products:
+        elif one.cross_term:  # 0 where a factor never changes, and of one checkpoint
             text = _describe_cross_term(factors, one)
             if one.cross_term > TOLERATED:
                 suspicions.append(Problem("factors", f"{text}; {_advise(one)}"))
@@ -266,12 +266,13 @@ def describe_measured(
             "on the base model"
         )
     if factors.others:
-        texts.append(
+        text = (
             f"{word_count(len(factors.others), 'factor')} of products of another kind "
             f"{choose_verb(len(factors.others))} averaged alone, and what that misses is not "
             f"measured ({list_some(factors.others)}); to average the products, merge each "
             "checkpoint into its base model first"
         )
+        suspicions.append(Problem("factors", text))
     return texts, suspicions
 
 
@@ -304,4 +305,6 @@ def _describe_exact(one: Measured) -> str:
 
 def _word_share(share: float) -> str:
     """Return a share in percent, with two significant digits."""
+    if 0 < share < 5e-5:
+        return "less than 0.01 %"
     return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
