@@ -9,6 +9,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
 from polyak_cli.averaging.belonging.quantised import describe_quantised
+from polyak_cli.averaging.belonging.states import is_of_the_run, note_numbers, note_states
 from polyak_cli.averaging.matching import Row, find_last_part, is_statistic
 from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import Checkpoint
@@ -47,9 +48,11 @@ def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list
     carried: list[Row] = []
     for row in rows:
         name, dtype = row[-1].name, row[-1].dtype
-        if is_wanted(name, wanted) and dtype in FLOATS:
+        # What is the run's and not the model's is averaged only where it is asked for.
+        is_chosen = is_wanted(name, wanted) and (bool(include) or not is_of_the_run(row[-1]))
+        if is_chosen and dtype in FLOATS:
             averaged.append(row)
-        elif is_wanted(name, wanted) and not is_carried(dtype):
+        elif is_chosen and not is_carried(dtype):
             raise MismatchError(
                 f"{where}: tensor '{shown(name)}' is of type {dtype}, which is not averaged; "
                 f"expected {', '.join(FLOATS)}. Use --exclude-tensors to carry it from the newest"
@@ -97,6 +100,8 @@ def list_notes(
         notes.append(
             "the model configuration is not the same in all checkpoints; the newest one's is kept"
         )
+    notes += note_states(row[-1] for row in carried)
+    notes += note_numbers([row[-1] for row in averaged])
     # The averaged model's activations have other moments than the mean of the checkpoints' moments:
     # Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018.
     names = [row[-1].name for row in averaged]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli import formats
+from polyak_cli.averaging.belonging.states import is_of_the_run
 from polyak_cli.checkpoints import find_file
 from polyak_cli.examining.reductions import ValueSums, reduce_each
 from polyak_cli.formats.catalogue import find_format
@@ -131,7 +132,7 @@ def _decide_fate(table: Table, spec: TensorSpec) -> str:
     if spec.name in table.others:
         return "carried"
     if spec.dtype in FLOATS:
-        return "averaged"
+        return "carried" if is_of_the_run(spec) else "averaged"
     return "carried" if is_carried(spec.dtype) else "refused"
 
 

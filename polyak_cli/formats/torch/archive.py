@@ -10,18 +10,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats import zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.torch import pickles, vocabularies
+from polyak_cli.formats.torch import beside, pickles, vocabularies
+from polyak_cli.formats.torch.beside import Owner
 from polyak_cli.formats.torch.pickles import SIZES, Pairs, Stored, Tensor
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile, open_input
@@ -36,11 +36,6 @@ from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, Te
 
 #: The member that holds this tool's record; PyTorch looks for members by name and ignores others.
 PROVENANCE = "polyak_provenance"
-#: What programs keep beside a model in one file: of the run, not of the model.
-_OPTIMIZER = re.compile(
-    r"(\w+_)?(opt(im(izer)?)?s?|(lr_?)?sched(uler)?s?|scaler|amp)(_?[A-Z0-9])?(_states?)?(_dicts?)?"
-)
-_OF_THE_RUN = {"callbacks", "loops"}  # PyTorch Lightning's
 _MAXIMUM_DEPTH = 64
 _STEP = 1 << 20
 
@@ -110,20 +105,20 @@ class _Collected:
 
     def fill(self, root: Any, heartbeat: Heartbeat) -> None:
         """Add the storages of all tensors that the pickle's root leads to."""
-        if isinstance(root, Pairs) and [key for key, _ in root.items] == ["state", "param_groups"]:
+        if isinstance(root, Pairs) and beside.is_optimizer(root):
             raise FormatError("is the state of an optimizer; expected a model's state dict")
-        views: dict[str, list[tuple[tuple[str, ...], Tensor | Stored]]] = {}
-        for count, (path, value) in enumerate(_walk(root, (), set())):
+        views: dict[str, list[_Found]] = {}
+        for count, found in enumerate(_walk(root, (), "", set())):
             if count % 500 == 0:
                 heartbeat()
-            key = value.key if isinstance(value, Stored) else value.storage.key
-            views.setdefault(key, []).append((path, value))
-        for found in views.values():
-            own = [view for view in found if _is_own(view[0])]
-            named = [("/".join(path) or "tensor", value) for path, value in own or found]
-            spec = self.describe(named)
+            key = found.value.key if isinstance(found.value, Stored) else found.value.storage.key
+            views.setdefault(key, []).append(found)
+        for several in views.values():
+            # What a model and its optimizer share is the model's.
+            own = [view for view in several if not view.owner]
+            spec = self.describe([("/".join(v.path) or "tensor", v.value) for v in own or several])
             (self.tensors if own else self.others).append(spec)
-            if not own and _OPTIMIZER.fullmatch(found[0][0][0]):
+            if not own and several[0].owner == "optimizer":
                 self.optimizer.append(spec.name)
 
     def describe(self, named: Sequence[Named]) -> TensorSpec:
@@ -178,24 +173,26 @@ class _Collected:
                 )
 
 
-def _walk(
-    value: Any, path: tuple[str, ...], seen: set[int]
-) -> Iterator[tuple[tuple[str, ...], Tensor | Stored]]:
-    """Yield all tensors and where they are; what is there twice is entered once."""
+class _Found(NamedTuple):
+    """A tensor in a pickle."""
+
+    path: tuple[str, ...]  # the keys that lead to it
+    owner: Owner
+    value: Tensor | Stored
+
+
+def _walk(value: Any, path: tuple[str, ...], owner: Owner, seen: set[int]) -> Iterator[_Found]:
+    """Yield all tensors; what is there twice is entered once."""
+    owner = owner or beside.find_owner(path, value)
     if isinstance(value, (Tensor, Stored)):
-        yield path, value
+        yield _Found(path, owner, value)
     elif isinstance(value, (Pairs, list, tuple)) and id(value) not in seen:
         seen.add(id(value))
         if len(path) == _MAXIMUM_DEPTH:
             raise FormatError(f"its dictionaries are nested more than {_MAXIMUM_DEPTH} deep")
         for key, item in value.items if isinstance(value, Pairs) else enumerate(value):
             plain = isinstance(key, (str, int, float, bool, type(None)))
-            yield from _walk(item, (*path, str(key) if plain else "?"), seen)
-
-
-def _is_own(path: Sequence[str]) -> bool:
-    """Tell a model's own tensors from those of the run, which stand in dictionaries beside it."""
-    return len(path) < 2 or not (_OPTIMIZER.fullmatch(path[0]) or path[0] in _OF_THE_RUN)
+            yield from _walk(item, (*path, str(key) if plain else "?"), owner, seen)
 
 
 def _view_storage(value: Tensor | Stored) -> Tensor:

@@ -1,0 +1,103 @@
+"""Tell what a checkpoint holds beside its model: optimizers, schedulers, random states, settings.
+
+Programs give the state of an optimizer any name (``optim_g``, ``opt_disc``), so it is recognised by
+its structure, which is that of ``torch.optim``.  Does not know how tensors lie in the file.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from polyak_cli.formats.torch.pickles import Pairs
+
+#: Whose a value is: "" is the model's own, "run" is neither the model's nor an optimizer's.
+Owner = Literal["", "optimizer", "run"]
+
+#: Names under which programs keep the states of optimizers, schedulers and gradient scalers.
+_OPTIMIZER = re.compile(
+    r"(\w+_)?(opt(im(izer)?)?s?|(lr_?)?sched(uler)?s?|scaler|amp)(_?[A-Z0-9])?(_states?)?(_dicts?)?"
+)
+#: PyTorch Lightning's, fairseq's, and what training scripts keep of their own settings.
+_OF_THE_RUN = {
+    "args",
+    "callbacks",
+    "cfg",
+    "config",
+    "datamodule_hyper_parameters",
+    "extra_state",
+    "hparams",
+    "hyper_parameters",
+    "loops",
+    "sampler",
+}
+_RANDOM = re.compile(r"(\w+_)?(rng(_\w+)?|random_states?)")
+#: What optimizers call the tensors that they keep for a parameter: torch.optim and apex; Adafactor
+#: of Transformers and of torch.optim; Adan, Sophia, Shampoo, Lookahead and bitsandbytes.
+SLOTS = {
+    "absmax1",
+    "acc_delta",
+    "col_var",
+    "exp_avg",
+    "exp_avg_diff",
+    "exp_avg_slow",
+    "exp_avg_sq",
+    "exp_avg_sq_col",
+    "exp_avg_sq_row",
+    "exp_inf",
+    "hessian_diag_h",
+    "master_param",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "preconditioner",
+    "prev_flat_grad",
+    "qmap1",
+    "row_var",
+    "slow_buffer",
+    "slow_param",
+    "square_avg",
+}
+_OPTIMIZER_KEYS = {"state", "param_groups"}
+#: torch.amp.GradScaler's, and those of torch.optim.lr_scheduler, which has others besides.
+_SCALER_KEYS = {"growth_factor", "backoff_factor", "growth_interval"}
+_SCHEDULER_KEYS = {"last_epoch", "_step_count"}, {"last_epoch", "base_lrs"}
+
+
+def find_owner(path: tuple[str, ...], value: Any) -> Owner:
+    """Return whose a value is by its name and structure; "" if neither says anything.
+
+    Args:
+        path: the keys that lead to the value from the pickle's root.
+        value: what is there; what is in it has the same owner.
+    """
+    if path and _RANDOM.fullmatch(path[-1]) and getattr(value, "dtype", "uint8") == "uint8":
+        return "run"  # PyTorch's states are bytes
+    if not isinstance(value, (Pairs, list, tuple)):
+        return ""  # a tensor that is called as an optimizer is may well be a model's
+    if len(path) == 1 and _OPTIMIZER.fullmatch(path[0]):
+        return "optimizer"
+    if isinstance(value, Pairs) and is_optimizer(value):
+        return "optimizer"
+    return "run" if len(path) == 1 and path[0] in _OF_THE_RUN else ""
+
+
+def is_optimizer(value: Pairs) -> bool:
+    """Return whether a dictionary has the structure of an optimizer, a scheduler or a scaler."""
+    keys = {key for key, _ in value.items if isinstance(key, str)}
+    if keys >= _OPTIMIZER_KEYS or keys >= _SCALER_KEYS:
+        return True
+    if any(keys >= known for known in _SCHEDULER_KEYS):
+        return True
+    # One parameter's slots; programs that save only a part of a state save dictionaries of these.
+    if not keys.isdisjoint(SLOTS):
+        return True
+    return any(key == "state" and _is_numbered(item) for key, item in value.items)
+
+
+def _is_numbered(value: Any) -> bool:
+    """Return whether a dictionary has a dictionary for each number of a parameter."""
+    return (
+        isinstance(value, Pairs)
+        and bool(value.items)
+        and all(type(key) is int and isinstance(item, Pairs) for key, item in value.items)
+    )
