@@ -17,7 +17,7 @@ import pytest
 from safetensors import deserialize
 from safetensors.numpy import load_file, save_file
 
-from polyak_cli import average, check, plan, verify
+from polyak_cli import average, check, inspect, plan, verify
 from polyak_cli.errors import MismatchError
 from tests.contract import assert_same, naive
 from tests.oracle import Array, write_model
@@ -112,6 +112,14 @@ LAYERS: Mapping[str, tuple[Callable[[int], Model], str]] = {
         },
         "'h.0.W_q' is quantised (HQQ: uint8 with scales)",
     ),
+    "hqq with a folder": (
+        lambda e: {
+            "h.0.W_q": whole(e, 8, 4, dtype=np.uint8),
+            "h.0.meta.scale": floats(e, 1, 8),
+            "h.0.meta.zero": floats(e, 1, 8),
+        },
+        "'h.0.W_q' is quantised (HQQ: uint8 with scales)",
+    ),
     "fp8": (
         lambda e: {
             "h.0.weight": floats(e, 4, 6).astype(ml_dtypes.float8_e4m3fn),
@@ -182,6 +190,10 @@ def test_quantised_layers_are_named_and_the_named_globs_carry_them(
     with pytest.raises(MismatchError, match=re.escape(str(caught.value))):
         plan(tmp_path)  # known from headers alone
     assert [p.kind for p in check(tmp_path).all_problems] == ["quantised"]
+    (inside,) = inspect([tmp_path / f"m_0.{form}"])
+    fates = {one.spec.name: one.fate for one in inside.tensors}
+    assert fates["x"] == "averaged"
+    assert fates[re.findall(r"'(.*?)'", kind)[0]] == "refused"
     globs = globs_of(str(caught.value))
     average(tmp_path, tmp_path / f"o.{form}", exclude_tensors=globs)
     found = read(tmp_path / f"o.{form}")

@@ -52,7 +52,7 @@ class Problem(NamedTuple):
     Attributes:
         kind: of a checkpoint: "unreadable", "nonfinite", "identical", "outlier", "other model",
             "other run", "duplicate epoch" or "no epoch".  Of a run: "gap", "resumed", "same file",
-            or "other run" if files of two formats lie together.
+            "quantised", "factors", or "other run" if files of two formats lie together.
         text: a sentence that names the file.
         path: of the checkpoint or folder, if the search for checkpoints found the problem.
     """

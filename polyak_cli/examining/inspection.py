@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli import formats
+from polyak_cli.averaging.belonging.quantised import find_quantised
 from polyak_cli.averaging.belonging.states import is_of_the_run
 from polyak_cli.checkpoints import find_file
 from polyak_cli.examining.reductions import ValueSums, reduce_each
@@ -118,15 +119,18 @@ def inspect(paths: Sequence[Path], *, statistics: bool = False) -> Iterator[Insp
         (table,) = formats.scan([find_file(path)])
         specs = [*table.tensors.values(), *table.others.values()]
         found = _measure(table, specs) if statistics else {}
+        refused = {name for one in find_quantised([*table.tensors.values()]) for name in one.parts}
         yield Inspection(
             table,
             find_format(table.format).name,
-            tuple(Inspected(s, _decide_fate(table, s), found.get(s.name)) for s in specs),
+            tuple(Inspected(s, _decide_fate(table, s, refused), found.get(s.name)) for s in specs),
         )
 
 
-def _decide_fate(table: Table, spec: TensorSpec) -> str:
+def _decide_fate(table: Table, spec: TensorSpec, refused: Collection[str]) -> str:
     """Return what averaging without options does with a tensor."""
+    if spec.name in refused:
+        return "refused"
     if spec.name in table.optimizer and not table.rules.is_fixed:
         return "dropped"
     if spec.name in table.others:

@@ -60,6 +60,21 @@ class Quantised(NamedTuple):
     parts: tuple[str, ...]  # names of the integers and of what belongs to them
 
 
+def find_quantised(specs: Sequence[TensorSpec]) -> list[Quantised]:
+    """Return the quantised tensors that names and types give away, in the order of the file."""
+    packed = [spec for spec in specs if _is_integer(spec) or spec.dtype.startswith("float8")]
+    if not packed:  # which most models have not, and looking at 100,000 names takes its time
+        return []
+    index = _Index(specs)
+    found = []
+    for spec in packed:
+        kind = _recognise(spec, index)
+        if kind:
+            parts = tuple(part.name for part in index.list_parts(spec))
+            found.append(Quantised(spec.name, kind, parts))
+    return found
+
+
 def describe_quantised(
     specs: Sequence[TensorSpec], averaged: Collection[str], wanted: Collection[str]
 ) -> str:
@@ -70,20 +85,14 @@ def describe_quantised(
         averaged: names of those that would be averaged.
         wanted: names of those that no option leaves out.
     """
-    packed = [spec for spec in specs if _is_integer(spec) or spec.dtype.startswith("float8")]
-    if not packed:  # which most models have not, and looking at 100,000 names takes its time
-        return ""
-    index = _Index(specs)
+    floats = {spec.name for spec in specs if spec.dtype in FLOATS}
     refused = []
-    for spec in packed:
-        kind = _recognise(spec, index)
-        parts = index.list_parts(spec) if kind else []
+    for one in find_quantised(specs):
         # Scales may be integers too (MXFP4): then only the options say that all parts are carried.
-        without_floats = all(part.dtype not in FLOATS for part in parts)
-        mixed = any(part.name in averaged for part in parts)
-        if kind and (mixed or (without_floats and spec.name in wanted)):
-            names = tuple(part.name for part in parts)
-            refused.append(Quantised(spec.name, kind, names))
+        without_floats = floats.isdisjoint(one.parts)
+        mixed = any(part in averaged for part in one.parts)
+        if mixed or (without_floats and one.name in wanted):
+            refused.append(one)
     if not refused:
         return ""
     more = f" (and {len(refused) - 1} more such)" if len(refused) > 1 else ""
@@ -159,7 +168,7 @@ class _Index:
                 for owner in owners:
                     _append(self.of_tensor, owner, spec)
                 if not owners:
-                    _append(self.scales, folder, spec)
+                    _append(self.scales, _strip_part(folder), spec)
 
     def list_siblings(self, spec: TensorSpec) -> list[TensorSpec]:
         """Return the scales in the folder of a tensor that are not named after another one."""
@@ -293,6 +302,14 @@ def _is_integer(spec: TensorSpec) -> bool:
 def _find_folder(name: str) -> str:
     """Return a name without its last part, with the separator at its end."""
     return name[: max(name.rfind("/"), name.rfind(".")) + 1]
+
+
+def _strip_part(folder: str) -> str:
+    """Return the folder of the integers for that of their scales: HQQ has a folder for these."""
+    for part in ("meta", "qparams"):
+        if folder[:-1].endswith((f"/{part}", f".{part}")):
+            return folder[: -len(part) - 1]
+    return folder
 
 
 def _find_last(name: str) -> str:
