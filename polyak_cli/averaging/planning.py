@@ -208,7 +208,7 @@ def plan_average(
     found = _sort_tensors(tables, settings, coefficients)
     asset_notes = assets.refuse_other_assets(tables, settings.tensors.allow)
     output_format = _choose_format(output, template, found, settings)
-    suspicions = _list_suspicions(chosen, tables, around)
+    suspicions = _list_suspicions(chosen, around)
     made = Plan(
         output=output,
         checkpoints=chosen.checkpoints,
@@ -334,15 +334,11 @@ def _collect_notes(
     yield from describe_plan(found.factors, exact=found.is_exact)
 
 
-def _list_suspicions(
-    chosen: checkpoints.Selection, tables: Sequence[Table], around: Around
-) -> list[Problem]:
+def _list_suspicions(chosen: checkpoints.Selection, around: Around) -> list[Problem]:
     """Return what epochs and file times suggest, unless the values were examined already."""
     if around.suspicions is not None:
         return [*around.suspicions]
-    # A checkpoint of several files is as new as the newest of them.
-    modified = [max(file.version.mtime_ns for file in table.files) / 1e9 for table in tables]
-    return find_suspicions(chosen.checkpoints, modified, chosen.thinned)
+    return find_suspicions(chosen.checkpoints, chosen.run, chosen.thinned)
 
 
 def _choose_format(output: Path | None, template: Table, found: _Fates, settings: Settings) -> str:

@@ -29,6 +29,7 @@ from polyak_cli.checkpoints.listing import (
 )
 from polyak_cli.checkpoints.metrics import check_monitor, take_best
 from polyak_cli.checkpoints.ordering import (
+    describe_epochs,
     is_thinned,
     make_natural_key,
     order_as_far_as_known,
@@ -38,6 +39,7 @@ from polyak_cli.checkpoints.ordering import (
     sort_by_epoch_or_name,
     take_newest,
 )
+from polyak_cli.checkpoints.suspicions import find_overwritten
 from polyak_cli.errors import CheckpointError, UsageError, shown
 
 __all__ = [
@@ -64,6 +66,7 @@ class Selection:
         positions: for each checkpoint, how far into the run it was saved: in epochs counted from 1,
             or 1, 2, 3, ... if not every epoch is known.
         left_out: checkpoints of the run that were found and not chosen.
+        run: all checkpoints of the run, whether chosen or not.
         thinned: some checkpoints were left out on purpose, so a gap in the epochs means nothing.
         problems: what `survey` found.
     """
@@ -73,6 +76,7 @@ class Selection:
     notes: tuple[str, ...]
     positions: tuple[float, ...]
     left_out: tuple[Path, ...] = ()
+    run: tuple[Checkpoint, ...] = ()
     thinned: bool = False
     problems: tuple[Problem, ...] = ()
 
@@ -133,7 +137,11 @@ def select(
     pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
     pool = find_candidates(list_sources(sources), exclude, growing, find_polyak_outputs, refuse)
     ordered, notes = order_by_epoch(pool, pattern)
-    spaced = restrict_epochs(ordered, from_epoch, to_epoch, growing)[::-1][::every][::-1]
+    followed = ordered
+    if growing:
+        followed, restart_notes = _follow(ordered)
+        notes += restart_notes
+    spaced = restrict_epochs(followed, from_epoch, to_epoch, growing)[::-1][::every][::-1]
     chosen = take_newest(spaced, last, len(ordered), growing)
     if best is not None and chosen:
         chosen, metric_notes = take_best(chosen, ordered, best, growing, monitor, better, log)
@@ -188,7 +196,27 @@ def survey(
     chosen = take_newest(kept, last, len(ordered))
     selection = _build_selection(pool, chosen, ordered, (), is_thinned(pool, exclude))
     concerned = (one for one in problems if one.path not in selection.left_out)
-    return replace(selection, problems=tuple(concerned))
+    foreign = {one.path for one in problems if one.kind == "other run"}
+    of_run = tuple(one for one in ordered if one.path not in foreign)
+    return replace(selection, problems=tuple(concerned), run=of_run)
+
+
+def _follow(ordered: list[Checkpoint]) -> tuple[list[Checkpoint], list[str]]:
+    """Return the checkpoints of the run that is being written, and notes.
+
+    What an earlier run has left in the folder is not averaged with them.  One new file alone may
+    have been repaired; from the second on, it is taken for a run that was started again.
+    """
+    restarted = find_overwritten(ordered)
+    if restarted is None or len(restarted.written) < 2:
+        return ordered, []
+    current = {one.path for one in restarted.current}
+    kept = [one for one in ordered if one.epoch is None or one.path in current]
+    note = (
+        f"{restarted.describe_parts()}; only the run that is being written is averaged, "
+        f"{describe_epochs(kept)}"
+    )
+    return kept, [note]
 
 
 def _build_selection(
@@ -205,6 +233,7 @@ def _build_selection(
         notes=(*pool.notes, *notes),
         positions=place_in_run(chosen, ordered),
         left_out=tuple(one.path for one in ordered if one.path not in taken),
+        run=tuple(ordered),
         thinned=thinned,
     )
 

@@ -90,6 +90,13 @@ _SHARD = re.compile(r"(.+)_[0-9]{5,}\.weights\.h5")
 #: A shard of a sharded safetensors checkpoint, which is named by its index.
 _PIECE = re.compile(r".*-\d{5}-of-\d{5}\.safetensors", re.IGNORECASE | re.DOTALL)
 
+#: How the names of files end that name the other files of a checkpoint, which begin alike.
+_INDICES = (".safetensors.index.json", ".weights.json", ".bin.index.json", ".index")
+
+_SHARD_ENDING = re.compile(
+    r"\.data-\d{5}-of-\d{5}|_\d{5,}\.weights\.h5|-\d{5}-of-\d{5}\.(?:safetensors|bin)"
+)
+
 #: The same for whole models: weights without an architecture do not count.
 KINDS_OF_MODEL = {".weights.h5": "", ".h5": ".h5", ".hdf5": ".h5", ".keras": ".keras"}
 
@@ -246,6 +253,31 @@ def find_file(path: Path) -> Path:
             "which could be the checkpoint; move one away"
         )
     return found[0] if found else path
+
+
+def read_times(paths: Sequence[Path]) -> list[float | None]:
+    """Return when each checkpoint was written, in seconds since 1970; None for one that is gone.
+
+    A checkpoint of several files, such as shards and their index, is as new as the newest of them.
+    """
+    listed: dict[Path, list[str]] = {}
+    return [_read_time(path, listed) for path in paths]
+
+
+def _read_time(path: Path, listed: dict[Path, list[str]]) -> float | None:
+    """Return a checkpoint's time; ``listed`` keeps the names in each folder."""
+    try:
+        file = find_file(path)
+        stem = next((file.name[: -len(end)] for end in _INDICES if file.name.endswith(end)), None)
+        if stem is None:
+            return file.stat().st_mtime
+        if file.parent not in listed:
+            listed[file.parent] = os.listdir(file.parent)  # noqa: PTH208 (only names)
+        others = (name for name in listed[file.parent] if name.startswith(stem))
+        shards = [name for name in others if _SHARD_ENDING.fullmatch(name, len(stem))]
+        return max((file.parent / name).stat().st_mtime for name in (file.name, *shards))
+    except (OSError, CheckpointError):
+        return None
 
 
 def _find_openers(path: Path) -> list[Path]:

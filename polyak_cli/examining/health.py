@@ -161,9 +161,7 @@ def check(
     of_run += _measure_all(examined, match, memory)
     notes = _compare_assets(examined, allow)
     alike = [one for one in examined if not one.has("other run")]
-    of_run += find_suspicions(
-        [one.checkpoint for one in alike], [one.modified for one in alike], selection.thinned
-    )
+    of_run += find_suspicions([one.checkpoint for one in alike], selection.run, selection.thinned)
     return Health(
         tuple(one.build_result() for one in examined),
         tuple(of_run),
