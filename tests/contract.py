@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from polyak_cli import average, inspect, plan, verify
+from polyak_cli import average, check, inspect, plan, verify
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.engine import slabs
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
@@ -268,6 +268,22 @@ class Contract(abc.ABC):
         assert f"stored as {types[-1]}" in note
         assert "suspicions" not in report.data() or not report.data()["suspicions"]
         assert verify(output, sources=[tmp_path / "run"]).problems == ()
+
+    def test_an_infinity_that_all_have_is_kept(self, tmp_path: Path) -> None:
+        """A mask of -inf and a number that is inf keep their bits, and `check` finds no problem."""
+        paths, models = self.write_run(tmp_path / "run")
+        for path, model in zip(paths, models, strict=True):
+            model["kernel"][np.triu_indices(33, 1, 17)] = -np.inf
+            model["scale"] = np.array(np.inf, model["scale"].dtype)
+            self.write(path, model)
+        output = tmp_path / f"o{self.result}"
+        report = average(tmp_path / "run", output, verify=True)
+        assert_same(self.read(output), naive(models, report.plan.coefficients))
+        count = len(np.triu_indices(33, 1, 17)[0]) + 1
+        notes = (report.notes, check(tmp_path / "run").notes)
+        for (note,) in ([one for one in found if "infinite" in one] for found in notes):
+            assert note.startswith(f"{count} numbers of 2 tensors (")
+        assert not any("nonfinite" in one.kind for one in check(tmp_path / "run").all_problems)
 
     @pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
     def test_checkpoints_of_another_model_are_refused(self, tmp_path: Path, change: str) -> None:

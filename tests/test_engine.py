@@ -102,6 +102,8 @@ def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
 
 #: How the batches of a test are run; set by the fixture `where`.
 HERE: dict[str, Any] = {}
+#: What each fold returned.
+FOUND: list[Totals] = []
 WHERE = ["in process", "forked", "threads", "spawned"]
 
 
@@ -146,7 +148,8 @@ def fold(
     if executor is None:
         forked = HERE["where"] == "forked"
         executor = Forked(memory.jobs, memory.tuning) if forked else InProcess(memory.tuning)
-    return executors.fold(tensors, job, memory, progress, executor).totals
+    FOUND.append(executors.fold(tensors, job, memory, progress, executor).totals)
+    return FOUND[-1]
 
 
 def run(
@@ -764,7 +767,7 @@ def test_bytes_and_seconds_are_counted(tmp_path: Path, monkeypatch: pytest.Monke
     assert (totals.bytes_read, totals.bytes_written) == (8000, 4000)
     assert sorted(reported) == [1600, 6400]
     assert flushed
-    assert min(totals[2:]) > 0.0
+    assert min(totals[2:5]) > 0.0
     times = iter([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     clock = Clock()
@@ -774,8 +777,9 @@ def test_bytes_and_seconds_are_counted(tmp_path: Path, monkeypatch: pytest.Monke
     clock.read(100)
     clock.fold()
     clock.write(50)
-    assert clock.totals() == (110, 55, 1.0 + 8.0, 2.0 + 16.0, 4.0 + 32.0)
-    assert clock.totals().plus(Totals(1, 2, 3.0, 4.0, 5.0)) == (111, 57, 12.0, 22.0, 41.0)
+    assert clock.totals() == Totals(110, 55, 1.0 + 8.0, 2.0 + 16.0, 4.0 + 32.0)
+    total = clock.totals().plus(Totals(1, 2, 3.0, 4.0, 5.0))
+    assert total == Totals(111, 57, 12.0, 22.0, 41.0)
 
 
 def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
@@ -909,10 +913,82 @@ def test_a_nan_behind_a_checkpoint_that_does_not_count_is_named(tmp_path: Path) 
     arrays[2][3] = -np.inf
     with pytest.raises(
         MismatchError,
-        match=r"/2\.raw: tensor 'x' holds -inf \(element 3\); expected finite numbers\. Leave the "
-        r"checkpoint out with --exclude, or use --allow-nonfinite$",
+        match=r"/2\.raw: tensor 'x' holds -inf \(element 3\), but \S*/0\.raw holds 0; expected "
+        r"finite numbers, or the same infinity in every checkpoint\. Carry the newest's with "
+        r"--exclude-tensors 'x', or use --allow-nonfinite$",
     ):
         run(tmp_path, arrays, [[0.5, 0.0, 0.5]], Memory(2, 10, 10))
+
+
+@pytest.mark.parametrize("piece", [3, 7, 1000])
+def test_an_infinity_that_all_have_is_a_constant(tmp_path: Path, piece: int) -> None:
+    """It is kept whatever the signs of the coefficients, and counted once for each element."""
+    arrays = [np.full(20, k, np.float32) for k in range(3)]
+    for array in arrays:
+        array[[2, 3, 19]] = [np.inf, -np.inf, np.inf]
+    expected = np.full(20, 2 * 1.5 - 0.5 * 0, np.float32)
+    expected[[2, 3, 19]] = [np.inf, -np.inf, np.inf]
+    (out,) = run(tmp_path, arrays, [[-0.5, 0.0, 1.5]], Memory(2, piece, piece))
+    assert out.tobytes() == expected.tobytes()
+    assert FOUND[-1].constants
+    assert sum(one.infinite for one in FOUND[-1].constants) == 3
+    assert {(one.name, one.nan) for one in FOUND[-1].constants} == {("x", 0)}
+
+
+def test_a_checkpoint_that_does_not_count_needs_no_such_infinity(tmp_path: Path) -> None:
+    """Each average has the constants of its own checkpoints; of those that differ none is made."""
+    arrays = [np.full(4, k, np.float32) for k in range(3)]
+    arrays[1][2] = arrays[2][2] = -np.inf
+    none, newer = run(tmp_path, arrays, [[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]], Memory(1, 10, 10))
+    assert none.tolist() == [0, 0, 0, 0]
+    assert newer.tolist() == [1.5, 1.5, -np.inf, 1.5]
+    with pytest.raises(MismatchError, match=r"1\.raw: tensor 'x' holds -inf .*/0\.raw holds 0;"):
+        run(tmp_path, arrays, [[0.0, 0.5, 0.5], [0.25, 0.25, 0.5]], Memory(1, 10, 10))
+
+
+def test_other_infinities_are_no_constant(tmp_path: Path) -> None:
+    """The sign counts, and so does the place."""
+    for places in (([3], [4]), ([3], [3, 4]), ([3, 4], [4])):
+        arrays = [np.zeros(9, np.float32) for _ in places]
+        for array, where in zip(arrays, places, strict=True):
+            array[where] = np.inf
+        with pytest.raises(MismatchError, match=r"holds inf \(element [34]\), but \S* holds 0;"):
+            run(tmp_path, arrays, [[0.5, 0.5]], Memory(1, 10, 10))
+    arrays = [np.array([1, sign * np.inf], np.float32) for sign in (1, -1)]
+    with pytest.raises(MismatchError, match=r"0\.raw: .* holds inf .*1\.raw holds -inf;"):
+        run(tmp_path, arrays, [[0.5, 0.5]], Memory(1, 10, 10))
+
+
+def test_nan_that_all_have_keep_the_newest_s_bits(tmp_path: Path) -> None:
+    """Among finite numbers only; NaN throughout, or in one checkpoint alone, is no constant."""
+    bits = np.array([0x3F800000, 0x7FC00001, 0x7FC00002], np.uint32)
+    arrays = [bits.view(np.float32), (bits + np.array([0, 4, 8], np.uint32)).view(np.float32)]
+    (out,) = run(tmp_path, arrays, [[0.5, 0.5]], Memory(1, 10, 10))
+    assert out.tobytes() == arrays[1].tobytes()
+    assert [one.nan for one in FOUND[-1].constants] == [2]
+    message = r"0\.raw: tensor 'x' holds nan \(element 0\), as every .* has diverged; expected"
+    with pytest.raises(MismatchError, match=message):
+        run(tmp_path, [np.full(5, np.nan, np.float32)] * 2, [[0.5, 0.5]], Memory(1, 10, 10))
+    with pytest.raises(MismatchError, match=r"0\.raw: .* holds nan \(element 1\); expected"):
+        run(tmp_path, arrays[:1], [[1.0]], Memory(1, 10, 10))
+
+
+def test_a_constant_is_read_once_more_and_no_slab_oftener(tmp_path: Path) -> None:
+    """A tensor that is -inf throughout is read twice; its neighbours in a bundle are too."""
+    arrays = [np.full(1000, -np.inf, np.float32) for _ in range(3)]
+    (out,) = run(tmp_path, arrays, [[0.25, 0.25, 0.5]], Memory(1, 10, 10))
+    assert np.isneginf(out).all()
+    assert FOUND[-1].bytes_read == 2 * 3 * 4000
+
+
+def test_a_constant_that_the_wanted_type_lacks_is_refused(tmp_path: Path) -> None:
+    """float8_e4m3fn has no infinity; types that have one keep it."""
+    values = [1.0, -np.inf]
+    assert folded_once(tmp_path, values, "float16", 1.0) == b"\x00\x3c\x00\xfc"
+    assert folded_once(tmp_path, values, "float8_e5m2", 1.0) == b"\x3c\xfc"
+    message = "holds -inf, which float8_e4m3fn cannot store; choose a wider --dtype"
+    with pytest.raises(MismatchError, match=message):
+        folded_once(tmp_path, values, "float8_e4m3fn", 1.0)
 
 
 def folded_once(

@@ -14,7 +14,7 @@ import numpy as np
 
 from polyak_cli import formats
 from polyak_cli.averaging import products, records
-from polyak_cli.averaging.belonging import quantised
+from polyak_cli.averaging.belonging import constants, quantised
 from polyak_cli.averaging.fates import describe_difference, is_compared, is_wanted
 from polyak_cli.averaging.matching import Row, list_files, list_sources
 from polyak_cli.averaging.options import Progress
@@ -40,7 +40,8 @@ def write_average(
     compared, differing = _compare_carried(plan, inputs, progress)
     # Only now: a file that was rewritten while it was read gives a mixture of two checkpoints.
     check_unchanged(inputs)
-    return totals.plus(compared), [*map(Path, skeleton.files)], differing
+    kept = constants.describe_constants(constants.merge_constants(totals.constants))
+    return totals.plus(compared), [*map(Path, skeleton.files)], [*kept, *differing]
 
 
 def write_again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
@@ -135,6 +136,7 @@ def _fold(
     work = FoldJob(list_files(plan.tables), files, np.array(coefficients), nonfinite)
     memory = plan.settings.machine.share(len(skeletons))
     totals = executors.fold(_Averaged(plan, skeletons), work, memory, progress).totals
+    _refuse_diverged(plan, totals)
     if plan.settings.tensors.lora == "exact":
         for row, skeleton in zip(coefficients, skeletons, strict=True):
             bound = plan.settings.machine.max_memory
@@ -146,6 +148,15 @@ def _fold(
     for skeleton in skeletons:
         skeleton.finalize()
     return totals
+
+
+def _refuse_diverged(plan: Plan, totals: Totals) -> None:
+    """Refuse NaN that every checkpoint has where they cannot be constants."""
+    found = constants.merge_constants(totals.constants)
+    for spec in (row[-1] for row in plan.averaged_rows if row[-1].name in found):
+        if constants.is_diverged(found[spec.name], spec.shape):
+            where = shown(plan.tables[-1].path)
+            raise MismatchError(f"{where}: {constants.describe_diverged(found[spec.name])}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from polyak_cli.engine.constants import Agreement, Constant, find_codes
 from polyak_cli.engine.inputs import OpenInputs
 from polyak_cli.engine.kernel import accumulate, is_finite, round_to, widen
 from polyak_cli.engine.products import Products, Sampler, Sampling
@@ -31,7 +32,7 @@ from polyak_cli.engine.slabs import (
     count_elements,
 )
 from polyak_cli.engine.timing import Clock, Totals
-from polyak_cli.errors import MismatchError, PolyakError, shown
+from polyak_cli.errors import MismatchError, PolyakError, quote_glob, shown
 from polyak_cli.storage import Bytes, File
 from polyak_cli.storage.local import PAGE, LocalOutput, clashes, page_aligned
 from polyak_cli.tensors import Extent, Float64, itemsize
@@ -78,6 +79,7 @@ class Worker:
         counted = sum(map(bool, self.terms))
         self.sampler = Sampler(counted, job.sampling) if job.sampling else None
         self.clock = Clock()
+        self.constants: list[Constant] = []  # of the slabs of this batch
         self.inputs = OpenInputs(job.inputs)
         self.span = page_aligned(0)  # small tensors and what lies between them
         self.layout = b"", b""  # of the small tensors that were read last; see `_pick`
@@ -128,13 +130,14 @@ class Worker:
 
     def fold(self, batch: Batch) -> Done:
         """Average the bundles into the outputs and return what that took and found."""
-        self.clock = Clock()
+        self.clock, self.constants = Clock(), []
         # Entered once a batch: entering it for each slab would take longer than a small one.
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             for bundle in batch:
                 self._fold_bundle(bundle)
         found = self.sampler.take_products() if self.sampler else None
-        return Done(self.clock.totals(), found)
+        totals = self.clock.totals()._replace(constants=tuple(self.constants))
+        return Done(totals, found)
 
     def prefetch(self, batch: Batch) -> None:
         """Have the bytes of a batch fetched from the disk, if the last batch came from there."""
@@ -179,9 +182,11 @@ class Worker:
                 sampler.take(raw, source.dtype, source.byteorder)
             self.clock.fold()
         # Whether a value is finite is asked of the sums only, which is one pass instead of one for
-        # each checkpoint: NaN and infinity go through every sum.  The culprit is found afterwards.
-        if not self.job.allow_nonfinite and not all(is_finite(row) for row in sums):
-            raise self._find_culprit(bundle[0], count)
+        # each checkpoint: NaN and infinity go through every sum, and are looked at afterwards.
+        if not self.job.allow_nonfinite:
+            rows = [row for row, total in enumerate(sums) if not is_finite(total)]
+            if rows:
+                self._settle_nonfinite(bundle, count, rows)
         if sampler:
             sampler.finish()
 
@@ -255,39 +260,89 @@ class Worker:
                 written = end
             self.clock.write(len(raw))
 
-    def _find_culprit(self, slab: Slab, count: int) -> MismatchError:
-        """Read the slab again and return the error that names the checkpoint at fault."""
-        name = shown(slab.tensor.name)
-        values = self.values[:count]
+    def _settle_nonfinite(self, bundle: Bundle, count: int, rows: Sequence[int]) -> None:
+        """Put constants that are not finite into sums that are not finite; refuse all else."""
+        agreements = {row: Agreement(count) for row in rows}
         for k, terms in enumerate(self.terms):
-            if not terms:
+            members = [row for row, _ in terms if row in agreements]
+            if not members:
                 continue
-            source = slab.tensor.sources[k]
-            alone = values[: slab.stop - slab.start]
-            widen(self._read([slab], k, len(alone)), source.dtype, source.byteorder, alone)
-            where = np.flatnonzero(~np.isfinite(alone))
-            if len(where):
-                at = (slab.start + int(where[0])) * itemsize(source.dtype)
-                path = self.job.inputs[source.find_file(at)].path
-                return MismatchError(
-                    f"{shown(path)}: tensor '{name}' holds "
-                    f"{alone[where[0]]} (element {slab.start + int(where[0])}); expected finite "
-                    "numbers. Leave the checkpoint out with --exclude, or use --allow-nonfinite"
-                )
+            codes = find_codes(self._widen(bundle, k, count))
+            for row in members:
+                agreements[row].add(codes)
+                # A negative coefficient turns infinity around, and NaN would lose its bits: the
+                # last that counts is the newest.
+                np.copyto(self.sums[row][:count], self.values[:count], where=codes != 0)
+        places = [*itertools.accumulate((slab.stop - slab.start for slab in bundle), initial=0)]
+        for row, agreement in agreements.items():
+            for start, stop in itertools.pairwise(places):
+                agreement.refuse_nan(start, stop)
+            infinite = find_codes(self.sums[row][:count])
+            if agreement.strays.any() or not np.array_equal(infinite, agreement.common):
+                raise self._find_culprit(bundle[0], row, agreement)
+        # An element may be constant in one average, of few checkpoints, and finite in another.
+        merged = max(agreements.values(), key=lambda one: int(np.count_nonzero(one.common)))
+        for slab, (start, stop) in zip(bundle, itertools.pairwise(places), strict=True):
+            found = merged.describe(slab.tensor.name, start, stop)
+            if found.infinite or found.nan:
+                self.constants.append(found)
+
+    def _widen(self, bundle: Bundle, k: int, count: int) -> Float64:
+        """Read a bundle of checkpoint ``k`` again, and return its values."""
+        source = bundle[0].tensor.sources[k]
+        values = self.values[:count]
+        widen(self._read(bundle, k, count), source.dtype, source.byteorder, values)
+        return values
+
+    def _find_culprit(self, slab: Slab, row: int, found: Agreement) -> MismatchError:
+        """Read a slab again and return the error that names the checkpoint at fault.
+
+        The sums may be of a bundle that begins with the slab; then the error is not shown.
+        """
+        name = slab.tensor.name
+        ways = f"Carry the newest's with --exclude-tensors {quote_glob(name)}, or use "
+        count = slab.stop - slab.start
+        strays = np.flatnonzero(found.strays[:count])
+        if not len(strays):
+            return MismatchError(
+                f"the average of tensor '{shown(name)}' overflows float64, though every checkpoint "
+                "is finite; use --allow-nonfinite to write it all the same"
+            )
+        # Who holds what at one place; the oldest checkpoint that is not finite there is named.
+        place = int(strays[0])
+        members = [k for k, terms in enumerate(self.terms) if row in dict(terms)]
+        held = [(k, float(self._widen([slab], k, count)[place])) for k in members]
+        culprit, value = next((k, one) for k, one in held if not np.isfinite(one))
+        others = (k for k, one in held if not np.array_equal(one, value, equal_nan=True))
+        other = next(others, None)
+        if other is not None:
+            against = f", but {self._name_file(slab, other, place)} holds {dict(held)[other]:.6g}"
+        else:
+            against = ", as every checkpoint does: the run has diverged" if len(held) > 1 else ""
         return MismatchError(
-            f"the average of tensor '{name}' overflows float64, though every checkpoint is "
-            "finite; use --allow-nonfinite to write it all the same"
+            f"{self._name_file(slab, culprit, place)}: tensor '{shown(name)}' holds {value} "
+            f"(element {slab.start + place}){against}; expected finite numbers, or the same "
+            f"infinity in every checkpoint. {ways}--allow-nonfinite"
         )
+
+    def _name_file(self, slab: Slab, k: int, place: int) -> str:
+        """Return the file of checkpoint ``k`` that holds an element of a slab."""
+        source = slab.tensor.sources[k]
+        file = source.find_file((slab.start + place) * itemsize(source.dtype))
+        return shown(self.job.inputs[file].path)
 
 
 def _check_fits(name: str, dtype: str, values: Float64, stored: Float64) -> None:
-    """Refuse a finite average that the wanted type can only store as infinity."""
+    """Refuse an average that the wanted type can only store as infinity or NaN, unless it is so."""
     if not is_finite(stored):
-        worst = values[~np.isfinite(stored)][0]
-        raise MismatchError(
-            f"the average of tensor '{shown(name)}' holds {worst:.6g}, which {dtype} cannot "
-            "store; choose a wider --dtype"
+        unequal = ~np.isfinite(stored) & ~(
+            (stored == values) | (np.isnan(stored) & np.isnan(values))
         )
+        if unequal.any():
+            raise MismatchError(
+                f"the average of tensor '{shown(name)}' holds {values[unequal][0]:.6g}, which "
+                f"{dtype} cannot store; choose a wider --dtype"
+            )
 
 
 #: Thread -> its worker.  A worker has buffers, so that two threads must not share one.

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -22,6 +22,7 @@ from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import products
 from polyak_cli.averaging.belonging import assets, factors, quantised
 from polyak_cli.averaging.belonging.blame import group_alike
+from polyak_cli.averaging.belonging.constants import describe_constants
 from polyak_cli.averaging.fates import is_compared
 from polyak_cli.averaging.matching import (
     Row,
@@ -33,8 +34,9 @@ from polyak_cli.averaging.matching import (
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, find_file
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.engine import reading
+from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.slabs import FOLD_BYTES, Memory
-from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown
+from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, quote_glob, shown
 from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, bound_memory
 from polyak_cli.formats.catalogue import detect
 from polyak_cli.tensors import FLOATS, Table
@@ -158,8 +160,9 @@ def check(
     examined = [_Examined(one) for one in selection.checkpoints]
     of_run = _attach_problems(examined, selection)
     _examine(examined)
-    of_run += _measure_all(examined, match, memory)
-    notes = _compare_assets(examined, allow)
+    found, kept = _measure_all(examined, match, memory)
+    of_run += found
+    notes = [*kept, *_compare_assets(examined, allow)]
     alike = [one for one in examined if not one.has("other run")]
     of_run += find_suspicions([one.checkpoint for one in alike], selection.run, selection.thinned)
     return Health(
@@ -263,19 +266,22 @@ def _compare_assets(examined: Sequence[_Examined], allow: Sequence[str]) -> list
 # --- the values -----------------------------------------------------------------------------------
 
 
-def _measure_all(examined: Sequence[_Examined], by: str, memory: Memory) -> list[Problem]:
+def _measure_all(
+    examined: Sequence[_Examined], by: str, memory: Memory
+) -> tuple[list[Problem], list[str]]:
     """Read all values: those of the run together, each checkpoint of another model alone.
 
     Returns:
-        The problems of the run as a whole.
+        The problems of the run as a whole, and notes.
     """
     run = [one for one in _select_model(examined, by) if not one.has("other run")]
     apart = [[one] for one in examined if one.table and one not in run]
-    for group in (run, *apart):
-        if group:
-            _measure(group, by, memory)
+    kept = [_measure(group, by, memory) for group in (run, *apart) if group]
+    notes = [note for found in kept for note in describe_constants(found)]
     tables = [one.table for one in run if one.table and one.nonfinite is not None]
-    return [*_find_quantised(tables, by), *_find_factors(tables, by, memory)] if tables else []
+    if not tables:
+        return [], notes
+    return [*_find_quantised(tables, by), *_find_factors(tables, by, memory)], notes
 
 
 def _select_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
@@ -295,8 +301,12 @@ def _select_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
     return [known[k][0] for k in reversed(usual)]
 
 
-def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> None:
-    """Read the values of checkpoints of one model, and add the problems they show."""
+def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> Mapping[str, Constant]:
+    """Read the values of checkpoints of one model, and add the problems they show.
+
+    Returns:
+        The values that are not finite and constants, by tensor.
+    """
     tables = [one.table for one in run if one.table]
     rows = match(tables, by)
     sums = NeighbourSums(len(tables))
@@ -308,13 +318,19 @@ def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> None:
         one.nonfinite = int(sums.nonfinite[k])
         path = shown(one.checkpoint.path)
         if one.nonfinite:
-            text = f"{path}: tensor '{shown(sums.first_nonfinite[k])}' holds NaN or infinity"
-            one.add_problem("nonfinite", f"{text}; {one.nonfinite} of its numbers are not finite")
+            first = sums.first_nonfinite[k]
+            text = f"{path}: tensor '{shown(first)}' holds NaN or infinity; {one.nonfinite} of its"
+            one.add_problem(
+                "nonfinite",
+                f"{text} numbers are not finite; `polyak average` carries the newest's tensor with "
+                f"--exclude-tensors {quote_glob(first)}",
+            )
         pair = slice(k - 1, k + 1)
         if sums.same[k] and _has_same_carried(tables[pair], [row[pair] for row in rows]):
             text = f"{path}: every tensor is bit for bit that of {shown(tables[k - 1].path)}"
             one.add_problem("identical", text)
     _compare_neighbours(run, sums)
+    return sums.constants
 
 
 def _find_quantised(tables: Sequence[Table], by: str) -> list[Problem]:

@@ -13,10 +13,12 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from polyak_cli.averaging.belonging.constants import is_diverged, merge_constants
 from polyak_cli.averaging.matching import Row, list_compared, list_files
 from polyak_cli.engine import reading
+from polyak_cli.engine.constants import Agreement, Constant, find_codes
 from polyak_cli.engine.inputs import check_unchanged
-from polyak_cli.engine.kernel import widen_any
+from polyak_cli.engine.kernel import is_finite, widen_any
 from polyak_cli.engine.slabs import Memory
 from polyak_cli.errors import FormatError
 from polyak_cli.storage import Bytes
@@ -163,6 +165,12 @@ class RunSums:
     def add(self, slabs: Sequence[Float64]) -> bool:
         """Add the next slab; return False, and add nothing, if a value is not finite."""
         stacked = np.stack(slabs)
+        codes = [find_codes(slab) for slab in slabs if not is_finite(slab)]
+        if len(codes) == len(slabs):
+            agreement = Agreement(len(codes[0]))
+            for each in codes:
+                agreement.add(each)
+            stacked[:, agreement.common != 0] = 0.0  # constants: no checkpoint is off by them
         average = stacked.mean(axis=0)
         if not np.isfinite(average).all():
             return False
@@ -179,7 +187,8 @@ class NeighbourSums:
     kept across up to two neighbours that may turn out not to be finite.
 
     Attributes:
-        nonfinite: how many values of each checkpoint are not finite.
+        nonfinite: how many values of each checkpoint are not finite, and no constants.
+        constants: tensor -> its values that are not finite and the same in all checkpoints.
         first_nonfinite: checkpoint -> the first tensor that holds such a value.
         squares: squared norm of each checkpoint.
         distances: ``[k, j]`` is the squared distance from checkpoint ``k - j`` to ``k``.
@@ -190,6 +199,10 @@ class NeighbourSums:
     def __init__(self, count: int) -> None:
         self.nonfinite = np.zeros(count, np.int64)
         self.first_nonfinite: dict[int, str] = {}
+        self.constants: dict[str, Constant] = {}
+        self.added = 0  # checkpoints of this slab, without those that cannot be read
+        self.pending: dict[int, int] = {}  # of this slab, how many values are not finite
+        self.agreement = Agreement(0)
         self.squares = np.zeros(count)
         self.distances = np.zeros((count, REACH + 1))
         self.same = np.arange(count) > 0
@@ -203,7 +216,17 @@ class NeighbourSums:
         """
         with np.errstate(invalid="ignore", over="ignore"):
             self._read(tables, rows, memory)
+            self._settle(rows)
         check_unchanged(list_files(tables))
+
+    def _settle(self, rows: Sequence[Row]) -> None:
+        """Count the NaN of tensors in which no NaN can be a constant."""
+        for row in rows:
+            found = self.constants.get(row[0].name)
+            if found and is_diverged(found, row[-1].shape):
+                for k in range(len(self.squares)):
+                    self._count(k, found.name, found.nan)
+                self.constants[found.name] = found._replace(nan=0)
 
     def _read(self, tables: Sequence[Table], rows: Sequence[Row], memory: Memory) -> None:
         # A ring of the newest slabs: row k lies in place k % (REACH + 1); the last is scratch.
@@ -222,29 +245,65 @@ class NeighbourSums:
                 self.same[k : k + 2] = False
                 values.fill(np.nan)  # no distance to it is finite
                 before = None
-                continue
-            source = tensor.sources[k]
-            count = len(stored) // (source.storage.nbytes // tensor.size)
-            widen_any(stored, source.dtype, source.byteorder, values[:count])
-            self._add(tensor.name, k, [slab[:count] for slab in recent])
-            if self.same[k]:
-                self.same[k] = before is not None and np.array_equal(stored, before)
-            before = stored
+            else:
+                source = tensor.sources[k]
+                count = len(stored) // (source.storage.nbytes // tensor.size)
+                widen_any(stored, source.dtype, source.byteorder, values[:count])
+                self._add(k, [slab[:count] for slab in recent])
+                if self.same[k]:
+                    self.same[k] = before is not None and np.array_equal(stored, before)
+                before = stored
+            if k == len(tables) - 1:
+                self._end_slab(tensor.name)
 
-    def _add(self, name: str, k: int, recent: Sequence[Float64]) -> None:
+    def _add(self, k: int, recent: Sequence[Float64]) -> None:
         """Add a slab of checkpoint ``k``, which lies in the ring among those before it."""
         *ring, difference = recent
         values = ring[k % len(ring)]
         squares = float(np.dot(values, values))
-        self.squares[k] += squares
         if not np.isfinite(squares):  # a square may overflow where the value is finite
-            nonfinite = len(values) - np.count_nonzero(np.isfinite(values))
-            self.nonfinite[k] += nonfinite
-            if nonfinite:
-                self.first_nonfinite.setdefault(k, name)
+            self._take_nonfinite(k, values)
+            squares = float(np.dot(values, values))
+        self.squares[k] += squares
+        self.added += 1
         for reach in range(1, min(k, REACH) + 1):
             np.subtract(values, ring[(k - reach) % len(ring)], out=difference)
             self.distances[k, reach] += np.dot(difference, difference)
+
+    def _take_nonfinite(self, k: int, values: Float64) -> None:
+        """Note which values of a slab are not finite, and put 0 in their place."""
+        codes = find_codes(values)
+        nonfinite = int(np.count_nonzero(codes))
+        if not nonfinite:
+            return
+        # Checkpoints that turn out to be sound have the same there, and are not apart by it; the
+        # distances of the others are not used.
+        values[codes != 0] = 0.0
+        if not self.pending:
+            self.agreement = Agreement(len(values))
+        if len(self.pending) == self.added:  # nothing is constant that was finite before
+            self.agreement.add(codes)
+        self.pending[k] = nonfinite
+
+    def _end_slab(self, name: str) -> None:
+        """Tell the constants of a slab from what went wrong: all checkpoints were added."""
+        constants = 0
+        if self.pending and len(self.pending) == self.added:
+            self.agreement.refuse_nan(0, len(self.agreement.common))
+            found = self.agreement.describe(name, 0, len(self.agreement.common))
+            constants = found.infinite + found.nan
+            if constants:
+                before = self.constants.get(name, Constant(name, 0, 0))
+                self.constants |= merge_constants([before, found])
+        for k, nonfinite in self.pending.items():
+            self._count(k, name, nonfinite - constants)
+        self.pending, self.added = {}, 0
+
+    def _count(self, k: int, name: str, nonfinite: int) -> None:
+        """Count values of checkpoint ``k`` that went wrong."""
+        self.nonfinite[k] += nonfinite
+        if nonfinite:
+            self.first_nonfinite.setdefault(k, name)
 
     def measure_distance(self, one: int, other: int) -> float | None:
         """Return how far two checkpoints are apart, None where that was not measured."""
