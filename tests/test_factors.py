@@ -300,8 +300,8 @@ def test_what_exact_cannot_do_is_refused_before_the_run(
     """Each refusal names the tensor and the option that helps."""
     models = [
         {
-            "q.lora_A.weight": floats(e, 8, 2000),
-            "q.lora_B.weight": floats(e, 2000, 8),
+            "q.lora_A.weight": floats(e, 8, 2000, around=0.9),
+            "q.lora_B.weight": floats(e, 2000, 8, around=0.9),
             "b": floats(e, 2),
         }
         | extra
@@ -384,7 +384,10 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, jobs
 def test_large_factors_are_measured_by_blocks(tmp_path: Path) -> None:
     """With less memory than the factors have, the same distance is found."""
     models = [
-        {"q.lora_A.weight": floats(e, 4, 20_000), "q.lora_B.weight": floats(e + 9, 15_000, 4)}
+        {
+            "q.lora_A.weight": floats(e, 4, 20_000, around=0.9),
+            "q.lora_B.weight": floats(e + 9, 15_000, 4, around=0.9),
+        }
         for e in (1, 2)
     ]
     folder = write_run(tmp_path / "run", models)
@@ -395,7 +398,24 @@ def test_large_factors_are_measured_by_blocks(tmp_path: Path) -> None:
         for bound in (1 << 20, 64 << 20)
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-9)
-    assert found[0] > 0.1
+    assert found[0] > 0.001
+
+
+def test_a_high_rank_is_measured_in_strips(tmp_path: Path) -> None:
+    """Where the products of all stacked factors do not fit the memory, they are made in parts."""
+    models = [
+        {"q.lora_A.weight": floats(e, 60, 90, around=0.9), "q.lora_B.weight": floats(e + 9, 70, 60)}
+        for e in (1, 2, 3)
+    ]
+    folder = write_run(tmp_path / "run", models)
+    products = [m["q.lora_B.weight"].astype(float) @ m["q.lora_A.weight"] for m in models]
+    mean = np.mean(products, 0)
+    a, b = (np.mean([m[f"q.lora_{x}.weight"].astype(float) for m in models], 0) for x in "AB")
+    for bound in (1 << 20, 32 << 20):
+        report = average(folder, tmp_path / f"{bound}.safetensors", max_memory=bound)
+        found = report.data()["factors"]["measured"][0]
+        assert found["unmeasured"] == []
+        assert found["cross_term"] == pytest.approx(norm(b @ a - mean) / norm(mean), rel=1e-6)
 
 
 def test_factors_of_hdf5_files_of_fortran_order_and_alone(tmp_path: Path) -> None:

@@ -193,34 +193,40 @@ def _measure_pair(reader: Reader, pair: Pair, *, exact: bool) -> _Squares | str:
     """
     rank = pair.rank
     width = rank * (1 + len(reader.terms))
-    # The two matrices, and the one that is added to them.
-    if 3 * 8 * width * width > reader.max_memory:
+    # The two matrices, and the one that is added to them; or strips of them, one after the other.
+    whole = exact or 3 * 8 * width * width <= reader.max_memory
+    if not whole and 4 * 8 * width * rank > reader.max_memory:
         return pair.name
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is looked for below
-        left = _multiply_by_itself(reader, pair, is_left=True)
-        right = _multiply_by_itself(reader, pair, is_left=False)
-    if not np.isfinite(left).all() or not np.isfinite(right).all():
-        if exact:
-            _stack(reader, pair)  # names the tensor
-        return pair.name  # the fold refuses it, unless it is allowed
-    # The trace of a product of such matrices is not negative, whatever rounding says.
-    product = max(0.0, float(np.vdot(left, right)))
-    distance = max(0.0, float(np.einsum("ij,ij->", left[rank:, rank:], right[rank:, rank:])))
     # In a few milliseconds where the factors are small; else only where it was asked for.
-    wanted = width <= _SMALL or (exact and 6 * 8 * width * width <= reader.max_memory)
-    return _Squares(
-        pair.name, product, distance, _measure_tail(left, right, rank) if wanted else None
-    )
+    with_tail = exact or (whole and width <= _SMALL)
+    product = distance = tail = 0.0
+    for first in range(0, width, width if whole else rank):
+        strip = slice(first, width if whole else first + rank)
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is looked for below
+            left = _multiply_by_itself(reader, pair, strip, is_left=True)
+            right = _multiply_by_itself(reader, pair, strip, is_left=False)
+        if not np.isfinite(left).all() or not np.isfinite(right).all():
+            if exact:
+                _stack(reader, pair)  # names the tensor
+            return pair.name  # the fold refuses it, unless it is allowed
+        product += float(np.vdot(left, right))
+        own = max(0, rank - first)  # rows of the means, which are no distances
+        distance += float(np.einsum("ij,ij->", left[own:, rank:], right[own:, rank:]))
+        if with_tail:
+            tail += _measure_tail(left, right, rank)
+    # The trace of a product of such matrices is not negative, whatever rounding says.
+    found = max(0.0, product), max(0.0, distance)
+    return _Squares(pair.name, *found, tail if with_tail else None)
 
 
-def _multiply_by_itself(reader: Reader, pair: Pair, *, is_left: bool) -> Float64:
-    """Return L'L or R R' of the stacked factors of a pair, by blocks of their lines."""
+def _multiply_by_itself(reader: Reader, pair: Pair, strip: slice, *, is_left: bool) -> Float64:
+    """Return rows of L'L or of R R' of the stacked factors of a pair, by blocks of their lines."""
     row, lines = (pair.left, pair.rows) if is_left else (pair.right, pair.columns)
     rank, count = pair.rank, len(reader.terms)
     width = rank * (1 + count)
     # The lines as read, widened, stacked, and the copy that a matrix product makes.
     step = max(1, min(lines, reader.max_memory // (4 * 8 * width)))
-    total = np.zeros((width, width))
+    total = np.zeros((strip.stop - strip.start, width))
     for start in range(0, lines, step):
         stop = min(lines, start + step)
         stack = np.empty((stop - start, width))
@@ -236,7 +242,7 @@ def _multiply_by_itself(reader: Reader, pair: Pair, *, is_left: bool) -> Float64
             parts[:, place] -= mean
             if is_left:
                 parts[:, place] *= coefficient
-        total += stack.T @ stack
+        total += stack[:, strip].T @ stack
         reader.clock.fold()
     return total
 
