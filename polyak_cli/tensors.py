@@ -239,6 +239,14 @@ class TensorSpec:
         return self.storage.nbytes if self.storage else 0
 
 
+class OutlinedLayer(NamedTuple):
+    """One layer in a model's configuration; the layers of a model follow it, one deeper."""
+
+    depth: int  # 1: of the model itself
+    name: str  # "" where the configuration has none
+    kind: str  # its class, as automatic names have it, such as "batch_normalization"; or ""
+
+
 @dataclass(frozen=True, slots=True)
 class KerasFacts:
     """What only Keras's files say of a model."""
@@ -246,6 +254,9 @@ class KerasFacts:
     layers: tuple[str, ...] = ()  # in their order, where loading goes by position
     statistics: frozenset[str] = frozenset()  # BatchNorm's, where their names do not tell
     ema_slots: Mapping[str, Sequence[str]] = field(default_factory=dict)  # EMA -> of which tensors
+    outline: tuple[OutlinedLayer, ...] = ()  # of the configuration, in its order
+    #: Of a weights file: group -> the name of its layer, which its path does not tell.
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from polyak_cli.tensors import (
     GridPart,
     Inline,
     KerasFacts,
+    OutlinedLayer,
     OutputRules,
     Placement,
     Storage,
@@ -104,6 +105,10 @@ TABLES = st.builds(
         st.lists(NAMES, max_size=3).map(tuple),
         st.frozensets(NAMES, max_size=3),
         st.dictionaries(NAMES, st.lists(NAMES, max_size=3).map(tuple), max_size=3),
+        st.lists(NAMES, max_size=3).map(
+            lambda names: tuple(OutlinedLayer(k, n, n) for k, n in enumerate(names, start=1))
+        ),
+        st.dictionaries(NAMES, NAMES, max_size=3),
     ),
     rules=st.builds(
         OutputRules,
@@ -200,6 +205,18 @@ def test_a_table_of_other_types_is_refused(key: str, value: Any) -> None:
     """Each of its fields is checked."""
     with pytest.raises(FormatError, match="no sensible table"):
         wire.unpack_table(one_table(Extent(0, 16)) | {key: value}, "npz", PATH)
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [[[0, "a", ""]], [[1, "a", ""], [3, "b", ""]], [[1, 7, ""]], [[1, "a"]], [[True, "a", ""]]],
+)
+def test_an_outline_of_no_model_is_refused(outline: Any) -> None:
+    """Depths begin at 1 and go down one by one, and names are texts."""
+    packed = one_table(Extent(0, 16))
+    packed["keras"][3] = outline
+    with pytest.raises(FormatError, match="no sensible table"):
+        wire.unpack_table(packed, "npz", PATH)
 
 
 def test_placements_come_back_and_others_are_refused() -> None:

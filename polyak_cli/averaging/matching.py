@@ -5,12 +5,13 @@ Knows how Keras names layers, and why two checkpoints of one model may differ.  
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
-from polyak_cli.averaging.belonging import blame
+from polyak_cli.averaging.belonging import blame, layers
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import TensorSource
 from polyak_cli.errors import MismatchError, shown
@@ -76,15 +77,8 @@ def _pair_by_name(table: Table, template: Table) -> list[TensorSpec]:
     """Return the tensors in the template's order; refuse other names or other layers."""
     missing = [name for name in template.tensors if name not in table.tensors]
     extra = [name for name in table.tensors if name not in template.tensors]
-    if (missing or extra) and _is_renumbered(table, template):
-        ours, theirs = next(
-            (a, b) for a, b in zip(table.tensors, template.tensors, strict=True) if a != b
-        )
-        raise MismatchError(
-            f"{shown(table.path)}: tensor '{shown(ours)}' is called '{shown(theirs)}' in "
-            f"{shown(template.path)}; Keras merely numbers layers again when a model is built "
-            "again in one process. Use --match order to pair tensors by position"
-        )
+    if missing or extra:
+        _recommend_order(table, template)
     if missing:
         raise MismatchError(
             f"{shown(table.path)}: has no tensor '{shown(missing[0])}', but {shown(template.path)} "
@@ -96,14 +90,39 @@ def _pair_by_name(table: Table, template: Table) -> list[TensorSpec]:
             f"has not{_count_others(extra)}. Checkpoints must come from one model"
         )
     # Names alone are not enough: Keras's loader goes by the position of a layer.
-    for ours, theirs in zip(table.keras.layers, template.keras.layers, strict=False):
-        if ours != theirs:
-            raise MismatchError(
-                f"{shown(table.path)}: has the layer '{shown(ours)}' where {shown(template.path)} "
-                f"has '{shown(theirs)}'; Keras loads layers by their position, so they must be in "
-                f"one order. Checkpoints must come from one model"
-            )
-    return [table.tensors[name] for name in template.tensors]
+    try:
+        layers.check_order(table, template)
+    except layers.UnclearError as error:
+        is_known = bool(table.keras.outline and template.keras.outline)
+        way = ". Use --match order to pair layers by their position" if is_known else ""
+        raise MismatchError(
+            f"{shown(table.path)}: {error} ({shown(template.path)}); Keras loads layers by their "
+            f"position, so they must be in one order{way}"
+        ) from None
+    return _find_by_labels(table, template, "name")
+
+
+def _recommend_order(table: Table, template: Table) -> None:
+    """Refuse names that only Keras has changed, and say how the tensors are paired.
+
+    Keras numbers layers again when a model is built again in one process, and its versions call
+    the tensors of a layer differently.
+    """
+    pairs: Mapping[str, TensorSpec] = {}
+    if table.keras.layers and template.keras.layers:
+        with contextlib.suppress(layers.UnclearError):
+            pairs = layers.pair_by_layers(table, template, "numbers")
+    elif _is_renumbered(table, template):
+        pairs = dict(zip(template.tensors, table.tensors.values(), strict=True))
+    renamed = ((pairs[name].name, name) for name in pairs if pairs[name].name != name)
+    ours, theirs = next(renamed, ("", ""))
+    if ours:
+        raise MismatchError(
+            f"{shown(table.path)}: tensor '{shown(ours)}' is called '{shown(theirs)}' in "
+            f"{shown(template.path)}; Keras merely numbers layers again when a model is built "
+            "again in one process, and its versions name tensors differently. Use --match order to "
+            "pair tensors by their position in the model"
+        )
 
 
 def _count_others(names: Sequence[str]) -> str:
@@ -119,25 +138,75 @@ def _pair_by_order(table: Table, template: Table) -> list[TensorSpec]:
             f"{shown(table.path)}: has {len(column)} tensors, but {shown(template.path)} has "
             f"{len(template.tensors)}. Checkpoints must come from one model"
         )
+    in_order = list(table.tensors) == list(template.tensors)
+    has_same_names = table.tensors.keys() == template.tensors.keys()
+    if (table.keras.layers and template.keras.layers) and (
+        not has_same_names or _contradicts_names(table, template)
+    ):
+        return _pair_by_layers(table, template)
     # With equal names, another order means other layers: by position they would be mixed up.
-    moved = next((a for a, b in zip(table.tensors, template.tensors, strict=True) if a != b), None)
-    if moved and table.tensors.keys() == template.tensors.keys():
+    if has_same_names and not in_order:
+        moved = next(a for a, b in zip(table.tensors, template.tensors, strict=True) if a != b)
         raise MismatchError(
             f"{shown(table.path)}: has the very names of {shown(template.path)} in another order, "
             f"from '{shown(moved)}' on; pair them by name, without --match order"
         )
     for ours, theirs in zip(table.tensors, template.tensors, strict=True):
-        if _strip_numbers(ours).rpartition("/")[2] != _strip_numbers(theirs).rpartition("/")[2]:
-            raise MismatchError(
-                f"{shown(table.path)}: by order, tensor '{shown(ours)}' would be averaged with "
-                f"'{shown(theirs)}' of {shown(template.path)}; they are not the same tensor"
-            )
+        _check_last_part(table, ours, template, theirs)
+    if has_same_names:  # paths of a weights file, in which layers may have changed places
+        return _find_by_labels(table, template, "order")
     return column
+
+
+def _contradicts_names(table: Table, template: Table) -> bool:
+    """Return whether equal names stand at places that are known to be other ones."""
+    try:
+        layers.check_order(table, template)
+    except layers.UnclearError:
+        return bool(table.keras.outline and template.keras.outline)
+    return False
+
+
+def _find_by_labels(table: Table, template: Table, by: str) -> list[TensorSpec]:
+    """Return the tensors of the template's names, from where the file keeps their layers."""
+    try:
+        moved = layers.find_moved(table, template, by)
+    except layers.UnclearError as error:
+        way = ". Use --match order to pair layers by their position" if by == "name" else ""
+        raise MismatchError(
+            f"{shown(table.path)}: {error} ({shown(template.path)}); their paths only count the "
+            f"layers of a class, and the names beside them do not agree{way}"
+        ) from None
+    return [table.tensors[name] for name in layers.rename(template.tensors, moved)]
+
+
+def _pair_by_layers(table: Table, template: Table) -> list[TensorSpec]:
+    """Return the tensors by their places in a Keras model, which are not those in the file."""
+    try:
+        pairs = layers.pair_by_layers(table, template)
+    except layers.UnclearError as error:
+        raise MismatchError(
+            f"{shown(table.path)}: {error} ({shown(template.path)}); their order does not "
+            "tell which tensor is which. Save whole models (model.save), or give the layers the "
+            "same names (name=...), so that they pair by name"
+        ) from None
+    for name, spec in pairs.items():
+        _check_last_part(table, spec.name, template, name)
+    return [pairs[name] for name in template.tensors]
 
 
 def _strip_numbers(name: str) -> str:
     """Return a name without the numbers that Keras appends to make names unique, and without :0."""
     return re.sub(r"_\d+(?=/|$)", "", re.sub(r":\d+$", "", name))
+
+
+def _check_last_part(table: Table, ours: str, template: Table, theirs: str) -> None:
+    """Refuse to pair a kernel with anything but a kernel."""
+    if _strip_numbers(ours).rpartition("/")[2] != _strip_numbers(theirs).rpartition("/")[2]:
+        raise MismatchError(
+            f"{shown(table.path)}: by order, tensor '{shown(ours)}' would be averaged with "
+            f"'{shown(theirs)}' of {shown(template.path)}; they are not the same tensor"
+        )
 
 
 def _is_renumbered(table: Table, template: Table) -> bool:

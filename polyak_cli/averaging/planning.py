@@ -14,6 +14,7 @@ from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import ema, products, schemes
 from polyak_cli.averaging.belonging import assets, blame
 from polyak_cli.averaging.belonging.factors import Factors, Measured, describe_plan, find_factors
+from polyak_cli.averaging.belonging.layers import list_moved
 from polyak_cli.averaging.fates import (
     decide_fates,
     drops_optimizer,
@@ -330,6 +331,7 @@ def _collect_notes(
         drop_optimizer=found.drop_optimizer,
         recalibrates=around.recalibrate is not None,
     )
+    yield from list_moved(tables, found.averaged)
     yield from note_missing_emas(found.missing_emas)
     yield from describe_plan(found.factors, exact=found.is_exact)
 

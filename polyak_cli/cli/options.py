@@ -147,7 +147,8 @@ MATCH = option(
     "--match",
     type=click.Choice(["name", "order"]),
     default="name",
-    help="How tensors are paired; 'order' for layers that Keras renumbered.",
+    help="How tensors are paired; 'order' for layers that Keras renumbered or renamed: by their "
+    "place in the model, whatever is frozen.",
 )
 DATA = option(
     "--data",

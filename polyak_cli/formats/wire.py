@@ -24,6 +24,7 @@ from polyak_cli.tensors import (
     GridPart,
     Inline,
     KerasFacts,
+    OutlinedLayer,
     OutputRules,
     Placement,
     Storage,
@@ -59,6 +60,8 @@ def pack_table(table: Table) -> dict[str, Any]:
             list(table.keras.layers),
             sorted(table.keras.statistics),
             {slot: list(names) for slot, names in table.keras.ema_slots.items()},
+            [list(layer) for layer in table.keras.outline],
+            dict(table.keras.labels),
         ],
         "rules": [
             list(table.rules.suffixes),
@@ -125,7 +128,6 @@ def _unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
     tensors = {row[0]: _unpack_spec(files, *row) for row in packed["tensors"]}
     if len(tensors) < len(packed["tensors"]):
         raise FormatError(f"{shown(file.path)}: two of its tensors have the same name")
-    layers, statistics, ema_slots = packed["keras"]
     suffixes, cautions, is_fixed, tails = packed["rules"]
     return Table(
         path=Path(file.path),
@@ -137,11 +139,7 @@ def _unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
         config=_require_text(packed["config"]),
         is_polyak_output=_require_flag(packed["is_polyak_output"]),
         about={_require_text(key): _require_text(value) for key, value in packed["about"].items()},
-        keras=KerasFacts(
-            _require_texts(layers),
-            frozenset(_require_texts(statistics)),
-            {_require_text(slot): _require_texts(names) for slot, names in ema_slots.items()},
-        ),
+        keras=_unpack_keras(*packed["keras"]),
         rules=OutputRules(
             _require_texts(suffixes),
             {_require_text(key): _require_text(value) for key, value in cautions.items()},
@@ -172,6 +170,29 @@ def _unpack_assets(packed: Mapping[Any, Any]) -> dict[str, Asset]:
         _require_text(name): Asset(_require_text(digest), _require_text(owner))
         for name, (digest, owner) in packed.items()
     }
+
+
+def _unpack_keras(
+    layers: Sequence[str],
+    statistics: Sequence[str],
+    ema_slots: Mapping[str, Sequence[str]],
+    outline: Sequence[Sequence[Any]],
+    labels: Mapping[str, str],
+) -> KerasFacts:
+    """Return what Keras's files say; an outline begins at depth 1 and goes down in single steps."""
+    above = 0
+    for depth, name, kind in outline:
+        if not 1 <= _require_count(depth) <= above + 1:
+            raise _NonsenseError(f"a layer at depth {depth} below one at {above}")
+        above = depth
+        _require_texts((name, kind))
+    return KerasFacts(
+        _require_texts(layers),
+        frozenset(_require_texts(statistics)),
+        {_require_text(slot): _require_texts(names) for slot, names in ema_slots.items()},
+        tuple(OutlinedLayer(*layer) for layer in outline),
+        {_require_text(group): _require_text(name) for group, name in labels.items()},
+    )
 
 
 def _unpack_spec(

@@ -41,6 +41,7 @@ from polyak_cli.formats.hdf5.library import (
 from polyak_cli.formats.hdf5.skeleton import PROVENANCE
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
+from polyak_cli.formats.keras.outline import read_outline
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File
 from polyak_cli.tensors import Asset, KerasFacts, OutputRules, Table, TensorSpec
@@ -198,6 +199,9 @@ def build_weights_table(form: str, path: str, found: Weights, files: Sequence[Fi
     others = {spec.name: spec for spec in found.others}
     others |= {at: replace(s, name=at) for at, s in specs.items() if at.startswith(groups)}
     moving = keras_names.find_statistics(own, found.labels)
+    # The label of the model itself says nothing of its layers.
+    labels = {group.removesuffix("/vars"): name for group, name in found.labels.items() if name}
+    labels = {g: name for g, name in labels.items() if g and not f"{g}/".startswith(groups)}
     return Table(
         path=Path(path),
         format=form,
@@ -208,7 +212,10 @@ def build_weights_table(form: str, path: str, found: Weights, files: Sequence[Fi
         config="",
         is_polyak_output=found.is_polyak_output,
         about=found.about,
-        keras=KerasFacts(statistics=frozenset(specs[at].name for at in moving)),
+        keras=KerasFacts(
+            statistics=frozenset(specs[at].name for at in moving),
+            labels={g: name for g, name in labels.items() if not keras_names.is_aside(f"{g}/")},
+        ),
         rules=OutputRules((WEIGHTS_SUFFIX,), WEIGHTS_CAUTIONS),
     )
 
@@ -424,7 +431,7 @@ class KerasHdf5(Format):
         _check_saved_to_its_end(root, home)
         others = {spec.name: spec for spec in reader.others}
         state = [name for name in others if name.startswith(f"{OPTIMIZER}/")]
-        # Compared as bytes and never parsed: a configuration may name any code.
+        # Digested as bytes; only names and classes of layers are read, as it may name any code.
         config = read_text(root, b"model_config")
         slots = keras_names.find_slots(reader.variables, state)
         return Table(
@@ -437,7 +444,7 @@ class KerasHdf5(Format):
             config=hashlib.sha256(config).hexdigest() if config else "",
             is_polyak_output=bool(h5a.exists(root, PROVENANCE)),
             about=_read_about(root) if request.with_optimizer else {},
-            keras=KerasFacts(tuple(reader.layers), ema_slots=slots),
+            keras=KerasFacts(tuple(reader.layers), ema_slots=slots, outline=read_outline(config)),
             rules=OutputRules(cautions=WHOLE_CAUTIONS),
             assets=_find_vocabularies(config),
         )

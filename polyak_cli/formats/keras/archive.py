@@ -23,6 +23,7 @@ from polyak_cli.formats.hdf5.chunks import Chunks
 from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.formats.keras import emas
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
+from polyak_cli.formats.keras.outline import label_groups
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile
 from polyak_cli.storage.local import LocalInput
@@ -33,6 +34,24 @@ CONFIG, WEIGHTS, PICKLED = "config.json", "model.weights.h5", "model.weights.npz
 _ASSETS = "assets/"
 #: Of the weights file in the archive: its tensors keep the alignment that HDF5 gives them.
 _ALIGNMENT = 64
+
+
+def _label_layers(said: dict[str, Any], table: Table, found: Mapping[str, str]) -> Table:
+    """Return the table with the names of its layers from the configuration, if the file has none.
+
+    Newer versions of Keras store them beside the variables too.
+    """
+    if any(found.values()):
+        return table
+    homes = {spec.location.partition("/vars/")[0] for spec in table.tensors.values()}
+    # A model inside the model holds no variables of its own, but those below it.
+    groups = {home[:end] for home in homes for end in (*_find_slashes(home), len(home))}
+    labels = label_groups(said, groups)
+    return replace(table, keras=replace(table.keras, labels=labels))
+
+
+def _find_slashes(path: str) -> list[int]:
+    return [k for k, letter in enumerate(path) if letter == "/" and k]
 
 
 def _find_emas(said: dict[str, Any], table: Table, labels: dict[str, str]) -> Table:
@@ -224,6 +243,7 @@ class KerasArchive(Format):
                 rules=replace(table.rules, suffixes=()),
                 assets=_find_assets(said, members, found.labels),
             )
+            table = _label_layers(said, table, found.labels)
             if not request.with_optimizer:
                 return table
             about = {**_read_version(file, members), **table.about}

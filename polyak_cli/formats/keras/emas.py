@@ -7,13 +7,13 @@ one shape that are mixed up would go unseen.  Builds nothing and reads no file.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats.keras.names import sort_key
+from polyak_cli.formats.keras.outline import to_snake_case
 
 #: Slots that an optimizer keeps of each variable by default, and settings that add another one.
 _KEPT = {
@@ -83,7 +83,11 @@ def _find_emas(config: Mapping[str, Any], state: Shapes, version: str) -> list[s
     optimizer = _read_part(compiled, "optimizer")
     # Saving as .h5 takes the optimizer out of the configuration that a later .keras is given
     # (keras/src/legacy/saving/saving_utils.py, model_metadata), while its variables stay.
-    if "optimizer" not in compiled and any(place.startswith("/optimizer/") for place in state):
+    if (
+        compiled
+        and "optimizer" not in compiled
+        and any(place.startswith("/optimizer/") for place in state)
+    ):
         raise FormatError(
             f"it has an optimizer's variables, but its {_CONFIG} does not describe the optimizer, "
             "so which of them are EMAs is not known. Keras leaves the description out when the "
@@ -157,7 +161,7 @@ def _list_of_layers(config: Mapping[str, Any], path: str, tree: _Tree) -> Iterat
     for layer in layers:
         if not isinstance(layer, dict) or not isinstance(layer.get("class_name"), str):
             raise FormatError("its configuration is damaged: it has a layer without a class")
-        name = _to_snake_case(layer["class_name"])
+        name = to_snake_case(layer["class_name"])
         number = f"_{counted[name]}" if counted[name] else ""
         counted[name] += 1
         yield from _list_trained(layer, f"{path}/layers/{name}{number}", tree)
@@ -185,9 +189,3 @@ def _read_part(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _is_kerases(said: Mapping[str, Any]) -> bool:
     """Tell whether a layer, model or optimizer is one that Keras brings."""
     return str(said.get("module")).partition(".")[0] == "keras"
-
-
-def _to_snake_case(name: str) -> str:
-    """Return what Keras makes of the name of a class."""
-    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
