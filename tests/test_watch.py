@@ -350,12 +350,13 @@ def test_a_checkpoint_that_goes_on_changing_is_never_read(folder: Path) -> None:
     reports = watch(folder / "ckpts", folder / "o.h5", interval=0.01)
     looks = 0
     real = time.sleep
+    newest = path.stat().st_mtime_ns  # an older time would be that of an earlier run
 
     def sleep(seconds: float) -> None:
         nonlocal looks
         looks += 1
         if looks < 8:
-            os.utime(path, ns=(looks, looks))
+            os.utime(path, ns=(newest + looks, newest + looks))
         real(seconds)
 
     with pytest.MonkeyPatch.context() as patch:
