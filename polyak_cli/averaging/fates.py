@@ -25,9 +25,13 @@ def drops_optimizer(template: Table, optimizer: str) -> bool:
     return optimizer == "drop" and not template.rules.is_fixed
 
 
-def map_stored_dtypes(averaged: Iterable[Row], dtype: str | None) -> dict[str, str]:
+def map_stored_dtypes(
+    averaged: Iterable[Row], dtype: str | None, template: Table
+) -> dict[str, str]:
     """Return a mapping: location in the template -> the type to store, for averaged tensors."""
-    return {row[-1].location: dtype or row[-1].dtype for row in averaged}
+    # Values that are read from another tensor's place may have that tensor's type.
+    own = template.tensors
+    return {row[-1].location: dtype or own[row[-1].name].dtype for row in averaged}
 
 
 def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list[Row], list[Row]]:

@@ -31,6 +31,7 @@ Part = TypeVar("Part")
 ALLOWED: Mapping[str, str] = {
     "two-runs": "checkpoints whose numbers look like those of two runs",
     "scaled-integers": "integers that differ between checkpoints beside what looks like a scale",
+    "averages": "running means of the weights, where the weights themselves are not there",
     "other-assets": "checkpoints with other vocabularies, tokenizers or names of classes",
 }
 

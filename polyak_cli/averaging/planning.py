@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import ema, products, schemes
-from polyak_cli.averaging.belonging import assets, blame
+from polyak_cli.averaging.belonging import assets, averages, blame
 from polyak_cli.averaging.belonging.factors import Factors, Measured, describe_plan, find_factors
 from polyak_cli.averaging.belonging.layers import list_moved
 from polyak_cli.averaging.fates import (
@@ -209,7 +209,7 @@ def plan_average(
     found = _sort_tensors(tables, settings, coefficients)
     asset_notes = assets.refuse_other_assets(tables, settings.tensors.allow)
     output_format = _choose_format(output, template, found, settings)
-    suspicions = _list_suspicions(chosen, around)
+    suspicions = [*_list_suspicions(chosen, around), *found.averages]
     made = Plan(
         output=output,
         checkpoints=chosen.checkpoints,
@@ -266,6 +266,7 @@ class _Fates(NamedTuple):
     stored: Mapping[str, str]  # location in the template -> the type to store
     drop_optimizer: bool
     missing_emas: Sequence[str]
+    averages: Sequence[Problem]  # running means among the tensors, and what is done about them
     factors: Factors  # among the averaged
     is_exact: bool  # the mean products of the factors are written
 
@@ -275,7 +276,9 @@ def _sort_tensors(
 ) -> _Fates:
     """Pair the tensors of all checkpoints, and decide the fate of each."""
     template, wanted = tables[-1], settings.tensors
-    taken, missing_emas = ema.substitute_emas(tables) if wanted.use_ema else (tables, [])
+    taken, found_averages, missing_emas = averages.choose_parts(tables, wanted)
+    if wanted.use_ema and not found_averages:
+        taken, missing_emas = ema.substitute_emas(tables)
     rows = match(taken, wanted.match)
     averaged, carried = decide_fates(rows, wanted, shown(template.path))
     # Refused now: later, a block that is too large would fail in the middle of a fold.
@@ -288,9 +291,10 @@ def _sort_tensors(
         carried=carried,
         carried_names=(*(row[-1].name for row in carried), *others),
         dropped_names=tuple(dropped),
-        stored=map_stored_dtypes(averaged, wanted.dtype),
+        stored=map_stored_dtypes(averaged, wanted.dtype, template),
         drop_optimizer=drop,
         missing_emas=missing_emas,
+        averages=found_averages,
         factors=_find_factors(tables, averaged, coefficients, settings),
         is_exact=wanted.lora == "exact",
     )

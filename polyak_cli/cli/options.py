@@ -263,7 +263,8 @@ AVERAGING = under(
     option(
         "--use-ema",
         is_flag=True,
-        help="Take the EMA that Keras keeps in the optimizer's state (use_ema=True).",
+        help="Take the running means (EMA) that Keras keeps in the optimizer's state, or that "
+        "PyTorch and TensorFlow checkpoints have beside the weights.",
     ),
     option(
         "--allow-nonfinite",
@@ -273,7 +274,7 @@ AVERAGING = under(
     option(
         "--allow",
         multiple=True,
-        type=click.Choice(["two-runs", "scaled-integers", "other-assets"]),
+        type=click.Choice(["two-runs", "scaled-integers", "averages", "other-assets"]),
         help="Average all the same what is refused for this reason; may be given again.",
     ),
     option(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import products
-from polyak_cli.averaging.belonging import assets, factors, quantised
+from polyak_cli.averaging.belonging import assets, averages, factors, quantised
 from polyak_cli.averaging.belonging.blame import group_alike
 from polyak_cli.averaging.belonging.constants import describe_constants
 from polyak_cli.averaging.fates import is_compared
@@ -31,6 +31,7 @@ from polyak_cli.averaging.matching import (
     list_sources,
     match,
 )
+from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, find_file
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.engine import reading
@@ -162,6 +163,7 @@ def check(
     _examine(examined)
     found, kept = _measure_all(examined, match, memory)
     of_run += found
+    _find_averages(examined, allow)
     notes = [*kept, *_compare_assets(examined, allow)]
     alike = [one for one in examined if not one.has("other run")]
     of_run += find_suspicions([one.checkpoint for one in alike], selection.run, selection.thinned)
@@ -251,6 +253,16 @@ def _scan_each(paths: Sequence[Path]) -> Sequence[Table | PolyakError]:
         return formats.scan(paths)
     except PolyakError as error:
         return [error] if len(paths) == 1 else [_scan_each([path])[0] for path in paths]
+
+
+def _find_averages(examined: Sequence[_Examined], allow: Sequence[str]) -> None:
+    """Add a problem to each checkpoint that holds only a running mean of its weights."""
+    for one in examined:
+        if one.table:
+            found = averages.list_averages(one.table)
+            text = averages.describe_refusal(one.table, Tensors(allow=tuple(allow)), found)
+            if text:
+                one.add_problem(averages.KIND, text)
 
 
 def _compare_assets(examined: Sequence[_Examined], allow: Sequence[str]) -> list[str]:

@@ -478,7 +478,9 @@ class _Verifier:
             coefficients=tuple(one.coefficient for one in self.record.inputs),
             settings=settings,
             output_format=output_format,
-            stored_dtypes=map_stored_dtypes(plan.averaged_rows, settings.tensors.dtype),
+            stored_dtypes=map_stored_dtypes(
+                plan.averaged_rows, settings.tensors.dtype, plan.tables[-1]
+            ),
         )
 
     def _explain(self, error: PolyakError) -> None:

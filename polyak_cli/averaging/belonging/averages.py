@@ -1,0 +1,331 @@
+"""Find the parts of a checkpoint that are running means of other parts, and choose between them.
+
+The mean of running means counts old steps several times, so the raw part is averaged where both
+are there.  Goes by the names and shapes of tensors alone; knows no file and reads no value.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from polyak_cli.averaging.fates import is_wanted
+from polyak_cli.averaging.options import Tensors
+from polyak_cli.checkpoints import Problem
+from polyak_cli.errors import MismatchError, list_some, shown, word_count
+from polyak_cli.tensors import FLOATS, Table, TensorSpec
+
+#: The kind of the suspicion, and the word of `allow` that goes on against the refusal.
+KIND, ALLOWED = "average", "averages"
+#: What programs call a running mean: timm's state_dict_ema, icefall's model_avg, ultralytics' ema,
+#: BasicSR's params_ema, StyleGAN's g_ema, k-diffusion's model_ema, diffusers' shadow_params.
+_OF_A_MODEL = r"(model|state|states|dict|params|parameters|weights|net|network|module)"
+_WORD = re.compile(
+    rf"(\w+_)?(ema|swa|shadow)(_{_OF_A_MODEL}|_fp32)*|"
+    rf"{_OF_A_MODEL}_(avg|average|averaged)|(avg|average|averaged)_{_OF_A_MODEL}(_dict)?"
+)
+#: Formats in which nothing but names tells a running mean.
+_FLAT = ("torch_zip", "safetensors", "npz")
+_LONGEST = 64  # a longer word is no program's
+_PART = re.compile(r"[^/.]+[/.]")
+#: The end of a shadow's name in the checkpoints of TensorFlow's ExponentialMovingAverage.
+_SHADOW = "/ExponentialMovingAverage"
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """A part of a checkpoint that is a running mean.
+
+    Attributes:
+        prefix: how the names of its tensors begin.
+        raw: how the names of the tensors begin that it is a mean of; None if they are not there.
+        pairs: its tensors -> the raw ones, as far as both are floats of the same shape.
+        unpaired: its float tensors without a raw one.
+        is_own: it is averaged by itself where the raw tensors are.
+    """
+
+    prefix: str
+    raw: str | None
+    pairs: Mapping[str, str]
+    unpaired: tuple[str, ...] = ()
+    is_own: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its float tensors."""
+        return (*self.pairs, *self.unpaired)
+
+
+def choose_parts(
+    tables: Sequence[Table], wanted: Tensors
+) -> tuple[Sequence[Table], list[Problem], list[str]]:
+    """Return the tables with each running mean and its raw tensors read from one of both.
+
+    The average of the raw tensors is also written in the running mean's place: programs that prefer
+    the running mean would otherwise load the newest checkpoint's own.
+
+    Returns:
+        The tables, what was found in the template, and the template's float tensors that have no
+        running mean where those are wanted.
+
+    Raises:
+        MismatchError: a checkpoint holds only a running mean, which was not asked for.
+    """
+    found = {id(t.tensors): list_averages(t) for t in tables}
+    for table in tables:
+        text = describe_refusal(table, wanted, found[id(table.tensors)])
+        if text:
+            raise MismatchError(text)
+    averages = found[id(tables[-1].tensors)]
+    if not averages:
+        if wanted.use_ema and tables[-1].format in _FLAT:
+            raise MismatchError(
+                f"{shown(tables[-1].path)}: has no running mean of its weights (an EMA) that "
+                "--use-ema could take"
+            )
+        return tables, [], []
+    merged = {
+        id(t.tensors): {**t.tensors, **_exchange(t, found[id(t.tensors)], use_ema=wanted.use_ema)}
+        for t in tables
+    }
+    problems = [_describe_choice(one, use_ema=wanted.use_ema) for one in averages]
+    missing: list[str] = []
+    if wanted.use_ema:
+        known = {name for one in averages for name in (*one.names, *one.pairs.values())}
+        specs = tables[-1].tensors.values()
+        missing = [spec.name for spec in specs if spec.dtype in FLOATS and spec.name not in known]
+    return [replace(t, tensors=merged[id(t.tensors)]) for t in tables], problems, missing
+
+
+def describe_refusal(table: Table, wanted: Tensors, averages: Iterable[Average]) -> str:
+    """Return why a checkpoint must not be averaged as it is, "" if it may be.
+
+    Args:
+        table: of the checkpoint.
+        wanted: the options.
+        averages: of the checkpoint; see `list_averages`.
+    """
+    if wanted.use_ema or ALLOWED in wanted.allow:
+        return ""
+    for one in averages:
+        if not one.pairs and any(is_wanted(name, wanted) for name in one.names):
+            return (
+                f"{shown(table.path)}: '{shown(one.prefix)}*' is a running mean of the weights, "
+                "and the weights themselves are not there; averaging running means counts old "
+                "steps several times. Average checkpoints with the raw weights, or say --use-ema "
+                "or --allow averages to average the running means all the same"
+            )
+    return ""
+
+
+def _describe_choice(one: Average, *, use_ema: bool) -> Problem:
+    """Say which part is a running mean of which, and what is done about it."""
+    prefix = f"'{shown(one.prefix)}*'"
+    if one.raw is None:
+        return Problem(KIND, f"{prefix} is a running mean, and running means are averaged")
+    text = f"{prefix} is a running mean of the raw weights '{shown(one.raw)}*': "
+    if use_ema:
+        text += "the running means are averaged (--use-ema), and written in both places"
+    elif one.is_own:
+        text += "each is averaged by itself; --use-ema writes the running means in both places"
+    else:
+        text += (
+            "the raw weights are averaged, and written in both places, so that no program loads "
+            "the newest's own running mean; --use-ema averages the running means"
+        )
+    if one.unpaired:
+        count = word_count(len(one.unpaired), "tensor")
+        text += f". {count} of it without raw ones are averaged themselves "
+        text += f"({list_some(one.unpaired)})"
+    return Problem(KIND, text)
+
+
+def _exchange(table: Table, averages: Iterable[Average], *, use_ema: bool) -> dict[str, TensorSpec]:
+    """Return the tensors whose values are read from another's place."""
+    changed: dict[str, TensorSpec] = {}
+    for one in averages:
+        for mean, raw in one.pairs.items() if use_ema or not one.is_own else ():
+            target, source = (raw, mean) if use_ema else (mean, raw)
+            taken = table.tensors[source]
+            changed[target] = replace(
+                table.tensors[target],
+                storage=taken.storage,
+                byteorder=taken.byteorder,
+                dtype=taken.dtype,
+            )
+    return changed
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def list_averages(table: Table) -> list[Average]:
+    """Return the parts of a checkpoint that are running means."""
+    if table.format == "tf_bundle":
+        return _find_shadows(table)
+    if table.format not in _FLAT:
+        return []  # Keras keeps them in its optimizer's state; see `ema`
+    finder = _Finder(table)
+    return [one for one in finder.run() if one.names]
+
+
+def _find_shadows(table: Table) -> list[Average]:
+    """Return TensorFlow's shadows, whose names are their variable's and an ending."""
+    pairs = {
+        name: name.removesuffix(_SHADOW)
+        for name, spec in table.tensors.items()
+        if name.endswith(_SHADOW) and _fits(table.tensors.get(name.removesuffix(_SHADOW)), spec)
+    }
+    return [Average(f"*{_SHADOW}"[:-1], "", pairs, is_own=True)] if pairs else []
+
+
+def _fits(raw: TensorSpec | None, mean: TensorSpec) -> bool:
+    """Return whether a tensor can be the one that another is a mean of."""
+    return (
+        raw is not None
+        and raw.dtype in FLOATS
+        and mean.dtype in FLOATS
+        and raw.shape == mean.shape
+        and raw.storage is not None
+        and mean.storage is not None
+        and _describe_layout(raw) == _describe_layout(mean)
+    )
+
+
+def _describe_layout(spec: TensorSpec) -> str:
+    """Return how the elements lie, "" for C order; names are left out, as the two have others.
+
+    Tied weights share a storage, of which each is a view; a running mean may keep one of them only.
+    """
+    views = dict.fromkeys(re.findall(r"\([\d, ]*\) from \d+ by \([\d, ]*\)", spec.arrangement))
+    strides = [math.prod(spec.shape[axis + 1 :]) for axis in range(len(spec.shape))]
+    if [*views] == [f"{spec.shape} from 0 by {tuple(strides)}"]:
+        return ""
+    return "; ".join(views) or spec.arrangement
+
+
+class _Finder:
+    """Finds the running means of one checkpoint: first by what only they have, then by names."""
+
+    def __init__(self, table: Table) -> None:
+        self.tensors = table.tensors
+        self.is_nested = table.format == "torch_zip"  # "/" is a dictionary, not part of a name
+        self.taken: set[str] = set()  # tensors of averages
+
+    def run(self) -> Iterator[Average]:
+        """Yield them."""
+        yield from self._find_swapped()
+        marked = list(self._list_marked())
+        for prefix, _ in marked:
+            self.taken.update(self._below(prefix))
+        groups = self._group_by_word()
+        for names in groups.values():
+            self.taken.update(names)
+        for prefix, raws in marked:
+            yield self._pair(prefix, self._below(prefix), raws)
+        rest = sum(s.dtype in FLOATS and n not in self.taken for n, s in self.tensors.items())
+        for prefix, names in groups.items():
+            # A module may be called so: only as a key of the checkpoint, or with most of a model in
+            # it, is it a model's running mean.
+            is_key = self.is_nested and prefix.endswith("/")
+            if is_key or 2 * len(names) >= rest:
+                found = self._pair(prefix, names)
+                if is_key or 2 * len(found.pairs) >= max(1, rest):
+                    yield found
+
+    def _below(self, prefix: str) -> list[str]:
+        return [name for name in self.tensors if name.startswith(prefix)]
+
+    def _find_swapped(self) -> Iterator[Average]:
+        """Yield running means that stand where the model is looked for.
+
+        Lightning's WeightAveraging (2.5.2, `on_save_checkpoint`) puts the raw weights under
+        current_model_state.  mmengine's EMAHook (`before_save_checkpoint`) swaps the two, so that
+        the raw weights are in ema_state_dict, which has a counter besides.
+        """
+        for raw, mark in (
+            ("current_model_state/", "averaging_state/"),
+            ("ema_state_dict/module.", "ema_state_dict/steps"),
+        ):
+            if self._below(raw) and self._below(mark) and self._below("state_dict/"):
+                self.taken.update((*self._below("state_dict/"), *self._below(raw)))
+                yield self._pair("state_dict/", self._below("state_dict/"), (raw,))
+
+    def _list_marked(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yield the prefixes of running means that a counter stands beside, and of raw weights.
+
+        torch.optim.swa_utils.AveragedModel counts in n_averaged; ema-pytorch has the buffers
+        initted and step; LitEma of latent diffusion has num_updates and decay.
+        """
+        for name in self.tensors:
+            end = max(name.rfind("/"), name.rfind(".")) + 1
+            above, last = name[:end], name[end:]
+            if name in self.taken:
+                continue
+            if last == "n_averaged" and self._below(f"{above}module."):
+                yield f"{above}module.", ()
+            elif last == "initted" and self._below(f"{above}ema_model."):
+                yield f"{above}ema_model.", (f"{above}online_model.",)
+            elif last == "num_updates" and f"{above}decay" in self.tensors:
+                parent = re.sub(r"[^/.]+[/.]$", "", above)
+                yield above, (f"{parent}model.", parent)
+
+    def _group_by_word(self) -> dict[str, list[str]]:
+        """Return the tensors below each name that says running mean."""
+        groups: dict[str, list[str]] = {}
+        for name in self.tensors:
+            for part in _PART.finditer(name) if name not in self.taken else ():
+                word = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", part[0][:-1]).lower()
+                if len(word) < _LONGEST and _WORD.fullmatch(word):
+                    groups.setdefault(name[: part.end()], []).append(name)
+                    break
+        return groups
+
+    def _pair(self, prefix: str, names: Sequence[str], raws: Sequence[str] = ()) -> Average:
+        """Return a running mean with the raw tensors that have its names after another prefix."""
+        floats = [name for name in names if self.tensors[name].dtype in FLOATS]
+        # LitEma's decay is a float beside the means.
+        floats = [name for name in floats if name[len(prefix) :] != "decay"]
+        found = {raw: self._pair_with(floats, prefix, raw) for raw in raws}
+        if not any(found.values()):
+            found = {raw: self._pair_with(floats, prefix, raw) for raw in self._list_raws(prefix)}
+        raw = max(found, key=lambda one: len(found[one]), default=None)
+        pairs = found[raw] if raw is not None else {}
+        if raw is None or 2 * len(pairs) < len(floats) or not pairs:
+            return Average(prefix, None, {}, tuple(floats))
+        return Average(prefix, raw, pairs, tuple(name for name in floats if name not in pairs))
+
+    def _list_raws(self, prefix: str) -> list[str]:
+        """Return how names begin that end as those of a running mean, the nearest ones first."""
+        ends = sorted({self._find_end(name, prefix) for name in self._below(prefix)}, key=len)
+        if not ends:
+            return []
+        probe = ends[-1]
+        found = dict.fromkeys(
+            name[: -len(probe)]
+            for name in self.tensors
+            if name not in self.taken and name.endswith(probe)
+        )
+        return [one for one in found if not one or one[-1] in "/."]
+
+    def _pair_with(self, floats: Sequence[str], prefix: str, raw: str) -> dict[str, str]:
+        """Return those tensors of a running mean that have raw ones."""
+        pairs = {}
+        plain: dict[str, str] | None = None
+        for name in floats:
+            end = self._find_end(name, prefix)
+            other = f"{raw}{end}"
+            if other not in self.tensors and "." not in end:
+                # LitEma takes the points out of names, since no buffer may have one.
+                plain = plain or {n[len(raw) :].replace(".", ""): n for n in self._below(raw)}
+                other = plain.get(end, other)
+            if other != name and _fits(self.tensors.get(other), self.tensors[name]):
+                pairs[name] = other
+        return pairs
+
+    @staticmethod
+    def _find_end(name: str, prefix: str) -> str:
+        """Return a name after its prefix, and after what wraps a model (AveragedModel, DDP)."""
+        return re.sub(r"^((module|shadow|state_dict)[./])+", "", name[len(prefix) :])

@@ -1,0 +1,329 @@
+"""Checkpoints that hold running means of their weights, as the libraries write them.
+
+The libraries that are not installed are imitated with plain torch, after their own source.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+from polyak_cli import average, check, plan, verify
+from polyak_cli.errors import MismatchError
+
+State = dict[str, Any]
+
+
+def network() -> nn.Module:
+    """Return a model with a layer, tied weights and BatchNorm's buffers."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3, bias=False))
+    net[2].weight = net[0].weight
+    return net
+
+
+def train(seed: int) -> tuple[nn.Module, AveragedModel]:
+    """Return a model after some steps, and the EMA of its weights and buffers."""
+    torch.manual_seed(seed)
+    net = network()
+    mean = AveragedModel(net, avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
+    for _ in range(3):
+        with torch.no_grad():
+            for value in (*net.parameters(), net[1].running_mean, net[1].running_var):
+                value.add_(torch.rand_like(value))
+        mean.update_parameters(net)
+    return net, mean
+
+
+def prefixed(prefix: str, state: State) -> State:
+    """Return a state dict with longer names."""
+    return {prefix + name: value for name, value in state.items()}
+
+
+def lightning(seed: int) -> State:
+    """After WeightAveraging.on_save_checkpoint of Lightning 2.5.2 (weight_averaging.py)."""
+    net, mean = train(seed)
+    state = mean.state_dict()
+    return {
+        "epoch": seed,
+        "pytorch-lightning_version": "2.5.2",
+        "current_model_state": net.state_dict(),
+        "state_dict": {n[7:]: v for n, v in state.items() if n.startswith("module.")},
+        "averaging_state": {n: v for n, v in state.items() if not n.startswith("module.")},
+    }
+
+
+def mmengine(seed: int) -> State:
+    """After EMAHook.before_save_checkpoint of mmengine 0.10 (hooks/ema_hook.py): both swapped."""
+    net, mean = train(seed)
+    return {
+        "state_dict": mean.module.state_dict(),
+        "ema_state_dict": {"steps": torch.tensor(3)} | prefixed("module.", net.state_dict()),
+    }
+
+
+def timm(seed: int) -> State:
+    """After CheckpointSaver._save of timm 1.0 (utils/checkpoint_saver.py)."""
+    net, mean = train(seed)
+    return {
+        "epoch": seed,
+        "state_dict": net.state_dict(),
+        "version": 2,
+        "state_dict_ema": mean.module.state_dict(),
+        "metric": 0.5,
+    }
+
+
+def icefall(seed: int) -> State:
+    """After save_checkpoint of icefall (icefall/checkpoint.py): the mean is always float32."""
+    net, mean = train(seed)
+    return {"model": net.half().state_dict(), "model_avg": mean.module.float().state_dict()}
+
+
+def ema_pytorch(seed: int) -> State:
+    """After EMA of ema-pytorch 0.7 (ema_pytorch.py), a module with both models and two buffers."""
+    net, mean = train(seed)
+    return (
+        prefixed("online_model.", net.state_dict())
+        | prefixed("ema_model.", mean.module.state_dict())
+        | {"initted": torch.tensor(True), "step": torch.tensor(9)}
+    )
+
+
+def latent_diffusion(seed: int) -> State:
+    """After LitEma of latent diffusion (ldm/modules/ema.py): names without points."""
+    net, mean = train(seed)
+    means = {n.replace(".", ""): v.detach() for n, v in mean.module.named_parameters()}
+    marks = {"decay": torch.tensor(0.999), "num_updates": torch.tensor(9)}
+    return {
+        "state_dict": prefixed("model.", net.state_dict())
+        | {"other.weight": torch.randn(2)}
+        | prefixed("model_ema.", marks | means)
+    }
+
+
+def averaged_model(seed: int) -> State:
+    """A program that keeps torch's AveragedModel beside the model, both as state dicts."""
+    net, mean = train(seed)
+    return {"net": net.state_dict(), "swa_model": mean.state_dict(), "epoch": seed}
+
+
+def gan(seed: int) -> State:
+    """StyleGAN2's training script in PyTorch: generator, discriminator and the generator's EMA."""
+    net, mean = train(seed)
+    other = nn.Linear(5, 5)
+    return {"g": net.state_dict(), "d": other.state_dict(), "g_ema": mean.module.state_dict()}
+
+
+def yolo(seed: int) -> State:
+    """Ultralytics's keys, with state dicts in place of pickled modules."""
+    net, mean = train(seed)
+    return {"epoch": seed, "model": net.state_dict(), "ema": mean.module.state_dict()}
+
+
+def ddp(seed: int) -> State:
+    """A model saved in its DDP wrapper beside an EMA without it."""
+    net, mean = train(seed)
+    return {"model": prefixed("module.", net.state_dict()), "model_ema": mean.module.state_dict()}
+
+
+#: What writes it -> the state, where the raw weights are, and where their running mean is.
+BOTH: dict[str, tuple[Callable[[int], State], str, str]] = {
+    "lightning": (lightning, "current_model_state/", "state_dict/"),
+    "mmengine": (mmengine, "ema_state_dict/module.", "state_dict/"),
+    "timm": (timm, "state_dict/", "state_dict_ema/"),
+    "icefall": (icefall, "model/", "model_avg/"),
+    "ema_pytorch": (ema_pytorch, "online_model.", "ema_model."),
+    "averaged_model": (averaged_model, "net/", "swa_model/module."),
+    "gan": (gan, "g/", "g_ema/"),
+    "yolo": (yolo, "model/", "ema/"),
+    "ddp": (ddp, "model/module.", "model_ema/"),
+}
+
+
+def flatten(state: Any, path: str = "") -> dict[str, torch.Tensor]:
+    """Return all tensors by the keys that lead to them."""
+    if isinstance(state, torch.Tensor):
+        return {path.removeprefix("/"): state}
+    found: dict[str, torch.Tensor] = {}
+    for key, value in state.items() if isinstance(state, dict) else ():
+        found |= flatten(value, f"{path}/{key}")
+    return found
+
+
+def write_run(folder: Path, make: Callable[[int], State]) -> list[dict[str, torch.Tensor]]:
+    """Write two checkpoints; return their tensors."""
+    folder.mkdir()
+    states = [make(seed) for seed in (1, 2)]
+    for k, state in enumerate(states):
+        torch.save(state, folder / f"m_{k}.pt")
+    return [flatten(copy.deepcopy(state)) for state in states]
+
+
+def middle(values: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Return the mean in float64, rounded once."""
+    return ((values[0].double() + values[1].double()) / 2).to(dtype)
+
+
+@pytest.mark.parametrize("use_ema", [False, True], ids=["raw", "ema"])
+@pytest.mark.parametrize("library", BOTH)
+def test_one_of_both_is_averaged_and_written_in_both_places(
+    tmp_path: Path, library: str, use_ema: bool
+) -> None:
+    """The raw weights by default, the running means where they are asked for; all else stays."""
+    make, raw, mean = BOTH[library]
+    states = write_run(tmp_path / "run", make)
+    output = tmp_path / "o.pt"
+    report = average(tmp_path / "run", output, use_ema=use_ema)
+    found = flatten(torch.load(output, weights_only=True))
+    source = mean if use_ema else raw
+    names = [n.removeprefix(raw) for n in states[0] if n.startswith(raw)]
+    floats = [n for n in names if states[0][raw + n].is_floating_point()]
+    assert len(floats) == 7
+    for name in floats:
+        expected = [state[source + name] for state in states]
+        assert not torch.equal(states[0][raw + name], states[0][mean + name]), "no test"
+        for place in (raw, mean):
+            stored = found[place + name]
+            assert stored.dtype == states[-1][place + name].dtype
+            assert torch.equal(stored, middle(expected, stored.dtype)), (place, name)
+    (note,) = (note for note in report.notes if "running mean" in note)
+    assert f"'{mean}*' is a running mean of the raw weights '{raw}*'" in note
+    assert ("the running means are averaged" in note) == use_ema
+    assert {"kind": "average", "text": note} in report.data()["suspicions"]
+    assert verify(output, sources=[tmp_path / "run"]).problems == ()
+
+
+def test_names_without_points_are_found_again(tmp_path: Path) -> None:
+    """LitEma's means have no buffers; what has no running mean is averaged by itself, and said."""
+    states = write_run(tmp_path / "run", latent_diffusion)
+    report = average(tmp_path / "run", tmp_path / "raw.pt")
+    found = flatten(torch.load(tmp_path / "raw.pt", weights_only=True))
+    expected = middle([state["state_dict/model.0.weight"] for state in states], torch.float32)
+    assert torch.equal(found["state_dict/model.0.weight"], expected)
+    assert torch.equal(found["state_dict/model_ema.0weight"], expected)
+    other = middle([state["state_dict/other.weight"] for state in states], torch.float32)
+    assert torch.equal(found["state_dict/other.weight"], other)
+    assert any("'state_dict/model_ema.*' is a running mean" in note for note in report.notes)
+    report = average(tmp_path / "run", tmp_path / "ema.pt", use_ema=True)
+    found = flatten(torch.load(tmp_path / "ema.pt", weights_only=True))
+    expected = middle([state["state_dict/model_ema.0weight"] for state in states], torch.float32)
+    assert torch.equal(found["state_dict/model.0.weight"], expected)
+    (note,) = (note for note in report.notes if "have no EMA" in note)
+    assert "other.weight" in note
+
+
+def test_flat_names_of_safetensors_are_paired_too(tmp_path: Path) -> None:
+    """The names that ema-pytorch gives, without any dictionary."""
+    states = []
+    for seed in (1, 2):
+        state = {name: value.clone() for name, value in ema_pytorch(seed).items()}
+        states.append(state)
+        save_file(state, tmp_path / f"m_{seed}.safetensors")
+    paths = [tmp_path / f"m_{seed}.safetensors" for seed in (1, 2)]
+    report = average(paths, tmp_path / "o.safetensors")
+    found = load_file(tmp_path / "o.safetensors")
+    expected = middle([state["online_model.0.weight"] for state in states], torch.float32)
+    assert torch.equal(found["online_model.0.weight"], expected)
+    assert torch.equal(found["ema_model.0.weight"], expected)
+    assert any("'ema_model.*' is a running mean" in note for note in report.notes)
+
+
+ALONE: dict[str, Callable[[int], State]] = {
+    "AveragedModel": lambda seed: dict(train(seed)[1].state_dict()),
+    "ema-pytorch without its online model": lambda seed: {
+        name: value
+        for name, value in ema_pytorch(seed).items()
+        if not name.startswith("online_model.")
+    },
+    "Real-ESRGAN": lambda seed: {"params_ema": train(seed)[0].state_dict()},
+    "diffusers' EMAModel": lambda seed: {
+        "decay": 0.9999,
+        "optimization_step": seed,
+        "shadow_params": [value.detach() for value in train(seed)[1].module.parameters()],
+    },
+}
+
+
+@pytest.mark.parametrize("library", ALONE)
+def test_a_running_mean_alone_is_refused_until_it_is_asked_for(
+    tmp_path: Path, library: str
+) -> None:
+    """The error names both options, each of which averages it, and `check` reports the same."""
+    write_run(tmp_path / "run", ALONE[library])
+    with pytest.raises(
+        MismatchError, match=r"m_0\.pt.*running mean.*--use-ema or --allow averages"
+    ):
+        average(tmp_path / "run", tmp_path / "o.pt")
+    assert not (tmp_path / "o.pt").exists()
+    problems = check(tmp_path / "run").checkpoints[0].problems
+    assert [problem.kind for problem in problems] == ["average"]
+    assert check(tmp_path / "run", allow=["averages"]).healthy
+    options: list[Any] = [{"use_ema": True}, {"allow": ["averages"]}]
+    for k, option in enumerate(options):
+        output = tmp_path / f"{k}.pt"
+        report = average(tmp_path / "run", output, **option)
+        assert any("running means are averaged" in note for note in report.notes)
+        assert verify(output, sources=[tmp_path / "run"]).problems == ()
+    record = json.loads(_read_record(tmp_path / "1.pt"))
+    assert record["options"]["allow"] == ["averages"]
+    assert record["suspicions"] == ["average"]
+
+
+def _read_record(path: Path) -> str:
+    """Return the record in an output, by zipfile."""
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("polyak_provenance"))
+        return archive.read(name).decode()
+
+
+#: States that look a little like running means, and are none.
+HONEST: dict[str, Callable[[], State]] = {
+    "a DDP wrapper": lambda: prefixed("module.", network().state_dict()),
+    "an attention module called EMA": lambda: {
+        "model": {
+            f"model.{k}.{part}.conv.weight": torch.randn(2, 2)
+            for k in range(4)
+            for part in ("a", "b", "ema")
+        }
+    },
+    "a codebook": lambda: {
+        "vq.embed_avg": torch.randn(3),
+        "vq.cluster_size": torch.randn(3),
+        "vq._ema_w": torch.randn(3),
+        "encoder.weight": torch.randn(3),
+    },
+    "a gate": lambda: {
+        f"{part}.weight": torch.randn(n) for part, n in (("ema_gate", 3), ("gate", 3), ("w", 9))
+    },
+    "two heads": lambda: {"avg.weight": torch.randn(3), "max.weight": torch.randn(3)},
+    "a schema": lambda: {"schema": {"w": torch.randn(3)}, "cinema": {"w": torch.randn(3)}},
+}
+
+
+@pytest.mark.parametrize("what", HONEST)
+def test_a_model_with_such_names_is_averaged_as_it_is(tmp_path: Path, what: str) -> None:
+    """No word about running means, and every tensor is averaged by itself."""
+    states = write_run(tmp_path / "run", lambda _: HONEST[what]())
+    report = average(tmp_path / "run", tmp_path / "o.pt")
+    assert not any("running mean" in note for note in report.notes)
+    found = flatten(torch.load(tmp_path / "o.pt", weights_only=True))
+    for name, value in found.items():
+        if value.is_floating_point():
+            assert torch.equal(value, middle([s[name] for s in states], value.dtype)), name
+
+
+def test_ema_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
+    """The error says that the checkpoint has no running mean."""
+    write_run(tmp_path / "run", lambda _: dict(network().state_dict()))
+    with pytest.raises(MismatchError, match=r"m_1\.pt: has no running mean"):
+        plan(tmp_path / "run", use_ema=True)
