@@ -348,7 +348,9 @@ def test_a_prefix_is_reported(tmp_path: Path) -> None:
     """What begins with something else is no checkpoint, though zip programs find the archive."""
     (path, _) = write_pair(tmp_path)
     path.write_bytes(b"#!/bin/sh\n" + path.read_bytes())
-    with pytest.raises(FormatError, match=r"m_1.keras: is not an HDF5 file \(it begins with b'#!"):
+    with pytest.raises(
+        FormatError, match=r"m_1.keras: is not a .keras archive \(it begins with b'#!"
+    ):
         average([path], tmp_path / "o.keras")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from polyak_cli.errors import MismatchError, shown
+from polyak_cli.formats.catalogue import find_format
 from polyak_cli.tensors import FLOATS, Table, TensorSpec
 
 
@@ -46,9 +47,12 @@ def _find_emas(table: Table) -> dict[str, TensorSpec]:
     """Return the EMA of each tensor that has one, described as the tensor is."""
     # Keras writes the slots only if the model was saved with its optimizer.
     if not table.keras.ema_slots:
-        why = table.rules.cautions.get(
-            "ema", "the run was not trained with use_ema=True and saved whole"
-        )
+        form = find_format(table.format)
+        usual = "the run was not trained with use_ema=True and saved whole"
+        # TensorFlow checkpoints hold Keras's optimizers too.
+        foreign = f"{form.name} files hold none of Keras's optimizers"
+        is_keras = form.keras_layout or form.key in ("weights_json", "tf_bundle")
+        why = table.rules.cautions.get("ema", usual if is_keras else foreign)
         raise MismatchError(f"{shown(table.path)}: has no EMA slots that could be taken: {why}")
     found: dict[str, TensorSpec] = {}
     for slot, tensors in table.keras.ema_slots.items():

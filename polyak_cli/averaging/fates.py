@@ -14,6 +14,7 @@ from polyak_cli.averaging.matching import Row, find_last_part, is_statistic
 from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import Checkpoint
 from polyak_cli.errors import MismatchError, UsageError, list_some, shown, word_count
+from polyak_cli.formats.catalogue import find_format
 from polyak_cli.tensors import FLOATS, Table, is_carried
 
 
@@ -114,8 +115,9 @@ def list_notes(
         notes.append(
             f"{len(statistics)} BatchNorm moving statistics are averaged "
             f"({list_some(statistics)}); they are estimates for each checkpoint, not for the "
-            "average: recalculate them with one pass over training data (--recalibrate DATA) when "
-            "the learning rate was high or the average scores below its checkpoints"
+            f"average: recalculate them with one pass over training data "
+            f"({_advise_recalculation(tables[-1])}) when the learning rate was high or the average "
+            "scores below its checkpoints"
         )
     stored = {*stored_dtypes.values()}
     if not drop_optimizer and tables[-1].optimizer:
@@ -148,6 +150,12 @@ def _note_types(
         f"{word_count(len(rows), 'tensor')} ({names}) are not of one type in all checkpoints "
         f"({found}): they are averaged in float64 and stored as {stored}{choice}"
     ]
+
+
+def _advise_recalculation(template: Table) -> str:
+    """Return how to compute BatchNorm statistics again: only Keras models are recalibrated."""
+    form = find_format(template.format)
+    return "--recalibrate DATA" if form.keras_layout and template.config else form.recalculation
 
 
 def note_missing_emas(names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import ema, products, schemes
-from polyak_cli.averaging.belonging import assets, averages, blame
+from polyak_cli.averaging.belonging import assets, averages, blame, exports
 from polyak_cli.averaging.belonging.factors import Factors, Measured, describe_plan, find_factors
 from polyak_cli.averaging.belonging.layers import list_moved
 from polyak_cli.averaging.fates import (
@@ -206,6 +206,7 @@ def plan_average(
     if output:
         outputs.check_output(output, tables, force=settings.output.force, run=chosen.left_out)
     around.check_template(template, output)
+    exports.refuse_unordered(tables)
     found = _sort_tensors(tables, settings, coefficients)
     asset_notes = assets.refuse_other_assets(tables, settings.tensors.allow)
     output_format = _choose_format(output, template, found, settings)

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from polyak_cli.checkpoints.names import split_words
 from polyak_cli.errors import CheckpointError, UsageError, shown, word_rest
-from polyak_cli.formats.catalogue import FORMATS
+from polyak_cli.formats.catalogue import FORMATS, name_file, name_folder
+from polyak_cli.formats.foreign import EMPTY, JSON, NUMPY, ZIP, name_by_ending
 
 StrPath = str | os.PathLike[str]
 
@@ -104,6 +105,12 @@ KINDS_OF_MODEL = {".weights.h5": "", ".h5": ".h5", ".hdf5": ".h5", ".keras": ".k
 _UNFINISHED = split_words(
     "tmp temp part partial incomplete unfinished crdownload download swp swo lock"
 )
+
+#: Files of a folder without checkpoints that are looked into.
+_LOOKED_AT = 100
+
+#: What also lies beside checkpoints that are elsewhere.
+_SAY_NOTHING = (JSON, EMPTY, NUMPY, ZIP)
 
 _SPECIAL_FILES = (
     (stat.S_ISDIR, "a directory"),
@@ -351,10 +358,15 @@ def find_objection(path: Path, kinds: Mapping[str, str], what: str) -> str | Non
     if _PIECE.fullmatch(name):
         return "one shard of several, which belong to an index"
     if not find_kind(path, kinds):
-        return "a directory" if path.is_dir() else f"not named like a {what}"
+        foreign = name_folder(path) if path.is_dir() else name_by_ending(name)
+        return foreign.name if foreign else _describe_unnamed(path, what)
     shard = _SHARD.fullmatch(path.name)
     whole = path.with_name(f"{shard[1]}.weights.json") if shard else None
     return f"a part of {shown(whole.name)}" if whole and whole.is_file() else None
+
+
+def _describe_unnamed(path: Path, what: str) -> str:
+    return "a directory" if path.is_dir() else f"not named like a {what}"
 
 
 def find_kind(path: Path, kinds: Mapping[str, str] = _KINDS_OF_FILE) -> str:
@@ -448,9 +460,30 @@ def describe_nothing_found(
     kinds: Mapping[str, str] = _KINDS_OF_FILE,
 ) -> str:
     """Return the message for a source that holds no candidate."""
+    where = shown(os.fspath(source))
+    foreign = _describe_foreign(Path(source), passed)
+    if foreign:
+        return f"{where}: {foreign}"
     ends = ", ".join(end for end, kind in kinds.items() if kind)
-    text = f"{shown(os.fspath(source))}: there is no {what} here: looked for files in {ends}"
+    text = f"{where}: there is no {what} here: looked for files in {ends}"
     if not passed:
         return f"{text}, but found nothing at all"
     some = ", ".join(f"{shown(one.path.name, 60)} ({one.reason})" for one in passed[:3])
     return f"{text}, passed over {some}{word_rest(len(passed) - 3)}"
+
+
+def _describe_foreign(source: Path, passed: Sequence[PassedOver]) -> str:
+    """Return what a folder is, or what it holds, if that is another program's; else nothing.
+
+    Only here are files looked into that are not named like checkpoints: regular files, a few bytes.
+    """
+    itself = name_folder(source)
+    if itself:
+        return str(itself)
+    # A file that lies in such a folder, or was excluded, says nothing about the others.
+    looked = [one.path for one in passed if not one.reason.startswith("--exclude")][:_LOOKED_AT]
+    for path in looked:
+        what = name_folder(path) if path.is_dir() else name_file(path)
+        if what and what not in _SAY_NOTHING:
+            return f"holds no checkpoint, but {shown(path.name, 60)}, which {what}"
+    return ""

@@ -72,6 +72,12 @@ def describe_hdf5_files(paths: Sequence[Path]) -> Iterator[Description]:
 
 def check_architecture(table: Table) -> None:
     """Refuse a file from which Keras cannot build a model."""
+    form = find_format(table.format)
+    if not form.keras_layout and form.key != "weights_json":
+        raise FormatError(
+            f"{shown(table.path)}: is {form.name}, tensors without a model that Keras could run; "
+            "evaluate it in the program that trained it"
+        )
     if not table.config:
         raise FormatError(
             f"{shown(table.path)}: holds weights only, no architecture; expected a whole "

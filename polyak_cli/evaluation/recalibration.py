@@ -161,9 +161,8 @@ def check_recalibration(
     form = find_format(table.format)
     if not form.keras_layout:
         raise FormatError(
-            f"{shown(table.path)}: is {form.name}; only "
-            "whole Keras models "
-            "are recalibrated, .h5 or .keras: they can be run"
+            f"{shown(table.path)}: is {form.name}; only whole Keras models are recalibrated, .h5 "
+            f"or .keras, because they can be run: {form.recalculation}"
         )
     check_model(table)
     if outputs.choose_format(output, table) != table.format:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import products
-from polyak_cli.averaging.belonging import assets, averages, factors, quantised
+from polyak_cli.averaging.belonging import assets, averages, exports, factors, quantised
 from polyak_cli.averaging.belonging.blame import group_alike
 from polyak_cli.averaging.belonging.constants import describe_constants
 from polyak_cli.averaging.fates import is_compared
@@ -269,6 +269,9 @@ def _compare_assets(examined: Sequence[_Examined], allow: Sequence[str]) -> list
     """Add a problem to checkpoints of the run's model with other vocabularies; return notes."""
     run = [one for one in examined if not one.has("other run") and not one.has("other model")]
     readable = [(one, one.table) for one in run if one.table]
+    for one, table in readable if len(readable) > 1 else ():
+        if unordered := exports.describe_unordered(table):
+            one.add_problem(exports.KIND, unordered)
     problems, notes = assets.find_other_assets([table for _, table in readable])
     for place, problem in problems.items() if assets.ALLOWED not in allow else ():
         readable[place][0].problems.append(problem)

@@ -137,17 +137,25 @@ def probe(paths: Sequence[Path], *, jobs: int = 1) -> list[Probed | PolyakError]
     Returns:
         For each file what it consists of, or the error that says why not.
     """
-    # A file that cannot be read just now is left to hdf5, which says why.
-    requests = [(find_format(_detect_or_none(path) or "hdf5"), str(path)) for path in paths]
-    names = [str(path) for path in paths]
+    errors: dict[int, PolyakError] = {}
+    requests: dict[int, tuple[Format, str]] = {}
+    for number, path in enumerate(paths):
+        try:
+            requests[number] = find_format(detect(path)), str(path)
+        except PolyakError as error:
+            errors[number] = error
+    outcomes = sandbox.run_each(
+        _probe_one,
+        [*requests.values()],
+        [path for _, path in requests.values()],
+        max(1, min(jobs, len(requests))),
+    )
+    found = dict(zip(requests, outcomes, strict=True)) | errors
     return [
         outcome
         if isinstance(outcome, PolyakError)
-        else Probed(
-            wire.unpack_files(outcome["files"]),
-            outcome["is_polyak_output"],
-        )
-        for outcome in sandbox.run_each(_probe_one, requests, names, max(1, min(jobs, len(paths))))
+        else Probed(wire.unpack_files(outcome["files"]), outcome["is_polyak_output"])
+        for outcome in (found[number] for number in range(len(paths)))
     ]
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from polyak_cli.errors import FormatError
-from polyak_cli.formats import detection
+from polyak_cli.errors import FormatError, shown
+from polyak_cli.formats import detection, foreign
 from polyak_cli.formats.detection import Opening
 from polyak_cli.formats.format import Format
 from polyak_cli.storage import open_input
@@ -38,8 +38,10 @@ class Entry(NamedTuple):
     openers: tuple[str, ...] = ()
 
 
+#: The format of files whose signature does not stand at their beginning.
+_WITH_USER_BLOCK = "hdf5"
 #: A new format is one line here and one subclass of `format.Format`.  The first that recognises a
-#: file has it; a file that none recognises is left to the first, which says what it found.
+#: file has it; `foreign` names the files that none recognises.
 FORMATS: tuple[Entry, ...] = (
     Entry(
         "hdf5",
@@ -111,13 +113,42 @@ def detect(path: Path) -> str:
     """Return the key of the format of a checkpoint, recognised by content.
 
     Raises:
-        FormatError: the file cannot be read.
+        FormatError: the file cannot be read, or is of no format that is known here; says what it is
+            and what to do.
     """
     try:
         with open_input(path) as file, name_errors(str(path)):
             opening = Opening(file)
-            return next((e.key for e in FORMATS if e.recognises(opening)), FORMATS[0].key)
+            # Each part is made of several archives, which only their index tells apart.
+            if path.suffix == foreign.DCP_PART:
+                raise FormatError(foreign.describe_unknown(opening))
+            for entry in FORMATS:
+                if entry.recognises(opening):
+                    return entry.key
+            if detection.has_user_block(opening):
+                return _WITH_USER_BLOCK
+            raise FormatError(foreign.describe_unknown(opening))
     except FormatError as error:
-        if str(error).endswith(": is not a regular file"):
-            return FORMATS[0].key
+        if str(error).endswith(": is not a regular file") and path.is_dir():
+            raise FormatError(f"{shown(path)}: {name_folder(path) or foreign.DIRECTORY}") from None
         raise
+
+
+def name_folder(path: Path) -> foreign.Foreign | None:
+    """Return which other program's checkpoint a folder is, if it is one."""
+    try:
+        return foreign.name_folder([entry.name for entry in path.iterdir()])
+    except OSError:
+        return None
+
+
+def name_file(path: Path) -> foreign.Foreign | None:
+    """Return which other program's file a file is, if it is of no format that is known here."""
+    try:
+        with open_input(path) as file, name_errors(str(path)):
+            opening = Opening(file)
+            if any(entry.recognises(opening) for entry in FORMATS):
+                return None
+            return foreign.name_file(opening)
+    except FormatError:
+        return None

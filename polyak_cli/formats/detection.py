@@ -23,6 +23,7 @@ _KERAS_WEIGHTS = {b"model.weights.h5", b"model.weights.npz"}
 _KERAS_TEXTS = {b"config.json", b"metadata.json"}
 #: The length of a header of safetensors, below 2^40, and its first brace.
 _LENGTH = re.compile(rb".{5}\0{3}\{", re.DOTALL)
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 #: LevelDB's tables end like this.  That of a TensorFlow checkpoint begins with an entry that has
 #: no key, whose protocol buffer starts with the number of shards.
 _TABLE = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
@@ -76,7 +77,17 @@ class Opening:
 
 def is_hdf5(opening: Opening) -> bool:
     """Tell whether a file begins with HDF5's signature."""
-    return opening.head.startswith(b"\x89HDF\r\n\x1a\n")
+    return opening.head.startswith(_HDF5)
+
+
+def has_user_block(opening: Opening) -> bool:
+    """Tell whether HDF5's signature stands behind a block of the user's own: at 512, 1024, ..."""
+    offset = 512
+    while offset < opening.file.size:
+        if opening.file.read(offset, len(_HDF5)) == _HDF5:
+            return True
+        offset *= 2
+    return False
 
 
 def is_keras_archive(opening: Opening) -> bool:
@@ -90,15 +101,8 @@ def is_npz(opening: Opening) -> bool:
 
 
 def is_torch_zip(opening: Opening) -> bool:
-    """Tell whether `torch.save` wrote a file.
-
-    A pickle, or the tar archive that it wrote first, counts: it is refused with the reason.
-    """
-    return (
-        any(re.search(rb"/data(\.pkl|/\d+)$", name) for name in opening.members)
-        or re.match(rb"\x80[\x02-\x05]", opening.head) is not None
-        or (not opening.members and opening.file.read(257, 5) == b"ustar")
-    )
+    """Tell whether `torch.save` wrote a file, in the form that it has had since PyTorch 1.6."""
+    return any(re.search(rb"/data(\.pkl|/\d+)$", name) for name in opening.members)
 
 
 def is_keras_index(opening: Opening) -> bool:

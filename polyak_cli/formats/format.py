@@ -57,6 +57,12 @@ class Format(ABC):
     #: How Keras finds the variables of a whole model in it: by the order of its layers ("layers"),
     #: or by the tree of its objects ("objects"); "" where Keras opens no whole model.
     keras_layout: ClassVar[Literal["", "layers", "objects"]] = ""
+    #: How its users compute BatchNorm's statistics again where `polyak recalibrate` cannot, since
+    #: the file holds no whole Keras model.
+    recalculation: ClassVar[str] = (
+        "load the average into the model, and run training data through it in training mode, "
+        "without a step of the optimizer"
+    )
     #: Its files hold checksums of their tensors.
     has_checksums: ClassVar[bool] = False
     #: The float types that it can store.

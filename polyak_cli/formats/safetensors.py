@@ -370,6 +370,7 @@ class Safetensors(Format):
     key = name = "safetensors"
     suffixes = (".safetensors",)
     dtypes = frozenset(FLOATS)
+    recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
     #: The shards, and the index of them.
     folder_endings = (".safetensors", ".safetensors.index.json")
     can_be_left = True

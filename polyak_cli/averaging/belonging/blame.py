@@ -73,7 +73,10 @@ def blame_format(paths: Sequence[Path], error: PolyakError) -> PolyakError:
         paths: the checkpoints' files, oldest first; they are not of one format.
         error: what was found first.
     """
-    keys = [detect(path) for path in paths]
+    try:
+        keys = [detect(path) for path in paths]
+    except PolyakError as foreign:  # it has no format that is known here; its own error says so
+        return blame_unreadable(paths, foreign)
     # Newest first, as `group_alike` returns them.
     groups = [
         [k for k in reversed(range(len(keys))) if keys[k] == key]

@@ -399,6 +399,7 @@ class KerasHdf5(Format):
     # What Keras opens as HDF5: it goes by the suffix, and is case-sensitive.
     suffixes = (".h5", ".hdf5")
     keras_layout = "layers"
+    recalculation = keras_names.RECALCULATION
     weights_suffix = WEIGHTS_SUFFIX
     can_be_left = True
 

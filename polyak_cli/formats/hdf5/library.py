@@ -150,7 +150,7 @@ def _open_regular(path: str) -> LocalInput:
     except FormatError as error:
         if not str(error).endswith(": is not a regular file"):
             raise
-        raise FormatError(f"{error}; a checkpoint is one .h5 file") from None
+        raise FormatError(f"{error}; a checkpoint is a file or a folder of files") from None
 
 
 def _check_signature(file: InputFile, start: int, size: int) -> None:

@@ -32,6 +32,9 @@ from polyak_cli.tensors import Asset, Extent, Table, TensorSpec
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.weights.h5", "model.weights.npz"
 #: Where layers keep what is no tensor, such as a vocabulary that was adapted to data.
 _ASSETS = "assets/"
+#: Bytes of assets that are read and digested; those of the rest are known by the checksums that the
+#: archive lists.  A bomb of many members would otherwise be inflated for hours.
+_DIGESTED = 256 << 20
 #: Of the weights file in the archive: its tensors keep the alignment that HDF5 gives them.
 _ALIGNMENT = 64
 
@@ -120,28 +123,44 @@ def _digest_configuration(said: dict[str, Any]) -> str:
 
 
 def _find_assets(
-    said: dict[str, Any], members: Sequence[zips.Member], labels: Mapping[str, str]
+    said: dict[str, Any],
+    file: InputFile,
+    members: Sequence[zips.Member],
+    labels: Mapping[str, str],
+    heartbeat: Heartbeat,
 ) -> dict[str, Asset]:
     """Return the assets of the archive and the vocabularies in its configuration.
 
-    An asset is known by its size and by the checksum that the archive lists, which `check` compares
-    with the content: no asset is read, however large it claims to be.
-
     Args:
         said: the configuration.
+        file: the archive.
         members: of the archive.
         labels: group of the weights file -> name of the layer, where Keras recorded it.
+        heartbeat: sent with each piece that is read.
+
+    Raises:
+        FormatError: an asset is damaged.
     """
     found, names = vocabularies.find_in_configuration(said)
     assets = {f"{CONFIG}/{name}": asset for name, asset in found.items()}
     names |= {group[1:].removesuffix("/vars"): name for group, name in labels.items() if name}
+    room = _DIGESTED
     for member in members:
         if member.name.startswith(_ASSETS):
             layer = member.name.removeprefix(_ASSETS).rpartition("/")[0]
             # The vocabulary of a TextVectorization lies also with the lookup layer inside it.
             owner = names.get(layer) or names.get(layer.rpartition("/")[0], "")
-            assets[member.name] = Asset(f"{member.nbytes}:{member.crc}", owner)
+            room -= member.nbytes
+            digest = _digest_member(file, member, heartbeat) if room >= 0 else f"{member.crc}"
+            assets[member.name] = Asset(f"{member.nbytes}:{digest}", owner)
     return assets
+
+
+def _digest_member(file: InputFile, member: zips.Member, heartbeat: Heartbeat) -> str:
+    digest = hashlib.sha256()
+    for piece in heartbeat.over(zips.read_pieces(file, member)):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -241,7 +260,7 @@ class KerasArchive(Format):
                 table,
                 config=_digest_configuration(said),
                 rules=replace(table.rules, suffixes=()),
-                assets=_find_assets(said, members, found.labels),
+                assets=_find_assets(said, file, members, found.labels, heartbeat),
             )
             table = _label_layers(said, table, found.labels)
             if not request.with_optimizer:

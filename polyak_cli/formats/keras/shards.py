@@ -66,6 +66,7 @@ class KerasShards(Format):
     key = "weights_json"
     name = "sharded Keras weights"
     suffixes = (WEIGHTS_SUFFIX,)
+    recalculation = keras_names.RECALCULATION
     can_be_left = True
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:

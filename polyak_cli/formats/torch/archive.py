@@ -24,13 +24,12 @@ from polyak_cli.formats.torch import beside, pickles, vocabularies
 from polyak_cli.formats.torch.beside import Owner
 from polyak_cli.formats.torch.pickles import SIZES, Pairs, Stored, Tensor
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.storage import InputFile, open_input
+from polyak_cli.storage import InputFile
 from polyak_cli.storage.local import (
     LocalInput,
     LocalOutput,
     copy_range,
     make_read_error,
-    name_errors,
 )
 from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, TensorSpec
 
@@ -45,16 +44,6 @@ Named = tuple[str, Tensor | Stored]
 # --- scanning -------------------------------------------------------------------------------------
 
 
-def _refuse_bare(path: str) -> None:
-    """Say what to do with the files that `torch.save` wrote before 1.6."""
-    with open_input(path) as file, name_errors(path):
-        if file.read(0, 2) != b"PK":
-            raise FormatError(
-                "is a bare pickle or tar archive, as torch.save wrote before 1.6, which is not "
-                "opened; torch.load it where it can be trusted and torch.save it again"
-            )
-
-
 def _find_records(members: Sequence[zips.Member]) -> dict[str, zips.Member]:
     """Return the members by their names within the one folder that `torch.save` puts them in."""
     folders = {member.name.partition("/")[0] for member in members}
@@ -66,7 +55,8 @@ def _find_records(members: Sequence[zips.Member]) -> dict[str, zips.Member]:
     records = {member.name.partition("/")[2]: member for member in members}
     if "constants.pkl" in records or any(name.startswith("code/") for name in records):
         raise FormatError(
-            "is a TorchScript archive, which holds code; torch.save model.state_dict() instead"
+            "is a TorchScript archive, which holds code; load it with torch.jit.load and save its "
+            "state: torch.save(module.state_dict(), ...)"
         )
     if "data.pkl" not in records:
         raise FormatError("has no member data.pkl; it was not written by torch.save")
@@ -289,13 +279,13 @@ class TorchZip(Format):
     key = "torch_zip"
     name = "PyTorch"
     suffixes = (".pt", ".pth", ".bin", ".ckpt")
+    recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
     has_checksums = True
     can_be_left = True
     dtypes = frozenset(FLOATS)
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
-        _refuse_bare(request.path)
         with zips.open_archive(request.path) as (file, members, _):
             records = _find_records(members)
             table = _Collected(records, _read_byteorder(file, records))

@@ -267,6 +267,11 @@ def _known(full: str) -> Name:
     what = next((why for start, why in _OTHER_TENSORS.items() if full.startswith(start)), None)
     if what:
         raise FormatError(f"holds {what} ({shown(full)})")
+    if full.startswith("torch.nn.modules."):
+        raise FormatError(
+            f"holds a whole model with its classes ({shown(full)}), which are never run; load it "
+            "where it can be trusted and torch.save(model.state_dict(), ...)"
+        )
     raise FormatError(
         f"its pickle names '{shown(full)}', which no state dict needs and which is never run; "
         "save model.state_dict() without other objects"
