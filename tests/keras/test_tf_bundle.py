@@ -224,3 +224,28 @@ def test_the_saver_of_tensorflow_1_restores_the_average(tmp_path: Path) -> None:
     assert_same(load(tmp_path / "final.index"), expected)
     for name, values in zip(("dense/kernel", "part/w", "global_step"), restored, strict=True):
         np.testing.assert_array_equal(values, expected[name])
+
+
+def test_shadows_are_averaged_or_chosen(tmp_path: Path) -> None:
+    """TensorFlow 1's ExponentialMovingAverage: each by itself, or its means in both places."""
+    ending = "/ExponentialMovingAverage"
+    with tf.Graph().as_default(), V1.Session() as session:
+        weights = V1.get_variable("dense/w", [3, 2])
+        shadows = tf.train.ExponentialMovingAverage(0.9)
+        apply = shadows.apply([weights])
+        step = weights.assign_add(V1.random_normal([3, 2], seed=1))
+        session.run(V1.global_variables_initializer())
+        saver = V1.train.Saver(max_to_keep=None)
+        for k in (1, 2):
+            session.run(step)
+            session.run(apply)
+            saver.save(session, str(tmp_path / "run" / "m"), global_step=k, write_meta_graph=False)
+    saved = [load(tmp_path / "run" / f"m-{k}.index") for k in (1, 2)]
+    assert not np.array_equal(saved[1]["dense/w"], saved[1][f"dense/w{ending}"])
+    report = average(tmp_path / "run", tmp_path / "raw.index")
+    assert_same(load(tmp_path / "raw.index"), naive(saved, [0.5, 0.5]))
+    assert any(f"'*{ending}' is a running mean" in note for note in report.notes)
+    average(tmp_path / "run", tmp_path / "ema.index", use_ema=True)
+    wanted = naive(saved, [0.5, 0.5])
+    wanted["dense/w"] = wanted[f"dense/w{ending}"]
+    assert_same(load(tmp_path / "ema.index"), wanted)

@@ -122,7 +122,7 @@ def describe_refusal(table: Table, wanted: Tensors, averages: Iterable[Average])
 
 def _describe_choice(one: Average, *, use_ema: bool) -> Problem:
     """Say which part is a running mean of which, and what is done about it."""
-    prefix = f"'{shown(one.prefix)}*'"
+    prefix = f"'*{_SHADOW}'" if one.is_own else f"'{shown(one.prefix)}*'"
     if one.raw is None:
         return Problem(KIND, f"{prefix} is a running mean, and running means are averaged")
     text = f"{prefix} is a running mean of the raw weights '{shown(one.raw)}*': "
@@ -178,7 +178,7 @@ def _find_shadows(table: Table) -> list[Average]:
         for name, spec in table.tensors.items()
         if name.endswith(_SHADOW) and _fits(table.tensors.get(name.removesuffix(_SHADOW)), spec)
     }
-    return [Average(f"*{_SHADOW}"[:-1], "", pairs, is_own=True)] if pairs else []
+    return [Average("", "", pairs, is_own=True)] if pairs else []
 
 
 def _fits(raw: TensorSpec | None, mean: TensorSpec) -> bool:

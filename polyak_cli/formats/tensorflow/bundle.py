@@ -68,7 +68,7 @@ _OPTIMIZER = re.compile(r"(?:^|_)optimizers?(?:_|$)", re.IGNORECASE)
 _SETTINGS = ("decay", "learning_rate", "beta_1", "momentum", "rho")
 #: How the Saver's files call what TensorFlow 1 keeps below a variable, and what has no variable.
 _SLOTS = re.compile(
-    r"(Adam|Momentum|RMSProp|Adagrad|AdagradDA|Adadelta|Ftrl|ExponentialMovingAverage|LAMB\w*|"
+    r"(Adam|Momentum|RMSProp|Adagrad|AdagradDA|Adadelta|Ftrl|LAMB\w*|"
     r"adam_[mv]|lamb_[mv]|slot_v[cr]?|slot_m|[mv]|vhat|rms|mg|momentum|accumulator|linear)(_\d+)?"
 )
 _POWERS = re.compile(r"(.*/)?beta[12]_power(_\d+)?")
