@@ -41,6 +41,7 @@ class Settings(TypedDict, total=False):
     allow_nonfinite: bool
     allow: Sequence[str]
     lora: Literal["factors", "exact"]
+    strip_prefix: Sequence[str]
     hash: bool | None
     max_memory: int | None
     jobs: int | None

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
-from polyak_cli.averaging.belonging import blame, layers
+from polyak_cli.averaging.belonging import blame, layers, prefixes
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import TensorSource
 from polyak_cli.errors import MismatchError, shown
@@ -39,6 +39,8 @@ def match(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
     """
     try:
         return _pair_all(tables, by)
+    except prefixes.PrefixError:
+        raise
     except MismatchError as error:
         # The newest need not be the one that is right.
         raise blame.blame_minority(
@@ -79,6 +81,9 @@ def _pair_by_name(table: Table, template: Table) -> list[TensorSpec]:
     extra = [name for name in table.tensors if name not in template.tensors]
     if missing or extra:
         _recommend_order(table, template)
+        only_prefix = prefixes.describe_prefixes(table, template)
+        if only_prefix:
+            raise prefixes.PrefixError(only_prefix)
     if missing:
         raise MismatchError(
             f"{shown(table.path)}: has no tensor '{shown(missing[0])}', but {shown(template.path)} "

@@ -67,6 +67,7 @@ class Options(TypedDict, total=False):
         allow: what else to average all the same; see `ALLOWED`.
         lora: "factors" (the default) or "exact": average factors whose product is meant (LoRA,
             DoRA, weight norm) by themselves, or write factors of the mean product.
+        strip_prefix: beginnings of names, such as "module.", without which tensors are paired.
         force: replace an existing output.
         hash: record each input's SHA-256; by default, if all have 64 MB at most.
         verify: read the output back from the disk before it gets its name, and compare it, bit for
@@ -99,6 +100,7 @@ class Options(TypedDict, total=False):
     allow_nonfinite: bool
     allow: Sequence[str]
     lora: Literal["factors", "exact"]
+    strip_prefix: Sequence[str]
     force: bool
     hash: bool | None
     verify: bool
@@ -175,6 +177,7 @@ class Tensors:
     allow_nonfinite: bool = False
     allow: tuple[str, ...] = ()
     lora: Literal["factors", "exact"] = "factors"
+    strip_prefix: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +229,7 @@ _LISTS = {
     "include_tensors": "globs",
     "exclude_tensors": "globs",
     "allow": "words",
+    "strip_prefix": "prefixes",
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import ema, products, schemes
-from polyak_cli.averaging.belonging import assets, averages, blame, exports
+from polyak_cli.averaging.belonging import assets, averages, blame, exports, prefixes
 from polyak_cli.averaging.belonging.factors import Factors, Measured, describe_plan, find_factors
 from polyak_cli.averaging.belonging.layers import list_moved
 from polyak_cli.averaging.fates import (
@@ -267,6 +267,7 @@ class _Fates(NamedTuple):
     stored: Mapping[str, str]  # location in the template -> the type to store
     drop_optimizer: bool
     missing_emas: Sequence[str]
+    prefix_note: str
     averages: Sequence[Problem]  # running means among the tensors, and what is done about them
     factors: Factors  # among the averaged
     is_exact: bool  # the mean products of the factors are written
@@ -277,9 +278,10 @@ def _sort_tensors(
 ) -> _Fates:
     """Pair the tensors of all checkpoints, and decide the fate of each."""
     template, wanted = tables[-1], settings.tensors
-    taken, found_averages, missing_emas = averages.choose_parts(tables, wanted)
+    stripped, prefix_note = prefixes.strip_tables(tables, wanted.strip_prefix)
+    taken, found_averages, missing_emas = averages.choose_parts(stripped, wanted)
     if wanted.use_ema and not found_averages:
-        taken, missing_emas = ema.substitute_emas(tables)
+        taken, missing_emas = ema.substitute_emas(stripped)
     rows = match(taken, wanted.match)
     averaged, carried = decide_fates(rows, wanted, shown(template.path))
     # Refused now: later, a block that is too large would fail in the middle of a fold.
@@ -296,6 +298,7 @@ def _sort_tensors(
         drop_optimizer=drop,
         missing_emas=missing_emas,
         averages=found_averages,
+        prefix_note=prefix_note,
         factors=_find_factors(tables, averaged, coefficients, settings),
         is_exact=wanted.lora == "exact",
     )
@@ -338,6 +341,8 @@ def _collect_notes(
     )
     yield from list_moved(tables, found.averaged)
     yield from note_missing_emas(found.missing_emas)
+    if found.prefix_note:
+        yield found.prefix_note
     yield from describe_plan(found.factors, exact=found.is_exact)
 
 

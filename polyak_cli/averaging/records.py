@@ -41,9 +41,10 @@ _OPTIONS: Mapping[str, tuple[type, ...]] = {
 _YOUNGER_OPTIONS: Mapping[str, tuple[tuple[type, ...], Any]] = {
     "allow": ((list,), []),
     "lora": ((str,), "factors"),
+    "strip_prefix": ((list,), []),
 }
 #: Options that are lists of texts.
-_LISTS = ("include_tensors", "exclude_tensors", "allow")
+_LISTS = ("include_tensors", "exclude_tensors", "allow", "strip_prefix")
 #: The longest file name that Linux and macOS allow, in bytes.
 _LONGEST = 255
 #: Inputs of at most this many bytes in all are hashed whole unasked: it takes no time then.

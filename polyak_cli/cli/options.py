@@ -278,6 +278,12 @@ AVERAGING = under(
         help="Average all the same what is refused for this reason; may be given again.",
     ),
     option(
+        "--strip-prefix",
+        multiple=True,
+        metavar="PREFIX",
+        help="Pair names without this beginning, such as module. of DDP; may be given again.",
+    ),
+    option(
         "--lora",
         type=click.Choice(["factors", "exact"]),
         default="factors",

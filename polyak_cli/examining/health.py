@@ -20,7 +20,14 @@ from typing import Any, NamedTuple
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import products
-from polyak_cli.averaging.belonging import assets, averages, exports, factors, quantised
+from polyak_cli.averaging.belonging import (
+    assets,
+    averages,
+    exports,
+    factors,
+    prefixes,
+    quantised,
+)
 from polyak_cli.averaging.belonging.blame import group_alike
 from polyak_cli.averaging.belonging.constants import describe_constants
 from polyak_cli.averaging.fates import is_compared
@@ -122,6 +129,7 @@ def check(
     epoch_pattern: str | None = None,
     match: str = "name",
     allow: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
     max_memory: int | None = None,
 ) -> Health:
     """Check every checkpoint of a run, and the run as a whole.
@@ -136,6 +144,7 @@ def check(
         epoch_pattern: a regular expression that finds the epoch in a name.
         match: how tensors are paired, "name" or "order".
         allow: what is no problem; see `averaging.options.ALLOWED`.
+        strip_prefix: beginnings of names without which tensors are paired.
         max_memory: bytes for buffers; `reductions.BUFFER_BYTES` if None.
 
     Raises:
@@ -161,6 +170,7 @@ def check(
     examined = [_Examined(one) for one in selection.checkpoints]
     of_run = _attach_problems(examined, selection)
     _examine(examined)
+    _strip_prefixes(examined, strip_prefix)
     found, kept = _measure_all(examined, match, memory)
     of_run += found
     _find_averages(examined, allow)
@@ -253,6 +263,16 @@ def _scan_each(paths: Sequence[Path]) -> Sequence[Table | PolyakError]:
         return formats.scan(paths)
     except PolyakError as error:
         return [error] if len(paths) == 1 else [_scan_each([path])[0] for path in paths]
+
+
+def _strip_prefixes(examined: Sequence[_Examined], strip_prefix: Sequence[str]) -> None:
+    """Give the tensors of all checkpoints the newest one's names, as averaging would."""
+    there = [one for one in examined if one.table]
+    tables = [one.table for one in there if one.table]
+    if tables:
+        stripped, _ = prefixes.strip_tables(tables, strip_prefix)
+        for one, table in zip(there, stripped, strict=True):
+            one.table = table
 
 
 def _find_averages(examined: Sequence[_Examined], allow: Sequence[str]) -> None:

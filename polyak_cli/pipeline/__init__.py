@@ -397,6 +397,7 @@ def _examine(
         chosen,
         match=settings.tensors.match,
         allow=settings.tensors.allow,
+        strip_prefix=settings.tensors.strip_prefix,
         max_memory=max_memory,
     )
     # The plan refuses or says these itself, and knows which tensors the options carry.
