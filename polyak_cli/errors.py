@@ -83,7 +83,9 @@ def quote_glob(name: str) -> str:
 
     What cannot be pasted, such as a control character, is replaced by ``?``.
     """
-    pattern = "".join(c if c.isprintable() else "?" for c in glob.escape(name))
+    ends = (name[:80], name[-80:]) if len(name) > 200 else (name,)  # a message has an end
+    escaped = "*".join(map(glob.escape, ends))
+    pattern = "".join(c if c.isprintable() else "?" for c in escaped)
     quoted = shlex.quote(pattern)
     return quoted if quoted != pattern else f"'{pattern}'"
 
