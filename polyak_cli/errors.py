@@ -83,7 +83,7 @@ def quote_glob(name: str) -> str:
 
     What cannot be pasted, such as a control character, is replaced by ``?``.
     """
-    ends = (name[:80], name[-80:]) if len(name) > 200 else (name,)  # a message has an end
+    ends = (name[:40], name[-40:]) if len(name) > 200 else (name,)  # a message has an end
     escaped = "*".join(map(glob.escape, ends))
     pattern = "".join(c if c.isprintable() else "?" for c in escaped)
     quoted = shlex.quote(pattern)
