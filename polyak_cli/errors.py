@@ -39,6 +39,10 @@ class FormatError(PolyakError):
     """A file is not what it should be: foreign, damaged, hostile, or still being written."""
 
 
+class ChangedError(FormatError):
+    """A file was changed or replaced while it was read; it may be whole the next time."""
+
+
 class MismatchError(PolyakError):
     """Checkpoints do not belong to one model, or hold numbers that cannot be averaged."""
 
@@ -81,7 +85,8 @@ def list_some(names: Sequence[str]) -> str:
 def quote_glob(name: str) -> str:
     """Return a glob that matches a name, in quotes, to be pasted into a command line.
 
-    What cannot be pasted, such as a control character, is replaced by ``?``.
+    What cannot be pasted, such as a control character, is replaced by ``?``, and the middle of a
+    long name by ``*``.
     """
     ends = (name[:40], name[-40:]) if len(name) > 200 else (name,)  # a message has an end
     escaped = "*".join(map(glob.escape, ends))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from polyak_cli import average, check, plan
+from polyak_cli import run as carry_out
 from polyak_cli.averaging.belonging import blame
 from polyak_cli.errors import MismatchError, PolyakError, quote_glob
 from polyak_cli.tensors import Table, TensorSpec
@@ -169,7 +170,7 @@ def test_layers_in_another_order(tmp_path: Path) -> None:
     for epoch in EPOCHS:
         layers = one if epoch < 5 else dict(reversed(one.items()))
         write_model(tmp_path / f"m_{epoch}.h5", layers)
-    with pytest.raises(MismatchError, match=r"^\S*m_5.h5: .*layer 'e' where \S*m_4.h5 has 'd'"):
+    with pytest.raises(MismatchError, match=r"^\S*m_5.h5: .*layer 'e' where .* has 'd' .*m_4"):
         plan(tmp_path)
     average(tmp_path, tmp_path / "o.h5", exclude=["m_5.h5"])
     assert read_model(tmp_path / "o.h5")["model_weights/d/k"].tolist() == [1, 1]
@@ -223,6 +224,62 @@ def test_where_every_file_is_damaged_none_is_to_be_left_out(tmp_path: Path) -> N
     error = refused(tmp_path / "run", tmp_path / "o.npz")
     assert "--exclude" not in str(error)
     assert "--on-unhealthy" not in str(error)
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_value_that_is_not_finite(tmp_path: Path, jobs: int) -> None:
+    """The checkpoint, the tensor's glob, and both ways to leave the checkpoint out are named."""
+    models = {epoch: usual(epoch) for epoch in EPOCHS}
+    models[4]["d/b"][1] = np.nan
+    write_npz(tmp_path / "run", models)
+    error = refused(tmp_path / "run", tmp_path / "o.npz", jobs=jobs)
+    assert str(error).startswith(f"{tmp_path / 'run' / 'm_4.npz'}: tensor 'd/b' holds nan")
+    assert "--exclude-tensors 'd/b'" in str(error)
+    assert follow(tmp_path / "run", tmp_path / "o.npz", error) == [2.75, 2.75]
+
+
+def test_a_run_that_diverged_is_not_blamed_on_one_checkpoint(tmp_path: Path) -> None:
+    """All of them have the same NaN, so that leaving one out would not help."""
+    nan = np.full(3, np.nan, np.float32)
+    write_npz(tmp_path / "run", {epoch: usual(epoch) | {"d/b": nan} for epoch in EPOCHS})
+    error = refused(tmp_path / "run", tmp_path / "o.npz")
+    assert "tensor 'd/b' holds nan (element 0) in every checkpoint" in str(error)
+    assert "--exclude '" not in str(error)
+    assert "--on-unhealthy" not in str(error)
+
+
+def test_a_file_that_changed_is_not_to_be_left_out(tmp_path: Path) -> None:
+    """It may be whole the next time; the message asks whether training is still running."""
+    paths = write_run(tmp_path / "run", [])
+    made = plan(tmp_path / "run", tmp_path / "o.npz")
+    np.savez(paths[2], **usual(7), more=np.zeros(9))  # type: ignore[arg-type] # names of arrays
+    with pytest.raises(PolyakError, match=r"m_3\.npz: changed .*is training still running\?$"):
+        carry_out(made)
+
+
+def test_a_damaged_tensor(tmp_path: Path) -> None:
+    """A checksum that is wrong, or a chunk that cannot be unpacked, is left out by both ways."""
+    (tmp_path / "run").mkdir()
+    for epoch in EPOCHS:
+        values = np.random.default_rng(epoch).normal(size=(64, 64)).astype(np.float32)
+        layers = {"d": {"k": values}}
+        storage = {"chunks": (8, 64), "compression": "gzip", "fletcher32": True}
+        write_model(tmp_path / "run" / f"m_{epoch}.h5", layers, storage=storage)
+    path = tmp_path / "run" / "m_2.h5"
+    with h5py.File(path) as file:
+        place = file["model_weights/d/k"].id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[place + 8 : place + 24] = b"\xff" * 16
+    path.write_bytes(content)
+    error = refused(tmp_path / "run", tmp_path / "o.h5")
+    assert str(error).startswith(f"{path}: ")
+    assert list_advice(str(error))[:2] == [{"exclude": ("m_2.h5",)}, {"on_unhealthy": "skip"}]
+    for number, way in enumerate(list_advice(str(error))[:2]):
+        report = average(tmp_path / "run", tmp_path / f"{number}.h5", **way)
+        assert [one.epoch for one in report.plan.checkpoints] == [1, 3, 4, 5]
 
 
 # --- the advice -----------------------------------------------------------------------------------
@@ -294,6 +351,8 @@ def test_a_watch_names_no_option_that_it_lacks(tmp_path: Path) -> None:
         ("it's", """'it'"'"'s'"""),
         ("a\nb\x1b", "'a?b?'"),
         ("", "''"),
+        ("x" * 200, f"'{'x' * 200}'"),
+        ("a" * 5000 + "b" * 5000, f"'{'a' * 40}*{'b' * 40}'"),
     ],
 )
 def test_a_quoted_glob(name: str, quoted: str) -> None:

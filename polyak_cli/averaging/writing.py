@@ -14,7 +14,7 @@ import numpy as np
 
 from polyak_cli import formats
 from polyak_cli.averaging import products, records
-from polyak_cli.averaging.belonging import constants, quantised
+from polyak_cli.averaging.belonging import blame, constants, quantised
 from polyak_cli.averaging.fates import describe_difference, is_compared, is_wanted
 from polyak_cli.averaging.matching import Row, list_files, list_sources
 from polyak_cli.averaging.options import Progress
@@ -33,9 +33,11 @@ def write_average(
     plan: Plan, hidden: Path, record: str, progress: Progress
 ) -> tuple[Totals, list[Path], list[str]]:
     """Write the output under its hidden name; return the totals, its files and notes."""
-    formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
+    with blame.naming_inputs(plan.tables):
+        formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
     skeleton = _write_skeleton(plan, hidden, record)
-    totals = _fold(plan, [plan.coefficients], [skeleton], progress)
+    with blame.naming_inputs(plan.tables):
+        totals = _fold(plan, [plan.coefficients], [skeleton], progress)
     inputs = list_files(plan.tables)
     compared, differing = _compare_carried(plan, inputs, progress)
     # Only now: a file that was rewritten while it was read gives a mixture of two checkpoints.
@@ -155,8 +157,7 @@ def _refuse_diverged(plan: Plan, totals: Totals) -> None:
     found = constants.merge_constants(totals.constants)
     for spec in (row[-1] for row in plan.averaged_rows if row[-1].name in found):
         if constants.is_diverged(found[spec.name], spec.shape):
-            where = shown(plan.tables[-1].path)
-            raise MismatchError(f"{where}: {constants.describe_diverged(found[spec.name])}")
+            raise MismatchError(constants.describe_diverged(found[spec.name]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -315,15 +315,17 @@ class Worker:
         culprit, value = next((k, one) for k, one in held if not np.isfinite(one))
         others = (k for k, one in held if not np.array_equal(one, value, equal_nan=True))
         other = next(others, None)
+        what = f"tensor '{shown(name)}' holds {value} (element {slab.start + place})"
+        wanted = f"expected finite numbers, or the same infinity in every checkpoint. {ways}"
+        if other is None and len(held) > 1:  # no file is worse than the others
+            return MismatchError(
+                f"{what} in every checkpoint: the run has diverged; {wanted}--allow-nonfinite"
+            )
+        against = ""
         if other is not None:
             against = f", but {self._name_file(slab, other, place)} holds {dict(held)[other]:.6g}"
-        else:
-            against = ", as every checkpoint does: the run has diverged" if len(held) > 1 else ""
-        return MismatchError(
-            f"{self._name_file(slab, culprit, place)}: tensor '{shown(name)}' holds {value} "
-            f"(element {slab.start + place}){against}; expected finite numbers, or the same "
-            f"infinity in every checkpoint. {ways}--allow-nonfinite"
-        )
+        path = self._name_file(slab, culprit, place)
+        return MismatchError(f"{path}: {what}{against}; {wanted}--allow-nonfinite")
 
     def _name_file(self, slab: Slab, k: int, place: int) -> str:
         """Return the file of checkpoint ``k`` that holds an element of a slab."""

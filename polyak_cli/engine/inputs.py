@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polyak_cli.engine.slabs import TensorSource
-from polyak_cli.errors import FormatError, shown
+from polyak_cli.errors import ChangedError, FormatError, shown
 from polyak_cli.storage import Bytes, File, InputFile, Version, open_input
 
 
@@ -49,8 +49,10 @@ class OpenInputs:
                 if files.is_opening and isinstance(error.__cause__, OSError):
                     raise  # it names the file already, and concerns no tensor
                 path = self.inputs[files.last].path
-                problem = _CHANGED if files.is_opening else error
-                raise FormatError(f"{shown(path)}: tensor '{shown(name)}': {problem}") from None
+                where = f"{shown(path)}: tensor '{shown(name)}'"
+                if files.is_opening:
+                    raise ChangedError(f"{where}: {_CHANGED}") from None
+                raise FormatError(f"{where}: {error}") from None
 
     def prefetch(self, source: TensorSource, start: int, stop: int) -> None:
         """Have bytes of a tensor fetched, if its file is one that stays open."""
@@ -108,6 +110,6 @@ def check_unchanged(inputs: Sequence[File]) -> None:
         with contextlib.suppress(OSError):
             if Version.of(Path(path).stat()) == version:
                 continue
-        raise FormatError(
+        raise ChangedError(
             f"{shown(path)}: changed or vanished while it was read; is training still running?"
         )

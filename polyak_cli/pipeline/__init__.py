@@ -5,8 +5,9 @@ Prints nothing and knows no file format.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import products, records
-from polyak_cli.averaging.belonging import factors
+from polyak_cli.averaging.belonging import blame, factors
 from polyak_cli.averaging.options import Progress, Settings, Source, measure_peak, select
 from polyak_cli.averaging.planning import Around, Plan, plan_average
 from polyak_cli.averaging.writing import write_average
@@ -64,6 +65,15 @@ class Stages:
     recalibrate: Split | None = None
     batch_size: int = 256  # rows that a model is run on at a time
     trust_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _PlannedStages(Stages):
+    """The stages of a plan, with what it was made of; an error of the run has advice from these."""
+
+    sources: Source | Sequence[Source] | checkpoints.Selection = ()
+    chosen: checkpoints.Selection | None = None
+    can_skip: bool = False  # --on-unhealthy skip can be added to the options
 
 
 def parse_options(options: Options) -> tuple[Settings, Stages]:
@@ -221,6 +231,17 @@ def make_plan(
     if skipped and settings.weighting.coefficients is not None:
         left = _keep_coefficients(skipped, chosen, settings.weighting.coefficients)
         settings = replace(settings, weighting=replace(settings.weighting, coefficients=left))
+    # `watch` chooses by itself, and waits for what cannot be read.
+    has_skip = has_skip and not isinstance(sources, checkpoints.Selection)
+    planned = _PlannedStages(
+        stages.on_unhealthy,
+        stages.recalibrate,
+        stages.batch_size,
+        stages.trust_code,
+        sources,
+        healthy,
+        has_skip and stages.on_unhealthy != "skip" and not settings.tensors.use_ema,
+    )
     rows = stages.recalibrate
     around = Around(
         skipped=skipped,
@@ -230,17 +251,21 @@ def make_plan(
         else {"data": rows.source, "rows": rows.rows, "batch_size": stages.batch_size},
         # The average stays until it is copied, and what is verified until it is compared.
         copies=1 + (rows is not None) + settings.output.verify,
-        stages=stages,
+        stages=planned,
         check_template=lambda template, target: _check_recalibration(template, target, stages),
     )
     target = Path(output) if output is not None else None
     try:
         return plan_average(healthy, target, settings, around)
     except PolyakError as error:
-        # `watch` chooses by itself, and waits for what cannot be read.
-        has_skip = has_skip and not isinstance(sources, checkpoints.Selection)
-        can_skip = has_skip and stages.on_unhealthy != "skip" and not settings.tensors.use_ema
-        raise add_advice(error, sources, healthy, settings, can_skip=can_skip) from None
+        raise _advise(error, planned, settings) from None
+
+
+def _advise(error: PolyakError, stages: Stages, settings: Settings) -> PolyakError:
+    """Return an error with the options that leave out the checkpoints at fault, if any are."""
+    if not isinstance(stages, _PlannedStages) or stages.chosen is None:
+        return error
+    return add_advice(error, stages.sources, stages.chosen, settings, can_skip=stages.can_skip)
 
 
 def run(plan: Plan, *, progress: Progress | None = None) -> Report:
@@ -261,9 +286,11 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         raise UsageError("the plan has no output; name the file to write")
     force, verify = plan.settings.output.force, plan.settings.output.verify
     folder = outputs.list_folder_endings(plan.output, plan.tables[-1])
-    record = records.encode(records.seal(records.make_record(plan)))
+    with _advising(plan), blame.naming_inputs(plan.tables):
+        record = records.encode(records.seal(records.make_record(plan)))
     with publishing.publish(plan.output, force=force, folder=folder) as hidden:
-        totals, files, notes = write_average(plan, hidden, record, progress or (lambda _: None))
+        with _advising(plan):
+            totals, files, notes = write_average(plan, hidden, record, progress or (lambda _: None))
         recalibrated = _recalibrate(plan, plan.output, hidden)
         if recalibrated:
             notes += recalibrated.notes
@@ -292,6 +319,15 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         recalibrated=recalibrated,
         verified=verify,
     )
+
+
+@contextlib.contextmanager
+def _advising(plan: Plan) -> Iterator[None]:
+    """Add to errors about some of the checkpoints by which options these are left out."""
+    try:
+        yield
+    except PolyakError as error:
+        raise _advise(error, stages_of(plan), plan.settings) from None
 
 
 def _measure_factors(plan: Plan) -> Plan:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from polyak_cli.errors import FormatError, shown
+from polyak_cli.errors import ChangedError, FormatError, shown
 from polyak_cli.storage import Bytes, InputFile, OutputFile, Version
 
 #: Bytes of a page of memory.
@@ -216,7 +216,7 @@ class LocalStore:
                 raise FormatError(f"{shown(key)}: is not a regular file")
             found = Version.of(status)
             if version not in (None, found):
-                raise FormatError(
+                raise ChangedError(
                     f"{shown(key)}: changed while it was read; is training still running?"
                 )
         except BaseException:

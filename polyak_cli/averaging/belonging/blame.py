@@ -7,11 +7,19 @@ checkpoints are alike, nor by which options one is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from polyak_cli import formats
-from polyak_cli.errors import MismatchError, PolyakError, list_some, shown
+from polyak_cli.errors import (
+    ChangedError,
+    FormatError,
+    MismatchError,
+    PolyakError,
+    list_some,
+    shown,
+)
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.tensors import Table
 
@@ -118,6 +126,21 @@ def blame_unreadable(paths: Sequence[Path], error: PolyakError) -> PolyakError:
         error.at_fault = (culprit,)
         break
     return error
+
+
+@contextlib.contextmanager
+def naming_inputs(tables: Sequence[Table]) -> Iterator[None]:
+    """Mark errors about one checkpoint's values with its number.
+
+    A file that was changed meanwhile is no reason to leave it out.
+    """
+    try:
+        yield
+    except (FormatError, MismatchError) as error:
+        files = [[str(table.path), *(file.path for file in table.files)] for table in tables]
+        culprit = None if isinstance(error, ChangedError) else find_named(error, files)
+        error.at_fault = () if culprit is None else (culprit,)
+        raise
 
 
 def find_named(error: PolyakError, files: Sequence[Sequence[str]]) -> int | None:
