@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,24 +41,50 @@ _CONFIGURATION = "config.json"
 _OF_A_BATCH = ("truncation", "padding")
 #: Bytes of a file that are digested; tokenizers have some 40 MB at most.  JSON takes several times
 #: its size when it is parsed, and the child may use 256 MB.
-_MOST, _PARSED = 256 << 20, 16 << 20
+_MOST, _PARSED = 256 << 20, 32 << 20
 _STEP = 1 << 20
 
 
 def read_assets_beside(folders: Sequence[Path]) -> list[Mapping[str, Asset]]:
     """Return, for each folder, the files in it that give tensors meaning.
 
-    They are read in a child.  A file that cannot be read is left out, as if it were not there: who
-    loads the checkpoint cannot read it either.
+    They are read in a child, and parsed only where the bytes differ between folders: parsing a
+    tokenizer takes a hundred times as long as digesting it.  A file that cannot be read is left
+    out, as if it were not there: who loads the checkpoint cannot read it either.
     """
-    names = [_list_files(folder) for folder in folders]
+    listed = [_list_files(folder) for folder in folders]
+    raw = _read_all(folders, listed, _digest_bytes)
+    counts = Counter((name, asset.digest) for found in raw for name, asset in found.items())
+    holders = Counter(name for found in raw for name in found)
+    differing = [
+        [name for name, asset in found.items() if counts[name, asset.digest] < holders[name]]
+        for found in raw
+    ]
+    parsed = _read_all(folders, differing, _digest_meaning)
+    return [
+        {
+            name: asset
+            for name, asset in found.items()
+            if name not in others and name != _CONFIGURATION
+        }
+        | meaning
+        for found, others, meaning in zip(raw, differing, parsed, strict=True)
+    ]
+
+
+def _read_all(
+    folders: Sequence[Path],
+    names: Sequence[Sequence[str]],
+    read: Callable[[str, str, Heartbeat], dict[str, str]],
+) -> list[dict[str, Asset]]:
+    """Return the digests of the named files of each folder, computed in a child."""
     if not any(names):
         return [{} for _ in folders]
-    requests = [(str(folder), found) for folder, found in zip(folders, names, strict=True)]
-    outcomes = sandbox.run_each(_digest_files, requests, [path for path, _ in requests])
+    requests = [(str(folder), found, read) for folder, found in zip(folders, names, strict=True)]
+    outcomes = sandbox.run_each(_digest_files, requests, [path for path, _, _ in requests])
     return [
         {} if isinstance(found, PolyakError) else wire.unpack_assets(found, path)
-        for found, (path, _) in zip(outcomes, requests, strict=True)
+        for found, (path, _, _) in zip(outcomes, requests, strict=True)
     ]
 
 
@@ -69,37 +96,45 @@ def _list_files(folder: Path) -> list[str]:
     return sorted(name for name in names if name == _CONFIGURATION or _FILES.fullmatch(name))
 
 
-def _digest_files(request: tuple[str, Sequence[str]], heartbeat: Heartbeat) -> dict[str, Any]:
+def _digest_files(
+    request: tuple[str, Sequence[str], Callable[[str, str, Heartbeat], dict[str, str]]],
+    heartbeat: Heartbeat,
+) -> dict[str, Any]:
     """Return the assets of one folder, in a child."""
-    folder, names = request
+    folder, names, read = request
     found: dict[str, Any] = {}
     for name in heartbeat.over(names):
         try:
-            digests = _digest_file(os.path.join(folder, name), name, heartbeat)
+            digests = read(os.path.join(folder, name), name, heartbeat)
         except (FormatError, OSError):
             continue
         found |= {key: list(Asset(digest)) for key, digest in digests.items()}
     return found
 
 
-def _digest_file(path: str, name: str, heartbeat: Heartbeat) -> dict[str, str]:
-    """Return the digest of a file by its name, or of each of its parts that have a meaning."""
+def _digest_bytes(path: str, name: str, heartbeat: Heartbeat) -> dict[str, str]:
+    """Return the digest of a file's size and bytes."""
     raw = hashlib.sha256()
-    head = b""
     with open_input(path) as file:
         raw.update(b"%d\n" % file.size)
         for offset in heartbeat.over(range(0, min(file.size, _MOST), _STEP)):
-            piece = file.read(offset, _STEP)
-            raw.update(piece)
-            if file.size <= _PARSED:
-                head += piece
-    try:
-        for pattern, read in _READERS.items():
-            if head and re.fullmatch(pattern, name, re.IGNORECASE):
-                return read(name, head)
-    except (ValueError, RecursionError, MemoryError):
-        pass  # what is damaged, or larger than it looks, is compared byte by byte
-    return {} if name == _CONFIGURATION else {name: raw.hexdigest()}
+            raw.update(file.read(offset, _STEP))
+    return {name: raw.hexdigest()}
+
+
+def _digest_meaning(path: str, name: str, heartbeat: Heartbeat) -> dict[str, str]:
+    """Return the digest of what a file means, or of each of its parts that have a meaning."""
+    with open_input(path) as file:
+        content = file.read(0, _PARSED + 1)
+    reader = next(
+        (r for pattern, r in _READERS.items() if re.fullmatch(pattern, name, re.IGNORECASE)), None
+    )
+    if reader and len(content) <= _PARSED:
+        try:
+            return reader(name, content)
+        except (ValueError, RecursionError, MemoryError):
+            pass  # what is damaged, or larger than it looks, is compared byte by byte
+    return {} if name == _CONFIGURATION else _digest_bytes(path, name, heartbeat)
 
 
 def _read_configuration(name: str, content: bytes) -> dict[str, str]:

@@ -202,6 +202,8 @@ def describe_unknown(opening: Opening) -> str:
     """Return what is wrong with a file of no known format: a clause that follows its name."""
     foreign = name_file(opening)
     expected = _EXPECTED.get(_find_ending(opening.file.name))
+    if foreign is ZIP and expected:  # a damaged list of members names none
+        return f"is not {expected}, but {foreign.name}; save it again or leave it out"
     if foreign:
         return str(foreign)
     head = opening.file.read(0, 8)

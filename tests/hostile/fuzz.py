@@ -158,7 +158,10 @@ def outcomes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     """Yield what became of each file: "read", or the one line that refuses it."""
     by_format: dict[str, list[Path]] = {}
     for path in paths:
-        by_format.setdefault(catalogue.detect(path), []).append(path)
+        try:
+            by_format.setdefault(catalogue.detect(path), []).append(path)
+        except PolyakError as error:  # what is left of it is of no format
+            yield path, str(error)
     for name, group in by_format.items():
         form = find_format(name)
         requests = [(form, ScanRequest(str(path), with_optimizer=True)) for path in group]
