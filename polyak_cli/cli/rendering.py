@@ -280,6 +280,7 @@ def _score_data(score: Score) -> dict[str, Any]:
     return {
         "path": str(score.path),
         "loss": score.loss,
+        "loss_name": score.loss_words or None,
         "metrics": dict(score.metrics),
         "rows": score.rows,
         "notes": list(score.notes),
@@ -331,6 +332,18 @@ def _score_lines(scores: Sequence[Score]) -> Iterator[str]:
         cells = ["-" if value is None else f"{value:.6f}" for value in values]
         table.append([shown(score.path, 60), *cells, str(score.rows)])
     yield from _columns(table)
+    yield from _loss_lines(scores)
+
+
+def _loss_lines(scores: Sequence[Score]) -> Iterator[str]:
+    """Yield which loss the numbers are: once if all are the same one, else for each model."""
+    names = dict.fromkeys(score.loss_words for score in scores if score.loss_words)
+    if len(names) == 1:
+        yield f"loss: {next(iter(names))}"
+        return
+    for score in scores:
+        if score.loss_words:
+            yield f"loss of {shown(score.path, 60)}: {score.loss_words}"
 
 
 def sweep_lines(found: Mapping[str, Any], folder: Path, best: Path | None) -> Iterator[str]:

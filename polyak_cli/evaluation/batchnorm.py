@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from polyak_cli.evaluation.keras_files import (
     name_writer,
     reword_keras_errors,
 )
-from polyak_cli.evaluation.labels import check_features
+from polyak_cli.evaluation.labels import fit_features
 from polyak_cli.evaluation.quiet import silence_frameworks
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.tensors import Float64, Table
@@ -95,7 +95,8 @@ def gather_moments(
         ]
         if not recorders:
             raise MismatchError(f"{shown(path)}: has no BatchNorm layer; nothing to recalibrate")
-        check_features(path, model, rows)
+        features = fit_features(path, model, rows)
+        rows = replace(rows, features=tuple(features) if isinstance(features, list) else features)
         before = _locate_values(path, recorders, stored)
         with reword_keras_errors(path, f"cannot run it on {rows.source}", held_back):
             batches = _run_model(keras, model, recorders, rows, batch_size)

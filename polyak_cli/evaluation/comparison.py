@@ -131,4 +131,4 @@ def _note_other_loss(ours: RowScores, theirs: RowScores, baseline: _StrPath) -> 
 
 
 def _make_score(path: Path, scores: RowScores, rows: data.Split) -> Score:
-    return Score(path, scores.loss, scores.metrics, rows.rows, scores.notes)
+    return Score(path, scores.loss, scores.metrics, rows.rows, scores.notes, scores.loss_words)

@@ -31,6 +31,7 @@ from polyak_cli.errors import (
     shown,
     word_rest,
 )
+from polyak_cli.evaluation.forms import WHOLE, Pairs, sort_names, sort_returned
 from polyak_cli.evaluation.quiet import silence_frameworks
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -40,8 +41,6 @@ Arrays: TypeAlias = Array | Mapping[str, Array] | tuple[Array, ...]
 
 EXPECTED = "expected blobs, FILE.npz, FILE.csv or MODULE.py:FUNCTION"
 LABEL_COLUMNS = ("label", "target", "class", "y")
-_NPZ_PAIRS = {"": ("x", "y"), "train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
-_WHOLE = ""  # name of the only split of a data set that is not divided
 _DAMAGED = (csv.Error, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
@@ -89,7 +88,7 @@ class Dataset:
             which = default if default in self.splits else next(iter(self.splits))
         if which in self.splits:
             return self.splits[which]
-        if _WHOLE in self.splits:
+        if WHOLE in self.splits:
             there = "is not split into train and test; leave --split out"
         else:
             there = f"has only {' and '.join(self.splits)}"
@@ -178,11 +177,13 @@ def load(name: str) -> Dataset:
 
     * ``blobs``: 1,100 points of scikit-learn's ``make_blobs(centers=3, n_features=2, cluster_std=2,
       random_state=2)``; the first 100 are train, the other 1,000 test.
-    * ``FILE.npz``: arrays ``x`` and ``y``, or ``x_train``, ``y_train``, ``x_test``, ``y_test``.
+    * ``FILE.npz``: arrays ``x`` and ``y``, or ``x_train``, ``y_train``, ``x_test``, ``y_test``;
+      for several inputs or outputs numbered or named ones, as `forms.sort_names` says.
     * ``FILE.csv``: a header row, then numbers; separated by comma, semicolon or tab.  The label is
       the first column named label, target, class or y, else the last column.
-    * ``MODULE.py:FUNCTION``: called without arguments, returns ``(x, y)`` or ``{"train": (x, y),
-      "test": (x, y)}``; x and y may each be a dict or a tuple of arrays.
+    * ``MODULE.py:FUNCTION``: called without arguments, returns ``(x, y)``, ``((x_train, y_train),
+      (x_test, y_test))`` or ``{"train": (x, y), "test": (x, y)}``; x and y may each be a dict, a
+      tuple or a list of arrays, one for each input or output.
 
     Labels that are text are numbered as classes, in sorted order from 0; a note says so.
 
@@ -223,25 +224,13 @@ def _make_blobs() -> Dataset:
 
 
 def _load_npz(name: str) -> Dataset:
-    held = _read_npz(name)
-    pairs: dict[str, tuple[object, object]] = {}
-    used: set[str] = set()
-    for key, pair in _NPZ_PAIRS.items():
-        present = [part for part in pair if part in held]
-        if len(present) == 1:
-            missing = next(part for part in pair if part not in held)
-            raise FormatError(f"{shown(name)}: holds {present[0]} but no {missing}")
-        if present:
-            pairs[key] = (held[pair[0]], held[pair[1]])
-            used |= {*pair}
-    others = ", ".join(shown(key, 40) for key in held if key not in used)
-    if not pairs or (_WHOLE in pairs and len(pairs) > 1):
-        raise FormatError(
-            f"{shown(name)}: expected arrays x and y, or x_train, y_train, x_test and y_test; "
-            f"found {', '.join(shown(key, 40) for key in held) or 'none'}"
-        )
-    notes = (f"{shown(name)}: arrays not used: {others}",) if others else ()
-    return _make_dataset(name, pairs, notes)
+    pairs, unused = sort_names(shown(name), _read_npz(name))
+    return _make_dataset(name, pairs, _note_unused(name, unused))
+
+
+def _note_unused(name: str, unused: Sequence[str]) -> tuple[str, ...]:
+    others = ", ".join(shown(key, 40) for key in unused)
+    return (f"{shown(name)}: arrays not used: {others}",) if others else ()
 
 
 def _read_npz(name: str) -> dict[str, Array]:
@@ -273,7 +262,7 @@ def _load_csv(name: str) -> Dataset:
         rows, labels = _read_csv_rows(name, lines, header, label)
     features = np.array(rows, np.float64).reshape(len(rows), len(header) - 1)
     note = f"{shown(name)}: the labels are column '{shown(header[label], 60)}'"
-    return _make_dataset(name, {_WHOLE: (features, _convert_labels(labels))}, (note,))
+    return _make_dataset(name, {WHOLE: (features, _convert_labels(labels))}, (note,))
 
 
 def _read_csv_rows(
@@ -364,7 +353,8 @@ def _load_function(name: str, path: Path, function: str) -> Dataset:
         raise UsageError(f"{shown(path)}: has no function '{shown(function)}'")
     with _reword_user_errors(path, f"{function}() failed"):
         returned = called()
-    return _make_dataset(name, _check_returned(f"{shown(path)}: {function}()", returned), ())
+    pairs, unused = sort_returned(f"{shown(path)}: {function}()", returned)
+    return _make_dataset(name, pairs, _note_unused(name, unused))
 
 
 def _import_file(path: Path) -> object:
@@ -406,27 +396,10 @@ def _line_in(path: Path, error: BaseException) -> int | None:
     return lines[-1] if lines else None
 
 
-def _check_returned(where: str, returned: object) -> dict[str, tuple[object, object]]:
-    expected = 'expected (x, y) or {"train": (x, y), "test": (x, y)}'
-    pairs = returned if isinstance(returned, Mapping) else {_WHOLE: returned}
-    if not pairs or (isinstance(returned, Mapping) and not set(pairs) <= {"train", "test"}):
-        keys = ", ".join(shown(key, 40) for key in pairs) or "none"
-        raise PolyakError(f"{where} returned a dict with the keys {keys}; {expected}")
-    checked = {}
-    for key, pair in pairs.items():
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            what = f"{len(pair)} things" if isinstance(pair, (tuple, list)) else type(pair).__name__
-            raise PolyakError(f"{where} returned {what}; {expected}")
-        checked[str(key)] = (pair[0], pair[1])
-    return checked
-
-
 # --- arrays that fit together --------------------------------------------------------------------
 
 
-def _make_dataset(
-    name: str, pairs: Mapping[str, tuple[object, object]], notes: Sequence[str]
-) -> Dataset:
+def _make_dataset(name: str, pairs: Pairs, notes: Sequence[str]) -> Dataset:
     """Check the pairs of features and labels, and number labels that are text.
 
     Raises:
@@ -484,22 +457,48 @@ def _check_rows(split: Split) -> None:
 
 def _number_text_labels(dataset: Dataset) -> Dataset:
     """Replace text labels by the index of their name among the sorted names of all splits."""
-    texts = [s.labels for s in dataset.splits.values() if _is_text(s.labels)]
-    if not texts:
-        return dataset
-    if len(texts) < len(dataset.splits):
-        raise FormatError(f"{shown(dataset.name)}: the labels are text in one split only")
-    # All splits share one numbering, even if one of them lacks a class.
-    names = np.unique(np.concatenate([np.asarray(text, dtype=str) for text in texts]))
+    notes = list(dataset.notes)
+    arrays = {key: _key_arrays(split.labels) for key, split in dataset.splits.items()}
+    for output in dict.fromkeys(output for own in arrays.values() for output in own):
+        every = [own[output] for own in arrays.values() if output in own]
+        texts = [array for array in every if _is_text(array)]
+        if not texts:
+            continue
+        if len(texts) < len(every):
+            raise FormatError(f"{shown(dataset.name)}: the labels are text in one split only")
+        # All splits share one numbering, even if one of them lacks a class.
+        names = np.unique(np.concatenate([np.asarray(text, dtype=str) for text in texts]))
+        for own in arrays.values():
+            if output in own:
+                own[output] = np.searchsorted(names, np.asarray(own[output], dtype=str))
+        listed = ", ".join(f"{shown(n, 40)} = {k}" for k, n in enumerate(names[:10]))
+        which = f" '{shown(output, 40)}'" if output else ""
+        notes.append(
+            f"{shown(dataset.name)}: the labels{which} are text, numbered as classes: "
+            f"{listed}{word_rest(len(names) - 10)}"
+        )
     splits = {
-        key: Split(s.source, s.features, np.searchsorted(names, np.asarray(s.labels, dtype=str)))
+        key: Split(s.source, s.features, _rebuild(s.labels, [*arrays[key].values()]))
         for key, s in dataset.splits.items()
     }
-    listed = ", ".join(f"{shown(n, 40)} = {k}" for k, n in enumerate(names[:10]))
-    more = word_rest(len(names) - 10)
-    note = f"{shown(dataset.name)}: the labels are text, numbered as classes: {listed}{more}"
-    return Dataset(dataset.name, splits, (*dataset.notes, note))
+    return Dataset(dataset.name, splits, tuple(notes))
 
 
-def _is_text(labels: Arrays) -> bool:
-    return isinstance(labels, np.ndarray) and labels.dtype.kind in "US"
+def _key_arrays(labels: Arrays) -> dict[str, Array]:
+    """Return several arrays by name or number; a single one has the name ""."""
+    if isinstance(labels, Mapping):
+        return dict(labels)
+    if isinstance(labels, tuple):
+        return {str(number): array for number, array in enumerate(labels, 1)}
+    return {"": labels}
+
+
+def _rebuild(like: Arrays, arrays: Sequence[Array]) -> Arrays:
+    """Return arrays in the form that others have: one, or a tuple or dict of several."""
+    if isinstance(like, Mapping):
+        return dict(zip(like, arrays, strict=True))
+    return tuple(arrays) if isinstance(like, tuple) else arrays[0]
+
+
+def _is_text(labels: Array) -> bool:
+    return labels.dtype.kind in "US"

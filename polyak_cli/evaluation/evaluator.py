@@ -27,17 +27,18 @@ from polyak_cli.evaluation.keras_files import (
     require_keras,
     reword_keras_errors,
 )
-from polyak_cli.evaluation.labels import check_features, fit_labels, list_output_names
+from polyak_cli.evaluation.labels import fit_features, fit_labels, list_output_names
 from polyak_cli.evaluation.losses import (
     Registry,
     RowWise,
     arrange_by_output,
     choose_accuracy,
+    complete_losses,
     compute_penalty,
     find_accuracy,
     flatten,
     keep_plain_values,
-    make_zero_loss,
+    name_losses,
     resolve_row_losses,
 )
 from polyak_cli.evaluation.quiet import silence_frameworks
@@ -56,8 +57,10 @@ class Score:
             in the unit of that loss (nats for a cross-entropy); None if it is not known.
         metrics: name -> value.  The metrics of the model, and accuracy (the share of rows
             classified correctly, 0 to 1) where labels are classes.
+            With several outputs, the loss and the metrics of each too: kind_loss, kind_accuracy.
         rows: how many were scored.
         notes: messages for the user, one line each.
+        loss_words: which loss it is, and whose, such as "mse (Keras's)"; "" if there is none.
     """
 
     path: Path
@@ -65,6 +68,7 @@ class Score:
     metrics: Mapping[str, float]
     rows: int
     notes: tuple[str, ...] = ()
+    loss_words: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +85,7 @@ class RowScores:
         predictions: (rows, ...) output of the model; None if it has several outputs.
         loss_name: name of the loss; only losses of the same name can be compared.
         notes: messages for the user, one line each.
+        loss_words: as in `Score`.
     """
 
     loss: float | None
@@ -90,6 +95,7 @@ class RowScores:
     predictions: data.Array | None
     loss_name: str = ""
     notes: tuple[str, ...] = ()
+    loss_words: str = ""
 
 
 def evaluate(
@@ -193,7 +199,7 @@ class Evaluator:
         """Return the score of a file on each split; raises as `score_rows` does."""
         found, notes = self._evaluate(path, _CompiledModel.evaluate)
         return [
-            Score(path, loss, metrics, split.rows, notes)
+            Score(path, loss, metrics, split.rows, notes, self._name_loss())
             for split, (loss, metrics) in zip(self._splits, found, strict=True)
         ]
 
@@ -207,7 +213,13 @@ class Evaluator:
         """
         found, notes = self._evaluate(path, _CompiledModel.score_rows)
         self._reportable = [reportable for _, reportable in found]
-        return [replace(scores, notes=(*notes, *scores.notes)) for scores, _ in found]
+        name = self._name_loss()
+        return [
+            replace(scores, notes=(*notes, *scores.notes), loss_words=name) for scores, _ in found
+        ]
+
+    def _name_loss(self) -> str:
+        return self._compiled.loss_words if self._compiled else ""
 
     def score_predictions(self, predictions: Sequence[data.Array]) -> list[RowScores]:
         """Score predictions made elsewhere, such as a mean, like those of the model scored last.
@@ -295,7 +307,7 @@ class _CompiledModel:
     description: Description
     model: Any
     parts: tuple[_FittedSplit, ...]
-    has_loss: bool
+    loss_words: str  # "" if it has none
     row_wise: RowWise
     notes: tuple[str, ...]
 
@@ -324,6 +336,11 @@ class _CompiledModel:
         )
         has_loss = bool(flatten(loss))
         weights = keep_plain_values(training.get("loss_weights")) if has_loss else None
+        loss_words = name_losses(model, outputs, loss, weights)
+        if loss_words and any(note.startswith("left out the loss") for note in known.notes):
+            known.notes.append(
+                "the loss shown is not the model's own: it leaves out those that are not known"
+            )
         parts, right = _fit_splits(keras, path, model, splits, loss, metrics)
         row_wise = RowWise(keras, resolve_row_losses(keras, outputs, loss, weights), right, outputs)
         # Users compare accuracy, so it is added where the model does not measure it itself.
@@ -334,12 +351,12 @@ class _CompiledModel:
         with reword_keras_errors(path, "cannot compile it", lambda: ""):
             model.compile(
                 optimizer=None,  # with one, load_weights looks for its state in every .keras file
-                loss=loss if has_loss else [make_zero_loss(keras)] * len(outputs),
+                loss=complete_losses(keras, outputs, loss),
                 loss_weights=weights,
                 metrics=metrics,
                 weighted_metrics=weighted,
             )
-        return cls(description, model, parts, has_loss, row_wise, tuple(known.notes))
+        return cls(description, model, parts, loss_words, row_wise, tuple(known.notes))
 
     def evaluate(
         self, part: _FittedSplit, batch_size: int
@@ -351,7 +368,11 @@ class _CompiledModel:
         # With return_dict the total loss has this name, penalties of regularizers included.
         metrics = {name: shorten_float32(value) for name, value in result.items()}
         loss = metrics.pop("loss", None)
-        return (loss if self.has_loss else None), metrics
+        if self.loss_words:
+            return loss, metrics
+        for name in self.row_wise.names:  # the zeros of `make_zero_loss`, by output
+            metrics.pop(f"{name}_loss", None)
+        return None, metrics
 
     def score_rows(self, part: _FittedSplit, batch_size: int) -> tuple[RowScores, _Reportable]:
         """Return the scores of each row, as far as they agree with the totals of Keras."""
@@ -379,8 +400,8 @@ class _CompiledModel:
             losses is not None,
             None if correct is None else name or "accuracy",
         )
-        loss_name = self.row_wise.loss_name
-        return RowScores(loss, metrics, losses, correct, only, loss_name, tuple(notes)), reportable
+        kind = self.row_wise.loss_name
+        return RowScores(loss, metrics, losses, correct, only, kind, tuple(notes)), reportable
 
     def score_predictions(
         self, part: _FittedSplit, output: data.Array, reportable: _Reportable, batch_size: int
@@ -412,9 +433,9 @@ def _fit_splits(
     """Return the rows in the form that a model expects, and the accuracy of a row, if any."""
     parts, all_classes = [], True
     for split in splits:
-        check_features(path, model, split)
+        features = fit_features(path, model, split)
         labels, classes = fit_labels(path, split, model, loss, metrics)
-        parts.append(_FittedSplit(split.source, split.features, labels))
+        parts.append(_FittedSplit(split.source, features, labels))
         all_classes &= classes
     right = (
         choose_accuracy(keras, model, loss, metrics, parts[0].labels)

@@ -7,6 +7,7 @@ file names is imported.  This module knows no files and no data sets.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -22,6 +23,21 @@ def make_zero_loss(keras: Any) -> Callable[[Any, Any], Any]:
         return keras.ops.zeros_like(predicted[..., 0])
 
     return no_loss
+
+
+def complete_losses(keras: Any, outputs: Sequence[str], loss: Any) -> Any:
+    """Return losses as compile() takes them: one for every output, or losses of zero if none is.
+
+    An output without a loss counts nothing, but Keras refuses a dict that does not name it.
+    """
+    if not flatten(loss):
+        zeros = [make_zero_loss(keras)] * len(outputs)
+        # A model whose outputs are a dict takes its losses by name only.
+        known = len(outputs) > 1 and all(outputs)
+        return dict(zip(outputs, zeros, strict=True)) if known else zeros
+    if isinstance(loss, dict) and all(outputs):
+        return {name: loss.get(name) for name in outputs}
+    return loss
 
 
 def keep_plain_values(value: Any) -> Any:
@@ -61,8 +77,11 @@ class Registry:
         try:
             return find(config)
         except (ValueError, TypeError, KeyError, AttributeError):
-            name = config.get("class_name") if isinstance(config, dict) else config
-            self.notes.append(f"left out the {what} '{shown(name, 60)}', which Keras does not know")
+            self.notes.append(
+                f"left out the {what} '{shown(_name_config(config), 60)}', which Keras does not "
+                "know; the file holds only its name: register it in the file of --data "
+                "MODULE.py:FUNCTION to measure it"
+            )
             return None
 
     def find_loss(self, config: Any) -> Any:
@@ -99,24 +118,106 @@ class Registry:
         return self.keras.metrics.MeanMetricWrapper(found, name=name)
 
     def _unwrap_name(self, config: Any) -> Any:
-        """Return the name of a function that is stored as an object, as in .keras files."""
-        if isinstance(config, dict) and config.get("class_name") == "function":
-            return config["config"]
-        return config
+        """Return the name of a function that is stored as an object, as in .keras files.
+
+        Raises:
+            ValueError: it is no function of Keras, and not registered.
+        """
+        if not isinstance(config, dict) or config.get("class_name") != "function":
+            return config
+        name = str(config["config"])
+        # compile("mse") is stored as that text; a function of this name is the user's, as Keras's
+        # is called mean_squared_error.  Keras itself would load its own instead, without a word.
+        homes = (self.keras.losses, self.keras.metrics)
+        if self.keras.saving.get_registered_object(name) is None and not any(
+            getattr(getattr(home, name, None), "__name__", None) == name for home in homes
+        ):
+            raise ValueError(name)
+        return name
 
     def _build(self, config: Mapping[str, Any], home: Any, base: type) -> Any:
         """Return an object of a class of Keras or a registered class, with plain arguments only."""
         name = config.get("registered_name") or config["class_name"]
-        kind = self.keras.saving.get_registered_object(name) or getattr(
-            home, config["class_name"], None
-        )
+        kind = self.keras.saving.get_registered_object(name)
+        # A class of the user's own may be called like one of Keras's, whose module .keras files
+        # name; .h5 files name none.
+        if kind is None and str(config.get("module", "keras")).startswith(("keras", "tf_keras")):
+            kind = getattr(home, config["class_name"], None)
         # `home` is a module of Keras: a hostile name must not find another object in it.
         if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base):
             raise ValueError(name)
         arguments = {k: v for k, v in config["config"].items() if k not in ("fn", "dtype")}
         if arguments.get("reduction") == "auto":  # Keras 2's word for its default
             arguments["reduction"] = "sum_over_batch_size"
+        if home is self.keras.losses:
+            self._note_lost_settings(kind, arguments)
         return kind(**keep_plain_values(arguments))
+
+    def _note_lost_settings(self, kind: type, arguments: Mapping[str, Any]) -> None:
+        """Note the settings of a loss that the file does not keep, as Keras 3 drops Huber's."""
+        for name, parameter in inspect.signature(kind).parameters.items():
+            default = parameter.default
+            if name in arguments or name in ("name", "dtype", "reduction", "fn"):
+                continue
+            if default is not parameter.empty and default is not None:
+                self.notes.append(
+                    f"the file does not keep the {name} of its loss {kind.__name__}: the loss "
+                    f"shown is that with Keras's default, {default!r}"
+                )
+
+
+def _name_config(config: Any) -> object:
+    """Return the name of a loss or metric as its configuration gives it."""
+    if not isinstance(config, dict):
+        return config
+    kind = config.get("class_name")
+    if kind == "__lambda__":
+        return "<lambda>"
+    return config.get("config") if kind == "function" else kind
+
+
+def name_losses(model: Any, outputs: Sequence[str], loss: Any, weights: Any) -> str:
+    """Return which loss a model is scored with, and whose, such as "mse (Keras's)".
+
+    Args:
+        model: the model, whose code may compute a loss of its own.
+        outputs: names of its outputs.
+        loss: what `Registry.resolve` found.
+        weights: of the outputs; None for 1 each.
+    """
+    found = [select_output(loss, index, name) for index, name in enumerate(outputs)]
+    if not any(one is not None for one in found):
+        return ""
+    words = []
+    for index, (name, known) in enumerate(zip(outputs, found, strict=True)):
+        weight = select_output(weights, index, name)
+        times = "" if weight is None or weight == 1 else f" * {weight:g}"
+        output = f"{shown(name, 60)}: " if len(outputs) > 1 else ""
+        words.append(f"{output}{'none' if known is None else _name_loss(known)}{times}")
+    text = ", ".join(words)
+    # A subclass may compute something else of these losses, or nothing.
+    for method in ("compute_loss", "test_step"):
+        owner = next(k for k in type(model).__mro__ if method in vars(k))
+        if not owner.__module__.startswith("keras."):
+            text = f"{owner.__name__}.{method}() of {text}"
+    penalties = " + the model's own penalties (regularizers, add_loss)" if model.losses else ""
+    return text + penalties
+
+
+def _name_loss(known: Any) -> str:
+    """Return the name of a loss, its settings, and whether it is one of Keras's."""
+    if isinstance(known, str):
+        return f"{shown(known, 60)} (Keras's)"
+    name = getattr(known, "__name__", "") or type(known).__name__
+    home = getattr(known, "__module__", None) or type(known).__module__
+    settings = ""
+    if hasattr(known, "get_config"):
+        given = known.get_config().items()
+        plain = [(k, v) for k, v in given if isinstance(v, (bool, int, float)) and k != "axis"]
+        listed = ", ".join(f"{key}={value!r}" for key, value in plain if value)
+        settings = f"({listed})" if listed else ""
+    whose = "Keras's" if home.startswith("keras.") else "your own"
+    return f"{shown(name, 60)}{settings} ({whose})"
 
 
 def arrange_by_output(metrics: Any, outputs: Sequence[str]) -> Any:

@@ -138,14 +138,15 @@ def test_the_table_says_how_far_each_model_is_ahead(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["model", "final.h5", "newest.h5"]
-    assert lines[3] == "minus newest.h5, with 95 % intervals over 1000 paired rows:"
-    accuracy, loss = (line.split() for line in lines[5:7])
+    assert lines[3] == "loss: categorical_crossentropy (Keras's)"
+    assert lines[4] == "minus newest.h5, with 95 % intervals over 1000 paired rows:"
+    accuracy, loss = (line.split() for line in lines[6:8])
     assert accuracy[:3] == ["final.h5", "accuracy", "+0.001000"]
     assert accuracy[-2:] == loss[-2:] == ["within", "noise"]
     assert float(accuracy[3]) < 0 < float(accuracy[4])
     assert (accuracy[5:7], loss[5]) == (["1", "-"], "-")
     assert float(loss[6]) > 0.05
-    assert lines[7].startswith("within noise: no difference is shown")
+    assert lines[8].startswith("within noise: no difference is shown")
 
 
 @pytest.mark.slow

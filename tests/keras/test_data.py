@@ -117,9 +117,62 @@ def test_an_npz_in_two_splits(tmp_path: Path) -> None:
     assert data.load(str(tmp_path / "t.npz")).split().rows == 2
 
 
+@pytest.mark.parametrize("names", ["y{}", "y_{}"])
+def test_an_npz_numbers_several_outputs(tmp_path: Path, names: str) -> None:
+    """The arrays y1, y2, ... y10 are a tuple in the order of their numbers, from 0 or from 1 on."""
+    for first in (0, 1):
+        outputs: dict[str, Any] = {
+            names.format(k + first): np.full(2, k) for k in reversed(range(10))
+        }
+        np.savez(tmp_path / "d.npz", x=np.ones((2, 3)), **outputs)
+        labels = only(data.load(str(tmp_path / "d.npz"))).labels
+        assert isinstance(labels, tuple)
+        assert [array[0] for array in labels] == [*range(10)]
+
+
+def test_an_npz_names_several_inputs_and_outputs_in_two_parts(tmp_path: Path) -> None:
+    """The arrays x_train_NAME and y_test_NAME are dicts; classes that are text are numbered."""
+    arrays: dict[str, Any] = {
+        "x_train_a": [1.0, 2.0], "x_train_b": [3.0, 4.0],
+        "y_train_kind": ["v", "u"], "y_train_size": [0.5, 0.6],
+        "x_test_b": [3.0], "x_test_a": [1.0],
+        "y_test_size": [0.7], "y_test_kind": ["w"], "x_val": [0.0],
+    }  # fmt: skip
+    np.savez(tmp_path / "d.npz", **arrays)
+    loaded = data.load(str(tmp_path / "d.npz"))
+    train, test = loaded.split("train"), loaded.split()
+    assert isinstance(train.features, dict)
+    assert isinstance(train.labels, dict)
+    assert isinstance(test.labels, dict)
+    assert {name: array.tolist() for name, array in train.features.items()} == {
+        "a": [1.0, 2.0],
+        "b": [3.0, 4.0],
+    }
+    assert (train.labels["kind"].tolist(), test.labels["kind"].tolist()) == ([1, 0], [2])
+    assert train.labels["size"].tolist() == [0.5, 0.6]
+    assert [note.partition(": ")[2] for note in loaded.notes] == [
+        "arrays not used: x_val",
+        "the labels 'kind' are text, numbered as classes: u = 0, v = 1, w = 2",
+    ]
+
+
+def test_an_array_y_is_used_alone(tmp_path: Path) -> None:
+    """Other arrays whose names begin with y_ are noted, as any others."""
+    np.savez(tmp_path / "d.npz", x=np.ones((2, 3)), y=[0, 1], y_mean=[5, 6], y2=[7, 8])
+    loaded = data.load(str(tmp_path / "d.npz"))
+    assert equal(only(loaded).labels, [0, 1])
+    assert loaded.notes[0].endswith("arrays not used: y_mean, y2")
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
+        ({"x": [1.0], "y1": [1], "y3": [1]}, "holds y1, y3; expected numbers from 0 or 1 on"),
+        ({"x": [1.0], "y2": [1], "y3": [1]}, "holds y2, y3; expected numbers from 0 or 1 on"),
+        ({"x": [1.0], "y1": [1], "y_size": [1]}, "holds y1, y_size: several arrays are either"),
+        ({"x_train": [1.0], "y_train": [1], "x_test": [1.0]}, "holds x_test but no y_test"),
+        ({"y_kind": [1], "y_size": [1]}, "holds y_kind but no x"),
+        ({"x": [1.0, 2.0], "y_kind": [1, 2], "y_size": [1]}, "must have as many rows"),
         ({"a": [1.0], "b": [1]}, "expected arrays x and y.*found a, b"),
         ({}, "found none"),
         ({"x": [[1.0]]}, "holds x but no y"),
@@ -300,6 +353,74 @@ def test_a_function_may_return_several_arrays(module: Callable[[str], str]) -> N
     assert isinstance(rows.labels, tuple)
     with pytest.raises(FormatError, match="as many rows"):
         data.load(module("def load(): return {'a': [[1.0]], 'b': [[2.0], [3.0]]}, np.zeros(1)"))
+
+
+@pytest.mark.parametrize("brackets", ["()", "[]"])
+def test_two_pairs_are_train_and_test(module: Callable[[str], str], brackets: str) -> None:
+    """A function may return what keras.datasets returns; --split chooses, test by default."""
+    opened, closed = brackets[0], brackets[1]
+    pair = f"{opened}np.full(({{0}}, 2, 2), {{0}}), np.arange({{0}}){closed}"
+    both = f"{opened}{pair.format(7)}, {pair.format(5)}{closed}"
+    loaded = data.load(module(f"def load(): return {both}"))
+    assert [*loaded.splits] == ["train", "test"]
+    assert equal(loaded.split("train").features, np.full((7, 2, 2), 7))
+    assert equal(loaded.split().features, np.full((5, 2, 2), 5))
+    assert equal(loaded.split().labels, range(5))
+    assert loaded.split(default="train") is loaded.split("train")
+
+
+@pytest.mark.parametrize(
+    ("code", "splits"),
+    [
+        # As many rows in all four: parts if the pairs are alike, array by array.
+        ("(np.ones((4, 2)), np.ones(4)), (np.ones((4, 2)), np.zeros(4))", ["train", "test"]),
+        ("(np.ones((4, 2)), np.ones(4)), (np.ones((4, 3)), np.zeros(4))", [""]),
+        ("[np.ones((4, 2)), np.ones(4)], [np.ones((4, 2)), np.zeros(4)]", [""]),
+        # With several arrays in a pair, and with dicts.
+        ("(np.ones((4, 2)), [np.ones(4)] * 2), (np.ones((3, 2)), [np.ones(3)] * 2)",
+         ["train", "test"]),
+        ("({'a': np.ones(4)}, {'b': np.ones(4)}), ({'a': np.ones(3)}, {'b': np.ones(3)})",
+         ["train", "test"]),
+        # Lists of numbers are arrays.
+        ("[[1.0, 2.0], [3.0, 4.0]], [[0, 1], [1, 0]]", [""]),
+        ("[[[1], [2]], [[3], [4]]], [[[1], [2]], [[3], [4]]]", [""]),
+    ],
+)  # fmt: skip
+def test_pairs_of_pairs_are_told_apart(
+    module: Callable[[str], str], code: str, splits: list[str]
+) -> None:
+    """Two parts, or two inputs and two outputs, by the rules that the documentation gives."""
+    assert [*data.load(module(f"def load(): return {code}")).splits] == splits
+
+
+@pytest.mark.parametrize(
+    "labels", ["[np.arange(9), np.ones((9, 1))]", "[list(range(9)), [1.0] * 9]"]
+)
+def test_a_list_of_labels_is_for_several_outputs(module: Callable[[str], str], labels: str) -> None:
+    """As Keras takes it: a list of arrays with as many rows as the features."""
+    rows = only(data.load(module(f"def load(): return np.ones((9, 2)), {labels}")))
+    assert isinstance(rows.labels, tuple)
+    assert [array.shape[0] for array in rows.labels] == [9, 9]
+    assert rows.rows == 9
+    several = only(data.load(module("def load(): return [np.ones(9), np.ones((9, 2))], [1] * 9")))
+    assert isinstance(several.features, tuple)
+
+
+def test_a_list_of_arrays_may_be_rows(module: Callable[[str], str]) -> None:
+    """The number of rows decides; where it cannot, the function must say what it means."""
+    rows = only(data.load(module("def load(): return [np.ones(2)] * 9, [1] * 9")))
+    assert equal(rows.features, np.ones((9, 2)))
+    with pytest.raises(PolyakError, match=r"can be as many rows as inputs.*np\.stack") as error:
+        data.load(module("def load(): return [np.ones(2)] * 2, [np.ones(2)] * 2"))
+    one_line(error)
+
+
+def test_a_function_may_return_what_an_npz_holds(module: Callable[[str], str]) -> None:
+    """A dict of named arrays has the names of an .npz file."""
+    loaded = data.load(module("def load(): return {'x': [[1.0]], 'y1': [1], 'y2': [2]}"))
+    assert isinstance(only(loaded).labels, tuple)
+    with pytest.raises(FormatError, match=r"load\(\) returned a dict: holds x but no y"):
+        data.load(module("def load(): return {'x': [[1.0]]}"))
 
 
 def test_a_module_may_import_what_lies_beside_it(

@@ -317,10 +317,12 @@ def test_a_loss_of_the_users_own_is_left_out_with_a_note(tmp_path: Path) -> None
     found = score(path)
     assert found.loss is None
     assert list(found.metrics) == ["accuracy"]
-    assert found.notes == (
+    assert [note.partition(";")[0] for note in found.notes] == [
         "left out the loss 'mine', which Keras does not know",
         "left out the metric 'mine', which Keras does not know",
-    )
+    ]
+    assert all("register it in the file of --data" in note for note in found.notes)
+    assert found.loss_words == ""
 
 
 def test_what_the_user_registers_is_known(tmp_path: Path) -> None:
@@ -344,6 +346,7 @@ def test_what_the_user_registers_is_known(tmp_path: Path) -> None:
     found = score(path, rows)
     assert found.loss == pytest.approx(abs(output) ** 3, rel=1e-5)
     assert found.metrics == {"cubed": pytest.approx(abs(output) ** 3, rel=1e-5)}
+    assert found.loss_words == "cubed (your own)"
 
 
 def test_a_warning_of_keras_is_a_note(tmp_path: Path) -> None:
