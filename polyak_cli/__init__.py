@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the names below once more, in the only form that type check
         select as select,
     )
     from polyak_cli.errors import (
+        ChangedError as ChangedError,
         CheckpointError as CheckpointError,
         FormatError as FormatError,
         MismatchError as MismatchError,
@@ -103,6 +104,7 @@ _NAMES = {
         "select",
     ),
     "errors": (
+        "ChangedError",
         "CheckpointError",
         "FormatError",
         "MismatchError",
