@@ -80,11 +80,13 @@ def test_the_example_of_train_trains_and_draws(tmp_path: Path) -> None:
 
 
 def test_the_example_of_evaluate_passes_its_gate(tmp_path: Path) -> None:
-    """It runs unchanged: exit 0, one table with the test points, nothing on stderr."""
+    """It runs unchanged: exit 0, one table and the name of its loss, nothing on stderr."""
     average(SAMPLES, tmp_path / "final.h5", scheme="exp", alpha=2)
     done = polyak(*shlex.split(example("evaluate")), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    header, row = (line.split() for line in done.stdout.splitlines())
+    *table, loss = done.stdout.splitlines()
+    assert loss == "loss: categorical_crossentropy (Keras's)"
+    header, row = (line.split() for line in table)
     assert header == ["model", "loss", "accuracy", "rows"]
     assert row[0] == "final.h5"
     assert 0.8 <= float(row[2]) < 0.83
@@ -126,6 +128,7 @@ def scored(name: str, accuracy: float | None) -> dict[str, Any]:
     return {
         "path": name,
         "loss": None if accuracy is None else pytest.approx(0.54, abs=0.02),
+        "loss_name": "categorical_crossentropy (Keras's)",
         "metrics": {"accuracy": accuracy if accuracy is not None else pytest.approx(0.3, abs=0.1)},
         "rows": 1000,
         "notes": [],
