@@ -125,7 +125,7 @@ class Contract(abc.ABC):
         rng = np.random.default_rng(seed)
 
         def values(*shape: int) -> Array:
-            return np.asarray(rng.normal(size=shape)).astype(dtype)
+            return np.asarray(rng.normal(3, size=shape)).astype(dtype)
 
         return {
             "kernel": values(33, 17),
@@ -156,7 +156,7 @@ class Contract(abc.ABC):
         for k in range(3):
             tensors = self.tensors(k)
             rng = np.random.default_rng(k)
-            tensors |= {name: rng.normal(size=3000).astype("f4") for name in ("kernel", "bias")}
+            tensors |= {name: rng.normal(3, size=3000).astype("f4") for name in ("kernel", "bias")}
             self.write(folder / f"model_{k}{self.suffix}", tensors)
         assert_headers_are_enough(folder, tmp_path / f"o{self.result}", self.overrun)
 

@@ -264,7 +264,7 @@ def test_a_damaged_tensor(tmp_path: Path) -> None:
     """A checksum that is wrong, or a chunk that cannot be unpacked, is left out by both ways."""
     (tmp_path / "run").mkdir()
     for epoch in EPOCHS:
-        values = np.random.default_rng(epoch).normal(size=(64, 64)).astype(np.float32)
+        values = np.random.default_rng(epoch).normal(3, size=(64, 64)).astype(np.float32)
         layers = {"d": {"k": values}}
         storage = {"chunks": (8, 64), "compression": "gzip", "fletcher32": True}
         write_model(tmp_path / "run" / f"m_{epoch}.h5", layers, storage=storage)

@@ -92,7 +92,7 @@ HEADINGS = {
         "Machine",
         "Help",
     ],
-    "check": ["Choosing checkpoints", "Output", "Machine", "Help"],
+    "check": ["Choosing checkpoints", "What belongs together", "Output", "Machine", "Help"],
     "evaluate": ["Data", "Deciding", "Output", "Help"],
     "recalibrate": ["Data", "Output", "Help"],
     "sweep": ["Choosing checkpoints", "Candidates", "Data", "Output", "Machine", "Help"],
@@ -581,6 +581,7 @@ REPORT_KEYS = PLAN_KEYS | {
     "speed": float,
     "peak_memory": int,
     "shares": dict,
+    "runs": dict,
     "recalibrated": type(None),
     "verified": bool,
 }
@@ -862,7 +863,7 @@ def test_a_terminal_shows_a_progress_bar(run_folder: Path) -> None:
     """Bytes, speed and time left, drawn in place and taken away at the end."""
     rng = np.random.default_rng(0)
     for k in range(3):
-        write_model(run_folder / f"{k}.h5", {"d": {"k": rng.normal(size=10**6).astype("f4")}})
+        write_model(run_folder / f"{k}.h5", {"d": {"k": rng.normal(3, size=10**6).astype("f4")}})
     options = ("average", "0.h5", "1.h5", "2.h5", "-o", "o.h5", "--jobs", "1")
     code, text = on_terminal([*script(EAGER, *options)], run_folder)
     assert code == 0, text

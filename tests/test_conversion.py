@@ -26,11 +26,11 @@ def layers(seed: int) -> dict[str, dict[str, Array]]:
     rng = np.random.default_rng(seed)
     return {
         "dense": {
-            "dense/kernel:0": rng.normal(size=(33, 17)).astype(np.float32),
-            "dense/bias:0": rng.normal(size=17).astype(np.float16),
+            "dense/kernel:0": rng.normal(3, size=(33, 17)).astype(np.float32),
+            "dense/bias:0": rng.normal(3, size=17).astype(np.float16),
         },
         "count": {"seen": np.array(7, np.int64), "big": np.arange(9, dtype=">i4")},
-        "a": {"mask": np.array([True, False, True]), "wide": rng.normal(size=5)},
+        "a": {"mask": np.array([True, False, True]), "wide": rng.normal(3, size=5)},
         "none": {},
     }
 

@@ -21,7 +21,7 @@ def test_several_averages_are_each_what_average_writes(tmp_path: Path) -> None:
     paths = [
         write_model(
             tmp_path / f"m_{k}.h5",
-            {"d": {"k": rng.normal(size=(300, 70)).astype(np.float32), "n": np.array(k)}},
+            {"d": {"k": rng.normal(3, size=(300, 70)).astype(np.float32), "n": np.array(k)}},
         )
         for k in range(4)
     ]

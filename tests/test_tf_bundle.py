@@ -102,7 +102,7 @@ class Bundle:
 def tensors(seed: int) -> dict[str, Array]:
     """Return the tensors of one checkpoint."""
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=(3, n)).astype("<f4") for name, n in (("a", 2), ("b", 200))}
+    return {name: rng.normal(3, size=(3, n)).astype("<f4") for name, n in (("a", 2), ("b", 200))}
 
 
 def write_run(folder: Path) -> list[dict[str, Array]]:

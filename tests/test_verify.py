@@ -37,7 +37,7 @@ def write_run(folder: Path, count: int = 3) -> list[Path]:
     rng = np.random.default_rng(0)
 
     def tensors() -> dict[str, Mapping[str, Array]]:
-        values = rng.normal(size=(40, 25)).astype(np.float32)
+        values = rng.normal(3, size=(40, 25)).astype(np.float32)
         return {"dense": {"kernel": values, "bias": values[0].copy(), "steps": np.arange(5)}}
 
     return [write_model(folder / f"model_{k}.h5", tensors()) for k in range(1, count + 1)]
@@ -431,7 +431,7 @@ def test_a_moved_input_is_named(run: Path) -> None:
 
 def write_large(path: Path, seed: int) -> Path:
     """Write a checkpoint that its sampled digest does not cover."""
-    values = np.random.default_rng(seed).normal(size=(1200, 1000)).astype(np.float32)
+    values = np.random.default_rng(seed).normal(3, size=(1200, 1000)).astype(np.float32)
     return write_model(path, {"dense": {"kernel": values}})
 
 

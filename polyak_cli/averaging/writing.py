@@ -9,12 +9,13 @@ import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from polyak_cli import formats
 from polyak_cli.averaging import products, records
-from polyak_cli.averaging.belonging import blame, constants, quantised
+from polyak_cli.averaging.belonging import blame, constants, quantised, runs
 from polyak_cli.averaging.fates import describe_difference, is_compared, is_wanted
 from polyak_cli.averaging.matching import Row, list_files, list_sources
 from polyak_cli.averaging.options import Progress
@@ -29,21 +30,29 @@ from polyak_cli.storage import File, publishing
 from polyak_cli.tensors import Table
 
 
-def write_average(
-    plan: Plan, hidden: Path, record: str, progress: Progress
-) -> tuple[Totals, list[Path], list[str]]:
-    """Write the output under its hidden name; return the totals, its files and notes."""
+class Written(NamedTuple):
+    """What writing an output took and found."""
+
+    totals: Totals
+    files: list[Path]
+    notes: list[str]
+    runs: runs.Verdict  # whether the checkpoints that count are of one run
+
+
+def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> Written:
+    """Write the output under its hidden name."""
     with blame.naming_inputs(plan.tables):
         formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
     skeleton = _write_skeleton(plan, hidden, record)
     with blame.naming_inputs(plan.tables):
-        totals = _fold(plan, [plan.coefficients], [skeleton], progress)
+        totals, verdict = _fold(plan, [plan.coefficients], [skeleton], progress)
     inputs = list_files(plan.tables)
     compared, differing = _compare_carried(plan, inputs, progress)
     # Only now: a file that was rewritten while it was read gives a mixture of two checkpoints.
     check_unchanged(inputs)
     kept = constants.describe_constants(constants.merge_constants(totals.constants))
-    return totals.plus(compared), [*map(Path, skeleton.files)], [*kept, *differing]
+    notes = [*_judge_runs(plan, verdict), *kept, *differing]
+    return Written(totals.plus(compared), [*map(Path, skeleton.files)], notes, verdict)
 
 
 def write_again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
@@ -81,7 +90,7 @@ def write_several(
     outputs: Sequence[Path],
     *,
     progress: Progress | None = None,
-) -> None:
+) -> list[str]:
     """Write several averages of the same checkpoints, and read each byte only once.
 
     The outputs are neither synced nor published; they are meant to be evaluated and deleted.
@@ -92,6 +101,9 @@ def write_several(
         outputs: the files to write, named as those of the format are; their records have only
             the sampled digests of the inputs.
         progress: called with the bytes read, after each piece of work.
+
+    Returns:
+        What a user should know of the checkpoints.
 
     Raises:
         PolyakError: as `run`.
@@ -110,8 +122,9 @@ def write_several(
             (replace(custom, coefficients=row) for row in rows), outputs, strict=True
         )
     ]
-    _fold(plan, rows, skeletons, progress or (lambda _: None))
+    _, verdict = _fold(plan, rows, skeletons, progress or (lambda _: None))
     check_unchanged(list_files(plan.tables))
+    return _judge_runs(plan, verdict)
 
 
 def _write_skeleton(plan: Plan, output: Path, record: str) -> formats.Skeleton:
@@ -131,13 +144,16 @@ def _fold(
     coefficients: Sequence[Sequence[float]],
     skeletons: Sequence[formats.Skeleton],
     progress: Progress,
-) -> Totals:
+) -> tuple[Totals, runs.Verdict]:
     """Average the tensors into the outputs, a row of coefficients each."""
     files = [file for skeleton in skeletons for file in skeleton.files]
     nonfinite = plan.settings.tensors.allow_nonfinite
-    work = FoldJob(list_files(plan.tables), files, np.array(coefficients), nonfinite)
+    compared = runs.choose_compared(plan.averaged_rows)
+    inputs = list_files(plan.tables)
+    work = FoldJob(inputs, files, np.array(coefficients), nonfinite, compared.sampling)
     memory = plan.settings.machine.share(len(skeletons))
-    totals = executors.fold(_Averaged(plan, skeletons), work, memory, progress).totals
+    tensors = _Averaged(plan, skeletons, compared.groups)
+    totals, found = executors.fold(tensors, work, memory, progress)
     _refuse_diverged(plan, totals)
     if plan.settings.tensors.lora == "exact":
         for row, skeleton in zip(coefficients, skeletons, strict=True):
@@ -149,7 +165,20 @@ def _fold(
     # Checksums in an archive cover the folded bytes, so they are written last.
     for skeleton in skeletons:
         skeleton.finalize()
-    return totals
+    counted = [k for k, terms in enumerate(work.list_terms()) if terms]
+    return totals, runs.judge(found, counted) if found else runs.Verdict()
+
+
+def _judge_runs(plan: Plan, verdict: runs.Verdict) -> list[str]:
+    """Refuse checkpoints of more than one run, or return the note that they are averaged."""
+    if not verdict.is_refused:
+        return []
+    names = records.list_relative_paths([one.path for one in plan.checkpoints])
+    text = runs.describe(verdict, names)
+    if runs.ALLOWED in plan.settings.tensors.allow:
+        return [f"{text}; they are averaged all the same"]
+    advice = runs.advise(verdict, plan.checkpoints, names, plan.settings.choice)
+    raise MismatchError(f"{text}; {advice}")
 
 
 def _refuse_diverged(plan: Plan, totals: Totals) -> None:
@@ -169,6 +198,7 @@ class _Averaged:
 
     plan: Plan
     skeletons: Sequence[formats.Skeleton]
+    groups: Sequence[int | None]  # of each averaged tensor; see `FoldTensor`
 
     def __iter__(self) -> Iterator[FoldTensor]:
         """Yield them in the order of their offsets in the template, which reads fastest."""
@@ -178,7 +208,8 @@ class _Averaged:
         ]
         exact = self.plan.settings.tensors.lora == "exact"
         apart = products.list_exact(self.plan.factors) if exact else ()
-        for row in sorted(self.plan.averaged_rows, key=_find_place):
+        grouped = zip(self.plan.averaged_rows, self.groups, strict=True)
+        for row, group in sorted(grouped, key=lambda pair: _find_place(pair[0])):
             spec = row[-1]
             # An empty tensor is complete in the skeleton, and factors of products are made apart.
             if spec.size and spec.name not in apart:
@@ -188,7 +219,7 @@ class _Averaged:
                     place._replace(file=first + place.file) if first else place
                     for first, place in zip(firsts, places, strict=False)
                 ]
-                yield FoldTensor(spec.name, spec.size, sources, targets)
+                yield FoldTensor(spec.name, spec.size, sources, targets, group)
 
 
 def _find_place(row: Row) -> tuple[int, int, int]:

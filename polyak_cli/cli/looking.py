@@ -14,6 +14,7 @@ import click
 
 from polyak_cli.cli import rendering
 from polyak_cli.cli.options import (
+    ALLOW,
     ANSWER_IS_NO,
     DONE,
     EPOCH_PATTERN,
@@ -24,6 +25,7 @@ from polyak_cli.cli.options import (
     MATCH,
     QUIET,
     SOURCES,
+    STRIP_PREFIX,
     TO,
     Command,
     Size,
@@ -182,7 +184,8 @@ def _choose_label(path: Path, epoch: int | None) -> str:
     example="polyak check ckpts/ --last 10",
 )
 @SOURCES
-@under("Choosing checkpoints", LAST, FROM, TO, EXCLUDE, EPOCH_PATTERN, MATCH)
+@under("Choosing checkpoints", LAST, FROM, TO, EXCLUDE, EPOCH_PATTERN)
+@under("What belongs together", MATCH, STRIP_PREFIX, ALLOW)
 @under(
     "Output",
     JSON,

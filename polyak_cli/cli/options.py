@@ -150,6 +150,18 @@ MATCH = option(
     help="How tensors are paired; 'order' for layers that Keras renumbered or renamed: by their "
     "place in the model, whatever is frozen.",
 )
+ALLOW = option(
+    "--allow",
+    multiple=True,
+    type=click.Choice(["two-runs", "scaled-integers", "averages", "other-assets"]),
+    help="Average all the same what is refused for this reason; may be given again.",
+)
+STRIP_PREFIX = option(
+    "--strip-prefix",
+    multiple=True,
+    metavar="PREFIX",
+    help="Pair names without this beginning, such as module. of DDP; may be given again.",
+)
 DATA = option(
     "--data",
     required=True,
@@ -271,18 +283,8 @@ AVERAGING = under(
         is_flag=True,
         help="Average NaN and infinity too, instead of refusing them.",
     ),
-    option(
-        "--allow",
-        multiple=True,
-        type=click.Choice(["two-runs", "scaled-integers", "averages", "other-assets"]),
-        help="Average all the same what is refused for this reason; may be given again.",
-    ),
-    option(
-        "--strip-prefix",
-        multiple=True,
-        metavar="PREFIX",
-        help="Pair names without this beginning, such as module. of DDP; may be given again.",
-    ),
+    ALLOW,
+    STRIP_PREFIX,
     option(
         "--lora",
         type=click.Choice(["factors", "exact"]),

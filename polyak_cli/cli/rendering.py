@@ -272,8 +272,21 @@ def health_lines(found: Health) -> Iterator[str]:
     yield from map(word_passed_over, found.passed_over)
     for problem in found.all_problems:
         yield f"{problem.kind}: {problem.text}"
+    yield from _word_runs(found)
     count = len(found.all_problems)
     yield word_count(count, "problem") if count else "healthy"
+
+
+def _word_runs(found: Health) -> Iterator[str]:
+    """Yield whether the checkpoints are of one run, as far as their values say."""
+    verdict = found.verdict
+    if len(found.checkpoints) < 2:
+        return
+    if verdict.least is None or verdict.between is None:
+        yield "one run: cannot tell, too few elements differ"
+        return
+    a, b = (shown(found.checkpoints[k].path.name, 60) for k in verdict.between)
+    yield f"{verdict.word}: neighbours have a cosine of at least {verdict.least:.3f} ({a} and {b})"
 
 
 def _score_data(score: Score) -> dict[str, Any]:

@@ -127,16 +127,25 @@ class Sampler:
 
     def take(self, raw: Bytes, dtype: str, byteorder: str) -> None:
         """Take the samples of the next checkpoint from its stored values of the bundle."""
+        row = self._make_row()
+        stored = raw.view(f"u{itemsize(dtype)}")[self.picked].view(np.uint8)
+        widen(stored, dtype, byteorder, row)
+
+    def skip(self) -> None:
+        """Go on to the checkpoint after the next, whose values cannot be read."""
+        self._make_row().fill(0.0)
+
+    def _make_row(self) -> Float64:
+        """Return the row of the buffer for the next checkpoint."""
         if self.filled == len(self.rows):
             self._multiply()
             # The newest rows have neighbours that are still to come.
             self.rows[:REACH] = self.rows[-REACH:]
             self.filled = REACH
-        stored = raw.view(f"u{itemsize(dtype)}")[self.picked].view(np.uint8)
-        row = self.rows[self.filled]
-        widen(stored, dtype, byteorder, row)
         self.filled += 1
         self.taken += 1
+        row: Float64 = self.rows[self.filled - 1]
+        return row
 
     def finish(self) -> None:
         """End the bundle."""

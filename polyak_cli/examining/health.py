@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -27,6 +27,7 @@ from polyak_cli.averaging.belonging import (
     factors,
     prefixes,
     quantised,
+    runs,
 )
 from polyak_cli.averaging.belonging.blame import group_alike
 from polyak_cli.averaging.belonging.constants import describe_constants
@@ -38,11 +39,11 @@ from polyak_cli.averaging.matching import (
     list_sources,
     match,
 )
-from polyak_cli.averaging.options import Tensors
+from polyak_cli.averaging.options import Choice, Tensors
+from polyak_cli.averaging.records import list_relative_paths
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, find_file
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.engine import reading
-from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.slabs import FOLD_BYTES, Memory
 from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, quote_glob, shown
 from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, bound_memory
@@ -87,6 +88,7 @@ class Health:
     problems: tuple[Problem, ...]  # those of the run as a whole
     passed_over: tuple[PassedOver, ...]
     notes: tuple[str, ...]
+    verdict: runs.Verdict = field(default_factory=runs.Verdict)  # whether they are of one run
 
     @property
     def all_problems(self) -> tuple[Problem, ...]:
@@ -108,6 +110,7 @@ class Health:
                 {"path": str(passed.path), "reason": passed.reason} for passed in self.passed_over
             ],
             "notes": list(self.notes),
+            "runs": self.verdict.data([one.path for one in self.checkpoints]),
         }
 
 
@@ -171,8 +174,10 @@ def check(
     of_run = _attach_problems(examined, selection)
     _examine(examined)
     _strip_prefixes(examined, strip_prefix)
-    found, kept = _measure_all(examined, match, memory)
+    found, verdict, kept = _measure_all(examined, match, allow, memory)
     of_run += found
+    if verdict.is_refused and runs.ALLOWED not in allow:
+        of_run += _report_runs(examined, verdict)
     _find_averages(examined, allow)
     notes = [*kept, *_compare_assets(examined, allow)]
     alike = [one for one in examined if not one.has("other run")]
@@ -182,6 +187,7 @@ def check(
         tuple(of_run),
         selection.passed_over,
         (*selection.notes, *notes),
+        verdict,
     )
 
 
@@ -302,21 +308,36 @@ def _compare_assets(examined: Sequence[_Examined], allow: Sequence[str]) -> list
 
 
 def _measure_all(
-    examined: Sequence[_Examined], by: str, memory: Memory
-) -> tuple[list[Problem], list[str]]:
+    examined: Sequence[_Examined], by: str, allow: Sequence[str], memory: Memory
+) -> tuple[list[Problem], runs.Verdict, list[str]]:
     """Read all values: those of the run together, each checkpoint of another model alone.
 
     Returns:
-        The problems of the run as a whole, and notes.
+        The problems of the run as a whole, whether it is one, and notes.
     """
     run = [one for one in _select_model(examined, by) if not one.has("other run")]
     apart = [[one] for one in examined if one.table and one not in run]
-    kept = [_measure(group, by, memory) for group in (run, *apart) if group]
-    notes = [note for found in kept for note in describe_constants(found)]
+    measured = [_measure(group, by, memory) for group in (run, *apart) if group]
+    notes = [note for sums in measured for note in describe_constants(sums.constants)]
+    verdict = runs.Verdict()
+    if run:
+        verdict = runs.judge(measured[0].products, [examined.index(one) for one in run])
     tables = [one.table for one in run if one.table and one.nonfinite is not None]
     if not tables:
-        return [], notes
-    return [*_find_quantised(tables, by), *_find_factors(tables, by, memory)], notes
+        return [], verdict, notes
+    return [*_find_quantised(tables, by, allow), *_find_factors(tables, by, memory)], verdict, notes
+
+
+def _report_runs(examined: Sequence[_Examined], verdict: runs.Verdict) -> list[Problem]:
+    """Return that there are several runs, or add a problem to the only foreign checkpoint."""
+    run = [one.checkpoint for one in examined]
+    names = list_relative_paths([one.path for one in run])
+    text = runs.describe(verdict, names)
+    if verdict.foreign is None:
+        return [Problem(runs.KIND, f"{text}; {runs.advise(verdict, run, names, Choice())}")]
+    one = examined[verdict.foreign]
+    one.add_problem(runs.KIND, f"{shown(one.checkpoint.path)}: {text}; leave it out with --exclude")
+    return []
 
 
 def _select_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
@@ -336,12 +357,8 @@ def _select_model(examined: Sequence[_Examined], by: str) -> list[_Examined]:
     return [known[k][0] for k in reversed(usual)]
 
 
-def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> Mapping[str, Constant]:
-    """Read the values of checkpoints of one model, and add the problems they show.
-
-    Returns:
-        The values that are not finite and constants, by tensor.
-    """
+def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> NeighbourSums:
+    """Read the values of checkpoints of one model, add the problems they show, and return sums."""
     tables = [one.table for one in run if one.table]
     rows = match(tables, by)
     sums = NeighbourSums(len(tables))
@@ -365,17 +382,17 @@ def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> Mapping[str, 
             text = f"{path}: every tensor is bit for bit that of {shown(tables[k - 1].path)}"
             one.add_problem("identical", text)
     _compare_neighbours(run, sums)
-    return sums.constants
+    return sums
 
 
-def _find_quantised(tables: Sequence[Table], by: str) -> list[Problem]:
+def _find_quantised(tables: Sequence[Table], by: str, allow: Sequence[str]) -> list[Problem]:
     """Return what averaging would refuse as quantised: by names, and by integers that differ."""
     rows = match(tables, by)
     specs = [row[-1] for row in rows]
     names = [spec.name for spec in specs]
     floats = {spec.name for spec in specs if spec.dtype in FLOATS}
     text = quantised.describe_quantised(specs, floats, set(names))
-    if not text:
+    if not text and "scaled-integers" not in allow:
         suspects = quantised.list_suspects(specs, floats, set(names))
         suspected = [row for row in rows if row[-1].name in suspects]
         pairs = [(row[-1].name, list_sources(tables, row)) for row in suspected if is_compared(row)]

@@ -14,12 +14,15 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from polyak_cli.averaging.belonging.constants import is_diverged, merge_constants
+from polyak_cli.averaging.belonging.runs import choose_compared
 from polyak_cli.averaging.matching import Row, list_compared, list_files
 from polyak_cli.engine import reading
 from polyak_cli.engine.constants import Agreement, Constant, find_codes
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.kernel import is_finite, widen_any
-from polyak_cli.engine.slabs import Memory
+from polyak_cli.engine.products import Products, Sampler
+from polyak_cli.engine.reading import ReadTensor
+from polyak_cli.engine.slabs import FoldTensor, Memory, Slab
 from polyak_cli.errors import FormatError
 from polyak_cli.storage import Bytes
 from polyak_cli.tensors import Float64, Table
@@ -180,6 +183,48 @@ class RunSums:
         return True
 
 
+class RunSamples:
+    """Takes the samples that averaging takes, from the pieces of a reading."""
+
+    def __init__(self, rows: Sequence[Row], count: int) -> None:
+        compared = choose_compared(rows)
+        names = [row[0].name for row in rows]
+        self.groups = dict(zip(names, compared.groups, strict=True))
+        self.sampler = Sampler(count, compared.sampling)
+        self.name = ""  # of the tensor
+        self.start = self.stop = 0  # of the slab
+        self.missed = 0  # checkpoints of the slab that could not be read, before any could
+        self.is_sampled: bool | None = None  # whether the slab is; None until one was read
+
+    def take(self, tensor: ReadTensor, k: int, stored: Bytes | FormatError) -> None:
+        """Take the next piece; `stored` is an error where it cannot be read."""
+        if k == 0:
+            self.start = self.stop if tensor.name == self.name else 0
+            self.name, self.missed, self.is_sampled = tensor.name, 0, None
+        if not isinstance(stored, FormatError):
+            source = tensor.sources[k]
+            if self.is_sampled is None:
+                count = len(stored) // (source.storage.nbytes // tensor.size)
+                self._begin(tensor, count)
+            if self.is_sampled:
+                self.sampler.take(stored, source.dtype, source.byteorder)
+        elif self.is_sampled:
+            self.sampler.skip()
+        else:
+            self.missed += 1
+        if k == len(tensor.sources) - 1 and self.is_sampled:
+            self.sampler.finish()
+
+    def _begin(self, tensor: ReadTensor, count: int) -> None:
+        """Begin a slab of so many elements."""
+        self.stop = self.start + count
+        group = self.groups[tensor.name]
+        one = FoldTensor(tensor.name, tensor.size, (), (), group)
+        self.is_sampled = self.sampler.begin([Slab(one, self.start, self.stop)])
+        for _ in range(self.missed if self.is_sampled else 0):
+            self.sampler.skip()
+
+
 class NeighbourSums:
     """Sums over all float tensors of the checkpoints of one model, oldest first.
 
@@ -194,6 +239,7 @@ class NeighbourSums:
         distances: ``[k, j]`` is the squared distance from checkpoint ``k - j`` to ``k``.
         same: every bit is that of the checkpoint before.
         damaged: checkpoint -> why its values cannot be read.
+        products: of samples of neighbouring checkpoints, once all was read.
     """
 
     def __init__(self, count: int) -> None:
@@ -207,6 +253,7 @@ class NeighbourSums:
         self.distances = np.zeros((count, REACH + 1))
         self.same = np.arange(count) > 0
         self.damaged: dict[int, FormatError] = {}
+        self.products = Products(count)
 
     def read(self, tables: Sequence[Table], rows: Sequence[Row], memory: Memory) -> None:
         """Read every value of the float tensors, once.
@@ -233,8 +280,10 @@ class NeighbourSums:
         recent: list[Float64] = []
         before: Bytes | None = None
         held = REACH + 4  # slabs to compare, their difference, two as stored, and masks
+        samples = RunSamples(rows, len(tables))
         tensors = list_compared(tables, rows)
         for tensor, k, stored in reading.read_pieces(tensors, list_files(tables), memory, held):
+            samples.take(tensor, k, stored)
             if k == 0:
                 size = min(tensor.size, max(1, memory.most // (1 + held)))
                 if not recent or len(recent[0]) < size:
@@ -255,6 +304,7 @@ class NeighbourSums:
                 before = stored
             if k == len(tables) - 1:
                 self._end_slab(tensor.name)
+        self.products.add(samples.sampler.take_products())
 
     def _add(self, k: int, recent: Sequence[Float64]) -> None:
         """Add a slab of checkpoint ``k``, which lies in the ring among those before it."""

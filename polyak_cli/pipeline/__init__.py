@@ -16,6 +16,7 @@ from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import products, records
 from polyak_cli.averaging.belonging import blame, factors
+from polyak_cli.averaging.belonging.runs import Verdict
 from polyak_cli.averaging.options import Progress, Settings, Source, measure_peak, select
 from polyak_cli.averaging.planning import Around, Plan, plan_average
 from polyak_cli.averaging.writing import write_average
@@ -121,6 +122,7 @@ class Report:
         peak_memory: bytes, of the largest process.
         shares: of the workers' time: "reading", "folding", "writing"; sum 1.
         notes: the plan's, and those found while reading values.
+        runs: whether the checkpoints are of one run, as far as their values tell.
         recalibrated: the result of recalibrating BatchNorm's statistics, if that was asked for.
         verified: the output was read back and equals, bit for bit, the average computed again.
     """
@@ -133,6 +135,7 @@ class Report:
     peak_memory: int
     shares: Mapping[str, float]
     notes: tuple[str, ...]
+    runs: Verdict
     recalibrated: Recalibration | None = None
     verified: bool = False
 
@@ -152,6 +155,7 @@ class Report:
             "peak_memory": self.peak_memory,
             "shares": dict(self.shares),
             "notes": list(self.notes),
+            "runs": self.runs.data([one.path for one in self.plan.checkpoints]),
             "recalibrated": self.recalibrated.data() if self.recalibrated else None,
             "verified": self.verified,
         }
@@ -290,7 +294,9 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         record = records.encode(records.seal(records.make_record(plan)))
     with publishing.publish(plan.output, force=force, folder=folder) as hidden:
         with _advising(plan):
-            totals, files, notes = write_average(plan, hidden, record, progress or (lambda _: None))
+            totals, files, notes, found = write_average(
+                plan, hidden, record, progress or (lambda _: None)
+            )
         recalibrated = _recalibrate(plan, plan.output, hidden)
         if recalibrated:
             notes += recalibrated.notes
@@ -316,6 +322,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
             for part in ("reading", "folding", "writing")
         },
         notes=(*plan.notes, *notes),
+        runs=found,
         recalibrated=recalibrated,
         verified=verify,
     )

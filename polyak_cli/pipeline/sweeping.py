@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ def sweep(
         winner=winner,
         gains=_compute_gains(winner, scored, metric),
         digests=tuple(records.hash_files(table.files) for table in plan.tables),
-        notes=(*plan.notes, *rows.notes, *dict.fromkeys(evaluator.notes)),
+        notes=(*plan.notes, *rows.notes, *dict.fromkeys((*scorer.notes, *evaluator.notes))),
     )
 
 
@@ -280,6 +280,7 @@ class _CandidateScorer:
     splits: tuple[str, ...]
     folder: Path
     batch: int
+    notes: list[str] = field(default_factory=list)
 
     def score(
         self,
@@ -312,7 +313,7 @@ class _CandidateScorer:
         for first in range(0, len(several), self.batch):
             part = several[first : first + self.batch]
             paths = [self.folder / f"{k}{suffix}" for k in range(len(part))]
-            writing.write_several(self.plan, part, paths)
+            self.notes += writing.write_several(self.plan, part, paths)
             for coefficients, path in zip(part, paths, strict=True):
                 yield coefficients, self._score_file(self._recalibrate(path))
                 path.unlink()  # at once, which frees the disk before the next is recalibrated
