@@ -354,12 +354,12 @@ def test_what_every_source_passed_over_is_reported_in_order(tmp_path: Path, run:
 
 
 def test_tensorflow_s_checkpoints_are_named_by_their_prefix(run: Path) -> None:
-    """As `tf.train.Checkpoint` prints it; they keep the order given, as files do."""
+    """As `tf.train.Checkpoint` prints it; they are ordered as files are."""
     for epoch in (3, 4):
         make(run, f"ckpt-{epoch}.index", f"ckpt-{epoch}.data-00000-of-00001")
     found = select([run / "ckpt-4", run / "ckpt-3"])
-    assert names(found) == ["ckpt-4.index", "ckpt-3.index"]
-    assert epochs(found) == [4, 3]
+    assert names(found) == ["ckpt-3.index", "ckpt-4.index"]
+    assert epochs(found) == [3, 4]
     assert "no such file or directory" in refusal(run / "ckpt-5")
 
 
@@ -541,24 +541,80 @@ def test_the_advice_to_exclude_works_for_any_name(run: Path) -> None:
 
 
 def test_files_keep_the_order_given(run: Path) -> None:
-    """Named one by one, the first is the oldest, whatever its epoch; a note says so."""
+    """With --order given the first is the oldest, whatever its epoch; else a note says so."""
     ten, nine = numbered(run, 10, 9)
-    selection = select([ten, nine])
-    assert epochs(selection) == [10, 9]
-    (note,) = selection.notes
-    assert note == (
-        "the files are taken in the order given, oldest first, which is not that of their epochs: "
-        f"{ten} (epoch 10) stands before {nine} (epoch 9), and {nine} counts as the newest; name "
-        "their directory instead to order them by epoch"
-    )
+    selection = select([ten, nine], order="given")
+    assert (epochs(selection), selection.notes) == ([10, 9], ())
     assert selection.positions == (1.0, 2.0)
-    zero, one, two = numbered(run, 0, 1, 2)
-    assert f"(epoch 1), and {zero} counts as the newest" in select([two, one, zero]).notes[0]
-    assert select([zero, one, two]).notes == ()
+    selection = select([ten, nine])
+    assert epochs(selection) == [9, 10]
+    assert selection.notes == (
+        f"the files are taken in order of epoch, from {nine} (epoch 9) to {ten} (epoch 10), which "
+        "is not the order given; keep the order given, oldest first, with --order given",
+    )
+    zero, one = numbered(run, 0, 1)
+    assert select([zero, one]).notes == ()
     (again,) = make(run, "model_00.h5")
     twice = select([zero, again])
     assert "(epoch 0) stands before" in twice.notes[0]
     assert twice.positions == (1.0, 2.0)
+
+
+def in_folders(run: Path, *names: str, file: str = "weights.npz") -> list[Path]:
+    """Make a file of one name in each folder, and return them as a shell sorts them."""
+    for name in names:
+        (run / name).mkdir(parents=True)
+        make(run / name, file)
+    return [run / name / file for name in sorted(names)]
+
+
+STEPS = [f"checkpoint-{step}" for step in (500, 1000, 1500, 2000)]
+
+
+def test_files_of_one_name_are_ordered_by_their_folders(run: Path) -> None:
+    """A shell gives checkpoint-500 last; a quoted pattern and a survey have the same order."""
+    paths = in_folders(run, *STEPS)
+    found = select(paths, last=2)
+    assert epochs(found) == [1500, 2000]
+    assert "which is not the order given" in found.notes[0]
+    assert epochs(select(paths, order="given")) == [1000, 1500, 2000, 500]
+    assert epochs(select([f"{run}/checkpoint-*/weights.npz"])) == [500, 1000, 1500, 2000]
+    assert epochs(checkpoints.survey(paths, last=2)) == [1500, 2000]
+    assert epochs(select(paths, epoch_pattern=r"checkpoint-(\d+)")) == [500, 1000, 1500, 2000]
+    assert select([paths[-1], *paths[:-1]]).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("folders", "found"),
+    [
+        ([*STEPS, "checkpoint-final"], "has no number, unlike others: leave it out with --exclude"),
+        (["a1/checkpoint-20", "a2/checkpoint-3"], "several folders vary from file to file"),
+    ],
+)
+def test_folders_that_tell_no_order_are_refused(run: Path, folders: list[str], found: str) -> None:
+    """The error names --order given, which is the way to go on; a survey reports the same."""
+    paths = in_folders(run, *folders)
+    message = refusal(*paths)
+    assert found in message
+    assert message.endswith("or keep the order given, oldest first, with --order given")
+    assert [one.path for one in select(paths, order="given").checkpoints] == paths
+    assert [problem.kind for problem in checkpoints.survey(paths).problems] == ["no epoch"]
+
+
+@pytest.mark.parametrize("folders", [["a", "b"], ["seed_10", "seed_2"], ["version_1", "version_0"]])
+def test_folders_of_other_runs_say_nothing_of_the_order(run: Path, folders: list[str]) -> None:
+    """Seeds, versions and words are no epochs, so the order given counts."""
+    paths = in_folders(run, *folders)[::-1]
+    found = select(paths)
+    assert [one.path for one in found.checkpoints] == paths
+    assert epochs(found) == [None, None]
+
+
+def test_files_of_which_one_has_no_number_are_not_ordered_as_text(run: Path) -> None:
+    """epoch_10 before epoch_2 is refused where final.h5 has no place among them."""
+    paths = make(run, "epoch_1.h5", "epoch_10.h5", "epoch_2.h5", "final.h5")
+    assert "final.h5: its name has no number, unlike others" in refusal(*paths)
+    assert epochs(select(paths, order="given")) == [1, 10, 2, None]
 
 
 def test_files_in_order_need_no_note(run: Path) -> None:
@@ -722,8 +778,8 @@ def test_a_folder_that_is_a_checkpoint_has_its_name_from_wherever_it_is_seen(
     monkeypatch.chdir(run)
     found = select(["checkpoint-100", "checkpoint-90"])
     assert [one.path for one in found.checkpoints] == [
-        Path("checkpoint-100"),
         Path("checkpoint-90"),
+        Path("checkpoint-100"),
     ]
     (run / "checkpoint-90/logs").mkdir()
     monkeypatch.chdir(run / "checkpoint-90/logs")
@@ -1011,7 +1067,7 @@ def test_notes_of_order_and_of_metric_are_both_reported(run: Path) -> None:
     log = write_log(run, [0.5, 0.4, 0.3])
     paths = [run / "model_2.h5", run / "model_1.h5"]
     about_order, about_metric = select(paths, best=1, log=log).notes
-    assert about_order.startswith("the files are taken in the order given")
+    assert about_order.startswith("the files are taken in order of epoch")
     assert about_metric.startswith(str(log))
 
 

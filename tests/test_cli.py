@@ -695,12 +695,14 @@ def test_a_quoted_glob_is_expanded_and_ordered_by_epoch(run_folder: Path) -> Non
 
 
 def test_files_one_by_one_keep_their_order(run_folder: Path) -> None:
-    """Oldest first is what the user says: coefficients go by the order given, with a note."""
+    """Coefficients go by the order given if the user says so; otherwise it must be said."""
     names = ["model_499.h5", "model_490.h5", "model_495.h5"]
     paths = [run_folder / "ckpts" / name for name in names]
-    done = polyak("average", *paths, "--coefficients", "3,0,1", "-o", "o.h5", cwd=run_folder)
-    assert done.returncode == 0
-    assert done.stderr.startswith("note: the files are taken in the order given")
+    arguments = ("average", *paths, "--coefficients", "3,0,1", "-o", "o.h5")
+    done = polyak(*arguments, cwd=run_folder)
+    assert done.returncode == 2
+    assert "say --order epoch, or --order given" in one_line(done.stderr)
+    succeeded(polyak(*arguments, "--order", "given", cwd=run_folder))
     expected = naive_average([paths[0], paths[2]], [0.75, 0.25])
     found = {k: v for k, v in read_model(run_folder / "o.h5").items() if "model_weights" in k}
     assert same_bits(found, expected)

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from polyak_cli import average, inspect
 from polyak_cli.averaging import records
+from polyak_cli.checkpoints import folders
 from polyak_cli.errors import FormatError
 from polyak_cli.storage import File, Version
 from tests.oracle import write_model
@@ -158,9 +159,9 @@ def test_paths_are_recorded_where_names_repeat(
 def test_a_path_is_relative_to_the_innermost_common_folder() -> None:
     """Also where one checkpoint lies in the folder and another below it."""
     paths = [Path("/a/b/m.h5"), Path("/a/b/c/m.h5")]
-    assert records.list_relative_paths(paths) == ["m.h5", "c/m.h5"]
-    assert records.list_relative_paths([Path("/a/m_1.h5"), Path("/b/m_2.h5")]) == [
+    assert folders.list_relative_paths(paths) == ["m.h5", "c/m.h5"]
+    assert folders.list_relative_paths([Path("/a/m_1.h5"), Path("/b/m_2.h5")]) == [
         "m_1.h5",
         "m_2.h5",
     ]
-    assert records.list_relative_paths([Path("/a/m.h5"), Path("/b/m.h5")]) == ["a/m.h5", "b/m.h5"]
+    assert folders.list_relative_paths([Path("/a/m.h5"), Path("/b/m.h5")]) == ["a/m.h5", "b/m.h5"]

@@ -52,6 +52,7 @@ class Options(TypedDict, total=False):
         mode: "min" or "max"; found from the metric's name.
         log: a Keras CSVLogger file with the metric.
         epoch_pattern: a regular expression that finds the epoch in a name.
+        order: "given" keeps the order of files given one by one; "epoch" is the default.
         scheme: "equal" (the default), "linear", "exp", "ema", "power".
         alpha: of exp.
         decay: of ema.
@@ -86,6 +87,7 @@ class Options(TypedDict, total=False):
     mode: str | None
     log: Source | None
     epoch_pattern: str | None
+    order: str | None
     scheme: str | None
     alpha: float | None
     decay: float | None
@@ -122,6 +124,7 @@ class Choice:
     mode: str | None = None
     log: Source | None = None
     epoch_pattern: str | None = None
+    order: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +255,7 @@ def parse(options: Options) -> Settings:
     numbers = ("last", "from_epoch", "to_epoch", "every", "best", "jobs", "max_memory")
     check_whole_numbers(options, numbers)
     check_choice(options, "dtype", tuple(FLOATS))
+    check_choice(options, "order", ("epoch", "given"))
     check_choice(options, "optimizer", ("drop", "newest"))
     check_choice(options, "match", ("name", "order"))
     check_choice(options, "lora", ("factors", "exact"))
@@ -318,6 +322,7 @@ def select(
         mode=choice.mode,
         log=choice.log,
         epoch_pattern=choice.epoch_pattern,
+        order=choice.order,
         growing=growing,
         find_polyak_outputs=find_polyak_outputs,
     )

@@ -27,6 +27,7 @@ from polyak_cli.averaging.fates import (
 from polyak_cli.averaging.matching import Row, match
 from polyak_cli.averaging.options import Machine, Settings, measure_peak
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem
+from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown
 from polyak_cli.formats import outputs
@@ -96,6 +97,11 @@ class Plan:
     carried_rows: tuple[Row, ...] = field(repr=False)
 
     @property
+    def names(self) -> list[str]:
+        """The checkpoints' names, or as much of their paths as tells them apart."""
+        return list_relative_paths([one.path for one in self.checkpoints])
+
+    @property
     def averaged(self) -> tuple[str, ...]:
         """The names of the tensors that are averaged."""
         return tuple(row[-1].name for row in self.averaged_rows)
@@ -115,14 +121,14 @@ class Plan:
             "checkpoints": [
                 {
                     "path": str(checkpoint.path),
-                    "name": checkpoint.path.name,
+                    "name": name,
                     "epoch": checkpoint.epoch,
                     "metric": checkpoint.metric,
                     "size": table.size,
                     "coefficient": coefficient,
                 }
-                for checkpoint, table, coefficient in zip(
-                    self.checkpoints, self.tables, self.coefficients, strict=True
+                for checkpoint, name, table, coefficient in zip(
+                    self.checkpoints, self.names, self.tables, self.coefficients, strict=True
                 )
             ],
             "template": str(self.checkpoints[-1].path),

@@ -10,14 +10,14 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NoReturn
 
 from polyak_cli import __version__, checkpoints, formats
 from polyak_cli.averaging.planning import Plan
+from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.errors import CheckpointError, FormatError, PolyakError, shown
 from polyak_cli.storage import File, open_input
 from polyak_cli.storage.local import name_errors
@@ -303,24 +303,6 @@ def _hash_ranges(found: hashlib._Hash, file: File, ranges: Iterable[tuple[int, i
                 if len(piece) < wanted:
                     raise FormatError(f"the file ends {wanted - len(piece)} bytes too early")
                 found.update(piece)
-
-
-def list_relative_paths(paths: Sequence[Path]) -> list[str]:
-    """Return a path for each input that distinguishes inputs of the same name.
-
-    Args:
-        paths: of the inputs.
-
-    Returns:
-        The bare names if they differ; otherwise paths relative to the folder that all inputs have
-        in common, with "/".  They contain no folder above that one.
-    """
-    names = [path.name for path in paths]
-    if len({*names}) == len(names):
-        return names
-    whole = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - links are not followed
-    common = os.path.commonpath([os.path.dirname(path) for path in whole])  # noqa: PTH120 - as above
-    return [str(PurePosixPath(Path(path).relative_to(common))) for path in whole]
 
 
 def hash_files(files: Sequence[File]) -> tuple[str, ...]:

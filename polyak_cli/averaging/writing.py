@@ -20,6 +20,7 @@ from polyak_cli.averaging.fates import describe_difference, is_compared, is_want
 from polyak_cli.averaging.matching import Row, list_files, list_sources
 from polyak_cli.averaging.options import Progress
 from polyak_cli.averaging.planning import Plan
+from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.engine import executors, reading
 from polyak_cli.engine.folding import FoldJob
 from polyak_cli.engine.inputs import check_unchanged
@@ -173,7 +174,7 @@ def _judge_runs(plan: Plan, verdict: runs.Verdict) -> list[str]:
     """Refuse checkpoints of more than one run, or return the note that they are averaged."""
     if not verdict.is_refused:
         return []
-    names = records.list_relative_paths([one.path for one in plan.checkpoints])
+    names = list_relative_paths([one.path for one in plan.checkpoints])
     text = runs.describe(verdict, names)
     if runs.ALLOWED in plan.settings.tensors.allow:
         return [f"{text}; they are averaged all the same"]

@@ -67,6 +67,7 @@ class Selection:
             or 1, 2, 3, ... if not every epoch is known.
         left_out: checkpoints of the run that were found and not chosen.
         run: all checkpoints of the run, whether chosen or not.
+        rearranged: files were given one by one, and are not in the order given.
         thinned: some checkpoints were left out on purpose, so a gap in the epochs means nothing.
         problems: what `survey` found.
     """
@@ -77,6 +78,7 @@ class Selection:
     positions: tuple[float, ...]
     left_out: tuple[Path, ...] = ()
     run: tuple[Checkpoint, ...] = ()
+    rearranged: bool = False
     thinned: bool = False
     problems: tuple[Problem, ...] = ()
 
@@ -98,6 +100,7 @@ def select(
     mode: str | None = None,
     log: StrPath | None = None,
     epoch_pattern: str | None = None,
+    order: str | None = None,
     growing: bool = False,
     find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]] = _find_none,
 ) -> Selection:
@@ -109,8 +112,8 @@ def select(
     Args:
         sources: directories, patterns with ``* ? [``, and files. Directories are not searched
             recursively, except that a folder may be one checkpoint, as Transformers saves them.
-            Files alone keep the order given, oldest first; with a directory or a pattern among the
-            sources, all are ordered by the epoch in their names.
+            All are ordered by the epoch in their names, or in those of their folders if the names
+            are equal.  Files whose names have no number keep the order given, oldest first.
         last: how many of the newest to take; never fewer.
         from_epoch: the first epoch to take.
         to_epoch: the last epoch to take.
@@ -120,8 +123,11 @@ def select(
         monitor: the metric for ``best``, ``val_loss`` by default.
         mode: ``min`` or ``max``, whichever is better; guessed from the metric's name by default.
         log: a CSV file of Keras' CSVLogger to read the metric from, instead of from the file names.
-        epoch_pattern: a regular expression that is searched for in each file's name; the epoch is
-            its group ``epoch``, else its first group, else the whole match.
+        epoch_pattern: a regular expression that is searched for in each file's name, or in its path
+            below their common folder if names repeat or none matches; the epoch is its group
+            ``epoch``, else its first group, else the whole match.
+        order: "given" keeps the order of files that are given one by one; "epoch" confirms that it
+            is that of their epochs.
         growing: the run is still training, so fewer checkpoints than asked for, or none yet, are no
             error.
         find_polyak_outputs: returns which of the given files are averages that this tool wrote.
@@ -136,7 +142,7 @@ def select(
     _check_bounds(from_epoch, to_epoch)
     pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
     pool = find_candidates(list_sources(sources), exclude, growing, find_polyak_outputs, refuse)
-    ordered, notes = order_by_epoch(pool, pattern)
+    ordered, notes = order_by_epoch(pool, pattern, order == "given")
     followed = ordered
     if growing:
         followed, restart_notes = _follow(ordered)
@@ -147,7 +153,10 @@ def select(
         chosen, metric_notes = take_best(chosen, ordered, best, growing, monitor, better, log)
         notes += metric_notes
     thinned = growing or every > 1 or best is not None or is_thinned(pool, exclude)
-    return _build_selection(pool, chosen, ordered, notes, thinned)
+    selection = _build_selection(pool, chosen, ordered, notes, thinned)
+    return replace(
+        selection, rearranged=pool.as_given and [*pool.paths] != [one.path for one in ordered]
+    )
 
 
 def survey(
@@ -158,6 +167,7 @@ def survey(
     to_epoch: int | None = None,
     exclude: Sequence[str] = (),
     epoch_pattern: str | None = None,
+    order: str | None = None,
     find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]] = _find_none,
 ) -> Selection:
     """Find the checkpoints of a run as `select` does, but report problems instead of raising.
@@ -172,6 +182,7 @@ def survey(
         to_epoch: the last epoch to take.
         exclude: patterns for file names or whole paths to leave out.
         epoch_pattern: a regular expression that finds the epoch in a name.
+        order: "given" keeps the order of files that are given one by one.
         find_polyak_outputs: returns which of the given files are averages that this tool wrote.
 
     Returns:
@@ -188,7 +199,7 @@ def survey(
     pool = find_candidates(
         list_sources(sources), exclude, False, find_polyak_outputs, problems.append
     )
-    ordered = order_as_far_as_known(pool, pattern, problems.append)
+    ordered = order_as_far_as_known(pool, pattern, order == "given", problems.append)
     # A checkpoint of unknown epoch may lie between --from and --to, so it is kept.
     known = [one for one in ordered if one.epoch is not None]
     within = set(restrict_epochs(known, from_epoch, to_epoch) if known else ())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from polyak_cli.checkpoints.folders import find_names, list_paths_below, list_relative_paths
 from polyak_cli.checkpoints.listing import (
     Checkpoint,
     Pool,
@@ -32,27 +33,55 @@ def is_thinned(pool: Pool, exclude: Sequence[str]) -> bool:
     return any(find_kind(path) and _try_read_epoch(path) is not None for path in excluded)
 
 
+_SAY_WHERE_IN_PATH = (
+    "say where the epoch is in the path with --epoch-pattern, for instance 'checkpoint-(\\d+)/'"
+)
 _SAY_WHERE = "say where the epoch is with --epoch-pattern, for instance '(\\d+)\\.h5$'"
 
 
+_KEEP_ORDER = "keep the order given, oldest first, with --order given"
+
+
 def order_by_epoch(
-    pool: Pool, pattern: re.Pattern[str] | None
+    pool: Pool, pattern: re.Pattern[str] | None, as_given: bool
 ) -> tuple[list[Checkpoint], list[str]]:
-    """Return all checkpoints, oldest first, and notes about their order."""
+    """Return all checkpoints, oldest first, and notes about their order.
+
+    Files given one by one are ordered as well: a shell sorts names as text, so that it gives
+    epoch_10 before epoch_2, and an order that is not that of the epochs is a mistake nearly always.
+    With ``as_given`` they keep their order.
+    """
     if not pool.paths:
         return [], []
     if pattern is not None:
-        epochs: list[int | None] = [_match_epoch(path, pattern) for path in pool.paths]
+        texts = _list_searched(pool.paths, pattern)
+        pairs = zip(pool.paths, texts, strict=True)
+        epochs: list[int | None] = [_match_epoch(path, pattern, text) for path, text in pairs]
     elif pool.as_given:
-        epochs = _try_read_epochs(pool.paths)
+        epochs = _try_read_epochs(pool.paths, as_given)
     else:
         epochs = [*_read_epochs(pool.paths)]
     found = [Checkpoint(path, epoch, None) for path, epoch in zip(pool.paths, epochs, strict=True)]
     if pool.as_given:
-        return found, _note_order(found)
+        return (found, []) if as_given else _rearrange(found)
     found.sort(key=lambda checkpoint: checkpoint.epoch or 0)
     _report_duplicates(found, refuse)
     return found, []
+
+
+def _rearrange(given: list[Checkpoint]) -> tuple[list[Checkpoint], list[str]]:
+    """Return files that were given one by one in order of epoch, where that is clear."""
+    if len({one.epoch for one in given}) < len(given) or any(one.epoch is None for one in given):
+        return given, _note_order(given)
+    ordered = sorted(given, key=lambda one: one.epoch or 0)
+    if ordered == given:
+        return given, []
+    first, last = ordered[0], ordered[-1]
+    note = (
+        f"the files are taken in order of epoch, from {shown(first.path)} (epoch {first.epoch}) to "
+        f"{shown(last.path)} (epoch {last.epoch}), which is not the order given; {_KEEP_ORDER}"
+    )
+    return ordered, [note]
 
 
 def _report_duplicates(
@@ -68,20 +97,29 @@ def _report_duplicates(
 
 
 def order_as_far_as_known(
-    pool: Pool, pattern: re.Pattern[str] | None, on_problem: Callable[[Problem], None]
+    pool: Pool,
+    pattern: re.Pattern[str] | None,
+    as_given: bool,
+    on_problem: Callable[[Problem], None],
 ) -> list[Checkpoint]:
     """Return all checkpoints, oldest first, and report those whose epoch is unknown."""
     epochs: Sequence[int | None]
     others: Collection[Path] = ()
     if pattern is not None:
-        epochs = [_try_match_epoch(path, pattern, on_problem) for path in pool.paths]
+        texts = _list_searched(pool.paths, pattern)
+        pairs = zip(pool.paths, texts, strict=True)
+        epochs = [_try_match_epoch(path, pattern, text, on_problem) for path, text in pairs]
     elif pool.as_given:
-        epochs = _try_read_epochs(pool.paths)
+        try:
+            epochs = _try_read_epochs(pool.paths, as_given)
+        except CheckpointError as error:
+            on_problem(Problem("no epoch", str(error), pool.paths[0]))
+            epochs = _try_read_epochs(pool.paths, True)
     else:
         known, others = _read_epochs_of_runs(pool.paths, on_problem)
         epochs = [known.get(path) for path in pool.paths]
     found = [Checkpoint(path, epoch, None) for path, epoch in zip(pool.paths, epochs, strict=True)]
-    if pool.as_given and None in epochs:
+    if pool.as_given and (as_given or None in epochs):
         return found
     found.sort(key=lambda one: -math.inf if one.epoch is None else one.epoch)
     _report_duplicates([one for one in found if one.path not in others], on_problem)
@@ -89,10 +127,10 @@ def order_as_far_as_known(
 
 
 def _try_match_epoch(
-    path: Path, pattern: re.Pattern[str], on_problem: Callable[[Problem], None]
+    path: Path, pattern: re.Pattern[str], text: str, on_problem: Callable[[Problem], None]
 ) -> int | None:
     try:
-        return _match_epoch(path, pattern)
+        return _match_epoch(path, pattern, text)
     except CheckpointError as error:
         on_problem(Problem("no epoch", str(error), path))
         return None
@@ -103,12 +141,16 @@ def _read_epochs_of_runs(
 ) -> tuple[dict[Path, int], set[Path]]:
     """Return the known epochs, and the files that do not belong to the largest run."""
     runs: dict[Hashable, list[Name]] = {}
-    for path in paths:
-        name = parse_name(path)
+    try:
+        names = find_names(paths, _SAY_WHERE_IN_PATH)
+    except CheckpointError as error:
+        on_problem(Problem("no epoch", str(error), paths[0]))
+        return {}, set()
+    for name in names:
         if has_whole_number(name):
-            runs.setdefault((find_kind(path), name.signature), []).append(name)
+            runs.setdefault((find_kind(name.path), name.signature), []).append(name)
         else:
-            on_problem(Problem("no epoch", _describe_missing_number(name), path))
+            on_problem(Problem("no epoch", _describe_missing_number(name), name.path))
     known: dict[Path, int] = {}
     parted: list[list[Name]] = []
     for alike in runs.values():
@@ -154,30 +196,69 @@ def make_natural_key(path: Path) -> list[str | int]:
     return [int(part) if place % 2 else part.casefold() for place, part in enumerate(parts)]
 
 
-def _match_epoch(path: Path, pattern: re.Pattern[str]) -> int:
-    match = pattern.search(path.name)
+def _list_searched(paths: Sequence[Path], pattern: re.Pattern[str]) -> list[str]:
+    """Return the texts in which --epoch-pattern is searched for.
+
+    These are the files' names, or the paths below their common folder if names repeat or none of
+    them matches.
+    """
+    texts = list_relative_paths(paths)
+    return texts if any(map(pattern.search, texts)) else list_paths_below(paths)
+
+
+def _match_epoch(path: Path, pattern: re.Pattern[str], searched: str) -> int:
+    match = pattern.search(searched)
+    where = "name" if searched == path.name else "path"
     if match is None:
         raise CheckpointError(
             f"{shown(path)}: --epoch-pattern '{shown(pattern.pattern)}' matches nothing in its "
-            "name: correct the pattern or leave the file out with --exclude"
+            f"{where}: correct the pattern or leave the file out with --exclude"
         )
     group: str | int = "epoch" if "epoch" in pattern.groupindex else min(pattern.groups, 1)
     text = match[group]
     if text is None or not re.fullmatch(r"[-+]?\d+", text):
         raise CheckpointError(
             f"{shown(path)}: --epoch-pattern '{shown(pattern.pattern)}' finds "
-            f"{'no epoch' if text is None else repr(shown(text))} in its name, but the group "
+            f"{'no epoch' if text is None else repr(shown(text))} in its {where}, but the group "
             "'epoch', else the first group, must be a whole number"
         )
     return int(text)
 
 
-def _try_read_epochs(paths: Sequence[Path]) -> list[int | None]:
-    """Read epochs of files that were given one by one; their order does not depend on epochs."""
+def _try_read_epochs(paths: Sequence[Path], as_given: bool) -> list[int | None]:
+    """Read the epochs of files that were given one by one, as far as they are known.
+
+    Raises:
+        CheckpointError: the files should be ordered by epoch, and some have a number where others
+            have none, or several numbers could be it.
+    """
+    way_out = f"{_SAY_WHERE_IN_PATH}, or {_KEEP_ORDER}"
+    try:
+        find_names(paths, way_out)
+    except CheckpointError:
+        if not as_given:
+            raise
     try:
         return [*_read_epochs(paths)]
     except CheckpointError:
-        return [_try_read_epoch(path) for path in paths]
+        epochs = [_try_read_epoch(path) for path in paths]
+    known = [
+        (epoch, parse_name(path))
+        for epoch, path in zip(epochs, paths, strict=True)
+        if epoch is not None
+    ]
+    falling = any(a[0] > b[0] for a, b in pairwise(known))
+    if (
+        None in epochs
+        and falling
+        and len({name.signature for _, name in known}) == 1
+        and not as_given
+    ):
+        raise CheckpointError(
+            f"{shown(paths[epochs.index(None)])}: its name has no number, unlike others, which are "
+            f"not given in order of their epochs: {way_out}"
+        )
+    return epochs
 
 
 def _try_read_epoch(path: Path) -> int | None:
@@ -195,7 +276,7 @@ def _note_order(given: Sequence[Checkpoint]) -> list[str]:
                 "the files are taken in the order given, oldest first, which is not that of their "
                 f"epochs: {shown(earlier.path)} (epoch {earlier.epoch}) stands before "
                 f"{shown(later.path)} (epoch {later.epoch}), and {shown(given[-1].path)} counts as "
-                "the newest; name their directory instead to order them by epoch"
+                "the newest; confirm it with --order given"
             ]
     return []
 
@@ -207,7 +288,7 @@ def _read_epochs(paths: Sequence[Path]) -> list[int]:
         CheckpointError: a name has no number, the names are not alike, or none or several of their
             numbers could be the epoch.
     """
-    names = [parse_name(path) for path in paths]
+    names = find_names(paths, _SAY_WHERE_IN_PATH)
     for name in names:
         if not has_whole_number(name):
             raise CheckpointError(_describe_missing_number(name))

@@ -23,6 +23,7 @@ from polyak_cli.cli.options import (
     JSON,
     LAST,
     MATCH,
+    ORDER,
     QUIET,
     SOURCES,
     STRIP_PREFIX,
@@ -84,6 +85,8 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
     "A run",
     LAST,
     EXCLUDE,
+    EPOCH_PATTERN,
+    ORDER,
     option(
         "--match",
         type=click.Choice(["name", "order"]),
@@ -160,6 +163,8 @@ def _diff_run(
         sources,
         last=options["last"],
         exclude=options["exclude"],
+        epoch_pattern=options["epoch_pattern"],
+        order=options["order"],
         find_polyak_outputs=formats.find_polyak_outputs,
     )
     found = differences.distances(selection, by=options["match"] or "name")
@@ -184,7 +189,7 @@ def _choose_label(path: Path, epoch: int | None) -> str:
     example="polyak check ckpts/ --last 10",
 )
 @SOURCES
-@under("Choosing checkpoints", LAST, FROM, TO, EXCLUDE, EPOCH_PATTERN)
+@under("Choosing checkpoints", LAST, FROM, TO, EXCLUDE, EPOCH_PATTERN, ORDER)
 @under("What belongs together", MATCH, STRIP_PREFIX, ALLOW)
 @under(
     "Output",

@@ -141,7 +141,14 @@ EXCLUDE = option(
 EPOCH_PATTERN = option(
     "--epoch-pattern",
     metavar="REGEX",
-    help="Finds the epoch in unusual names: its group 'epoch', or its first group.",
+    help="Finds the epoch in unusual names, or in paths where names repeat: its group 'epoch', or "
+    "its first group.",
+)
+ORDER = option(
+    "--order",
+    type=click.Choice(["epoch", "given"]),
+    help="Of files named one by one: by the epoch in their names, or as given, oldest first.  "
+    "[default: epoch, where it is clear]",
 )
 MATCH = option(
     "--match",
@@ -211,6 +218,7 @@ CHOOSING = under(
     ),
     option("--log", type=click.Path(), metavar="CSV", help="A Keras CSVLogger file for --best."),
     EPOCH_PATTERN,
+    ORDER,
 )
 
 

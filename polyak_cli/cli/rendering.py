@@ -82,14 +82,15 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
     count = len(plan.checkpoints)
     yield f"{word_count(count, 'checkpoint')}, {plan.scheme}{parameters}, oldest first:"
     table = [["checkpoint", "epoch", "coefficient"]]
-    for checkpoint, coefficient in zip(plan.checkpoints, plan.coefficients, strict=True):
+    rows = zip(plan.checkpoints, plan.names, plan.coefficients, strict=True)
+    for checkpoint, name, coefficient in rows:
         epoch = "-" if checkpoint.epoch is None else str(checkpoint.epoch)
-        table.append([shown(checkpoint.path.name, 60), epoch, f"{coefficient:.6f}"])
+        table.append([shown(name, 60), epoch, f"{coefficient:.6f}"])
     yield from _columns(table)
     yield f"effective number of checkpoints: {plan.effective_number:.2f}"
     yield (
         f"tensors: {len(plan.averaged)} averaged, {len(plan.carried)} carried from "
-        f"{shown(plan.checkpoints[-1].path.name)}, {len(plan.dropped)} dropped"
+        f"{shown(plan.names[-1])}, {len(plan.dropped)} dropped"
     )
     if verbose:
         yield from _fate_lines(plan)
@@ -172,7 +173,7 @@ def verification_lines(found: Verification) -> Iterator[str]:
 def published_lines(report: Report) -> Iterator[str]:
     """Yield one short line for `polyak watch`, which prints one for each publication."""
     plan = report.plan
-    names = [shown(one.path.name, 60) for one in plan.checkpoints]
+    names = [shown(name, 60) for name in plan.names]
     span = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
     rule = ", ".join([plan.scheme, *(f"{key} {value:g}" for key, value in plan.parameters.items())])
     count = word_count(len(names), "checkpoint")
@@ -209,7 +210,7 @@ def inside_lines(one: Inspection) -> Iterator[str]:
     record = one.provenance
     if isinstance(record, dict) and isinstance(record.get("inputs"), list):
         inputs = [each for each in record["inputs"] if isinstance(each, dict)]
-        names = ", ".join(shown(each.get("name"), 60) for each in inputs)
+        names = ", ".join(shown(each.get("path", each.get("name")), 60) for each in inputs)
         yield (
             f"an average by polyak {shown(record.get('polyak'))}, scheme "
             f"{shown(record.get('scheme'))}, of {len(record['inputs'])} checkpoints: {names}"
@@ -241,23 +242,29 @@ def difference_lines(found: Differences, verbose: bool) -> Iterator[str]:
 
 def distance_lines(found: Distances) -> Iterator[str]:
     """Yield the checkpoints of a run, and how far each is from others."""
+    from polyak_cli.checkpoints.folders import list_relative_paths
+
     table = [["checkpoint", "epoch", "to previous", "to average", ""]]
-    for path, epoch, to_previous, to_average, odd in found.checkpoints:
+    names = list_relative_paths([row.path for row in found.checkpoints])
+    for name, row in zip(names, found.checkpoints, strict=True):
+        _, epoch, to_previous, to_average, odd = row
         step = "-" if to_previous is None else f"{to_previous:.3e}"
         number = "-" if epoch is None else str(epoch)
         far = f"{to_average:.3e}"
-        table.append([shown(path.name, 60), number, step, far, "odd one out" if odd else ""])
+        table.append([shown(name, 60), number, step, far, "odd one out" if odd else ""])
     yield from _columns(table)
     yield f"distances relative to the norm of the average, over {found.tensors} float tensors"
 
 
 def health_lines(found: Health) -> Iterator[str]:
     """Yield the checkpoints of a run with their problems, then each problem in words."""
+    from polyak_cli.checkpoints.folders import list_relative_paths
     from polyak_cli.examining.health import format_time
 
     columns = ["epoch", "written (UTC)", "size", "not finite", "to previous", "to next", ""]
     table = [["checkpoint", *columns]]
-    for one in found.checkpoints:
+    names = list_relative_paths([one.path for one in found.checkpoints])
+    for name, one in zip(names, found.checkpoints, strict=True):
         cells = [
             one.epoch,
             format_time(one.modified),
@@ -267,7 +274,7 @@ def health_lines(found: Health) -> Iterator[str]:
         ]
         problems = ", ".join(problem.kind for problem in one.problems)
         row = ["-" if cell is None else str(cell) for cell in cells]
-        table.append([shown(one.path.name, 60), *row, problems])
+        table.append([shown(name, 60), *row, problems])
     yield from _columns(table)
     yield from map(word_passed_over, found.passed_over)
     for problem in found.all_problems:

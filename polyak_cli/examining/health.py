@@ -40,8 +40,8 @@ from polyak_cli.averaging.matching import (
     match,
 )
 from polyak_cli.averaging.options import Choice, Tensors
-from polyak_cli.averaging.records import list_relative_paths
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, find_file
+from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.engine import reading
 from polyak_cli.engine.slabs import FOLD_BYTES, Memory
@@ -130,6 +130,7 @@ def check(
     to_epoch: int | None = None,
     exclude: Sequence[str] = (),
     epoch_pattern: str | None = None,
+    order: str | None = None,
     match: str = "name",
     allow: Sequence[str] = (),
     strip_prefix: Sequence[str] = (),
@@ -145,6 +146,7 @@ def check(
         to_epoch: the last epoch to look at.
         exclude: globs of file names that are not checkpoints.
         epoch_pattern: a regular expression that finds the epoch in a name.
+        order: "given" keeps the order of files that are given one by one.
         match: how tensors are paired, "name" or "order".
         allow: what is no problem; see `averaging.options.ALLOWED`.
         strip_prefix: beginnings of names without which tensors are paired.
@@ -167,6 +169,7 @@ def check(
             to_epoch=to_epoch,
             exclude=exclude,
             epoch_pattern=epoch_pattern,
+            order=order,
             find_polyak_outputs=formats.find_polyak_outputs,
         )
     memory = Memory.within(max_memory or BUFFER_BYTES, 1)

@@ -230,6 +230,7 @@ def make_plan(
     chosen = (
         sources if isinstance(sources, checkpoints.Selection) else select(sources, settings.choice)
     )
+    _check_order(chosen, settings)
     settings.weighting.compute(chosen.positions)  # refused before the values are examined
     healthy, skipped, suspicions = _examine(chosen, settings, stages, options.get("max_memory"))
     if skipped and settings.weighting.coefficients is not None:
@@ -484,6 +485,20 @@ def _keep_coefficients(
     out = {one.path for one in skipped}
     pairs = zip(chosen.checkpoints, coefficients, strict=True)
     return tuple(coefficient for one, coefficient in pairs if one.path not in out)
+
+
+def _check_order(chosen: checkpoints.Selection, settings: Settings) -> None:
+    """Refuse coefficients for files whose order is another than that in which they were given."""
+    if (
+        settings.weighting.coefficients is not None
+        and chosen.rearranged
+        and settings.choice.order is None
+    ):
+        raise UsageError(
+            f"--coefficients are for the oldest first, which by its epoch is "
+            f"{shown(chosen.checkpoints[0].path)}, but the files were given in another order: say "
+            "--order epoch, or --order given if the first one given is the oldest"
+        )
 
 
 def _check_recalibration(template: Table, output: Path | None, stages: Stages) -> None:
