@@ -955,6 +955,9 @@ def test_fewer_than_asked_are_an_error(run: Path, options: Options, message: str
         ({"monitor": "val_loss"}, "--monitor is for choosing by metric: give --best N too"),
         ({"mode": "min"}, "--mode is for"),
         ({"log": "training.csv"}, "--log is for"),
+        ({"log_first": 0}, "--log-first is for choosing by metric"),
+        ({"best": 1, "log_first": 0}, "--log-first is about the rows of a log: give --log CSV"),
+        ({"best": 1, "log": "a.csv", "log_first": 2}, "--log-first is 2, but must be 0 or 1"),
         ({"best": 1, "mode": "low"}, "--mode is 'low', but must be min or max"),
         ({"best": 1, "monitor": " "}, "--monitor is empty"),
         ({"best": 1, "monitor": "lr"}, "--monitor lr: its name does not tell"),
@@ -1237,12 +1240,69 @@ def test_names_from_zero_belong_to_rows_from_zero(run: Path) -> None:
     assert "the row of epoch 0 is taken" in note
 
 
-def test_the_newest_file_and_the_last_row_settle_the_alignment(run: Path) -> None:
-    """Files 490 to 499 of a run of 500 rows count from 0."""
-    numbered(run, 497, 498, 499)
-    selection = select([run], best=1, log=write_log(run, [1.0] * 498 + [0.1, 0.3]))
-    assert epochs(selection) == [498]
-    assert selection.notes[0].endswith("(as the newest file and the last row have the same number)")
+def test_rows_that_fit_either_way_are_not_guessed(run: Path) -> None:
+    """Files 1 to 4 of a run of five epochs, whose last file is not there: the option decides."""
+    numbered(run, 1, 2, 3, 4)
+    log = write_log(run, [0.79, 2.57, 0.03, 1.55, 0.29])
+    assert refusal(run, best=1, log=log) == (
+        f"{log}: file 4 may belong to row 3, as Keras counts, or to row 4, and the best differ: "
+        "with --log-first 0, which is Keras' way, model_3.h5; with --log-first 1, model_2.h5: "
+        "give one of the two"
+    )
+    for first, best, row in ((0, 3, 3), (1, 2, 4)):
+        selection = select([run], best=1, log=log, log_first=first)
+        assert epochs(selection) == [best]
+        assert [one.metric for one in selection.checkpoints] == [0.03]
+        assert selection.notes == (
+            f"{log}: the row of epoch {row} is taken for {run / 'model_4.h5'} "
+            f"(as --log-first {first} says)",
+        )
+    # The fifth file proves it, although it is not among those to choose from.
+    numbered(run, 5)
+    selection = select([run], best=1, to_epoch=4, log=log)
+    assert epochs(selection) == [3]
+
+
+def test_files_kept_only_when_better_have_the_rows_before_them(run: Path) -> None:
+    """Files 1 and 3 of five epochs: the third is the best either way, and its metric is row 2's."""
+    numbered(run, 1, 3)
+    log = write_log(run, [0.79, 2.57, 0.03, 1.55, 0.29])
+    (best,) = select([run], best=1, log=log).checkpoints
+    assert (best.epoch, best.metric) == (3, 0.03)
+
+
+def test_equal_numbers_are_taken_where_only_they_fit(run: Path) -> None:
+    """A log that begins at row 1 has no row 0 for file 1."""
+    numbered(run, 1, 2, 3)
+    log = write_log(run, [0.5, 0.1, 0.3, 0.2], first=1)
+    selection = select([run], best=1, log=log)
+    assert epochs(selection) == [2]
+    assert selection.notes[0].endswith(
+        "(as every file has a row of the same number, but not of one less)"
+    )
+
+
+def test_a_log_that_lost_its_older_rows_serves_the_newer_files(run: Path) -> None:
+    """A run that was started again may have written a new log: older files need no row."""
+    numbered(run, 1, 2, 6, 7)
+    log = write_log(run, [0.5, 0.4, 0.3], first=5)
+    selection = select([run], best=1, log=log, last=2)
+    assert [one.metric for one in selection.checkpoints] == [0.4]
+    assert refusal(run, best=1, log=log).startswith(f"{log}: there is no row for")
+
+
+def test_while_a_run_grows_a_row_may_be_there_before_its_file(run: Path) -> None:
+    """Watching goes on, as Keras counts, and a note says what equal numbers would choose."""
+    numbered(run, 1, 2, 3, 4)
+    log = write_log(run, [0.79, 2.57, 0.03, 1.55, 0.29])
+    selection = select([run], best=1, log=log, growing=True)
+    assert epochs(selection) == [3]
+    (note,) = selection.notes
+    assert note.endswith("--log-first 1, it would be model_2.h5 and not model_3.h5)")
+    numbered(run, 5)
+    selection = select([run], best=1, log=log, growing=True)
+    assert epochs(selection) == [3]
+    assert selection.notes[0].endswith("(as the newest file is one more than the last row)")
 
 
 def test_the_metric_in_the_names_settles_the_alignment(run: Path) -> None:
@@ -1269,14 +1329,15 @@ def test_a_name_says_its_metric_up_to_the_last_digit(numeral: str, worth: float)
     assert metrics._weigh_last_digit(numeral) == worth
 
 
-def test_an_alignment_that_nothing_settles_is_noted(run: Path) -> None:
-    """Files that were kept only when better end long before the log does: Keras' way is taken."""
+def test_an_alignment_that_does_not_matter_is_noted(run: Path) -> None:
+    """Where either way chooses the same files, Keras' way is taken, and nothing is asked."""
     numbered(run, 2, 3)
     selection = select([run], best=1, log=write_log(run, [0.9, 0.5, 0.1, 0.05, 0.2]))
     assert epochs(selection) == [3]
     assert [one.metric for one in selection.checkpoints] == [0.1]
     assert selection.notes[0].endswith(
-        "(as Keras names files from 1 and counts rows from 0; check that this fits)"
+        "(as Keras names files from 1 and counts rows from 0; with equal numbers the same files "
+        "would be chosen)"
     )
 
 
@@ -1398,8 +1459,8 @@ def test_a_log_that_cannot_be_opened_is_an_error(
     ("files", "losses", "row", "why"),
     [
         (["01-0.10.h5", "02-0.10.h5"], [0.1, 0.1], 1, "in the file names agrees"),
-        (["01-0.51.h5", "02-0.10.h5"], [0.523, 0.1, 9.0], 2, "have the same number"),
-        (["1-val_loss=0.5.h5", "2-val_loss=1.h5"], [0.5, 1.0, 9.0], 2, "have the same number"),
+        (["01-0.51.h5", "02-0.10.h5"], [0.523, 0.1, 0.05], 1, "would be chosen"),
+        (["1-val_loss=0.5.h5", "2-val_loss=1.h5"], [0.5, 1.0, 9.0], 1, "would be chosen"),
     ],
 )
 def test_the_names_agree_only_if_all_do(

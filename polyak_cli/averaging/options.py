@@ -51,6 +51,7 @@ class Options(TypedDict, total=False):
         monitor: the metric; "val_loss" with ``best``.
         mode: "min" or "max"; found from the metric's name.
         log: a Keras CSVLogger file with the metric.
+        log_first: what it calls the epoch that file names call 1: 0, as Keras counts, or 1.
         epoch_pattern: a regular expression that finds the epoch in a name.
         order: "given" keeps the order of files given one by one; "epoch" is the default.
         scheme: "equal" (the default), "linear", "exp", "ema", "power".
@@ -86,6 +87,7 @@ class Options(TypedDict, total=False):
     monitor: str | None
     mode: str | None
     log: Source | None
+    log_first: int | None
     epoch_pattern: str | None
     order: str | None
     scheme: str | None
@@ -123,6 +125,7 @@ class Choice:
     monitor: str | None = None
     mode: str | None = None
     log: Source | None = None
+    log_first: int | None = None
     epoch_pattern: str | None = None
     order: str | None = None
 
@@ -252,7 +255,7 @@ def parse(options: Options) -> Settings:
             raise UsageError(f"{key} is one text; expected a list of {what}")
     for kind in options.get("allow") or ():
         check_choice({"allow": kind}, "allow", tuple(ALLOWED))
-    numbers = ("last", "from_epoch", "to_epoch", "every", "best", "jobs", "max_memory")
+    numbers = ("last", "from_epoch", "to_epoch", "every", "best", "log_first", "jobs", "max_memory")
     check_whole_numbers(options, numbers)
     check_choice(options, "dtype", tuple(FLOATS))
     check_choice(options, "order", ("epoch", "given"))
@@ -321,6 +324,7 @@ def select(
         monitor=choice.monitor,
         mode=choice.mode,
         log=choice.log,
+        log_first=choice.log_first,
         epoch_pattern=choice.epoch_pattern,
         order=choice.order,
         growing=growing,

@@ -99,6 +99,7 @@ def select(
     monitor: str | None = None,
     mode: str | None = None,
     log: StrPath | None = None,
+    log_first: int | None = None,
     epoch_pattern: str | None = None,
     order: str | None = None,
     growing: bool = False,
@@ -123,6 +124,8 @@ def select(
         monitor: the metric for ``best``, ``val_loss`` by default.
         mode: ``min`` or ``max``, whichever is better; guessed from the metric's name by default.
         log: a CSV file of Keras' CSVLogger to read the metric from, instead of from the file names.
+        log_first: what the log calls the epoch that file names call 1: 0, as Keras counts, or 1, if
+            file and row have equal numbers.  Needed where both fit and choose other files.
         epoch_pattern: a regular expression that is searched for in each file's name, or in its path
             below their common folder if names repeat or none matches; the epoch is its group
             ``epoch``, else its first group, else the whole match.
@@ -138,7 +141,7 @@ def select(
         CheckpointError: the checkpoints cannot be found, ordered or selected.
     """
     _check_counts(last=last, every=every, best=best)
-    monitor, better = check_monitor(best, monitor, mode, log)
+    wanted = check_monitor(best, monitor, mode, log, log_first)
     _check_bounds(from_epoch, to_epoch)
     pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
     pool = find_candidates(list_sources(sources), exclude, growing, find_polyak_outputs, refuse)
@@ -149,8 +152,8 @@ def select(
         notes += restart_notes
     spaced = restrict_epochs(followed, from_epoch, to_epoch, growing)[::-1][::every][::-1]
     chosen = take_newest(spaced, last, len(ordered), growing)
-    if best is not None and chosen:
-        chosen, metric_notes = take_best(chosen, ordered, best, growing, monitor, better, log)
+    if wanted is not None and chosen:
+        chosen, metric_notes = take_best(chosen, ordered, wanted, growing)
         notes += metric_notes
     thinned = growing or every > 1 or best is not None or is_thinned(pool, exclude)
     selection = _build_selection(pool, chosen, ordered, notes, thinned)

@@ -19,58 +19,88 @@ from polyak_cli.checkpoints.ordering import describe_epochs, require_epoch
 from polyak_cli.errors import CheckpointError, UsageError, choose_verb, shown
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How many of the best checkpoints are wanted, and by which metric.
+
+    Attributes:
+        count: how many.
+        monitor: the metric.
+        better: ``min`` or ``max`` of it.
+        log: the CSV file that has it; None if the file names have it.
+        log_first: what the log calls the epoch that file names call 1; None if it must be found.
+    """
+
+    count: int
+    monitor: str
+    better: str
+    log: StrPath | None = None
+    log_first: int | None = None
+
+
 def check_monitor(
-    best: int | None, monitor: str | None, mode: str | None, log: StrPath | None
-) -> tuple[str, str]:
-    """Return the metric and whether ``min`` or ``max`` of it is better."""
+    best: int | None,
+    monitor: str | None,
+    mode: str | None,
+    log: StrPath | None,
+    log_first: int | None,
+) -> Wanted | None:
+    """Return what is wanted, or None if nothing is chosen by metric."""
     if best is None:
-        for name, value in (("monitor", monitor), ("mode", mode), ("log", log)):
+        given = {"monitor": monitor, "mode": mode, "log": log, "log-first": log_first}
+        for name, value in given.items():
             if value is not None:
                 raise UsageError(f"--{name} is for choosing by metric: give --best N too")
-        return "", ""
+        return None
     monitor = "val_loss" if monitor is None else monitor
     if not monitor.strip():
         raise UsageError("--monitor is empty, but must name a metric, such as val_loss")
     if mode not in (None, "min", "max"):
         raise UsageError(f"--mode is {shown(mode)!r}, but must be min or max")
+    if log_first not in (None, 0, 1):
+        raise UsageError(f"--log-first is {log_first}, but must be 0 or 1")
+    if log_first is not None and log is None:
+        raise UsageError("--log-first is about the rows of a log: give --log CSV too")
     better = mode or guess_mode(monitor)
     if better is None:
         raise UsageError(
             f"--monitor {shown(monitor)}: its name does not tell whether less or more is better: "
             "give --mode min or --mode max"
         )
-    return monitor, better
+    return Wanted(best, monitor, better, log, log_first)
 
 
 def take_best(
-    candidates: Sequence[Checkpoint],
-    ordered: Sequence[Checkpoint],
-    count: int,
-    growing: bool,
-    monitor: str,
-    better: str,
-    log: StrPath | None,
+    candidates: Sequence[Checkpoint], ordered: Sequence[Checkpoint], wanted: Wanted, growing: bool
 ) -> tuple[list[Checkpoint], list[str]]:
-    """Return the ``count`` best candidates, in the order given, and notes."""
+    """Return the best candidates, in the order given, and notes."""
     notes: list[str] = []
-    if log is None:
-        metrics = [_read_metric_in_name(one.path, monitor) for one in candidates]
+    if wanted.log is None:
+        metrics = [_read_metric_in_name(one.path, wanted.monitor) for one in candidates]
     else:
-        metrics, notes = _look_up_metrics(candidates, ordered, monitor, _read_log(log, monitor))
+        log = _read_log(wanted.log, wanted.monitor)
+        metrics, notes = _look_up_metrics(candidates, ordered, wanted, log, growing)
     measured = [
         replace(one, metric=metric) for one, metric in zip(candidates, metrics, strict=True)
     ]
     usable = [index for index, metric in enumerate(metrics) if math.isfinite(metric)]
-    if count > len(usable) and not growing:
+    if wanted.count > len(usable) and not growing:
         lost = len(metrics) - len(usable)
-        where = f", and {lost} more whose {shown(monitor)} is no finite number" if lost else ""
+        where = f", and {lost} more whose {shown(wanted.monitor)} is no finite number"
         raise CheckpointError(
-            f"--best {count}: there {choose_verb(len(usable))} only "
-            f"{describe_epochs([measured[index] for index in usable])} to choose from{where}"
+            f"--best {wanted.count}: there {choose_verb(len(usable))} only "
+            f"{describe_epochs([measured[index] for index in usable])} to choose from"
+            f"{where if lost else ''}"
         )
-    sign = 1.0 if better == "min" else -1.0
+    return [measured[index] for index in _rank(metrics, wanted)], notes
+
+
+def _rank(metrics: Sequence[float], wanted: Wanted) -> list[int]:
+    """Return the places of the best, in order; of equal metrics, the later is better."""
+    usable = [index for index, metric in enumerate(metrics) if math.isfinite(metric)]
+    sign = 1.0 if wanted.better == "min" else -1.0
     ranked = sorted(usable, key=lambda index: (sign * metrics[index], -index))
-    return [measured[index] for index in sorted(ranked[:count])], notes
+    return sorted(ranked[: wanted.count])
 
 
 def _read_metric_in_name(path: Path, monitor: str) -> float:
@@ -97,11 +127,17 @@ class _Log:
 
 
 def _look_up_metrics(
-    candidates: Sequence[Checkpoint], ordered: Sequence[Checkpoint], monitor: str, log: _Log
+    candidates: Sequence[Checkpoint],
+    ordered: Sequence[Checkpoint],
+    wanted: Wanted,
+    log: _Log,
+    growing: bool,
 ) -> tuple[list[float], list[str]]:
     epochs = [require_epoch(one, "--log") for one in candidates]
     newest = max((one for one in ordered if one.epoch is not None), key=lambda one: one.epoch or 0)
-    offset, why = _find_offset(candidates, ordered, newest.epoch or 0, monitor, log)
+    offset, why = _find_offset(candidates, ordered, wanted, log) or _compare_readings(
+        candidates, wanted, log, growing
+    )
     for one, epoch in zip(candidates, epochs, strict=True):
         if epoch - offset not in log.metric:
             raise CheckpointError(
@@ -117,27 +153,72 @@ def _look_up_metrics(
 
 
 def _find_offset(
-    candidates: Sequence[Checkpoint],
-    ordered: Sequence[Checkpoint],
-    newest: int,
-    monitor: str,
-    log: _Log,
-) -> tuple[int, str]:
+    candidates: Sequence[Checkpoint], ordered: Sequence[Checkpoint], wanted: Wanted, log: _Log
+) -> tuple[int, str] | None:
     """Return the difference between a file's epoch and its row's, and the reason in words.
 
     CSVLogger counts epochs from 0, and ModelCheckpoint names files from 1.  Custom callbacks mostly
-    count from 0.
+    count from 0.  None if the rows fit the files either way: that the newest file and the last row
+    have the same number proves nothing, as the file of the last row may not be there.
     """
+    if wanted.log_first is not None:
+        return 1 - wanted.log_first, f"as --log-first {wanted.log_first} says"
     if any(one.epoch == 0 for one in ordered):
         return 0, "as the files count from 0 too"
+    monitor = wanted.monitor
     agreeing = [offset for offset in (0, 1) if _is_consistent(candidates, offset, monitor, log)]
     if len(agreeing) == 1:
         return agreeing[0], f"as the {shown(monitor)} in the file names agrees"
-    if newest == log.last:
-        return 0, "as the newest file and the last row have the same number"
-    if newest == log.last + 1:
+    # The log may have lost the rows of older files, when the run was started again.
+    fitting = _list_fitting(ordered, log) or _list_fitting(candidates, log)
+    if len(fitting) == 2:
+        return None
+    newest = max(one.epoch or 0 for one in ordered)
+    if newest == log.last + 1 and fitting != [0]:
         return 1, "as the newest file is one more than the last row"
+    if fitting == [0]:
+        return 0, "as every file has a row of the same number, but not of one less"
+    if fitting == [1]:
+        return 1, "as every file has a row of one less, but not of the same number"
     return 1, "as Keras names files from 1 and counts rows from 0; check that this fits"
+
+
+def _list_fitting(files: Sequence[Checkpoint], log: _Log) -> list[int]:
+    """Return the offsets under which every file has a row."""
+    epochs = [one.epoch for one in files if one.epoch is not None]
+    return [offset for offset in (0, 1) if all(epoch - offset in log.metric for epoch in epochs)]
+
+
+def _compare_readings(
+    candidates: Sequence[Checkpoint], wanted: Wanted, log: _Log, growing: bool
+) -> tuple[int, str]:
+    """Return Keras' way to count, if equal numbers would choose the same files; else refuse."""
+    equal, keras = (
+        [candidates[i] for i in _rank([log.metric[(c.epoch or 0) - k] for c in candidates], wanted)]
+        for k in (0, 1)
+    )
+    why = "as Keras names files from 1 and counts rows from 0"
+    if equal == keras:
+        return 1, f"{why}; with equal numbers the same files would be chosen"
+    if growing:
+        # While training runs, it passes: a row is written before its file is there.
+        return 1, (
+            f"{why}; with equal numbers, which is --log-first 1, it would be {_list_names(equal)} "
+            f"and not {_list_names(keras)}"
+        )
+    example = max(one.epoch or 0 for one in candidates)
+    raise CheckpointError(
+        f"{shown(log.path)}: file {example} may belong to row {example - 1}, as Keras counts, or "
+        f"to row {example}, and the best differ: with --log-first 0, which is Keras' way, "
+        f"{_list_names(keras)}; with --log-first 1, {_list_names(equal)}: give one of the two"
+    )
+
+
+def _list_names(chosen: Sequence[Checkpoint], most: int = 5) -> str:
+    names = [shown(one.path.name) for one in chosen[:most]]
+    if len(chosen) > most:
+        names.append(f"and {len(chosen) - most} more")
+    return ", ".join(names) or "none"
 
 
 def _is_consistent(candidates: Sequence[Checkpoint], offset: int, monitor: str, log: _Log) -> bool:

@@ -217,6 +217,14 @@ CHOOSING = under(
         help="Whether less or more is better.  [default: guessed from the metric's name]",
     ),
     option("--log", type=click.Path(), metavar="CSV", help="A Keras CSVLogger file for --best."),
+    option(
+        "--log-first",
+        type=click.IntRange(0, 1),
+        metavar="0|1",
+        help="What --log calls the epoch that file names call 1: 0, as Keras' CSVLogger counts "
+        "beside ModelCheckpoint, or 1, if file and row have equal numbers.  [default: found; an "
+        "error if both fit and choose other files]",
+    ),
     EPOCH_PATTERN,
     ORDER,
 )

@@ -243,7 +243,7 @@ def _write_winner(
 #: Options that choose checkpoints; the members of the winner are chosen already.
 _CHOOSING = {
     *("last", "from_epoch", "to_epoch", "every", "exclude", "best", "monitor", "mode", "log"),
-    "on_unhealthy",
+    *("log_first", "on_unhealthy"),
 }
 
 
