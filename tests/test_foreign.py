@@ -69,7 +69,7 @@ FILES: list[tuple[str, bytes, str, str]] = [
     ("m.pt", pickle.dumps({"w": 1}, 2), "pickle", "where it can be trusted"),
     ("m.joblib", zlib.compress(pickle.dumps({"w": 1}), 3), "zlib", "unpack it"),
     ("m.pt2", archive("m/archive_format", "m/models/model.json"), "torch.export", "average"),
-    ("m.h5.gz", gzip.compress(b"x"), "gzip", "unpack it"),
+    ("m.h5.gz", gzip.compress(b"x", mtime=0), "gzip", "unpack it"),
     ("m.bz2", bz2.compress(b"x"), "bzip2", "unpack it"),
     ("m.xz", lzma.compress(b"x"), "xz", "unpack it"),
     ("m.nemo", tarred(), "tar archive", "unpack it"),
