@@ -88,7 +88,7 @@ def write_large(path: Path, tensors: int, elements: int, seed: int) -> Path:
             for start in range(0, elements, elements // 8):
                 count = min(1 << 16, elements // 8)
                 raw.seek(offset + 4 * start)
-                raw.write(rng.normal(size=count).astype("<f4").tobytes())
+                raw.write(rng.normal(3, size=count).astype("<f4").tobytes())
     return path
 
 

@@ -120,7 +120,7 @@ def test_ten_thousand_checkpoints_under_256_open_files(tmp_path: Path) -> None:
 
 def write_many(path: Path, count: int, seed: int) -> Array:
     """Write a safetensors file of many tensors of two float32 each; return all values."""
-    values = np.random.default_rng(seed).normal(size=2 * count).astype("<f4")
+    values = np.random.default_rng(seed).normal(3, size=2 * count).astype("<f4")
     entries = {
         f"t{k}": {"dtype": "F32", "shape": [2], "data_offsets": [8 * k, 8 * k + 8]}
         for k in range(count)
