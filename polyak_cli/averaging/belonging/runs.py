@@ -35,8 +35,8 @@ _KEPT, _NOISE = 0.45, 0.1
 _ENOUGH = 256
 #: Groups of tensors: each counts by its own, so that no tensor of a large norm hides the others.
 _GROUPS = 32
-#: Elements to sample: the cosine of as many random ones is 0.002.
-_SAMPLED = 1 << 18
+#: Elements to sample: the cosine of as many random ones is 0.004.
+_SAMPLED = 1 << 16
 #: A checkpoint is foreign if it is alone among at least so many others of one run.
 _OTHERS = 3
 
