@@ -180,14 +180,15 @@ def _fill(path: Path, material: Material, places: Places, random: np.random.Gene
 
 
 def _random(random: np.random.Generator, count: int, dtype: str) -> Iterator[Array]:
-    """Return values between 0 and 1, in blocks; models without a common direction are refused."""
+    """Return values from 0 to 0.5, in blocks; models without a common direction are refused."""
     while count:
         taken = min(count, _BLOCK)
         count -= taken
         if dtype == "float64":
-            yield random.random(taken)
+            yield random.random(taken) / 2
             continue
         values = random.random(taken, np.float32)
+        values /= np.float32(2)
         if dtype == "bfloat16":  # the upper half of a float32
             yield (values.view(np.uint32) >> 16).astype(np.uint16)
         else:
