@@ -69,12 +69,13 @@ class Stages:
 
 
 @dataclass(frozen=True, slots=True)
-class _PlannedStages(Stages):
-    """The stages of a plan, with what it was made of; an error of the run has advice from these."""
+class _Planned:
+    """What a plan keeps for its stages: their options, and what an error's advice comes from."""
 
-    sources: Source | Sequence[Source] | checkpoints.Selection = ()
-    chosen: checkpoints.Selection | None = None
-    can_skip: bool = False  # --on-unhealthy skip can be added to the options
+    stages: Stages
+    sources: Source | Sequence[Source] | checkpoints.Selection
+    chosen: checkpoints.Selection
+    can_skip: bool  # --on-unhealthy skip can be added to the options
 
 
 def parse_options(options: Options) -> tuple[Settings, Stages]:
@@ -105,7 +106,7 @@ def parse_options(options: Options) -> tuple[Settings, Stages]:
 
 def stages_of(plan: Plan) -> Stages:
     """Return the options of the stages; a plan that was made without any has the defaults."""
-    return plan.stages if isinstance(plan.stages, Stages) else Stages()
+    return plan.stages.stages if isinstance(plan.stages, _Planned) else Stages()
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,11 +239,8 @@ def make_plan(
         settings = replace(settings, weighting=replace(settings.weighting, coefficients=left))
     # `watch` chooses by itself, and waits for what cannot be read.
     has_skip = has_skip and not isinstance(sources, checkpoints.Selection)
-    planned = _PlannedStages(
-        stages.on_unhealthy,
-        stages.recalibrate,
-        stages.batch_size,
-        stages.trust_code,
+    planned = _Planned(
+        stages,
         sources,
         healthy,
         has_skip and stages.on_unhealthy != "skip" and not settings.tensors.use_ema,
@@ -266,11 +264,14 @@ def make_plan(
         raise _advise(error, planned, settings) from None
 
 
-def _advise(error: PolyakError, stages: Stages, settings: Settings) -> PolyakError:
-    """Return an error with the options that leave out the checkpoints at fault, if any are."""
-    if not isinstance(stages, _PlannedStages) or stages.chosen is None:
+def _advise(error: PolyakError, planned: object, settings: Settings) -> PolyakError:
+    """Return an error with the options that leave out the checkpoints at fault, if any are.
+
+    A plan that was made without stages gives no advice.
+    """
+    if not isinstance(planned, _Planned):
         return error
-    return add_advice(error, stages.sources, stages.chosen, settings, can_skip=stages.can_skip)
+    return add_advice(error, planned.sources, planned.chosen, settings, can_skip=planned.can_skip)
 
 
 def run(plan: Plan, *, progress: Progress | None = None) -> Report:
@@ -284,35 +285,35 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         PolyakError: an input is damaged or changed meanwhile, a value is not finite, or the output
             cannot be written; nothing is left then, and an older output is untouched.
     """
-    begun = time.perf_counter()
-    if plan.output is not None:
-        plan = _measure_factors(plan)
-    if plan.output is None:
+    output = plan.output
+    if output is None:
         raise UsageError("the plan has no output; name the file to write")
+    begun = time.perf_counter()
+    plan = _measure_factors(plan)
     force, verify = plan.settings.output.force, plan.settings.output.verify
-    folder = outputs.list_folder_endings(plan.output, plan.tables[-1])
+    folder = outputs.list_folder_endings(output, plan.tables[-1])
     with _advising(plan), blame.naming_inputs(plan.tables):
         record = records.encode(records.seal(records.make_record(plan)))
-    with publishing.publish(plan.output, force=force, folder=folder) as hidden:
+    with publishing.publish(output, force=force, folder=folder) as hidden:
         with _advising(plan):
             totals, files, notes, found = write_average(
                 plan, hidden, record, progress or (lambda _: None)
             )
-        recalibrated = _recalibrate(plan, plan.output, hidden)
+        recalibrated = _recalibrate(plan, output, hidden)
         if recalibrated:
             notes += recalibrated.notes
         nbytes = sum(file.stat().st_size for file in files)
         if verify:
-            _verify(plan, plan.output, hidden, files, record, own=recalibrated is not None)
+            _verify(plan, output, hidden, files, record, own=recalibrated is not None)
         written = hidden.stat().st_ino
     # Another run may have published under this name meanwhile; its bytes were not compared.
-    if verify and plan.output.stat().st_ino != written:
+    if verify and output.stat().st_ino != written:
         raise OutputError(
-            f"{shown(plan.output)}: another file has taken its name since; see what else writes it"
+            f"{shown(output)}: another file has taken its name since; see what else writes it"
         )
     spent = totals.reading + totals.folding + totals.writing
     return Report(
-        output=plan.output,
+        output=output,
         plan=plan,
         bytes_read=totals.bytes_read,
         bytes_written=nbytes,
@@ -335,7 +336,7 @@ def _advising(plan: Plan) -> Iterator[None]:
     try:
         yield
     except PolyakError as error:
-        raise _advise(error, stages_of(plan), plan.settings) from None
+        raise _advise(error, plan.stages, plan.settings) from None
 
 
 def _measure_factors(plan: Plan) -> Plan:
