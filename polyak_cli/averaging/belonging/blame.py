@@ -52,6 +52,12 @@ def group_alike(tables: Sequence[Table], describe: Describe) -> list[list[int]]:
     return groups
 
 
+def _find_odd(groups: Sequence[Sequence[int]]) -> tuple[Sequence[int], list[int]]:
+    """Return the largest group, the newest on a tie, and the checkpoints outside it in order."""
+    usual = max(groups, key=len)
+    return usual, sorted(k for members in groups if members is not usual for k in members)
+
+
 def blame_minority(
     tables: Sequence[Table], describe: Describe, error: MismatchError
 ) -> MismatchError:
@@ -65,10 +71,10 @@ def blame_minority(
     groups = group_alike(tables, describe)
     if len(groups) < 2:
         return error
-    usual = max(groups, key=len)  # the newest on a tie
-    odd = max(k for members in groups if members is not usual for k in members)
-    text = describe(tables[odd], tables[usual[0]]) or describe(tables[usual[0]], tables[odd])
-    averages = [table.path for table in (tables[odd], tables[usual[0]]) if table.is_polyak_output]
+    usual, odd = _find_odd(groups)
+    newest, other = tables[usual[0]], tables[odd[-1]]
+    text = describe(other, newest) or describe(newest, other)
+    averages = [table.path for table in (other, newest) if table.is_polyak_output]
     if averages:
         text += f". {shown(averages[0])} is an average that polyak wrote"
     return _make_error(text or str(error), groups, [table.path for table in tables])
@@ -92,8 +98,7 @@ def blame_format(paths: Sequence[Path], error: PolyakError) -> PolyakError:
     ]
     if len(groups) < 2:
         return error
-    usual = max(groups, key=len)
-    odd = max(k for members in groups if members is not usual for k in members)
+    usual, (*_, odd) = _find_odd(groups)
     try:
         # A damaged or foreign file has no format; its own error says so.
         formats.scan([paths[odd]])
@@ -161,20 +166,16 @@ def find_named(error: PolyakError, files: Sequence[Sequence[str]]) -> int | None
 
 def _make_error(text: str, groups: Sequence[Sequence[int]], paths: Sequence[Path]) -> MismatchError:
     """Return the error with the sizes of the groups, and with the numbers of those at fault."""
-    usual = max(groups, key=len)
-    odd = sorted(k for members in groups if members is not usual for k in members)
-    error = MismatchError(f"{text}{_describe_groups(groups, odd, paths)}")
-    error.at_fault = tuple(odd)
+    error = MismatchError(f"{text}{_describe_groups(groups, paths)}")
+    error.at_fault = tuple(_find_odd(groups)[1])
     return error
 
 
-def _describe_groups(
-    groups: Sequence[Sequence[int]], odd: Sequence[int], paths: Sequence[Path]
-) -> str:
+def _describe_groups(groups: Sequence[Sequence[int]], paths: Sequence[Path]) -> str:
     """Return a sentence on how many checkpoints are like which; "" for two checkpoints."""
     if len(paths) == 2:
         return ""
-    usual = max(groups, key=len)
+    usual, odd = _find_odd(groups)
     like = shown(paths[usual[0]])
     equals = [members for members in groups if len(members) == len(usual)]
     if len(equals) > 1:
