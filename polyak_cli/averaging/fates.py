@@ -49,12 +49,13 @@ def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list
         for glob in globs:
             if not any(fnmatch.fnmatchcase(name, glob) for name in names):
                 raise UsageError(f"--{option}-tensors '{shown(glob)}' matches no tensor")
+    kept = {name for name in names if is_wanted(name, wanted)}
     averaged: list[Row] = []
     carried: list[Row] = []
     for row in rows:
         name, dtype = row[-1].name, row[-1].dtype
         # What is the run's and not the model's is averaged only where it is asked for.
-        is_chosen = is_wanted(name, wanted) and (bool(include) or not is_of_the_run(row[-1]))
+        is_chosen = name in kept and (bool(include) or not is_of_the_run(row[-1]))
         if is_chosen and dtype in FLOATS:
             averaged.append(row)
         elif is_chosen and not is_carried(dtype):
@@ -66,9 +67,7 @@ def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list
             carried.append(row)
     # Only now: a quantised kernel is known by the float scale that would be averaged beside it.
     quantised = describe_quantised(
-        [row[-1] for row in rows],
-        {row[-1].name for row in averaged},
-        {name for name in names if is_wanted(name, wanted)},
+        [row[-1] for row in rows], {row[-1].name for row in averaged}, kept
     )
     if quantised:
         raise MismatchError(f"{where}: {quantised}")

@@ -115,7 +115,7 @@ def describe_refusal(table: Table, wanted: Tensors, averages: Iterable[Average])
                 f"{shown(table.path)}: '{shown(one.prefix)}*' is a running mean of the weights, "
                 "and the weights themselves are not there; averaging running means counts old "
                 "steps several times. Average checkpoints with the raw weights, or say --use-ema "
-                "or --allow averages to average the running means all the same"
+                f"or --allow {ALLOWED} to average the running means all the same"
             )
     return ""
 
