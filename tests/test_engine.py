@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from polyak_cli.engine import executors, folding, reading
 from polyak_cli.engine.executors import Executor, Forked, Futures, InProcess
-from polyak_cli.engine.folding import FoldJob, Worker
+from polyak_cli.engine.folding import Done, FoldJob, Worker
 from polyak_cli.engine.inputs import OpenInputs, check_unchanged
 from polyak_cli.engine.kernel import is_finite
 from polyak_cli.engine.reading import ReadTensor
@@ -103,7 +103,7 @@ def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
 #: How the batches of a test are run; set by the fixture `where`.
 HERE: dict[str, Any] = {}
 #: What each fold returned.
-FOUND: list[Totals] = []
+FOUND: list[Done] = []
 WHERE = ["in process", "forked", "threads", "spawned"]
 
 
@@ -148,8 +148,8 @@ def fold(
     if executor is None:
         forked = HERE["where"] == "forked"
         executor = Forked(memory.jobs, memory.tuning) if forked else InProcess(memory.tuning)
-    FOUND.append(executors.fold(tensors, job, memory, progress, executor).totals)
-    return FOUND[-1]
+    FOUND.append(executors.fold(tensors, job, memory, progress, executor))
+    return FOUND[-1].totals
 
 
 def run(
@@ -978,7 +978,7 @@ def test_a_constant_is_read_once_more_and_no_slab_oftener(tmp_path: Path) -> Non
     arrays = [np.full(1000, -np.inf, np.float32) for _ in range(3)]
     (out,) = run(tmp_path, arrays, [[0.25, 0.25, 0.5]], Memory(1, 10, 10))
     assert np.isneginf(out).all()
-    assert FOUND[-1].bytes_read == 2 * 3 * 4000
+    assert FOUND[-1].totals.bytes_read == 2 * 3 * 4000
 
 
 def test_a_constant_that_the_wanted_type_lacks_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Decides nothing, and does not know how an output is published under its name.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +20,8 @@ from polyak_cli.averaging.fates import describe_difference, is_compared, is_want
 from polyak_cli.averaging.matching import Row, list_files, list_sources
 from polyak_cli.averaging.options import Progress
 from polyak_cli.averaging.planning import Plan
-from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.engine import executors, reading
+from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.folding import FoldJob
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.slabs import FoldTensor
@@ -46,13 +46,12 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
         formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
     skeleton = _write_skeleton(plan, hidden, record)
     with blame.naming_inputs(plan.tables):
-        totals, verdict = _fold(plan, [plan.coefficients], [skeleton], progress)
+        totals, kept, verdict = _fold(plan, [plan.coefficients], [skeleton], progress)
     inputs = list_files(plan.tables)
     compared, differing = _compare_carried(plan, inputs, progress)
     # Only now: a file that was rewritten while it was read gives a mixture of two checkpoints.
     check_unchanged(inputs)
-    kept = constants.describe_constants(constants.merge_constants(totals.constants))
-    notes = [*_judge_runs(plan, verdict), *kept, *differing]
+    notes = [*_judge_runs(plan, verdict), *constants.describe_constants(kept), *differing]
     return Written(totals.plus(compared), [*map(Path, skeleton.files)], notes, verdict)
 
 
@@ -123,7 +122,7 @@ def write_several(
             (replace(custom, coefficients=row) for row in rows), outputs, strict=True
         )
     ]
-    _, verdict = _fold(plan, rows, skeletons, progress or (lambda _: None))
+    _, _, verdict = _fold(plan, rows, skeletons, progress or (lambda _: None))
     check_unchanged(list_files(plan.tables))
     return _judge_runs(plan, verdict)
 
@@ -145,8 +144,12 @@ def _fold(
     coefficients: Sequence[Sequence[float]],
     skeletons: Sequence[formats.Skeleton],
     progress: Progress,
-) -> tuple[Totals, runs.Verdict]:
-    """Average the tensors into the outputs, a row of coefficients each."""
+) -> tuple[Totals, Mapping[str, Constant], runs.Verdict]:
+    """Average the tensors into the outputs, a row of coefficients each.
+
+    Returns:
+        What it took, the constants that are not finite by tensor, and whether there is one run.
+    """
     files = [file for skeleton in skeletons for file in skeleton.files]
     nonfinite = plan.settings.tensors.allow_nonfinite
     compared = runs.choose_compared(plan.averaged_rows)
@@ -154,8 +157,9 @@ def _fold(
     work = FoldJob(inputs, files, np.array(coefficients), nonfinite, compared.sampling)
     memory = plan.settings.machine.share(len(skeletons))
     tensors = _Averaged(plan, skeletons, compared.groups)
-    totals, found = executors.fold(tensors, work, memory, progress)
-    _refuse_diverged(plan, totals)
+    totals, found, parts = executors.fold(tensors, work, memory, progress)
+    kept = constants.merge_constants(parts)
+    _refuse_diverged(plan, kept)
     if plan.settings.tensors.lora == "exact":
         for row, skeleton in zip(coefficients, skeletons, strict=True):
             bound = plan.settings.machine.max_memory
@@ -166,25 +170,23 @@ def _fold(
     # Checksums in an archive cover the folded bytes, so they are written last.
     for skeleton in skeletons:
         skeleton.finalize()
-    counted = [k for k, terms in enumerate(work.list_terms()) if terms]
-    return totals, runs.judge(found, counted) if found else runs.Verdict()
+    verdict = runs.judge(found, work.list_counted()) if found else runs.Verdict()
+    return totals, kept, verdict
 
 
 def _judge_runs(plan: Plan, verdict: runs.Verdict) -> list[str]:
     """Refuse checkpoints of more than one run, or return the note that they are averaged."""
     if not verdict.is_refused:
         return []
-    names = list_relative_paths([one.path for one in plan.checkpoints])
-    text = runs.describe(verdict, names)
+    text = runs.describe(verdict, plan.names)
     if runs.ALLOWED in plan.settings.tensors.allow:
         return [f"{text}; they are averaged all the same"]
-    advice = runs.advise(verdict, plan.checkpoints, names, plan.settings.choice)
+    advice = runs.advise(verdict, plan.checkpoints, plan.names, plan.settings.choice)
     raise MismatchError(f"{text}; {advice}")
 
 
-def _refuse_diverged(plan: Plan, totals: Totals) -> None:
+def _refuse_diverged(plan: Plan, found: Mapping[str, Constant]) -> None:
     """Refuse NaN that every checkpoint has where they cannot be constants."""
-    found = constants.merge_constants(totals.constants)
     for spec in (row[-1] for row in plan.averaged_rows if row[-1].name in found):
         if constants.is_diverged(found[spec.name], spec.shape):
             raise MismatchError(constants.describe_diverged(found[spec.name]))
@@ -243,13 +245,12 @@ def _compare_carried(
 
 def _refuse_scaled_integers(plan: Plan, differing: Collection[str]) -> None:
     """Refuse integers that differ between the checkpoints and have a scale that is averaged."""
-    if "scaled-integers" in plan.settings.tensors.allow:
+    if not differing or quantised.ALLOWED in plan.settings.tensors.allow:
         return
     specs = [row[-1] for row in (*plan.averaged_rows, *plan.carried_rows)]
     names = [spec.name for spec in specs]
     chosen = {name for name in names if is_wanted(name, plan.settings.tensors)}
-    suspects = quantised.list_suspects(specs, set(plan.averaged), chosen) if differing else {}
-    for name, one in suspects.items():
+    for name, one in quantised.list_suspects(specs, set(plan.averaged), chosen).items():
         if name in differing:
             where = shown(plan.tables[-1].path)
             raise MismatchError(f"{where}: {quantised.describe_suspect(one, names)}")

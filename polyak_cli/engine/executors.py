@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.folding import (
     Done,
     FoldJob,
@@ -83,7 +84,8 @@ def fold(
     batches = gather_batches(bundles, memory.piece * tuning.pieces_per_batch, tuning)
     executor = executor or choose_executor(job, memory)
     total = Totals()
-    products = Products(sum(map(bool, job.list_terms())))
+    products = Products(len(job.list_counted()))
+    constants: list[Constant] = []
     with (
         contextlib.ExitStack() as stack,
         _Flusher(
@@ -94,9 +96,10 @@ def fold(
         for done in steps:
             total = total.plus(done.totals)
             products.add(done.products)
+            constants += done.constants
             flusher.count(done.totals.bytes_written)
             progress(done.totals.bytes_read)
-    return Done(total, products if job.sampling else None)
+    return Done(total, products if job.sampling else None, constants)
 
 
 def choose_executor(job: FoldJob, memory: Memory) -> Executor:
@@ -172,10 +175,10 @@ class Forked:
             share = itertools.islice(batches, k, None, self.jobs)
             # A batch has few samples, and all of them together hardly more products: one message
             # for all is less than one for each.
-            products = Products(sum(map(bool, job.list_terms())))
+            products = Products(len(job.list_counted()))
             for done in InProcess(self.tuning).run(job, share):
                 products.add(done.products)
-                writer.send({"done": done.totals})
+                writer.send({"done": done.totals, "constants": done.constants})
             if products.sums:
                 writer.send({"products": products.pack()})
 
@@ -193,7 +196,8 @@ def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Done]:
         if "products" in message:
             yield Done(products=Products.unpack(message["products"]))
         else:
-            yield Done(Totals(*message["done"]))
+            constants = [Constant(*one) for one in message["constants"]]
+            yield Done(Totals(*message["done"]), constants=constants)
     if not has_more:
         selector.unregister(child.pipe)
         how = child.reap()

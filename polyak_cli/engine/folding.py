@@ -53,6 +53,10 @@ class FoldJob:
     #: A process keeps its worker for all batches of the job with this name.
     id: str = field(init=False, default_factory=lambda: os.urandom(8).hex())
 
+    def list_counted(self) -> list[int]:
+        """Return the numbers of the checkpoints that count in some average."""
+        return [k for k, column in enumerate(self.coefficients.T) if column.any()]
+
     def list_terms(self) -> list[list[tuple[int, float]]]:
         """Return for each checkpoint the averages it counts in, with its coefficients there."""
         # 0 * inf is nan, so a coefficient of 0 gives no term.  A checkpoint without any term is
@@ -67,6 +71,7 @@ class Done(NamedTuple):
 
     totals: Totals = Totals()
     products: Products | None = None  # of the checkpoints that count
+    constants: Sequence[Constant] = ()  # of slabs, in any order
 
 
 class Worker:
@@ -76,7 +81,7 @@ class Worker:
         self.job = job
         self.tuning = tuning
         self.terms = job.list_terms()
-        counted = sum(map(bool, self.terms))
+        counted = len(job.list_counted())
         self.sampler = Sampler(counted, job.sampling) if job.sampling else None
         self.clock = Clock()
         self.constants: list[Constant] = []  # of the slabs of this batch
@@ -136,8 +141,7 @@ class Worker:
             for bundle in batch:
                 self._fold_bundle(bundle)
         found = self.sampler.take_products() if self.sampler else None
-        totals = self.clock.totals()._replace(constants=tuple(self.constants))
-        return Done(totals, found)
+        return Done(self.clock.totals(), found, self.constants)
 
     def prefetch(self, batch: Batch) -> None:
         """Have the bytes of a batch fetched from the disk, if the last batch came from there."""

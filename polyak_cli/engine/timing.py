@@ -9,21 +9,18 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from polyak_cli.engine.constants import Constant
-
 #: Called with the bytes that a finished piece of work has read.
 Progress = Callable[[int], None]
 
 
 class Totals(NamedTuple):
-    """What a run did, and what it found; seconds are summed over the processes."""
+    """What a run did; seconds are summed over the processes."""
 
     bytes_read: int = 0
     bytes_written: int = 0
     reading: float = 0.0
     folding: float = 0.0
     writing: float = 0.0
-    constants: tuple[Constant, ...] = ()  # of slabs, in any order
 
     def plus(self, other: Totals) -> Totals:
         """Return the sum."""
@@ -33,7 +30,6 @@ class Totals(NamedTuple):
             self.reading + other.reading,
             self.folding + other.folding,
             self.writing + other.writing,
-            (*self.constants, *(Constant(*one) for one in other.constants)),  # JSON has lists
         )
 
 

@@ -395,7 +395,7 @@ def _find_quantised(tables: Sequence[Table], by: str, allow: Sequence[str]) -> l
     names = [spec.name for spec in specs]
     floats = {spec.name for spec in specs if spec.dtype in FLOATS}
     text = quantised.describe_quantised(specs, floats, set(names))
-    if not text and "scaled-integers" not in allow:
+    if not text and quantised.ALLOWED not in allow:
         suspects = quantised.list_suspects(specs, floats, set(names))
         suspected = [row for row in rows if row[-1].name in suspects]
         pairs = [(row[-1].name, list_sources(tables, row)) for row in suspected if is_compared(row)]

@@ -15,6 +15,9 @@ from typing import NamedTuple
 from polyak_cli.errors import shown
 from polyak_cli.tensors import FLOATS, WHOLE_NUMBERS, TensorSpec
 
+#: What `--allow` takes to average beside integers that only look quantised.
+ALLOWED = "scaled-integers"
+
 #: Words of a name that say "scale of the tensor beside it".
 _SCALES = {"scale", "scales", "absmax", "amax", "scb", "zero", "zeros", "qzeros", "codebooks"}
 #: Words that make it a scale of the model's own: CLIP's logit_scale, CaiT's layer_scale.
@@ -141,7 +144,7 @@ def describe_suspect(one: Quantised, names: Sequence[str]) -> str:
         f"tensor '{shown(one.name)}' looks quantised ({one.kind}) and is not the same in all "
         "checkpoints; average the checkpoints before quantisation or dequantise them first, or "
         f"carry it from the newest with {word_globs([one], names)}; if it is no such thing, use "
-        "--allow scaled-integers"
+        f"--allow {ALLOWED}"
     )
 
 
