@@ -286,12 +286,12 @@ def _strip_prefixes(examined: Sequence[_Examined], strip_prefix: Sequence[str]) 
 
 def _find_averages(examined: Sequence[_Examined], allow: Sequence[str]) -> None:
     """Add a problem to each checkpoint that holds only a running mean of its weights."""
-    for one in examined:
-        if one.table:
-            found = averages.list_averages(one.table)
-            text = averages.describe_refusal(one.table, Tensors(allow=tuple(allow)), found)
-            if text:
-                one.add_problem(averages.KIND, text)
+    readable = [(one, one.table) for one in examined if one.table]
+    found = averages.list_averages([table for _, table in readable])
+    for (one, table), own in zip(readable, found, strict=True):
+        text = averages.describe_refusal(table, Tensors(allow=tuple(allow)), own)
+        if text:
+            one.add_problem(averages.KIND, text)
 
 
 def _compare_assets(examined: Sequence[_Examined], allow: Sequence[str]) -> list[str]:

@@ -73,12 +73,12 @@ def choose_parts(
     Raises:
         MismatchError: a checkpoint holds only a running mean, which was not asked for.
     """
-    found = {id(t.tensors): list_averages(t) for t in tables}
-    for table in tables:
-        text = describe_refusal(table, wanted, found[id(table.tensors)])
+    found = list_averages(tables)
+    for table, own in zip(tables, found, strict=True):
+        text = describe_refusal(table, wanted, own)
         if text:
             raise MismatchError(text)
-    averages = found[id(tables[-1].tensors)]
+    averages = found[-1]
     if not averages:
         if wanted.use_ema and tables[-1].format in _FLAT:
             raise MismatchError(
@@ -86,9 +86,10 @@ def choose_parts(
                 "--use-ema could take"
             )
         return tables, [], []
+    unique = {id(t.tensors): (t, own) for t, own in zip(tables, found, strict=True)}
     merged = {
-        id(t.tensors): {**t.tensors, **_exchange(t, found[id(t.tensors)], use_ema=wanted.use_ema)}
-        for t in tables
+        key: {**t.tensors, **_exchange(t, own, use_ema=wanted.use_ema)}
+        for key, (t, own) in unique.items()
     }
     problems = [_describe_choice(one, use_ema=wanted.use_ema) for one in averages]
     missing: list[str] = []
@@ -161,7 +162,15 @@ def _exchange(table: Table, averages: Iterable[Average], *, use_ema: bool) -> di
 # --- finding --------------------------------------------------------------------------------------
 
 
-def list_averages(table: Table) -> list[Average]:
+def list_averages(tables: Sequence[Table]) -> list[list[Average]]:
+    """Return the running means of each checkpoint; equal skeletons are looked at once."""
+    # They share their tensors.
+    unique = {id(table.tensors): table for table in tables}
+    found = {key: _find_averages(table) for key, table in unique.items()}
+    return [found[id(table.tensors)] for table in tables]
+
+
+def _find_averages(table: Table) -> list[Average]:
     """Return the parts of a checkpoint that are running means."""
     if table.format == "tf_bundle":
         return _find_shadows(table)
