@@ -328,7 +328,9 @@ def _measure_all(
     tables = [one.table for one in run if one.table and one.nonfinite is not None]
     if not tables:
         return [], verdict, notes
-    return [*_find_quantised(tables, by, allow), *_find_factors(tables, by, memory)], verdict, notes
+    rows = match(tables, by)
+    found = [*_find_quantised(tables, rows, allow), *_find_factors(tables, rows, memory)]
+    return found, verdict, notes
 
 
 def _report_runs(examined: Sequence[_Examined], verdict: runs.Verdict) -> list[Problem]:
@@ -388,9 +390,10 @@ def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> NeighbourSums
     return sums
 
 
-def _find_quantised(tables: Sequence[Table], by: str, allow: Sequence[str]) -> list[Problem]:
+def _find_quantised(
+    tables: Sequence[Table], rows: Sequence[Row], allow: Sequence[str]
+) -> list[Problem]:
     """Return what averaging would refuse as quantised: by names, and by integers that differ."""
-    rows = match(tables, by)
     specs = [row[-1] for row in rows]
     names = [spec.name for spec in specs]
     floats = {spec.name for spec in specs if spec.dtype in FLOATS}
@@ -407,9 +410,8 @@ def _find_quantised(tables: Sequence[Table], by: str, allow: Sequence[str]) -> l
     return [Problem("quantised", f"{shown(tables[-1].path)}: {text}")] if text else []
 
 
-def _find_factors(tables: Sequence[Table], by: str, memory: Memory) -> list[Problem]:
+def _find_factors(tables: Sequence[Table], rows: Sequence[Row], memory: Memory) -> list[Problem]:
     """Return that the means of factors are far from the mean of their products, if they are."""
-    rows = match(tables, by)
     found = factors.find_factors([row for row in rows if row[-1].dtype in FLOATS])
     if not found:
         return []
