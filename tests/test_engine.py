@@ -833,9 +833,10 @@ def test_pieces_are_the_stored_bytes_of_each_checkpoint(tmp_path: Path) -> None:
     ):
         got: list[list[bytes]] = [[], []]
         before = None
-        for tensor, k, stored in reading.read_pieces(
+        for tensor, k, start, stop, stored in reading.read_pieces(
             [one], inputs, memory._replace(most=most), held
         ):
+            assert (start, stop) == (length * len(got[k]), min(length * (len(got[k]) + 1), 100))
             assert not isinstance(stored, FormatError)
             assert tensor is one
             assert len(stored) == min(length, 100 - length * len(got[k])) * (4, 8)[k]
@@ -851,7 +852,8 @@ def test_a_piece_that_cannot_be_read_is_an_error_in_its_place(tmp_path: Path) ->
     inputs = write_inputs(tmp_path, [np.zeros(n, np.float32) for n in (10, 5, 10)])
     tensor = ReadTensor("x", 10, [TensorSource(Extent(0, 40), "float32", "<", k) for k in range(3)])
     memory = Memory(1, 100, 100)
-    results = [(k, stored) for _, k, stored in reading.read_pieces([tensor], inputs, memory)]
+    pieces = reading.read_pieces([tensor], inputs, memory)
+    results = [(one.checkpoint, one.stored) for one in pieces]
     assert [k for k, _ in results] == [0, 1, 2]
     assert [len(stored) for k, stored in results if not isinstance(stored, FormatError)] == [40, 40]
     assert str(results[1][1]).endswith(

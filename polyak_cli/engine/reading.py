@@ -76,9 +76,24 @@ class ReadTensor(NamedTuple):
     sources: Sequence[TensorSource]
 
 
+class Piece(NamedTuple):
+    """A slab of a tensor, as one checkpoint stores it."""
+
+    tensor: ReadTensor
+    checkpoint: int
+    start: int  # elements
+    stop: int
+    stored: Bytes | FormatError  # the error where it cannot be read
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no other checkpoint has the slab after this one."""
+        return self.checkpoint == len(self.tensor.sources) - 1
+
+
 def read_pieces(
     tensors: Iterable[ReadTensor], inputs: Sequence[File], memory: Memory, held: int | None = None
-) -> Iterator[tuple[ReadTensor, int, Bytes | FormatError]]:
+) -> Iterator[Piece]:
     """Yield the stored bytes of every slab of every tensor, checkpoint after checkpoint.
 
     Args:
@@ -90,8 +105,8 @@ def read_pieces(
             each checkpoint.
 
     Yields:
-        The tensor, the number of the checkpoint, and its bytes.  If a file ends early, is damaged,
-        or changed since it was scanned, its error is yielded instead of the bytes.
+        The pieces.  If a file ends early, is damaged, or changed since it was scanned, its error
+        stands in place of the bytes.
 
     Raises:
         FormatError: a tensor cannot be read within the bound.
@@ -110,15 +125,16 @@ def read_pieces(
             # Two buffers, so that a caller can compare a piece with the piece before it.
             raw = [np.empty(count * 8, np.uint8) for _ in range(2)]
             for start in range(0, tensor.size, count):
+                stop = min(start + count, tensor.size)
                 for k, source in enumerate(tensor.sources):
                     width = source.storage.nbytes // tensor.size
-                    stored = raw[k % 2][: min(count, tensor.size - start) * width]
+                    stored = raw[k % 2][: (stop - start) * width]
                     try:
                         files.read(source, start * width, stored, tensor.name)
                     except FormatError as error:
-                        yield tensor, k, error
+                        yield Piece(tensor, k, start, stop, error)
                     else:
-                        yield tensor, k, stored
+                        yield Piece(tensor, k, start, stop, stored)
 
 
 def read_values(
@@ -135,16 +151,16 @@ def read_values(
         FormatError: an input ends early, is damaged, or changed since it was scanned.
     """
     buffers: list[Float64] = []
-    for tensor, k, stored in read_pieces(tensors, inputs, memory):
+    for piece in read_pieces(tensors, inputs, memory):
+        tensor, k, start, stop, stored = piece
         if isinstance(stored, FormatError):
             raise stored
-        source = tensor.sources[k]
-        count = len(stored) // (source.storage.nbytes // tensor.size)
+        source, count = tensor.sources[k], stop - start
         # Buffers are kept from tensor to tensor: allocating them costs more than a small tensor.
         if k == 0 and (len(buffers) != len(tensor.sources) or len(buffers[0]) < count):
             buffers = [np.empty(count) for _ in tensor.sources]
         widen_any(stored, source.dtype, source.byteorder, buffers[k][:count])
-        if k == len(tensor.sources) - 1:
+        if piece.is_last:
             yield tensor, [buffer[:count] for buffer in buffers]
 
 

@@ -21,7 +21,7 @@ from polyak_cli.engine.constants import Agreement, Constant, find_codes
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.kernel import is_finite, widen_any
 from polyak_cli.engine.products import Products, Sampler
-from polyak_cli.engine.reading import ReadTensor
+from polyak_cli.engine.reading import Piece
 from polyak_cli.engine.slabs import FoldTensor, Memory, Slab
 from polyak_cli.errors import FormatError
 from polyak_cli.storage import Bytes
@@ -191,38 +191,23 @@ class RunSamples:
         names = [row[0].name for row in rows]
         self.groups = dict(zip(names, compared.groups, strict=True))
         self.sampler = Sampler(count, compared.sampling)
-        self.name = ""  # of the tensor
-        self.start = self.stop = 0  # of the slab
-        self.missed = 0  # checkpoints of the slab that could not be read, before any could
-        self.is_sampled: bool | None = None  # whether the slab is; None until one was read
+        self.is_sampled = False  # whether anything of the slab is
 
-    def take(self, tensor: ReadTensor, k: int, stored: Bytes | FormatError) -> None:
-        """Take the next piece; `stored` is an error where it cannot be read."""
+    def take(self, piece: Piece) -> None:
+        """Take the next piece."""
+        tensor, k, start, stop, stored = piece
         if k == 0:
-            self.start = self.stop if tensor.name == self.name else 0
-            self.name, self.missed, self.is_sampled = tensor.name, 0, None
-        if not isinstance(stored, FormatError):
-            source = tensor.sources[k]
-            if self.is_sampled is None:
-                count = len(stored) // (source.storage.nbytes // tensor.size)
-                self._begin(tensor, count)
-            if self.is_sampled:
-                self.sampler.take(stored, source.dtype, source.byteorder)
-        elif self.is_sampled:
+            one = FoldTensor(tensor.name, tensor.size, (), (), self.groups[tensor.name])
+            self.is_sampled = self.sampler.begin([Slab(one, start, stop)])
+        if not self.is_sampled:
+            return
+        if isinstance(stored, FormatError):
             self.sampler.skip()
         else:
-            self.missed += 1
-        if k == len(tensor.sources) - 1 and self.is_sampled:
+            source = tensor.sources[k]
+            self.sampler.take(stored, source.dtype, source.byteorder)
+        if piece.is_last:
             self.sampler.finish()
-
-    def _begin(self, tensor: ReadTensor, count: int) -> None:
-        """Begin a slab of so many elements."""
-        self.stop = self.start + count
-        group = self.groups[tensor.name]
-        one = FoldTensor(tensor.name, tensor.size, (), (), group)
-        self.is_sampled = self.sampler.begin([Slab(one, self.start, self.stop)])
-        for _ in range(self.missed if self.is_sampled else 0):
-            self.sampler.skip()
 
 
 class NeighbourSums:
@@ -282,8 +267,9 @@ class NeighbourSums:
         held = REACH + 4  # slabs to compare, their difference, two as stored, and masks
         samples = RunSamples(rows, len(tables))
         tensors = list_compared(tables, rows)
-        for tensor, k, stored in reading.read_pieces(tensors, list_files(tables), memory, held):
-            samples.take(tensor, k, stored)
+        for piece in reading.read_pieces(tensors, list_files(tables), memory, held):
+            samples.take(piece)
+            tensor, k, start, stop, stored = piece
             if k == 0:
                 size = min(tensor.size, max(1, memory.most // (1 + held)))
                 if not recent or len(recent[0]) < size:
@@ -295,14 +281,13 @@ class NeighbourSums:
                 values.fill(np.nan)  # no distance to it is finite
                 before = None
             else:
-                source = tensor.sources[k]
-                count = len(stored) // (source.storage.nbytes // tensor.size)
+                source, count = tensor.sources[k], stop - start
                 widen_any(stored, source.dtype, source.byteorder, values[:count])
                 self._add(k, [slab[:count] for slab in recent])
                 if self.same[k]:
                     self.same[k] = before is not None and np.array_equal(stored, before)
                 before = stored
-            if k == len(tables) - 1:
+            if piece.is_last:
                 self._end_slab(tensor.name)
         self.products.add(samples.sampler.take_products())
 
