@@ -29,6 +29,8 @@ FLOATS: Mapping[str, str] = {
     "float8_e4m3fn": "u1",
     "float8_e5m2": "u1",
 }
+#: Asked for every tensor of every checkpoint, of which there may be millions.
+_ITEMSIZES = {dtype: int(code[1:]) for dtype, code in FLOATS.items()}
 #: Those that any format can store.
 COMMON = frozenset(("float16", "bfloat16", "float32", "float64"))
 
@@ -331,7 +333,7 @@ def is_numeric(spec: TensorSpec) -> bool:
 
 def itemsize(dtype: str) -> int:
     """Return the bytes of one element of a float type."""
-    return int(FLOATS[dtype][1:])
+    return _ITEMSIZES[dtype]
 
 
 #: Types that are compared and measured as numbers, though they are not averaged.

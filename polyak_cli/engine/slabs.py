@@ -187,8 +187,9 @@ def _is_neighbour(bundle: Bundle, slab: Slab, elements: int, tuning: Tuning) -> 
 def _is_small(slab: Slab, tuning: Tuning) -> bool:
     """Return whether a slab is the whole of a small tensor; a tight bound may cut even those."""
     tensor = slab.tensor
-    width = max(itemsize(source.dtype) for source in tensor.sources)
-    return slab.stop - slab.start == tensor.size and tensor.size * width <= tuning.small_nbytes
+    is_whole = slab.stop - slab.start == tensor.size
+    dtypes = {source.dtype for source in tensor.sources}
+    return is_whole and tensor.size * max(map(itemsize, dtypes)) <= tuning.small_nbytes
 
 
 def gather_batches(
