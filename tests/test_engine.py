@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -159,17 +158,20 @@ def run(
     memory: Memory,
     allow_nonfinite: bool = False,
 ) -> list[np.ndarray]:
-    """Fold whole files into one output for each row of coefficients."""
+    """Fold whole files into one output of the newest's type for each row of coefficients."""
     inputs = write_inputs(folder, arrays)
-    size = arrays[0].size
+    newest = arrays[-1]
     outputs = [folder / f"out{row}" for row in range(len(np.array(coefficients)))]
     for output in outputs:
         output.write_bytes(b"")
-    sources = [TensorSource(Extent(0, size * 4), "float32", "<", k) for k in range(len(arrays))]
-    targets = [Placement(0, "float32", "<", row) for row in range(len(outputs))]
+    sources = [
+        TensorSource(Extent(0, array.nbytes), array.dtype.name, "<", k)
+        for k, array in enumerate(arrays)
+    ]
+    targets = [Placement(0, newest.dtype.name, "<", row) for row in range(len(outputs))]
     work = FoldJob(inputs, [str(o) for o in outputs], np.array(coefficients), allow_nonfinite)
-    fold([FoldTensor("x", size, sources, targets)], work, memory)
-    return [np.fromfile(output, np.float32) for output in outputs]
+    fold([FoldTensor("x", newest.size, sources, targets)], work, memory)
+    return [np.fromfile(output, newest.dtype) for output in outputs]
 
 
 @settings(
@@ -329,30 +331,15 @@ def test_a_culprit_of_another_type_is_named_by_its_own_element(tmp_path: Path) -
     """The element is counted in the elements of the file that holds it."""
     halves = np.zeros(100, np.float16)
     halves[57] = np.inf
-    inputs = write_inputs(tmp_path, [np.zeros(100, np.float64), halves])
-    (tmp_path / "out").write_bytes(b"")
-    sources = [
-        TensorSource(Extent(0, 800), "float64", "<", 0),
-        TensorSource(Extent(0, 200), "float16", "<", 1),
-    ]
-    one = FoldTensor("x", 100, sources, [Placement(0, "float16", "<")])
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
     with pytest.raises(MismatchError, match=r"1\.raw: tensor 'x' holds inf \(element 57\)"):
-        fold([one], work, Memory(1, 30, 30))
+        run(tmp_path, [np.zeros(100, np.float64), halves], [[0.5, 0.5]], Memory(1, 30, 30))
 
 
 def test_wider_values_that_the_newest_type_cannot_hold_are_refused(tmp_path: Path) -> None:
     """An older float32 may be beyond what the newest's float16 stores."""
-    inputs = write_inputs(tmp_path, [np.full(3, 3e5, np.float32), np.ones(3, np.float16)])
-    (tmp_path / "out").write_bytes(b"")
-    sources = [
-        TensorSource(Extent(0, 12), "float32", "<", 0),
-        TensorSource(Extent(0, 6), "float16", "<", 1),
-    ]
-    one = FoldTensor("x", 3, sources, [Placement(0, "float16", "<")])
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    arrays = [np.full(3, 3e5, np.float32), np.ones(3, np.float16)]
     with pytest.raises(MismatchError, match=r"holds 150000, which float16 cannot store"):
-        fold([one], work, Memory(1, 30, 30))
+        run(tmp_path, arrays, [[0.5, 0.5]], Memory(1, 30, 30))
 
 
 def test_neighbouring_small_tensors_are_read_at_once(
@@ -451,16 +438,11 @@ def test_nonfinite_values_are_averaged_where_they_are_allowed(tmp_path: Path) ->
 
 def test_an_overflow_of_float64_blames_no_checkpoint(tmp_path: Path) -> None:
     """If all values are finite and only their sum is not, no checkpoint is blamed."""
-    inputs = write_inputs(tmp_path, [np.array([1.0, 1.7e308])] * 2)
-    (tmp_path / "out").write_bytes(b"")
-    sources = [TensorSource(Extent(0, 16), "float64", "<", k) for k in range(2)]
-    huge = FoldTensor("x", 2, sources, [Placement(0, "float64", "<")])
-    coefficients = np.array([[0.75, 0.75]])
-    work = FoldJob(inputs, [str(tmp_path / "out")], coefficients, False)
+    arrays, coefficients = [np.array([1.0, 1.7e308])] * 2, [[0.75, 0.75]]
     with pytest.raises(MismatchError, match="the average of tensor 'x' overflows float64"):
-        fold([huge], work, Memory(2, 100, 100))
-    fold([huge], replace(work, allow_nonfinite=True), Memory(2, 100, 100))
-    assert np.fromfile(tmp_path / "out").tolist() == [1.5, math.inf]
+        run(tmp_path, arrays, coefficients, Memory(2, 100, 100))
+    (out,) = run(tmp_path, arrays, coefficients, Memory(2, 100, 100), allow_nonfinite=True)
+    assert out.tolist() == [1.5, math.inf]
 
 
 def test_great_float64_values_are_no_false_alarm() -> None:
