@@ -337,7 +337,7 @@ def test_a_culprit_of_another_type_is_named_by_its_own_element(tmp_path: Path) -
 
 def test_wider_values_that_the_newest_type_cannot_hold_are_refused(tmp_path: Path) -> None:
     """An older float32 may be beyond what the newest's float16 stores."""
-    arrays = [np.full(3, 3e5, np.float32), np.ones(3, np.float16)]
+    arrays: list[np.ndarray] = [np.full(3, 3e5, np.float32), np.ones(3, np.float16)]
     with pytest.raises(MismatchError, match=r"holds 150000, which float16 cannot store"):
         run(tmp_path, arrays, [[0.5, 0.5]], Memory(1, 30, 30))
 
