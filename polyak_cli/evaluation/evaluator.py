@@ -321,7 +321,7 @@ class _CompiledModel:
         splits: Sequence[data.Split],
     ) -> _CompiledModel:
         """Compile a loaded model as its file says, and convert the rows to the form it expects."""
-        known = Registry(keras, [])
+        known = Registry(keras)
         text = description.training
         training = parse_json_object(path, text, "training configuration") if text else {}
         if not training:
@@ -337,7 +337,7 @@ class _CompiledModel:
         has_loss = bool(flatten(loss))
         weights = keep_plain_values(training.get("loss_weights")) if has_loss else None
         loss_words = name_losses(model, outputs, loss, weights)
-        if loss_words and any(note.startswith("left out the loss") for note in known.notes):
+        if loss_words and "loss" in known.left_out:
             known.notes.append(
                 "the loss shown is not the model's own: it leaves out those that are not known"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 from polyak_cli.errors import shown
@@ -61,7 +61,8 @@ class Registry:
     """
 
     keras: Any
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)  # of what something was not known: "loss"
 
     def resolve(self, config: Any, find: Callable[[Any], Any], what: str) -> Any:
         """Resolve a configuration: one object, or a list or dict with one for each output.
@@ -77,6 +78,7 @@ class Registry:
         try:
             return find(config)
         except (ValueError, TypeError, KeyError, AttributeError):
+            self.left_out.add(what)
             self.notes.append(
                 f"left out the {what} '{shown(_name_config(config), 60)}', which Keras does not "
                 "know; the file holds only its name: register it in the file of --data "
@@ -208,7 +210,7 @@ def _name_loss(known: Any) -> str:
     """Return the name of a loss, its settings, and whether it is one of Keras's."""
     if isinstance(known, str):
         return f"{shown(known, 60)} (Keras's)"
-    name = getattr(known, "__name__", "") or type(known).__name__
+    name = _get_name(known)
     home = getattr(known, "__module__", None) or type(known).__module__
     settings = ""
     if hasattr(known, "get_config"):
@@ -252,12 +254,13 @@ def flatten(nested: Any) -> list[Any]:
 
 def normalise_name(known: Any) -> str:
     """Return the name of a loss or metric, in lower case without underscores."""
-    if isinstance(known, str):
-        name = known
-    else:
-        name = getattr(known, "__name__", "") or type(known).__name__
-        name += str(getattr(known, "name", ""))
+    name = known if isinstance(known, str) else f"{_get_name(known)}{getattr(known, 'name', '')}"
     return name.lower().replace("_", "")
+
+
+def _get_name(known: Any) -> str:
+    """Return the name of a function, or of the class of an object."""
+    return getattr(known, "__name__", "") or type(known).__name__
 
 
 def select_output(nested: Any, index: int, name: str) -> Any:
@@ -355,7 +358,7 @@ def resolve_row_losses(
         if isinstance(known, type) or not callable(function):
             return ()
         weight = select_output(weights, index, name)
-        kind = getattr(known, "__name__", "") or type(known).__name__
+        kind = _get_name(known)
         # Integer and one-hot labels give the same loss, and a class and a function have names that
         # differ in style only: SparseCategoricalCrossentropy, categorical_crossentropy.
         kind = kind.lower().replace("_", "").removeprefix("sparse")
