@@ -21,7 +21,7 @@ Pairs: TypeAlias = dict[str, tuple[object, object]]
 
 WHOLE = ""  # name of the only part of rows that are not divided
 #: What an .npz file may hold; see `sort_names`.
-EXPECTED_NAMES = (
+_EXPECTED_NAMES = (
     "expected arrays x and y, or x_train, y_train, x_test and y_test; several inputs or outputs "
     "are numbered (y1, y2) or named (y_NAME, y_train_NAME)"
 )
@@ -73,7 +73,7 @@ def sort_names(where: str, held: Mapping[str, Any]) -> tuple[Pairs, list[str]]:
 
 def _make_refusal(where: str, held: Iterable[str]) -> FormatError:
     found = ", ".join(shown(key, 40) for key in held) or "none"
-    return FormatError(f"{where}: {EXPECTED_NAMES}; found {found}")
+    return FormatError(f"{where}: {_EXPECTED_NAMES}; found {found}")
 
 
 def _choose(where: str, keys: Sequence[str], matches: Mapping[str, re.Match[str]]) -> list[str]:
@@ -126,7 +126,8 @@ def sort_returned(where: str, returned: Any) -> tuple[Pairs, list[str]]:
     if isinstance(returned, Mapping):
         if returned and not {*returned} <= {"train", "test"}:
             if any(isinstance(key, str) and _NAME.fullmatch(key) for key in returned):
-                return sort_names(f"{where} returned a dict", _with_text_keys(returned))
+                named = {str(key): value for key, value in returned.items()}
+                return sort_names(f"{where} returned a dict", named)
         elif returned:
             return {key: _check_pair(where, pair) for key, pair in returned.items()}, []
         keys = ", ".join(shown(key, 40) for key in returned) or "none"
@@ -137,15 +138,9 @@ def sort_returned(where: str, returned: Any) -> tuple[Pairs, list[str]]:
     return {WHOLE: _check_pair(where, returned)}, []
 
 
-def _with_text_keys(returned: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(key): value for key, value in returned.items()}
-
-
-def _are_parts(returned: object) -> bool:
+def _are_parts(returned: Any) -> bool:
     """Return whether something is ((x_train, y_train), (x_test, y_test)); see `sort_returned`."""
-    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-        return False
-    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in returned):
+    if not _is_pair(returned) or not all(map(_is_pair, returned)):
         return False
     # Lists of numbers are arrays, and two rows of two numbers are no pairs.
     if not all(isinstance(pair, tuple) or any(map(_is_several, pair)) for pair in returned):
@@ -157,6 +152,10 @@ def _are_parts(returned: object) -> bool:
         return True
     tuples = all(isinstance(pair, tuple) for pair in returned)
     return tuples and _list_shapes(returned[0]) == _list_shapes(returned[1])
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, (tuple, list)) and len(given) == 2
 
 
 def _is_several(item: object) -> bool:
@@ -181,13 +180,13 @@ def _list_shapes(item: Any) -> object:
         return None
 
 
-def _check_pair(where: str, pair: object) -> tuple[object, object]:
+def _check_pair(where: str, pair: Any) -> tuple[object, object]:
     """Return features and labels, lists resolved to one array or several by the number of rows.
 
     Raises:
         PolyakError: it is no pair, or a list is as many rows as it would be arrays.
     """
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+    if not _is_pair(pair):
         what = f"{len(pair)} things" if isinstance(pair, (tuple, list)) else type(pair).__name__
         raise PolyakError(f"{where} returned {what}; {_EXPECTED}")
     features, labels = pair
@@ -223,10 +222,10 @@ def _read(given: object) -> list[tuple[object, int]]:
         return [] if rows is None else [(given, rows)]
     items = list(given.values()) if isinstance(given, Mapping) else list(given)
     counts = {_count_rows(item) for item in items}
-    several = [] if len(counts) != 1 or None in counts else [*counts]
+    several = [rows for rows in counts if rows is not None] if len(counts) == 1 else []
     if isinstance(given, Mapping):
-        return [(given, int(rows or 0)) for rows in several]
-    found: list[tuple[object, int]] = [(tuple(items), int(rows or 0)) for rows in several]
+        return [(given, rows) for rows in several]
+    found: list[tuple[object, int]] = [(tuple(items), rows) for rows in several]
     # Arrays of several shapes are no rows of one array.
     alike = len({str(getattr(item, "shape", ())) for item in items}) < 2
     if not found or (isinstance(given, list) and alike):
