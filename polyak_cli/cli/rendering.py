@@ -247,11 +247,10 @@ def distance_lines(found: Distances) -> Iterator[str]:
     table = [["checkpoint", "epoch", "to previous", "to average", ""]]
     names = list_relative_paths([row.path for row in found.checkpoints])
     for name, row in zip(names, found.checkpoints, strict=True):
-        _, epoch, to_previous, to_average, odd = row
-        step = "-" if to_previous is None else f"{to_previous:.3e}"
-        number = "-" if epoch is None else str(epoch)
-        far = f"{to_average:.3e}"
-        table.append([shown(name, 60), number, step, far, "odd one out" if odd else ""])
+        step = "-" if row.to_previous is None else f"{row.to_previous:.3e}"
+        number = "-" if row.epoch is None else str(row.epoch)
+        odd = "odd one out" if row.outlier else ""
+        table.append([shown(name, 60), number, step, f"{row.to_average:.3e}", odd])
     yield from _columns(table)
     yield f"distances relative to the norm of the average, over {found.tensors} float tensors"
 
