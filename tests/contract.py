@@ -280,10 +280,11 @@ class Contract(abc.ABC):
         report = average(tmp_path / "run", output, verify=True)
         assert_same(self.read(output), naive(models, report.plan.coefficients))
         count = len(np.triu_indices(33, 1, 17)[0]) + 1
-        notes = (report.notes, check(tmp_path / "run").notes)
+        health = check(tmp_path / "run")
+        notes = (report.notes, health.notes)
         for (note,) in ([one for one in found if "infinite" in one] for found in notes):
             assert note.startswith(f"{count} numbers of 2 tensors (")
-        assert not any("nonfinite" in one.kind for one in check(tmp_path / "run").all_problems)
+        assert not any("nonfinite" in one.kind for one in health.all_problems)
 
     @pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
     def test_checkpoints_of_another_model_are_refused(self, tmp_path: Path, change: str) -> None:
