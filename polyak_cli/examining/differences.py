@@ -16,11 +16,16 @@ import numpy as np
 
 from polyak_cli import formats
 from polyak_cli.averaging.belonging import assets
-from polyak_cli.averaging.matching import Row, list_files, list_sources, match
+from polyak_cli.averaging.matching import Row, match
 from polyak_cli.checkpoints import Selection, find_file
-from polyak_cli.engine import reading
 from polyak_cli.errors import MismatchError, UsageError, shown
-from polyak_cli.examining.reductions import PairSums, RunSums, bound_memory, fold_slabs, reduce_each
+from polyak_cli.examining.reductions import (
+    PairSums,
+    RunSums,
+    find_differing,
+    fold_slabs,
+    reduce_each,
+)
 from polyak_cli.tensors import FLOATS, Float64, Table, TensorSpec, is_numeric
 
 #: A checkpoint is an outlier if its distance to the average exceeds this multiple of the median.
@@ -109,8 +114,7 @@ def _pair(tables: Sequence[Table]) -> tuple[list[Row], list[str]]:
             mismatches.append(f"'{shown(name)}', {a.dtype} and {b.dtype}, is not the same")
         elif a.storage and b.storage:
             others.append((a, b))
-    pairs = [(row[0].name, list_sources(tables, row)) for row in others]
-    unequal, _ = reading.find_differing(pairs, list_files(tables), bound_memory())
+    unequal = find_differing(tables, others)
     mismatches += [f"'{shown(name)}' is not the same" for name in unequal]
     if one.format == other.format:  # each keeps its vocabularies in its own place
         mismatches += assets.describe_differences(tables)

@@ -32,21 +32,14 @@ from polyak_cli.averaging.belonging import (
 from polyak_cli.averaging.belonging.blame import group_alike
 from polyak_cli.averaging.belonging.constants import describe_constants
 from polyak_cli.averaging.fates import is_compared
-from polyak_cli.averaging.matching import (
-    Row,
-    describe_mismatch,
-    list_files,
-    list_sources,
-    match,
-)
+from polyak_cli.averaging.matching import Row, describe_mismatch, match
 from polyak_cli.averaging.options import Choice, Tensors
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, find_file
 from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.checkpoints.suspicions import find_suspicions
-from polyak_cli.engine import reading
 from polyak_cli.engine.slabs import FOLD_BYTES, Memory
 from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, quote_glob, shown
-from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, bound_memory
+from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, find_differing
 from polyak_cli.formats.catalogue import detect
 from polyak_cli.tensors import FLOATS, Table
 
@@ -400,11 +393,10 @@ def _find_quantised(
     text = quantised.describe_quantised(specs, floats, set(names))
     if not text and quantised.ALLOWED not in allow:
         suspects = quantised.list_suspects(specs, floats, set(names))
-        suspected = [row for row in rows if row[-1].name in suspects]
-        pairs = [(row[-1].name, list_sources(tables, row)) for row in suspected if is_compared(row)]
+        suspected = [row for row in rows if row[-1].name in suspects and is_compared(row)]
         unequal: set[str] = set()
         with contextlib.suppress(FormatError):  # reported with the values of its checkpoint
-            unequal, _ = reading.find_differing(pairs, list_files(tables), bound_memory())
+            unequal = find_differing(tables, suspected)
         differing = (one for name, one in suspects.items() if name in unequal)
         text = next((quantised.describe_suspect(one, names) for one in differing), "")
     return [Problem("quantised", f"{shown(tables[-1].path)}: {text}")] if text else []
@@ -430,11 +422,7 @@ def _has_same_carried(tables: Sequence[Table], rows: Sequence[Row]) -> bool:
     carried = [row for row in rows if row[0].dtype not in FLOATS]
     if any(row[0].digest != row[1].digest for row in carried):
         return False
-    pairs = [
-        (row[0].name, list_sources(tables, row)) for row in carried if all(s.storage for s in row)
-    ]
-    unequal, _ = reading.find_differing(pairs, list_files(tables), bound_memory())
-    return not unequal
+    return not find_differing(tables, (row for row in carried if all(s.storage for s in row)))
 
 
 def _compare_neighbours(run: Sequence[_Examined], sums: NeighbourSums) -> None:

@@ -7,7 +7,7 @@ the size of the tensors.  Knows neither formats nor what a sum means to the user
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from polyak_cli.averaging.belonging.constants import is_diverged, merge_constants
 from polyak_cli.averaging.belonging.runs import choose_compared
-from polyak_cli.averaging.matching import Row, list_compared, list_files
+from polyak_cli.averaging.matching import Row, list_compared, list_files, list_sources
 from polyak_cli.engine import reading
 from polyak_cli.engine.constants import Agreement, Constant, find_codes
 from polyak_cli.engine.inputs import check_unchanged
@@ -46,6 +46,20 @@ _Reduction = TypeVar("_Reduction", bound=Reduction)
 def bound_memory() -> Memory:
     """Return the bound on the buffers of one tool in one process."""
     return Memory.within(BUFFER_BYTES, 1)
+
+
+def find_differing(tables: Sequence[Table], rows: Iterable[Row]) -> set[str]:
+    """Return the newest checkpoint's names of the tensors whose bytes are not the same in all.
+
+    Args:
+        tables: of the checkpoints.
+        rows: the tensors, as each checkpoint has them; all of them are stored.
+
+    Raises:
+        FormatError: a file ends early, is damaged, or changed since it was scanned.
+    """
+    pairs = [(row[-1].name, list_sources(tables, row)) for row in rows]
+    return reading.find_differing(pairs, list_files(tables), bound_memory())[0]
 
 
 def fold_slabs(
