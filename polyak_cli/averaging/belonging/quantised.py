@@ -119,9 +119,10 @@ def list_suspects(
         averaged: names of those that would be averaged.
         wanted: names of those that no option leaves out.
     """
-    index = _Index(specs)
+    integers = [spec for spec in specs if _is_integer(spec)]
+    index = _Index(specs if integers else ())
     found = {}
-    for spec in (spec for spec in specs if _is_integer(spec)):
+    for spec in integers:
         scale = _find_suspected_scale(spec, index, averaged)
         # What is carried alone keeps a scale that is averaged, and is as wrong.
         if scale and (spec.name in wanted or _is_scale(scale.name)):
