@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Collection, Iterable, Sequence
+from glob import escape
 from typing import NamedTuple
 
 from polyak_cli.errors import shown
@@ -359,7 +360,7 @@ def word_globs(refused: Sequence[Quantised], names: Sequence[str]) -> str:
         # Only where it covers no other layer: that would be carried without a word.
         starts = tuple(one.removesuffix("*") for one in exact)
         matched = (name for name in names if fnmatch.fnmatchcase(name, wide))
-        is_safe = len(exact) > 1 and all(_escape(name).startswith(starts) for name in matched)
+        is_safe = len(exact) > 1 and all(escape(name).startswith(starts) for name in matched)
         globs += [wide] if is_safe else exact
     listed = [f"--exclude-tensors '{shown(glob)}'" for glob in globs[:_MOST_GLOBS]]
     more = sum(map(len, shared.values())) - _MOST_GLOBS if len(globs) > _MOST_GLOBS else 0
@@ -370,12 +371,7 @@ def _list_globs(one: Quantised) -> list[str]:
     """Return globs that match all parts of a quantised tensor, and as little else as possible."""
     folder = _find_folder(one.name)
     if all(part.startswith(one.name) for part in one.parts):
-        return [f"{_escape(one.name)}*"]
+        return [f"{escape(one.name)}*"]
     if folder and all(part.startswith(folder) for part in one.parts):
-        return [f"{_escape(folder)}*"]
-    return [_escape(part) for part in one.parts]
-
-
-def _escape(name: str) -> str:
-    """Return a glob that matches a name only."""
-    return re.sub(r"([*?[])", r"[\1]", name)
+        return [f"{escape(folder)}*"]
+    return [escape(part) for part in one.parts]
