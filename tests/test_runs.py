@@ -187,6 +187,18 @@ def test_few_elements_tell_nothing(tmp_path: Path) -> None:
     assert "cannot tell" in polyak("check", "run", cwd=tmp_path).stdout
 
 
+def test_checkpoints_of_one_name_are_told_apart(
+    tmp_path: Path, seeds: tuple[list[Tensors], list[Tensors]]
+) -> None:
+    """`check` names neighbours by as much of their paths as its table does."""
+    for epoch in (8, 9):
+        arrays: Any = seeds[0][epoch]
+        (tmp_path / f"step-{epoch}").mkdir()
+        np.savez(tmp_path / f"step-{epoch}" / "model.npz", **arrays)
+    done = polyak("check", "step-8/model.npz", "step-9/model.npz", cwd=tmp_path)
+    assert "(step-8/model.npz and step-9/model.npz)" in done.stdout
+
+
 def test_a_soup_of_one_base_is_one_run(
     tmp_path: Path, seeds: tuple[list[Tensors], list[Tensors]]
 ) -> None:

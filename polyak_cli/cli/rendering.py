@@ -17,6 +17,7 @@ from polyak_cli.errors import OutputError, shown, word_count, word_size
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from polyak_cli.averaging.belonging.runs import Verdict
     from polyak_cli.averaging.planning import Plan
     from polyak_cli.checkpoints import PassedOver
     from polyak_cli.evaluation.comparison import Comparison
@@ -278,21 +279,18 @@ def health_lines(found: Health) -> Iterator[str]:
     yield from map(word_passed_over, found.passed_over)
     for problem in found.all_problems:
         yield f"{problem.kind}: {problem.text}"
-    yield from _word_runs(found)
+    if len(names) > 1:
+        yield _word_runs(found.verdict, names)
     count = len(found.all_problems)
     yield word_count(count, "problem") if count else "healthy"
 
 
-def _word_runs(found: Health) -> Iterator[str]:
-    """Yield whether the checkpoints are of one run, as far as their values say."""
-    verdict = found.verdict
-    if len(found.checkpoints) < 2:
-        return
+def _word_runs(verdict: Verdict, names: Sequence[str]) -> str:
+    """Return whether checkpoints of these names are of one run, as far as their values say."""
     if verdict.least is None or verdict.between is None:
-        yield "one run: cannot tell, too few elements differ"
-        return
-    a, b = (shown(found.checkpoints[k].path.name, 60) for k in verdict.between)
-    yield f"{verdict.word}: neighbours have a cosine of at least {verdict.least:.3f} ({a} and {b})"
+        return "one run: cannot tell, too few elements differ"
+    a, b = (shown(names[k], 60) for k in verdict.between)
+    return f"{verdict.word}: neighbours have a cosine of at least {verdict.least:.3f} ({a} and {b})"
 
 
 def _score_data(score: Score) -> dict[str, Any]:
