@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from h5py import h5a, h5d, h5g, h5t
 
 from polyak_cli.errors import FormatError, OutputError, shown
-from polyak_cli.formats import vocabularies
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.hdf5 import skeleton
 from polyak_cli.formats.hdf5.datasets import Describer
@@ -40,6 +39,7 @@ from polyak_cli.formats.hdf5.library import (
 )
 from polyak_cli.formats.hdf5.skeleton import PROVENANCE
 from polyak_cli.formats.keras import names as keras_names
+from polyak_cli.formats.keras import vocabularies
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
 from polyak_cli.formats.keras.outline import read_outline
 from polyak_cli.processes.sandbox import Heartbeat

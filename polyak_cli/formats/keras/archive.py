@@ -16,12 +16,12 @@ from dataclasses import replace
 from typing import Any
 
 from polyak_cli.errors import FormatError, OutputError, shown
-from polyak_cli.formats import vocabularies, zips
+from polyak_cli.formats import zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.hdf5 import keras_files, skeleton
 from polyak_cli.formats.hdf5.chunks import Chunks
 from polyak_cli.formats.hdf5.windows import Window
-from polyak_cli.formats.keras import emas
+from polyak_cli.formats.keras import emas, vocabularies
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.keras.outline import label_groups
 from polyak_cli.processes.sandbox import Heartbeat

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats.keras.names import sort_key
-from polyak_cli.formats.keras.outline import to_snake_case
+from polyak_cli.formats.keras.outline import number_group, to_snake_case
 
 #: Slots that an optimizer keeps of each variable by default, and settings that add another one.
 _KEPT = {
@@ -161,10 +161,8 @@ def _list_of_layers(config: Mapping[str, Any], path: str, tree: _Tree) -> Iterat
     for layer in layers:
         if not isinstance(layer, dict) or not isinstance(layer.get("class_name"), str):
             raise FormatError("its configuration is damaged: it has a layer without a class")
-        name = to_snake_case(layer["class_name"])
-        number = f"_{counted[name]}" if counted[name] else ""
-        counted[name] += 1
-        yield from _list_trained(layer, f"{path}/layers/{name}{number}", tree)
+        group = number_group(to_snake_case(layer["class_name"]), counted)
+        yield from _list_trained(layer, f"{path}/layers/{group}", tree)
 
 
 def _list_of_layer(path: str, tree: _Tree) -> Iterator[str]:

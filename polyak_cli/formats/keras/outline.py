@@ -46,7 +46,9 @@ def _list_layers(model: Any, depth: int) -> Iterator[OutlinedLayer]:
         # Keras writes a custom layer without a configuration of its own under a null name there;
         # a Functional model keeps the name beside the configuration.
         name = layer.get("name") or config.get("name")
-        yield OutlinedLayer(depth, name if isinstance(name, str) else "", find_class(layer))
+        kind = _name_class(layer)
+        kind = _CLASSES.get(kind, kind)
+        yield OutlinedLayer(depth, name if isinstance(name, str) else "", kind)
         yield from _list_layers(layer, depth + 1)
         # TimeDistributed and the like have one layer inside, which may be a model.
         inner = _read_part(config, "layer")
@@ -70,14 +72,11 @@ def _read_part(said: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def find_class(layer: Mapping[str, Any]) -> str:
-    """Return a layer's class as Keras writes it in automatic names, "" where it is not known."""
+def _name_class(layer: Mapping[str, Any]) -> str:
+    """Return a layer's class in snake case, "" where it is not known."""
     kind = layer.get("class_name")
-    if not isinstance(kind, str):
-        return ""
     # A registered class is written as "Package>Class".
-    snake = to_snake_case(kind.rpartition(">")[2])
-    return _CLASSES.get(snake, snake)
+    return to_snake_case(kind.rpartition(">")[2]) if isinstance(kind, str) else ""
 
 
 def label_groups(config: Mapping[str, Any], groups: Collection[str]) -> dict[str, str]:
@@ -97,16 +96,24 @@ def _label(model: Mapping[str, Any], path: str, depth: int) -> Iterator[tuple[st
         return
     counted: Counter[str] = Counter()
     for layer in _find_layers(model):
-        kind = layer.get("class_name")
-        snake = to_snake_case(kind.rpartition(">")[2]) if isinstance(kind, str) else ""
-        place = f"{path}/layers/{snake}" + (f"_{counted[snake]}" if counted[snake] else "")
-        counted[snake] += 1
+        place = f"{path}/layers/{number_group(_name_class(layer), counted)}"
         config = _read_part(layer, "config")
         name = config.get("name") or layer.get("name")
         if isinstance(name, str):
             yield place, name
         yield from _label(layer, place, depth + 1)
         yield from _label(_read_part(config, "layer"), f"{place}/layer", depth + 1)
+
+
+def number_group(kind: str, counted: Counter[str]) -> str:
+    """Return the group of a model's next layer of a class, numbered from the second on.
+
+    Args:
+        kind: the class in snake case.
+        counted: how many layers of each class came before; it is counted up.
+    """
+    counted[kind] += 1
+    return kind if counted[kind] == 1 else f"{kind}_{counted[kind] - 1}"
 
 
 def to_snake_case(name: str) -> str:
