@@ -16,7 +16,7 @@ from polyak_cli.errors import CheckpointError, shown
 
 
 def list_relative_paths(paths: Sequence[Path]) -> list[str]:
-    """Return how checkpoints are told apart.
+    """Return the shortest texts that tell checkpoints apart: their names, or else relative paths.
 
     Returns:
         The bare names if they differ; otherwise paths relative to the folder that all of them have
