@@ -358,15 +358,19 @@ def find_objection(path: Path, kinds: Mapping[str, str], what: str) -> str | Non
     if _PIECE.fullmatch(name):
         return "one shard of several, which belong to an index"
     if not find_kind(path, kinds):
-        foreign = name_folder(path) if path.is_dir() else name_by_ending(name)
-        return foreign.name if foreign else _describe_unnamed(path, what)
+        return _describe_unknown(path, what)
     shard = _SHARD.fullmatch(path.name)
     whole = path.with_name(f"{shard[1]}.weights.json") if shard else None
     return f"a part of {shown(whole.name)}" if whole and whole.is_file() else None
 
 
-def _describe_unnamed(path: Path, what: str) -> str:
-    return "a directory" if path.is_dir() else f"not named like a {what}"
+def _describe_unknown(path: Path, what: str) -> str:
+    """Return what a path is whose name is not that of a checkpoint."""
+    if path.is_dir():
+        foreign, plain = name_folder(path), "a directory"
+    else:
+        foreign, plain = name_by_ending(path.name), f"not named like a {what}"
+    return foreign.name if foreign else plain
 
 
 def find_kind(path: Path, kinds: Mapping[str, str] = _KINDS_OF_FILE) -> str:

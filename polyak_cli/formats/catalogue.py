@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -137,7 +138,7 @@ def detect(path: Path) -> str:
 def name_folder(path: Path) -> foreign.Foreign | None:
     """Return which other program's checkpoint a folder is, if it is one."""
     try:
-        return foreign.name_folder([entry.name for entry in path.iterdir()])
+        return foreign.name_folder(os.listdir(path))  # noqa: PTH208 - names alone are needed
     except OSError:
         return None
 
