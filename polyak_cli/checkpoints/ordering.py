@@ -242,18 +242,11 @@ def _try_read_epochs(paths: Sequence[Path], as_given: bool) -> list[int | None]:
         return [*_read_epochs(paths)]
     except CheckpointError:
         epochs = [_try_read_epoch(path) for path in paths]
-    known = [
-        (epoch, parse_name(path))
-        for epoch, path in zip(epochs, paths, strict=True)
-        if epoch is not None
-    ]
-    falling = any(a[0] > b[0] for a, b in pairwise(known))
-    if (
-        None in epochs
-        and falling
-        and len({name.signature for _, name in known}) == 1
-        and not as_given
-    ):
+    if as_given or None not in epochs:
+        return epochs
+    known = [(epoch, path) for epoch, path in zip(epochs, paths, strict=True) if epoch is not None]
+    falling = any(a > b for (a, _), (b, _) in pairwise(known))
+    if falling and len({parse_name(path).signature for _, path in known}) == 1:
         raise CheckpointError(
             f"{shown(paths[epochs.index(None)])}: its name has no number, unlike others, which are "
             f"not given in order of their epochs: {way_out}"
