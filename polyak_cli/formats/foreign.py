@@ -32,7 +32,7 @@ _BEFORE = "average the checkpoints that it was made from, and convert the averag
 _STATE = "torch.save(model.state_dict(), ...) or safetensors"
 _UNPACK = "unpack it, and average what is in it"
 GGUF = Foreign("a GGUF or GGML file of llama.cpp", f"{_BEFORE} with convert_hf_to_gguf.py")
-ONNX = Foreign("an ONNX model", f"{_BEFORE}")
+ONNX = Foreign("an ONNX model", _BEFORE)
 MSGPACK = Foreign(
     "a msgpack file, as Flax writes them",
     "load it with flax.serialization and save its arrays with safetensors.flax.save_file or "
@@ -189,7 +189,7 @@ def name_file(opening: Opening) -> Foreign | None:
     for pattern, what in _HEADS:
         if pattern.match(head):
             return what
-    if opening.file.name.casefold().endswith(".pb"):
+    if ending == ".pb":
         return GRAPH
     return _ENDINGS.get(ending)
 
