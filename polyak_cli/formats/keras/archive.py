@@ -13,6 +13,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from polyak_cli.errors import FormatError, OutputError, shown
@@ -48,13 +49,9 @@ def _label_layers(said: dict[str, Any], table: Table, found: Mapping[str, str]) 
         return table
     homes = {spec.location.partition("/vars/")[0] for spec in table.tensors.values()}
     # A model inside the model holds no variables of its own, but those below it.
-    groups = {home[:end] for home in homes for end in (*_find_slashes(home), len(home))}
+    groups = {group for home in homes for group in accumulate(home.split("/"), "{}/{}".format)}
     labels = label_groups(said, groups)
     return replace(table, keras=replace(table.keras, labels=labels))
-
-
-def _find_slashes(path: str) -> list[int]:
-    return [k for k, letter in enumerate(path) if letter == "/" and k]
 
 
 def _find_emas(said: dict[str, Any], table: Table, labels: dict[str, str]) -> Table:
