@@ -25,3 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             for warning in FRAMEWORKS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Let every test draw the same initial weights whenever and in whatever order it runs."""
+    import keras
+
+    keras.utils.set_random_seed(0)

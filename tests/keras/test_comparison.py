@@ -17,7 +17,7 @@ from polyak_cli.evaluation import data, evaluator
 from polyak_cli.evaluation.comparison import compute_gains
 from polyak_cli.evaluation.significance import mcnemar, paired_difference, sign_flip
 from tests.command import Done, one_line, polyak
-from tests.keras.test_evaluate import CLASSES, ROWS, SAMPLE, SAMPLES, network, saved, split
+from tests.keras.test_evaluate import CLASSES, ROWS, SAMPLE, SAMPLES, network, predicted, saved, split
 
 TESTS = ("mcnemar_p", "sign_flip_p")
 
@@ -185,6 +185,9 @@ def test_a_model_that_is_worse_exits_with_1_and_is_named(tmp_path: Path) -> None
 def test_four_rows_that_differ_show_nothing_and_pass_the_gate(tmp_path: Path) -> None:
     """All four are against the model: the interval has no 0, McNemar's p is 0.125, no verdict."""
     model = network(1, "sigmoid")
+    # With the median row at 0.5, half of the rows are of either class, whatever the kernels are.
+    middle = np.median(predicted(model))
+    model.layers[-1].bias.assign([-middle])
     good = saved(model, tmp_path / "good.h5", "binary_crossentropy", None)
     ahead = model.predict(ROWS, verbose=0)[:, 0] > 0.5
     # The other model calls every row 1: rows called 0 by the first are the ones that differ.
