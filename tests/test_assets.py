@@ -244,6 +244,27 @@ def test_a_configuration_without_end_is_no_obstacle(tmp_path: Path) -> None:
     assert plan(tmp_path).checkpoints
 
 
+def test_files_too_large_to_be_parsed_are_compared_to_their_end(tmp_path: Path) -> None:
+    """A vocabulary above the bound, with another last word, is another vocabulary."""
+    for name, last in (("a", b"one"), ("b", b"two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_bytes(b"a word\n" * (33 << 17) + last)
+    one, other = read_assets_beside([tmp_path / "a", tmp_path / "b"])
+    assert one["vocab.txt"] != other["vocab.txt"]
+
+
+@pytest.mark.parametrize("damage", ["[", "{"])
+def test_damaged_files_are_compared_byte_by_byte(tmp_path: Path, damage: str) -> None:
+    """What cannot be parsed hides neither its own difference nor that of the files beside it."""
+    for count, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(damage * (100_000 + count))
+        (tmp_path / name / "vocab.txt").write_text(name)
+    one, other = read_assets_beside([tmp_path / "a", tmp_path / "b"])
+    assert {*one} == {*other} == {"tokenizer.json", "vocab.txt"}
+    assert one["tokenizer.json"] != other["tokenizer.json"]
+
+
 def test_files_beside_that_mean_harm_are_no_obstacle(tmp_path: Path) -> None:
     """Damaged, endless and unreadable files are compared byte by byte, or not at all."""
     for name in ("a", "b"):

@@ -240,6 +240,7 @@ def test_unknown_integers_with_a_scale_are_refused_where_they_differ(
     found = load_file(output)
     assert_same({k: found[k] for k in ("q.x", name)}, {k: make(3)[k] for k in ("q.x", name)})
     # Who knows better has the scale averaged, and the record says so.
+    assert check(folder, allow=["scaled-integers"]).healthy
     average(folder, output, allow=["scaled-integers"], force=True)
     means = naive([make(e) for e in (1, 2, 3)], [1 / 3] * 3)
     assert_same(load_file(output), means)

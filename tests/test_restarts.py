@@ -99,6 +99,29 @@ def test_restarts_of_many_kinds(times: list[float], current: range | None) -> No
     assert (None if found is None else found.current) == (current and tuple(current))
 
 
+def fall(runs: int) -> list[float]:
+    """Return the times of runs that each left four epochs after those of the next, a day newer."""
+    return [DAY * (runs - run) + 600.0 * k for run in range(runs) for k in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("times", "current"),
+    [
+        ([0, 1200, 600], None),  # of three, one was touched
+        ([1800, 2400, 1200], None),  # three without a pause between two runs
+        ([3000, 3600, 1200, 1800, 2400], range(2)),  # five show a pattern without a pause
+        ([40, 50, 10, 20, 30, 35], None),  # copied within a minute
+        ([480, 600, 120, 240, 360, 420], range(2)),  # the same twelve times as slow
+        (fall(12), range(4)),
+        (fall(14), None),  # so many runs never write into one folder
+    ],
+)
+def test_the_bounds_of_a_pattern(times: list[float], current: range | None) -> None:
+    """Few files need a pause, files within a minute tell nothing, and too many runs are none."""
+    found = find_restart(range(1, len(times) + 1), times, range(len(times)))
+    assert (None if found is None else found.current) == (current and tuple(current))
+
+
 def test_copies_tell_nothing(tmp_path: Path) -> None:
     """By name over minutes, a few at a time, in no order, and all within a minute."""
     rng = np.random.default_rng(5)
@@ -148,3 +171,10 @@ def test_watch_follows_the_run_that_is_being_written(tmp_path: Path) -> None:
         said = [note for note in report.notes if "only the run that is being written" in note]
         assert len(said) == (new > 1)
         assert report.plan.suspicions == ()
+
+
+def test_watch_follows_no_single_file_that_was_written_again(tmp_path: Path) -> None:
+    """An epoch in the middle that was repaired, or copied back, is no run to follow."""
+    run = written(tmp_path / "run", [600 * k + DAY * (k == 4) for k in range(10)])
+    (report,) = watch(run, tmp_path / "o.h5", once=True, last=3, interval=0.01)
+    assert [one.epoch for one in report.plan.checkpoints] == [8, 9, 10]

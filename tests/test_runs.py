@@ -199,6 +199,60 @@ def test_checkpoints_of_one_name_are_told_apart(
     assert "(step-8/model.npz and step-9/model.npz)" in done.stdout
 
 
+#: Two orthogonal directions of a matrix, both of norm 32 and without a zero.
+_ALONG = np.where(np.arange(1024) % 2, -1.0, 1.0).reshape(32, 32)
+_ACROSS = np.where(np.arange(1024) % 4 < 2, -1.0, 1.0).reshape(32, 32)
+
+
+@pytest.mark.parametrize(
+    ("along", "across", "word"),
+    [
+        (0.28, 0.96, "one run"),  # a cosine of 0.28, as initial values have with the first epoch
+        (0.20, 0.98, "two runs"),  # a cosine of 0.20, more than two seeds mostly have
+        (0.50, 3.29, "one run"),  # 0.15, and the norm has grown around half of what began
+        (0.50, 9.99, "two runs"),  # 0.05 is noise, whatever is left
+    ],
+)
+def test_the_bounds_between_one_run_and_two(
+    tmp_path: Path, along: float, across: float, word: str
+) -> None:
+    """A cosine is alike by itself, or where much of what began is still there."""
+    grown = along * _ALONG + across * _ACROSS
+    found = check(write(tmp_path / "run", [{"w": _ALONG}, {"w": grown}])).verdict
+    assert found.word == word
+    assert found.least == pytest.approx(along / np.hypot(along, across), abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1024,), (1, 1024), (1024, 1)])
+def test_vectors_tell_nothing(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Scales and biases point the same way in any two seeds, and say nothing in either way."""
+    run = [{"v": value.reshape(shape)} for value in (_ALONG, _ACROSS)]
+    folder = write(tmp_path / "run", run)
+    assert check(folder).verdict.word == "cannot tell"
+    assert average(folder, tmp_path / "o.npz").runs.word == "cannot tell"
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_checkpoints_of_zeros_are_of_no_run(tmp_path: Path, place: int) -> None:
+    """Two of them side by side, before the first step or after the last, are no second run."""
+    run = [{"w": _ALONG}, {"w": 1.5 * _ALONG}]
+    run[place:place] = [{"w": 0 * _ALONG} for _ in range(2)]
+    folder = write(tmp_path / "run", run)
+    expected = ((2, 3),) if place == 0 else ((0, 1),)
+    assert check(folder).verdict.groups == expected
+    assert average(folder, tmp_path / "o.npz").runs.groups == expected
+
+
+@pytest.mark.parametrize(("others", "foreign"), [(2, None), (3, 3)])
+def test_one_is_foreign_among_three_or_more(
+    tmp_path: Path, others: int, foreign: int | None
+) -> None:
+    """Beside two checkpoints, the third may as well be the one that is right."""
+    run = [{"w": (1 + 0.1 * k) * _ALONG} for k in range(others)]
+    verdict = check(write(tmp_path / "run", [*run, {"w": _ACROSS}])).verdict
+    assert (verdict.word, verdict.foreign) == ("two runs", foreign)
+
+
 def test_a_soup_of_one_base_is_one_run(
     tmp_path: Path, seeds: tuple[list[Tensors], list[Tensors]]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from polyak_cli import pipeline
 from polyak_cli.averaging import records, writing
+from polyak_cli.errors import MismatchError
 from tests.oracle import write_model
 
 
@@ -62,3 +63,16 @@ def test_several_averages_read_each_byte_once(
     writing.write_several(plan, rows, [tmp_path / f"out_{k}.h5" for k in range(3)])
     assert max(reads.values()) == 1
     assert total == 3 * 200_000 * 4
+
+
+def test_several_averages_of_two_runs_are_refused(tmp_path: Path) -> None:
+    """What one average refuses, several do too, unless it is allowed, and then they say so."""
+    values = np.random.default_rng(0).normal(size=(2, 40, 40)).astype(np.float32)
+    paths = [write_model(tmp_path / f"m_{k}.h5", {"d": {"k": one}}) for k, one in enumerate(values)]
+    rows = [[0.5, 0.5], [0.25, 0.75]]
+    outputs = [tmp_path / f"out_{k}.h5" for k in range(2)]
+    with pytest.raises(MismatchError, match="look like two runs"):
+        writing.write_several(pipeline.plan(paths), rows, outputs)
+    (note,) = writing.write_several(pipeline.plan(paths, allow=["two-runs"]), rows, outputs)
+    assert "look like two runs" in note
+    assert note.endswith("averaged all the same")

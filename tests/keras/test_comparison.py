@@ -17,7 +17,16 @@ from polyak_cli.evaluation import data, evaluator
 from polyak_cli.evaluation.comparison import compute_gains
 from polyak_cli.evaluation.significance import mcnemar, paired_difference, sign_flip
 from tests.command import Done, one_line, polyak
-from tests.keras.test_evaluate import CLASSES, ROWS, SAMPLE, SAMPLES, network, predicted, saved, split
+from tests.keras.test_evaluate import (
+    CLASSES,
+    ROWS,
+    SAMPLE,
+    SAMPLES,
+    network,
+    predicted,
+    saved,
+    split,
+)
 
 TESTS = ("mcnemar_p", "sign_flip_p")
 
