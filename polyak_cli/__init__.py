@@ -84,7 +84,7 @@ if TYPE_CHECKING:  # the names below once more, in the only form that type check
         run as run,
     )
     from polyak_cli.pipeline.sweeping import Sweep as Sweep, sweep as sweep
-    from polyak_cli.watching import watch as watch
+    from polyak_cli.pipeline.watching import watch as watch
 
 __version__ = "0.1.0"
 
@@ -175,7 +175,7 @@ _NAMES = {
         "Sweep",
         "sweep",
     ),
-    "watching": ("watch",),
+    "pipeline.watching": ("watch",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

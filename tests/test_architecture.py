@@ -25,10 +25,8 @@ ALLOWED = {
         "examining",
         "formats",
         "pipeline",
-        "watching",
     },
     "callbacks": {"averaging", "errors", "pipeline"},
-    "watching": {"averaging", "checkpoints", "errors", "formats", "pipeline", "storage"},
     "pipeline": {
         "averaging",
         "checkpoints",

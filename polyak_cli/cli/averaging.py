@@ -142,7 +142,7 @@ def watch(
     A checkpoint counts when two looks found it unchanged and it can be read completely. Until then
     the others are averaged. Fewer than --last or --best are no error: all are averaged.
     """
-    from polyak_cli.watching import watch
+    from polyak_cli.pipeline.watching import watch
 
     noted: tuple[str, ...] = ()
     for report in watch(
