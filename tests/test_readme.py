@@ -1,4 +1,4 @@
-"""The README tells the truth: its examples run, and what it says of the command line is there."""
+"""README and guide tell the truth: their examples run, and what they say of commands is there."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from polyak_cli.averaging.schemes import SCHEMES
 from polyak_cli.cli import cli
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "polyak_cli/guide").glob("*.md"))]
+README = "\n".join(page.read_text() for page in PAGES)
+PROMISES = (ROOT / "polyak_cli/guide/exactness.md").read_text()
 HAS_KERAS = importlib.util.find_spec("tensorflow") is not None
 
 
 def blocks(language: str) -> list[str]:
-    """Return the README's code blocks of one language."""
+    """Return the code blocks of one language in README and guide."""
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
@@ -105,8 +107,7 @@ def test_every_option_the_readme_names_exists() -> None:
 
 def promises() -> list[list[str]]:
     """Return the cells of each row of the table of promises."""
-    table = README.partition("## What is promised")[2].partition("\n\nMeasured")[0]
-    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    rows = [line.strip("|").split("|") for line in PROMISES.splitlines() if line.startswith("|")]
     return rows[2:]
 
 

@@ -19,12 +19,12 @@ from polyak_cli.errors import FormatError
 from polyak_cli.storage import File, Version
 from tests.oracle import write_model
 
-#: The definition in the README, in numbers.
+#: The definition in the guide, in numbers.
 PIECES, PIECE = 64, 61_440
 
 
 def expected_digest(contents: list[bytes]) -> str:
-    """Return the sampled digest as the README defines it, computed on whole contents."""
+    """Return the sampled digest as the guide defines it, computed on whole contents."""
     head = "\n".join(str(len(content)) for content in contents) + "\n\n"
     whole = b"".join(contents)
     if len(whole) > PIECES * PIECE:

@@ -54,7 +54,7 @@ def test_ci_runs_both_tiers() -> None:
 
 
 def test_make_test_shows_every_promise() -> None:
-    """Each row of the README's table names a test that is not left to `make soak`."""
+    """Each row of the guide's table names a test that is not left to `make soak`."""
     for row in promises():
         shown = [shown_by_make_test(ROOT / path, name) for path, name in named_tests(row[2])]
         assert any(shown), row[0]

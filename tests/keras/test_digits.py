@@ -1,4 +1,4 @@
-"""The example on digits: the README agrees with its results, and they can be reproduced."""
+"""The example on digits: the guide agrees with its results, and they can be reproduced."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests.examples import digits
 RESULTS = Path(digits.__file__).parent / "results"
 
 
-def test_the_readme_shows_the_results() -> None:
-    """The table of each regime, made again from all numbers, is in the README line by line."""
-    readme = (digits.ROOT / "README.md").read_text()
+def test_the_guide_shows_the_results() -> None:
+    """The table of each regime, made again from all numbers, is in the guide line by line."""
+    page = (digits.ROOT / "polyak_cli/guide/when.md").read_text()
     results = json.loads((RESULTS / "digits.json").read_text())
     known = [dataclasses.asdict(regime) for regime in digits.REGIMES]
     assert [result["regime"] for result in results] == known
     for result in results:
         assert result["seeds"] == digits.SEEDS
-        assert digits.table(result["regime"], result["rows"]) in readme
+        assert digits.table(result["regime"], result["rows"]) in page
 
 
 @pytest.mark.soak
