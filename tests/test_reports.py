@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -14,35 +16,49 @@ from typing import Any
 
 import pytest
 
-from polyak_cli.errors import MissingExtraError, OutputError
+from polyak_cli.cli import sweeps
+from polyak_cli.cli.averaging import average
+from polyak_cli.errors import MissingExtraError, OutputError, UsageError
 from polyak_cli.evaluation import reports
 
 
 def found(evil: str = "model_3.h5") -> dict[str, Any]:
     """Return a possible result of a sweep of three checkpoints."""
 
-    def row(label: str, kind: str, window: int, coefficients: list[float], score: float) -> Any:
+    def name(label: str, kind: str, window: int) -> dict[str, Any]:
+        scheme = "equal" if kind == "average" else ""
+        about = {"label": label, "kind": kind, "scheme": scheme}
+        return {**about, "parameter": None, "window": window}
+
+    def row(
+        label: str, kind: str, window: int, coefficients: list[float], score: float, place: int
+    ) -> Any:
         metrics = {"loss": 1 - score, "accuracy": score}
         return {
-            "label": label,
-            "kind": kind,
-            "scheme": "equal" if kind == "average" else "",
-            "parameter": None,
-            "window": window,
+            **name(label, kind, window),
+            "rank": None if kind == "ensemble" else place,
+            "also": [],
             "coefficients": coefficients,
             "metrics": {"selection": metrics, "reporting": {"loss": None, "accuracy": score / 3}},
         }
 
     rows = [
-        row("model_1.h5", "single", 1, [1.0, 0.0, 0.0], 0.7),
-        row("model_2.h5", "single", 1, [0.0, 1.0, 0.0], 0.5),
-        row(evil, "single", 1, [0.0, 0.0, 1.0], 0.6),
-        row("equal, last 2", "average", 2, [0.0, 0.5, 0.5], 0.8),
-        row("equal, last 3", "average", 3, [1 / 3, 1 / 3, 1 / 3], 0.75),
+        row("model_1.h5", "single", 1, [1.0, 0.0, 0.0], 0.7, 3),
+        row("model_2.h5", "single", 1, [0.0, 1.0, 0.0], 0.5, 5),
+        row(evil, "single", 1, [0.0, 0.0, 1.0], 0.6, 4),
+        row("equal, last 2", "average", 2, [0.0, 0.5, 0.5], 0.8, 1),
+        row("equal, last 3", "average", 3, [1 / 3, 1 / 3, 1 / 3], 0.75, 2),
+        row("ensemble, last 2", "ensemble", 2, [0.0, 0.5, 0.5], 0.85, 0),
     ]
+    rows[2]["also"] = [name("equal, last 1", "average", 1), name("exp:2, last 1", "average", 1)]
     gain = {"metric": "accuracy", "difference": 0.1, "low": -0.02, "high": 0.2, "mcnemar_p": 0.25}
     return {
         "polyak": "1.2.3",
+        "command": "polyak sweep ckpts --data rows.npz -o report",
+        "date": "2026-11-29",
+        "data": "rows.npz",
+        "verdict": "within noise",
+        "winner_command": "polyak average ckpts --last 2 --scheme equal -o best.h5",
         "checkpoints": [
             {"path": path, "epoch": epoch, "size": 54321, "sha256": ["0a" * 32]}
             for path, epoch in (("model_1.h5", 1), ("model_2.h5", 2), (evil, None))
@@ -60,7 +76,7 @@ def found(evil: str = "model_3.h5") -> dict[str, Any]:
 
 
 def test_csv_and_json_hold_every_number() -> None:
-    """Each candidate has a line and an object, whose numbers read back the same."""
+    """Each model has a line and an object, whose numbers read back the same."""
     data = found()
     lines = list(csv.DictReader(io.StringIO(reports.format_csv(data))))
     assert [line["label"] for line in lines] == [row["label"] for row in data["rows"]]
@@ -68,21 +84,107 @@ def test_csv_and_json_hold_every_number() -> None:
         assert [float(c) for c in line["coefficients"].split()] == row["coefficients"]
         assert float(line["reporting_accuracy"]) == row["metrics"]["reporting"]["accuracy"]
         assert line["reporting_loss"] == ""
+    assert [line["also"] for line in lines[2:4]] == ["equal, last 1; exp:2, last 1", ""]
+    assert [line["rank"] for line in lines] == ["3", "5", "4", "1", "2", ""]
     assert json.loads(reports.format_json(data)) == data
 
 
-def test_words_say_that_a_gain_is_within_noise() -> None:
-    """The sentences name the winner, both numbers of rows, the difference, its interval and p."""
+@pytest.mark.parametrize(
+    ("verdict", "sentence"),
+    [
+        ("newest", "Keep the newest checkpoint, model_3.h5: no other model was better."),
+        ("better", "equal, last 2 is better than the newest checkpoint, model_3.h5."),
+        ("within noise", "No gain is shown: equal, last 2 is within noise of the newest"),
+        ("worse", "Keep the newest checkpoint, model_3.h5: equal, last 2 was chosen, and is worse"),
+        ("not comparable", "have no finite accuracy that can be compared"),
+    ],
+)
+def test_the_verdict_is_one_sentence(verdict: str, sentence: str) -> None:
+    """It names the winner and the newest checkpoint."""
+    text = reports.write_verdict(found() | {"verdict": verdict})
+    assert sentence in text
+    assert text.count(".") == 1 + text.count(".h5")
+
+
+def test_the_answer_comes_first_and_the_ten_best_follow(tmp_path: Path) -> None:
+    """Verdict, winner and its command are the first lines; each model has one row, best first."""
     data = found()
-    text = " ".join(reports.write_sentences(data))
-    assert "equal, last 2" in text
-    for part in ("50 rows", "51 other rows", "+0.1000", "-0.0200 to +0.2000", "p 0.25"):
-        assert part in text
-    assert text.endswith("McNemar p 0.25): within noise: no difference is shown.")
-    data["gains"] = [
-        {**data["gains"][0], "mcnemar_p": None, "sign_flip_p": 0.0312, "verdict": "better"}
+    lines = [*sweeps.sweep_lines(data, tmp_path, None)]
+    assert lines[0].startswith("No gain is shown: equal, last 2 is within noise")
+    assert lines[1] == (
+        "Best accuracy of 5 models on 50 rows: equal, last 2, 0.8000. "
+        "The best single checkpoint: model_1.h5, 0.7000."
+    )
+    assert lines[2] == f"Make it: {data['winner_command']}"
+    (gain,) = [line for line in lines if line.startswith("  the newest")]
+    assert gain.split() == [
+        *("the", "newest", "accuracy", "+0.1000", "-0.0200", "+0.2000", "0.25", "within", "noise")
     ]
-    assert " ".join(reports.write_sentences(data)).endswith(", sign-flip p 0.0312): better.")
+    table = [re.split("  +", line.strip()) for line in lines if line.startswith("  ")]
+    assert [row[0] for row in table[-5:]] == [
+        *("equal, last 2", "equal, last 3", "model_1.h5", "model_3.h5 (newest)", "model_2.h5")
+    ]
+    assert table[-5][1:] == ["0.8000", "0.2000", "0.2667"]  # no loss on the reporting rows
+    assert "model_3.h5 is also last 1 by equal, exp:2." in lines
+    assert not any("ensemble" in line for line in lines)
+
+
+def test_a_long_table_is_cut_to_ten_and_the_newest(tmp_path: Path) -> None:
+    """With --all, every model and every ensemble has its row; no line is wider than a terminal."""
+    data = found("a_very_long_name_" * 5 + "_3.h5")
+    extra = [
+        {**data["rows"][3], "rank": place, "label": f"ema:0.95, last {place}"}
+        for place in range(6, 40)
+    ]
+    data["rows"] += extra
+    data["rows"][2]["rank"] = 99
+    short = [*sweeps.sweep_lines(data, tmp_path, None)]
+    assert sum("0." in line and line.startswith("  ") for line in short) == 1 + 10 + 1
+    assert any("(newest)" in line for line in short)
+    whole = [*sweeps.sweep_lines(data, tmp_path, None, show_all=True)]
+    assert sum("0." in line and line.startswith("  ") for line in whole) == 1 + 39 + 1
+    tables = [line for line in whole if line.startswith("  ")]
+    assert max(map(len, tables)) <= 80
+
+
+def test_small_and_large_scores_are_not_rounded_away() -> None:
+    """Four decimals, or an exponent where they would show nothing; what is not finite is said."""
+    values = [0.5, 0.0, 3.2e-7, 1234567.0, math.nan, None]
+    assert [*map(reports.format_number, values)] == [
+        *("0.5000", "0.0000", "3.20e-07", "1.23e+06", "nan", "-")
+    ]
+    assert reports.format_number(-3.2e-7, sign="+") == "-3.20e-07"
+
+
+def test_the_command_of_the_winner_is_quoted_and_short() -> None:
+    """Options at their default are left out; names are quoted, and none is taken for an option."""
+    options = {
+        "last": 3,
+        "scheme": "exp",
+        "alpha": 2.5,
+        "every": 1,
+        "best": None,
+        "exclude": ("old *", "x"),
+        "force": True,
+        "jobs": 2,
+    }
+    line = sweeps.write_command(average, ["-a b.h5", "c"], options, "best.h5")
+    assert shlex.split(line) == [
+        *("polyak", "average", "./-a b.h5", "c", "--last", "3", "--exclude", "old *"),
+        *("--exclude", "x", "--scheme", "exp", "--alpha", "2.5", "-o", "best.h5"),
+    ]
+    third = [1 / 3, 0.25]
+    line = sweeps.write_command(average, ["a"], {"coefficients": third, "best": 2}, "o")
+    assert line == f"polyak average a --best 2 --coefficients {1 / 3!r},0.25 -o o"
+
+
+@pytest.mark.parametrize("date", ["tomorrow", "2026-13-01", "29.11.2026"])
+def test_what_is_no_date_is_refused(date: str) -> None:
+    """The message says how a date is written; without one, none is invented."""
+    with pytest.raises(UsageError, match=r"--date .*is no date; write it like 2026-11-29"):
+        reports.check_date(date)
+    reports.check_date(None)
+    reports.check_date("2026-11-29T14:30")
 
 
 @pytest.mark.slow
@@ -179,10 +281,10 @@ def test_a_browser_sorts_the_table_and_shows_both_themes(tmp_path: Path, browser
     column = titles.index("accuracy (selection)")
     button = browser.find_elements("css selector", "th button")[column]
     button.click()
-    assert cells(browser, column) == ["0.5000", "0.6000", "0.7000", "0.7500", "0.8000"]
+    assert cells(browser, column) == ["0.5000", "0.6000", "0.7000", "0.7500", "0.8000", "0.8500"]
     assert cells(browser, 0)[0] == "model_2.h5"
     button.click()
-    assert cells(browser, column)[0] == "0.8000"
+    assert cells(browser, column)[0] == "0.8500"
     assert browser.find_elements("css selector", "tr.best td")[0].text.startswith("equal, last 2")
 
     colours = {}

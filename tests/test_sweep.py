@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from polyak_cli.averaging import schemes
 from polyak_cli.errors import UsageError
 from polyak_cli.evaluation import candidates, soups
+from polyak_cli.evaluation.candidates import Candidate, ScoredCandidate
 
 
 def test_schemes_are_read_with_their_parameters() -> None:
@@ -78,3 +79,19 @@ def test_a_step_of_the_search_keeps_coefficients_such(
         assert min(near) >= 0
         assert math.isclose(math.fsum(near), 1)
         assert near[k] != coefficients[k]
+
+
+def test_candidates_that_are_one_model_are_one_row() -> None:
+    """Windows of 1 and an ensemble of 1 are the newest; an ensemble of several is no average."""
+    made = candidates.list_candidates([1.0, 2.0, 3.0], [1, 2], [("equal", None), ("exp", 2.0)])
+    made += [
+        Candidate("ensemble", "", None, window, made[2 + window].coefficients) for window in (1, 2)
+    ]
+    made.append(Candidate("soup", "greedy", None, 2, made[4].coefficients))
+    folded = candidates.fold_equal([ScoredCandidate(one, {}) for one in made])
+    assert [(row.candidate.name, row.candidate.window) for row, _ in folded] == [
+        *[("single", 1)] * 3,
+        *(("equal", 2), ("exp:2", 2), ("ensemble", 2)),
+    ]
+    names = [[f"{one.name} {one.window}" for one in rest] for _, rest in folded]
+    assert names == [[], [], ["equal 1", "exp:2 1", "ensemble 1"], ["greedy 2"], [], []]

@@ -350,6 +350,12 @@ def recalibrate(
         "--write-best", type=click.Path(), metavar="FILE", help="Write the winner as a model file."
     ),
     option("--force", is_flag=True, help="Replace an older report and model file."),
+    option("--all", "show_all", is_flag=True, help="Show all models, not only the ten best."),
+    option(
+        "--date",
+        metavar="DATE",
+        help="A date for the report, like 2026-11-29.  [default: none: equal runs, equal files]",
+    ),
     JSON,
     QUIET,
 )
@@ -361,6 +367,8 @@ def sweep(
     schemes: str,
     write_best: str | None,
     force: bool,
+    show_all: bool,
+    date: str | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -372,13 +380,16 @@ def sweep(
     """
     from pathlib import Path
 
+    from polyak_cli.cli import sweeps
     from polyak_cli.evaluation import data as datasets
     from polyak_cli.evaluation import reports
     from polyak_cli.evaluation.quiet import redirect_prints
     from polyak_cli.pipeline import sweeping
 
     folder = Path(output)
+    reports.check_date(date)
     reports.check_folder(folder, force=force)
+    recalibrated_on = options["recalibrate"]
     options["split"] = None
     notes = load_rows(options)
     with (
@@ -397,11 +408,18 @@ def sweep(
             progress=lambda _done, total: advance(1, total),
             **options,
         )
-    data_found = found.data()
+    data_found = found.data(
+        command=click.get_current_context().meta[Command.LINE],
+        winner_command=sweeps.write_winner(found, recalibrated_on, best),
+        date=date,
+    )
     reports.write_files(data_found, folder)
     rendering.print_notes([*notes, *found.notes], quiet)
     rendering.print_result(
-        data_found, as_json, quiet, lambda: rendering.sweep_lines(data_found, folder, best)
+        data_found,
+        as_json,
+        quiet,
+        lambda: sweeps.sweep_lines(data_found, folder, best, show_all=show_all),
     )
 
 

@@ -6,6 +6,7 @@ Knows how options look on the command line.  What their values mean, the tools k
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,10 +35,18 @@ EXAMPLE = "\b\nExample:\n  {}"
 class Command(click.Command):
     """A command whose help has headings, and an example that can be pasted."""
 
+    #: The key of the command line in the context's meta data.
+    LINE = "polyak_cli.command_line"
+
     def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
         kwargs["epilog"] = EXAMPLE.format(example)
         kwargs.setdefault("context_settings", {"show_default": True, "max_content_width": 100})
         super().__init__(*args, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the command line, to be written into a report, and parse it."""
+        ctx.meta[self.LINE] = shlex.join([*ctx.command_path.split(), *args])
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, a section for each group, in the order of declaration."""

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from polyak_cli.errors import OutputError, shown, word_count, word_size
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from polyak_cli.averaging.belonging.runs import Verdict
     from polyak_cli.averaging.planning import Plan
     from polyak_cli.checkpoints import PassedOver
@@ -361,23 +359,6 @@ def _loss_lines(scores: Sequence[Score]) -> Iterator[str]:
     for score in scores:
         if score.loss_words:
             yield f"loss of {shown(score.path, 60)}: {score.loss_words}"
-
-
-def sweep_lines(found: Mapping[str, Any], folder: Path, best: Path | None) -> Iterator[str]:
-    """Yield a row for each candidate, then the conclusions."""
-    from polyak_cli.evaluation import reports
-
-    columns = [(split, metric) for metric in ("accuracy", "loss") for split in found["splits"]]
-    table = [["candidate", *(f"{metric} ({split})" for split, metric in columns)]]
-    for row in found["rows"]:
-        values = [row["metrics"][split].get(metric) for split, metric in columns]
-        cells = ["-" if value is None else f"{value:.4f}" for value in values]
-        table.append([shown(row["label"], 60), *cells])
-    yield from _columns(table)
-    yield from reports.write_sentences(found)
-    yield f"wrote {shown(folder / 'report.html')}"
-    if best:
-        yield f"wrote {shown(best)}"
 
 
 def training_lines(made: Mapping[str, Any]) -> Iterator[str]:

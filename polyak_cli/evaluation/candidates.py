@@ -148,3 +148,20 @@ def rank(row: ScoredCandidate, metric: str) -> tuple[float, float]:
 def find_best(rows: Sequence[ScoredCandidate], metric: str) -> ScoredCandidate:
     """Return the best candidate on the selection rows; the first of equal ones."""
     return min(rows, key=lambda row: rank(row, metric))
+
+
+def fold_equal(
+    rows: Sequence[ScoredCandidate],
+) -> list[tuple[ScoredCandidate, tuple[Candidate, ...]]]:
+    """Return each model once, in order, with the other candidates that are the same model.
+
+    Candidates of equal coefficients are one model: a window of 1 is the newest checkpoint under
+    every scheme, and a search may end where it began.
+    """
+    found: dict[tuple[bool, tuple[float, ...]], list[ScoredCandidate]] = {}
+    for row in rows:
+        candidate = row.candidate
+        # An ensemble of one is that checkpoint; one of several averages predictions instead.
+        several = candidate.kind == "ensemble" and candidate.window > 1
+        found.setdefault((several, candidate.coefficients), []).append(row)
+    return [(first, tuple(row.candidate for row in rest)) for first, *rest in found.values()]

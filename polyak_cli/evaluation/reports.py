@@ -7,17 +7,18 @@ The page needs no other file and fetches nothing.  This module knows the data th
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli.errors import MissingExtraError, OutputError, shown
+from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown
 from polyak_cli.evaluation import plots
 
 Data = Mapping[str, Any]
@@ -41,6 +42,20 @@ def check_folder(folder: Path, *, force: bool) -> None:
         raise OutputError(
             f"{shown(folder)}: holds an older report ({older[0]}); use --force to replace it"
         )
+
+
+def check_date(date: str | None) -> None:
+    """Refuse the date of a report that is none.
+
+    Raises:
+        UsageError: it is not written as ISO 8601 says.
+    """
+    try:
+        datetime.datetime.fromisoformat(date or "2026-11-29")
+    except ValueError:
+        raise UsageError(
+            f"--date {shown(date)}: is no date; write it like 2026-11-29 or 2026-11-29T14:30"
+        ) from None
 
 
 def check_jinja() -> None:
@@ -92,19 +107,20 @@ def _replace_non_finite(value: Any) -> Any:
 
 
 def format_csv(found: Data) -> str:
-    """Return one line a candidate; coefficients are separated by spaces, oldest first."""
+    """Return one line a model; coefficients are separated by spaces, oldest first."""
     text = io.StringIO()
     columns = _list_columns(found)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["label", "kind", "scheme", "parameter", "window", "coefficients"]
+        ["rank", "label", "kind", "scheme", "parameter", "window", "also", "coefficients"]
         + [f"{split}_{metric}" for split, metric in columns]
     )
     for row in found["rows"]:
         numbers = [row["metrics"][split].get(metric) for split, metric in columns]
-        about = [row["label"], row["kind"], row["scheme"], row["parameter"], row["window"]]
+        about = [row[key] for key in ("rank", "label", "kind", "scheme", "parameter", "window")]
+        also = "; ".join(one["label"] for one in row["also"])
         # repr() is the shortest text that reads back as the same float.
-        writer.writerow([*about, " ".join(map(repr, row["coefficients"])), *numbers])
+        writer.writerow([*about, also, " ".join(map(repr, row["coefficients"])), *numbers])
     return text.getvalue()
 
 
@@ -116,22 +132,92 @@ def _list_columns(found: Data) -> list[tuple[str, str]]:
     return [(split, name) for split in found["splits"] for name in names]
 
 
-def write_sentences(found: Data) -> Iterator[str]:
-    """Yield the result of the sweep in words: the winner, then each of its gains."""
-    selection, reporting = (found["splits"][name]["rows"] for name in ("selection", "reporting"))
-    yield (
-        f"The best of {len(found['rows'])} candidates by {found['metric']} on {selection} rows for "
-        f"choosing: {found['winner']['label']}."
-    )
-    for gain in found["gains"]:
-        tests = {"McNemar": gain["mcnemar_p"], "sign-flip": gain.get("sign_flip_p")}
-        p = "".join(f", {test} p {p:.3g}" for test, p in tests.items() if p is not None)
-        plain = ": no difference is shown" if gain["verdict"] == "within noise" else ""
-        yield (
-            f"On {reporting} other rows, its {gain['metric']} differs from that of the "
-            f"{gain['over']} checkpoint by {gain['difference']:+.4f} (95 % interval "
-            f"{gain['low']:+.4f} to {gain['high']:+.4f}{p}): {gain['verdict']}{plain}."
+# --- in words -------------------------------------------------------------------------------------
+
+
+def write_verdict(found: Data) -> str:
+    """Return the answer of the sweep in one sentence: whether the winner beats the newest."""
+    name, newest = (shown(row["label"], 60) for row in (found["winner"], find_newest(found)))
+    if found["verdict"] == "newest":
+        return f"Keep the newest checkpoint, {newest}: no other model was better."
+    if found["verdict"] == "better":
+        return f"{name} is better than the newest checkpoint, {newest}."
+    if found["verdict"] == "worse":
+        return (
+            f"Keep the newest checkpoint, {newest}: {name} was chosen, and is worse on other rows."
         )
+    if found["verdict"] == "within noise":
+        return f"No gain is shown: {name} is within noise of the newest checkpoint, {newest}."
+    return (
+        f"{name} and the newest checkpoint, {newest}, have no finite {found['metric']} that can be "
+        "compared."
+    )
+
+
+def write_choice(found: Data) -> str:
+    """Return how the winner was chosen, and the best model of the other kind."""
+    winner, metric = found["winner"], found["metric"]
+    models = list_models(found)
+    text = (
+        f"Best {metric} of {len(models)} models on {found['splits']['selection']['rows']} rows: "
+        f"{shown(winner['label'], 60)}, {_choosing_score(winner, metric)}"
+    )
+    is_single = winner["kind"] == "single"
+    others = [row for row in models if (row["kind"] == "single") != is_single]
+    if not others:
+        return f"{text}."
+    kind = "average" if is_single else "single checkpoint"
+    return f"{text}. The best {kind}: {shown(others[0]['label'], 60)}, " + (
+        f"{_choosing_score(others[0], metric)}."
+    )
+
+
+def list_models(found: Data) -> list[Data]:
+    """Return the rows that are models, so without ensembles, the best first."""
+    return sorted((row for row in found["rows"] if row["rank"]), key=lambda row: int(row["rank"]))
+
+
+def write_equals(row: Data) -> str:
+    """Return the other names of a model, or nothing: a scheme's windows, then the next's."""
+    windows: dict[str, list[str]] = {}
+    for one in row["also"]:
+        name, _, window = one["label"].rpartition(", ")
+        windows.setdefault(window if name else one["label"], []).append(name)
+    return "; ".join(
+        window if names == [""] else f"{window} by {', '.join(names)}"
+        for window, names in windows.items()
+    )
+
+
+def list_gains(found: Data) -> list[list[str]]:
+    """Return a table of the winner's gains, its titles first."""
+    table = [["winner minus", "metric", "difference", "from", "to", "p", "verdict"]]
+    for gain in found["gains"]:
+        p = gain.get("mcnemar_p") if gain["metric"] == "accuracy" else gain.get("sign_flip_p")
+        numbers = [format_number(gain[name], sign="+") for name in ("difference", "low", "high")]
+        over = "the newest" if gain["over"] == "newest" else f"the {gain['over']}"
+        row = [over, gain["metric"], *numbers, "-" if p is None else f"{p:.3g}", gain["verdict"]]
+        table.append(row)
+    return table
+
+
+def format_number(value: float | None, sign: str = "") -> str:
+    """Return a score in four decimals, or with an exponent where these would not show it."""
+    if value is None:
+        return "-"
+    # The mean squared error of small numbers may be 1e-6, that of large ones 1e+6.
+    plain = value == 0 or 5e-5 <= abs(value) < 1e5 or not math.isfinite(value)
+    return f"{value:{sign}.4f}" if plain else f"{value:{sign}.2e}"
+
+
+def find_newest(found: Data) -> Data:
+    """Return the row of the newest checkpoint, the last of the singles."""
+    singles: list[Data] = [row for row in found["rows"] if row["kind"] == "single"]
+    return singles[-1]
+
+
+def _choosing_score(row: Data, metric: str) -> str:
+    return format_number(row["metrics"]["selection"].get(metric))
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -192,11 +278,11 @@ def render_page(found: Data, figure: str) -> str:
     columns = _list_columns(found)
     titles = ["candidate", "kind", "window", "coefficients"]
     return environment.get_template("report.html.j2").render(
-        sentences=list(write_sentences(found)),
+        sentences=[write_verdict(found), write_choice(found)],
         # Markup: matplotlib escaped the text in its own drawing.
         figure=Markup(_inline(figure)),  # noqa: S704
         titles=titles + [f"{metric} ({split})" for split, metric in columns],
-        rows=[_lay_out_row(row, columns, row == found["winner"]) for row in found["rows"]],
+        rows=[_lay_out_row(row, columns, row["rank"] == 1) for row in found["rows"]],
         checkpoints=found["checkpoints"],
         polyak=found["polyak"],
         notes=found["notes"],

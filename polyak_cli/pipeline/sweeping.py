@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,10 +25,12 @@ from polyak_cli.evaluation.candidates import (
     Candidate,
     ScoredCandidate,
     find_best,
+    fold_equal,
     list_candidates,
     make_parameter,
     parse_schemes,
     parse_windows,
+    rank,
 )
 from polyak_cli.evaluation.comparison import Gain, compute_gains
 from polyak_cli.evaluation.evaluator import Evaluator, RowScores
@@ -40,43 +42,96 @@ SCHEMES = "equal,linear,exp:1,exp:2,exp:5,ema:0.9,power:0.1"
 BATCH = 8
 
 
+class Recipe(NamedTuple):
+    """How `average` makes a candidate: its sources, and its options."""
+
+    sources: averaging_options.Source | Sequence[averaging_options.Source]
+    options: Mapping[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """The result of a sweep.
 
     Attributes:
         plan: the checkpoints, oldest first, and the tensors that were averaged.
+        data_name: the name of the data set, as it was given.
         splits: "selection" and "reporting" -> source of the rows, and their number.
         metric: used to choose the winner: accuracy where labels are classes, else loss.
         rows: every candidate: singles, averages, ensembles, soups.
         winner: the best on the selection rows; ensembles are not models and do not compete.
-        gains: gains of the winner over the "newest" and the "best single" checkpoint.
+        recipe: how `average` makes the winner.
+        gains: gains of the winner over the "newest" and the "best single" checkpoint.  The winner
+            is not compared with itself, and a checkpoint that is both is the newest.
         digests: SHA-256 of each file of each checkpoint.
         notes: messages for the user.
     """
 
     plan: planning.Plan
+    data_name: str
     splits: Mapping[str, tuple[str, int]]
     metric: str
     rows: tuple[ScoredCandidate, ...]
     winner: ScoredCandidate
+    recipe: Recipe
     gains: Mapping[str, tuple[Gain, ...]]
     digests: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
 
+    @property
+    def verdict(self) -> str:
+        """The gain over the newest checkpoint by the metric, or "newest" if that one won.
+
+        Otherwise as `significance.verdict` says it.
+        """
+        if self.winner.candidate.coefficients[-1] == 1:
+            return "newest"
+        found = [gain.verdict for gain in self.gains["newest"] if gain.metric == self.metric]
+        return found[0] if found else "not comparable"
+
     def label(self, candidate: Candidate) -> str:
         """Return the name of a candidate in tables and figures."""
         if candidate.kind == "single":
-            newest = candidate.coefficients.index(1.0)
-            return self.plan.checkpoints[newest].path.name
+            return self.plan.names[candidate.coefficients.index(1.0)]
         if candidate.kind == "soup":
             return f"{candidate.name} soup of {candidate.window}"
         return f"{candidate.name}, last {candidate.window}"
 
-    def data(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
+    def data(
+        self,
+        *,
+        command: str | None = None,
+        winner_command: str | None = None,
+        date: str | None = None,
+    ) -> dict[str, Any]:
+        """Return everything as JSON values; candidates that are one model have one row.
+
+        Args:
+            command: the command line that made this sweep, if one did.
+            winner_command: the command line that makes the winner.
+            date: the date of the report; the clock is not read, so equal sweeps are equal files.
+        """
+        rows = self._describe_rows()
+        wins = self.winner.candidate.coefficients
         return {
             "polyak": __version__,
+            "command": command,
+            "date": date,
+            "data": self.data_name,
+            "metric": self.metric,
+            "verdict": self.verdict,
+            "winner": next(r for r in rows if r["rank"] and tuple(r["coefficients"]) == wins),
+            "winner_command": winner_command,
+            "gains": [
+                {"over": over, "metric": gain.metric, **gain.data()}
+                for over, found in self.gains.items()
+                for gain in found
+            ],
+            "splits": {
+                name: {"source": source, "rows": count}
+                for name, (source, count) in self.splits.items()
+            },
+            "rows": rows,
             "checkpoints": [
                 {
                     "path": str(checkpoint.path),
@@ -88,34 +143,37 @@ class Sweep:
                     self.plan.checkpoints, self.plan.tables, self.digests, strict=True
                 )
             ],
-            "splits": {
-                name: {"source": source, "rows": count}
-                for name, (source, count) in self.splits.items()
-            },
-            "metric": self.metric,
-            "rows": [self._describe(row) for row in self.rows],
-            "winner": self._describe(self.winner),
-            "gains": [
-                {"over": over, "metric": gain.metric, **gain.data()}
-                for over, found in self.gains.items()
-                for gain in found
-            ],
             "notes": list(self.notes),
         }
 
-    def _describe(self, row: ScoredCandidate) -> dict[str, Any]:
-        candidate = row.candidate
+    def _describe_rows(self) -> list[dict[str, Any]]:
+        """Return each model once; rank 1 is the best on the selection rows."""
+        folded = fold_equal(self.rows)
+        models = [row for row, _ in folded if row.candidate.kind != "ensemble"]
+        # Sorting is stable: of equal models the first is the better, as in `find_best`.
+        ranked = sorted(models, key=lambda row: rank(row, self.metric))
+        ranks = {id(row): place for place, row in enumerate(ranked, start=1)}
+        return [
+            {
+                **self._name(row.candidate),
+                "rank": ranks.get(id(row)),
+                "also": [self._name(other) for other in others],
+                "coefficients": list(row.candidate.coefficients),
+                "metrics": {
+                    split: {"loss": scores.loss, **scores.metrics}
+                    for split, scores in row.scores.items()
+                },
+            }
+            for row, others in folded
+        ]
+
+    def _name(self, candidate: Candidate) -> dict[str, Any]:
         return {
             "label": self.label(candidate),
             "kind": candidate.kind,
             "scheme": candidate.scheme,
             "parameter": candidate.parameter,
             "window": candidate.window,
-            "coefficients": list(candidate.coefficients),
-            "metrics": {
-                split: {"loss": scores.loss, **scores.metrics}
-                for split, scores in row.scores.items()
-            },
         }
 
 
@@ -186,15 +244,18 @@ def sweep(
     competing = [row for row in scored if row.candidate.kind != "ensemble"]
     # Singles come first, so a single checkpoint wins over an average that is no better.
     winner = find_best(competing, metric)
+    recipe = _find_recipe(winner.candidate, plan, sources, {**options, "force": force})
     if write_best:
-        own: Any = {**options, "force": force}
-        _write_winner(winner.candidate, plan, sources, write_best, own)
+        own: Any = recipe.options
+        pipeline.average(recipe.sources, write_best, **own)
     return Sweep(
         plan=plan,
+        data_name=rows.name,
         splits={name: (split.source, split.rows) for name, split in splits.items()},
         metric=metric,
         rows=tuple(scored),
         winner=winner,
+        recipe=recipe,
         gains=_compute_gains(winner, scored, metric),
         digests=tuple(records.hash_files(table.files) for table in plan.tables),
         notes=(*plan.notes, *rows.notes, *dict.fromkeys((*scorer.notes, *evaluator.notes))),
@@ -211,21 +272,19 @@ def _check_arguments(batch: int, search: Sequence[str]) -> None:
             )
 
 
-def _write_winner(
+def _find_recipe(
     candidate: Candidate,
     plan: planning.Plan,
     sources: averaging_options.Source | Sequence[averaging_options.Source],
-    output: Path,
-    options: pipeline.Options,
-) -> None:
-    """Write the winner as `average` does, from the checkpoints with a coefficient in it."""
+    options: Mapping[str, Any],
+) -> Recipe:
+    """Return how `average` makes a candidate, from the checkpoints with a coefficient in it."""
     # --last counts checkpoints before --best chooses and unhealthy ones are skipped, so it would
     # choose others.  Then the members are named one by one, with their coefficients.
     if candidate.kind == "average" and options.get("best") is None and not plan.skipped:
         parameters = make_parameter(candidate.scheme, candidate.parameter)
-        own: Any = {**options, "last": candidate.window, "scheme": candidate.scheme, **parameters}
-        pipeline.average(sources, output, **own)
-        return
+        chosen = {"last": candidate.window, "scheme": candidate.scheme, **parameters}
+        return Recipe(sources, {**options, **chosen})
     members = [
         (checkpoint.path, coefficient)
         for checkpoint, coefficient in zip(plan.checkpoints, candidate.coefficients, strict=True)
@@ -237,7 +296,7 @@ def _write_winner(
             own.pop(key, None)
     else:
         own["coefficients"] = [coefficient for _, coefficient in members]
-    pipeline.average([path for path, _ in members], output, **own)
+    return Recipe([path for path, _ in members], own)
 
 
 #: Options that choose checkpoints; the members of the winner are chosen already.
@@ -376,10 +435,17 @@ def _choose_metric(rows: Sequence[ScoredCandidate]) -> str:
 def _compute_gains(
     winner: ScoredCandidate, rows: Sequence[ScoredCandidate], metric: str
 ) -> dict[str, tuple[Gain, ...]]:
-    """Compare the winner on the reporting rows, row by row."""
+    """Compare the winner with other models on the reporting rows, row by row."""
     singles = [row for row in rows if row.candidate.kind == "single"]
-    others = {"newest": singles[-1], "best single": find_best(singles, metric)}
+    others = {"newest": singles[-1]}
+    best = find_best(singles, metric)
+    if best is not singles[-1]:
+        others["best single"] = best
     # On rows that played no part in the choice: the winner looks better than it is on those that
     # did.
     ours = winner.scores["reporting"]
-    return {over: compute_gains(ours, other.scores["reporting"]) for over, other in others.items()}
+    return {
+        over: compute_gains(ours, other.scores["reporting"])
+        for over, other in others.items()
+        if other.candidate.coefficients != winner.candidate.coefficients
+    }

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,43 @@ def test_the_winner_is_best_on_the_selection_rows(found: sweeping.Sweep) -> None
     best = max(row.value("accuracy", "selection") for row in competing)
     assert found.winner.value("accuracy", "selection") == best
     assert found.splits["selection"][1] + found.splits["reporting"][1] == 1000
-    assert {*found.gains} == {"newest", "best single"}
+
+
+def test_no_model_is_compared_with_itself(found: sweeping.Sweep) -> None:
+    """The gain is over the newest and over the best single checkpoint, where these are others."""
+    singles = [row for row in found.rows if row.candidate.kind == "single"]
+    best = max(singles, key=lambda row: row.value("accuracy", "selection"))
+    others = {"newest": singles[-1], "best single": best}
+    expected = {
+        over
+        for over, row in others.items()
+        if row.candidate.coefficients != found.winner.candidate.coefficients
+    }
+    if best is singles[-1]:
+        expected.discard("best single")
+    assert {*found.gains} == expected
+    assert found.verdict == found.gains["newest"][0].verdict
+
+
+def test_each_model_has_one_row_and_a_rank(found: sweeping.Sweep) -> None:
+    """Rank 1 is the winner; ensembles have none, and no coefficients stand there twice."""
+    described = found.data(date="2026-11-29")
+    assert (described["data"], described["date"], described["command"]) == (
+        *("blobs", "2026-11-29", None),
+    )
+    models = [row for row in described["rows"] if row["kind"] != "ensemble"]
+    assert len({tuple(row["coefficients"]) for row in models}) == len(models)
+    assert sorted(row["rank"] for row in models) == [*range(1, len(models) + 1)]
+    assert {row["rank"] for row in described["rows"] if row["kind"] == "ensemble"} == {None}
+    assert described["winner"] in models
+    assert described["winner"]["rank"] == 1
+    assert described["winner"]["coefficients"] == list(found.winner.candidate.coefficients)
+    total = sum(1 + len(row["also"]) for row in described["rows"])
+    assert total == len(found.rows)
+    scores = [row["metrics"]["selection"]["accuracy"] for row in models]
+    ranks = [row["rank"] for row in models]
+    best_first = [score for _, score in sorted(zip(ranks, scores, strict=True))]
+    assert best_first == sorted(scores, reverse=True)
 
 
 def test_gains_are_paired_differences_on_the_reporting_rows(found: sweeping.Sweep) -> None:
@@ -203,16 +240,14 @@ def test_the_command_writes_report_and_winner(tmp_path: Path) -> None:
         assert [line["label"] for line in csv.DictReader(file)] == [
             r["label"] for r in described["rows"]
         ]
-    winner = described["winner"]
+    command = shlex.split(described["winner_command"])
+    assert command[:2] == ["polyak", "average"]
+    assert command[-2:] == ["-o", str(best)]
     again = tmp_path / "again.h5"
-    if winner["kind"] == "average":
-        options = ["--last", str(winner["window"]), "--scheme", winner["scheme"]]
-        made = polyak("average", SAMPLE, *options, "-o", again, cwd=tmp_path)
-    else:
-        single = described["checkpoints"][winner["coefficients"].index(1.0)]["path"]
-        made = polyak("average", single, "-o", again, cwd=tmp_path)
+    made = polyak(*command[1:-1], again, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert again.read_bytes() == best.read_bytes()
+    assert shlex.split(described["command"])[:3] == ["polyak", "sweep", str(SAMPLE)]
     once_more = polyak("sweep", SAMPLE, "--data", "blobs", "-o", report, cwd=tmp_path)
     assert once_more.returncode == 3
     assert "--force" in once_more.stderr

@@ -1,0 +1,160 @@
+"""Turn the result of a sweep into lines, and its winner into a command that can be pasted.
+
+Knows the data that `sweeping.Sweep.data` returns, and how options are spelled.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from polyak_cli.errors import shown, word_count
+from polyak_cli.evaluation import reports
+
+if TYPE_CHECKING:
+    from polyak_cli.pipeline.sweeping import Sweep
+
+Data = Mapping[str, Any]
+#: How many models are shown without --all.
+MOST = 10
+#: Options that do not change what is averaged, and the output, which is written last.
+_LEFT_OUT = {"output", "force", "jobs", "max_memory"}
+_LONGEST = 4000  # characters of a command that is shown
+
+
+def write_winner(found: Sweep, recalibrated_on: str | None, best: Path | None) -> str:
+    """Return the command line that makes the winner of a sweep.
+
+    Args:
+        found: the result of the sweep.
+        recalibrated_on: the data of --recalibrate, as they were named.
+        best: the file that it was written to, if it was.
+    """
+    # Not above: that module and `models`, which imports this one, would import each other.
+    from polyak_cli.cli.averaging import average
+
+    sources, options = found.recipe
+    if options.get("recalibrate"):  # rows; the command names them
+        options = {**options, "recalibrate": recalibrated_on}
+    several = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    # The suffix of a whole model says which format Keras reads.
+    output = best or f"best{found.plan.checkpoints[-1].path.suffix}"
+    return write_command(average, several, options, output)
+
+
+def write_command(
+    command: click.Command, sources: Iterable[object], options: Data, output: object
+) -> str:
+    """Return the line of a command that writes a file, to be pasted into a shell.
+
+    Args:
+        command: its parameters say how options are spelled.
+        sources: as the command takes them.
+        options: parameter -> value; what is at its default is left out.
+        output: the file to write.
+    """
+    context = click.Context(command)
+    words = ["polyak", command.name or "", *map(_write_path, sources)]
+    for parameter in command.params:
+        value = options.get(parameter.name or "")
+        if not isinstance(parameter, click.Option) or parameter.name in _LEFT_OUT:
+            continue
+        if value in (None, False, ()) or value == parameter.get_default(context):
+            continue
+        for one in value if parameter.multiple else [value]:
+            words += parameter.opts[-1:] if one is True else (parameter.opts[-1], _write_value(one))
+    return shlex.join([*words, "-o", _write_path(output)])
+
+
+def _write_value(value: object) -> str:
+    """Return the value of an option; numbers in the fewest digits that read back the same."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_write_value, value))
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _write_path(path: object) -> str:
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
+def sweep_lines(
+    found: Data, folder: Path, best: Path | None, *, show_all: bool = False
+) -> Iterator[str]:
+    """Yield the answer, the winner and how to make it, then its gains and the best models.
+
+    Args:
+        found: the result of `Sweep.data`.
+        folder: the folder of the report.
+        best: the file that the winner was written to, if it was.
+        show_all: show all models and ensembles instead of the ten best models.
+    """
+    yield from _wrap(reports.write_verdict(found))
+    yield from _wrap(reports.write_choice(found))
+    if found["winner_command"]:
+        yield f"Make it: {shown(found['winner_command'], _LONGEST)}"
+    yield ""
+    selection, reporting = (found["splits"][name]["rows"] for name in ("selection", "reporting"))
+    if found["gains"]:
+        yield f"On {reporting} rows that nothing was chosen on, with 95 % intervals:"
+        yield from _align([["  " + row[0], *row[1:]] for row in reports.list_gains(found)])
+        yield ""
+    models = reports.list_models(found)
+    rows = models if show_all else models[:MOST]
+    which = "All" if len(rows) == len(models) else f"The {len(rows)} best of"
+    yield from _wrap(
+        f"{which} {word_count(len(models), 'model')}, on the {selection} rows for choosing (1) "
+        f"and {reporting} others (2):"
+    )
+    # The newest is what everybody has without averaging, so it is shown wherever it stands.
+    newest = reports.find_newest(found)
+    rows = rows if newest in rows else [*rows, newest]
+    ensembles = [row for row in found["rows"] if not row["rank"]] if show_all else []
+    yield from _align(_list_scores(found, [*rows, *ensembles]))
+    for row in rows:
+        if row["also"]:
+            yield from _wrap(f"{shown(row['label'], 60)} is also {reports.write_equals(row)}.")
+    yield ""
+    yield f"wrote {shown(folder / 'report.html')}"
+    if best:
+        yield f"wrote {shown(best)}"
+
+
+def _list_scores(found: Data, rows: Sequence[Data]) -> list[list[str]]:
+    """Return a table of accuracy and loss, as far as the models have them, its titles first."""
+    pairs = [
+        (metric, split)
+        for split in ("selection", "reporting")
+        for metric in ("accuracy", "loss")
+        if any(row["metrics"][split].get(metric) is not None for row in found["rows"])
+    ]
+    places, newest = {"selection": 1, "reporting": 2}, reports.find_newest(found)
+    table = [["  model", *(f"{metric} ({places[split]})" for metric, split in pairs)]]
+    for row in rows:
+        scores = [row["metrics"][split].get(metric) for metric, split in pairs]
+        label = f"  {shown(row['label'], 24)}{' (newest)' if row is newest else ''}"
+        table.append([label, *map(reports.format_number, scores)])
+    return table
+
+
+def _align(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Align a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
+
+
+def _wrap(text: str) -> list[str]:
+    """Break a sentence between words at the width of the terminal; elsewhere it is one line."""
+    if not sys.stdout.isatty():
+        return [text]
+    width = shutil.get_terminal_size().columns
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
