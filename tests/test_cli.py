@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -13,9 +14,11 @@ import select
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import sysconfig
+import termios
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -550,7 +553,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run_folder: Path) -> None:
         ("499", "499", "0.500000"),
     ]
     assert "effective number of checkpoints: 2.57" in text
-    assert "4 averaged, 0 carried from model_499.h5, 6 dropped" in text
+    assert "tensors: 4 averaged, 6 left out\n" in text
     assert "passed over: ckpts/notes.txt (" in text
     assert re.search(r"to read .* [kM]?B, to write .* kB, memory about .* MB", text)
     assert "wrote" not in text
@@ -635,14 +638,47 @@ def test_the_report_as_json_is_complete(run_folder: Path) -> None:
     assert done.stderr == f"note: {report['notes'][0]}\n"
 
 
-def test_the_report_for_people_shows_plan_time_speed_and_memory(run_folder: Path) -> None:
-    """The same table as the plan's, then what it cost and what was written."""
-    options = ("ckpts", "--scheme", "power", "-o", "o.h5")
+def test_the_report_for_people_is_three_lines(run_folder: Path) -> None:
+    """Which checkpoints by which rule, what it cost, and the output; no word of the code's own."""
+    text = succeeded(polyak("average", "ckpts", "--scheme", "power", "-o", "o.h5", cwd=run_folder))
+    averaged, read, wrote = text.splitlines()
+    assert averaged == "averaged 10 checkpoints, model_490.h5 to model_499.h5 (power, sigma 0.1)"
+    assert re.fullmatch(r"read 6\.12 kB in \d+\.\d+ s(?: \(.*\))?, peak memory .* MB", read)
+    assert wrote.startswith("wrote o.h5 (")
+    assert not re.search("extent|fate|carried|dropped", text)
+
+
+def test_the_verbose_report_shows_the_plan_time_speed_and_memory(run_folder: Path) -> None:
+    """The same lines as the plan's, then what it cost and what was written."""
+    options = ("ckpts", "--scheme", "power", "-o", "o.h5", "-v")
     planned = succeeded(polyak("average", *options, "-n", cwd=run_folder)).splitlines()
     text = succeeded(polyak("average", *options, cwd=run_folder)).splitlines()
     assert text[: len(planned) - 1] == planned[:-1]
+    assert "tensors: 4 averaged, 0 carried from model_499.h5, 6 dropped" in text
     assert re.fullmatch(r"read 6\.12 kB in \d+\.\d+ s \(.*B/s; .*\), peak memory .* MB", text[-2])
     assert text[-1].startswith("wrote o.h5 (")
+
+
+def test_the_average_of_one_checkpoint_is_called_a_copy(run_folder: Path) -> None:
+    """The report and the plan say so, and those of two checkpoints do not."""
+    for number, says in ((1, True), (2, False)):
+        options = ("average", "ckpts", "--last", number, "-o", f"{number}.h5")
+        for more in ("-n",), ():
+            text = succeeded(polyak(*options, *more, cwd=run_folder))
+            assert ("an average of one checkpoint is a copy of it" in text) == says
+
+
+def test_files_that_nobody_takes_for_checkpoints_are_no_news(run_folder: Path) -> None:
+    """A text file beside the run is listed under -v; an earlier average is always."""
+    (run_folder / "ckpts/notes.txt").write_text("foreign")
+    succeeded(polyak("average", "ckpts", "-o", "ckpts/model_500.h5", "-q", cwd=run_folder))
+    options = ("average", "ckpts", "-o", "o.h5", "--force")
+    short = succeeded(polyak(*options, cwd=run_folder))
+    assert "notes.txt" not in short
+    assert "passed over: ckpts/model_500.h5 (written by polyak)" in short
+    assert "passed over: ckpts/notes.txt (not named" in succeeded(
+        polyak(*options, "-v", cwd=run_folder)
+    )
 
 
 def test_quiet_prints_only_errors(run_folder: Path) -> None:
@@ -831,9 +867,12 @@ def test_names_that_are_not_utf8_work(tmp_path: Path) -> None:
 # --- the terminal ---------------------------------------------------------------------------------
 
 
-def on_terminal(command: list[str], cwd: Path, **environ: str) -> tuple[int, str]:
+def on_terminal(
+    command: list[str], cwd: Path, *, columns: int = 0, **environ: str
+) -> tuple[int, str]:
     """Run a command on a pseudo-terminal and return its exit code and all that it showed."""
     main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(
         command, cwd=cwd, env=environment(**environ), stdin=other, stdout=other, stderr=other
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import h5py
@@ -87,9 +88,12 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
     done = polyak("inspect", *files, "--stats", cwd=tmp_path)
     assert done.returncode == 0
     lines = done.stdout.splitlines()
-    assert sum("dense/sequential/dense/kernel" in line for line in lines) == 2
+    assert sum(line.startswith("  dense/kernel ") for line in lines) == 2
     assert "model_499.h5: Keras HDF5, keras_version 3.15.1, backend tensorflow" in lines[0]
     assert lines[-1].startswith("an average by polyak ")
+    verbose = polyak("inspect", files[0], "-v", cwd=tmp_path).stdout
+    assert re.search(r"^  dense/sequential/dense/kernel .* extent at \d+  averaged$", verbose, re.M)
+    assert not re.search("extent|averaged|dropped", "".join(lines[:-1]))
     data = json.loads(polyak("inspect", *files, "--json", cwd=tmp_path).stdout)
     assert [len(one["tensors"]) for one in data["checkpoints"]] == [10, 4]
 

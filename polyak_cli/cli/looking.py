@@ -50,12 +50,16 @@ from polyak_cli.errors import UsageError, shown
         help="Read every value: norm, minimum, maximum, and how many are not finite.",
     ),
     JSON,
+    option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        help="Show each tensor's name in the file, which --include-tensors takes, where its "
+        "values lie, and what `polyak average` does with it by default.",
+    ),
 )
-def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
-    """Show format, version, provenance and the table of tensors of each checkpoint.
-
-    The fate of a tensor is what `polyak average` does with it by default.
-    """
+def inspect(files: tuple[str, ...], stats: bool, as_json: bool, verbose: bool) -> None:
+    """Show format, version, provenance and the table of tensors of each checkpoint."""
     from pathlib import Path
 
     from polyak_cli.examining import inspection
@@ -66,7 +70,7 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
         data,
         as_json,
         False,
-        lambda: (line for one in found for line in rendering.inside_lines(one)),
+        lambda: (line for one in found for line in rendering.inside_lines(one, verbose)),
     )
 
 
@@ -98,7 +102,12 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool) -> None:
     "Output",
     JSON,
     QUIET,
-    option("-v", "--verbose", is_flag=True, help="Show every tensor, not only the worst."),
+    option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        help="Show every tensor, not only the worst, by its name in the file.",
+    ),
 )
 def diff(
     sources: tuple[str, ...],

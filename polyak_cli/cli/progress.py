@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+#: Columns of a terminal below which the bar leaves out what is not needed.
+_NARROW = 60
+
 
 @contextmanager
 def show_progress(
@@ -28,12 +31,14 @@ def show_progress(
         if in_bytes
         else [bars.MofNCompleteColumn()]
     )
+    console = Console(stderr=True)
+    if console.width < _NARROW:  # one line, without speed and time left
+        columns = [bars.TextColumn(what), bars.BarColumn(), amount[0]]
+    else:
+        columns = [bars.TextColumn(what), bars.BarColumn(), *amount, bars.TimeRemainingColumn()]
     bar = bars.Progress(
-        bars.TextColumn(what),
-        bars.BarColumn(),
-        *amount,
-        bars.TimeRemainingColumn(),
-        console=Console(stderr=True),
+        *columns,
+        console=console,
         transient=True,
         # No thread that redraws: children are forked later, and threads make that unsafe.
         auto_refresh=False,

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from polyak_cli.cli.names import name_tensors
+from polyak_cli.cli.tables import Table, lay_out
 from polyak_cli.errors import OutputError, shown, word_count, word_size
 
 if TYPE_CHECKING:
@@ -23,16 +25,23 @@ if TYPE_CHECKING:
     from polyak_cli.evaluation.recalibration import Recalibration
     from polyak_cli.examining.differences import Differences, Distances
     from polyak_cli.examining.health import Health
-    from polyak_cli.examining.inspection import Inspection
+    from polyak_cli.examining.inspection import Inspected, Inspection
     from polyak_cli.examining.verification import Verification
     from polyak_cli.pipeline import Report
 
-#: Problems that are shown of an average which does not verify.
+#: Problems that are shown of an average which does not verify, and tensors of a comparison.
 _MOST = 20
+#: Reasons for which nobody expects that a file is averaged: how they begin.
+_PLAIN_REASONS = ("not named like", "hidden", "a directory", "--exclude")
+#: Seconds of a run above which its speed is worth a word.
+_LONG = 1.0
+
+#: What the functions below yield: sentences, and tables that are laid out where they are printed.
+Line = str | Table
 
 
 def print_result(
-    data: Mapping[str, Any], as_json: bool, quiet: bool, lines: Callable[[], Iterator[str]]
+    data: Mapping[str, Any], as_json: bool, quiet: bool, lines: Callable[[], Iterator[Line]]
 ) -> None:
     """Print the result of a command: as JSON, or as lines unless ``quiet``."""
     if as_json:
@@ -62,12 +71,12 @@ def print_notes(notes: Sequence[str], quiet: bool) -> None:
         print_lines(lines, sys.stderr)
 
 
-def print_lines(lines: Iterable[str], stream: TextIO) -> None:
+def print_lines(lines: Iterable[Line], stream: TextIO) -> None:
     """Print when the work is done, and raise if the lines cannot be written."""
     # If the reader is gone (`| head`), SIGPIPE may end the program: nothing is left to clean up.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        for line in lines:
+        for line in lay_out(lines, stream):
             print(line, file=stream)
         stream.flush()
     except OSError as error:
@@ -75,24 +84,30 @@ def print_lines(lines: Iterable[str], stream: TextIO) -> None:
         raise OutputError(f"{stream.name}: the result cannot be shown: {error.strerror}") from None
 
 
-def plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
-    """Yield the plan as lines for a person."""
-    parameters = "".join(f", {name} {value:g}" for name, value in plan.parameters.items())
+def plan_lines(plan: Plan, verbose: bool) -> Iterator[Line]:
+    """Yield the plan for a person; with ``verbose``, the fate of every tensor too."""
     count = len(plan.checkpoints)
-    yield f"{word_count(count, 'checkpoint')}, {plan.scheme}{parameters}, oldest first:"
-    table = [["checkpoint", "epoch", "coefficient"]]
+    yield f"{word_count(count, 'checkpoint')}, {_word_rule(plan)}, oldest first:"
     rows = zip(plan.checkpoints, plan.names, plan.coefficients, strict=True)
-    for checkpoint, name, coefficient in rows:
-        epoch = "-" if checkpoint.epoch is None else str(checkpoint.epoch)
-        table.append([shown(name, 60), epoch, f"{coefficient:.6f}"])
-    yield from _columns(table)
-    yield f"effective number of checkpoints: {plan.effective_number:.2f}"
-    yield (
-        f"tensors: {len(plan.averaged)} averaged, {len(plan.carried)} carried from "
-        f"{shown(plan.names[-1])}, {len(plan.dropped)} dropped"
+    yield Table(
+        ("checkpoint", "epoch", "coefficient"),
+        [
+            (shown(name), _word_epoch(checkpoint.epoch), f"{coefficient:.6f}")
+            for checkpoint, name, coefficient in rows
+        ],
+        spare=("epoch",),
     )
+    if count == 1:
+        yield _COPY
+    yield f"effective number of checkpoints: {plan.effective_number:.2f}"
     if verbose:
+        yield (
+            f"tensors: {len(plan.averaged)} averaged, {len(plan.carried)} carried from "
+            f"{shown(plan.names[-1])}, {len(plan.dropped)} dropped"
+        )
         yield from _fate_lines(plan)
+    else:
+        yield _word_fates(plan)
     over = plan.recalibrate
     if over:
         yield (
@@ -100,12 +115,46 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[str]:
             f"{over['data']}, batches of at most {over['batch_size']}"
         )
     yield from map(word_passed_over, plan.passed_over)
-    for one in plan.skipped:
-        yield from (f"skipped ({problem.kind}): {problem.text}" for problem in one.problems)
+    yield from _skipped_lines(plan)
     yield (
         f"to read {word_size(plan.bytes_to_read)}, "
         f"to write about {word_size(plan.bytes_to_write)}, memory about {word_size(plan.memory)}"
     )
+
+
+#: What a user may not expect of an average.
+_COPY = "an average of one checkpoint is a copy of it"
+
+
+def _word_rule(plan: Plan) -> str:
+    """Return the scheme and its parameters."""
+    return ", ".join([plan.scheme, *(f"{key} {value:g}" for key, value in plan.parameters.items())])
+
+
+def _word_epoch(epoch: int | None) -> str:
+    return "-" if epoch is None else str(epoch)
+
+
+def _word_span(plan: Plan) -> str:
+    """Return how many checkpoints there are, the oldest and the newest, and the rule."""
+    names = [shown(name, 60) for name in plan.names]
+    span = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
+    return f"{word_count(len(names), 'checkpoint')}, {span} ({_word_rule(plan)})"
+
+
+def _word_fates(plan: Plan) -> str:
+    """Return what becomes of the tensors, in words that need no explanation."""
+    counts = {
+        "averaged": len(plan.averaged),
+        f"copied from {shown(plan.names[-1], 60)}": len(plan.carried),
+        "left out": len(plan.dropped),
+    }
+    return "tensors: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def _skipped_lines(plan: Plan) -> Iterator[str]:
+    for one in plan.skipped:
+        yield from (f"skipped ({problem.kind}): {problem.text}" for problem in one.problems)
 
 
 def _fate_lines(plan: Plan) -> Iterator[str]:
@@ -125,18 +174,36 @@ def _fate_lines(plan: Plan) -> Iterator[str]:
     yield "read by " + "; ".join(f"{way} (tensors: {n})" for way, n in ways.items())
 
 
-def report_lines(report: Report, verbose: bool) -> Iterator[str]:
-    """Yield the report as lines for a person."""
-    yield from plan_lines(report.plan, verbose)
-    shares = ", ".join(f"{part} {share:.0%}" for part, share in report.shares.items())
-    yield (
-        f"read {word_size(report.bytes_read)} in {report.seconds:.2f} s "
-        f"({word_size(report.speed)}/s; {shares}), peak memory {word_size(report.peak_memory)}"
-    )
+def report_lines(report: Report, verbose: bool) -> Iterator[Line]:
+    """Yield what was averaged, the cost, and the output; with ``verbose``, the plan too."""
+    plan = report.plan
+    if verbose:
+        yield from plan_lines(plan, verbose)
+    else:
+        yield f"averaged {_word_span(plan)}" + (f": {_COPY}" if len(plan.names) == 1 else "")
+        odd = [one for one in plan.passed_over if not one.reason.startswith(_PLAIN_REASONS)]
+        yield from map(word_passed_over, odd[:3])
+        if len(odd) > 3:
+            yield f"passed over: {len(odd) - 3} more; see them with -v"
+        yield from _skipped_lines(plan)
+    yield _word_cost(report, verbose)
     if report.recalibrated:
         yield _gathered_line(report.recalibrated)
     verified = ", verified: read back, it is the average bit for bit" if report.verified else ""
     yield f"wrote {shown(report.output)} ({word_size(report.bytes_written)}){verified}"
+
+
+def _word_cost(report: Report, verbose: bool) -> str:
+    """Return how much was read, in what time and memory, and how fast where that was long."""
+    shares = ", ".join(f"{part} {share:.0%}" for part, share in report.shares.items())
+    speed = f"{word_size(report.speed)}/s"
+    how = f" ({speed})" if report.seconds > _LONG else ""
+    if verbose:
+        how = f" ({speed}; {shares})"
+    return (
+        f"read {word_size(report.bytes_read)} in {report.seconds:.2f} s{how}, "
+        f"peak memory {word_size(report.peak_memory)}"
+    )
 
 
 def recalibration_lines(report: Recalibration) -> Iterator[str]:
@@ -171,41 +238,55 @@ def verification_lines(found: Verification) -> Iterator[str]:
 
 def published_lines(report: Report) -> Iterator[str]:
     """Yield one short line for `polyak watch`, which prints one for each publication."""
-    plan = report.plan
-    names = [shown(name, 60) for name in plan.names]
-    span = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
-    rule = ", ".join([plan.scheme, *(f"{key} {value:g}" for key, value in plan.parameters.items())])
-    count = word_count(len(names), "checkpoint")
-    yield f"wrote {shown(report.output)}: {count}, {span} ({rule})"
+    yield f"wrote {shown(report.output)}: {_word_span(report.plan)}"
 
 
-def inside_lines(one: Inspection) -> Iterator[str]:
-    """Yield format, version, tensors and record of a checkpoint."""
-    from polyak_cli.examining.inspection import describe_storage
+def inside_lines(one: Inspection, verbose: bool) -> Iterator[Line]:
+    """Yield format, version, tensors and record of a checkpoint.
 
+    With ``verbose``, each tensor has its name in the file, its place there, and its fate in an
+    average.
+    """
     about = "".join(f", {key} {shown(text, 40)}" for key, text in one.data()["about"].items())
     yield (
         f"{shown(one.table.path)}: {one.format}{about}, {one.parameters:,} parameters, "
         f"{word_size(one.table.size)}"
     )
-    table = [["tensor", "dtype", "shape", "bytes", "stored", "fate"]]
-    measured = any(tensor.statistics for tensor in one.tensors)
+    yield _tabulate_tensors(one.tensors, verbose)
+    yield from _record_lines(one)
+
+
+def _tabulate_tensors(tensors: Sequence[Inspected], verbose: bool) -> Table:
+    from polyak_cli.examining.inspection import describe_storage
+
+    header = ["tensor", "dtype", "shape", "bytes"]
+    spare = ["stored", "bytes", "fate", "dtype", "shape"]
+    if verbose:
+        header += ["stored", "fate"]
+    measured = any(tensor.statistics for tensor in tensors)
     if measured:
-        table[0] += ["norm", "least", "greatest", "not finite"]
-    for spec, fate, statistics in one.tensors:
+        header += ["norm", "minimum", "maximum", "not finite"]
+        spare += ["norm", "minimum", "maximum"]
+    names = name_tensors(spec.name for spec, _, _ in tensors)
+    rows = []
+    for spec, fate, statistics in tensors:
         shape = "x".join(map(str, spec.shape)) or "scalar"
         row = [
-            shown(spec.name, 80),
+            shown(spec.name if verbose else names[spec.name]),
             spec.dtype,
             shape,
             str(spec.nbytes),
-            describe_storage(spec),
-            fate,
         ]
+        if verbose:
+            row += [describe_storage(spec), fate]
         if measured:
-            row += ["-" if v is None else f"{v:.6g}" for v in statistics or [None] * 4]
-        table.append(row)
-    yield from _columns(table)
+            row += ["-" if v is None else f"{v:.4g}" for v in statistics or [None] * 4]
+        rows.append(row)
+    return Table(header, rows, spare)
+
+
+def _record_lines(one: Inspection) -> Iterator[str]:
+    """Yield what polyak recorded in a checkpoint that it wrote."""
     record = one.provenance
     if isinstance(record, dict) and isinstance(record.get("inputs"), list):
         inputs = [each for each in record["inputs"] if isinstance(each, dict)]
@@ -222,58 +303,62 @@ def inside_lines(one: Inspection) -> Iterator[str]:
         )
 
 
-def difference_lines(found: Differences, verbose: bool) -> Iterator[str]:
-    """Yield the tensors of two files, the worst first."""
-    table = [["tensor", "relative", "largest", "cosine", ""]]
-    most = len(found.tensors) if verbose else 20
+def difference_lines(found: Differences, verbose: bool) -> Iterator[Line]:
+    """Yield the tensors of two files, the worst first; with ``verbose``, all, by whole names."""
+    most = len(found.tensors) if verbose else _MOST
+    names = name_tensors(tensor.name for tensor in found.tensors)
+    rows = []
     for tensor in found.tensors[:most]:
         cosine = "-" if tensor.cosine is None else f"{tensor.cosine:.6f}"
         equal = "equal" if tensor.equal else "differs"
         numbers = [f"{tensor.relative:.3e}", f"{tensor.largest:.3e}", cosine, equal]
-        table.append([shown(tensor.name, 80), *numbers])
-    yield from _columns(table)
+        rows.append([shown(tensor.name if verbose else names[tensor.name]), *numbers])
+    header = ("tensor", "relative", "largest", "cosine", "")
+    yield Table(header, rows, spare=("largest", "cosine"))
     if len(found.tensors) > most:
-        yield f"and {len(found.tensors) - most} tensors more; see them with -v"
+        yield f"and {word_count(len(found.tensors) - most, 'tensor')} more; see them with -v"
     yield from found.mismatches
     differing = sum(not tensor.equal for tensor in found.tensors) + len(found.mismatches)
-    yield "equal" if found.equal else f"{differing} tensors differ"
+    if found.equal:
+        yield "equal"
+    else:
+        yield f"{word_count(differing, 'tensor')} {'differs' if differing == 1 else 'differ'}"
 
 
-def distance_lines(found: Distances) -> Iterator[str]:
+def distance_lines(found: Distances) -> Iterator[Line]:
     """Yield the checkpoints of a run, and how far each is from others."""
     from polyak_cli.checkpoints.folders import list_relative_paths
 
-    table = [["checkpoint", "epoch", "to previous", "to average", ""]]
+    rows = []
     names = list_relative_paths([row.path for row in found.checkpoints])
     for name, row in zip(names, found.checkpoints, strict=True):
         step = "-" if row.to_previous is None else f"{row.to_previous:.3e}"
-        number = "-" if row.epoch is None else str(row.epoch)
         odd = "odd one out" if row.outlier else ""
-        table.append([shown(name, 60), number, step, f"{row.to_average:.3e}", odd])
-    yield from _columns(table)
+        rows.append([shown(name), _word_epoch(row.epoch), step, f"{row.to_average:.3e}", odd])
+    header = ("checkpoint", "epoch", "to previous", "to average", "")
+    yield Table(header, rows, spare=("epoch", "to previous"))
     yield f"distances relative to the norm of the average, over {found.tensors} float tensors"
 
 
-def health_lines(found: Health) -> Iterator[str]:
+def health_lines(found: Health) -> Iterator[Line]:
     """Yield the checkpoints of a run with their problems, then each problem in words."""
     from polyak_cli.checkpoints.folders import list_relative_paths
     from polyak_cli.examining.health import format_time
 
-    columns = ["epoch", "written (UTC)", "size", "not finite", "to previous", "to next", ""]
-    table = [["checkpoint", *columns]]
+    header = ("checkpoint", "epoch", "written (UTC)", "size", "not finite", "to previous", "")
+    rows = []
     names = list_relative_paths([one.path for one in found.checkpoints])
     for name, one in zip(names, found.checkpoints, strict=True):
         cells = [
             one.epoch,
-            format_time(one.modified),
+            (format_time(one.modified) or "-")[:16].replace("T", " "),  # minutes will do
             None if one.size is None else word_size(one.size),
             one.nonfinite,
-            *(None if step is None else f"{step:.3e}" for step in (one.to_previous, one.to_next)),
+            None if one.to_previous is None else f"{one.to_previous:.3e}",
         ]
         problems = ", ".join(problem.kind for problem in one.problems)
-        row = ["-" if cell is None else str(cell) for cell in cells]
-        table.append([shown(name, 60), *row, problems])
-    yield from _columns(table)
+        rows.append([shown(name), *("-" if c is None else str(c) for c in cells), problems])
+    yield Table(header, rows, spare=("written (UTC)", "size", "epoch", "not finite"))
     yield from map(word_passed_over, found.passed_over)
     for problem in found.all_problems:
         yield f"{problem.kind}: {problem.text}"
@@ -312,25 +397,30 @@ def models_data(scores: Sequence[Score], compared: Comparison | None) -> dict[st
     return {"baseline": _score_data(compared.baseline), "models": models}
 
 
-def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> Iterator[str]:
+def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> Iterator[Line]:
     """Yield the scores, and the differences between the models and the baseline."""
     if compared is None:
         yield from _score_lines(scores)
         return
     yield from _score_lines([*scores, compared.baseline])
     baseline = compared.baseline
-    tests = ["McNemar p", "sign-flip p"]
-    table = [["model", "metric", "difference", "from", "to", *tests, "verdict"]]
+    rows = []
+    tests = set()
     for one in compared.models:
         for gain in one.gains:
             numbers = [f"{value:+.6f}" for value in gain.paired[:3]]
-            p = ["-" if p is None else f"{p:.3g}" for p in (gain.mcnemar_p, gain.sign_flip_p)]
-            table.append([shown(one.score.path, 60), gain.metric, *numbers, *p, gain.verdict])
-    if len(table) == 1:
+            p = gain.sign_flip_p if gain.mcnemar_p is None else gain.mcnemar_p
+            tests.add("sign-flip" if gain.mcnemar_p is None else "McNemar")
+            words = ["-" if p is None else f"{p:.3g}", gain.verdict]
+            rows.append([shown(one.score.path), gain.metric, *numbers, *words])
+    if not rows:
         yield f"nothing can be compared with {shown(baseline.path, 60)}"
         return
     yield f"minus {shown(baseline.path, 60)}, with 95 % intervals over {baseline.rows} paired rows:"
-    yield from _columns(table)
+    header = ("model", "metric", "difference", "from", "to", "p", "verdict")
+    yield Table(header, rows, spare=("p", "from", "to"), left=("metric", "verdict"))
+    by = {"McNemar": "McNemar's test (accuracy)", "sign-flip": "a sign-flip test (loss)"}
+    yield "p by " + " and ".join(words for test, words in by.items() if test in tests)
     if any(gain.verdict == "within noise" for one in compared.models for gain in one.gains):
         yield (
             "within noise: no difference is shown; that takes an interval without 0 and a p below "
@@ -338,15 +428,17 @@ def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> It
         )
 
 
-def _score_lines(scores: Sequence[Score]) -> Iterator[str]:
+def _score_lines(scores: Sequence[Score]) -> Iterator[Line]:
     """Yield a row for each model, a column for each metric that any of them has."""
     metrics = list(dict.fromkeys(name for score in scores for name in score.metrics))
-    table = [["model", "loss", *map(shown, metrics), "rows"]]
+    rows = []
     for score in scores:
         values = [score.loss, *(score.metrics.get(name) for name in metrics)]
         cells = ["-" if value is None else f"{value:.6f}" for value in values]
-        table.append([shown(score.path, 60), *cells, str(score.rows)])
-    yield from _columns(table)
+        rows.append([shown(score.path), *cells, str(score.rows)])
+    # Accuracy is what most people look for; other metrics go before it, from the last.
+    spare = ["rows", *(shown(name) for name in reversed(metrics) if name != "accuracy"), "loss"]
+    yield Table(["model", "loss", *map(shown, metrics), "rows"], rows, spare)
     yield from _loss_lines(scores)
 
 
@@ -373,12 +465,3 @@ def training_lines(made: Mapping[str, Any]) -> Iterator[str]:
     yield f"kept {kept} and {shown(made['log'])}"
     if made["plot"]:
         yield f"drew {shown(made['plot'])}"
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Align a table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        yield ("  " + "  ".join(cells)).rstrip()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from polyak_cli.cli.tables import Verbatim
 from polyak_cli.errors import shown, word_count
 from polyak_cli.evaluation import reports
 
@@ -99,7 +100,7 @@ def sweep_lines(
     yield from _wrap(reports.write_verdict(found))
     yield from _wrap(reports.write_choice(found))
     if found["winner_command"]:
-        yield f"Make it: {shown(found['winner_command'], _LONGEST)}"
+        yield Verbatim(f"Make it: {shown(found['winner_command'], _LONGEST)}")
     yield ""
     selection, reporting = (found["splits"][name]["rows"] for name in ("selection", "reporting"))
     if found["gains"]:

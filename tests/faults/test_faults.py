@@ -199,7 +199,7 @@ def test_leftovers_among_the_checkpoints_are_passed_over(run_folder: Path) -> No
     """A killed run that wrote beside its checkpoints does not spoil them."""
     (run_folder / "ckpts/.polyak-99-dead.partial").write_bytes(b"half")
     (run_folder / "ckpts/.polyak-99-dead.partial.h5").write_bytes(b"half")
-    done = polyak("average", "ckpts", "-o", "ckpts/average.h5", cwd=run_folder)
+    done = polyak("average", "ckpts", "-o", "ckpts/average.h5", "-v", cwd=run_folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert "passed over: ckpts/.polyak-99-dead.partial" in done.stdout
     assert "3 checkpoints" in done.stdout
