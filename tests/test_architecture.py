@@ -158,6 +158,7 @@ EXCEPTIONS = {
     "cli.rendering": "a broken pipe is replaced by /dev/null",
     "evaluation.data": "data sets are read by numpy, csv and Python's import",
     "evaluation.keras_files": "zipfile is given a stream that storage has opened",
+    "evaluation.plots": "pictures are for people",
     "evaluation.quiet": "what a framework prints is held back in a temporary file",
     "evaluation.reports": "reports are texts for people",
     "formats.hdf5.chunks": "h5py's LZF needs a file in memory",

@@ -28,6 +28,18 @@ def test_the_curves_are_drawn_by_suffix(tmp_path: Path) -> None:
         assert f">{text}" in svg
 
 
+def test_pictures_say_what_they_show(tmp_path: Path) -> None:
+    """Each SVG has a title and a description; a name with dollars is no formula."""
+    pytest.importorskip("matplotlib")
+    plots.draw_learning_curves(HISTORY, tmp_path / "one.svg")
+    plots.draw_distances(["a", "$<b$"], [None, 0.2], [0.1, 0.3], tmp_path / "two.svg")
+    one, two = ((tmp_path / f"{name}.svg").read_text() for name in ("one", "two"))
+    assert "<title>Learning curves</title>" in one
+    assert "3 epochs, for training and test points; after the last: loss 0.4, accuracy 0.8" in one
+    assert "<title>Distances between checkpoints</title>" in two
+    assert "To the average: 0.1 to 0.3, the farthest $&lt;b$.</desc>" in two
+
+
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_the_same_numbers_give_the_same_file(tmp_path: Path, suffix: str) -> None:
     """There are no dates or random identifiers, and settings of the user do not matter."""

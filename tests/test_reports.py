@@ -13,22 +13,25 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from polyak_cli.cli import sweeps
 from polyak_cli.cli.averaging import average
 from polyak_cli.errors import MissingExtraError, OutputError, UsageError
-from polyak_cli.evaluation import reports
+from polyak_cli.evaluation import plots, reports
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def found(evil: str = "model_3.h5") -> dict[str, Any]:
     """Return a possible result of a sweep of three checkpoints."""
 
     def name(label: str, kind: str, window: int) -> dict[str, Any]:
-        scheme = "equal" if kind == "average" else ""
-        about = {"label": label, "kind": kind, "scheme": scheme}
-        return {**about, "parameter": None, "window": window}
+        scheme, _, parameter = label.partition(",")[0].partition(":")
+        about = {"label": label, "kind": kind, "scheme": scheme if kind == "average" else ""}
+        return {**about, "parameter": float(parameter or 0) or None, "window": window}
 
     def row(
         label: str, kind: str, window: int, coefficients: list[float], score: float, place: int
@@ -240,6 +243,68 @@ def test_the_page_fetches_nothing_and_escapes_names(tmp_path: Path) -> None:
     for part in ("epoch 2", "54,321 bytes", "0a" * 32, "polyak 1.2.3"):
         assert part in page
     assert not re.search(r"url\((?!#)|@import", page)
+
+
+# --- the figure -----------------------------------------------------------------------------------
+
+
+def draw(data: dict[str, Any], folder: Path, metric: str = "accuracy") -> ElementTree.Element:
+    """Return the figure of one metric as parsed SVG."""
+    pytest.importorskip("matplotlib")
+    plots.draw_sweep(data, folder / "figure.svg", metric)
+    return ElementTree.fromstring((folder / "figure.svg").read_text())
+
+
+def texts(drawing: ElementTree.Element, tag: str = "text") -> list[str]:
+    """Return the texts of a drawing in order."""
+    return ["".join(one.itertext()).strip() for one in drawing.iter(f"{SVG}{tag}")]
+
+
+def test_every_mark_and_band_of_the_figure_is_in_the_legend(tmp_path: Path) -> None:
+    """The winner, single and newest checkpoint, the band, each scheme and the ensemble."""
+    assert {
+        *("winner: equal, last 2", "single checkpoint", "newest checkpoint", "equal", "exp:2"),
+        *("middle half of singles", "ensemble"),
+    } <= {*texts(draw(found(), tmp_path))}
+
+
+def test_numbers_of_checkpoints_are_whole(tmp_path: Path) -> None:
+    """Three checkpoints give the ticks 1, 2 and 3, and nothing between."""
+    ticks = [text for text in texts(draw(found(), tmp_path)) if re.fullmatch(r"[\d.]+", text)]
+    assert [tick for tick in ticks if float(tick) >= 1] == ["1", "2", "3"]
+
+
+def test_one_wild_checkpoint_does_not_press_the_others_flat(tmp_path: Path) -> None:
+    """The scale ends beyond the middle of the data; what is outside is marked at its edge."""
+    data = found()
+    singles = [
+        {**data["rows"][0], "metrics": {"selection": {}, "reporting": {"accuracy": score}}}
+        for score in (500.0, math.inf, 0.1, 0.11, 0.12, 0.13, 0.14, math.nan)
+    ]
+    data["rows"] = [*singles, *data["rows"]]
+    drawing = draw(data, tmp_path)
+    ticks = [float(text) for text in texts(drawing) if re.fullmatch(r"0\.\d+", text)]
+    assert len(ticks) >= 3
+    assert max(ticks) < 0.5
+    assert "above the scale" in texts(drawing)
+    assert "below the scale" not in texts(drawing)
+
+
+def test_the_figure_has_a_title_and_says_its_numbers(tmp_path: Path) -> None:
+    """They are the first children of an image, where a screen reader looks, and valid XML."""
+    evil = r"$\frac$ <b> & _3.h5"
+    data = found(evil)
+    data["rows"][3]["rank"], data["rows"][2]["rank"] = 9, 1
+    drawing = draw(data, tmp_path)
+    assert drawing.get("role") == "img"
+    assert [one.tag for one in drawing][:2] == [f"{SVG}title", f"{SVG}desc"]
+    assert texts(drawing, "title") == ["Accuracy of single checkpoints and averages"]
+    (about,) = texts(drawing, "desc")
+    assert "on 51 reporting rows" in about
+    assert "Single checkpoints: 0.1667 to 0.2333. The newest: 0.2." in about
+    assert "equal: 0.2 to 0.2667." in about  # from a window of 1, the newest, to one of 2
+    assert f"winner, {evil}: 0.2." in about
+    assert f"winner: {evil}" in texts(drawing)  # no formula
 
 
 # --- in a real browser ----------------------------------------------------------------------------
