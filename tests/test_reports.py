@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from polyak_cli.cli import sweeps
+from polyak_cli.cli import sweeps, tables
 from polyak_cli.cli.averaging import average
 from polyak_cli.errors import MissingExtraError, OutputError, UsageError
 from polyak_cli.evaluation import plots, reports
@@ -109,10 +109,25 @@ def test_the_verdict_is_one_sentence(verdict: str, sentence: str) -> None:
     assert text.count(".") == 1 + text.count(".h5")
 
 
-def test_the_answer_comes_first_and_the_ten_best_follow(tmp_path: Path) -> None:
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        """Return that lines are laid out for a width."""
+        return True
+
+
+def print_lines(data: dict[str, Any], width: int = 0, **options: Any) -> list[str]:
+    """Return the lines that the command prints, into a pipe or on a terminal of some width."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(width))
+        stream = _Terminal() if width else io.StringIO()
+        lines = tables.lay_out(sweeps.sweep_lines(data, Path("report"), None, **options), stream)
+        return [re.sub(r"\x1b\[\d*m", "", line) for line in lines]  # without bold
+
+
+def test_the_answer_comes_first_and_the_ten_best_follow() -> None:
     """Verdict, winner and its command are the first lines; each model has one row, best first."""
     data = found()
-    lines = [*sweeps.sweep_lines(data, tmp_path, None)]
+    lines = print_lines(data)
     assert lines[0].startswith("No gain is shown: equal, last 2 is within noise")
     assert lines[1] == (
         "Best accuracy of 5 models on 50 rows: equal, last 2, 0.8000. "
@@ -132,7 +147,7 @@ def test_the_answer_comes_first_and_the_ten_best_follow(tmp_path: Path) -> None:
     assert not any("ensemble" in line for line in lines)
 
 
-def test_a_long_table_is_cut_to_ten_and_the_newest(tmp_path: Path) -> None:
+def test_a_long_table_is_cut_to_ten_and_the_newest() -> None:
     """With --all, every model and every ensemble has its row; no line is wider than a terminal."""
     data = found("a_very_long_name_" * 5 + "_3.h5")
     extra = [
@@ -141,13 +156,14 @@ def test_a_long_table_is_cut_to_ten_and_the_newest(tmp_path: Path) -> None:
     ]
     data["rows"] += extra
     data["rows"][2]["rank"] = 99
-    short = [*sweeps.sweep_lines(data, tmp_path, None)]
-    assert sum("0." in line and line.startswith("  ") for line in short) == 1 + 10 + 1
+    short = print_lines(data, width=80)
+    scores = re.compile(r"  0\.\d{4} +0\.\d{4} +0\.\d{4}$")  # no loss on the reporting rows
+    assert len([*filter(scores.search, short)]) == 10 + 1
     assert any("(newest)" in line for line in short)
-    whole = [*sweeps.sweep_lines(data, tmp_path, None, show_all=True)]
-    assert sum("0." in line and line.startswith("  ") for line in whole) == 1 + 39 + 1
-    tables = [line for line in whole if line.startswith("  ")]
-    assert max(map(len, tables)) <= 80
+    whole = print_lines(data, width=80, show_all=True)
+    assert len([*filter(scores.search, whole)]) == 39 + 1
+    assert max(map(len, whole)) <= 80
+    assert any(line.split()[0].startswith("a_very") and "..." in line for line in whole if line)
 
 
 def test_small_and_large_scores_are_not_rounded_away() -> None:

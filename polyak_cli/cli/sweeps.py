@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
-import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from polyak_cli.cli.tables import Verbatim
+from polyak_cli.cli.tables import Table, Verbatim
 from polyak_cli.errors import shown, word_count
 from polyak_cli.evaluation import reports
 
@@ -88,7 +85,7 @@ def _write_path(path: object) -> str:
 
 def sweep_lines(
     found: Data, folder: Path, best: Path | None, *, show_all: bool = False
-) -> Iterator[str]:
+) -> Iterator[str | Table]:
     """Yield the answer, the winner and how to make it, then its gains and the best models.
 
     Args:
@@ -97,20 +94,21 @@ def sweep_lines(
         best: the file that the winner was written to, if it was.
         show_all: show all models and ensembles instead of the ten best models.
     """
-    yield from _wrap(reports.write_verdict(found))
-    yield from _wrap(reports.write_choice(found))
+    yield reports.write_verdict(found)
+    yield reports.write_choice(found)
     if found["winner_command"]:
         yield Verbatim(f"Make it: {shown(found['winner_command'], _LONGEST)}")
     yield ""
     selection, reporting = (found["splits"][name]["rows"] for name in ("selection", "reporting"))
     if found["gains"]:
         yield f"On {reporting} rows that nothing was chosen on, with 95 % intervals:"
-        yield from _align([["  " + row[0], *row[1:]] for row in reports.list_gains(found)])
+        header, *gains = reports.list_gains(found)
+        yield Table(header, gains, spare=["p"], left=["metric", "verdict"])
         yield ""
     models = reports.list_models(found)
     rows = models if show_all else models[:MOST]
     which = "All" if len(rows) == len(models) else f"The {len(rows)} best of"
-    yield from _wrap(
+    yield (
         f"{which} {word_count(len(models), 'model')}, on the {selection} rows for choosing (1) "
         f"and {reporting} others (2):"
     )
@@ -118,18 +116,18 @@ def sweep_lines(
     newest = reports.find_newest(found)
     rows = rows if newest in rows else [*rows, newest]
     ensembles = [row for row in found["rows"] if not row["rank"]] if show_all else []
-    yield from _align(_list_scores(found, [*rows, *ensembles]))
+    yield _list_scores(found, [*rows, *ensembles])
     for row in rows:
         if row["also"]:
-            yield from _wrap(f"{shown(row['label'], 60)} is also {reports.write_equals(row)}.")
+            yield f"{shown(row['label'], 60)} is also {reports.write_equals(row)}."
     yield ""
     yield f"wrote {shown(folder / 'report.html')}"
     if best:
         yield f"wrote {shown(best)}"
 
 
-def _list_scores(found: Data, rows: Sequence[Data]) -> list[list[str]]:
-    """Return a table of accuracy and loss, as far as the models have them, its titles first."""
+def _list_scores(found: Data, rows: Sequence[Data]) -> Table:
+    """Return a table of accuracy and loss, as far as the models have them."""
     pairs = [
         (metric, split)
         for split in ("selection", "reporting")
@@ -137,25 +135,12 @@ def _list_scores(found: Data, rows: Sequence[Data]) -> list[list[str]]:
         if any(row["metrics"][split].get(metric) is not None for row in found["rows"])
     ]
     places, newest = {"selection": 1, "reporting": 2}, reports.find_newest(found)
-    table = [["  model", *(f"{metric} ({places[split]})" for metric, split in pairs)]]
+    titles = [f"{metric} ({places[split]})" for metric, split in pairs]
+    cells = []
     for row in rows:
         scores = [row["metrics"][split].get(metric) for metric, split in pairs]
-        label = f"  {shown(row['label'], 24)}{' (newest)' if row is newest else ''}"
-        table.append([label, *map(reports.format_number, scores)])
-    return table
-
-
-def _align(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Align a table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
-
-
-def _wrap(text: str) -> list[str]:
-    """Break a sentence between words at the width of the terminal; elsewhere it is one line."""
-    if not sys.stdout.isatty():
-        return [text]
-    width = shutil.get_terminal_size().columns
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+        label = f"{shown(row['label'], 60)}{' (newest)' if row is newest else ''}"
+        cells.append([label, *map(reports.format_number, scores)])
+    # What the winner was not chosen by goes first.
+    spare = [title for title in reversed(titles) if not title.startswith(found["metric"])]
+    return Table(["model", *titles], cells, spare=spare)
