@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shlex
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +20,7 @@ from polyak_cli.cli import sweeps, tables
 from polyak_cli.cli.averaging import average
 from polyak_cli.errors import MissingExtraError, OutputError, UsageError
 from polyak_cli.evaluation import plots, reports
+from tests.browser import THEMES, find_faults, open_browser, show
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -326,64 +326,98 @@ def test_the_figure_has_a_title_and_says_its_numbers(tmp_path: Path) -> None:
 # --- in a real browser ----------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Yield a headless Chromium; `make system` installs it if it is missing."""
-    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
-    if not driver or not chromium:
-        pytest.skip("no Chromium and chromedriver here; `make system` installs them")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    running = webdriver.Chrome(options, Service(driver))
-    yield running
-    running.quit()
+    """Yield a headless Chromium."""
+    with open_browser() as running:
+        yield running
 
 
 def cells(browser: Any, column: int) -> list[str]:
     """Return the text of a column of the table in its present order."""
-    script = "return [...document.querySelectorAll('tbody tr')].map(r => r.cells[%d].innerText)"
-    texts: list[str] = browser.execute_script(script % column)
+    rows = "[...document.querySelectorAll('#scores tbody tr')]"
+    script = f"return {rows}.map(row => row.cells[{column}].innerText)"
+    texts: list[str] = browser.execute_script(script)
     return texts
 
 
 @pytest.mark.slow
-def test_a_browser_sorts_the_table_and_shows_both_themes(tmp_path: Path, browser: Any) -> None:
-    """Chromium shows no error; columns sort both ways, themes differ, and the page fits a phone."""
+def test_a_browser_sorts_the_table(tmp_path: Path, browser: Any) -> None:
+    """Columns sort both ways, and numbers by their value."""
     reports.write_files(found(), tmp_path / "report")
-    browser.get((tmp_path / "report" / "report.html").as_uri())
-    titles = [button.text for button in browser.find_elements("css selector", "th button")]
-    assert titles[:3] == ["candidate", "kind", "window"]
+    show(browser, tmp_path / "report" / "report.html", "desktop", "light")
+    assert cells(browser, 0)[0].startswith("equal, last 2")  # the best first
+    buttons = browser.find_elements("css selector", "#scores th button")
+    titles = [button.text for button in buttons]
+    assert titles[:3] == ["model", "kind", "window"]
     column = titles.index("accuracy (selection)")
-    button = browser.find_elements("css selector", "th button")[column]
-    button.click()
-    assert cells(browser, column) == ["0.5000", "0.6000", "0.7000", "0.7500", "0.8000", "0.8500"]
+    buttons[column].click()
+    ascending = ["0.5000", "0.6000", "0.7000", "0.7500", "0.8000", "0.8500"]
+    assert cells(browser, column) == ascending
     assert cells(browser, 0)[0] == "model_2.h5"
-    button.click()
-    assert cells(browser, column)[0] == "0.8500"
+    buttons[column].click()
+    assert cells(browser, column) == ascending[::-1]
     assert browser.find_elements("css selector", "tr.best td")[0].text.startswith("equal, last 2")
 
+
+@pytest.mark.slow
+def test_the_page_shows_ten_rows_and_all_on_demand(tmp_path: Path, browser: Any) -> None:
+    """A button shows the rest; sorting keeps ten, now the first of the new order."""
+    data = found()
+    data["rows"] += [
+        {**data["rows"][3], "rank": place, "label": f"exp:{place}, last 2"}
+        for place in range(6, 20)
+    ]
+    reports.write_files(data, tmp_path / "report")
+    show(browser, tmp_path / "report" / "report.html", "desktop", "light")
+    visible = "return [...document.querySelectorAll('#scores tbody tr')].filter(r => !r.hidden)"
+    assert len(browser.execute_script(visible)) == 10
+    browser.find_elements("css selector", "#scores th button")[0].click()
+    assert len(browser.execute_script(visible)) == 10
+    button = browser.find_element("css selector", "#all")
+    assert button.text == "Show all 20 rows"
+    button.click()
+    assert len(browser.execute_script(visible)) == 20
+    assert not button.is_displayed()
+
+
+@pytest.mark.slow
+def test_the_page_is_readable_on_every_screen_and_in_both_themes(
+    tmp_path: Path, browser: Any
+) -> None:
+    """Contrast is WCAG's AA, headings are in order, and nothing overflows, whatever the names."""
+    data = found("a_very_long_name_" * 9 + "_3.h5")
+    data["winner_command"] += f" --exclude {'x' * 300}"
+    data["notes"] = ["a note: " + "y" * 300]
+    reports.write_files(data, tmp_path / "report")
+    page = tmp_path / "report" / "report.html"
+    assert find_faults(browser, page) == []
     colours = {}
-    for theme in ("light", "dark"):
-        media = [{"name": "prefers-color-scheme", "value": theme}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
-        script = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
-        colours[theme] = browser.execute_script(script)
-        shot = browser.get_screenshot_as_png()
-        assert len(shot) > 5000
+    for theme in THEMES:
+        show(browser, page, "phone", theme)
+        style = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
+        colours[theme] = browser.execute_script(style)
     assert colours["light"] == ["rgb(255, 255, 255)", "rgb(34, 34, 34)"]
     assert colours["dark"] == ["rgb(22, 24, 27)", "rgb(227, 227, 227)"]
-
     ink = "return getComputedStyle(document.querySelector('figure text')).fill"
     assert browser.execute_script(ink) == colours["dark"][1]
 
-    phone = {"width": 375, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    overflow = "return document.documentElement.scrollWidth - window.innerWidth"
-    assert browser.execute_script(overflow) <= 0
-    assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+
+@pytest.mark.slow
+def test_each_fault_of_a_page_is_seen(tmp_path: Path, browser: Any) -> None:
+    """Pale text, headings out of order, a wide box, an unreachable region, a nameless figure."""
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<!doctype html><html><body><h2>Late</h2><h4>Deep</h4>"
+        "<p style='color: #999'>pale</p><div style='width: 2000px'>wide</div>"
+        "<div class='scroll' id='a'>region</div><i id='a'>twice</i>"
+        "<figure><svg width='90' height='20' viewBox='0 0 90 20'>"
+        "<path d='M0 0 L9 9' style='stroke: #eeeeee; fill: none'/>"
+        "<text x='80' y='15'>cut off</text></svg></figure></body></html>"
+    )
+    faults = "\n".join(find_faults(browser, page))
+    for part in (
+        *("contrast 2.85 of p pale", "of path", "not the only h1", "h4 follows h2", "too wide"),
+        *("no title or no language", "no keyboard", "twice", "no title", "cut off in a figure"),
+    ):
+        assert part in faults

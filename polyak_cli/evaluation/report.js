@@ -1,7 +1,10 @@
-
 "use strict";
-const body = document.querySelector("tbody");
-const heads = [...document.querySelectorAll("th")];
+const body = document.querySelector("#scores tbody");
+const heads = [...document.querySelectorAll("#scores th")];
+const all = document.querySelector("#all");
+const MOST = 10;
+// Without this script, every row is shown.
+const fold = () => [...body.rows].forEach((row, k) => { row.hidden = !all.hidden && k >= MOST; });
 const value = (row, k) => {
   const cell = row.cells[k], text = cell.dataset.value ?? cell.textContent;
   const number = Number(text);
@@ -18,4 +21,8 @@ heads.forEach((head, k) => head.querySelector("button").addEventListener("click"
       : String(x).localeCompare(String(y)));
   };
   body.append(...[...body.rows].sort(order));
+  fold();
 }));
+all.addEventListener("click", () => { all.hidden = true; fold(); });
+all.hidden = body.rows.length <= MOST;
+fold();

@@ -85,12 +85,22 @@ def write_files(found: Data, folder: Path) -> list[Path]:
             json_file.write_text(format_json(found) + "\n")
             plots.draw_sweep(found, png)
             plots.draw_sweep(found, svg)
-            page.write_text(render_page(found, svg.read_text()))
+            page.write_text(render_page(found, _draw_panels(found, Path(hidden))))
             return [
                 path.replace(folder / path.name) for path in (csv_file, json_file, png, svg, page)
             ]
     except OSError as error:
         raise OutputError(f"{shown(folder)}: cannot be written: {error.strerror}") from error
+
+
+def _draw_panels(found: Data, folder: Path) -> dict[str, str]:
+    """Return a figure of each metric as SVG; the page places them as its width allows."""
+    panels = {}
+    for metric in plots.list_metrics(found):
+        path = folder / f"{metric}.svg"
+        plots.draw_sweep(found, path, metric)
+        panels[metric] = path.read_text()
+    return panels
 
 
 def format_json(found: Data, indent: int | None = 2) -> str:
@@ -245,7 +255,9 @@ class _PageRow(NamedTuple):
     label: str
     kind: str
     window: int
+    also: str
     wins: bool
+    newest: bool
     largest: str  # of its coefficients; the column is sorted by it
     coefficients: str
     width: int
@@ -254,12 +266,12 @@ class _PageRow(NamedTuple):
     cells: Sequence[_Cell]
 
 
-def render_page(found: Data, figure: str) -> str:
+def render_page(found: Data, figures: Mapping[str, str]) -> str:
     """Return the HTML page.
 
     Args:
         found: the result of `Sweep.data`.
-        figure: the drawing, as SVG.
+        figures: metric -> its drawing, as SVG.
 
     Raises:
         MissingExtraError: jinja2 is not installed.
@@ -276,30 +288,43 @@ def render_page(found: Data, figure: str) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
     columns = _list_columns(found)
-    titles = ["candidate", "kind", "window", "coefficients"]
+    gain_titles, *gains = list_gains(found)
+    titles = ["model", "kind", "window", "coefficients"]
+    ensembles = [row for row in found["rows"] if not row["rank"]]
     return environment.get_template("report.html.j2").render(
-        sentences=[write_verdict(found), write_choice(found)],
+        {name: found[name] for name in _NAMED},
+        verdict=write_verdict(found),
+        choice=write_choice(found),
+        gain_titles=gain_titles,
+        gains=gains,
         # Markup: matplotlib escaped the text in its own drawing.
-        figure=Markup(_inline(figure)),  # noqa: S704
+        figures=[Markup(_inline(*figure)) for figure in figures.items()],  # noqa: S704
         titles=titles + [f"{metric} ({split})" for split, metric in columns],
-        rows=[_lay_out_row(row, columns, row["rank"] == 1) for row in found["rows"]],
-        checkpoints=found["checkpoints"],
-        polyak=found["polyak"],
-        notes=found["notes"],
+        rows=[
+            _lay_out_row(row, columns, row is find_newest(found))
+            for row in (*list_models(found), *ensembles)
+        ],
+        **found["splits"],
     )
 
 
-def _inline(figure: str) -> str:
-    """Return a drawing that takes the colours of the page."""
+#: What the page shows as it is.
+_NAMED = ("polyak", "command", "date", "data", "winner_command", "checkpoints", "notes")
+
+
+def _inline(metric: str, figure: str) -> str:
+    """Return a drawing that takes the colours of the page, and whose identifiers are its own."""
     drawing = figure[figure.index("<svg") :]
     # Without a fixed size the style sheet scales it to the width of the page.
     drawing = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", drawing, count=1)
     drawing = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1)
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # nothing refers to a group
+    drawing = re.sub(r'( id="|href="#|url\(#)', rf"\1{metric}-", drawing)
     drawing = drawing.replace("fill: #ffffff", "fill: none")  # the background
     return drawing.replace(plots.INK, "currentColor").replace(plots.GRID, "var(--line)")
 
 
-def _lay_out_row(row: Data, columns: Sequence[tuple[str, str]], wins: bool) -> _PageRow:
+def _lay_out_row(row: Data, columns: Sequence[tuple[str, str]], is_newest: bool) -> _PageRow:
     """Return what the page shows of one candidate; its coefficients oldest first."""
     width, height = 6, 18
     coefficients = row["coefficients"]
@@ -315,7 +340,9 @@ def _lay_out_row(row: Data, columns: Sequence[tuple[str, str]], wins: bool) -> _
         label=row["label"],
         kind=row["kind"],
         window=row["window"],
-        wins=wins,
+        also=write_equals(row),
+        wins=row["rank"] == 1,
+        newest=is_newest,
         largest=f"{largest:.6f}",
         coefficients=", ".join(f"{c:.6f}" for c in coefficients),
         width=width * len(coefficients),
@@ -328,4 +355,4 @@ def _lay_out_row(row: Data, columns: Sequence[tuple[str, str]], wins: bool) -> _
 def _make_cell(value: float | None) -> _Cell:
     if value is None or not math.isfinite(value):
         return _Cell("-", "")
-    return _Cell(f"{value:.4f}", repr(value))
+    return _Cell(format_number(value), repr(value))
