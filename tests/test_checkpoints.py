@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import socket
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -437,6 +438,32 @@ def test_an_empty_directory_is_an_error(run: Path) -> None:
     )
     assert "looked for files in .weights.h5, .weights.json, .h5, .hdf5, " in message
     assert ".ckpt, .index, but found nothing at all" in message
+
+
+def test_an_error_names_the_folders_that_hold_checkpoints(run: Path) -> None:
+    """Where a folder has none, but those in it do; how many are told for a few."""
+    for folder, count in (("a", 2), ("b", 1), ("empty", 0), ("text", 0), ("d", 3), ("e", 1)):
+        (run / folder).mkdir()
+        make(run / folder, *(f"model_{k}.h5" for k in range(count)))
+    make(run / "text", "notes.txt")
+    some = f"{run / 'a'} (2), {run / 'b'} (1), {run / 'd'} (3) and 1 more hold checkpoints"
+    assert refusal(run) == f"{run}: there is no checkpoint here, but {some}; name one of them"
+    for folder in "bde":
+        shutil.rmtree(run / folder)
+    assert refusal(run).endswith(f"but {run / 'a'} holds 2 checkpoints; name that folder")
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/run", "gs://b/*.h5", "https://h/m.h5", "s3:/b/r"])
+def test_a_url_is_no_path(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Object storage is refused by name, and not looked for on the disk."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="not supported yet") as caught:
+        select([text])
+    assert str(caught.value).startswith(f"{text}: URLs and object storage")
+    if text == "s3:/b/r":  # a folder may well have such a name
+        (tmp_path / "s3:/b/r").mkdir(parents=True)
+        make(tmp_path / "s3:/b/r", "model_1.h5")
+        assert names(select([text])) == ["model_1.h5"]
 
 
 def test_a_foreign_directory_is_an_error_that_says_what_was_there(run: Path) -> None:

@@ -681,6 +681,29 @@ def test_files_that_nobody_takes_for_checkpoints_are_no_news(run_folder: Path) -
     )
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("average", "s3://b/run", "-o", "o.h5"),
+        ("average", "ckpts", "-o", "s3://b/o.h5"),
+        ("watch", "ckpts", "-o", "s3://b/o.h5"),
+        ("inspect", "s3://b/m.h5"),
+        ("evaluate", "ckpts", "--data", "blobs", "--baseline", "s3://b/m.h5"),
+    ],
+    ids=" ".join,
+)
+def test_object_storage_is_refused_before_anything_is_done(
+    run_folder: Path, arguments: tuple[str, ...]
+) -> None:
+    """In place of any path, a URL costs one line, exit 2, and no file; it is quoted as given."""
+    done = polyak(*arguments, cwd=run_folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    line = one_line(done.stderr)
+    assert line.startswith("s3://b/")
+    assert "URLs and object storage are not supported yet" in line
+    assert os.listdir(run_folder) == ["ckpts"]
+
+
 def test_quiet_prints_only_errors(run_folder: Path) -> None:
     """-q is silent when all is well, notes included, and still tells what went wrong."""
     write_model(run_folder / "1.h5", {"bn": {"moving_mean": _f4(3)}})

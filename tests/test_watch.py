@@ -408,6 +408,24 @@ def test_unfinished_names_are_never_read(folder: Path, name: str) -> None:
     assert notes == []
 
 
+def test_once_says_that_the_output_is_up_to_date(folder: Path) -> None:
+    """The first run publishes, the second has nothing to do and says so, unless it is quiet."""
+    arguments = ("watch", "ckpts", "-o", "o.h5", "--once", "--interval", "0.01")
+    done = polyak(*arguments, cwd=folder)
+    assert (done.stdout[:5], done.stderr) == ("wrote", "")
+    done = polyak(*arguments, cwd=folder)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "note: o.h5: is up to date (3 checkpoints)\n"
+    assert polyak(*arguments, "-q", cwd=folder).stderr == ""
+
+
+def test_once_says_that_coefficients_wait_for_checkpoints(folder: Path) -> None:
+    """Three checkpoints are too few for four coefficients."""
+    notes: list[str] = []
+    assert once(folder, coefficients=[1, 1, 1, 1], on_note=notes.append) == []
+    assert notes == [f"{folder / 'o.h5'}: waits for 4 checkpoints, one a coefficient"]
+
+
 def test_an_empty_directory_is_waited_for(folder: Path) -> None:
     """Once says so and ends well; otherwise the first checkpoint is the first average."""
     for path in (folder / "ckpts").iterdir():
@@ -451,7 +469,8 @@ def test_a_signal_ends_it_with_the_last_output_whole(folder: Path, number: signa
         watched.line()
         code, out, err = watched.end(number)
     assert (code, out) == (128 + number, "")
-    assert one_line(err).endswith("; no unfinished file is left")
+    said = "stopped" if number == signal.SIGINT else "error: ended by SIGTERM"
+    assert err == f"{said}; no unfinished file is left\n"
     assert sorted(os.listdir(folder)) == ["ckpts", "o.h5"]
     assert (folder / "o.h5").read_bytes() == made(folder, scheme="exp", last=3)
 

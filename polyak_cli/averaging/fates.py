@@ -13,7 +13,14 @@ from polyak_cli.averaging.belonging.states import is_of_the_run, note_numbers, n
 from polyak_cli.averaging.matching import Row, find_last_part, is_statistic
 from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import Checkpoint
-from polyak_cli.errors import MismatchError, UsageError, list_some, shown, word_count
+from polyak_cli.errors import (
+    MismatchError,
+    UsageError,
+    choose_verb,
+    list_some,
+    shown,
+    word_count,
+)
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.tensors import FLOATS, Table, is_carried
 
@@ -111,12 +118,10 @@ def list_notes(
     names = [row[-1].name for row in averaged]
     statistics = [name for name in names if is_statistic(tables[-1], name)]
     if statistics and not recalibrates:
+        count = word_count(len(statistics), "BatchNorm moving statistic")
         notes.append(
-            f"{len(statistics)} BatchNorm moving statistics are averaged "
-            f"({list_some(statistics)}); they are estimates for each checkpoint, not for the "
-            f"average: recalculate them with one pass over training data "
-            f"({_advise_recalculation(tables[-1])}) when the learning rate was high or the average "
-            "scores below its checkpoints"
+            f"{count} {choose_verb(len(statistics))} averaged; recompute them on training data "
+            f"({_advise_recalculation(tables[-1])})"
         )
     stored = {*stored_dtypes.values()}
     if not drop_optimizer and tables[-1].optimizer:

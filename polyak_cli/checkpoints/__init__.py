@@ -26,6 +26,7 @@ from polyak_cli.checkpoints.listing import (
     find_objection,
     list_sources,
     refuse,
+    refuse_url,
 )
 from polyak_cli.checkpoints.metrics import check_monitor, take_best
 from polyak_cli.checkpoints.ordering import (
@@ -50,6 +51,7 @@ __all__ = [
     "find_file",
     "make_natural_key",
     "model_files",
+    "refuse_url",
     "select",
     "survey",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import glob
+import itertools
 import os
 import re
 import stat
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from polyak_cli.checkpoints.names import split_words
-from polyak_cli.errors import CheckpointError, UsageError, shown, word_rest
+from polyak_cli.errors import CheckpointError, UsageError, shown, word_count, word_rest
 from polyak_cli.formats.catalogue import FORMATS, name_file, name_folder
 from polyak_cli.formats.foreign import EMPTY, JSON, NUMPY, ZIP, name_by_ending
 
@@ -111,6 +112,15 @@ _LOOKED_AT = 100
 
 #: What also lies beside checkpoints that are elsewhere.
 _SAY_NOTHING = (JSON, EMPTY, NUMPY, ZIP)
+
+#: How a URL begins.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://?")
+
+#: Folders beside one another, and names in each, that are looked through for checkpoints.
+_MOST_FOLDERS, _MOST_NAMES = 100, 10_000
+
+#: Why a folder that is no checkpoint is passed over.
+_PLAIN_FOLDER = "a directory"
 
 _SPECIAL_FILES = (
     (stat.S_ISDIR, "a directory"),
@@ -207,12 +217,28 @@ def list_sources(sources: StrPath | Sequence[StrPath]) -> Sequence[StrPath]:
     return sources
 
 
+def refuse_url(text: str) -> None:
+    """Refuse a URL, which must not become a path: ``Path`` would make ``s3:/bucket`` of it.
+
+    Raises:
+        UsageError: it is one.
+    """
+    scheme = _URL.match(text)
+    # A pathlib.Path has lost a slash already; such a folder may still be there.
+    if scheme and (scheme[0].endswith("//") or not os.path.lexists(scheme[0])):
+        raise UsageError(
+            f"{shown(text)}: URLs and object storage are not supported yet, only local files; copy "
+            "the files to a folder, or mount the storage as one"
+        )
+
+
 def expand_source(source: StrPath) -> tuple[list[Path], bool]:
     """Return the paths of a source, and whether they were listed rather than given by itself."""
     text = os.fspath(source)
     # Path("") is the current directory; an empty name comes from an unset shell variable.
     if not text or "\0" in text:
         raise CheckpointError(f"{shown(text)!r} is no path: give a directory, a pattern or files")
+    refuse_url(text)
     try:
         mode = os.stat(text).st_mode  # noqa: PTH116 - Path() would forget a trailing slash
     except OSError as error:
@@ -367,7 +393,7 @@ def find_objection(path: Path, kinds: Mapping[str, str], what: str) -> str | Non
 def _describe_unknown(path: Path, what: str) -> str:
     """Return what a path is whose name is not that of a checkpoint."""
     if path.is_dir():
-        foreign, plain = name_folder(path), "a directory"
+        foreign, plain = name_folder(path), _PLAIN_FOLDER
     else:
         foreign, plain = name_by_ending(path.name), f"not named like a {what}"
     return foreign.name if foreign else plain
@@ -468,12 +494,39 @@ def describe_nothing_found(
     foreign = _describe_foreign(Path(source), passed)
     if foreign:
         return f"{where}: {foreign}"
+    below = _describe_folders(passed, what, kinds)
+    if below:
+        return f"{where}: there is no {what} here, but {below}"
     ends = ", ".join(end for end, kind in kinds.items() if kind)
     text = f"{where}: there is no {what} here: looked for files in {ends}"
     if not passed:
         return f"{text}, but found nothing at all"
     some = ", ".join(f"{shown(one.path.name, 60)} ({one.reason})" for one in passed[:3])
     return f"{text}, passed over {some}{word_rest(len(passed) - 3)}"
+
+
+def _describe_folders(passed: Sequence[PassedOver], what: str, kinds: Mapping[str, str]) -> str:
+    """Return which folders in a folder without checkpoints hold some; nothing if none does."""
+    folders = [one.path for one in passed if one.reason == _PLAIN_FOLDER][:_MOST_FOLDERS]
+    counts = {folder: _count_candidates(folder, what, kinds) for folder in folders}
+    found = [(folder, count) for folder, count in counts.items() if count]
+    if not found:
+        return ""
+    if len(found) == 1:
+        folder, count = found[0]
+        return f"{shown(folder)} holds {word_count(count, what)}; name that folder"
+    some = ", ".join(f"{shown(folder)} ({count})" for folder, count in found[:3])
+    return f"{some}{word_rest(len(found) - 3)} hold {what}s; name one of them"
+
+
+def _count_candidates(folder: Path, what: str, kinds: Mapping[str, str]) -> int:
+    """Return how many names in a folder are those of checkpoints; none if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in itertools.islice(entries, _MOST_NAMES)]
+    except OSError:
+        return 0
+    return sum(find_objection(folder / name, kinds, what) is None for name in names)
 
 
 def _describe_foreign(source: Path, passed: Sequence[PassedOver]) -> str:

@@ -123,7 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except _Terminated as ended:
         interrupted = ended.number == signal.SIGINT
         how = "interrupted" if interrupted else f"ended by {signal.Signals(ended.number).name}"
-        code = _fail(f"{how}; no unfinished file is left", 128 + ended.number)
+        code = 128 + ended.number
+        if interrupted and [*(sys.argv[1:] if arguments is None else arguments)][:1] == ["watch"]:
+            # How everybody ends it, so it is no error; the code is that of the signal all the same.
+            print("stopped; no unfinished file is left", file=sys.stderr)
+        else:
+            _fail(f"{how}; no unfinished file is left", code)
     _leave(code)
 
 

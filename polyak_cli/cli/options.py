@@ -44,9 +44,15 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep the command line, to be written into a report, and parse it."""
+        """Keep the command line, to be written into a report, and parse it; refuse URLs."""
         ctx.meta[self.LINE] = shlex.join([*ctx.command_path.split(), *args])
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            if isinstance(parameter.type, click.Path):
+                value = ctx.params.get(parameter.name or "")
+                for path in value if isinstance(value, tuple) else (value,):
+                    _refuse_url(path)
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, a section for each group, in the order of declaration."""
@@ -58,6 +64,14 @@ class Command(click.Command):
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+def _refuse_url(path: object) -> None:
+    """Raise a UsageError for a URL; what is none is not looked at closely."""
+    if isinstance(path, str) and ":/" in path:
+        from polyak_cli.checkpoints import refuse_url  # imports numpy, which --help does not need
+
+        refuse_url(path)
 
 
 class Size(click.ParamType[Any]):

@@ -6,6 +6,7 @@ Prints nothing and knows no file format.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -257,6 +258,8 @@ def make_plan(
         stages=planned,
         check_template=lambda template, target: _check_recalibration(template, target, stages),
     )
+    if output is not None:
+        checkpoints.refuse_url(os.fspath(output))
     target = Path(output) if output is not None else None
     try:
         return plan_average(healthy, target, settings, around)

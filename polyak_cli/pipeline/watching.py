@@ -25,7 +25,14 @@ from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import records
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.checkpoints import Selection
-from polyak_cli.errors import CheckpointError, OutputError, PolyakError, UsageError, shown
+from polyak_cli.errors import (
+    CheckpointError,
+    OutputError,
+    PolyakError,
+    UsageError,
+    shown,
+    word_count,
+)
 from polyak_cli.pipeline import Options, Report
 from polyak_cli.storage import File, Version
 
@@ -72,6 +79,8 @@ def watch(
     """
     if not (interval > 0 and math.isfinite(interval)):
         raise UsageError(f"--interval is {interval:g}; expected a number of seconds above 0")
+    for path in (directory, output):
+        checkpoints.refuse_url(os.fspath(path))
     pipeline.parse_options(options)
     if options.get("on_unhealthy"):
         raise UsageError("on_unhealthy belongs to average; what cannot be read is waited for here")
@@ -87,9 +96,11 @@ def _look_repeatedly(watched: _Watched, interval: float, looks: int | None) -> I
     while True:
         report = watched.look()
         if report:
+            watched.published = True
             yield report
         del report  # its tables may be large, and the next one's come
         if watched.looks == looks:
+            watched.report_idleness()
             return
         time.sleep(interval)
 
@@ -118,6 +129,7 @@ class _Watched:
     on_note: Callable[[str], None]
     once: bool
     looks: int = 0
+    published: bool = False
     seen: dict[Path, _Seen] = field(default_factory=dict)  # by the file that opens it
     held: dict[Path, _Files] | None = None  # the inputs of the output; None if not known yet
 
@@ -225,6 +237,17 @@ class _Watched:
                 self.on_note(f"{seen.trouble}; it is left out until it is whole")
         if self.looks == 2 and not selection.checkpoints:
             self.on_note(f"{shown(self.directory)}: no whole checkpoint is here yet")
+
+    def report_idleness(self) -> None:
+        """Report why nothing was published, where nothing else says so."""
+        if self.published:
+            return
+        name = shown(self.output)
+        coefficients = self.options.get("coefficients")
+        if self.held is not None:
+            self.on_note(f"{name}: is up to date ({word_count(len(self.held), 'checkpoint')})")
+        elif coefficients:
+            self.on_note(f"{name}: waits for {len(coefficients)} checkpoints, one a coefficient")
 
     # --- what there is to do ----------------------------------------------------------------------
 
