@@ -113,7 +113,7 @@ def choose_verb(count: int) -> str:
 def word_size(nbytes: float) -> str:
     """Return a number of bytes in three digits and a decimal unit."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
+        if nbytes < 999.5:  # else three digits would be "1e+03"
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"

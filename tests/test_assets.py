@@ -284,7 +284,7 @@ def test_files_beside_that_mean_harm_are_no_obstacle(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sent", [7, {"a": 1}, {"a": ["x"]}, {"a": ["x", 7]}])
 def test_digests_of_another_form_are_refused(sent: Any) -> None:
     """A child that reads a hostile file may have been taken over by it."""
-    with pytest.raises(FormatError, match="no sensible digests"):
+    with pytest.raises(FormatError, match="invalid digests"):
         wire.unpack_assets(sent, "folder")
 
 

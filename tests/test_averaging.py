@@ -795,7 +795,7 @@ def test_a_checkpoint_of_the_run_is_never_replaced(tmp_path: Path) -> None:
     """Not even one that was not chosen, --force or not; an older average may be."""
     paths = write_run(tmp_path, 3)
     before = [path.read_bytes() for path in paths]
-    with pytest.raises(OutputError, match=r"model_1\.h5: is a checkpoint of the run"):
+    with pytest.raises(OutputError, match=r"model_1\.h5: is a checkpoint of this run"):
         average(tmp_path, paths[0], last=2, force=True)
     assert [path.read_bytes() for path in paths] == before
     average(tmp_path, tmp_path / "average.h5", last=2)

@@ -114,9 +114,9 @@ def test_keras_archives_become_safetensors(tmp_path: Path, method: int) -> None:
     assert not found
     assert said.keys() == {"config.json", "metadata.json", VOCABULARY, "polyak_provenance"}
     assert all(said[name] == content[name].decode() for name in said if name in content)
-    refused(tmp_path, tmp_path / "m_1.keras", "o.npz", "would be lost: .npz holds names and arr")
+    refused(tmp_path, tmp_path / "m_1.keras", "o.npz", "would be lost: an .npz file holds")
     write_archive(tmp_path / "m_2.keras", content | {VOCABULARY: b"\xff"})
-    refused(tmp_path, tmp_path / "m_2.keras", "p.safetensors", f"'{VOCABULARY}', which is not a t")
+    refused(tmp_path, tmp_path / "m_2.keras", "p.safetensors", f"'{VOCABULARY}' is not text")
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -146,18 +146,20 @@ def test_what_would_be_lost_is_named(tmp_path: Path) -> None:
     """Texts in an .npz, optimizer state, other tensors, and attributes that are no texts."""
     write_run(tmp_path / "run")
     run = tmp_path / "run"
-    refused(tmp_path, run, "o.npz", "'backend' would be lost: .npz holds names and arrays")
-    refused(tmp_path, run, "o.safetensors", "optimizer state is kept only", optimizer="newest")
+    refused(tmp_path, run, "o.npz", "'backend' would be lost: an .npz file holds only")
+    refused(
+        tmp_path, run, "o.safetensors", "optimizer state cannot be converted", optimizer="newest"
+    )
     with h5py.File(run / "m_1.h5", "r+") as file:
         file.attrs["epoch"] = 3
     refused(tmp_path, run, "o.safetensors", "attribute 'epoch' of '/'.* would be lost")
     with h5py.File(run / "m_1.h5", "r+") as file:
         del file.attrs["epoch"]
         file["model_weights/dense"].create_dataset("more", data=np.ones(3))
-    refused(tmp_path, run, "o.safetensors", "'/model_weights/dense/more', which is not the model's")
+    refused(tmp_path, run, "o.safetensors", "'/model_weights/dense/more', which is not part of")
     texts = np.array(["a", "ü"], object)
     path = write_model(tmp_path / "texts.h5", {"d": {"k": np.ones(3), "texts": texts}})
-    refused(tmp_path, path, "o.safetensors", "tensor 'd/texts' holds texts, which would be lost")
+    refused(tmp_path, path, "o.safetensors", "tensor 'd/texts' holds strings, which would be lost")
 
 
 def test_both_parts_of_big_endian_complex_numbers_are_carried(tmp_path: Path) -> None:
@@ -181,12 +183,12 @@ def test_a_checkpoint_that_changes_before_it_is_converted_is_refused(tmp_path: P
 def test_what_the_other_format_lacks_is_named(tmp_path: Path) -> None:
     """Strings, orders of axes, types and names."""
     arrays: dict[str, Array] = {
-        "texts": np.array(["a", "b"]),
+        "string": np.array(["a", "b"]),
         "stored in Fortran order": np.asfortranarray(np.ones((3, 4))),
     }
     for k, (message, values) in enumerate(arrays.items()):
         np.savez(tmp_path / f"m_{k}.npz", x=np.ones(3), y=values)
-        refused(tmp_path, tmp_path / f"m_{k}.npz", "o.safetensors", f"'y' .*({message}|of type)")
+        refused(tmp_path, tmp_path / f"m_{k}.npz", "o.safetensors", f"'y' .*({message}|has type)")
     path = tmp_path / "m.safetensors"
     save_file({"x": np.ones(3, np.float32), "../y": np.ones(3, np.float32)}, path)
     refused(tmp_path, path, "o.npz", "'../y' has a name that leads out")

@@ -64,9 +64,9 @@ FILES: list[tuple[str, bytes, str, str]] = [
     ("frozen.pb", b"\n\x1c\n\x01x\x12\x0bPlaceholder", "TensorFlow graph", "frozen from"),
     ("m.tflite", b"\x1c\0\0\0TFL3" + bytes(30), "TFLite", "average the checkpoints"),
     ("m.mlmodel", b"\x08\x04\x12\x10\n\x05image", "Core ML", "average the checkpoints"),
-    ("m.pth", OLD_TORCH, "torch.save in its old form", "torch.save it again"),
-    ("m.pkl", pickle.dumps({"w": 1}, 4), "pickle", "where it can be trusted"),
-    ("m.pt", pickle.dumps({"w": 1}, 2), "pickle", "where it can be trusted"),
+    ("m.pth", OLD_TORCH, "in the format before PyTorch 1.6", "save it again with torch.save"),
+    ("m.pkl", pickle.dumps({"w": 1}, 4), "pickle", "if you trust its source"),
+    ("m.pt", pickle.dumps({"w": 1}, 2), "pickle", "if you trust its source"),
     ("m.joblib", zlib.compress(pickle.dumps({"w": 1}), 3), "zlib", "unpack it"),
     ("m.pt2", archive("m/archive_format", "m/models/model.json"), "torch.export", "average"),
     ("m.h5.gz", gzip.compress(b"x", mtime=0), "gzip", "unpack it"),
@@ -87,7 +87,7 @@ FILES: list[tuple[str, bytes, str, str]] = [
     ("m.h5", b"hello world", "not an HDF5 file", "save it again"),
     ("m.keras", b"hello world", "not a .keras archive", "save it again"),
     ("m.pt", b"hello world", "not a file of torch.save", "save it again"),
-    ("notes", b"hello world", "no checkpoint of a known format", "expected Keras's"),
+    ("notes", b"hello world", "not a checkpoint in a known format", "expected Keras's"),
 ]
 
 

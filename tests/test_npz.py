@@ -75,7 +75,7 @@ def test_objects_are_never_unpickled(tmp_path: Path) -> None:
     """An array of objects is a pickle: refused by name, whatever it holds."""
     values = np.array([print], object)
     paths = write_pair(tmp_path, {"x": values}, {"x": values})
-    with pytest.raises(FormatError, match=r"m_2.npz: tensor 'x' is a pickle of objects"):
+    with pytest.raises(FormatError, match=r"m_2.npz: tensor 'x' is a pickled array of objects"):
         average(paths, tmp_path / "o.npz")
 
 

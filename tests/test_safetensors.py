@@ -358,7 +358,7 @@ def test_nothing_else_in_a_folder_is_ever_deleted(tmp_path: Path, name: str) -> 
         mine.symlink_to(paths[0] / INDEX)
     else:
         mine.write_text("mine")
-    with pytest.raises(OutputError, match="which an average would not"):
+    with pytest.raises(OutputError, match="which is not part of an average"):
         average(paths, tmp_path / "averaged", force=True)
     assert os.path.lexists(mine)
     assert sorted(os.listdir(tmp_path)) == ["averaged", "checkpoint-0", "checkpoint-1"]
@@ -428,7 +428,7 @@ def test_shards_that_say_different_things_become_no_single_file(tmp_path: Path) 
     paths, _ = write_pair(tmp_path)
     shard = paths[1] / "model-00002-of-00002.safetensors"
     save_file(load_file(shard), shard, {"format": "np"})
-    with pytest.raises(OutputError, match="different texts 'format'"):
+    with pytest.raises(OutputError, match="different values of 'format'"):
         average(paths, tmp_path / "o.safetensors")
     average(paths, tmp_path / "averaged")
     with safe_open(tmp_path / "averaged" / shard.name, "np") as file:
@@ -446,27 +446,27 @@ HOSTILE: dict[str, tuple[object, str]] = {
     "a hole at the start": ({"x": X | {"data_offsets": [8, 16]}}, "8 bytes before tensor 'x'"),
     "outside the file": ({"x": X | {"shape": [99], "data_offsets": [0, 396]}}, "'x' lies outside"),
     "bytes of no tensor": ({"x": X | {"shape": [1], "data_offsets": [0, 4]}}, "at its end"),
-    "offsets that run back": ({"x": X | {"data_offsets": [8, 0]}}, "'x' has no data_offsets"),
-    "one offset": ({"x": X | {"data_offsets": [8]}}, "'x' has no data_offsets"),
-    "a negative offset": ({"x": X | {"data_offsets": [-8, 0]}}, "'x' has no data_offsets"),
+    "offsets that run back": ({"x": X | {"data_offsets": [8, 0]}}, "'x' has the data_offsets"),
+    "one offset": ({"x": X | {"data_offsets": [8]}}, "'x' has the data_offsets"),
+    "a negative offset": ({"x": X | {"data_offsets": [-8, 0]}}, "'x' has the data_offsets"),
     "a shape bomb": ({"x": X | {"shape": [1 << 40, 1 << 40]}}, "'x' has 8 bytes; expected 4.8"),
     "an overflowing shape": ({"x": X | {"shape": [1 << 62, 4, 2]}}, "'x' has 8 bytes"),
-    "a negative shape": ({"x": X | {"shape": [-2, -1]}}, "'x' has no shape"),
-    "a shape of floats": ({"x": X | {"shape": [2.0]}}, "'x' has no shape"),
-    "a shape of truths": ({"x": X | {"shape": [True, 2]}}, "'x' has no shape"),
-    "65 dimensions": ({"x": X | {"shape": [1] * 64 + [2]}}, "'x' has no shape"),
+    "a negative shape": ({"x": X | {"shape": [-2, -1]}}, "'x' has the shape"),
+    "a shape of floats": ({"x": X | {"shape": [2.0]}}, "'x' has the shape"),
+    "a shape of truths": ({"x": X | {"shape": [True, 2]}}, "'x' has the shape"),
+    "65 dimensions": ({"x": X | {"shape": [1] * 64 + [2]}}, "'x' has the shape"),
     "half a byte": (
         {"x": {"dtype": "F4", "shape": [1], "data_offsets": [0, 0]}},
         "'x' has 0 bytes",
     ),
-    "an unknown type": ({"x": X | {"dtype": "F128"}}, "'x' is of an unknown type, F128"),
-    "a type that is none": ({"x": X | {"dtype": ["F32"]}}, "'x' is of an unknown type"),
+    "an unknown type": ({"x": X | {"dtype": "F128"}}, "'x' has an unknown type, F128"),
+    "a type that is none": ({"x": X | {"dtype": ["F32"]}}, "'x' has an unknown type"),
     "something more": ({"x": X | {"scale": 2}}, "'x' is not described by"),
     "something less": ({"x": {"dtype": "F32", "shape": [2]}}, "'x' is not described by"),
     "no description": ({"x": "y"}, "'x' is not described by"),
     "a name twice": (TWICE, "names 'x' twice"),
     "a nested name twice": (b'{"x":{"dtype":"F32","dtype":"F16"}}', "names 'dtype' twice"),
-    "metadata that are no texts": ({"__metadata__": {"a": 1}, "x": X}, "__metadata__ is not"),
+    "metadata that are no texts": ({"__metadata__": {"a": 1}, "x": X}, "__metadata__ does not map"),
     "no JSON": (b"{" + b"\xff" * 9, "its header is not JSON"),
     "JSON behind JSON": (b"{}{}", "its header is not JSON"),
     "half a character": (
@@ -520,11 +520,11 @@ def test_an_empty_and_a_tensor_without_elements_are_carried(tmp_path: Path) -> N
 
 SHARD = "model-00001-of-00002.safetensors"
 MAPS: dict[str, tuple[object, str]] = {
-    "a path": ({"x": f"../checkpoint-1/{SHARD}"}, "bare name of a .safetensors file"),
-    "an absolute path": ({"x": f"/{SHARD}"}, "bare name"),
-    "the folder above": ({"x": "..", "y": f"./{SHARD}"}, "bare name"),
-    "no name": ({"x": 3, "y": SHARD}, "bare name"),
-    "another kind of file": ({"x": "pytorch_model.bin", "y": SHARD}, "bare name"),
+    "a path": ({"x": f"../checkpoint-1/{SHARD}"}, "expected the name of a .safetensors file"),
+    "an absolute path": ({"x": f"/{SHARD}"}, "file in the same folder"),
+    "the folder above": ({"x": "..", "y": f"./{SHARD}"}, "file in the same folder"),
+    "no name": ({"x": 3, "y": SHARD}, "files in the same folder"),
+    "another kind of file": ({"x": "pytorch_model.bin", "y": SHARD}, "file in the same folder"),
     "a shard that is missing": ({"x": "other.safetensors"}, r"other\.safetensors: cannot be read"),
     "a tensor that is missing": ({"x": SHARD, "y": SHARD}, "has no tensor 'y'"),
     "a tensor that is nowhere": ({"x": SHARD}, "has a tensor 'z', which .* says is nowhere"),

@@ -226,9 +226,9 @@ LIES = {
     "strides beyond": (view(storage("0", 6), (2, 3), (2**62, 1)), "reaches element"),
     "sizes that overflow": (view(storage("0", 6), (2**62, 2**62), (2**62, 4)), "reaches element"),
     "a storage of another size": (tensor("0", 2**62), "storage of 24 bytes; expected"),
-    "no such storage": (tensor("1", 6), "storage '1', which the archive lacks"),
-    "a path": (tensor("../../../etc/passwd", 6), "which the archive lacks"),
-    "an absolute path": (tensor("/etc/passwd", 6), "which the archive lacks"),
+    "no such storage": (tensor("1", 6), "storage '1', which is missing"),
+    "a path": (tensor("../../../etc/passwd", 6), "which is missing from the archive"),
+    "an absolute path": (tensor("/etc/passwd", 6), "which is missing from the archive"),
     "two types": (b"(" + tensor("0", 6) + tensor("0", 6, "torch IntStorage") + b"t", "another"),
     "half of its elements": (tensor("0", 6, "torch DoubleStorage"), "24 bytes; expected 48"),
 }

@@ -284,7 +284,7 @@ def make_strange_label(file: Any) -> None:
         (make_cycle, "'/d/again' is linked twice"),
         (make_external_storage, "'d/vars/1' points to another file"),
         (make_unwritten, "'d/vars/1' was never written"),
-        (make_strange_label, "'name' is not a text"),
+        (make_strange_label, "'name' is not a string"),
     ],
 )
 def test_hostile_weights_are_refused(
@@ -334,15 +334,24 @@ def changed(path: Path, weight_map: Any) -> None:
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"/d/vars": "../m_00000.weights.h5"}, r"names the shard '\.\./m_00000.*bare name"),
+        (
+            {"/d/vars": "../m_00000.weights.h5"},
+            r"names the shard '\.\./m_00000.*in the same folder",
+        ),
         ({"/d/vars": "/etc/x.weights.h5"}, "names the shard '/etc/x.weights.h5'"),
-        ({"/d/vars": "/etc/passwd"}, "names the shard '/etc/passwd'.*bare name"),
-        ({"/d/vars": "../other/x.h5"}, r"names the shard '\.\./other/x.h5'.*bare name"),
+        ({"/d/vars": "/etc/passwd"}, "names the shard '/etc/passwd'.*in the same folder"),
+        ({"/d/vars": "../other/x.h5"}, r"names the shard '\.\./other/x.h5'.*in the same folder"),
         ({"/d/vars": "gone.weights.h5"}, "its shard gone.weights.h5 cannot be read"),
-        ({"/d/vars": "link.weights.h5"}, "its shard link.weights.h5 is a link or no regular file"),
-        ({"/d/vars": "pipe.weights.h5"}, "its shard pipe.weights.h5 is a link or no regular file"),
+        (
+            {"/d/vars": "link.weights.h5"},
+            "its shard link.weights.h5 is a link or not a regular file",
+        ),
+        (
+            {"/d/vars": "pipe.weights.h5"},
+            "its shard pipe.weights.h5 is a link or not a regular file",
+        ),
         ({"/d/vars": "m_00002.weights.h5"}, "m_00002.weights.h5: has no tensor in '/d/vars'"),
-        ({"/d/vars": [7], "": "x.weights.h5"}, "the weight_map of '/d/vars' is not the name"),
+        ({"/d/vars": [7], "": "x.weights.h5"}, "the weight_map of '/d/vars' is neither the name"),
         ([".weights.h5"], "is damaged: it has no weight_map"),
         ({"/d/vars": ["m_00000.weights.h5", "twin.weights.h5"]}, "two of its shards hold tensor"),
     ],

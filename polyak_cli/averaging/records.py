@@ -134,7 +134,7 @@ def read(written: str) -> Record:
     record = _parse(written)
     is_sealed = SEAL in record
     if is_sealed and record != seal(record):
-        raise FormatError("its record of provenance was changed: its digest is another")
+        raise FormatError("its record of provenance was changed: its digest does not match")
     others = record.keys() - _UNSEALED
     if not is_sealed and others:
         raise _build_error(f"'{shown(min(others), 40)}' in it")
@@ -167,7 +167,7 @@ def _parse(written: str) -> dict[str, Any]:
     """Parse a text that must be, character for character, what `encode` returns for it."""
 
     def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no number")
+        raise ValueError(f"{constant} is not a number")
 
     try:
         record = json.loads(written, parse_constant=refuse)
@@ -183,18 +183,20 @@ def _parse(written: str) -> dict[str, Any]:
 
 def _build_error(found: str) -> FormatError:
     """Return the error for a record that polyak did not write."""
-    return FormatError(f"its record of provenance is damaged or not polyak's: {found}")
+    return FormatError(f"its record of provenance is damaged or was not written by polyak: {found}")
 
 
 def _parse_input(found: Any) -> Input:
     """Check one input and return it."""
     if not isinstance(found, dict):
-        raise _build_error("an input that is no table")
+        raise _build_error("an input that is not an object")
     name, epoch, size = (found.get(key) for key in ("name", "epoch", "size"))
     coefficient, digests = found.get("coefficient"), found.get("sha256", [])
     path, sampled = found.get("path", name), found.get("sampled_sha256", "")
     if not isinstance(name, str) or not _is_name(name):
-        raise _build_error(f"an input called {shown(name, 60)}, expected the bare name of a file")
+        raise _build_error(
+            f"an input called {shown(name, 60)}; expected the name of a file, without a folder"
+        )
     where = f"input '{shown(name, 60)}' has"
     if type(epoch) not in (int, type(None)):
         raise _build_error(f"{where} the epoch {shown(epoch, 40)}")
@@ -204,12 +206,12 @@ def _parse_input(found: Any) -> Input:
         raise _build_error(f"{where} the coefficient {shown(coefficient, 40)}")
     listed = digests if isinstance(digests, list) else [digests]
     if not all(isinstance(digest, str) for digest in listed):
-        raise _build_error(f"{where} a SHA-256 that is no text")
+        raise _build_error(f"{where} a SHA-256 that is not a string")
     if not isinstance(sampled, str):
-        raise _build_error(f"{where} a sampled SHA-256 that is no text")
+        raise _build_error(f"{where} a sampled SHA-256 that is not a string")
     if not isinstance(path, str) or not _is_path(path, name):
         raise _build_error(
-            f"{where} the path {shown(path, 60)}, expected one that ends in the name"
+            f"{where} the path {shown(path, 60)}; expected one that ends in the name"
         )
     return Input(name, path, epoch, size, coefficient, sampled, tuple(listed))
 
@@ -240,7 +242,7 @@ def _parse_options(found: Any) -> dict[str, Any]:
             raise _build_error(f"{shown(options.get(key), 40)} for {key}")
     for key in _LISTS:
         if not all(isinstance(text, str) for text in options[key]):
-            raise _build_error(f"no list of texts for {key}")
+            raise _build_error(f"no list of strings for {key}")
     return {key: options[key] for key in (*_OPTIONS, *younger)}
 
 

@@ -276,7 +276,7 @@ def read_statistics(table: Table) -> dict[str, Float64]:
         if spec is None or spec.dtype not in FLOATS or spec.storage is None:
             raise FormatError(
                 f"{shown(table.path)}: its record names the statistic '{shown(name, 60)}', which "
-                "it has not"
+                "the file does not have"
             )
         source = TensorSource(spec.storage, spec.dtype, spec.byteorder, 0)
         tensors.append(ReadTensor(name, spec.size, [source]))

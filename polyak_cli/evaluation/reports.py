@@ -36,7 +36,9 @@ def check_folder(folder: Path, *, force: bool) -> None:
     plots.check_path(folder.resolve().parent / NAMES[2])
     check_jinja()
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{shown(folder)}: exists and is no folder; name another for the report")
+        raise OutputError(
+            f"{shown(folder)}: exists and is not a folder; name another folder for the report"
+        )
     older = [name for name in NAMES if (folder / name).exists()]
     if older and not force:
         raise OutputError(

@@ -121,7 +121,9 @@ def verify(
     path = _find_opener(Path(output))
     for folder in map(Path, sources):
         if not _is_folder(folder):
-            raise UsageError(f"--source {shown(folder)}: is no folder; name one with checkpoints")
+            raise UsageError(
+                f"--source {shown(folder)}: is not a folder; name one with checkpoints"
+            )
     try:
         (table,) = formats.scan([path])
     except FormatError as error:

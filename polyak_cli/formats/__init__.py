@@ -65,7 +65,7 @@ def _find_common_format(paths: Sequence[Path]) -> str:
         if other != key:
             raise MismatchError(
                 f"{shown(path)}: is a {find_format(other).name} file, but {shown(paths[-1])} is "
-                f"{find_format(key).name}; the checkpoints of one average must be of one format"
+                f"{find_format(key).name}; all checkpoints of an average must have the same format"
             )
     return key
 
@@ -239,7 +239,8 @@ def write_skeleton(
         placements = wire.unpack_placements(outcome["placements"], averaged, max(1, len(files)))
     except ValueError as error:
         raise FormatError(
-            f"{shown(template.path)}: copying it gave {shown(error)}; the file is hostile"
+            f"{shown(template.path)}: copying its structure gave an invalid result "
+            f"({shown(error)}); the file is damaged or hostile"
         ) from None
     draft = Draft(placements, files, outcome["notes"])
     return Skeleton(files or [str(output)], placements, lambda: _finalize(key, str(output), draft))

@@ -27,12 +27,15 @@ def refuse_losses(request: SkeletonRequest) -> None:
     template = request.template
     for name in template.others:
         if name in template.optimizer and not request.drop_optimizer:
-            raise OutputError("optimizer state is kept only in the format it is in; drop it")
+            raise OutputError(
+                "optimizer state cannot be converted to another format; leave it out with "
+                "--optimizer drop"
+            )
         if name not in template.optimizer:
-            raise OutputError(f"'{shown(name)}', which is not the model's own, would be lost")
+            raise OutputError(f"'{shown(name)}', which is not part of the model, would be lost")
     for spec in template.tensors.values():
         if spec.storage is None:
-            raise OutputError(f"tensor '{shown(spec.name)}' holds texts, which would be lost")
+            raise OutputError(f"tensor '{shown(spec.name)}' holds strings, which would be lost")
         if spec.arrangement:
             raise OutputError(f"tensor '{shown(spec.name)}' is stored in {spec.arrangement}")
 

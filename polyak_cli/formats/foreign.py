@@ -50,12 +50,12 @@ ORBAX = Foreign(
 )
 DCP = Foreign(
     "a distributed checkpoint of PyTorch (DCP)",
-    "make a file of each with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-    "FOLDER FILE.pt`",
+    "convert each to one file with `python -m torch.distributed.checkpoint.format_utils "
+    "dcp_to_torch FOLDER FILE.pt`",
 )
 DEEPSPEED = Foreign(
     "a checkpoint of DeepSpeed's ZeRO, in parts",
-    "make a file of each with the zero_to_fp32.py that lies beside it",
+    "convert each to one file with the zero_to_fp32.py beside it",
 )
 #: The ending of the names of its parts.
 DCP_PART = ".distcp"
@@ -68,12 +68,12 @@ NUMPY = Foreign(
 )
 PICKLE = Foreign(
     "a pickle, as pickle.dump and joblib.dump write them",
-    "it may run code and is never loaded here: load it where it can be trusted, and save its "
-    f"arrays with numpy.savez, or a model with {_STATE}",
+    "unpickling can run code, so polyak never does it: if you trust its source, load it and save "
+    f"its arrays with numpy.savez, or a model with {_STATE}",
 )
 LEGACY_TORCH = Foreign(
-    "a file of torch.save in its old form, before PyTorch 1.6",
-    "torch.load it where it can be trusted, and torch.save it again",
+    "a file of torch.save in the format before PyTorch 1.6",
+    "if you trust its source, load it with torch.load and save it again with torch.save",
 )
 TAR = Foreign(
     "a tar archive",
@@ -82,12 +82,12 @@ TAR = Foreign(
 LFS = Foreign("a Git LFS pointer, not the file itself", "fetch the file with `git lfs pull`")
 HTML = Foreign(
     "an HTML or XML page, as servers send in place of a file",
-    "download the file again, and look at what the page says",
+    "read what the page says, and download the file again",
 )
 EMPTY = Foreign("empty (0 bytes)", "save it again or leave it out")
-ZEROS = Foreign("all zeros where it begins", "it was not written to its end: save it again")
+ZEROS = Foreign("all zeros at its beginning", "it was not written completely: save it again")
 JSON = Foreign("a JSON file", "name the file of the tensors instead")
-ZIP = Foreign("a zip archive without a model that is known here", _UNPACK)
+ZIP = Foreign("a zip archive that holds no known checkpoint", _UNPACK)
 DIRECTORY = Foreign("a folder", "name a checkpoint in it, or the folder that holds the checkpoints")
 
 
@@ -210,7 +210,7 @@ def describe_unknown(opening: Opening) -> str:
     if expected:
         return f"is not {expected} (it begins with {head!r}); save it again or leave it out"
     return (
-        f"is no checkpoint of a known format (it begins with {head!r}): expected Keras's .h5, "
+        f"is not a checkpoint in a known format (it begins with {head!r}): expected Keras's .h5, "
         ".weights.h5 or .keras, safetensors, PyTorch's, TensorFlow's, or .npz"
     )
 

@@ -58,7 +58,9 @@ def _describe_member(file: InputFile, member: zips.Member) -> TensorSpec:
         raise FormatError(f"tensor '{shown(name)}' has no .npy header ({shown(error)})") from None
     # numpy would unpickle these, which runs whatever code the file names.
     if dtype.hasobject:
-        raise FormatError(f"tensor '{shown(name)}' is a pickle of objects, which is not opened")
+        raise FormatError(
+            f"tensor '{shown(name)}' is a pickled array of objects, which is never loaded"
+        )
     nbytes = dtype.itemsize * int(np.prod(shape, dtype=object))
     # The header alone could claim any shape; the member's size is the second witness.
     if start + nbytes != member.nbytes:
@@ -131,7 +133,10 @@ def _find_storage(member: zips.Member, start: int) -> Storage:
 def _build_comment(provenance: str) -> bytes:
     comment = MARK + zlib.compress(provenance.encode())
     if len(comment) > 0xFFFF:
-        raise FormatError("so many checkpoints cannot be named in one .npz; average fewer of them")
+        raise FormatError(
+            "the record of so many checkpoints does not fit into an .npz file; average fewer of "
+            "them"
+        )
     return comment
 
 
@@ -238,13 +243,13 @@ class Npz(Format):
         for key in texts:
             if key not in _IDLE:
                 raise OutputError(
-                    f"'{shown(key)}' would be lost: .npz holds names and arrays, and no texts"
+                    f"'{shown(key)}' would be lost: an .npz file holds only named arrays"
                 )
         for spec in request.template.tensors.values():
             wanted = request.averaged.get(spec.location, spec.dtype)
             if not _TYPES.fullmatch(wanted):
                 raise OutputError(
-                    f"tensor '{shown(spec.name)}' is of type {wanted}, which numpy has not"
+                    f"tensor '{shown(spec.name)}' has type {wanted}, which numpy does not have"
                     + ("; choose another --dtype" if wanted in FLOATS else "")
                 )
             if re.search(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:|\0", spec.name):

@@ -119,8 +119,8 @@ def check_output(
         for path in run:
             if output.exists() and path.exists() and output.samefile(path):
                 raise OutputError(
-                    f"{shown(output)}: is a checkpoint of the run, if not one that is averaged; "
-                    "name another output"
+                    f"{shown(output)}: is a checkpoint of this run, though not one of those "
+                    "averaged; name another output"
                 )
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         reason = error.strerror if isinstance(error, OSError) else error
@@ -185,7 +185,8 @@ def _list_further(output: Path, template: Table) -> list[Path]:
     further = [publishing.name_beside(output, tail) for tail in template.rules.tails]
     if further and output.is_symlink():
         raise OutputError(
-            f"{shown(output)}: is a link, and the output has several files; name the place itself"
+            f"{shown(output)}: is a symbolic link, but the output has several files; name the "
+            "file that it points to"
         )
     return further
 
@@ -193,7 +194,9 @@ def _list_further(output: Path, template: Table) -> list[Path]:
 def _describe_alternatives(template: Table) -> str:
     """Say what else an output may be called."""
     form = find_format(template.format)
-    shards = ", or none for a folder of as many files" if is_folder(Path("x"), template) else ""
+    shards = (
+        ", or no suffix for a folder with as many files" if is_folder(Path("x"), template) else ""
+    )
     others = (
         [end for end in _map_conversions() if end not in form.suffixes] if form.can_be_left else []
     )

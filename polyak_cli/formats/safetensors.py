@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.errors import FormatError, OutputError, shown, word_size
 from polyak_cli.formats import conversion, vocabularies
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.sharding import Index, read_index
@@ -120,7 +120,7 @@ def _read_header(path: str, heartbeat: Heartbeat) -> _Header:
         if len(head) < 8 or 8 + length > version.size:
             raise FormatError(
                 f"has {version.size} bytes, which is less than its header needs; it is truncated "
-                "or no safetensors file"
+                "or not a safetensors file"
             )
         if length > _LONGEST:
             raise FormatError(f"claims a header of {length} bytes; expected at most {_LONGEST}")
@@ -157,7 +157,7 @@ def _parse_object(raw: bytes, heartbeat: Heartbeat) -> dict[str, Any]:
 
 def _check_metadata(said: Any) -> dict[str, str]:
     if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
-        raise FormatError(f"is damaged: its {_METADATA} is not a list of texts by name")
+        raise FormatError(f"is damaged: its {_METADATA} does not map names to strings")
     return said
 
 
@@ -169,11 +169,17 @@ def _parse_entry(name: str, said: Any) -> _Entry:
         )
     code, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
     if not isinstance(code, str) or code not in _TYPES:
-        raise FormatError(f"tensor '{shown(name)}' is of an unknown type, {shown(code, 40)}")
+        raise FormatError(f"tensor '{shown(name)}' has an unknown type, {shown(code, 40)}")
     if not _is_list_of_counts(shape) or len(shape) > _DEEPEST:
-        raise FormatError(f"tensor '{shown(name)}' has no shape, but {shown(shape, 40)}")
+        raise FormatError(
+            f"tensor '{shown(name)}' has the shape {shown(shape, 40)}; expected at most "
+            f"{_DEEPEST} whole numbers of 0 or more"
+        )
     if not _is_list_of_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"tensor '{shown(name)}' has no data_offsets, but {shown(offsets, 40)}")
+        raise FormatError(
+            f"tensor '{shown(name)}' has the data_offsets {shown(offsets, 40)}; expected two "
+            "whole numbers"
+        )
     bits = _TYPES[code][1]
     for dimension in shape:
         bits *= dimension
@@ -199,8 +205,8 @@ def _check_extents(entries: Sequence[_Entry], nbytes: int) -> None:
             raise FormatError(f"the tensors '{shown(one.name)}' and '{shown(other.name)}' overlap")
         if other.start > one.stop:
             raise FormatError(
-                f"there are {other.start - one.stop} bytes before tensor '{shown(other.name)}' "
-                "that belong to none"
+                f"the {other.start - one.stop} bytes before tensor '{shown(other.name)}' belong "
+                "to no tensor"
             )
     end = ordered[-1].stop if ordered else 0
     if end > nbytes:
@@ -216,7 +222,7 @@ def _read_index(path: str, heartbeat: Heartbeat) -> Index:
     """Read which shards there are, and which tensors should be in each."""
     index = read_index(path, ".safetensors", lambda raw: _parse_object(raw, heartbeat))
     if not isinstance(index.content.get("metadata", {}), dict):
-        raise FormatError(f"{shown(path)}: is damaged: its metadata are not an object")
+        raise FormatError(f"{shown(path)}: is damaged: its metadata is not a JSON object")
     return index
 
 
@@ -230,14 +236,14 @@ def _read_shards(path: str, index: Index, heartbeat: Heartbeat) -> list[_Header]
         for tensor in sorted(wanted - held)[:1]:
             raise FormatError(
                 f"{shown(header.path)}: has no tensor '{shown(tensor)}', which {shown(path)} says "
-                "is in it; they are not of one save"
+                "is in it; the files come from different saves"
             )
         for tensor in sorted(held - wanted)[:1]:
             others = [other for other in index.shards if tensor in index.shards[other]]
             says = f"is in {shown(others[0])}" if others else "is nowhere"
             raise FormatError(
                 f"{shown(header.path)}: has a tensor '{shown(tensor)}', which {shown(path)} says "
-                f"{says}; they are not of one save"
+                f"{says}; the files come from different saves"
             )
         headers.append(header)
     return headers
@@ -255,8 +261,8 @@ def _merge_metadata(headers: Sequence[_Header]) -> dict[str, str]:
         for key, text in header.metadata.items():
             if key != PROVENANCE and merged.setdefault(key, text) != text:
                 raise OutputError(
-                    f"the shards have different texts '{shown(key)}' in their {_METADATA}, of "
-                    "which one file can keep only one; name a folder as the output"
+                    f"the shards have different values of '{shown(key)}' in their {_METADATA}, "
+                    "and one file can keep only one of them; name a folder as the output"
                 )
     return merged
 
@@ -348,8 +354,8 @@ def _build_header(one: _Output, provenance: str) -> bytes:
     text += b" " * (-len(text) % 8)
     if len(text) > _LONGEST:
         raise FormatError(
-            f"the header of the output would have {len(text)} bytes, and {_LONGEST} is the most; "
-            "average fewer checkpoints"
+            f"the header of the output would have {word_size(len(text))}; expected at most "
+            f"{word_size(_LONGEST)}: average fewer checkpoints"
         )
     return len(text).to_bytes(8, "little") + text
 
@@ -450,15 +456,15 @@ class Safetensors(Format):
         for key in (_METADATA, PROVENANCE):
             if key in request.template.tensors or key in texts:
                 raise OutputError(
-                    f"has something called '{key}', which safetensors keeps for itself"
+                    f"holds something called '{key}', a name that safetensors reserves"
                 )
         for spec in request.template.tensors.values():
             code = _CODES.get(request.averaged.get(spec.location, spec.dtype), "")
             carried = spec.location not in request.averaged
             if not code or (carried and spec.nbytes != _count_bytes(code, spec.shape)):
                 raise OutputError(
-                    f"tensor '{shown(spec.name)}' is of type {spec.dtype}, which safetensors "
-                    "has not"
+                    f"tensor '{shown(spec.name)}' has type {spec.dtype}, which safetensors does "
+                    "not have"
                 )
             _refuse_half_characters(spec.name)
         for key, text in texts.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from polyak_cli.errors import FormatError, shown
+from polyak_cli.errors import FormatError, shown, word_size
 from polyak_cli.formats.zips import WHOLE
 from polyak_cli.storage import Version, open_input
 from polyak_cli.storage.local import name_errors
@@ -36,14 +36,16 @@ def read_index(path: str, suffix: str, parse: Callable[[bytes], Any]) -> Index:
     with open_input(path) as file, name_errors(path):
         raw = file.read(0, WHOLE + 1)  # one byte more shows that the file is larger
         if len(raw) > WHOLE:
-            raise FormatError(f"has {file.size} bytes; expected at most {WHOLE}")
+            raise FormatError(f"has {word_size(file.size)}; expected at most {word_size(WHOLE)}")
         try:
             content = parse(raw)
         except (ValueError, RecursionError):
             content = None
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            raise FormatError("is damaged: it has no weight_map that says what is in which shard")
+            raise FormatError(
+                "is damaged: it has no weight_map, which says which shard holds which tensor"
+            )
         shards: dict[str, list[str]] = {}
         for key, name in _list_pairs(weight_map):
             _check_bare(key, name, suffix)
@@ -58,8 +60,8 @@ def _list_pairs(weight_map: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         listed = names if isinstance(names, list) else [names]
         if not listed or not all(isinstance(name, str) for name in listed):
             raise FormatError(
-                f"the weight_map of '{shown(key)}' is not the name of a shard, nor a list of such; "
-                "expected the bare name of a file beside it"
+                f"the weight_map of '{shown(key)}' is neither the name of a shard nor a list of "
+                "names; expected names of files in the same folder"
             )
         for name in listed:
             yield key, name
@@ -70,6 +72,6 @@ def _check_bare(key: str, name: str, suffix: str) -> None:
     is_path = name in ("", ".", "..") or any(c in name for c in "/\\\0")
     if is_path or not name.endswith(suffix) or name == suffix != "":
         raise FormatError(
-            f"names the shard '{shown(name)}' for '{shown(key)}'; expected the bare name of a "
-            f"{suffix or ''}{' ' * bool(suffix)}file beside it"
+            f"names the shard '{shown(name)}' for '{shown(key)}'; expected the name of a "
+            f"{suffix or ''}{' ' * bool(suffix)}file in the same folder"
         )

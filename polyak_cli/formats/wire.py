@@ -118,7 +118,7 @@ def unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
         return _unpack_table(packed, form, file)
     except _MALFORMED as error:
         raise FormatError(
-            f"{shown(file.path)}: reading its header gave no sensible table ({shown(error)}); the "
+            f"{shown(file.path)}: reading its header gave an invalid result ({shown(error)}); the "
             "file is damaged, hostile, or still being written"
         ) from None
 
@@ -160,7 +160,7 @@ def unpack_assets(packed: Mapping[Any, Any], where: str) -> dict[str, Asset]:
         return _unpack_assets(packed)
     except _MALFORMED as error:
         raise FormatError(
-            f"{shown(where)}: reading its files gave no sensible digests ({shown(error)}); one of "
+            f"{shown(where)}: reading its files gave invalid digests ({shown(error)}); one of "
             "them is damaged or hostile"
         ) from None
 
@@ -387,7 +387,7 @@ def unpack_placements(
             if row
         }
     except _MALFORMED as error:
-        raise ValueError(f"no sensible placements ({error})") from None
+        raise ValueError(f"invalid placements ({error})") from None
 
 
 def _unpack_placement(
@@ -413,7 +413,7 @@ def unpack_output_files(packed: Iterable[Any], output: str) -> list[str]:
     try:
         files = [_require_text(path) for path in packed]
     except _MALFORMED as error:
-        raise ValueError(f"no sensible files ({error})") from None
+        raise ValueError(f"invalid files ({error})") from None
     for path in files:
         if os.path.dirname(path) not in (output, os.path.dirname(output)):  # noqa: PTH120 - as sent
             raise ValueError(f"the file {path} of an output {output}")

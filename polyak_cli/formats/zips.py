@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyak_cli.errors import FormatError, shown
+from polyak_cli.errors import FormatError, shown, word_size
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import Bytes, InputFile
 from polyak_cli.storage.local import (
@@ -80,11 +80,11 @@ def _list_members(file: LocalInput) -> tuple[list[Member], bytes]:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # not a place that is none
             raise make_read_error(error) from None
         raise FormatError(
-            f"is truncated or no zip archive ({shown(error)}); save it again"
+            f"is truncated or not a zip archive ({shown(error)}); save it again"
         ) from None
     ((often, times),) = Counter(info.filename for info in infos).most_common(1) or [("", 1)]
     if times > 1:
-        raise FormatError(f"the member '{shown(often)}' is there twice")
+        raise FormatError(f"the member '{shown(often)}' occurs twice")
     members = [_check_member(file, info) for info in infos if info.filename[-1:] != "/"]
     members.sort(key=lambda member: member.offset)
     for one, other in itertools.pairwise(members):
@@ -98,7 +98,7 @@ def _check_member(file: InputFile, info: zipfile.ZipInfo) -> Member:
     name = f"the member '{shown(info.filename)}'"
     # zipfile cuts a name at a NUL, under which another name might hide.
     if info.filename != info.orig_filename:
-        raise FormatError(f"{name} has a name that programs read differently")
+        raise FormatError(f"{name} has a name that programs interpret differently")
     if re.search(r"^$|(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:", info.filename):
         raise FormatError(f"{name} has a path that leads nowhere or out of the archive")
     if info.flag_bits & _ENCRYPTED:
@@ -119,14 +119,17 @@ def _check_member(file: InputFile, info: zipfile.ZipInfo) -> Member:
     written = _read_part(file, info.header_offset + _LOCAL.size, name_length, name)
     encoding = "utf-8" if info.flag_bits & _UTF8 else "cp437"
     if signature != b"PK\x03\x04" or written != info.orig_filename.encode(encoding, "replace"):
-        raise FormatError(f"{name} has another name where it lies than in the archive's list")
+        raise FormatError(
+            f"{name} has another name in its own header than in the archive's directory"
+        )
     # Who reads an archive from its beginning goes by what stands here, if it does not come later.
     listed = (info.CRC, info.compress_size, info.file_size)
     if method != info.compress_type or not (
         flags & _LATER or all(a in (b, _ZIP64) for a, b in zip(sizes, listed, strict=True))
     ):
         raise FormatError(
-            f"{name} has another size, checksum or method where it lies than in the archive's list"
+            f"{name} has another size, checksum or method in its own header than in the archive's "
+            "directory"
         )
     offset = info.header_offset + _LOCAL.size + name_length + extra_length
     if offset + info.compress_size > file.size:
@@ -152,7 +155,8 @@ def read_whole(file: InputFile, member: Member) -> bytes:
     """
     if member.nbytes > WHOLE:
         raise FormatError(
-            f"the member '{shown(member.name)}' has {member.nbytes} bytes; expected at most {WHOLE}"
+            f"the member '{shown(member.name)}' has {word_size(member.nbytes)}; expected at most "
+            f"{word_size(WHOLE)}"
         )
     return b"".join(read_pieces(file, member))
 
@@ -233,7 +237,7 @@ class _Stream:
                 data = self.decompressor.unconsumed_tail or self._read_more()
                 piece = self.decompressor.decompress(data, wanted)
                 if not piece and not data:
-                    raise FormatError("a deflated member ends before its content does")
+                    raise FormatError("a deflated member ends too early")
                 taken.append(piece)
                 wanted -= len(piece)
         except zlib.error as error:

@@ -120,8 +120,8 @@ class Child:
 
 def _explain_no_child(error: OSError) -> PolyakError:
     return PolyakError(
-        f"a process of its own cannot be started for the work: {error.strerror}; allow more "
-        "memory, processes or open files (ulimit -v, -u, -n), or use fewer --jobs"
+        f"no worker process can be started: {error.strerror}; allow more memory, processes or "
+        "open files (ulimit -v, -u, -n), or use fewer --jobs"
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from polyak_cli.errors import FormatError, PolyakError, shown
+from polyak_cli.errors import FormatError, PolyakError, shown, word_size
 from polyak_cli.processes.children import Child, Writer, describe_error, rebuild_error
 
 CPU_SECONDS = 4  # of processor time between two heartbeats; more is a loop inside libhdf5
@@ -136,7 +136,7 @@ class _Lane:
         error = rebuild_error(message)
         if isinstance(error, MemoryError):
             return FormatError(
-                f"{name}: reading its header needs more than {GROWTH_BYTES >> 20} MiB of memory, "
+                f"{name}: reading its header needs more than {word_size(GROWTH_BYTES)} of memory, "
                 f"the limit of address space{_add_cap('AS', 'ulimit -v')}; leave the file out or "
                 "save it again"
             )
@@ -170,13 +170,12 @@ class _Lane:
         how = self.child.reap() if self.child else ""
         if self.waited:
             return (
-                f"reading its header does not end: {WALL_SECONDS} seconds without a heartbeat, "
-                "the limit of waiting; its file system may not answer. Leave the file out, or try "
-                "again"
+                f"reading its header took more than {WALL_SECONDS} seconds without a heartbeat, "
+                "the limit; its file system may not respond. Leave the file out, or try again"
             )
         if how == "SIGXCPU":
             return (
-                f"reading its header does not end: {CPU_SECONDS} seconds of processor time "
+                f"reading its header took more than {CPU_SECONDS} seconds of processor time "
                 f"without a heartbeat, the limit{_add_cap('CPU', 'ulimit -t')}. Leave the file "
                 "out or save it again"
             )

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from polyak_cli.errors import OutputError, shown
+from polyak_cli.errors import OutputError, shown, word_size
 from polyak_cli.storage import File
 
 
@@ -36,7 +36,7 @@ def check_folder(
     """
     name = shown(output)
     if not output.is_dir():
-        raise OutputError(f"{name}: exists and is no folder; name another output")
+        raise OutputError(f"{name}: exists and is not a folder; name another output")
     for path, _ in inputs:
         if Path(path).parent.samefile(output):
             raise OutputError(f"{name}: holds the checkpoint {shown(path)}; name another output")
@@ -45,8 +45,8 @@ def check_folder(
     other = _find_other(output, endings)
     if other:
         raise OutputError(
-            f"{name}: holds '{shown(other)}', which an average would not; name another output, or "
-            "move that away"
+            f"{name}: holds '{shown(other)}', which is not part of an average; name another "
+            "output, or move it away"
         )
 
 
@@ -69,8 +69,8 @@ def check_room(output: Path, nbytes: int) -> None:
     free = _free(output.resolve().parent)
     if nbytes > free:
         raise OutputError(
-            f"{shown(output)}: needs {nbytes} bytes, but its disk has {free} free; make room or "
-            "write elsewhere"
+            f"{shown(output)}: needs {word_size(nbytes)}, but its disk has {word_size(free)} "
+            "free; make room or write elsewhere"
         )
 
 
@@ -211,8 +211,8 @@ def make_scratch(near: Sequence[Path], nbytes: int) -> Iterator[Path]:
     else:
         named = " and ".join(dict.fromkeys(map(shown, near)))
         raise OutputError(
-            f"{named}: no room for a copy of {nbytes} bytes to compare with; make room there, or "
-            "set TMPDIR to a folder on a disk that has it"
+            f"{named}: no room for a copy of {word_size(nbytes)} to compare with; make room "
+            "there, or set TMPDIR to a folder on a disk with room"
         )
     folder = _make_hidden_name(place.resolve() / "copy")
     try:

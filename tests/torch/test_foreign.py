@@ -40,8 +40,13 @@ FILES: list[tuple[str, Callable[[Path], Any], str, str]] = [
     ("m.pt", save_script, "TorchScript archive", "torch.jit.load"),
     ("m.pt", lambda path: torch.save(nn.Linear(2, 2), path), "whole model", "state_dict()"),
     ("m.pt2", save_program, "torch.export", "average the checkpoints"),
-    ("m.pth", save_legacy, "in its old form", "torch.save it again"),
-    ("m.pt", lambda path: path.write_bytes(pickle.dumps({"w": 1})), "pickle", "be trusted"),
+    ("m.pth", save_legacy, "in the format before PyTorch 1.6", "save it again with"),
+    (
+        "m.pt",
+        lambda path: path.write_bytes(pickle.dumps({"w": 1})),
+        "pickle",
+        "if you trust its source",
+    ),
 ]
 
 

@@ -234,7 +234,7 @@ def test_a_state_dict_becomes_safetensors(tmp_path: Path) -> None:
     for content, message in (
         ({"model": {"x": tied}, "epoch": 3}, "has 'model' beside or around its tensors"),
         ({"x": tied, 3: tied}, "has '3' beside"),
-        ([tied], "is no state dict"),
+        ([tied], "is not a state dict"),
         ({"x": tied, "y": tied}, "'x' is stored in 3 elements viewed as"),
     ):
         torch.save(content, tmp_path / "odd.pt")
@@ -349,7 +349,8 @@ def test_other_archives_of_pytorch_are_refused(tmp_path: Path) -> None:
     """Files of before 1.6 and files without checksums."""
     old = write_pair(tmp_path, lambda: {"x": torch.ones(3)}, _use_new_zipfile_serialization=False)
     with pytest.raises(
-        FormatError, match=r"m_2.pt: is a file of torch.save in its old form.*torch.save it again"
+        FormatError,
+        match=r"m_2.pt: is a file of torch.save in the format before PyTorch 1.6.*save it again",
     ):
         average(old, tmp_path / "o.pt")
     torch.serialization.set_crc32_options(False)

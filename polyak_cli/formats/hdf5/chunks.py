@@ -139,7 +139,7 @@ class Chunks:
             if not skipped >> k & 1:
                 raw = _UNDO[number](raw, self)
         if len(raw) != self.block_nbytes:
-            raise FormatError(f"a chunk decodes to {len(raw)} bytes, not {self.block_nbytes}")
+            raise FormatError(f"a chunk decodes to {len(raw)} bytes; expected {self.block_nbytes}")
         return raw.reshape(*self.chunk_shape, self.itemsize)
 
 

@@ -118,8 +118,8 @@ class Describer:
         if kind == h5d.CHUNKED:
             return self._index_chunks(dataset, properties, shape, itemsize, name)
         raise FormatError(
-            f"tensor {quote(name)} was never written ({nbytes} bytes are missing); "
-            "the file was not saved to its end"
+            f"tensor {quote(name)} was never written ({nbytes} bytes are missing); the file was "
+            "not saved completely"
         )
 
     def _index_chunks(
@@ -134,8 +134,8 @@ class Describer:
         found = dataset.get_num_chunks()
         if found < wanted:
             raise FormatError(
-                f"tensor {quote(name)} was written in part ({found} of {wanted} chunks); "
-                "the file was not saved to its end"
+                f"tensor {quote(name)} was written in part ({found} of {wanted} chunks); the file "
+                "was not saved completely"
             )
         index: dict[tuple[int, ...], tuple[int, int, int]] = {}
 
@@ -180,8 +180,8 @@ def _check_filters(filters: Sequence[int], name: str) -> None:
             what, plugin = _FILTERS.get(number, "unknown"), ""
             if number in _FILTERS and number >= _PLUGINS:
                 package = _PACKAGES.get(number, "hdf5plugin")
-                plugin = f"; the package {package} brings it to h5py"
+                plugin = f"; h5py reads it with the package {package}"
             raise FormatError(
-                f"tensor {quote(name)} is stored through HDF5 filter {number} ({what}{plugin}"
-                "), which is not read here; save it uncompressed or with gzip"
+                f"tensor {quote(name)} is stored with HDF5 filter {number} ({what}{plugin}), "
+                "which is not supported; save it uncompressed or with gzip"
             )

@@ -47,16 +47,17 @@ from polyak_cli.storage import File
 from polyak_cli.tensors import Asset, KerasFacts, OutputRules, Table, TensorSpec
 
 WHOLE_CAUTIONS = {
-    "bfloat16": "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file it "
-    "opens",
-    "optimizer": "optimizer state is the newest checkpoint's: Keras cannot fit() on from an .h5 "
-    "model with optimizer state, and its momentum does not belong to averaged values",
+    "bfloat16": "Keras cannot load bfloat16 from an .h5 file; use --dtype float32 for a file that "
+    "Keras can load",
+    "optimizer": "the optimizer state is that of the newest checkpoint: its momentum does not "
+    "belong to averaged values, and Keras cannot continue fit() from an .h5 model with optimizer "
+    "state",
 }
 WEIGHTS_CAUTIONS = {
-    "optimizer": "optimizer state is the newest checkpoint's: its momentum does not belong to "
-    "averaged values",
-    "ema": "a weights file numbers the optimizer's variables without saying which are EMA slots "
-    "and of what; save whole models with model.save()",
+    "optimizer": "the optimizer state is that of the newest checkpoint: its momentum does not "
+    "belong to averaged values",
+    "ema": "a weights file only numbers the optimizer's variables and does not say which are EMA "
+    "slots; save whole models with model.save()",
 }
 #: Attributes that list tensors and their types.  A conversion does not carry them: every format has
 #: its own way to list tensors.
@@ -67,7 +68,7 @@ _LISTS = re.compile(
 _OWN = b"top_level_model_weights"
 #: Versions of Keras that always save that group.
 _TOP_LEVEL = re.compile(rb"3\.|2\.(1[3-9]|[2-9]\d)\.")
-_NOT_TO_ITS_END = "the file was not saved to its end; save it again or leave it out"
+_UNFINISHED = "the file was not saved completely; save it again or leave it out"
 
 
 def is_polyak_output(path: Place, heartbeat: Heartbeat) -> bool:
@@ -101,8 +102,8 @@ def read_texts(path: Place, heartbeat: Heartbeat) -> dict[str, str]:
                 name = to_text(attribute.name)
                 if not isinstance(attribute.get_type(), h5t.TypeStringID) or attribute.shape != ():
                     raise OutputError(
-                        f"the attribute '{shown(name)}' of '{shown(where or '/')}', which is not a "
-                        "text, would be lost"
+                        f"the attribute '{shown(name)}' of '{shown(where or '/')}' is not a "
+                        "string and would be lost"
                     )
                 text = to_text(read_text(item, attribute.name))
                 if said.get(name) != text:  # Keras repeats some in /model_weights
@@ -345,8 +346,8 @@ def _read_names(location: Any, key: bytes, where: str) -> list[bytes]:
     if parts != [b"%d" % k for k in range(len(parts))]:
         found = ", ".join(quote(to_text(key + part)) for part in parts[:5])
         raise FormatError(
-            f"the list {quote(to_text(key))} of {quote(where)} is not whole: it has {found}"
-            f"{', ...' * (len(parts) > 5)}; expected one list, or all its parts from 0 on"
+            f"the list {quote(to_text(key))} of {quote(where)} is incomplete: it has "
+            f"{found}{', ...' * (len(parts) > 5)}; expected one list, or all its parts from 0 on"
         )
     return [name for part in parts for name in read_strings(location, key + part, where)]
 
@@ -372,7 +373,7 @@ def _check_saved_to_its_end(root: Any, home: Any) -> None:
     recognised: it looks like one that was saved without.
     """
     if _TOP_LEVEL.match(read_text(home, b"keras_version")) and not home.links.exists(_OWN):
-        raise FormatError(f"has no group {quote(to_text(_OWN))}; {_NOT_TO_ITS_END}")
+        raise FormatError(f"has no group {quote(to_text(_OWN))}; {_UNFINISHED}")
     group = to_bytes(OPTIMIZER[1:])
     # Legacy weights-only files have no optimizer state.
     if home is root or not root.links.exists(group):
@@ -381,14 +382,14 @@ def _check_saved_to_its_end(root: Any, home: Any) -> None:
     if not isinstance(optimizer, h5g.GroupID):
         return
     if not _list_parts(optimizer, b"weight_names"):
-        raise FormatError(f"has no list of its optimizer's tensors; {_NOT_TO_ITS_END}")
+        raise FormatError(f"has no list of its optimizer's tensors; {_UNFINISHED}")
     names = _read_names(optimizer, b"weight_names", OPTIMIZER)
     # The tensors are written in the order of the list, so the last one stands for all of them.
     if names:
         last = open_path(optimizer, names[-1], OPTIMIZER)
         if last is None or is_never_written(last):
             name = quote(f"{OPTIMIZER}/{to_text(names[-1])}")
-            raise FormatError(f"tensor {name} is named but was not saved; {_NOT_TO_ITS_END}")
+            raise FormatError(f"tensor {name} is named but was not saved; {_UNFINISHED}")
 
 
 class KerasHdf5(Format):

@@ -226,7 +226,7 @@ def describe_type(datatype: Any, name: str) -> tuple[str, str]:
     if isinstance(datatype, h5t.TypeCompoundID) and not is_pointing(datatype):
         return "compound", "<"
     raise FormatError(
-        f"tensor {quote(name)} is of an HDF5 type that is not carried here "
+        f"tensor {quote(name)} has an HDF5 type that is not supported "
         f"({type(datatype).__name__.removeprefix('Type').removesuffix('ID').lower()})"
     )
 
@@ -363,7 +363,7 @@ def read_text(location: Any, key: bytes) -> bytes:
         return b""
     attribute = h5a.open(location, key)
     if not isinstance(attribute.get_type(), h5t.TypeStringID) or attribute.shape != ():
-        raise FormatError(f"{quote(to_text(key))} is not a text")
+        raise FormatError(f"{quote(to_text(key))} is not a string")
     value = np.empty((), attribute.dtype)
     attribute.read(value)
     content = value.item()
@@ -462,6 +462,6 @@ def _check_attribute(attribute: Any, path: str) -> None:
     if isinstance(datatype, h5t.TypeCompoundID) or (is_pointing(datatype) and not text):
         what = type(datatype).__name__.removeprefix("Type").removesuffix("ID").lower()
         raise FormatError(
-            f"the attribute {quote(to_text(attribute.name))} of {quote(path)} is of a type that "
-            f"is not carried here ({what})"
+            f"the attribute {quote(to_text(attribute.name))} of {quote(path)} has a type that is "
+            f"not supported ({what})"
         )

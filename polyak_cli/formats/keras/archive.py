@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.errors import FormatError, OutputError, shown, word_size
 from polyak_cli.formats import zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.hdf5 import keras_files, skeleton
@@ -88,7 +88,8 @@ def _find_parts(members: Sequence[zips.Member]) -> tuple[zips.Member, zips.Membe
     # The variables are dictionaries, which numpy can store as pickles only.
     if WEIGHTS not in named and PICKLED in named:
         raise FormatError(
-            f"its weights are pickles ({PICKLED}), which are not opened; save it with model.save()"
+            f"its weights are pickled ({PICKLED}), and pickles are never loaded; save it with "
+            "model.save()"
         )
     # metadata.json may be missing: Keras does not need it to open a model.
     for name in (CONFIG, WEIGHTS):
@@ -175,9 +176,9 @@ def _open_weights(file: LocalInput, member: zips.Member, heartbeat: Heartbeat) -
             copy.flush()
         except OSError as error:
             raise FormatError(
-                f"its {member.name} is deflated and takes {member.nbytes} bytes of a temporary "
-                f"file for its header, which cannot be written ({error.strerror}); set TMPDIR to a "
-                "folder with room"
+                f"reading the header of its deflated {member.name} needs a temporary file of "
+                f"{word_size(member.nbytes)}, which cannot be written ({error.strerror}); set "
+                "TMPDIR to a folder with room"
             ) from None
         yield Window(member.name, copy.fileno(), 0, member.nbytes)
 
@@ -196,7 +197,7 @@ def _place_in_archive(spec: TensorSpec, member: zips.Member) -> TensorSpec:
         if is_deflated:
             raise FormatError(
                 f"tensor '{shown(spec.name)}' is stored in chunks inside a deflated member, which "
-                "is not read here; save it with model.save()"
+                "is not supported; save it with model.save()"
             )
         index = {
             at: (member.offset + start, nbytes, skipped)
@@ -305,7 +306,7 @@ class KerasArchive(Format):
                         said[member.name] = zips.read_whole(file, member).decode()
                     except UnicodeDecodeError:
                         raise OutputError(
-                            f"its member '{shown(member.name)}', which is not a text, would be lost"
+                            f"its member '{shown(member.name)}' is not text and would be lost"
                         ) from None
         return said
 

@@ -71,8 +71,8 @@ def find_slots(
     trained = list(_list_trained(config, "", _Tree(_group_paths(own), labels)))
     if [state[place] for place in emas] != [own[place] for place in trained]:
         raise FormatError(
-            f"its optimizer has EMAs of {len(emas)} tensors, which are not the {len(trained)} that "
-            "its configuration says are trained"
+            f"the EMAs of its optimizer ({len(emas)} tensors) do not match the trained tensors in "
+            f"its configuration ({len(trained)})"
         )
     return {slot: [place] for slot, place in zip(emas, trained, strict=True)}
 
@@ -90,8 +90,8 @@ def _find_emas(config: Mapping[str, Any], state: Shapes, version: str) -> list[s
     ):
         raise FormatError(
             f"it has an optimizer's variables, but its {_CONFIG} does not describe the optimizer, "
-            "so which of them are EMAs is not known. Keras leaves the description out when the "
-            "same model was saved as .h5 before: use those .h5 files, or save .keras only"
+            "so it is unknown which of them are EMAs. Keras leaves the description out if the "
+            "same model was saved as .h5 before: use those .h5 files, or save only .keras files"
         )
     if optimizer.get("class_name") == "LossScaleOptimizer":
         optimizer = _read_part(_read_part(optimizer, "config"), "inner_optimizer")
@@ -99,7 +99,9 @@ def _find_emas(config: Mapping[str, Any], state: Shapes, version: str) -> list[s
     if settings.get("use_ema") is not True:
         raise FormatError("the run was not trained with use_ema=True and saved whole")
     if not isinstance(kind, str) or kind not in _KEPT or not _is_kerases(optimizer):
-        raise FormatError(f"how many slots its optimizer {shown(kind, 40)} keeps is not known here")
+        raise FormatError(
+            f"its optimizer {shown(kind, 40)} is unknown, and so is the number of its slots"
+        )
     # Under mixed_float16, Keras wraps the optimizer in one that scales the loss, and the
     # configuration does not say so.
     scaled = [place for place in state if place.startswith("/optimizer/inner_optimizer/vars/")]
@@ -112,8 +114,8 @@ def _find_emas(config: Mapping[str, Any], state: Shapes, version: str) -> list[s
     count, rest = divmod(len(places) - first, each)
     if count < 1 or rest:
         raise FormatError(
-            f"its optimizer {shown(kind)} has {len(places)} variables; expected {first} and {each} "
-            "of each tensor that is trained"
+            f"its optimizer {shown(kind)} has {len(places)} variables; expected {first} and "
+            f"{each} for each trained tensor"
         )
     return places[first : first + count]
 
@@ -139,9 +141,11 @@ def _list_trained(layer: Mapping[str, Any], path: str, tree: _Tree) -> Iterator[
     if config.get("trainable") is False:
         return
     if not _is_kerases(layer):
-        raise FormatError(f"the order of the variables of '{shown(kind, 40)}' is not known here")
+        raise FormatError(f"the order of the variables of '{shown(kind, 40)}' is unknown")
     if tree.labels.get(f"{path}/vars", "") not in ("", config.get("name")):
-        raise FormatError(f"'{shown(path)}' is not of the layer that its configuration has there")
+        raise FormatError(
+            f"'{shown(path)}' does not belong to the layer that its configuration has in that place"
+        )
     if kind in ("Sequential", "Functional"):
         yield from _list_of_layers(config, path, tree)
     elif kind == "BatchNormalization":
@@ -172,7 +176,7 @@ def _list_of_layer(path: str, tree: _Tree) -> Iterator[str]:
         yield from tree.below[held["vars"]]
         return
     if held.keys() - {*_INNER}:
-        raise FormatError(f"the order of the variables in '{shown(path)}' is not known here")
+        raise FormatError(f"the order of the variables in '{shown(path)}' is unknown")
     for name in _INNER:
         if name in held:
             yield from _list_of_layer(held[name], tree)

@@ -36,7 +36,7 @@ def _check_shard(index: Path, shard: Path) -> Version:
         ) from None
     if not stat.S_ISREG(status.st_mode):
         raise FormatError(
-            f"{shown(index)}: its shard {shown(shard.name)} is a link or no regular file"
+            f"{shown(index)}: its shard {shown(shard.name)} is a link or not a regular file"
         )
     return Version.of(status)
 
@@ -48,8 +48,8 @@ def _check_groups(part: Weights, groups: list[str], path: Path, with_optimizer: 
     for group in groups:
         if group not in held and (with_optimizer or not keras_names.is_aside(group)):
             raise FormatError(
-                f"{shown(path)}: has no tensor in '{shown(group)}', where its .json says there is; "
-                "it is of another save"
+                f"{shown(path)}: has no tensor in '{shown(group)}', although its .json lists one; "
+                "the files come from different saves"
             )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from polyak_cli.errors import FormatError, shown
+from polyak_cli.errors import FormatError, shown, word_size
 from polyak_cli.formats import checksums
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.tensorflow import sstables
@@ -76,8 +76,8 @@ _POWERS = re.compile(r"(.*/)?beta[12]_power(_\d+)?")
 
 _SUFFIX = ".index"
 _CAUTIONS = {
-    "ema": "a TensorFlow checkpoint numbers the variables of Keras's optimizers without saying "
-    "which are EMA slots and of what; save whole models with model.save('x.h5')"
+    "ema": "a TensorFlow checkpoint only numbers the variables of Keras's optimizers and does not "
+    "say which are EMA slots; save whole models with model.save('x.h5')"
 }
 
 
@@ -124,7 +124,9 @@ def _open_bundle(path: str) -> Iterator[_Bundle]:
         index = _open_file(path, stack)
         try:
             if not path.endswith(_SUFFIX):
-                raise FormatError("is a TensorFlow index; expected it to be called NAME.index")
+                raise FormatError(
+                    "is the index of a TensorFlow checkpoint; expected a name like NAME.index"
+                )
             pairs, meta = _read_table(index)
             shards, byteorder = _parse_header(pairs[0] if pairs else (b"?", b""))
             entries = [_parse_entry(key, value) for key, value in pairs[1:]]
@@ -148,8 +150,8 @@ def _open_file(path: str, stack: contextlib.ExitStack) -> InputFile:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         raise FormatError(
-            f"{shown(path)}: is missing; a TensorFlow checkpoint is its .index and all its data "
-            "shards, copy them together"
+            f"{shown(path)}: is missing; a TensorFlow checkpoint consists of its .index and all "
+            "its data shards: copy them together"
         ) from None
 
 
@@ -160,7 +162,9 @@ def _name_tail(shard: int, shards: int) -> str:
 
 def _read_table(index: InputFile) -> tuple[list[Pair], dict[bytes, bytes]]:
     if index.size > WHOLE:
-        raise FormatError(f"has {index.size} bytes; expected an index of at most {WHOLE}")
+        raise FormatError(
+            f"has {word_size(index.size)}; expected an index of at most {word_size(WHOLE)}"
+        )
     return sstables.read(index.read(0, index.size))
 
 
@@ -179,7 +183,7 @@ def _parse_header(pair: Pair) -> tuple[int, str]:
     }
     least = require_number(version.get(2, 0))
     if least > 1:
-        raise FormatError(f"wants a reader of version {least}; expected at most 1")
+        raise FormatError(f"needs a reader of version {least}; expected at most 1")
     return require_number(header.get(1, 0)), ">" if require_number(header.get(2, 0)) else "<"
 
 
@@ -198,7 +202,7 @@ def _parse_entry(key: bytes, value: bytes) -> _Entry:
         )
         shape = _parse_shape(require_message(fields.get(_SHAPE, b"")))
         if code not in KINDS:
-            raise FormatError(f"is of TensorFlow's type {code}, which is not known here")
+            raise FormatError(f"has TensorFlow's type {code}, which is not supported")
         dtype, width = KINDS[code]
         parts = _SLICES in fields
         expected = math.prod(shape) * width

@@ -34,7 +34,7 @@ def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
             place = start_value + length
             value = message[start_value:place]
         else:
-            raise FormatError(f"a field has wire type {tag & 7}, which is not used here")
+            raise FormatError(f"a field has wire type {tag & 7}, which these messages do not use")
         if place > len(message):
             raise FormatError("a field is cut off")
         yield tag >> 3, value, message[start:place]
@@ -48,7 +48,7 @@ def require_number(value: int | bytes) -> int:
     """
     # Sizes and offsets are int64: beyond 2^63 they are negative numbers.
     if isinstance(value, bytes) or value >= 1 << 63:
-        raise FormatError("a field that should be a number from 0 on is not")
+        raise FormatError("a field is not a number of 0 or more")
     return value
 
 
@@ -59,5 +59,5 @@ def require_message(value: int | bytes) -> bytes:
         FormatError: it is a number.
     """
     if isinstance(value, int):
-        raise FormatError("a field that should be a message is a number")
+        raise FormatError("a field is a number; expected a message")
     return value

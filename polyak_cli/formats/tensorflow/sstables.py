@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from polyak_cli.errors import FormatError
+from polyak_cli.errors import FormatError, word_size
 from polyak_cli.formats import checksums
 from polyak_cli.formats.zips import WHOLE
 
@@ -99,7 +99,7 @@ class _Budget:
         """
         self.left -= nbytes
         if self.left < 0:
-            raise FormatError(f"its keys and values have more than {WHOLE} bytes")
+            raise FormatError(f"its keys and values have more than {word_size(WHOLE)}")
 
 
 def _read_handle(data: bytes, place: int) -> tuple[_Handle, int]:
@@ -119,8 +119,9 @@ def _read_block(data: bytes, handle: _Handle) -> bytes:
     kind, crc = _TRAILER.unpack_from(data, end)
     if kind:
         raise FormatError(
-            f"a block at {handle.offset} is compressed ({_COMPRESSION.get(kind, f'method {kind}')})"
-            ", which TensorFlow does not write; expected it plain"
+            f"a block at {handle.offset} is compressed "
+            f"({_COMPRESSION.get(kind, f'method {kind}')}), which TensorFlow does not do; "
+            "expected no compression"
         )
     if checksums.mask(checksums.crc32c(data[handle.offset : end + 1])) != crc:
         raise FormatError(f"is damaged: the checksum of a block at {handle.offset} is wrong")

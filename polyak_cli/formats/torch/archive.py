@@ -137,8 +137,8 @@ class _Collected:
         member = self.records.get(f"data/{stored.key}")
         if member is None:
             raise FormatError(
-                f"tensor '{shown(name)}' lies in the storage '{shown(stored.key)}', "
-                "which the archive lacks"
+                f"tensor '{shown(name)}' refers to the storage '{shown(stored.key)}', which is "
+                "missing from the archive"
             )
         expected = stored.size * SIZES[stored.dtype]
         if member.nbytes != expected:
@@ -360,7 +360,7 @@ class TorchZip(Format):
                 zips.read_whole(file, _find_records(members)["data.pkl"]), heartbeat
             )
         if not isinstance(root, Pairs):
-            raise OutputError("is no state dict, so that its tensors have no names")
+            raise OutputError("is not a state dict, so its tensors have no names")
         for key, value in root.items:
             if not isinstance(key, str) or (key != "__dict__" and not isinstance(value, Tensor)):
                 named = shown(key, 40) if isinstance(key, (str, int, float)) else "?"

@@ -79,7 +79,7 @@ _PLAIN = {
 #: Tensors that are not one run of plain numbers: the name begins so -> what to tell.
 _OTHER_TENSORS = {
     "torch._utils._rebuild_qtensor": "a quantised tensor; average the checkpoints before that",
-    "torch._utils._rebuild_sparse": "a sparse tensor; save it .to_dense()",
+    "torch._utils._rebuild_sparse": "a sparse tensor; save tensor.to_dense()",
     "torch._utils._rebuild_nested": "a nested tensor; save its parts",
     "torch._utils._rebuild_": "a tensor that is not stored in plain form",
     "torch.Q": "a quantised tensor; average the checkpoints before that",
@@ -180,19 +180,19 @@ class _Machine:
 
     def pop(self) -> Any:
         if not self.stack:
-            _damaged("it takes a value where there is none")
+            _damaged("it pops from an empty stack")
         return self.stack.pop()
 
     def pop_mark(self) -> list[Any]:
         if not self.below:
-            _damaged("it lacks a mark")
+            _damaged("a mark is missing")
         items, self.stack = self.stack, self.below.pop()
         return items
 
     def top(self, kind: type[Any]) -> Any:
         """Return the last value, which must be of a kind."""
         if not self.stack or not isinstance(self.stack[-1], kind):
-            _damaged("it fills what cannot be filled")
+            _damaged("it adds items to an object that takes none")
         return self.stack[-1]
 
     def mark(self) -> None:
@@ -201,12 +201,12 @@ class _Machine:
 
     def put(self, index: int) -> None:
         if not self.stack:
-            _damaged("it keeps what is not there")
+            _damaged("it memoizes from an empty stack")
         self.memo[index] = self.stack[-1]
 
     def fetch(self, index: int) -> None:
         if index not in self.memo:
-            _damaged("it refers to what was not there")
+            _damaged("it reads a memo that was never set")
         self.push(self.memo[index])
 
     def pack(self, count: int) -> None:
@@ -229,17 +229,17 @@ class _Machine:
         """Take a global as protocol 4 writes it."""
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            _damaged("it names what is no text")
+            _damaged("the name of a global is not a string")
         self.name(f"{module} {name}")
 
     def instance(self, text: str) -> None:
         """Refuse an opcode of long ago, naming what it would make."""
-        _damaged(f"it would make a '{_known(text.replace(' ', '.', 1)).full}'")
+        _damaged(f"it would create a '{_known(text.replace(' ', '.', 1)).full}'")
 
     def call(self) -> None:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
-            _damaged("it calls what is no function")
+            _damaged("it calls an object that is not a function")
         self.push(_called(function.full, arguments))
 
     def build(self) -> None:
@@ -248,7 +248,7 @@ class _Machine:
         if isinstance(made, Pairs):
             made.items.append(("__dict__", state))
         elif made != Object("numpy.dtype"):
-            _damaged("it gives attributes to what has none")
+            _damaged("it sets attributes of an object that has none")
 
     def stored(self) -> None:
         """Take a persistent id, by which `torch.save` names storages and nothing else."""
@@ -256,7 +256,7 @@ class _Machine:
             case ("storage", Name(full), str(key), str(), int(size)) if full in _STORAGES:
                 self.push(Stored(key, _STORAGES[full], _numbers((size,))[0]))
             case _:
-                _damaged("it has a persistent id that is no storage as torch.save names them")
+                _damaged("it has a persistent id that does not name a storage")
 
 
 def _known(full: str) -> Name:
@@ -269,8 +269,8 @@ def _known(full: str) -> Name:
         raise FormatError(f"holds {what} ({shown(full)})")
     if full.startswith("torch.nn.modules."):
         raise FormatError(
-            f"holds a whole model with its classes ({shown(full)}), which are never run; load it "
-            "where it can be trusted and torch.save(model.state_dict(), ...)"
+            f"holds a whole model with its classes ({shown(full)}), whose code is never run; if "
+            "you trust its source, load it and torch.save(model.state_dict(), ...)"
         )
     raise FormatError(
         f"its pickle names '{shown(full)}', which no state dict needs and which is never run; "
@@ -289,7 +289,7 @@ def _called(full: str, arguments: tuple[Any, ...]) -> Any:
 
 def _dictionary(arguments: tuple[Any, ...]) -> Pairs:
     if arguments:
-        _damaged("it makes a dictionary otherwise than torch.save does")
+        _damaged("it creates a dictionary in a way that torch.save does not")
     return Pairs()
 
 
@@ -302,7 +302,7 @@ def _tensor(arguments: tuple[Any, ...]) -> Tensor:
             _refuse_lazy(rest[2:])
             (first,) = _numbers((offset,))
             return Tensor(stored, first, _numbers(shape), _numbers(stride), stored.dtype)
-    _damaged("it has a tensor that is no view of a storage")
+    _damaged("it has a tensor that is not a view of a storage")
 
 
 def _typed_tensor(arguments: tuple[Any, ...]) -> Tensor:
@@ -313,13 +313,15 @@ def _typed_tensor(arguments: tuple[Any, ...]) -> Tensor:
             if dtype in SIZES:
                 _refuse_lazy(arguments[7:])
                 return replace(_tensor(tuple(plain)), dtype=dtype)
-    _damaged("it has a tensor of no type")
+    _damaged("it has a tensor without a known type")
 
 
 def _refuse_lazy(metadata: Sequence[Any]) -> None:
     """Refuse views that are negated or conjugated when they are read."""
     if any(not isinstance(found, Pairs) or found.items for found in metadata):
-        raise FormatError("holds a tensor that is lazily negated or conjugated; save it .clone()d")
+        raise FormatError(
+            "holds a tensor that is lazily negated or conjugated; save tensor.clone()"
+        )
 
 
 def _parameter(arguments: tuple[Any, ...]) -> Tensor:
@@ -327,7 +329,7 @@ def _parameter(arguments: tuple[Any, ...]) -> Tensor:
     match arguments:
         case (Tensor() as tensor, *_):
             return tensor
-    _damaged("it has a parameter that is no tensor")
+    _damaged("it has a parameter that is not a tensor")
 
 
 def _with_attributes(arguments: tuple[Any, ...]) -> Tensor:
@@ -338,14 +340,14 @@ def _with_attributes(arguments: tuple[Any, ...]) -> Tensor:
                 made = _MADE[full](plain)
                 if isinstance(made, Tensor):
                     return made
-    _damaged("it has a tensor of a class of its own")
+    _damaged("it has a tensor of an unknown class")
 
 
 def _numbers(values: tuple[Any, ...]) -> tuple[int, ...]:
     """Return sizes, which are whole numbers that a file could have."""
     for value in values:
         if type(value) is not int or not 0 <= value < 1 << 63:
-            _damaged("it has a size that is none")
+            _damaged("it has a size that is not a whole number of 0 or more")
     return values
 
 
