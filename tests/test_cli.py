@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 
 import polyak_cli
+from polyak_cli import __version__
 from polyak_cli.averaging.options import Settings
 from polyak_cli.averaging.schemes import SCHEMES
 from polyak_cli.cli import cli
@@ -560,6 +561,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run_folder: Path) -> None:
 
 
 PLAN_KEYS = {
+    "polyak": str,
     "output": str,
     "scheme": str,
     "parameters": dict,
@@ -586,7 +588,7 @@ REPORT_KEYS = PLAN_KEYS | {
     "shares": dict,
     "runs": dict,
     "recalibrated": type(None),
-    "verified": bool,
+    "verified": type(None),
 }
 
 
@@ -1160,12 +1162,13 @@ def test_a_gate_on_the_loss_is_of_the_loss() -> None:
 
 
 def test_json_has_null_where_a_number_is_none() -> None:
-    """At any depth; what is finite, text or a truth value stays as it is."""
+    """At any depth; what is finite, text or a truth value stays as it is, after the version."""
     numbers = {"a": [math.nan, 1.5, (math.inf, 2)], "b": {"c": -math.inf, "d": True}, "e": "nan"}
     assert json.loads(format_json(numbers)) == {
         "a": [None, 1.5, [None, 2]],
         "b": {"c": None, "d": True},
         "e": "nan",
+        "polyak": __version__,
     }
 
 

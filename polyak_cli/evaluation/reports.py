@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from polyak_cli import __version__
 from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown
 from polyak_cli.evaluation import plots
 
@@ -106,8 +107,12 @@ def _draw_panels(found: Data, folder: Path) -> dict[str, str]:
 
 
 def format_json(found: Data, indent: int | None = 2) -> str:
-    """Return everything as JSON; NaN and infinity, which JSON cannot express, become null."""
-    return json.dumps(_replace_non_finite(found), indent=indent, allow_nan=False)
+    """Return a result as JSON, after the version of polyak that found it.
+
+    NaN and infinity, which JSON cannot express, become null.
+    """
+    versioned = {"polyak": __version__, **found}  # a result that names its version keeps it
+    return json.dumps(_replace_non_finite(versioned), indent=indent, allow_nan=False)
 
 
 def _replace_non_finite(value: Any) -> Any:

@@ -126,7 +126,8 @@ class Report:
         notes: the plan's, and those found while reading values.
         runs: whether the checkpoints are of one run, as far as their values tell.
         recalibrated: the result of recalibrating BatchNorm's statistics, if that was asked for.
-        verified: the output was read back and equals, bit for bit, the average computed again.
+        verified: True if the output was read back and equals, bit for bit, the average computed
+            again; None if that was not asked for.  A difference is an `OutputError`.
     """
 
     output: Path
@@ -139,7 +140,7 @@ class Report:
     notes: tuple[str, ...]
     runs: Verdict
     recalibrated: Recalibration | None = None
-    verified: bool = False
+    verified: Literal[True] | None = None
 
     @property
     def speed(self) -> float:
@@ -329,7 +330,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         notes=(*plan.notes, *notes),
         runs=found,
         recalibrated=recalibrated,
-        verified=verify,
+        verified=True if verify else None,
     )
 
 
