@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -195,6 +196,16 @@ def test_the_command_of_the_winner_is_quoted_and_short() -> None:
     third = [1 / 3, 0.25]
     line = sweeps.write_command(average, ["a"], {"coefficients": third, "best": 2}, "o")
     assert line == f"polyak average a --best 2 --coefficients {1 / 3!r},0.25 -o o"
+
+
+def test_the_command_of_a_recalibrated_winner_names_the_data() -> None:
+    """The data as they were named, and the rows at a time; without --write-best, a likely file."""
+    recipe = ("ckpts", {"last": 2, "recalibrate": object(), "batch_size": 64, "trust_code": False})
+    checkpoints = [SimpleNamespace(path=Path("ckpts/model_1.keras"))]
+    swept: Any = SimpleNamespace(recipe=recipe, plan=SimpleNamespace(checkpoints=checkpoints))
+    assert sweeps.write_winner(swept, "my rows.npz", None) == (
+        "polyak average ckpts --last 2 --recalibrate 'my rows.npz' --batch-size 64 -o best.keras"
+    )
 
 
 @pytest.mark.parametrize("date", ["tomorrow", "2026-13-01", "29.11.2026"])

@@ -230,8 +230,8 @@ def test_the_command_writes_report_and_winner(tmp_path: Path) -> None:
     """It writes report, figure, tables, and the winner, which equals the file of `average`."""
     report, best = tmp_path / "report", tmp_path / "best.h5"
     run = polyak(
-        "sweep", SAMPLE, "--data", "blobs", "--windows", "1-3", "--schemes", "equal,linear",
-        "-o", report, "--write-best", best, "--json", cwd=tmp_path,
+        "sweep", SAMPLE, "--data", "blobs", "--from", 496, "--windows", "2-3", "--schemes", "exp:2",
+        "--seed", 2, "-o", report, "--write-best", best, "--json", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     described: dict[str, Any] = json.loads(run.stdout)
@@ -240,6 +240,7 @@ def test_the_command_writes_report_and_winner(tmp_path: Path) -> None:
         assert [line["label"] for line in csv.DictReader(file)] == [
             r["label"] for r in described["rows"]
         ]
+    assert described["winner"]["kind"] == "average"
     command = shlex.split(described["winner_command"])
     assert command[:2] == ["polyak", "average"]
     assert command[-2:] == ["-o", str(best)]
@@ -251,6 +252,25 @@ def test_the_command_writes_report_and_winner(tmp_path: Path) -> None:
     once_more = polyak("sweep", SAMPLE, "--data", "blobs", "-o", report, cwd=tmp_path)
     assert once_more.returncode == 3
     assert "--force" in once_more.stderr
+
+
+def test_the_printed_command_makes_a_soup(tmp_path: Path) -> None:
+    """Pasted into a shell, it writes the file of --write-best again, bit for bit."""
+    best = tmp_path / "the best.h5"
+    run = polyak(
+        *("sweep", SAMPLE, "--data", "blobs", "--last", 4, "--schemes", "exp:2", "--windows", 2),
+        *("--search", "greedy", "-o", "report", "--write-best", best),
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    described = json.loads((tmp_path / "report/sweep.json").read_text())
+    assert described["winner"]["kind"] == "soup"
+    assert f"Make it: {described['winner_command']}" in run.stdout.splitlines()
+    written = best.read_bytes()
+    best.unlink()
+    made = polyak(*shlex.split(described["winner_command"])[1:], cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert best.read_bytes() == written
 
 
 def test_a_terminal_shows_how_far_the_sweep_is(tmp_path: Path) -> None:
