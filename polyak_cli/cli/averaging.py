@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from polyak_cli.cli import rendering
+from polyak_cli.cli.lists import expand_lists
 from polyak_cli.cli.models import keep_prints_apart, load_rows
 from polyak_cli.cli.options import (
     ANSWER_IS_NO,
@@ -65,7 +66,7 @@ def average(
     """Average checkpoints into one model file.
 
     SOURCE is a directory or a glob, whose checkpoints are ordered by the epoch in their names, or
-    files one by one, oldest first.
+    files one by one, oldest first. For - the names of files are read from standard input.
     """
     if not output and not dry_run:
         raise UsageError("--output is missing; name the file to write with -o, or use --dry-run")
@@ -179,9 +180,10 @@ def watch(
         "sources",
         multiple=True,
         type=click.Path(),
+        callback=expand_lists,
         metavar="DIR",
-        help="Look for them here first; may be given again.  [default: beside FILE, and in the "
-        "folders beside it]",
+        help="Look for them here first; may be given again; - reads names from standard input.  "
+        "[default: beside FILE, and in the folders beside it]",
     ),
 )
 @under(

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from polyak_cli.cli import rendering
+from polyak_cli.cli.lists import expand_lists
 from polyak_cli.cli.options import (
     ALLOW,
     ANSWER_IS_NO,
@@ -41,7 +42,14 @@ from polyak_cli.errors import UsageError, shown
     short_help="Show what is inside checkpoints.",
     example="polyak inspect final.h5 --stats",
 )
-@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path())
+@click.argument(
+    "files",
+    nargs=-1,
+    required=True,
+    metavar="FILE...",
+    type=click.Path(),
+    callback=expand_lists,
+)
 @under(
     "Output",
     option(
@@ -59,7 +67,10 @@ from polyak_cli.errors import UsageError, shown
     ),
 )
 def inspect(files: tuple[str, ...], stats: bool, as_json: bool, verbose: bool) -> None:
-    """Show format, version, provenance and the table of tensors of each checkpoint."""
+    """Show format, version, provenance and the table of tensors of each checkpoint.
+
+    For - the names of files are read from standard input.
+    """
     from pathlib import Path
 
     from polyak_cli.examining import inspection
@@ -79,7 +90,14 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool, verbose: bool) -
     short_help="Show how far checkpoints are apart.",
     example="polyak diff ckpts/model_09.h5 ckpts/model_10.h5 --rtol 1e-3",
 )
-@click.argument("sources", nargs=-1, required=True, metavar="A B | DIR", type=click.Path())
+@click.argument(
+    "sources",
+    nargs=-1,
+    required=True,
+    metavar="A B | DIR",
+    type=click.Path(),
+    callback=expand_lists,
+)
 @under(
     "Two files",
     option("--rtol", type=float, metavar="R", help="Equal within R times A.  [default: 0]"),
@@ -124,7 +142,8 @@ def diff(
     tensor, the worst first; exit 0 if all are equal within the tolerances, else 1.
 
     DIR is a directory, a glob, or three files or more: the distance from each checkpoint to the
-    next, and of each to the average of all, which shows the outlier.
+    next, and of each to the average of all, which shows the outlier. For - the names of files are
+    read from standard input.
     """
     from pathlib import Path
 
@@ -218,7 +237,8 @@ def check(sources: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) 
 
     Files that cannot be read, NaN and infinity, a checkpoint equal to the one before, an epoch
     twice or missing, two runs or two models in one place, an outlier, and a run that was resumed
-    from an earlier epoch. Every value is read once.
+    from an earlier epoch. Every value is read once. For - the names of files are read from standard
+    input.
     """
     from polyak_cli.examining import health
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from polyak_cli.cli import rendering
+from polyak_cli.cli.lists import expand_lists
 from polyak_cli.cli.options import (
     ANSWER_IS_NO,
     CHOOSING,
@@ -75,7 +76,14 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     short_help="Score model files on data.",
     example="polyak evaluate final.h5 --data blobs --fail-under accuracy=0.8",
 )
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path())
+@click.argument(
+    "models",
+    nargs=-1,
+    required=True,
+    metavar="MODEL...",
+    type=click.Path(),
+    callback=expand_lists,
+)
 @under(
     "Data",
     DATA,
@@ -129,7 +137,7 @@ def evaluate(
     """Score model files on data: loss, accuracy and the model's own metrics.
 
     MODEL is a file, or a directory or a glob whose model files are all scored: by epoch if every
-    name has one, else by name.
+    name has one, else by name. For - the names of files are read from standard input.
     """
     if fail_if_worse and baseline is None:
         raise UsageError("--fail-if-worse has nothing to compare with; name a model by --baseline")
@@ -376,7 +384,8 @@ def sweep(
     """Score every single checkpoint, and the average of every window by every scheme.
 
     The winner is chosen on one part of the test rows, and its gain is measured on the other.  DIR
-    gets report.html, sweep.csv, sweep.json and the figure.
+    gets report.html, sweep.csv, sweep.json and the figure. For - the names of files are read from
+    standard input.
     """
     from pathlib import Path
 

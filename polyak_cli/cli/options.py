@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from polyak_cli.cli.lists import expand_lists
 from polyak_cli.errors import shown
 
 #: Exit codes; besides these, 3 for what failed and 2 for wrong usage: see `polyak_cli.cli`.
@@ -149,7 +150,14 @@ def option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any
 
 # --- options of several commands ------------------------------------------------------------------
 
-SOURCES = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=click.Path())
+SOURCES = click.argument(
+    "sources",
+    nargs=-1,
+    required=True,
+    metavar="SOURCE...",
+    type=click.Path(),
+    callback=expand_lists,
+)
 LAST = option("--last", type=int, metavar="N", help="Only the N newest.  [default: all]")
 FROM = option(
     "--from", "from_epoch", type=int, metavar="EPOCH", help="The first epoch that counts."
