@@ -10,15 +10,16 @@ BIN := .venv/bin
 CORE := .venv-core/bin
 OLDEST := .venv-oldest/bin
 TORCH := .venv-torch/bin
+DEMO := .venv-demo/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
 
 .PHONY: demo test soak quick core core-all oldest torch system coverage lint types smoke fuzz check mutants bench bench-peers digits clean
 
-demo: .venv/.ready
-	@rm -rf .demo && mkdir .demo
-	$(BIN)/polyak average sample_checkpoints --scheme exp --alpha 2 -o .demo/final.h5
-	$(BIN)/polyak evaluate .demo/final.h5 --data blobs
+# Plain numpy runs and trains both networks, so neither Keras nor TensorFlow is installed.
+demo: .venv-demo/.ready
+	@rm -rf .demo
+	@$(DEMO)/python -m tests.examples.demo
 
 test: .venv/.ready system core oldest torch
 	$(BIN)/python -m pytest $(SPREAD) -m "not soak"
@@ -118,7 +119,20 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf .venv .venv-core .venv-oldest .venv-torch .venv-mutants mutants .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf .venv .venv-core .venv-oldest .venv-torch .venv-demo .venv-mutants mutants .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+
+# No retries: without a network, the demo says so at once.
+.venv-demo/.ready: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null || { \
+		echo "make demo needs Python 3.11 or newer, found: $$($(PYTHON) --version 2>&1 | tail -n 1);" \
+			"name another: make demo PYTHON=python3.12"; exit 1; }
+	@echo "Installing polyak, numpy, h5py and matplotlib into .venv-demo (50 MB to download) ..."
+	@$(PYTHON) -m venv --clear .venv-demo > /dev/null 2>&1 || { \
+		echo "make demo cannot create .venv-demo; install Python's venv (Debian: python3-venv)"; exit 1; }
+	@$(DEMO)/python -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 15 \
+		--editable '.[plot]' > .venv-demo/pip.log 2>&1 || { \
+		echo "make demo cannot install packages; is there a network? pip's messages are in .venv-demo/pip.log"; exit 1; }
+	@touch $@
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -69,7 +69,6 @@ HOMES = {
     "tensorflow": {"evaluation"},
     "matplotlib": {"evaluation.plots"},
     "jinja2": {"evaluation.reports"},
-    "sklearn": {"evaluation.data"},
     "google_crc32c": {"formats.checksums"},
 }
 

@@ -300,6 +300,7 @@ def train(
     decay: float = 0.0,
     start: Mapping[str, Array] | None = None,
     rows: int = 512,
+    examples: tuple[Array, Array] | None = None,
 ) -> list[Tensors]:
     """Return the initial values and those after each epoch, as float32.
 
@@ -313,11 +314,13 @@ def train(
         decay: of the weights, decoupled, at each step.
         start: values to begin with in place of random ones.
         rows: examples of an epoch.
+        examples: inputs and classes in place of those of the network's kind of data.
     """
     rng = np.random.default_rng(seed)
     values = network.create(rng)
     values.update({name: value.astype(np.float64) for name, value in (start or {}).items()})
-    x, y = make_data(network.data, rows)
+    x, y = examples or make_data(network.data, rows)
+    rows = len(y)
     state: Tensors = {}
     kept = [{name: value.astype(np.float32) for name, value in values.items()}]
     for epoch in range(epochs):

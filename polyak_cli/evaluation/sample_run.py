@@ -82,7 +82,7 @@ def train(
 
     Raises:
         UsageError: a number is out of range.
-        MissingExtraError: keras, tensorflow or scikit-learn is not installed.
+        MissingExtraError: keras or tensorflow is not installed.
         OutputError: the folder has checkpoints and ``force`` is not given, or cannot be written.
     """
     out = Path(out)
