@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 
 from polyak_cli import average
 from polyak_cli.cli.names import name_tensors
+from polyak_cli.cli.rendering import evaluation_lines
 from polyak_cli.cli.tables import Table, fit, shorten, wrap
+from polyak_cli.evaluation.comparison import Compared, Comparison, Gain
+from polyak_cli.evaluation.evaluator import Score
+from polyak_cli.evaluation.significance import Paired
 from tests.command import POLYAK, SAMPLES, polyak
 from tests.oracle import write_model
 from tests.test_cli import on_terminal
@@ -60,6 +64,28 @@ def test_nothing_is_wider_than_the_terminal(
     lines = plain.replace("\r\n", "\n").splitlines()
     assert lines
     assert [line for line in lines if len(line) > columns] == []
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_scores_and_differences_fit_too(columns: int) -> None:
+    """The tables of evaluate, made of scores that no model had to be run for."""
+    newest, final = (
+        Score(Path(f"runs/resnet/{name}.keras"), 0.5, {"accuracy": 0.8, "mean_squared_error": 1}, 9)
+        for name in ("model_00499", "final")
+    )
+    gains = (
+        Gain("accuracy", Paired(-0.01, -0.025, 0.005, 1000), "within noise", mcnemar_p=0.245),
+        Gain("loss", Paired(0.01, 0.004, 0.017, 1000), "worse", sign_flip_p=0.0017),
+    )
+    compared = Comparison(newest, (Compared(final, gains),))
+    tables = [line for line in evaluation_lines([final], compared) if isinstance(line, Table)]
+    assert [table.header[0] for table in tables] == ["model", "model"]
+    for table in tables:
+        fitted = fit(table, columns)
+        widths = [max(map(len, column)) for column in zip(fitted.header, *fitted.rows, strict=True)]
+        assert 2 + sum(widths) + 2 * (len(widths) - 1) <= columns
+    assert fit(tables[0], 40).header[-1] == "accuracy"
+    assert fit(tables[1], 40).header[-1] == "verdict"
 
 
 @pytest.mark.parametrize("columns", [80, 40])
@@ -170,6 +196,14 @@ def test_a_fitted_table_has_whole_numbers_and_fits(
         assert len({row[0] for row in fitted.rows}) == len({row[0] for row in rows})
 
 
+def test_a_column_that_is_called_like_the_names_is_another() -> None:
+    """A metric may be called "model"; the names stay, and it is the metric that goes."""
+    table = Table(
+        ("model", "loss", "model"), [("final.h5", "0.5", "0.123456789")], spare=("model",)
+    )
+    assert fit(table, 20).rows == [("final.h5", "0.5")]
+
+
 def test_a_long_name_keeps_its_end() -> None:
     """The end, where files of one run differ, gets two thirds of the room."""
     name = "/data/experiments/2024/resnet/checkpoints/model_00499.h5"
@@ -188,6 +222,18 @@ def test_a_sentence_breaks_between_words_and_keeps_units() -> None:
         assert not [part for part in parts if re.search(r"\d$", part)]
     path = "/a" * 40
     assert wrap(f"wrote {path}", 30) == ["wrote", f"  {path}"]
+
+
+def test_an_error_breaks_between_words_on_a_terminal(tmp_path: Path) -> None:
+    """In a pipe it is one line; on a terminal of 40 columns the same words on several."""
+    (tmp_path / "x.h5").write_bytes(b"no such format")
+    command = ("average", "x.h5", "-o", "o.h5")
+    piped = polyak(*command, cwd=tmp_path).stderr
+    _, shown = on_terminal([*POLYAK, *command], tmp_path, columns=40)
+    lines = shown.replace("\r\n", "\n").splitlines()
+    assert len(lines) > 1 == len(piped.splitlines())
+    assert max(map(len, lines)) <= 40
+    assert shown.split() == piped.split()
 
 
 def test_a_large_table_is_laid_out_too(tmp_path: Path) -> None:

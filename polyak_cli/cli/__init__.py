@@ -23,6 +23,7 @@ from polyak_cli.cli.averaging import average, verify, watch
 from polyak_cli.cli.looking import check, diff, inspect
 from polyak_cli.cli.models import completion, evaluate, recalibrate, sweep, train
 from polyak_cli.cli.options import DONE, EXAMPLE
+from polyak_cli.cli.tables import lay_out
 from polyak_cli.errors import PolyakError, UsageError
 
 #: Exit codes besides those of the commands.  After a signal it is 128 plus the signal's number.
@@ -173,5 +174,6 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _fail(message: str, code: int) -> int:
     line = " ".join(part.strip() for part in message.splitlines())  # click lists choices in lines
-    print(f"error: {line}", file=sys.stderr)
+    for part in lay_out([f"error: {line}"], sys.stderr):
+        print(part, file=sys.stderr)
     return code

@@ -214,7 +214,8 @@ def recalibration_lines(report: Recalibration) -> Iterator[str]:
 
 def _gathered_line(report: Recalibration) -> str:
     return (
-        f"recomputed {len(report.statistics)} statistics of {report.layers} BatchNorm layers: "
+        f"recomputed {word_count(len(report.statistics), 'statistic')} of "
+        f"{word_count(report.layers, 'BatchNorm layer')}: "
         f"{report.rows} rows of {report.source}, batches of at most {report.batch_size}, "
         f"{report.seconds:.2f} s"
     )
@@ -418,7 +419,7 @@ def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> It
         return
     yield f"minus {shown(baseline.path, 60)}, with 95 % intervals over {baseline.rows} paired rows:"
     header = ("model", "metric", "difference", "from", "to", "p", "verdict")
-    yield Table(header, rows, spare=("p", "from", "to"), left=("metric", "verdict"))
+    yield Table(header, rows, spare=("p", "from", "to", "difference"), left=("metric", "verdict"))
     by = {"McNemar": "McNemar's test (accuracy)", "sign-flip": "a sign-flip test (loss)"}
     yield "p by " + " and ".join(words for test, words in by.items() if test in tests)
     if any(gain.verdict == "within noise" for one in compared.models for gain in one.gains):

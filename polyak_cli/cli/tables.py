@@ -146,7 +146,7 @@ def fit(table: Table, width: int) -> Table:
             if cut and max(map(len, [*cut, kept.header[0]]), default=0) <= room:
                 rows = [(name, *row[1:]) for name, row in zip(cut, kept.rows, strict=True)]
                 return replace(kept, rows=rows)
-            going = next((title for title in table.spare if title in kept.header), None)
+            going = next((title for title in table.spare if title in kept.header[1:]), None)
             if going is None or not table.rows:
                 break
             kept = _drop_column(kept, going)
@@ -177,7 +177,7 @@ def shorten(name: str, room: int, share: float = 2 / 3) -> str:
 
 
 def _drop_column(table: Table, title: str) -> Table:
-    k = list(table.header).index(title)
+    k = list(table.header).index(title, 1)  # not the names
     header, *rows = [[*row[:k], *row[k + 1 :]] for row in (table.header, *table.rows)]
     return replace(table, header=header, rows=rows)
 
