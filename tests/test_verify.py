@@ -793,7 +793,7 @@ def test_a_verified_average_is_the_same_and_says_so(run: Path) -> None:
     assert (run / "again.h5").read_bytes() == (run / "hashed.h5").read_bytes()
     done = polyak("average", "ckpts", *options, "third.h5", "--json", cwd=run)
     assert json.loads(done.stdout)["verified"] is True
-    assert average(run / "ckpts", run / "fourth.h5").data()["verified"] is False
+    assert average(run / "ckpts", run / "fourth.h5").data()["verified"] is None
     names = ["again.h5", "ckpts", "final.h5", "fourth.h5", "hashed.h5", "third.h5"]
     assert sorted(os.listdir(run)) == names
 
