@@ -110,6 +110,17 @@ def test_the_verdict_is_one_sentence(verdict: str, sentence: str) -> None:
     assert text.count(".") == 1 + text.count(".h5")
 
 
+def test_a_sweep_of_one_checkpoint_says_so() -> None:
+    """There is nothing to compare, and no table of gains."""
+    data = found() | {"verdict": "newest", "gains": []}
+    (row,) = data["rows"] = [{**data["rows"][2], "rank": 1}]
+    lines = print_lines(data | {"winner": row})
+    assert lines[0] == "There is one model, model_3.h5, and nothing to compare it with."
+    assert lines[1] == "Best accuracy of 1 model on 50 rows: model_3.h5, 0.6000."
+    assert "1 model, on the 50 rows for choosing (1) and 51 others (2):" in lines
+    assert not any("interval" in line for line in lines)
+
+
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
         """Return that lines are laid out for a width."""

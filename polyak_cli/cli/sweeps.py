@@ -107,9 +107,9 @@ def sweep_lines(
         yield ""
     models = reports.list_models(found)
     rows = models if show_all else models[:MOST]
-    which = "All" if len(rows) == len(models) else f"The {len(rows)} best of"
+    which = "" if len(rows) == len(models) else f"The {len(rows)} best of "
     yield (
-        f"{which} {word_count(len(models), 'model')}, on the {selection} rows for choosing (1) "
+        f"{which}{word_count(len(models), 'model')}, on the {selection} rows for choosing (1) "
         f"and {reporting} others (2):"
     )
     # The newest is what everybody has without averaging, so it is shown wherever it stands.

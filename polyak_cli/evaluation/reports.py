@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli import __version__
-from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown
+from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown, word_count
 from polyak_cli.evaluation import plots
 
 Data = Mapping[str, Any]
@@ -155,6 +155,8 @@ def _list_columns(found: Data) -> list[tuple[str, str]]:
 def write_verdict(found: Data) -> str:
     """Return the answer of the sweep in one sentence: whether the winner beats the newest."""
     name, newest = (shown(row["label"], 60) for row in (found["winner"], find_newest(found)))
+    if len(list_models(found)) == 1:
+        return f"There is one model, {newest}, and nothing to compare it with."
     if found["verdict"] == "newest":
         return f"Keep the newest checkpoint, {newest}: no other model was better."
     if found["verdict"] == "better":
@@ -174,9 +176,9 @@ def write_verdict(found: Data) -> str:
 def write_choice(found: Data) -> str:
     """Return how the winner was chosen, and the best model of the other kind."""
     winner, metric = found["winner"], found["metric"]
-    models = list_models(found)
+    models, rows = list_models(found), found["splits"]["selection"]["rows"]
     text = (
-        f"Best {metric} of {len(models)} models on {found['splits']['selection']['rows']} rows: "
+        f"Best {metric} of {word_count(len(models), 'model')} on {rows} rows: "
         f"{shown(winner['label'], 60)}, {_choosing_score(winner, metric)}"
     )
     is_single = winner["kind"] == "single"
