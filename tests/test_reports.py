@@ -409,6 +409,12 @@ def test_the_page_is_readable_on_every_screen_and_in_both_themes(
 ) -> None:
     """Contrast is WCAG's AA, headings are in order, and nothing overflows, whatever the names."""
     data = found("a_very_long_name_" * 9 + "_3.h5")
+    data["rows"] += [  # a line of every colour
+        {**data["rows"][3], "rank": 6 + k, "scheme": f"exp{k}", "label": f"exp{k}, last 2"}
+        for k in range(8)
+    ]
+    for row in data["rows"]:  # two figures
+        row["metrics"]["reporting"] = row["metrics"]["selection"]
     data["winner_command"] += f" --exclude {'x' * 300}"
     data["notes"] = ["a note: " + "y" * 300]
     reports.write_files(data, tmp_path / "report")
