@@ -263,7 +263,7 @@ class Contract(abc.ABC):
         output = tmp_path / f"o{self.result}"
         report = average(tmp_path / "run", output, scheme="exp")
         assert_same(self.read(output), naive(models, report.plan.coefficients))
-        (note,) = (note for note in report.notes if "not of one type" in note)
+        (note,) = (note for note in report.notes if "different types" in note)
         assert " and ".join(types) in note
         assert f"stored as {types[-1]}" in note
         assert "suspicions" not in report.data() or not report.data()["suspicions"]

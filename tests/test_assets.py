@@ -176,7 +176,7 @@ def test_allowed_assets_are_recorded_and_verified(tmp_path: Path) -> None:
     arguments = ["average", "run", "-o", "o.safetensors", "--allow", "other-assets"]
     done = polyak(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "newest's is carried" in done.stderr
+    assert "newest one's is copied" in done.stderr
     found = load_file(tmp_path / "o.safetensors")["embed.weight"]
     np.testing.assert_array_equal(found, np.full((3, 2), 2, np.float32))
     (shown,) = inspect([tmp_path / "o.safetensors"])
@@ -200,7 +200,7 @@ def test_a_vocabulary_in_the_metadata_is_compared(tmp_path: Path) -> None:
     save(tmp_path / "run" / "checkpoint-2", 2, {"class_names": "dog,cat", "step": "2"})
     assert_refused(tmp_path / "run", "class_names", "checkpoint-1")
     one, other = sorted((tmp_path / "run").iterdir())
-    assert diff(one, other).mismatches == ("'class_names' is not the same",)
+    assert diff(one, other).mismatches == ("'class_names' differs",)
 
 
 def write_h5(path: Path, value: float, words: Any) -> Path:
@@ -232,7 +232,7 @@ def test_a_vocabulary_in_the_model_configuration_is_compared(tmp_path: Path) -> 
     assert_refused(tmp_path / "lists", "model_config/layers/string_lookup/vocabulary", "m_1.h5")
     with pytest.raises(MismatchError, match="of layer 'words'"):
         plan(tmp_path / "lists")
-    assert any("configuration is not the same" in note for note in plan(tmp_path / "paths").notes)
+    assert any("configuration differs" in note for note in plan(tmp_path / "paths").notes)
 
 
 def test_a_configuration_without_end_is_no_obstacle(tmp_path: Path) -> None:

@@ -151,8 +151,8 @@ def test_epochs_are_read_as_people_write_them(
         (["epoch_3.h5", "epoch_003.h5"], r"epoch_003\.h5 and .*epoch_3\.h5 are both epoch 3"),
         (["3-0.5.h5", "3-0.4.h5"], r"3-0\.4\.h5 and .*3-0\.5\.h5 are both epoch 3"),
         (["epoch=0-step=100.h5", "epoch=0-step=200.h5"], "are both epoch 0"),
-        (["best.h5", "model_1.h5"], r"best\.h5: its name holds no whole number.*'best\.h5'"),
-        (["0.85.h5", "0.80.h5"], "holds no whole number"),
+        (["best.h5", "model_1.h5"], r"best\.h5: its name has no whole number.*'best\.h5'"),
+        (["0.85.h5", "0.80.h5"], "has no whole number"),
         (["a_1.h5", "a_2.h5", "b_3.h5"], r"a_1\.h5 and .*b_3\.h5 look like .*two runs .2 named"),
         (["epoch_3.h5", "model_4.h5"], "two runs"),
         (["model_3.h5", "model_3 (1).h5"], "two runs"),
@@ -160,9 +160,9 @@ def test_epochs_are_read_as_people_write_them(
         (["fold_1.h5", "fold_2.h5"], "two runs"),
         (["net-v1.2_3.h5", "net-v1.3_4.h5"], "two runs"),
         (["1_epoch2.h5", "2_epoch3.h5"], "two runs"),
-        (["1_05.h5", "2_06.h5"], r"/1_05\.h5: 1 and 05 in its name vary .*--epoch-pattern"),
+        (["1_05.h5", "2_06.h5"], r"/1_05\.h5: 1 and 05 in its name differ .*--epoch-pattern"),
         (["1_05_7.h5", "2_06_8.h5"], r"/1_05_7\.h5: 1, 05 and 7 in .*out with --exclude$"),
-        (["epoch1_epoch2.h5", "epoch2_epoch3.h5"], "1 and 2 in its name vary"),
+        (["epoch1_epoch2.h5", "epoch2_epoch3.h5"], "1 and 2 in its name differ"),
         (["loss_05.h5", "loss_06.h5"], "05 in its name looks like the metric 'loss'"),
     ],
 )
@@ -183,14 +183,14 @@ def test_two_kinds_of_files_are_refused(run: Path, files: list[str]) -> None:
     make(run, *files)
     count = len(files) // 2
     message = refusal(run)
-    assert message.startswith(f"{run}: holds {count} .h5 and {count} .weights.h5 files, which are")
+    assert message.startswith(f"{run}: holds {count} .h5 and {count} .weights.h5 files, which do")
     assert message.endswith("--exclude '*.weights.h5'")
     ((kind, text, path), *_) = checkpoints.survey(run).problems
     assert (kind, path, text) == ("other run", run, message)
     chosen = select([run], exclude=["*.weights.h5"]).checkpoints
     assert [checkpoint.path.name for checkpoint in chosen] == files[: len(chosen)]
     make(run, "m_1.npz", "m_2.npz", "m_5.h5", "m_6.weights.h5", "m_7.weights.h5")
-    assert ".npz files, which are not of one run" in refusal(run)
+    assert ".npz files, which do not belong to one run" in refusal(run)
 
 
 def test_a_lone_file_of_another_kind_is_passed_over(run: Path) -> None:
@@ -274,8 +274,8 @@ def test_the_epoch_pattern_sees_the_whole_file_name(run: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(", r"^--epoch-pattern '\(' is no regular expression: missing \)"),
-        ("a{99999999999999999999}", "is no regular expression"),
+        ("(", r"^--epoch-pattern '\(' is not a regular expression: missing \)"),
+        ("a{99999999999999999999}", "is not a regular expression"),
         (r"x(\d+)", r"model_1\.h5: --epoch-pattern .* matches nothing in its name: correct"),
         (r"(mod)el", r"model_1\.h5: --epoch-pattern '\(mod\)el' finds 'mod' in its name"),
         (r"model_(y)?", "finds no epoch in its name"),
@@ -437,7 +437,7 @@ def test_an_empty_directory_is_an_error(run: Path) -> None:
         f"{run}: there is no checkpoint here: looked for files in .weights.h5"
     )
     assert "looked for files in .weights.h5, .weights.json, .h5, .hdf5, " in message
-    assert ".ckpt, .index, but found nothing at all" in message
+    assert ".ckpt, .index, but the folder is empty" in message
 
 
 def test_an_error_names_the_folders_that_hold_checkpoints(run: Path) -> None:
@@ -496,13 +496,13 @@ def test_a_directory_of_our_averages_only_is_an_error(run: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "nowhere: there is no such file or directory"),
+        ("nowhere", "nowhere: no such file or directory"),
         ("nowhere/*.h5", "no file matches this pattern"),
-        ("", "is no path"),
-        ("a\0b", "is no path"),
+        ("", "is not a path"),
+        ("a\0b", "is not a path"),
         ("x" * 5000, "cannot be used"),
         ("file.h5/", "cannot be used: Not a directory"),
-        ("no\x1b]31mwhere", r"no\\x1b\]31mwhere: there is no such"),
+        ("no\x1b]31mwhere", r"no\\x1b\]31mwhere: no such file"),
     ],
 )
 def test_a_source_that_is_not_there_is_an_error(
@@ -556,7 +556,7 @@ def test_a_name_with_brackets_that_exists_is_no_pattern(tmp_path: Path) -> None:
     numbered(folder, 1)
     assert names(select([folder])) == ["model_1.h5"]
     (tmp_path / "link[1].h5").symlink_to("gone.h5")
-    assert "link to a file that is gone" in refusal(tmp_path / "link[1].h5")
+    assert "link to a file that does not exist" in refusal(tmp_path / "link[1].h5")
 
 
 def test_the_advice_to_exclude_works_for_any_name(run: Path) -> None:
@@ -576,14 +576,14 @@ def test_files_keep_the_order_given(run: Path) -> None:
     selection = select([ten, nine])
     assert epochs(selection) == [9, 10]
     assert selection.notes == (
-        f"the files are taken in order of epoch, from {nine} (epoch 9) to {ten} (epoch 10), which "
-        "is not the order given; keep the order given, oldest first, with --order given",
+        f"the files are sorted by epoch, from {nine} (epoch 9) to {ten} (epoch 10), not "
+        "in the order given; keep the order given, oldest first, with --order given",
     )
     zero, one = numbered(run, 0, 1)
     assert select([zero, one]).notes == ()
     (again,) = make(run, "model_00.h5")
     twice = select([zero, again])
-    assert "(epoch 0) stands before" in twice.notes[0]
+    assert "(epoch 0) comes before" in twice.notes[0]
     assert twice.positions == (1.0, 2.0)
 
 
@@ -603,7 +603,7 @@ def test_files_of_one_name_are_ordered_by_their_folders(run: Path) -> None:
     paths = in_folders(run, *STEPS)
     found = select(paths, last=2)
     assert epochs(found) == [1500, 2000]
-    assert "which is not the order given" in found.notes[0]
+    assert "not in the order given" in found.notes[0]
     assert epochs(select(paths, order="given")) == [1000, 1500, 2000, 500]
     assert epochs(select([f"{run}/checkpoint-*/weights.npz"])) == [500, 1000, 1500, 2000]
     assert epochs(checkpoints.survey(paths, last=2)) == [1500, 2000]
@@ -615,7 +615,7 @@ def test_files_of_one_name_are_ordered_by_their_folders(run: Path) -> None:
     ("folders", "found"),
     [
         ([*STEPS, "checkpoint-final"], "has no number, unlike others: leave it out with --exclude"),
-        (["a1/checkpoint-20", "a2/checkpoint-3"], "several folders vary from file to file"),
+        (["a1/checkpoint-20", "a2/checkpoint-3"], "several of their folders differ"),
     ],
 )
 def test_folders_that_tell_no_order_are_refused(run: Path, folders: list[str], found: str) -> None:
@@ -640,7 +640,7 @@ def test_folders_of_other_runs_say_nothing_of_the_order(run: Path, folders: list
 def test_files_of_which_one_has_no_number_are_not_ordered_as_text(run: Path) -> None:
     """epoch_10 before epoch_2 is refused where final.h5 has no place among them."""
     paths = make(run, "epoch_1.h5", "epoch_10.h5", "epoch_2.h5", "final.h5")
-    assert "final.h5: its name has no number, unlike others" in refusal(*paths)
+    assert "final.h5: its name has no number, and the others" in refusal(*paths)
     assert epochs(select(paths, order="given")) == [1, 10, 2, None]
 
 
@@ -696,8 +696,8 @@ def device_link(path: Path) -> None:
         (os.mkfifo, "a named pipe"),
         (named_socket, "a socket"),
         (device_link, "a character device"),
-        (link_to_itself, "a symbolic link that leads back to itself"),
-        (dangling_link, "a symbolic link to a file that is gone"),
+        (link_to_itself, "a symbolic link to itself"),
+        (dangling_link, "a symbolic link to a file that does not exist"),
     ],
 )
 def test_what_is_named_like_a_checkpoint_but_is_no_file_is_an_error(
@@ -729,7 +729,7 @@ def test_one_file_under_two_names_is_an_error(run: Path, link: str) -> None:
     message = refusal(run)
     assert str(path) in message
     assert str(other) in message
-    assert "one and the same file" in message
+    assert "are the same file" in message
     if link == "hard":  # neither is the link: the later one is as good as the other
         assert message.endswith("--exclude 'model_1.h5'")
     if link == "symbolic":
@@ -770,7 +770,7 @@ def test_folders_that_are_checkpoints_stand_for_their_files(
     ]
     other = folders[1] / "other.safetensors"
     assert [one.path for one in select([other]).checkpoints] == [other]
-    assert "model.safetensors: its name holds no whole number" in refusal(folders[0])
+    assert "model.safetensors: its name has no whole number" in refusal(folders[0])
     (folders[0] / "other.safetensors").unlink()
     assert [one.path for one in select([folders[0]]).checkpoints] == [folders[0]]
     monkeypatch.chdir(folders[0])
@@ -782,7 +782,7 @@ def test_folders_that_are_checkpoints_stand_for_their_files(
     assert [one.path for one in found.checkpoints] == folders
     assert reasons(found) == {final.name: "the only .safetensors file among 2 checkpoint folders"}
     make(run, "model_2.safetensors")
-    kinds = f"{run}: holds 2 .safetensors and 2 checkpoint folders, which are not of one run"
+    kinds = f"{run}: holds 2 .safetensors and 2 checkpoint folders, which do not belong to one run"
     assert refusal(run).startswith(kinds)
     assert refusal(run).endswith("--exclude '*.safetensors'")
     numbered(run, 1, 2)
@@ -791,7 +791,7 @@ def test_folders_that_are_checkpoints_stand_for_their_files(
     for path in (*run.glob("*.h5"), run / "model_2.safetensors"):
         path.unlink()
     make(folders[0], "adapter_model.safetensors")
-    two = "holds model.safetensors and adapter_model.safetensors, either of which could be"
+    two = "holds model.safetensors and adapter_model.safetensors, and either could be"
     assert f"{folders[0]}: {two}" in refusal(run)
 
 
@@ -837,10 +837,10 @@ def test_a_survey_tells_what_a_choice_would_refuse(run: Path) -> None:
         f"{run / 'model_02.h5'} and {run / 'model_2.h5'} are both epoch 2: leave one out with"
     )
     assert texts["other run"].startswith(
-        f"{run / 'net_7.h5'} looks like a checkpoint of another run than {run / 'model_02.h5'} (5 "
+        f"{run / 'net_7.h5'} seems to belong to another run than {run / 'model_02.h5'} (5 "
         "are named like this one): leave one kind out with --exclude, or say where the epoch is"
     )
-    assert texts["no epoch"].startswith(f"{run / 'final.h5'}: its name holds no whole number")
+    assert texts["no epoch"].startswith(f"{run / 'final.h5'}: its name has no whole number")
     assert epochs(found) == [None, 1, 2, 2, 3, 7, 9]
     assert not any("None" in text for text in texts.values())
 
@@ -887,7 +887,7 @@ def test_a_survey_can_be_restricted(run: Path) -> None:
         ({"exclude": ["*_*"]}, "there is no checkpoint here"),
         ({"from_epoch": 3, "to_epoch": 2}, "--from 3 is after --to 2"),
         ({"from_epoch": 9}, "--from 9: no checkpoint has such an epoch"),
-        ({"epoch_pattern": "("}, "is no regular expression"),
+        ({"epoch_pattern": "("}, "is not a regular expression"),
     ],
 )
 def test_a_survey_of_nothing_is_refused(run: Path, options: Options, message: str) -> None:
@@ -908,7 +908,7 @@ def test_the_run_of_a_survey_is_the_largest_and_then_the_longest(run: Path) -> N
     kinds = {(one.kind, one.path.name) for one in found.problems}
     assert kinds == {("no epoch", "c_1_5.h5"), ("other run", "b_1.h5"), ("other run", "b_3.h5")}
     assert epochs(found) == [None, None, None, 1, 3]
-    assert "1 and 5 in its name vary" in found.problems[0].text
+    assert "1 and 5 in its name differ" in found.problems[0].text
     make(run, "d_1.h5", "d_2.h5", "d_3.h5")
     found = checkpoints.survey(run, exclude=["a_*"])
     others = [one for one in found.problems if one.kind == "other run"]
@@ -959,8 +959,8 @@ def test_restrictions_apply_in_their_order(
             {"last": 2, "from_epoch": 3},
             "there is only 1 checkpoint (epoch 3) after the other options, out of 3; ask for",
         ),
-        ({"to_epoch": 0}, "--to 0: no checkpoint has such an epoch; there are 3 checkpoints"),
-        ({"from_epoch": 4}, "--from 4: no checkpoint has such an epoch; there are 3 checkpoints"),
+        ({"to_epoch": 0}, "--to 0: no checkpoint has such an epoch; found 3 checkpoints"),
+        ({"from_epoch": 4}, "--from 4: no checkpoint has such an epoch; found 3 checkpoints"),
         ({"from_epoch": -5, "to_epoch": 0}, "--from -5 --to 0: no checkpoint"),
     ],
 )
@@ -975,19 +975,19 @@ def test_fewer_than_asked_are_an_error(run: Path, options: Options, message: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"last": 0}, "--last is 0, but must be at least 1"),
+        ({"last": 0}, "--last is 0; expected at least 1"),
         ({"every": 0}, "--every is 0"),
         ({"best": -1}, "--best is -1"),
         ({"from_epoch": 3, "to_epoch": 2}, "--from 3 is after --to 2"),
-        ({"monitor": "val_loss"}, "--monitor is for choosing by metric: give --best N too"),
-        ({"mode": "min"}, "--mode is for"),
-        ({"log": "training.csv"}, "--log is for"),
-        ({"log_first": 0}, "--log-first is for choosing by metric"),
-        ({"best": 1, "log_first": 0}, "--log-first is about the rows of a log: give --log CSV"),
-        ({"best": 1, "log": "a.csv", "log_first": 2}, "--log-first is 2, but must be 0 or 1"),
-        ({"best": 1, "mode": "low"}, "--mode is 'low', but must be min or max"),
+        ({"monitor": "val_loss"}, "--monitor belongs to --best N"),
+        ({"mode": "min"}, "--mode belongs to --best"),
+        ({"log": "training.csv"}, "--log belongs to --best"),
+        ({"log_first": 0}, "--log-first belongs to --best N"),
+        ({"best": 1, "log_first": 0}, "--log-first belongs to --log CSV"),
+        ({"best": 1, "log": "a.csv", "log_first": 2}, "--log-first is 2; expected 0 or 1"),
+        ({"best": 1, "mode": "low"}, "--mode is 'low'; expected min or max"),
         ({"best": 1, "monitor": " "}, "--monitor is empty"),
-        ({"best": 1, "monitor": "lr"}, "--monitor lr: its name does not tell"),
+        ({"best": 1, "monitor": "lr"}, "--monitor lr: its name does not say"),
     ],
 )
 def test_arguments_that_contradict_are_refused(run: Path, options: Options, message: str) -> None:
@@ -1097,7 +1097,7 @@ def test_notes_of_order_and_of_metric_are_both_reported(run: Path) -> None:
     log = write_log(run, [0.5, 0.4, 0.3])
     paths = [run / "model_2.h5", run / "model_1.h5"]
     about_order, about_metric = select(paths, best=1, log=log).notes
-    assert about_order.startswith("the files are taken in order of epoch")
+    assert about_order.startswith("the files are sorted by epoch")
     assert about_metric.startswith(str(log))
 
 
@@ -1120,7 +1120,7 @@ def test_a_metric_that_is_no_number_is_never_best(run: Path) -> None:
     message = refusal(run, best=2)
     assert message == (
         "--best 2: there is only 1 checkpoint (epoch 2) to choose from, and 2 more whose val_loss "
-        "is no finite number"
+        "is not a finite number"
     )
     (run / "1-nan.h5").rename(run / "1-0.6.h5")
     (run / "3-inf.h5").unlink()
@@ -1163,7 +1163,7 @@ def test_the_metric_is_read_from_a_name(
     ("name", "monitor", "found"),
     [
         ("model_10.h5", "val_loss", "no such number"),
-        ("10-0.25-0.85.h5", "val_loss", "the numbers 0.25, 0.85 without a name"),
+        ("10-0.25-0.85.h5", "val_loss", "only the numbers 0.25, 0.85, without a name"),
         ("10-val_loss=0.25.h5", "loss", "no such number"),
         ("10-loss=0.25.h5", "val_loss", "no such number"),
         ("10-f1_0.85.h5", "auc", "no such number"),
@@ -1249,7 +1249,7 @@ def test_names_from_one_belong_to_rows_from_zero(run: Path) -> None:
     assert epochs(selection) == [2]
     assert [one.metric for one in selection.checkpoints] == [0.1]
     assert selection.notes == (
-        f"{log}: the row of epoch 2 is taken for {run / 'model_3.h5'} (as the newest file is one "
+        f"{log}: matched {run / 'model_3.h5'} to the row of epoch 2 (as the newest file is one "
         "more than the last row)",
     )
 
@@ -1260,11 +1260,13 @@ def test_names_from_zero_belong_to_rows_from_zero(run: Path) -> None:
     log = write_log(run, [0.5, 0.1, 0.3, 0.9])
     selection = select([run], best=1, log=log, last=2)
     assert epochs(selection) == [1]
-    assert selection.notes[0].endswith("model_2.h5 (as the files count from 0 too)")
+    assert selection.notes[0].endswith(
+        "model_2.h5 to the row of epoch 2 (as the files count from 0 too)"
+    )
     (run / "model_1.h5").unlink()
     (run / "model_2.h5").unlink()
     (note,) = select([run], best=1, log=log).notes
-    assert "the row of epoch 0 is taken" in note
+    assert "to the row of epoch 0 (" in note
 
 
 def test_rows_that_fit_either_way_are_not_guessed(run: Path) -> None:
@@ -1281,7 +1283,7 @@ def test_rows_that_fit_either_way_are_not_guessed(run: Path) -> None:
         assert epochs(selection) == [best]
         assert [one.metric for one in selection.checkpoints] == [0.03]
         assert selection.notes == (
-            f"{log}: the row of epoch {row} is taken for {run / 'model_4.h5'} "
+            f"{log}: matched {run / 'model_4.h5'} to the row of epoch {row} "
             f"(as --log-first {first} says)",
         )
     # The fifth file proves it, although it is not among those to choose from.
@@ -1315,7 +1317,7 @@ def test_a_log_that_lost_its_older_rows_serves_the_newer_files(run: Path) -> Non
     log = write_log(run, [0.5, 0.4, 0.3], first=5)
     selection = select([run], best=1, log=log, last=2)
     assert [one.metric for one in selection.checkpoints] == [0.4]
-    assert refusal(run, best=1, log=log).startswith(f"{log}: there is no row for")
+    assert refusal(run, best=1, log=log).startswith(f"{log}: no row for")
 
 
 def test_while_a_run_grows_a_row_may_be_there_before_its_file(run: Path) -> None:
@@ -1338,13 +1340,13 @@ def test_the_metric_in_the_names_settles_the_alignment(run: Path) -> None:
     log = write_log(run, [9.0, 0.5149, 0.1, 0.32])
     selection = select([run], best=1, log=log)
     assert [one.metric for one in selection.checkpoints] == [0.1]
-    assert "the row of epoch 3 is taken" in selection.notes[0]
+    assert "to the row of epoch 3 (" in selection.notes[0]
     assert selection.notes[0].endswith("(as the val_loss in the file names agrees)")
     # One row before, where the last row alone would say that it is the same.
     log = write_log(run, [0.5149, 0.1, 0.32, 9.0])
     selection = select([run], best=1, log=log)
     assert [one.metric for one in selection.checkpoints] == [0.1]
-    assert "the row of epoch 2 is taken" in selection.notes[0]
+    assert "to the row of epoch 2 (" in selection.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -1392,7 +1394,7 @@ def test_a_value_that_was_not_computed_is_not_usable(run: Path) -> None:
     numbered(run, 1, 2, 3)
     log = write_log(run, ["NA", 0.5, ""])
     assert epochs(select([run], best=1, log=log)) == [2]
-    assert "2 more whose val_loss is no finite number" in refusal(run, best=2, log=log)
+    assert "2 more whose val_loss is not a finite number" in refusal(run, best=2, log=log)
 
 
 def test_a_last_row_that_is_being_written_is_noted(run: Path) -> None:
@@ -1400,7 +1402,7 @@ def test_a_last_row_that_is_being_written_is_noted(run: Path) -> None:
     numbered(run, 1, 2)
     log = write_log(run, [0.5, 0.4])
     log.write_text(log.read_text() + "2,0.")
-    incomplete = f"{log}: row 4, the last, is incomplete and not used"
+    incomplete = f"{log}: the last row, 4, is incomplete and was ignored"
     assert select([run], best=1, log=log).notes[0] == incomplete
     log.write_text(log.read_text() + "\n3,0.5,0.4\n")
     assert "row 4 has fewer cells than the header" in refusal(run, best=1, log=log)
@@ -1415,8 +1417,8 @@ def test_a_last_row_that_is_being_written_is_noted(run: Path) -> None:
         ("", "the log has no rows"),
         ("epoch,val_loss\nx,1\n", "row 2: the epoch is 'x'"),
         ("epoch,val_loss\n0,x\n", "row 2: the metric is 'x'"),
-        ("epoch,val_loss\n0,1\n", "there is no row for"),
-        ("epoch,val_loss\n5,1\n", "the rows are epochs 5 to 5"),
+        ("epoch,val_loss\n0,1\n", "no row for"),
+        ("epoch,val_loss\n5,1\n", "found rows of epochs 5 to 5"),
         ("epoch,val_loss\n0," + "1" * 200_000, "the log cannot be read"),
         ("\0\x89HDF\udcff\n\0", "its first row has no column"),
     ],
@@ -1435,8 +1437,8 @@ def test_a_log_without_the_row_of_a_file_is_an_error(run: Path) -> None:
     numbered(run, 2, 4)
     log = write_log(run, [0.5, 0.4], first=2)
     assert refusal(run, best=1, log=log) == (
-        f"{log}: there is no row for {run / 'model_2.h5'}, which should be epoch 1 there (as the "
-        "newest file is one more than the last row); the rows are epochs 2 to 3"
+        f"{log}: no row for {run / 'model_2.h5'}; expected epoch 1 (as the newest file is "
+        "one more than the last row), found rows of epochs 2 to 3"
     )
 
 
@@ -1462,9 +1464,9 @@ def test_a_log_that_is_no_file_is_an_error(run: Path) -> None:
     numbered(run, 1)
     os.mkfifo(run / "pipe.csv")
     advice = "--log must be a CSV file of CSVLogger"
-    for name, what in (("pipe.csv", "is no regular file"), ("gone.csv", "does not exist")):
+    for name, what in (("pipe.csv", "is not a regular file"), ("gone.csv", "does not exist")):
         assert refusal(run, best=1, log=run / name) == f"{run / name} {what}: {advice}"
-    assert "is no path" in refusal(run, best=1, log="a\0b")
+    assert "is not a path" in refusal(run, best=1, log="a\0b")
 
 
 def test_a_log_that_cannot_be_opened_is_an_error(
@@ -1496,7 +1498,7 @@ def test_the_names_agree_only_if_all_do(
     """A row that is missing, off by one in the last digit, or a whole number settles nothing."""
     make(run, *files)
     (note,) = select([run], best=1, log=write_log(run, losses)).notes
-    assert f"the row of epoch {row} is taken" in note
+    assert f"to the row of epoch {row} (" in note
     assert why in note
 
 
@@ -1638,9 +1640,9 @@ def test_a_place_without_a_model_is_an_error_that_says_what_was_there(run: Path)
     make(run, "data.npz")
     for source, message in (
         (run, "there is no model here: looked for files in .h5, .hdf5, .keras, passed over data"),
-        (run / "none", "there is no such file or directory"),
+        (run / "none", "no such file or directory"),
         (f"{run}/*.h5", "no file matches this pattern"),
-        ("", "is no path"),
+        ("", "is not a path"),
     ):
         with pytest.raises(CheckpointError, match=re.escape(message)):
             model_files([source])

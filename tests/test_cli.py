@@ -407,13 +407,13 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], int, str]] = {
         lambda _: None,
         ["average", "gone/", "-o", "out.h5"],
         3,
-        r"^gone/?: there is no such file or directory",
+        r"^gone/?: no such file or directory",
     ),
     "no such file": (
         _good,
         ["average", "run/m_1.h5", "run/m_9.h5", "-o", "out.h5"],
         3,
-        r"^run/m_9\.h5: there is no such file",
+        r"^run/m_9\.h5: no such file",
     ),
     "glob of nothing": (
         _good,
@@ -762,7 +762,7 @@ def test_files_one_by_one_keep_their_order(run_folder: Path) -> None:
     arguments = ("average", *paths, "--coefficients", "3,0,1", "-o", "o.h5")
     done = polyak(*arguments, cwd=run_folder)
     assert done.returncode == 2
-    assert "say --order epoch, or --order given" in one_line(done.stderr)
+    assert "use --order epoch, or --order given" in one_line(done.stderr)
     succeeded(polyak(*arguments, "--order", "given", cwd=run_folder))
     expected = naive_average([paths[0], paths[2]], [0.75, 0.25])
     found = {k: v for k, v in read_model(run_folder / "o.h5").items() if "model_weights" in k}

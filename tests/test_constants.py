@@ -60,7 +60,7 @@ def test_a_constant_is_kept_and_said_once(tmp_path: Path, kind: str) -> None:
     write(tmp_path / "run", [{"w": np.full((3, 2), e, "f4"), "c": values} for e in (1, 2, 3, 4)])
     done = polyak("average", "run", "-o", "o.npz", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if "in every checkpoint alike" in line]
+    said = [line for line in done.stderr.splitlines() if "in every checkpoint" in line]
     count = int(np.count_nonzero(~np.isfinite(values)))
     numbers = (
         "1 number of 1 tensor (c) is" if count == 1 else f"{count} numbers of 1 tensor (c) are"
@@ -136,7 +136,7 @@ def test_a_run_that_diverged_before_its_first_checkpoint_is_refused(tmp_path: Pa
     for number, broken in enumerate((part, np.full((3, 2), np.nan), np.full(4, np.nan))):
         folder = tmp_path / str(number)
         paths = write_with(folder, "c", [broken] * 3)
-        with pytest.raises(MismatchError, match=r"(NaN|nan).*has diverged|that diverged") as caught:
+        with pytest.raises(MismatchError, match=r"(NaN|nan).*may have diverged") as caught:
             average(paths, tmp_path / "o.npz")
         assert "--exclude-tensors 'c', or use --allow-nonfinite" in str(caught.value)
         assert not (tmp_path / "o.npz").exists()

@@ -547,7 +547,7 @@ def test_skip_averages_the_rest(ill: Path, tmp_path: Path) -> None:
     arguments = ("average", ill, "--on-unhealthy", "skip", "--scheme", "linear", "-o", output)
     done = polyak(*arguments, cwd=tmp_path)
     assert done.returncode == 0
-    assert "2 of the 6 chosen checkpoints are not healthy and skipped; 4 are left" in done.stderr
+    assert "2 of the 6 chosen checkpoints are unhealthy and skipped; 4 are left" in done.stderr
     assert f"skipped (nonfinite): {ill / 'model_4.h5'}: tensor 'd/k' holds NaN" in done.stdout
     assert f"skipped (unreadable): {ill / 'model_6.h5'}" in done.stdout
     kept = [ill / f"model_{k}.h5" for k in (1, 2, 3, 5)]

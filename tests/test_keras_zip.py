@@ -207,7 +207,7 @@ def test_what_differs_from_save_to_save_is_no_other_configuration(tmp_path: Path
         content = members({"dense": np.ones(3)}) | {"config.json": text}
         write_archive(tmp_path / f"m_{k}.keras", content)
         report = average(tmp_path, tmp_path / "o.keras", force=True, exclude=["o.keras"])
-        notes.append("configuration is not the same" in "".join(report.notes))
+        notes.append("configuration differs" in "".join(report.notes))
     assert notes == [False, False, True]
 
 

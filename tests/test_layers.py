@@ -143,7 +143,7 @@ def test_without_configuration_like_layers_are_refused(tmp_path: Path) -> None:
     """Nothing tells whether freezing has moved them; what differs in shape still pairs."""
     layers: Any = [{"bb": {f"{n}/kernel": ONES for n in names}} for names in ("ab", "cd")]
     paths = [write_model(tmp_path / f"m_{k}.h5", one) for k, one in enumerate(layers)]
-    with pytest.raises(MismatchError, match=r"'bb' has 'a', 'b' where .* alike in shape"):
+    with pytest.raises(MismatchError, match=r"'bb' has 'a', 'b' where .* have the same shape"):
         plan(paths, match="order")
     with pytest.raises(MismatchError, match=r"has no tensor"):
         plan(paths)

@@ -86,14 +86,14 @@ def test_the_record_has_the_options_that_decide_values() -> None:
     ("options", "expected"),
     [
         ({"last": "5"}, "last is '5'; expected a whole number"),
-        ({"exclude": "*.h5"}, "exclude is one text; expected a list of globs"),
+        ({"exclude": "*.h5"}, "exclude is a single string; expected a list of globs"),
         ({"dtype": "int8"}, "--dtype is int8; expected one of float16"),
         ({"allow": ["anything"]}, "--allow is anything; expected one of two-runs"),
-        ({"allow": "two-runs"}, "allow is one text; expected a list of words"),
+        ({"allow": "two-runs"}, "allow is a single string; expected a list of words"),
         ({"jobs": 0}, "--jobs is 0; expected at least 1"),
         ({"max_memory": 5}, "--max-memory is 5; expected at least 1048576"),
         ({"on_unhealthy": "maybe"}, "--on-unhealthy is maybe; expected one of fail, skip"),
-        ({"on_unhealthy": "skip", "use_ema": True}, "--on-unhealthy looks at the model's own"),
+        ({"on_unhealthy": "skip", "use_ema": True}, "--on-unhealthy checks the model's own"),
         ({"trust_code": True}, "--trust-code belongs to --recalibrate, which is missing"),
         ({"scheme": "linear", "alpha": 2.0}, "alpha"),
     ],
@@ -108,7 +108,7 @@ def test_options_are_refused_by_name(options: Any, expected: str) -> None:
 def test_an_unknown_option_is_a_mistake_of_the_caller() -> None:
     """A misspelt keyword is a TypeError, as for any function."""
     wrong: Any = {"shceme": "exp"}
-    with pytest.raises(TypeError, match="there is no option shceme"):
+    with pytest.raises(TypeError, match="unknown option shceme"):
         pipeline.parse_options(wrong)
 
 

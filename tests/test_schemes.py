@@ -135,11 +135,11 @@ def test_power_at_its_widest_is_the_equal_average() -> None:
 @pytest.mark.parametrize(
     ("positions", "found"),
     [
-        ([2.5, 2.5], "position 2.5 follows 2.5, but positions must rise"),
-        ([2.0, 1.0], "position 1 follows 2, but positions must rise"),
-        ([0.0, 1.0], "a checkpoint stands at position 0 of the run, but positions must be finite"),
-        ([1.0, math.nan], "a checkpoint stands at position nan of the run, but positions must be"),
-        ([1.0, math.inf], "a checkpoint stands at position inf of the run, but positions must be"),
+        ([2.5, 2.5], "position 2.5 follows 2.5; expected positions that rise"),
+        ([2.0, 1.0], "position 1 follows 2; expected positions that rise"),
+        ([0.0, 1.0], "a checkpoint has position 0; expected finite positions"),
+        ([1.0, math.nan], "a checkpoint has position nan; expected finite positions"),
+        ([1.0, math.inf], "a checkpoint has position inf; expected finite positions"),
     ],
 )
 def test_power_refuses_positions_that_do_not_rise(positions: list[float], found: str) -> None:
@@ -252,27 +252,27 @@ def test_custom_keeps_the_order_oldest_first() -> None:
 @pytest.mark.parametrize(
     ("numbers", "count", "found"),
     [
-        ([1.0, 2.0], 3, "2 numbers, but there are 3 checkpoints"),
-        ([1.0], 2, "1 number, but there are 2 checkpoints"),
-        ([1.0, 2.0], 1, "2 numbers, but there is 1 checkpoint"),
+        ([1.0, 2.0], 3, "2 numbers; expected 3"),
+        ([1.0], 2, "1 number; expected 2"),
+        ([1.0, 2.0], 1, "2 numbers; expected 1"),
     ],
 )
 def test_custom_numbers_must_fit_the_checkpoints(
     numbers: list[float], count: int, found: str
 ) -> None:
     """Two numbers for three checkpoints are an error that tells both counts and what to do."""
-    advice = "give one for each, oldest first"
-    with pytest.raises(UsageError, match=f"^--coefficients has {found}: {advice}$"):
+    advice = "one for each checkpoint, oldest first"
+    with pytest.raises(UsageError, match=f"^--coefficients has {found}, {advice}$"):
         coefficients(None, run_of(count), custom=numbers)
 
 
 @pytest.mark.parametrize(
     ("numbers", "found"),
     [
-        ([1.0, -0.5], ": number 2 is -0.5, but each must be finite and at least 0"),
-        ([math.nan, 1.0], ": number 1 is nan, but each must be finite and at least 0"),
-        ([1.0, math.inf], ": number 2 is inf, but each must be finite and at least 0"),
-        ([0.0, 0.0], ": all numbers are 0, but at least one must be more"),
+        ([1.0, -0.5], ": number 2 is -0.5; expected finite numbers of 0 or more"),
+        ([math.nan, 1.0], ": number 1 is nan; expected finite numbers of 0 or more"),
+        ([1.0, math.inf], ": number 2 is inf; expected finite numbers of 0 or more"),
+        ([0.0, 0.0], ": all numbers are 0; expected at least one above 0"),
     ],
 )
 def test_custom_numbers_that_cannot_be_used_are_refused(numbers: list[float], found: str) -> None:
@@ -317,7 +317,9 @@ def test_a_parameter_out_of_range_is_refused(
 ) -> None:
     """The error names the parameter and what it may be."""
     for value in values:
-        with pytest.raises(UsageError, match=rf"^--{option} is .*, but must be more than 0"):
+        with pytest.raises(
+            UsageError, match=rf"^--{option} is .*; expected a (finite )?number above 0"
+        ):
             call(value)
 
 
@@ -325,7 +327,8 @@ def test_an_unknown_scheme_is_refused() -> None:
     """The error lists the schemes there are; custom is no name to choose."""
     for name in ("best", "custom"):
         with pytest.raises(
-            UsageError, match=f"no scheme '{name}': choose one of equal, linear, exp, ema, power$"
+            UsageError,
+            match=f"unknown scheme '{name}': choose one of equal, linear, exp, ema, power$",
         ):
             coefficients(name, run_of(2))
 

@@ -818,7 +818,7 @@ def test_a_name_that_another_took_is_reported(run: Path, monkeypatch: pytest.Mon
             final.write_bytes(b"another's")
 
     monkeypatch.setattr(publishing, "_name_new", rename)
-    with pytest.raises(OutputError, match=r"o.h5: another file has taken its name"):
+    with pytest.raises(OutputError, match=r"o.h5: another program has written this file"):
         average(run / "ckpts", run / "o.h5", verify=True)
 
 

@@ -155,7 +155,7 @@ def test_fewer_checkpoints_than_asked_for_are_averaged_and_it_is_said(folder: Pa
     """A run that has just begun has no ten checkpoints yet."""
     (report,) = once(folder, last=10)
     assert names(report) == ["model_1.h5", "model_2.h5", "model_3.h5"]
-    assert report.notes == ("fewer checkpoints than --last 10 are there yet; all are averaged",)
+    assert report.notes == ("there are fewer checkpoints than --last 10 so far; all are averaged",)
     assert (folder / "o.h5").read_bytes() == made(folder, last=3)
 
 
@@ -167,7 +167,7 @@ def test_the_best_are_chosen_among_those_that_are_there(folder: Path) -> None:
     assert names(report) == ["model_2.h5", "model_3.h5"]
     (report,) = once(folder, best=4, log=log)
     assert names(report) == ["model_1.h5", "model_2.h5", "model_3.h5"]
-    assert report.notes[0] == "fewer checkpoints than --best 4 are there yet; all are averaged"
+    assert report.notes[0] == "there are fewer checkpoints than --best 4 so far; all are averaged"
 
 
 def test_own_coefficients_wait_for_as_many_checkpoints(folder: Path) -> None:
@@ -271,7 +271,7 @@ def test_checkpoints_that_go_change_nothing(folder: Path, kept: int) -> None:
 def test_an_output_that_is_no_average_is_refused(folder: Path) -> None:
     """It may be anything; --force says that it may go."""
     write(folder / "o.h5", 1)
-    with pytest.raises(OutputError, match=r"o\.h5: already exists and is no average by polyak"):
+    with pytest.raises(OutputError, match=r"o\.h5: already exists and was not written by polyak"):
         once(folder)
     assert len(once(folder, force=True)) == 1
     assert (folder / "o.h5").read_bytes() == made(folder)
@@ -310,7 +310,7 @@ def test_a_checkpoint_that_stays_broken_is_reported_once_and_stops_nothing(folde
         assert "model_1.h5 to model_3.h5" in watched.line()
         note = watched.line("stderr")
         assert note.startswith("note: ckpts/model_4.h5: is truncated")
-        assert note.endswith("; it is left out until it is whole")
+        assert note.endswith("; left out until it is complete")
         write(folder / "ckpts/model_5.h5", 5)
         assert "3 checkpoints, model_2.h5 to model_5.h5" in watched.line()
         rest()
@@ -432,9 +432,9 @@ def test_an_empty_directory_is_waited_for(folder: Path) -> None:
         path.unlink()
     done = polyak("watch", "ckpts", "-o", "o.h5", "--once", "--interval", "0.01", cwd=folder)
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == "note: ckpts: no whole checkpoint is here yet\n"
+    assert done.stderr == "note: ckpts: no complete checkpoint is here yet\n"
     with watcher(folder) as watched:
-        assert watched.line("stderr") == "note: ckpts: no whole checkpoint is here yet"
+        assert watched.line("stderr") == "note: ckpts: no complete checkpoint is here yet"
         write(folder / "ckpts/model_1.h5", 1)
         assert "1 checkpoint, model_1.h5 (exp, alpha 2)" in watched.line()
 
@@ -581,7 +581,7 @@ def test_quiet_prints_nothing_and_verbose_everything(folder: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     done = polyak(*arguments, "-v", "--scheme", "linear", cwd=folder)
     assert "averaged model_weights/dense" in done.stdout or "averaged dense" in done.stdout
-    assert done.stderr.startswith("note: fewer checkpoints than --last 9")
+    assert done.stderr.startswith("note: there are fewer checkpoints than --last 9")
 
 
 # --- for a long time ------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ def substitute_emas(tables: Sequence[Table]) -> tuple[list[Table], list[str]]:
         differing = sorted(found[id(table.tensors)].keys() ^ wanted.keys())
         if differing:
             raise MismatchError(
-                f"{shown(table.path)} and {shown(tables[-1].path)}: only one of them has an EMA of "
-                f"tensor '{shown(differing[0])}'; average checkpoints of one run"
+                f"{shown(table.path)} and {shown(tables[-1].path)}: only one of the two has an "
+                f"EMA of tensor '{shown(differing[0])}'; average checkpoints of one run"
             )
     # One merged mapping for each shared one: 100,000 tensors a checkpoint would not fit.
     merged = {id(t.tensors): {**t.tensors, **found[id(t.tensors)]} for t in tables}
@@ -53,7 +53,7 @@ def _find_emas(table: Table) -> dict[str, TensorSpec]:
         foreign = f"{form.name} files hold none of Keras's optimizers"
         is_keras = form.keras_layout or form.key in ("weights_json", "tf_bundle")
         why = table.rules.cautions.get("ema", usual if is_keras else foreign)
-        raise MismatchError(f"{shown(table.path)}: has no EMA slots that could be taken: {why}")
+        raise MismatchError(f"{shown(table.path)}: has no EMA slots that could be averaged: {why}")
     found: dict[str, TensorSpec] = {}
     for slot, tensors in table.keras.ema_slots.items():
         if len(tensors) != 1 or tensors[0] in found:
@@ -71,13 +71,13 @@ def _describe_as(table: Table, slot: TensorSpec, tensor: TensorSpec) -> TensorSp
     if (slot.shape, slot.dtype) != (tensor.shape, tensor.dtype):
         raise MismatchError(
             f"{shown(table.path)}: the EMA slot '{shown(slot.name)}' has shape {slot.shape} and "
-            f"dtype {slot.dtype}, but tensor '{shown(tensor.name)}' has {tensor.shape} and "
-            f"{tensor.dtype}"
+            f"dtype {slot.dtype}; expected those of tensor '{shown(tensor.name)}', {tensor.shape} "
+            f"and {tensor.dtype}"
         )
     # An EMA is read in the tensor's place, so it must have the tensor's layout in the file.
     if slot.storage is None or slot.storage.nbytes != tensor.nbytes:
         raise MismatchError(
-            f"{shown(table.path)}: the EMA slot '{shown(slot.name)}' was never written or is not "
-            "stored in one piece, as Keras does"
+            f"{shown(table.path)}: the EMA slot '{shown(slot.name)}' was never written, or is not "
+            "stored in one piece as Keras does"
         )
     return replace(tensor, storage=slot.storage, byteorder=slot.byteorder)

@@ -68,7 +68,7 @@ def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list
         elif is_chosen and not is_carried(dtype):
             raise MismatchError(
                 f"{where}: tensor '{shown(name)}' is of type {dtype}, which is not averaged; "
-                f"expected {', '.join(FLOATS)}. Use --exclude-tensors to carry it from the newest"
+                f"expected {', '.join(FLOATS)}. Use --exclude-tensors to copy it from the newest"
             )
         else:
             carried.append(row)
@@ -80,7 +80,8 @@ def decide_fates(rows: Sequence[Row], wanted: Tensors, where: str) -> tuple[list
         raise MismatchError(f"{where}: {quantised}")
     if not averaged:
         raise MismatchError(
-            f"{where}: nothing to average; expected a float tensor that no option leaves out"
+            f"{where}: nothing to average; expected at least one float tensor that no option "
+            "leaves out"
         )
     return averaged, carried
 
@@ -109,7 +110,7 @@ def list_notes(
     ]
     if len({table.config for table in tables}) > 1:
         notes.append(
-            "the model configuration is not the same in all checkpoints; the newest one's is kept"
+            "the model configuration differs between checkpoints; the newest one's is kept"
         )
     notes += note_states(row[-1] for row in carried)
     notes += note_numbers([row[-1] for row in averaged])
@@ -130,8 +131,8 @@ def list_notes(
     notes += [text for key, text in tables[-1].rules.cautions.items() if key in stored]
     if tables[-1].rules.is_fixed and tables[-1].optimizer:
         notes.append(
-            "optimizer state is the newest checkpoint's: such a file keeps it even where it is to "
-            "be dropped, and it does not belong to averaged values"
+            "the optimizer state is that of the newest checkpoint: this format cannot drop it, "
+            "and it does not belong to averaged values"
         )
     # Strings have no storage to compare; their digests come with the header.
     strings = [row[-1].name for row in carried if len({spec.digest for spec in row}) > 1]
@@ -151,8 +152,9 @@ def _note_types(
     stored = " and ".join(dict.fromkeys(stored_dtypes[row[-1].location] for row in rows))
     choice = "" if is_fixed else "; --dtype stores another type"
     return [
-        f"{word_count(len(rows), 'tensor')} ({names}) are not of one type in all checkpoints "
-        f"({found}): they are averaged in float64 and stored as {stored}{choice}"
+        f"{word_count(len(rows), 'tensor')} ({names}) {'has' if len(rows) == 1 else 'have'} "
+        f"different types in the checkpoints ({found}): averaged in float64 and stored as "
+        f"{stored}{choice}"
     ]
 
 
@@ -167,8 +169,8 @@ def note_missing_emas(names: Sequence[str]) -> list[str]:
     if not names:
         return []
     return [
-        f"{len(names)} float tensors have no EMA in the optimizer's state, as what is not trained; "
-        f"their own values are averaged ({list_some(names)})"
+        f"{len(names)} float tensors have no EMA in the optimizer's state, because they are not "
+        f"trained; their own values are averaged ({list_some(names)})"
     ]
 
 
@@ -177,14 +179,14 @@ def note_files_beside(newest: Checkpoint, template: Table) -> list[str]:
     if newest.path == template.path:
         return []
     return [
-        "only the tensors are written: a program may want config.json, the tokenizer's files and "
-        f"the like of {shown(newest.path)} beside them"
+        "only the tensors are written: a program may also need config.json, the tokenizer and "
+        f"the other files beside {shown(newest.path)}"
     ]
 
 
 def describe_difference(name: str) -> str:
     """Return the note that a carried tensor differs between the checkpoints."""
-    return f"tensor '{shown(name)}' is not the same in all checkpoints; the newest one's is carried"
+    return f"tensor '{shown(name)}' differs between checkpoints; the newest one's is copied"
 
 
 def is_compared(row: Row) -> bool:

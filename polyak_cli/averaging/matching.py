@@ -86,13 +86,14 @@ def _pair_by_name(table: Table, template: Table) -> list[TensorSpec]:
             raise prefixes.PrefixError(only_prefix)
     if missing:
         raise MismatchError(
-            f"{shown(table.path)}: has no tensor '{shown(missing[0])}', but {shown(template.path)} "
-            f"has{_count_others(missing)}. Checkpoints must come from one model"
+            f"{shown(table.path)}: has no tensor '{shown(missing[0])}', but "
+            f"{shown(template.path)} has{_count_others(missing)}. All checkpoints must come from "
+            "one model"
         )
     if extra:
         raise MismatchError(
             f"{shown(table.path)}: has a tensor '{shown(extra[0])}' that {shown(template.path)} "
-            f"has not{_count_others(extra)}. Checkpoints must come from one model"
+            f"does not have{_count_others(extra)}. All checkpoints must come from one model"
         )
     # Names alone are not enough: Keras's loader goes by the position of a layer.
     try:
@@ -102,7 +103,7 @@ def _pair_by_name(table: Table, template: Table) -> list[TensorSpec]:
         way = ". Use --match order to pair layers by their position" if is_known else ""
         raise MismatchError(
             f"{shown(table.path)}: {error} ({shown(template.path)}); Keras loads layers by their "
-            f"position, so they must be in one order{way}"
+            f"position, so all checkpoints need the same order{way}"
         ) from None
     return _find_by_labels(table, template, "name")
 
@@ -124,9 +125,9 @@ def _recommend_order(table: Table, template: Table) -> None:
     if ours:
         raise MismatchError(
             f"{shown(table.path)}: tensor '{shown(ours)}' is called '{shown(theirs)}' in "
-            f"{shown(template.path)}; Keras merely numbers layers again when a model is built "
-            "again in one process, and its versions name tensors differently. Use --match order to "
-            "pair tensors by their position in the model"
+            f"{shown(template.path)}; Keras numbers the layers of each new model in one process "
+            "from where it stopped, and versions of Keras name tensors differently. Use --match "
+            "order to pair tensors by their position in the model"
         )
 
 
@@ -141,7 +142,7 @@ def _pair_by_order(table: Table, template: Table) -> list[TensorSpec]:
     if len(column) != len(template.tensors):
         raise MismatchError(
             f"{shown(table.path)}: has {len(column)} tensors, but {shown(template.path)} has "
-            f"{len(template.tensors)}. Checkpoints must come from one model"
+            f"{len(template.tensors)}. All checkpoints must come from one model"
         )
     in_order = list(table.tensors) == list(template.tensors)
     has_same_names = table.tensors.keys() == template.tensors.keys()
@@ -153,8 +154,8 @@ def _pair_by_order(table: Table, template: Table) -> list[TensorSpec]:
     if has_same_names and not in_order:
         moved = next(a for a, b in zip(table.tensors, template.tensors, strict=True) if a != b)
         raise MismatchError(
-            f"{shown(table.path)}: has the very names of {shown(template.path)} in another order, "
-            f"from '{shown(moved)}' on; pair them by name, without --match order"
+            f"{shown(table.path)}: has the names of {shown(template.path)} in another order, from "
+            f"'{shown(moved)}' on; leave out --match order to pair tensors by name"
         )
     for ours, theirs in zip(table.tensors, template.tensors, strict=True):
         _check_last_part(table, ours, template, theirs)
@@ -180,7 +181,7 @@ def _find_by_labels(table: Table, template: Table, by: str) -> list[TensorSpec]:
         way = ". Use --match order to pair layers by their position" if by == "name" else ""
         raise MismatchError(
             f"{shown(table.path)}: {error} ({shown(template.path)}); their paths only count the "
-            f"layers of a class, and the names beside them do not agree{way}"
+            f"layers of each class, and the layers' own names do not match{way}"
         ) from None
     return [table.tensors[name] for name in layers.rename(template.tensors, moved)]
 
@@ -191,9 +192,9 @@ def _pair_by_layers(table: Table, template: Table) -> list[TensorSpec]:
         pairs = layers.pair_by_layers(table, template)
     except layers.UnclearError as error:
         raise MismatchError(
-            f"{shown(table.path)}: {error} ({shown(template.path)}); their order does not "
-            "tell which tensor is which. Save whole models (model.save), or give the layers the "
-            "same names (name=...), so that they pair by name"
+            f"{shown(table.path)}: {error} ({shown(template.path)}); their order does not show "
+            "which tensor is which. Save whole models (model.save), or give the layers the same "
+            "names (name=...), so that they are paired by name"
         ) from None
     for name, spec in pairs.items():
         _check_last_part(table, spec.name, template, name)
@@ -234,7 +235,7 @@ def _check_same(table: Table, ours: TensorSpec, template: Table, theirs: TensorS
         if one != other and not (what == "dtype" and are_floats):
             raise MismatchError(
                 f"{shown(table.path)}: tensor '{shown(ours.name)}' has {what} {one}, but "
-                f"{shown(template.path)} has {other}. Checkpoints must come from one model"
+                f"{shown(template.path)} has {other}. All checkpoints must come from one model"
             )
 
 

@@ -29,10 +29,10 @@ Part = TypeVar("Part")
 #: What `allow` takes: a refusal that rests on what the numbers mean -> what is averaged all the
 #: same.  A refusal that rests on a file's form has no such way out.
 ALLOWED: Mapping[str, str] = {
-    "two-runs": "checkpoints whose numbers look like those of two runs",
-    "scaled-integers": "integers that differ between checkpoints beside what looks like a scale",
-    "averages": "running means of the weights, where the weights themselves are not there",
-    "other-assets": "checkpoints with other vocabularies, tokenizers or names of classes",
+    "two-runs": "checkpoints whose values look like those of two runs",
+    "scaled-integers": "integers that differ between checkpoints and seem to have a scale",
+    "averages": "running means of the weights in checkpoints without the weights themselves",
+    "other-assets": "checkpoints with different vocabularies, tokenizers or class names",
 }
 
 
@@ -249,10 +249,12 @@ def parse(options: Options) -> Settings:
     # A TypeError, as Python raises for an unknown keyword: the caller's mistake, not the user's.
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
-        raise TypeError(f"there is no option {', '.join(sorted(unknown))}; see Options")
+        raise TypeError(
+            f"unknown option {', '.join(sorted(unknown))}; polyak_cli.Options lists all"
+        )
     for key, what in _LISTS.items():
         if isinstance(options.get(key), str):  # a sequence too: of its letters
-            raise UsageError(f"{key} is one text; expected a list of {what}")
+            raise UsageError(f"{key} is a single string; expected a list of {what}")
     for kind in options.get("allow") or ():
         check_choice({"allow": kind}, "allow", tuple(ALLOWED))
     numbers = ("last", "from_epoch", "to_epoch", "every", "best", "log_first", "jobs", "max_memory")

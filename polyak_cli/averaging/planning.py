@@ -29,7 +29,7 @@ from polyak_cli.averaging.options import Machine, Settings, measure_peak
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem
 from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.checkpoints.suspicions import find_suspicions
-from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown
+from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown, word_size
 from polyak_cli.formats import outputs
 from polyak_cli.storage import publishing
 from polyak_cli.tensors import Table, itemsize
@@ -376,8 +376,9 @@ def _check_types(template: Table, averaged: Sequence[Row], dtype: str | None) ->
     for spec in (row[-1] for row in averaged if template.rules.is_fixed):
         if dtype not in (None, spec.dtype):
             raise UsageError(
-                f"--dtype {dtype}: {shown(template.path)} keeps the types it has, and tensor "
-                f"'{shown(spec.name)}' is {spec.dtype}; leave --dtype out and convert the output"
+                f"--dtype {dtype}: {shown(template.path)} keeps its types, and tensor "
+                f"'{shown(spec.name)}' is {spec.dtype}; leave out --dtype, and convert the output "
+                "afterwards"
             )
 
 
@@ -395,7 +396,7 @@ def _check_chunks(tables: Sequence[Table], rows: Sequence[Row], machine: Machine
             if spec.storage and spec.storage.block_nbytes > bound:
                 raise FormatError(
                     f"{shown(table.path)}: tensor '{shown(spec.name)}' is stored in chunks of "
-                    f"{spec.storage.block_nbytes} bytes, each of which must be held whole; raise "
+                    f"{word_size(spec.storage.block_nbytes)}, and each must be held whole; raise "
                     f"--max-memory above {2 * jobs * spec.storage.block_nbytes} bytes"
                 )
 

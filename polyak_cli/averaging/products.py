@@ -19,7 +19,7 @@ from polyak_cli.averaging.matching import Row, list_files, list_sources
 from polyak_cli.engine.inputs import OpenInputs
 from polyak_cli.engine.kernel import is_finite, round_to, widen
 from polyak_cli.engine.timing import Clock, Progress, Totals
-from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
+from polyak_cli.errors import FormatError, MismatchError, UsageError, shown, word_size
 from polyak_cli.formats import Skeleton
 from polyak_cli.storage import open_input
 from polyak_cli.storage.local import LocalOutput
@@ -387,7 +387,7 @@ def _compare_scales(reader: Reader, alphas: Sequence[Row]) -> None:
 
 
 _SAME_SCALE = (
-    "Average checkpoints of one scaling: leave the others out with --exclude, or merge each "
+    "All checkpoints must have one scaling: leave the others out with --exclude, or merge each "
     "checkpoint into its base model first"
 )
 
@@ -444,22 +444,22 @@ def check_products(factors: Factors, terms: int, max_memory: int) -> None:
     """
     if not factors:
         raise UsageError(
-            "--lora exact: no averaged tensors are the factors of a product; leave it out"
+            "--lora exact: no averaged tensors are factors of a product; leave out --lora"
         )
     if factors.others:
         globs = " ".join(f"--exclude-tensors '{shown(name)}'" for name in factors.others[:8])
         raise UsageError(
-            f"--lora exact: tensor '{shown(factors.others[0])}' is no factor of a product of two "
-            f"matrices, whose mean could be written; carry such tensors with {globs}, or merge "
-            "each checkpoint into its base model first"
+            f"--lora exact: tensor '{shown(factors.others[0])}' is not a factor of a product of "
+            f"two matrices; copy such tensors from the newest with {globs}, or merge each "
+            "checkpoint into its base model first"
         )
     needed = {pair.name: _count_bytes(pair, terms) for pair in factors.pairs}
     needed |= {norm.name: 6 * 8 * norm.v[-1].size for norm in factors.norms if _is_whole(norm)}
     name = max(needed, key=lambda one: needed[one], default="")
     if name and needed[name] > max_memory:
         raise UsageError(
-            f"--lora exact: the product of '{shown(name)}' needs {needed[name]} bytes of memory; "
-            f"use --max-memory {needed[name]}"
+            f"--lora exact: the product of '{shown(name)}' needs {word_size(needed[name])} of "
+            f"memory; use --max-memory {needed[name]}"
         )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from polyak_cli.errors import UsageError, choose_verb, shown, word_count
+from polyak_cli.errors import UsageError, shown, word_count
 
 if TYPE_CHECKING:
     from decimal import Context
@@ -85,7 +85,7 @@ def coefficients(
     """
     choice = resolve(scheme, alpha=alpha, decay=decay, sigma=sigma, custom=custom)
     if not positions:
-        raise UsageError("there are no checkpoints to give coefficients to")
+        raise UsageError("there are no checkpoints; expected at least one")
     if custom is not None:
         return _normalised(_checked_custom(custom, len(positions)))
     raw = SCHEMES[choice.name].function(positions, *(choice.parameters.values() or [0.0]))
@@ -116,7 +116,7 @@ def resolve(
         )
     name = "custom" if custom is not None else scheme if scheme is not None else "equal"
     if custom is None and name not in SCHEMES:
-        raise UsageError(f"there is no scheme {shown(name)!r}: choose one of {', '.join(SCHEMES)}")
+        raise UsageError(f"unknown scheme {shown(name)!r}: choose one of {', '.join(SCHEMES)}")
     parameter = None if custom is not None else SCHEMES[name].parameter
     for option in given:
         if parameter is None or option != parameter.name:
@@ -125,7 +125,7 @@ def resolve(
         return Choice(name, {})
     value = float(given.get(parameter.name, parameter.default))
     if not parameter.allowed(value):
-        raise UsageError(f"--{parameter.name} is {value}, but must be {parameter.range}")
+        raise UsageError(f"--{parameter.name} is {value}; expected {parameter.range}")
     return Choice(name, {parameter.name: value})
 
 
@@ -254,19 +254,17 @@ def _normalised(raw: Sequence[float]) -> tuple[float, ...]:
 def _checked_custom(custom: Sequence[float], count: int) -> list[float]:
     if len(custom) != count:
         raise UsageError(
-            f"--coefficients has {word_count(len(custom), 'number')}, but there "
-            f"{choose_verb(count)} {word_count(count, 'checkpoint')}: "
-            "give one for each, oldest first"
+            f"--coefficients has {word_count(len(custom), 'number')}; expected {count}, one for "
+            "each checkpoint, oldest first"
         )
     values = [float(value) for value in custom]
     for place, value in enumerate(values, start=1):
         if not (math.isfinite(value) and value >= 0.0):
             raise UsageError(
-                f"--coefficients: number {place} is {value:g}, but each must be finite and at "
-                "least 0"
+                f"--coefficients: number {place} is {value:g}; expected finite numbers of 0 or more"
             )
     if not any(values):
-        raise UsageError("--coefficients: all numbers are 0, but at least one must be more")
+        raise UsageError("--coefficients: all numbers are 0; expected at least one above 0")
     return values
 
 
@@ -274,14 +272,14 @@ def _require_rising(positions: Sequence[float]) -> None:
     for position in positions:
         if not (math.isfinite(position) and position > 0.0):
             raise UsageError(
-                f"--scheme power: a checkpoint stands at position {position:g} of the run, but "
-                "positions must be finite and more than 0"
+                f"--scheme power: a checkpoint has position {position:g}; expected finite "
+                "positions above 0"
             )
     for earlier, later in pairwise(positions):
         if not earlier < later:
             raise UsageError(
-                f"--scheme power: position {later:g} follows {earlier:g}, but positions must rise "
-                "from the oldest checkpoint to the newest"
+                f"--scheme power: position {later:g} follows {earlier:g}; expected positions that "
+                "rise from the oldest checkpoint to the newest"
             )
 
 
@@ -297,17 +295,17 @@ def _stray_parameter(option: str, name: str) -> str:
 
 #: Every scheme by name; the command line's choices, defaults and help come from here.
 SCHEMES: Mapping[str, Scheme] = {
-    "equal": Scheme(equal, "all alike"),
-    "linear": Scheme(linear, "falling evenly with age"),
+    "equal": Scheme(equal, "the same for all"),
+    "linear": Scheme(linear, "falling linearly with age"),
     "exp": Scheme(
         exp,
-        "falling by e every ALPHA checkpoints",
-        Parameter("alpha", 2.0, lambda a: 0.0 < a < math.inf, "more than 0 and finite"),
+        "falling by the factor e every ALPHA checkpoints",
+        Parameter("alpha", 2.0, lambda a: 0.0 < a < math.inf, "a finite number above 0"),
     ),
     "ema": Scheme(
         ema,
-        "falling by the factor DECAY each checkpoint (debiased)",
-        Parameter("decay", 0.9, lambda d: 0.0 < d <= 1.0, "more than 0 and at most 1"),
+        "falling by the factor DECAY with each checkpoint (debiased)",
+        Parameter("decay", 0.9, lambda d: 0.0 < d <= 1.0, "a number above 0 and at most 1"),
     ),
     "power": Scheme(
         power,
@@ -316,7 +314,7 @@ SCHEMES: Mapping[str, Scheme] = {
             "sigma",
             0.1,
             lambda s: s > 0.0 and 12.0 * s * s < 1.0,
-            "more than 0 and less than 1/sqrt(12) = 0.288675, where it would be the equal average",
+            "a number above 0 and below 1/sqrt(12) = 0.288675, which would be the equal average",
         ),
     ),
 }

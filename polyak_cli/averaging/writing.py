@@ -180,7 +180,7 @@ def _judge_runs(plan: Plan, verdict: runs.Verdict) -> list[str]:
         return []
     text = runs.describe(verdict, plan.names)
     if runs.ALLOWED in plan.settings.tensors.allow:
-        return [f"{text}; they are averaged all the same"]
+        return [f"{text}; averaged anyway"]
     advice = runs.advise(verdict, plan.checkpoints, plan.names, plan.settings.choice)
     raise MismatchError(f"{text}; {advice}")
 

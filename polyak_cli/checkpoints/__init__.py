@@ -292,12 +292,15 @@ def model_files(sources: StrPath | Sequence[StrPath]) -> tuple[list[Path], list[
 def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
-            raise UsageError(f"--{name} is {count}, but must be at least 1")
+            raise UsageError(f"--{name} is {count}; expected at least 1")
 
 
 def _check_bounds(from_epoch: int | None, to_epoch: int | None) -> None:
     if from_epoch is not None and to_epoch is not None and from_epoch > to_epoch:
-        raise UsageError(f"--from {from_epoch} is after --to {to_epoch}: nothing lies between them")
+        raise UsageError(
+            f"--from {from_epoch} is after --to {to_epoch}; expected the first epoch and then the "
+            "last"
+        )
 
 
 def _compile_pattern(pattern: str) -> re.Pattern[str]:
@@ -305,5 +308,5 @@ def _compile_pattern(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(
-            f"--epoch-pattern '{shown(pattern)}' is no regular expression: {shown(error)}"
+            f"--epoch-pattern '{shown(pattern)}' is not a regular expression: {shown(error)}"
         ) from error

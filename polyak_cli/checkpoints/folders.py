@@ -65,13 +65,13 @@ def find_names(paths: Sequence[Path], way_out: str) -> list[Name]:
     if len(varying) > 1:
         found = " and ".join(shown(level[0], 60) for level in varying[:2])
         raise CheckpointError(
-            f"{shown(paths[0])}: the file names tell no order, and several folders vary from file "
-            f"to file, such as {found}: {way_out}"
+            f"{shown(paths[0])}: the file names do not show the order, and several of their "
+            f"folders differ, such as {found}: {way_out}"
         )
     for path, name in zip(paths, numbered[0], strict=True):
         if not has_whole_number(name):
             raise CheckpointError(
-                f"{shown(path)}: the file names tell no order, and its folder "
+                f"{shown(path)}: the file names do not show the order, and its folder "
                 f"'{shown(name.stem, 60)}' has no number, unlike others: leave it out with "
                 f"--exclude '{shown(glob.escape(str(path)))}', or {way_out}"
             )

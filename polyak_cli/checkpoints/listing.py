@@ -181,7 +181,7 @@ def find_candidates(
                 on_problem(Problem("same file", _describe_same_file(found[identity], path), path))
             found.setdefault(identity, path)
     if not found and not unusable and as_given:
-        raise CheckpointError("no checkpoint is left: --exclude matches every file that was named")
+        raise CheckpointError("no checkpoint is left: --exclude matches every file")
     notes = tuple(f"--exclude '{shown(pattern)}' matched nothing" for pattern in unmatched)
     return Pool((*found.values(), *unusable), as_given, tuple(passed_over), notes)
 
@@ -237,7 +237,9 @@ def expand_source(source: StrPath) -> tuple[list[Path], bool]:
     text = os.fspath(source)
     # Path("") is the current directory; an empty name comes from an unset shell variable.
     if not text or "\0" in text:
-        raise CheckpointError(f"{shown(text)!r} is no path: give a directory, a pattern or files")
+        raise CheckpointError(
+            f"{shown(text)!r} is not a path: give a directory, a pattern or files"
+        )
     refuse_url(text)
     try:
         mode = os.stat(text).st_mode  # noqa: PTH116 - Path() would forget a trailing slash
@@ -282,8 +284,8 @@ def find_file(path: Path) -> Path:
     found = _find_openers(path)
     if len(found) > 1:
         raise CheckpointError(
-            f"{shown(path)}: holds {shown(found[0].name)} and {shown(found[1].name)}, either of "
-            "which could be the checkpoint; move one away"
+            f"{shown(path)}: holds {shown(found[0].name)} and {shown(found[1].name)}, and either "
+            "could be the checkpoint; move one away"
         )
     return found[0] if found else path
 
@@ -333,9 +335,7 @@ def _expand_pattern(pattern: str) -> list[Path]:
         for match in glob.glob(pattern)  # noqa: PTH207 - may be absolute
     )
     if not paths:
-        raise CheckpointError(
-            f"{shown(pattern)}: no file matches this pattern, and nothing has that very name"
-        )
+        raise CheckpointError(f"{shown(pattern)}: no file matches this pattern or has this name")
     return paths
 
 
@@ -423,9 +423,9 @@ def _separate_kinds(
         one, other = sorted(common)[:2]
         files = "" if other == _FOLDER else " files"  # a folder's kind is the last, as sorted
         text = (
-            f"{shown(os.fspath(source))}: holds {kinds[one]} {one} and {kinds[other]} {other}"
-            f"{files}, which are not of one run; leave one kind out, for instance with "
-            f"--exclude '*{max({one, other} - {_FOLDER}, key=len)}'"
+            f"{shown(os.fspath(source))}: holds {kinds[one]} {one} and {kinds[other]} "
+            f"{other}{files}, which do not belong to one run; leave one kind out, for example "
+            f"with --exclude '*{max({one, other} - {_FOLDER}, key=len)}'"
         )
         on_problem(Problem("other run", text, Path(source)))
     kept = [path for path in paths if find_kind(path) in common]
@@ -458,13 +458,14 @@ def _read_identity(path: Path) -> tuple[int, int]:
 
 def _describe_unusable(path: Path, error: OSError) -> str:
     if error.errno == errno.ELOOP:
-        return (
-            f"{shown(path)} is a symbolic link that leads back to itself: {advise_exclusion(path)}"
-        )
+        return f"{shown(path)} is a symbolic link to itself: {advise_exclusion(path)}"
     if error.errno == errno.ENOENT and path.is_symlink():
-        return f"{shown(path)} is a symbolic link to a file that is gone: {advise_exclusion(path)}"
+        return (
+            f"{shown(path)} is a symbolic link to a file that does not exist: "
+            f"{advise_exclusion(path)}"
+        )
     if error.errno == errno.ENOENT:
-        return f"{shown(path)}: there is no such file or directory"
+        return f"{shown(path)}: no such file or directory"
     return f"{shown(path)} cannot be used: {error.strerror}"
 
 
@@ -473,8 +474,8 @@ def _describe_same_file(first: Path, second: Path) -> str:
         return f"{shown(first)} is given twice: name each checkpoint once"
     extra = first if first.is_symlink() and not second.is_symlink() else second
     return (
-        f"{shown(first)} and {shown(second)} are one and the same file, through a link or another "
-        f"way of writing its path: {advise_exclusion(extra, whole=first.name == second.name)}"
+        f"{shown(first)} and {shown(second)} are the same file, by a link or by another form of "
+        f"its path: {advise_exclusion(extra, whole=first.name == second.name)}"
     )
 
 
@@ -500,7 +501,7 @@ def describe_nothing_found(
     ends = ", ".join(end for end, kind in kinds.items() if kind)
     text = f"{where}: there is no {what} here: looked for files in {ends}"
     if not passed:
-        return f"{text}, but found nothing at all"
+        return f"{text}, but the folder is empty"
     some = ", ".join(f"{shown(one.path.name, 60)} ({one.reason})" for one in passed[:3])
     return f"{text}, passed over {some}{word_rest(len(passed) - 3)}"
 

@@ -50,21 +50,21 @@ def check_monitor(
         given = {"monitor": monitor, "mode": mode, "log": log, "log-first": log_first}
         for name, value in given.items():
             if value is not None:
-                raise UsageError(f"--{name} is for choosing by metric: give --best N too")
+                raise UsageError(f"--{name} belongs to --best N, which is missing")
         return None
     monitor = "val_loss" if monitor is None else monitor
     if not monitor.strip():
-        raise UsageError("--monitor is empty, but must name a metric, such as val_loss")
+        raise UsageError("--monitor is empty; expected the name of a metric, such as val_loss")
     if mode not in (None, "min", "max"):
-        raise UsageError(f"--mode is {shown(mode)!r}, but must be min or max")
+        raise UsageError(f"--mode is {shown(mode)!r}; expected min or max")
     if log_first not in (None, 0, 1):
-        raise UsageError(f"--log-first is {log_first}, but must be 0 or 1")
+        raise UsageError(f"--log-first is {log_first}; expected 0 or 1")
     if log_first is not None and log is None:
-        raise UsageError("--log-first is about the rows of a log: give --log CSV too")
+        raise UsageError("--log-first belongs to --log CSV, which is missing")
     better = mode or guess_mode(monitor)
     if better is None:
         raise UsageError(
-            f"--monitor {shown(monitor)}: its name does not tell whether less or more is better: "
+            f"--monitor {shown(monitor)}: its name does not say whether less or more is better: "
             "give --mode min or --mode max"
         )
     return Wanted(best, monitor, better, log, log_first)
@@ -86,7 +86,7 @@ def take_best(
     usable = [index for index, metric in enumerate(metrics) if math.isfinite(metric)]
     if wanted.count > len(usable) and not growing:
         lost = len(metrics) - len(usable)
-        where = f", and {lost} more whose {shown(wanted.monitor)} is no finite number"
+        where = f", and {lost} more whose {shown(wanted.monitor)} is not a finite number"
         raise CheckpointError(
             f"--best {wanted.count}: there {choose_verb(len(usable))} only "
             f"{describe_epochs([measured[index] for index in usable])} to choose from"
@@ -109,7 +109,7 @@ def _read_metric_in_name(path: Path, monitor: str) -> float:
     if number is not None:
         return float(number.value)
     bare = [number.text for number in name.numbers if is_unnamed_decimal(number)]
-    found = f"the numbers {', '.join(bare)} without a name" if bare else "no such number"
+    found = f"only the numbers {', '.join(bare)}, without a name" if bare else "no such number"
     raise CheckpointError(
         f"{shown(path)}: looked in its name for {shown(monitor)}, but found {found}: give the "
         "training log with --log, or another --monitor"
@@ -141,13 +141,13 @@ def _look_up_metrics(
     for one, epoch in zip(candidates, epochs, strict=True):
         if epoch - offset not in log.metric:
             raise CheckpointError(
-                f"{shown(log.path)}: there is no row for {shown(one.path)}, which should be epoch "
-                f"{epoch - offset} there ({why}); the rows are epochs {min(log.metric)} to "
+                f"{shown(log.path)}: no row for {shown(one.path)}; expected epoch "
+                f"{epoch - offset} ({why}), found rows of epochs {min(log.metric)} to "
                 f"{max(log.metric)}"
             )
     note = (
-        f"{shown(log.path)}: the row of epoch {(newest.epoch or 0) - offset} is taken for "
-        f"{shown(newest.path)} ({why})"
+        f"{shown(log.path)}: matched {shown(newest.path)} to the row of epoch "
+        f"{(newest.epoch or 0) - offset} ({why})"
     )
     return [log.metric[epoch - offset] for epoch in epochs], [*log.notes, note]
 
@@ -246,11 +246,11 @@ def _read_log(path: StrPath, monitor: str) -> _Log:
 
     text = os.fspath(path)
     if "\0" in text:
-        raise CheckpointError(f"{shown(text)!r} is no path: --log must be a CSV file")
+        raise CheckpointError(f"{shown(text)!r} is not a path: --log must be a CSV file")
     try:
         # Opening a pipe without a writer would block for ever.
         if not Path(text).is_file():
-            what = "is no regular file" if os.path.lexists(text) else "does not exist"
+            what = "is not a regular file" if os.path.lexists(text) else "does not exist"
             raise CheckpointError(f"{shown(text)} {what}: --log must be a CSV file of CSVLogger")
         with open(text, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
             start = stream.readline(1 << 16)
@@ -282,9 +282,11 @@ def _parse_log(path: str, rows: Iterator[list[str]], monitor: str) -> _Log:
             last = _parse_epoch(path, line, cells[header.index("epoch")])
             metric[last] = _parse_metric(path, line, cells[header.index(monitor)])
     if not metric:
-        raise CheckpointError(f"{shown(path)}: the log has no rows; is it the CSVLogger's?")
+        raise CheckpointError(
+            f"{shown(path)}: the log has no rows; expected a CSV file that CSVLogger wrote"
+        )
     # Only the last row may be incomplete: training may be writing it now.
-    notes = [f"{shown(path)}: row {cut_short}, the last, is incomplete and not used"]
+    notes = [f"{shown(path)}: the last row, {cut_short}, is incomplete and was ignored"]
     return _Log(path, metric, last, tuple(notes if cut_short else ()))
 
 
@@ -292,8 +294,8 @@ def _check_header(path: str, header: list[str], monitor: str) -> list[str]:
     columns = ", ".join(shown(column, 40) for column in header[:20])
     if "epoch" not in header:
         raise CheckpointError(
-            f"{shown(path)}: its first row has no column 'epoch', as CSVLogger writes it, but: "
-            f"{columns}"
+            f"{shown(path)}: its first row has no column 'epoch'; expected a CSV file that "
+            f"CSVLogger wrote, found the columns {columns}"
         )
     if monitor not in header:
         raise CheckpointError(
@@ -306,7 +308,7 @@ def _parse_epoch(path: str, line: int, cell: str) -> int:
     # A spreadsheet may have turned 3 into 3.0.
     if not re.fullmatch(r"\d{1,15}(?:\.0+)?", cell):
         raise CheckpointError(
-            f"{shown(path)}: row {line}: the epoch is {shown(cell, 40)!r}, but must be a number"
+            f"{shown(path)}: row {line}: the epoch is {shown(cell, 40)!r}; expected a number"
         )
     return int(cell.partition(".")[0])
 
@@ -319,5 +321,5 @@ def _parse_metric(path: str, line: int, cell: str) -> float:
         return float(cell)
     except ValueError:
         raise CheckpointError(
-            f"{shown(path)}: row {line}: the metric is {shown(cell, 40)!r}, but must be a number"
+            f"{shown(path)}: row {line}: the metric is {shown(cell, 40)!r}; expected a number"
         ) from None

@@ -78,8 +78,8 @@ def _rearrange(given: list[Checkpoint]) -> tuple[list[Checkpoint], list[str]]:
         return given, []
     first, last = ordered[0], ordered[-1]
     note = (
-        f"the files are taken in order of epoch, from {shown(first.path)} (epoch {first.epoch}) to "
-        f"{shown(last.path)} (epoch {last.epoch}), which is not the order given; {_KEEP_ORDER}"
+        f"the files are sorted by epoch, from {shown(first.path)} (epoch {first.epoch}) to "
+        f"{shown(last.path)} (epoch {last.epoch}), not in the order given; {_KEEP_ORDER}"
     )
     return ordered, [note]
 
@@ -171,9 +171,8 @@ def _read_epochs_of_runs(
     for path in others:
         usual = shown(parted[-1][0].path)
         text = (
-            f"{shown(path)} looks like a checkpoint of another run than {usual} "
-            f"({len(parted[-1])} are named like this one): leave one kind out with --exclude, or "
-            f"{_SAY_WHERE}"
+            f"{shown(path)} seems to belong to another run than {usual} ({len(parted[-1])} are "
+            f"named like this one): leave one kind out with --exclude, or {_SAY_WHERE}"
         )
         on_problem(Problem("other run", text, path))
     return known, set(others)
@@ -219,8 +218,8 @@ def _match_epoch(path: Path, pattern: re.Pattern[str], searched: str) -> int:
     if text is None or not re.fullmatch(r"[-+]?\d+", text):
         raise CheckpointError(
             f"{shown(path)}: --epoch-pattern '{shown(pattern.pattern)}' finds "
-            f"{'no epoch' if text is None else repr(shown(text))} in its {where}, but the group "
-            "'epoch', else the first group, must be a whole number"
+            f"{'no epoch' if text is None else repr(shown(text))} in its {where}; expected a "
+            "whole number in the group 'epoch' or the first group"
         )
     return int(text)
 
@@ -248,8 +247,8 @@ def _try_read_epochs(paths: Sequence[Path], as_given: bool) -> list[int | None]:
     falling = any(a > b for (a, _), (b, _) in pairwise(known))
     if falling and len({parse_name(path).signature for _, path in known}) == 1:
         raise CheckpointError(
-            f"{shown(paths[epochs.index(None)])}: its name has no number, unlike others, which are "
-            f"not given in order of their epochs: {way_out}"
+            f"{shown(paths[epochs.index(None)])}: its name has no number, and the others are not "
+            f"given in order of their epochs: {way_out}"
         )
     return epochs
 
@@ -266,10 +265,10 @@ def _note_order(given: Sequence[Checkpoint]) -> list[str]:
     for earlier, later in pairwise(known):
         if (earlier.epoch or 0) >= (later.epoch or 0):
             return [
-                "the files are taken in the order given, oldest first, which is not that of their "
-                f"epochs: {shown(earlier.path)} (epoch {earlier.epoch}) stands before "
-                f"{shown(later.path)} (epoch {later.epoch}), and {shown(given[-1].path)} counts as "
-                "the newest; confirm it with --order given"
+                "the files are kept in the order given, oldest first, which is not the order of "
+                f"their epochs: {shown(earlier.path)} (epoch {earlier.epoch}) comes before "
+                f"{shown(later.path)} (epoch {later.epoch}), and {shown(given[-1].path)} counts "
+                "as the newest; confirm it with --order given"
             ]
     return []
 
@@ -294,7 +293,7 @@ def _read_epochs(paths: Sequence[Path]) -> list[int]:
 
 def _describe_missing_number(name: Name) -> str:
     return (
-        f"{shown(name.path)}: its name holds no whole number that could be the epoch: "
+        f"{shown(name.path)}: its name has no whole number that could be the epoch: "
         f"{advise_exclusion(name.path)}, or {_SAY_WHERE}"
     )
 
@@ -315,8 +314,8 @@ def _require_alike(names: Sequence[Name], keys: Sequence[Hashable]) -> None:
     (usual, many), (odd, few), *_ = kinds.most_common()
     one, other = names[keys.index(usual)].path, names[keys.index(odd)].path
     raise CheckpointError(
-        f"{shown(one)} and {shown(other)} look like checkpoints of two runs ({many} named like the "
-        f"one, {few} like the other): leave one kind out with --exclude, or {_SAY_WHERE}"
+        f"{shown(one)} and {shown(other)} look like checkpoints of two runs ({many} named like "
+        f"the first, {few} like the second): leave one kind out with --exclude, or {_SAY_WHERE}"
     )
 
 
@@ -352,7 +351,7 @@ def _guess_epoch_field(name: Name) -> int:
         number = name.numbers[whole[-1]]
         raise CheckpointError(
             f"{shown(name.path)}: the {number.text} in its name looks like the metric "
-            f"'{shown(number.label)}', not like an epoch: {_SAY_WHERE}"
+            f"'{shown(number.label)}' and not like an epoch: {_SAY_WHERE}"
         )
     return max(possible, key=rank)
 
@@ -360,9 +359,9 @@ def _guess_epoch_field(name: Name) -> int:
 def _describe_ambiguity(names: Sequence[Name], varying: Sequence[int]) -> str:
     numbers = [names[0].numbers[index].text for index in varying]
     return (
-        f"{shown(names[0].path)}: {', '.join(numbers[:-1])} and {numbers[-1]} in its name vary "
-        f"from file to file, so each could be the epoch: {_SAY_WHERE}, or leave files of another "
-        "run out with --exclude"
+        f"{shown(names[0].path)}: {', '.join(numbers[:-1])} and {numbers[-1]} in its name differ "
+        f"between files, so each could be the epoch: {_SAY_WHERE}, or leave files of another run "
+        "out with --exclude"
     )
 
 
@@ -384,8 +383,7 @@ def restrict_epochs(
             *([] if to_epoch is None else [f"--to {to_epoch}"]),
         ]
         raise CheckpointError(
-            f"{' '.join(bounds)}: no checkpoint has such an epoch; there are "
-            f"{describe_epochs(ordered)}"
+            f"{' '.join(bounds)}: no checkpoint has such an epoch; found {describe_epochs(ordered)}"
         )
     return kept
 
@@ -422,8 +420,8 @@ def require_epoch(checkpoint: Checkpoint, option: str) -> int:
     """Return a checkpoint's epoch, or raise that an option needs it."""
     if checkpoint.epoch is None:
         raise CheckpointError(
-            f"{shown(checkpoint.path)}: {option} needs the epoch, and its name holds no number "
-            f"that could be it: {_SAY_WHERE}"
+            f"{shown(checkpoint.path)}: {option} needs the epoch, but its name has no number that "
+            f"could be it: {_SAY_WHERE}"
         )
     return checkpoint.epoch
 

@@ -158,7 +158,7 @@ def _find_gaps(run: Sequence[tuple[int, Path]]) -> list[Problem]:
         Problem(
             "gap",
             f"between {shown(path)} (epoch {epoch}) and {shown(next_path)} (epoch {next_epoch}) "
-            f"checkpoints are missing: most are {usual} apart{more}",
+            f"checkpoints are missing; most are {usual} apart{more}",
         )
     ]
 

@@ -208,8 +208,8 @@ def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Done]:
 def _make_ended(how: str) -> PolyakError:
     """Return the error of a worker that did not end by itself."""
     return PolyakError(
-        f"a worker was ended from outside ({how}), perhaps because memory ran out; "
-        "use fewer --jobs or less --max-memory"
+        f"a worker process was killed ({how}), perhaps because memory ran out; use fewer --jobs "
+        "or less --max-memory"
     )
 
 

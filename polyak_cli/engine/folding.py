@@ -304,13 +304,13 @@ class Worker:
         The sums may be of a bundle that begins with the slab; then the error is not shown.
         """
         name = slab.tensor.name
-        ways = f"Carry the newest's with --exclude-tensors {quote_glob(name)}, or use "
+        ways = f"Copy the newest one's with --exclude-tensors {quote_glob(name)}, or use "
         count = slab.stop - slab.start
         strays = np.flatnonzero(found.strays[:count])
         if not len(strays):
             return MismatchError(
-                f"the average of tensor '{shown(name)}' overflows float64, though every checkpoint "
-                "is finite; use --allow-nonfinite to write it all the same"
+                f"the average of tensor '{shown(name)}' overflows float64, although every "
+                "checkpoint is finite; use --allow-nonfinite to write it anyway"
             )
         # Who holds what at one place; the oldest checkpoint that is not finite there is named.
         place = int(strays[0])
@@ -323,7 +323,7 @@ class Worker:
         wanted = f"expected finite numbers, or the same infinity in every checkpoint. {ways}"
         if other is None and len(held) > 1:  # no file is worse than the others
             return MismatchError(
-                f"{what} in every checkpoint: the run has diverged; {wanted}--allow-nonfinite"
+                f"{what} in every checkpoint: the run may have diverged; {wanted}--allow-nonfinite"
             )
         against = ""
         if other is not None:

@@ -14,7 +14,7 @@ from polyak_cli.engine.inputs import OpenInputs
 from polyak_cli.engine.kernel import widen_any
 from polyak_cli.engine.slabs import FOLD_BYTES, Memory, TensorSource
 from polyak_cli.engine.timing import Clock, Progress, Totals
-from polyak_cli.errors import FormatError, shown
+from polyak_cli.errors import FormatError, shown, word_size
 from polyak_cli.storage import Bytes, File
 from polyak_cli.tensors import Float64
 
@@ -171,7 +171,7 @@ def _check_held(tensor: ReadTensor, inputs: Sequence[File], memory: Memory) -> N
         if source.storage.block_nbytes > memory.most * FOLD_BYTES:
             path = inputs[source.find_file(0)].path
             raise FormatError(
-                f"{shown(path)}: tensor '{shown(tensor.name)}' is stored in "
-                f"chunks of {source.storage.block_nbytes} bytes, each of which must be held whole; "
-                f"expected at most {memory.most * FOLD_BYTES}"
+                f"{shown(path)}: tensor '{shown(tensor.name)}' is stored in chunks of "
+                f"{word_size(source.storage.block_nbytes)}, and each must be held whole; expected "
+                f"at most {word_size(memory.most * FOLD_BYTES)}"
             )

@@ -94,8 +94,8 @@ def parse_options(options: Options) -> tuple[Settings, Stages]:
     stages = averaging_options.fill(Stages, options)
     if stages.on_unhealthy and settings.tensors.use_ema:
         raise UsageError(
-            "--on-unhealthy looks at the model's own tensors, not at the EMAs of --use-ema; leave "
-            "one of them out"
+            "--on-unhealthy checks the model's own tensors, not the EMAs of --use-ema; leave out "
+            "one of the two"
         )
     for key in ("batch_size", "trust_code"):
         if options.get(key) and stages.recalibrate is None:
@@ -313,7 +313,8 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     # Another run may have published under this name meanwhile; its bytes were not compared.
     if verify and output.stat().st_ino != written:
         raise OutputError(
-            f"{shown(output)}: another file has taken its name since; see what else writes it"
+            f"{shown(output)}: another program has written this file in the meantime; find out "
+            "which"
         )
     spent = totals.reading + totals.folding + totals.writing
     return Report(
@@ -397,7 +398,7 @@ def _verify(
         more = f" (and {len(others)} more)" if others else ""
         raise OutputError(
             f"{shown(output)}: read back, it is not what was written: {first}{more}; nothing was "
-            "published. See whether disk and memory are sound"
+            "published. Check the disk and the memory of this machine"
         )
 
 
@@ -458,7 +459,7 @@ def _examine(
         first, *others = found.all_problems
         more = f"; and {word_count(len(others), 'more problem')}" if others else ""
         remedy = (
-            ", or leave what is unhealthy out with --on-unhealthy skip"
+            ", or leave out unhealthy checkpoints with --on-unhealthy skip"
             if len(skipped) < len(found.checkpoints)
             else ", since no healthy checkpoint is left"
         )
@@ -471,7 +472,7 @@ def _examine(
     if skipped:
         notes.append(
             f"{len(skipped)} of the {len(chosen.checkpoints)} chosen checkpoints "
-            f"{choose_verb(len(skipped))} not healthy and skipped; {len(kept)} are left"
+            f"{choose_verb(len(skipped))} unhealthy and skipped; {len(kept)} are left"
         )
     healthy = replace(
         chosen,
@@ -500,9 +501,9 @@ def _check_order(chosen: checkpoints.Selection, settings: Settings) -> None:
         and settings.choice.order is None
     ):
         raise UsageError(
-            f"--coefficients are for the oldest first, which by its epoch is "
-            f"{shown(chosen.checkpoints[0].path)}, but the files were given in another order: say "
-            "--order epoch, or --order given if the first one given is the oldest"
+            "--coefficients begin with the oldest checkpoint, which is "
+            f"{shown(chosen.checkpoints[0].path)} by its epoch, but the files were given in "
+            "another order: use --order epoch, or --order given if the first file is the oldest"
         )
 
 
@@ -524,6 +525,6 @@ def check_replaceable(output: Path) -> None:
     """
     if output.exists() and not formats.find_polyak_outputs([checkpoints.find_file(output)]):
         raise OutputError(
-            f"{shown(output)}: already exists and is no average by polyak; name another output, or "
-            "use --force to replace it"
+            f"{shown(output)}: already exists and was not written by polyak; name another output, "
+            "or use --force to replace it"
         )

@@ -268,7 +268,7 @@ def _check_arguments(batch: int, search: Sequence[str]) -> None:
     for name in search:
         if name not in SEARCHES:
             raise UsageError(
-                f"--search: there is no {shown(name)}; choose of {', '.join(SEARCHES)}"
+                f"--search: unknown search {shown(name)}; choose from {', '.join(SEARCHES)}"
             )
 
 
@@ -313,8 +313,8 @@ def _divide_rows(rows: data.Dataset, select_on: str, seed: int) -> dict[str, dat
         selection = rows.split(select_on)
         if selection is reporting:
             raise UsageError(
-                f"--select-on {shown(select_on)}: the same rows are reported on; choose a share of "
-                "them, such as 0.5"
+                f"--select-on {shown(select_on)}: the same rows would be used to choose and to "
+                "report; choose a share of them, such as 0.5"
             )
         return {"selection": selection, "reporting": reporting}
     try:
@@ -428,7 +428,7 @@ def _choose_metric(rows: Sequence[ScoredCandidate]) -> str:
     if scores.loss is not None:
         return "loss"
     raise MismatchError(
-        "the models have neither a loss nor classes as labels; compile them before saving"
+        "the models have no loss, and the labels are not classes; compile the models before saving"
     )
 
 

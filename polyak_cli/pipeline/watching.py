@@ -78,12 +78,14 @@ def watch(
         PolyakError: another subclass, for problems that waiting does not solve.
     """
     if not (interval > 0 and math.isfinite(interval)):
-        raise UsageError(f"--interval is {interval:g}; expected a number of seconds above 0")
+        raise UsageError(f"--interval is {interval:g}; expected seconds above 0")
     for path in (directory, output):
         checkpoints.refuse_url(os.fspath(path))
     pipeline.parse_options(options)
     if options.get("on_unhealthy"):
-        raise UsageError("on_unhealthy belongs to average; what cannot be read is waited for here")
+        raise UsageError(
+            "on_unhealthy belongs to average; watch waits for files that it cannot read"
+        )
     if not options.get("force"):
         pipeline.check_replaceable(Path(output))
     options["force"] = True  # from now on: it is an average, or the user has said so
@@ -152,7 +154,7 @@ class _Watched:
         except PolyakError as error:
             if self._is_still(names):
                 raise
-            self.on_note(f"{error}; the directory is changing, so it is looked at again")
+            self.on_note(f"{error}; the directory is changing, so polyak looks again")
             return None
         self.held = _map_files(plan)
         return replace(report, notes=(*self._note_fewer(plan), *report.notes))
@@ -234,9 +236,9 @@ class _Watched:
         patience = 1 if self.once else _PATIENCE
         for seen in self.seen.values():
             if seen.trouble and seen.looks == patience:
-                self.on_note(f"{seen.trouble}; it is left out until it is whole")
+                self.on_note(f"{seen.trouble}; left out until it is complete")
         if self.looks == 2 and not selection.checkpoints:
-            self.on_note(f"{shown(self.directory)}: no whole checkpoint is here yet")
+            self.on_note(f"{shown(self.directory)}: no complete checkpoint is here yet")
 
     def report_idleness(self) -> None:
         """Report why nothing was published, where nothing else says so."""
@@ -258,7 +260,7 @@ class _Watched:
             path = checkpoints.find_file(one.path)
             if path not in self.seen:
                 raise CheckpointError(
-                    f"{shown(self.directory)}: is one checkpoint itself; name the folder in which "
+                    f"{shown(self.directory)}: is a checkpoint itself; name the folder in which "
                     "checkpoints appear"
                 )
             chosen[path] = self.seen[path].files
@@ -317,7 +319,7 @@ class _Watched:
         option, wanted = ("last", last) if best is None else ("best", best)
         if len(plan.checkpoints) >= (wanted or 0):
             return []
-        return [f"fewer checkpoints than --{option} {wanted} are there yet; all are averaged"]
+        return [f"there are fewer checkpoints than --{option} {wanted} so far; all are averaged"]
 
 
 def _map_files(plan: Plan) -> dict[Path, _Files]:

@@ -109,8 +109,8 @@ NO_FILES = {
     "a socket": Case(_socket, "socket"),
     "a device": Case(lambda path: path.symlink_to("/dev/zero"), "character device"),
     "a folder": Case(Path.mkdir, "directory|no checkpoint here"),
-    "a dangling link": Case(lambda path: path.symlink_to("nowhere"), "file that is gone"),
-    "a link to itself": Case(_loop, "leads back to itself"),
+    "a dangling link": Case(lambda path: path.symlink_to("nowhere"), "file that does not exist"),
+    "a link to itself": Case(_loop, "symbolic link to itself"),
 }
 
 # --- links and layouts that lead elsewhere --------------------------------------------------------

@@ -106,7 +106,7 @@ def test_the_newest_vocabulary_is_carried_where_that_is_allowed(tmp_path: Path) 
     """Keras opens the average, and it has the words of the newest checkpoint in their order."""
     save_run(tmp_path / "run", ".keras", text_vectorization, "-x", False)
     report = average(tmp_path / "run", tmp_path / "o.keras", allow=["other-assets"])
-    assert any("newest's is carried" in note for note in report.notes)
+    assert any("newest one's is copied" in note for note in report.notes)
     opened = keras.saving.load_model(report.output)
     assert opened.get_layer("words").get_vocabulary()[2:] == ["b", "a", "c"]
     np.testing.assert_array_equal(opened.get_weights()[0], np.full((8, 2), 1.5, np.float32))

@@ -235,7 +235,7 @@ def test_a_metric_that_is_missing_is_named(tmp_path: Path) -> None:
         ("c", {"last": 0}, "last is 0"),
         ("c", {"every": 0}, "every is 0"),
         ("c", {"last": 5, "keep": 4}, "keep is 4, but last is 5"),
-        ("c", {"scheme": "best"}, "there is no scheme"),
+        ("c", {"scheme": "best"}, "unknown scheme"),
         ("c", {"scheme": "equal", "alpha": 2.0}, "alpha"),
     ],
     ids=str,

@@ -118,7 +118,7 @@ def test_float8_is_averaged(tmp_path: Path) -> None:
 def test_another_type_is_refused(tmp_path: Path) -> None:
     """TensorFlow restores a variable from its own type only."""
     save(tmp_path / "m-1", {"x": np.ones(3, np.float32)})
-    with pytest.raises(UsageError, match=r"--dtype float16: .*keeps the types it has.*'x'"):
+    with pytest.raises(UsageError, match=r"--dtype float16: .*keeps its types.*'x'"):
         plan([tmp_path / "m-1"], tmp_path / "o.index", dtype="float16")
 
 
@@ -168,7 +168,7 @@ def test_keras_3_restores_the_average(tmp_path: Path, names: tuple[str, str]) ->
     assert not report.plan.dropped
     assert f"{names[1]}/_variables/2" in report.plan.carried
     assert f"{names[1]}/_trainable_variables/0" in report.plan.averaged
-    assert any("optimizer state is the newest checkpoint's" in note for note in report.notes)
+    assert any("optimizer state is that of the newest checkpoint" in note for note in report.notes)
     model.fit(ROWS, LABELS, verbose=0)
     checkpoint.restore(str(tmp_path / "final")).assert_consumed()
     expect_average(model, weights)

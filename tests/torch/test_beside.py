@@ -92,7 +92,7 @@ def test_an_optimizer_is_recognised_by_its_structure(tmp_path: Path, name: str, 
     for part in (key, "several", "training_state"):
         assert equal(found[part], newest[part]), part
     assert report.plan.averaged == ("model/weight", "model/bias")
-    assert any("optimizer state is the newest" in note for note in report.notes)
+    assert any("optimizer state is that of the newest" in note for note in report.notes)
     (seen,) = inspect([tmp_path / "m_1.pt"])
     fates = {tensor.spec.name: tensor.fate for tensor in seen.tensors}
     assert {n for n, fate in fates.items() if fate == "averaged"} == {"model/weight", "model/bias"}
@@ -191,10 +191,10 @@ def test_numbers_of_the_run_are_carried_and_others_are_said(tmp_path: Path) -> N
         "model/epoch.scale",
         "temperature",
     }
-    (carried,) = (note for note in report.notes if "numbers of the run" in note)
+    (carried,) = (note for note in report.notes if "counters of the run" in note)
     assert "4 tensors" in carried
     assert "loss" in carried
-    (said,) = (note for note in report.notes if "beside the model" in note)
+    (said,) = (note for note in report.notes if "as part of the model" in note)
     assert "(temperature)" in said
     everything = average(
         [tmp_path / "m_0.pt", tmp_path / "m_1.pt"], tmp_path / "all.pt", include_tensors=["*"]

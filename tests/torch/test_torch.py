@@ -117,7 +117,7 @@ def test_a_trained_model_and_its_optimizer_load(tmp_path: Path) -> None:
     assert report.plan.dropped == ()
     (seen,) = inspect([tmp_path / "epoch_2.pt"])
     assert "dropped" not in {tensor.fate for tensor in seen.tensors}
-    assert any("optimizer state is the newest" in note for note in report.notes)
+    assert any("optimizer state is that of the newest" in note for note in report.notes)
     assert any(re.match(r"\d+ BatchNorm moving statistics", note) for note in report.notes)
 
 

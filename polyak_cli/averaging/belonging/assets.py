@@ -32,19 +32,19 @@ def refuse_other_assets(tables: Sequence[Table], allowed: Sequence[str]) -> list
     found = _find_others(tables, assets)
     if found and ALLOWED not in allowed:
         raise MismatchError(
-            f"{found[max(found)]}, so that a row of a tensor may stand for another word or class: "
-            f"{_advise(len(tables), found)}, and --allow {ALLOWED} averages all the same and "
-            "carries the newest's"
+            f"{found[max(found)]}, so a row of a tensor may belong to another word or class: "
+            f"{_advise(len(tables), found)}, and --allow {ALLOWED} averages anyway and copies the "
+            "newest one's"
         )
     return [
-        f"{text}; the newest's is carried, as --allow {ALLOWED} asks" for text in found.values()
+        f"{text}; the newest one's is copied (--allow {ALLOWED})" for text in found.values()
     ] + _note_missing(tables, assets)
 
 
 def _advise(count: int, others: Collection[int]) -> str:
     """Return how to select checkpoints that are alike."""
     newer = count - 1 - max(others)
-    last = f"--last {newer} averages only the newer ones, " if newer > 1 else ""
+    last = f"--last {newer} averages only the newer checkpoints, " if newer > 1 else ""
     return f"{last}--exclude leaves checkpoints out"
 
 
@@ -66,9 +66,7 @@ def describe_differences(tables: Sequence[Table]) -> list[str]:
     """Return, in a sentence each, which assets of two checkpoints are not the same."""
     (one, other), (first, second) = tables, (table.assets for table in tables)
     both = sorted(first.keys() & second.keys())
-    found = [
-        f"{_name(name, first)} is not the same" for name in both if _differs(name, first, second)
-    ]
+    found = [f"{_name(name, first)} differs" for name in both if _differs(name, first, second)]
     for table, ours, theirs in ((one, first, second), (other, second, first)):
         found += [f"only {shown(table.path)} has {_name(n, ours)}" for n in ours if n not in theirs]
     return found
@@ -99,9 +97,9 @@ def _find_others(tables: Sequence[Table], assets: Sequence[Mapping[str, Asset]])
             # Of the copies that a layer and the layer inside it keep, the outer one is named.
             first, *more = sorted(differing, key=lambda name: (name.count("/"), name))
             others[k] = (
-                f"{shown(tables[k].path)}: {_name(first, found)}"
-                f"{f' (and {len(more)} more)' if more else ''} is not that of "
-                f"{shown(tables[usual[first]].path)}"
+                f"{shown(tables[k].path)}: "
+                f"{_name(first, found)}{f' (and {len(more)} more)' if more else ''} differs from "
+                f"that of {shown(tables[usual[first]].path)}"
             )
     return others
 
@@ -133,6 +131,6 @@ def _note_missing(tables: Sequence[Table], assets: Sequence[Mapping[str, Asset]]
         table for table, found in zip(tables, assets, strict=True) if some[0] not in found
     )
     return [
-        f"{shown(without.path)} has no {list_some(some)}, which others have: whether its tensors "
-        "have the same meaning cannot be compared"
+        f"{shown(without.path)} has no {list_some(some)}, unlike others: it cannot be checked "
+        "whether its tensors have the same meaning"
     ]

@@ -114,9 +114,9 @@ def describe_refusal(table: Table, wanted: Tensors, averages: Iterable[Average])
         if not one.pairs and any(is_wanted(name, wanted) for name in one.names):
             return (
                 f"{shown(table.path)}: '{shown(one.prefix)}*' is a running mean of the weights, "
-                "and the weights themselves are not there; averaging running means counts old "
-                "steps several times. Average checkpoints with the raw weights, or say --use-ema "
-                f"or --allow {ALLOWED} to average the running means all the same"
+                "and the raw weights are missing; averaging running means counts old steps "
+                "several times. Average checkpoints with the raw weights, or use --use-ema or "
+                f"--allow {ALLOWED} to average the running means anyway"
             )
     return ""
 
@@ -128,17 +128,18 @@ def _describe_choice(one: Average, *, use_ema: bool) -> Problem:
         return Problem(KIND, f"{prefix} is a running mean, and running means are averaged")
     text = f"{prefix} is a running mean of the raw weights '{shown(one.raw)}*': "
     if use_ema:
-        text += "the running means are averaged (--use-ema), and written in both places"
+        text += "the running means are averaged (--use-ema) and written in both places"
     elif one.is_own:
         text += "each is averaged by itself; --use-ema writes the running means in both places"
     else:
         text += (
-            "the raw weights are averaged, and written in both places, so that no program loads "
-            "the newest's own running mean; --use-ema averages the running means"
+            "the raw weights are averaged and written in both places, so that no program loads "
+            "the running mean of the newest checkpoint alone; --use-ema averages the running "
+            "means"
         )
     if one.unpaired:
         count = word_count(len(one.unpaired), "tensor")
-        text += f". {count} of it without raw ones are averaged themselves "
+        text += f". {count} of its tensors have no raw weights and are averaged themselves "
         text += f"({list_some(one.unpaired)})"
     return Problem(KIND, text)
 

@@ -113,7 +113,7 @@ def describe_formats(path: Path, key: str, other: Path, other_key: str) -> str:
     """Return the sentence that two checkpoints are of different formats."""
     return (
         f"{shown(path)}: is a {find_format(key).name} file, but {shown(other)} is "
-        f"{find_format(other_key).name}; the checkpoints of one average must be of one format"
+        f"{find_format(other_key).name}; all checkpoints of an average must have the same format"
     )
 
 
@@ -180,10 +180,7 @@ def _describe_groups(groups: Sequence[Sequence[int]], paths: Sequence[Path]) -> 
     equals = [members for members in groups if len(members) == len(usual)]
     if len(equals) > 1:
         others = " as ".join(["", *(f"like {shown(paths[one[0]])}" for one in equals[1:])])
-        return (
-            f". Neither kind is the odd one: of {len(paths)} checkpoints, as many are like "
-            f"{like}{others} ({len(usual)} each)"
-        )
+        return f". Of {len(paths)} checkpoints, as many are like {like}{others} ({len(usual)} each)"
     text = f". Of {len(paths)} checkpoints, {len(usual)} are like {like}"
     if len(odd) > 1:
         text += f"; {len(odd)} are not ({list_some([paths[k].name for k in odd])})"

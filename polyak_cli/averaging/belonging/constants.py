@@ -32,9 +32,9 @@ def is_diverged(constant: Constant, shape: Sequence[int]) -> bool:
 def describe_diverged(constant: Constant) -> str:
     """Return why NaN that every checkpoint has are refused, and what to do."""
     return (
-        f"tensor '{shown(constant.name)}' holds {constant.nan} NaN in every checkpoint, as after a "
-        "run that diverged; expected finite numbers, or the same infinity. Choose earlier "
-        "checkpoints with --to, carry the newest's with --exclude-tensors "
+        f"tensor '{shown(constant.name)}' holds {constant.nan} NaN in every checkpoint: the run "
+        "may have diverged; expected finite numbers, or the same infinity in every checkpoint. "
+        "Choose earlier checkpoints with --to, copy the newest one's with --exclude-tensors "
         f"{quote_glob(constant.name)}, or use --allow-nonfinite"
     )
 
@@ -45,13 +45,13 @@ def describe_constants(found: Mapping[str, Constant]) -> Iterator[str]:
     nan = {one.name: one.nan for one in found.values() if one.nan}
     if infinite:
         yield (
-            f"{_word_where(infinite)} infinite in every checkpoint alike: constants, such as a "
-            "mask, which the average keeps"
+            f"{_word_where(infinite)} infinite in every checkpoint: constants, such as a mask, "
+            "which the average keeps"
         )
     if nan:
         yield (
-            f"warning: {_word_where(nan)} NaN in every checkpoint alike, and the average keeps "
-            "them; see that the run has not diverged"
+            f"warning: {_word_where(nan)} NaN in every checkpoint, and the average keeps them; "
+            "check that the run has not diverged"
         )
 
 

@@ -222,12 +222,12 @@ def describe_plan(factors: Factors, *, exact: bool) -> list[str]:
         return []
     if exact:
         return [
-            f"{factors.describe()}: the mean of the products will be written, that of LoRA "
-            "truncated to the rank; the run says what it loses"
+            f"{factors.describe()}: the mean of their products will be written, truncated to the "
+            "rank for LoRA; the report says how much that loses"
         ]
     return [
-        f"{factors.describe()}: the factors are averaged, which is not the mean of their products; "
-        "the run measures the difference"
+        f"{factors.describe()}: the factors are averaged, which is not the mean of their "
+        "products; the report says how far apart the two are"
     ]
 
 
@@ -262,13 +262,13 @@ def describe_measured(
     if factors.magnitudes and factors.pairs:
         texts.append(
             f"DoRA's {word_count(factors.magnitudes, 'magnitude vector')} "
-            f"{choose_verb(factors.magnitudes)} averaged alone; the norms that they replace depend "
-            "on the base model"
+            f"{choose_verb(factors.magnitudes)} averaged separately; the norms that they replace "
+            "depend on the base model"
         )
     if factors.others:
         text = (
             f"{word_count(len(factors.others), 'factor')} of products of another kind "
-            f"{choose_verb(len(factors.others))} averaged alone, and what that misses is not "
+            f"{choose_verb(len(factors.others))} averaged separately, and the error is not "
             f"measured ({list_some(factors.others)}); to average the products, merge each "
             "checkpoint into its base model first"
         )

@@ -112,8 +112,8 @@ def _check_numbers(ours: Sequence[_Layer], theirs: Sequence[_Layer]) -> None:
         for (one, other), before, after in zip(pairs, *ranks, strict=True):
             if before != after:
                 raise UnclearError(
-                    f"has the layer '{shown(one.name)}' where the other has '{shown(other.name)}', "
-                    "and their numbers count in another order"
+                    f"has the layer '{shown(one.name)}' where the other has "
+                    f"'{shown(other.name)}', and they are numbered in another order"
                 )
 
 
@@ -222,7 +222,7 @@ def _build_tree(table: Table, known: bool) -> list[_Node]:
             layer = rest.popleft()
             nodes.append(outlined.get(layer) or _Node(_Layer(layer, "")))
         if not nodes or not name.startswith(f"{nodes[-1].layer.name}/"):
-            raise UnclearError(f"has a tensor '{shown(name)}' that belongs to no layer")
+            raise UnclearError(f"has a tensor '{shown(name)}' that does not belong to a layer")
         _attach(nodes[-1], name[len(nodes[-1].layer.name) + 1 :], spec)
     for node in nodes:
         _prune(node)
@@ -361,7 +361,7 @@ def _pair_by_shape(ours: _Node, theirs: _Node, why: str) -> list[tuple[TensorSpe
     often = Counter(describe(item) for item in theirs.all).most_common(1)[0]
     twins = [item[1].name for item in theirs.all if describe(item) == often[0]]
     alike = (
-        f"; '{shown(twins[0])}' and '{shown(twins[1])}' are alike in shape, and Keras moves the "
+        f"; '{shown(twins[0])}' and '{shown(twins[1])}' have the same shape, and Keras moves the "
         "tensors of frozen layers behind the others"
         if len(twins) > 1
         else ""
@@ -411,9 +411,9 @@ def list_moved(tables: Sequence[Table], rows: Sequence[Sequence[TensorSpec]]) ->
         row = next((row for row in rows if row[k].name != row[-1].name), None)
         if row is not None and tables[k].keras.labels:
             yield (
-                f"{shown(tables[k].path)} keeps layers at other places than "
-                f"{shown(tables[-1].path)}, such as at '{shown(row[k].name)}' what is at "
-                f"'{shown(row[-1].name)}' there; they are paired by their layers' names"
+                f"{shown(tables[k].path)} has layers in other places than "
+                f"{shown(tables[-1].path)}, such as '{shown(row[k].name)}' for "
+                f"'{shown(row[-1].name)}'; they are paired by their layers' names"
             )
 
 

@@ -53,7 +53,7 @@ def strip_tables(tables: Sequence[Table], prefixes: Sequence[str]) -> tuple[Sequ
         renamed += table.tensors.keys() != done[id(table.tensors)].keys()
     note = (
         f"the names of {word_count(renamed, 'checkpoint')} {choose_verb(renamed)} paired without "
-        f"{list_some(whole)}; the newest one's names are kept"
+        f"the prefix {list_some(whole)}; the newest one's names are kept"
     )
     stripped = [replace(table, tensors=done[id(table.tensors)]) for table in tables]
     return stripped, note if renamed else ""
@@ -98,7 +98,7 @@ def _strip_names(table: Table, prefixes: Sequence[str]) -> dict[str, str]:
         if short in found:
             raise MismatchError(
                 f"{shown(table.path)}: tensors '{shown(found[short])}' and '{shown(name)}' have "
-                "the same name without the prefix; leave that --strip-prefix out"
+                "the same name without the prefix; leave out that --strip-prefix"
             )
         found[short] = name
     return found

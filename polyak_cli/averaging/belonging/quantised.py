@@ -102,8 +102,8 @@ def describe_quantised(
     more = f" (and {len(refused) - 1} more such)" if len(refused) > 1 else ""
     return (
         f"tensor '{shown(refused[0].name)}' is quantised ({refused[0].kind}){more}; average the "
-        "checkpoints before quantisation or dequantise them first, or carry the quantised tensors "
-        f"from the newest with {word_globs(refused, [spec.name for spec in specs])}"
+        "checkpoints from before quantisation, dequantise them first, or copy the quantised "
+        f"tensors from the newest with {word_globs(refused, [spec.name for spec in specs])}"
     )
 
 
@@ -143,9 +143,9 @@ def describe_suspect(one: Quantised, names: Sequence[str]) -> str:
         names: of all tensors of the model.
     """
     return (
-        f"tensor '{shown(one.name)}' looks quantised ({one.kind}) and is not the same in all "
-        "checkpoints; average the checkpoints before quantisation or dequantise them first, or "
-        f"carry it from the newest with {word_globs([one], names)}; if it is no such thing, use "
+        f"tensor '{shown(one.name)}' looks quantised ({one.kind}) and differs between "
+        "checkpoints; average the checkpoints from before quantisation, dequantise them first, "
+        f"or copy it from the newest with {word_globs([one], names)}; if it is not quantised, use "
         f"--allow {ALLOWED}"
     )
 

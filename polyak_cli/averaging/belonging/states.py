@@ -66,9 +66,9 @@ def note_states(carried: Iterable[TensorSpec]) -> list[str]:
     if not names:
         return []
     return [
-        f"{word_count(len(names), 'tensor')} ({list_some(names)}) "
-        "are by their names no part of the model but an optimizer's state or numbers of the run; "
-        "the newest one's are carried, and --include-tensors averages them"
+        f"{word_count(len(names), 'tensor')} ({list_some(names)}) look by their names like "
+        "optimizer state or counters of the run, not like the model; the newest one's are "
+        "copied, and --include-tensors averages them"
     ]
 
 
@@ -79,6 +79,6 @@ def note_numbers(averaged: Sequence[TensorSpec]) -> list[str]:
     if not names:
         return []
     return [
-        f"{word_count(len(names), 'single number')} beside the model ({list_some(names)}) "
-        "are averaged as the model's; --exclude-tensors carries them from the newest"
+        f"averaged as part of the model: {word_count(len(names), 'single number')} "
+        f"({list_some(names)}); --exclude-tensors copies from the newest instead"
     ]
