@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 
-from polyak_cli import FormatError, Split, average, evaluate, plan, train
+from polyak_cli import FormatError, Split, __version__, average, evaluate, plan, train
 from polyak_cli.cli import cli
 from polyak_cli.evaluation import data
 from tests.command import SAMPLES, one_line, polyak, tree
@@ -104,6 +104,7 @@ def test_a_directory_gives_a_row_each_and_a_gate_that_fails_exits_with_1(tmp_pat
     done = polyak("evaluate", ".", "--data", "blobs", *gates, "--json", cwd=tmp_path)
     assert done.returncode == 1
     assert json.loads(done.stdout, parse_constant=pytest.fail) == {
+        "polyak": __version__,
         "data": "blobs",
         "rows": 1000,
         "models": [
