@@ -36,7 +36,7 @@ quick: .venv/.ready
 core: .venv-core/.ready
 	$(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" \
 		$(patsubst %,tests/test_%.py,api architecture cli determinism ema formats generations hdf5 \
-		inspection keras_zip packaging plots readme statistics weights)
+		inspection keras_zip packaging plots guide statistics weights)
 
 core-all: .venv-core/.ready
 	$(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras --ignore=tests/torch
@@ -44,7 +44,7 @@ core-all: .venv-core/.ready
 # The oldest versions that pyproject allows: the same bytes, what numpy and h5py do, a few commands.
 oldest: .venv-oldest/.ready
 	$(OLDEST)/python -m pytest $(SPREAD) -m "not slow and not soak" \
-		$(patsubst %,tests/test_%.py,averaging determinism formats generations hdf5 inspection npz readme weights)
+		$(patsubst %,tests/test_%.py,averaging determinism formats generations hdf5 inspection npz guide weights)
 
 # What PyTorch writes and loads, in an environment of its own beside TensorFlow's.
 torch: .venv-torch/.ready

@@ -154,6 +154,7 @@ EXCEPTIONS = {
     "averaging.options": "/proc/self/status is the system's answer, and no file of bytes",
     "checkpoints.metrics": "a CSV log is text that Python's csv module reads",
     "cli": "standard streams that were closed are opened on /dev/null",
+    "cli.guide": "the pages of the guide are texts of the package",
     "cli.rendering": "a broken pipe is replaced by /dev/null",
     "evaluation.data": "data sets are read by numpy, csv and Python's import",
     "evaluation.keras_files": "zipfile is given a stream that storage has opened",

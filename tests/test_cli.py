@@ -105,6 +105,8 @@ HEADINGS = {
     "diff": ["Two files", "A run", "Output", "Help"],
     "train": ["Training", "Output", "Help"],
     "completion": ["Help"],
+    "guide": ["Help"],
+    "help": ["Help"],
 }
 
 
@@ -113,8 +115,10 @@ def test_help_is_grouped_and_ends_with_an_example(command: str, tmp_path: Path) 
     """Every command's options stand under headings, and a line to paste comes last."""
     text = succeeded(polyak(command, "--help", cwd=tmp_path))
     assert re.findall(r"^([A-Z][a-z ]+):$", text, re.MULTILINE) == HEADINGS[command]
-    assert text.splitlines()[-2].strip() == "Example:"
-    assert "polyak " in text.splitlines()[-1]
+    example, command_line, _, page = text.splitlines()[-4:]
+    assert example.strip() == "Example:"
+    assert "polyak " in command_line
+    assert page.startswith("  Guide: polyak guide ")
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -144,10 +148,15 @@ def test_help_tells_each_scheme_s_parameter(name: str, tmp_path: Path) -> None:
     )
 
 
+def example_of(command: str) -> str:
+    """Return the line that the help of a command offers to paste."""
+    return (cli.commands[command].epilog or "").partition("Example:\n")[2].splitlines()[0]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_are_valid_command_lines(command: str) -> None:
     """What help offers to paste is understood, option by option."""
-    example = (cli.commands[command].epilog or "").rpartition("\n")[2]
+    example = example_of(command)
     words = shlex.split(re.sub(r'^\s*eval "\$\((.*)\)"$', r"\1", example))
     assert words[:2] == ["polyak", command]
     assert cli.commands[command].make_context(command, words[2:]).params
@@ -155,7 +164,7 @@ def test_examples_are_valid_command_lines(command: str) -> None:
 
 def test_the_example_of_average_runs(run_folder: Path) -> None:
     """It can be pasted where the checkpoints are in ckpts/."""
-    example = (cli.commands["average"].epilog or "").rpartition("\n")[2]
+    example = example_of("average")
     done = polyak(*shlex.split(example)[1:], cwd=run_folder)
     assert done.returncode == 0
     assert (run_folder / "final.h5").is_file()
@@ -172,8 +181,8 @@ def test_the_first_help_names_every_command_in_full(tmp_path: Path) -> None:
 def test_the_first_help_ends_with_an_example_that_runs(run_folder: Path) -> None:
     """It can be pasted where the checkpoints are in ckpts/, and names the first thing to do."""
     lines = succeeded(polyak("--help", cwd=run_folder)).splitlines()
-    assert lines[-2].strip() == "Example:"
-    program, *arguments = shlex.split(lines[-1])
+    assert [lines[-4].strip(), lines[-1].strip()] == ["Example:", "Guide: polyak guide"]
+    program, *arguments = shlex.split(lines[-3])
     assert (program, arguments[0]) == ("polyak", "average")
     assert polyak(*arguments, cwd=run_folder).returncode == 0
     assert (run_folder / "final.h5").is_file()

@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from tests.test_readme import ROOT, named_tests, promises
+from tests.test_guide import ROOT, named_tests, promises
 
 MAKEFILE = (ROOT / "Makefile").read_text().replace("\\\n", " ")
 

@@ -20,6 +20,7 @@ import click
 
 from polyak_cli import __version__
 from polyak_cli.cli.averaging import average, verify, watch
+from polyak_cli.cli.guide import guide, show_help
 from polyak_cli.cli.looking import check, diff, inspect
 from polyak_cli.cli.models import completion, evaluate, recalibrate, sweep, train
 from polyak_cli.cli.options import DONE, EXAMPLE
@@ -33,8 +34,9 @@ _ADDRESS_SPACE = 160 << 20
 
 
 @click.group(
-    context_settings={"max_content_width": 100},
-    epilog=EXAMPLE.format("polyak average ckpts/ --last 10 -o final.h5"),
+    # The commands inherit the names of the option that shows the help.
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+    epilog=EXAMPLE.format("polyak average ckpts/ --last 10 -o final.h5", "Guide: polyak guide"),
 )
 @click.version_option(__version__, "-V", "--version", prog_name="polyak")
 def cli() -> None:
@@ -62,8 +64,10 @@ for _command in (
     completion,
     diff,
     evaluate,
+    guide,
     inspect,
     recalibrate,
+    show_help,
     sweep,
     train,
     verify,

@@ -36,7 +36,9 @@ from polyak_cli.errors import UsageError
 
 
 @click.command(
-    cls=Command, example="polyak average ckpts/ --last 10 --scheme exp --alpha 2 -o final.h5"
+    cls=Command,
+    example="polyak average ckpts/ --last 10 --scheme exp --alpha 2 -o final.h5",
+    guide="tutorial",
 )
 @SOURCES
 @CHOOSING
@@ -95,6 +97,7 @@ def average(
     cls=Command,
     short_help="Keep the average of a run in training current.",
     example="polyak watch ckpts/ --last 10 --scheme exp -o latest.h5",
+    guide="training",
 )
 @click.argument("directory", metavar="DIR", type=click.Path())
 @under(
@@ -171,6 +174,7 @@ def watch(
     cls=Command,
     short_help="Check that an average is what its record says.",
     example="polyak verify final.h5 --source ckpts/",
+    guide="verifying",
 )
 @click.argument("file", metavar="FILE", type=click.Path())
 @under(

@@ -41,6 +41,7 @@ from polyak_cli.errors import UsageError, shown
     cls=Command,
     short_help="Show what is inside checkpoints.",
     example="polyak inspect final.h5 --stats",
+    guide="formats",
 )
 @click.argument(
     "files",
@@ -89,6 +90,7 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool, verbose: bool) -
     cls=Command,
     short_help="Show how far checkpoints are apart.",
     example="polyak diff ckpts/model_09.h5 ckpts/model_10.h5 --rtol 1e-3",
+    guide="checking",
 )
 @click.argument(
     "sources",
@@ -215,6 +217,7 @@ def _choose_label(path: Path, epoch: int | None) -> str:
     cls=Command,
     short_help="Find problems of checkpoints.",
     example="polyak check ckpts/ --last 10",
+    guide="checking",
 )
 @SOURCES
 @under("Choosing checkpoints", LAST, FROM, TO, EXCLUDE, EPOCH_PATTERN, ORDER)

@@ -75,6 +75,7 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     cls=Command,
     short_help="Score model files on data.",
     example="polyak evaluate final.h5 --data blobs --fail-under accuracy=0.8",
+    guide="worth",
 )
 @click.argument(
     "models",
@@ -239,6 +240,7 @@ def _find_failed(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[s
     cls=Command,
     short_help="Recompute BatchNorm's statistics.",
     example="polyak recalibrate average.h5 --data train.npz -o final.h5",
+    guide="batchnorm",
 )
 @click.argument("model", metavar="MODEL", type=click.Path())
 @under(
@@ -303,6 +305,7 @@ def recalibrate(
     cls=Command,
     short_help="Find the best average on data.",
     example="polyak sweep ckpts/ --data blobs -o report --write-best final.h5",
+    guide="worth",
 )
 @SOURCES
 @CHOOSING
@@ -436,6 +439,7 @@ def sweep(
     cls=Command,
     short_help="Train the sample network.",
     example="polyak train --data blobs -o ckpts --epochs 500 --keep 10",
+    guide="tutorial",
 )
 @under(
     "Training",
@@ -525,6 +529,7 @@ def train(
     cls=Command,
     short_help="Print a shell's completion script.",
     example='eval "$(polyak completion bash)"',
+    guide="commands",
 )
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:

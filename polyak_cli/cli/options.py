@@ -29,18 +29,23 @@ class GroupedOption(click.Option):
         self.group = group
 
 
-#: How a help text ends.
-EXAMPLE = "\b\nExample:\n  {}"
+#: How a help text ends: a line to paste, and the page of the guide.
+EXAMPLE = "\b\nExample:\n  {}\n\n{}"
 
 
 class Command(click.Command):
-    """A command whose help has headings, and an example that can be pasted."""
+    """A command whose help has headings, an example that can be pasted, and its guide page.
+
+    Attributes:
+        guide: the topic of the page, for `polyak guide TOPIC`.
+    """
 
     #: The key of the command line in the context's meta data.
     LINE = "polyak_cli.command_line"
 
-    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
-        kwargs["epilog"] = EXAMPLE.format(example)
+    def __init__(self, *args: Any, example: str, guide: str, **kwargs: Any) -> None:
+        self.guide = guide
+        kwargs["epilog"] = EXAMPLE.format(example, f"Guide: polyak guide {guide}")
         kwargs.setdefault("context_settings", {"show_default": True, "max_content_width": 100})
         super().__init__(*args, **kwargs)
 
