@@ -212,6 +212,13 @@ def test_a_long_name_keeps_its_end() -> None:
     assert shorten(name, 100) == name
 
 
+def test_names_that_differ_in_the_middle_show_their_middle() -> None:
+    """Where neither beginnings nor ends tell names apart, what differs is kept."""
+    names = [f"resnet50_imagenet_experiment_epoch_{k:03d}_val_loss_0.1234.h5" for k in range(20)]
+    table = Table(("checkpoint", "step"), [(name, "1.434e-02") for name in names])
+    assert [row[0] for row in fit(table, 30).rows][:2] == ["...t_epoch_000...", "...t_epoch_001..."]
+
+
 def test_a_sentence_breaks_between_words_and_keeps_units() -> None:
     """A number stays with its unit, and a path that is wider than the terminal stays whole."""
     line = "read 12.3 GB in 40.1 s, peak memory 52.7 MB"

@@ -315,7 +315,8 @@ def difference_lines(found: Differences, verbose: bool) -> Iterator[Line]:
         numbers = [f"{tensor.relative:.3e}", f"{tensor.largest:.3e}", cosine, equal]
         rows.append([shown(tensor.name if verbose else names[tensor.name]), *numbers])
     header = ("tensor", "relative", "largest", "cosine", "")
-    yield Table(header, rows, spare=("largest", "cosine"))
+    if rows:
+        yield Table(header, rows, spare=("largest", "cosine"))
     if len(found.tensors) > most:
         yield f"and {word_count(len(found.tensors) - most, 'tensor')} more; see them with -v"
     yield from found.mismatches

@@ -159,7 +159,27 @@ def _shorten_names(names: Sequence[str], room: int) -> list[str]:
         cut = {name: shorten(name, room, share) for name in names}
         if len({*cut.values()}) == len(cut):
             return [cut[name] for name in names]
-    return [*names]
+    return _show_differences(names, room)
+
+
+def _show_differences(names: Sequence[str], room: int) -> list[str]:
+    """Return the parts in which names differ, with what fits around; else the whole names."""
+    begin = _count_common(names)
+    end = _count_common([name[begin:][::-1] for name in names])
+    longest = max(len(name) - end - begin for name in names)
+    before = room - 6 - longest  # as much of what they begin with as there is room for
+    if before < 0:
+        return [*names]
+    start = max(0, begin - before)
+    cut = [f"...{name[start : start + room - 6]}..." for name in names]
+    return cut if len({*cut}) == len({*names}) else [*names]
+
+
+def _count_common(texts: Sequence[str]) -> int:
+    """Return with how many equal characters texts begin."""
+    columns = enumerate(zip(*texts, strict=False))
+    shortest = min(map(len, texts))
+    return next((k for k, letters in columns if len({*letters}) > 1), shortest)
 
 
 def shorten(name: str, room: int, share: float = 2 / 3) -> str:
