@@ -34,6 +34,7 @@ def test_averaging_needs_five_packages_and_the_rest_is_extra() -> None:
     extras = PROJECT["optional-dependencies"]
     assert names(PROJECT["dependencies"]) == {"click", "numpy", "h5py", "rich", "google-crc32c"}
     assert names(extras["tensorflow"]) == {"tensorflow", "keras"}
+    assert extras["keras"] == ["keras>=3.11.3"]
     assert "keras>=3.11.3" in extras["tensorflow"]
     assert names(extras["plot"]) == {"matplotlib", "jinja2"}
     assert extras["all"] == ["polyak[tensorflow,plot]"]

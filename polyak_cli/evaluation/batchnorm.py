@@ -79,7 +79,7 @@ def gather_moments(
         trust_code: run the code that a file carries in a Lambda layer.
 
     Raises:
-        MissingExtraError: keras or tensorflow is not installed.
+        MissingExtraError: Keras or its back end is not installed.
         FormatError: the file holds no architecture.
         MismatchError: the rows do not fit the model, or it has no statistics to gather.
         PolyakError: Keras is too old, or cannot load or run the model, or the model carries code.

@@ -79,7 +79,7 @@ def compare(
 
     Raises:
         UsageError: the batch size is out of range, or there is only one row.
-        MissingExtraError: keras or tensorflow is not installed.
+        MissingExtraError: Keras or its back end is not installed.
         FormatError: a file is damaged or foreign, or holds weights without an architecture.
         MismatchError: the rows do not fit a model.
         PolyakError: Keras is too old, or cannot load a model, or a model carries code.

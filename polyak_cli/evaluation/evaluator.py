@@ -129,7 +129,7 @@ def evaluate(
 
     Raises:
         UsageError: the batch size is out of range.
-        MissingExtraError: keras or tensorflow is not installed.
+        MissingExtraError: Keras or its back end is not installed.
         FormatError: a file is damaged or foreign, or holds weights without an architecture.
         MismatchError: the rows do not fit the model; raised when the iterator comes to it.
         PolyakError: Keras is too old, or cannot load a model, or the model carries code; the last
@@ -165,7 +165,7 @@ class Evaluator:
 
         Raises:
             UsageError: the batch size is out of range.
-            MissingExtraError: keras or tensorflow is not installed.
+            MissingExtraError: Keras or its back end is not installed.
             PolyakError: Keras is too old.
         """
         if batch_size < 1:

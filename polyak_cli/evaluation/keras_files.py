@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import re
 import warnings
 import zipfile
@@ -27,35 +28,56 @@ from polyak_cli.tensors import Table
 
 #: Older ones run the code of a Lambda layer in any .h5 file, safe mode or not: CVE-2025-9905.
 LEAST_KERAS = (3, 11, 3)
+#: Back ends on which Keras runs models; the first one installed is used.  JAX gives the same
+#: scores, but its threads can block the children that `processes` forks to inspect files.
+BACKENDS = ("tensorflow", "torch")
 _LONGEST_CONFIG = 64 << 20  # bytes of a config.json; a small zip may expand to gigabytes
 
 
-def require_keras(command: str) -> None:
-    """Check that a safe Keras is installed, without importing it.
+def require_keras(command: str, backends: Sequence[str] = BACKENDS) -> None:
+    """Check that a safe Keras and one of the back ends are installed, without importing them.
 
     Raises:
-        MissingExtraError: keras or tensorflow is not installed.
+        MissingExtraError: Keras or its back end is not installed.
         PolyakError: this Keras is too old to open files of others safely.
     """
+    installed = [name for name in backends if find_spec(name)]
+    # TensorFlow is some 2 GB: those who have another back end need only Keras.
+    extra = "keras" if installed and "tensorflow" not in installed else "tensorflow"
     try:
         version = importlib.metadata.version("keras")
     except importlib.metadata.PackageNotFoundError:
-        raise MissingExtraError(command, "tensorflow") from None
-    if find_spec("tensorflow") is None:
-        raise MissingExtraError(command, "tensorflow")
+        raise MissingExtraError(command, extra) from None
+    if not installed:
+        raise MissingExtraError(command, extra)
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < LEAST_KERAS:
         least = ".".join(map(str, LEAST_KERAS))
         raise PolyakError(
             f"{command} needs Keras {least} or newer, found {shown(version)}, which runs code "
-            "hidden in .h5 files (CVE-2025-9905): pip install --upgrade 'polyak[tensorflow]'"
+            f"hidden in .h5 files (CVE-2025-9905): pip install --upgrade 'polyak[{extra}]'"
         )
 
 
-def import_keras(command: str) -> Any:
-    """Return keras, after the checks of `require_keras`."""
-    require_keras(command)
-    import keras
+def import_keras(command: str, backends: Sequence[str] = BACKENDS) -> Any:
+    """Return keras, after the checks of `require_keras`, on the first back end installed.
 
+    A back end that the user chose with KERAS_BACKEND is used instead.  Without TensorFlow, Keras
+    itself would choose none of the others, and fail.
+
+    Raises:
+        PolyakError: Keras fails on the back end that the user chose.
+    """
+    require_keras(command, backends)
+    if not find_spec("tensorflow"):
+        os.environ.setdefault("KERAS_BACKEND", next(filter(find_spec, backends)))
+    try:
+        import keras
+    except (ImportError, ValueError) as error:
+        chosen = shown(os.environ.get("KERAS_BACKEND", "tensorflow"), 40)
+        raise PolyakError(
+            f"{command}: Keras cannot be imported on the back end {chosen}: {shown(error)}; "
+            f"install it, or set KERAS_BACKEND to one of {', '.join(backends)}"
+        ) from error
     return keras
 
 
@@ -222,7 +244,7 @@ def check_model(table: Table) -> None:
     """Refuse a model that Keras cannot run, as far as this is known without Keras.
 
     Raises:
-        MissingExtraError: keras or tensorflow is not installed.
+        MissingExtraError: Keras or its back end is not installed.
         FormatError: the file holds no architecture.
         PolyakError: Keras is too old.
     """

@@ -113,7 +113,7 @@ def recalibrate(
 
     Raises:
         UsageError: the batch size is out of range.
-        MissingExtraError: keras or tensorflow is not installed.
+        MissingExtraError: Keras or its back end is not installed.
         FormatError: the file is damaged or foreign, or holds weights without an architecture.
         MismatchError: the rows do not fit the model, it has no statistics to gather, or they are
             not finite.

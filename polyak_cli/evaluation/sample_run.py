@@ -95,7 +95,7 @@ def train(
             "folder, or use --force to replace them"
         )
     with silence_frameworks() as held_back:
-        keras = import_keras("polyak train")
+        keras = import_keras("polyak train", ["tensorflow"])  # for tf.data
         points = data.load("blobs")
         keras.utils.set_random_seed(seed)
         model = _build_model(keras, optimizer, rate)

@@ -269,7 +269,7 @@ def show_next(out: Path) -> None:
     print("\nNext, try:")
     print(f"  {program} average sample_checkpoints --scheme exp --alpha 2 --dry-run")
     print(f"  {program} verify {out / 'average.h5'} --source sample_checkpoints")
-    print(f"  {program} diff {out / 'seed_0'}", flush=True)
+    print(f"  {program} guide tutorial", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -565,19 +565,29 @@ def test_a_newer_keras_is_not_refused(monkeypatch: pytest.MonkeyPatch, version: 
     evaluator.evaluate([SAMPLE], split())
 
 
-@pytest.mark.parametrize("missing", ["keras", "tensorflow"])
-def test_a_missing_framework_names_the_extra(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    """The message says what to install."""
+@pytest.mark.parametrize(
+    ("installed", "extra"),
+    [
+        ({"tensorflow", "torch"}, "tensorflow"),
+        ({"keras"}, "tensorflow"),
+        (set(), "tensorflow"),
+        ({"torch"}, "keras"),
+    ],
+)
+def test_a_missing_framework_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, installed: set[str], extra: str
+) -> None:
+    """The message says what to install: who has PyTorch needs only Keras."""
     import importlib.metadata
 
     def version(name: str) -> str:
-        if name == missing:
+        if name not in installed:
             raise importlib.metadata.PackageNotFoundError(name)
         return "3.15.1"
 
     monkeypatch.setattr("importlib.metadata.version", version)
-    monkeypatch.setattr(keras_files, "find_spec", lambda name: None if name == missing else name)
-    with pytest.raises(MissingExtraError, match=r"polyak evaluate needs .*'polyak\[tensorflow\]'"):
+    monkeypatch.setattr(keras_files, "find_spec", lambda name: name if name in installed else None)
+    with pytest.raises(MissingExtraError, match=rf"polyak evaluate needs .*'polyak\[{extra}\]'"):
         evaluator.evaluate([SAMPLE], split())
 
 
