@@ -256,7 +256,7 @@ USAGE = {
     ),
     "too few coefficients": (
         ["average", "ckpts", "-o", "o.h5", "--coefficients", "1,2"],
-        "2 numbers, but there are 10 checkpoints",
+        "has 2 numbers; expected 10, one for each checkpoint",
     ),
     "no coefficients": (["average", "ckpts", "-o", "o.h5", "--coefficients", "a,b"], "a,b"),
     "coefficient nan": (
