@@ -79,13 +79,14 @@ lint: .venv/.ready
 types: .venv/.ready
 	$(BIN)/mypy
 
-# The built wheel alone in a clean environment: --help and one average.
+# The built wheel alone in a clean environment: --help, a page of the guide and one average.
 smoke:
 	@rm -rf .smoke && mkdir .smoke
 	$(PYTHON) -m venv .smoke/venv
 	.smoke/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir .smoke .
 	.smoke/venv/bin/python -m pip install --quiet .smoke/polyak-*.whl
 	cd .smoke && venv/bin/polyak --help
+	cd .smoke && venv/bin/polyak guide tutorial | grep -q '^# '
 	cd .smoke && venv/bin/polyak average ../sample_checkpoints --scheme linear -o smoke.h5
 	test -s .smoke/smoke.h5
 

@@ -193,8 +193,10 @@ def table(regime: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a regime's results as Markdown."""
     wrong = f", {regime['wrong']:.0%} of the labels drawn at random" if regime["wrong"] else ""
     lines = [
-        f"| {regime['name']}: rate {regime['rate']:g}, batches of {regime['batch']}{wrong} "
-        "| accuracy | over the newest | over the best single |",
+        f"{regime['name'].capitalize()}: rate {regime['rate']:g}, "
+        f"batches of {regime['batch']}{wrong}.",
+        "",
+        "| model | accuracy | over the newest | over the best single |",
         "| --- | --- | --- | --- |",
     ]
     for row in rows:
