@@ -419,6 +419,17 @@ def test_once_says_that_the_output_is_up_to_date(folder: Path) -> None:
     assert polyak(*arguments, "-q", cwd=folder).stderr == ""
 
 
+def test_the_first_average_of_a_run_is_called_a_copy(folder: Path) -> None:
+    """One checkpoint, as every run begins; the average of more is not."""
+    arguments = ("watch", "ckpts", "-o", "o.h5", "--once", "--interval", "0.01")
+    said = ": an average of one checkpoint is a copy of it\n"
+    assert not polyak(*arguments, cwd=folder).stdout.endswith(said)
+    for name in ("model_2.h5", "model_3.h5"):
+        (folder / "ckpts" / name).unlink()
+    (folder / "o.h5").unlink()
+    assert polyak(*arguments, cwd=folder).stdout.endswith(said)
+
+
 def test_once_says_that_coefficients_wait_for_checkpoints(folder: Path) -> None:
     """Three checkpoints are too few for four coefficients."""
     notes: list[str] = []

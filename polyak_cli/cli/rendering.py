@@ -239,7 +239,8 @@ def verification_lines(found: Verification) -> Iterator[str]:
 
 def published_lines(report: Report) -> Iterator[str]:
     """Yield one short line for `polyak watch`, which prints one for each publication."""
-    yield f"wrote {shown(report.output)}: {_word_span(report.plan)}"
+    copied = f": {_COPY}" if len(report.plan.names) == 1 else ""
+    yield f"wrote {shown(report.output)}: {_word_span(report.plan)}{copied}"
 
 
 def inside_lines(one: Inspection, verbose: bool) -> Iterator[Line]:
