@@ -1,0 +1,58 @@
+"""The rows of the README's table whose files PyTorch writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_front_door import KERNEL, run_row
+
+LIGHTNING = "Lightning `.ckpt` files"
+
+
+def save(path: Path, shift: float, *, lightning: bool = False) -> None:
+    """Save a state dict, bare or as a Lightning checkpoint holds it."""
+    path.parent.mkdir(exist_ok=True)
+    state: Any = {"net.weight": torch.from_numpy(KERNEL + np_float(shift))}
+    if lightning:
+        state = {
+            "epoch": int(shift),
+            "global_step": 10 * int(shift),
+            "pytorch-lightning_version": "2.4.0",
+            "state_dict": state,
+            "loops": {},
+            "callbacks": {},
+            "optimizer_states": [{"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}],
+            "lr_schedulers": [],
+            "hyper_parameters": {"width": 32},
+        }
+    torch.save(state, path)
+
+
+def np_float(shift: float) -> Any:
+    """Return a shift that leaves float32 arrays float32."""
+    return KERNEL.dtype.type(shift)
+
+
+@pytest.mark.parametrize("have", ["PyTorch state dicts, `.pt` or `.pth`", LIGHTNING])
+def test_a_row_of_pytorch_runs(tmp_path: Path, have: str) -> None:
+    """PyTorch loads the mean of the five checkpoints that it saved."""
+    for epoch in range(1, 6):
+        name = f"epoch={epoch}-step={10 * epoch}.ckpt" if have == LIGHTNING else f"model_{epoch}.pt"
+        save(tmp_path / "ckpts" / name, epoch, lightning=have == LIGHTNING)
+    loaded = torch.load(tmp_path / run_row(have, tmp_path)[-1], weights_only=True)
+    state = loaded["state_dict"] if have == LIGHTNING else loaded
+    assert torch.allclose(state["net.weight"], torch.from_numpy(KERNEL + 3), rtol=0, atol=1e-6)
+
+
+def test_the_row_of_files_in_another_order_runs(tmp_path: Path) -> None:
+    """The first file counts once, the second three times."""
+    save(tmp_path / "a.pt", 4)
+    save(tmp_path / "b.pt", 8)
+    run_row("some files in another order", tmp_path)
+    loaded = torch.load(tmp_path / "two.pt", weights_only=True)
+    expected = torch.from_numpy(KERNEL + np_float(7))
+    assert torch.allclose(loaded["net.weight"], expected, rtol=0, atol=1e-5)
