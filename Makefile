@@ -87,6 +87,7 @@ smoke:
 	.smoke/venv/bin/python -m pip install --quiet .smoke/polyak-*.whl
 	cd .smoke && venv/bin/polyak --help
 	cd .smoke && venv/bin/polyak guide tutorial | grep -q '^# '
+	cd .smoke && venv/bin/python -c "import polyak, polyak_cli; assert polyak.average is polyak_cli.average"
 	cd .smoke && venv/bin/polyak average ../sample_checkpoints --scheme linear -o smoke.h5
 	test -s .smoke/smoke.h5
 

@@ -6,6 +6,9 @@
 >>> [score.loss for score in evaluate("final.h5", Split("my rows", x, y))]  # doctest: +SKIP
 
 Importing this package imports nothing else; each name below is loaded when it is first used.
+
+An installed copy of this file and of `callbacks` is called `polyak`: `import polyak` works too, and
+the names are the same objects.  So both files only name what other modules define.
 """
 
 # Sorting would write a statement for each `as`.
@@ -184,7 +187,7 @@ __all__ = ["__version__", *_HOMES]
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
-        raise AttributeError(f"module 'polyak_cli' has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
     value = getattr(import_module(f"polyak_cli.{_HOMES[name]}"), name)

@@ -204,7 +204,7 @@ def test_an_output_that_is_no_average_is_refused_before_training(tmp_path: Path)
     """It may be anything; force says that it may go."""
     output = tmp_path / "latest.h5"
     model().save(output)
-    with pytest.raises(OutputError, match="is no average by polyak"):
+    with pytest.raises(OutputError, match="was not written by polyak"):
         fit(PolyakCheckpoint(tmp_path / "c", output), epochs=1)
     fit(PolyakCheckpoint(tmp_path / "c", output, force=True), epochs=1)
     assert files(tmp_path / "c") == ["model_01.h5"]
