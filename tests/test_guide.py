@@ -28,11 +28,11 @@ GUIDE = ROOT / "polyak_cli/guide"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(GUIDE.glob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
-PROMISES = (GUIDE / "exactness.md").read_text()
+PROMISES = (GUIDE / "promises.md").read_text()
 #: Columns of a page; an editor beside a terminal shows them.
 WIDEST = 110
-#: Pages with a long table that a test reads, and the one that is still being written.
-LONG = {"README.md", "exactness.md"}
+#: The page that is still being written.
+LONG = {"README.md"}
 #: What a command or an import needs beyond what averaging needs -> the package that is looked for.
 EXTRAS = {
     r"polyak (evaluate|recalibrate|sweep|train)\b|--recalibrate\b": "tensorflow",
@@ -296,9 +296,13 @@ def test_help_of_an_unknown_command_is_refused(tmp_path: Path) -> None:
 
 
 def promises() -> list[list[str]]:
-    """Return the cells of each row of the table of promises."""
-    rows = [line.strip("|").split("|") for line in PROMISES.splitlines() if line.startswith("|")]
-    return rows[2:]
+    """Return each promise: its name, what exactly it says, and the tests that keep it."""
+    sections = re.split(r"^## ", PROMISES, flags=re.MULTILINE)[1:]
+    found = []
+    for section in sections:
+        name, _, rest = section.partition("\n")
+        found.append([name, *rest.split("\nKept by:\n")])
+    return found
 
 
 def named_tests(text: str) -> list[tuple[str, str]]:
@@ -332,7 +336,7 @@ def test_every_test_that_the_text_names_exists() -> None:
 
 
 def test_every_promise_is_kept_by_a_test() -> None:
-    """Each row of the table has its three cells, and names a test by file and name."""
+    """Each promise says what exactly, and names a test by file and name."""
     assert len(promises()) >= 10
     for row in promises():
         assert len(row) == 3, row
