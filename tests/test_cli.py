@@ -144,7 +144,7 @@ def test_help_tells_each_scheme_s_parameter(name: str, tmp_path: Path) -> None:
     assert parameter
     text = " ".join(polyak("average", "--help", cwd=tmp_path).stdout.split())
     assert re.search(
-        rf"--{parameter.name} FLOAT Of {name}: .*?\[default: {parameter.default:g}\]", text
+        rf"--{parameter.name} FLOAT For {name}: .*?\[default: {parameter.default:g}\]", text
     )
 
 

@@ -76,7 +76,7 @@ def test_equal_means_within_the_tolerances(
         ({"k": A, "more": A}, {"k": A}, "only .*a.h5 has 'd/more'"),
         ({"k": A}, {"k": A.T.copy()}, r"'d/k' has shape \(300, 400\) and \(400, 300\)"),
         ({"s": np.array(["x"], object)}, {"s": np.array(["y"], object)}, "'d/s', string"),
-        ({"s": np.array([b"x"])}, {"s": np.array([b"y"])}, "'d/s' is not the same"),
+        ({"s": np.array([b"x"])}, {"s": np.array([b"y"])}, "'d/s' differs"),
     ],
 )
 def test_what_cannot_be_measured_is_reported(

@@ -289,7 +289,9 @@ def test_a_checkpoint_that_is_the_same_as_the_one_before(tmp_path: Path) -> None
     os.utime(paths[2], (BEGUN + 200,) * 2)
     found = checked(tmp_path / "run")
     assert kinds(found) == {"model_3.h5": ["identical"]}
-    assert found.all_problems[0].text.endswith(f"every tensor is bit for bit that of {paths[1]}")
+    assert found.all_problems[0].text.endswith(
+        f"every tensor is bit for bit the same as in {paths[1]}"
+    )
 
 
 def test_carried_tensors_count_where_checkpoints_are_the_same(tmp_path: Path) -> None:

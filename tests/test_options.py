@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import click
@@ -15,6 +16,7 @@ from polyak_cli.averaging.options import PARTS, Tensors
 from polyak_cli.cli import cli
 from polyak_cli.errors import UsageError
 from polyak_cli.tensors import FLOATS
+from tests.command import polyak
 
 #: Options of the command that are not options of an average: where it goes, and what is printed.
 COMMAND = {"sources", "output", "dry_run", "as_json", "quiet", "verbose", "split"}
@@ -116,3 +118,14 @@ def test_none_stands_for_the_default() -> None:
     """An option that is None is as if it had been left out."""
     keys: Any = dict.fromkeys(averaging_options.Options.__annotations__)
     assert averaging_options.parse(keys) == averaging_options.parse({})
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("--lsat", "--last"), ("--shceme", "--scheme"), ("--weights", "")]
+)
+def test_an_unknown_option_names_only_a_close_one(given: str, meant: str, tmp_path: Path) -> None:
+    """A slip of the fingers is recognised; nothing far-fetched is offered."""
+    done = polyak("average", "ckpts", given, "3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert ("Did you mean" in done.stderr) == bool(meant)
+    assert meant in done.stderr

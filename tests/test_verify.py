@@ -301,7 +301,7 @@ def test_tensors_that_lie_elsewhere_are_compared_one_by_one(run: Path) -> None:
         file.move("new", "model_weights/dense/kernel")
     found = verified(run)
     assert problems(found, "tensor") == {}
-    assert "do not lie where" in problems(found, "metadata")["final.h5"]
+    assert "are not in the expected places" in problems(found, "metadata")["final.h5"]
     with h5py.File(run / "final.h5", "r+") as file:
         file["model_weights/dense/kernel"][0, 0] = 0
     assert "dense/kernel' differs" in " ".join(problems(verified(run), "tensor").values())
@@ -341,11 +341,11 @@ def test_a_changed_input_is_named(run: Path) -> None:
     """By its digest: of all bytes if that was recorded, else by the sampled one."""
     change(run / "ckpts/model_2.h5")
     found = verified(run, "hashed.h5")
-    text = "'model_2.h5' was changed: its SHA-256 is not the one recorded"
+    text = "'model_2.h5' was changed: its SHA-256 is not the recorded one"
     assert problems(found, "input") == {"model_2.h5": text}
     assert "element 26" in " ".join(problems(found, "tensor").values())
     found = verified(run)
-    text = "'model_2.h5' was changed: its sampled SHA-256 is not the one recorded"
+    text = "'model_2.h5' was changed: its sampled SHA-256 is not the recorded one"
     assert problems(found, "input") == {"model_2.h5": text}
 
 
@@ -403,7 +403,7 @@ def test_a_missing_input_is_named(run: Path) -> None:
     (run / "ckpts/model_2.h5").unlink()
     for name in ("final.h5", "hashed.h5"):
         (text,) = problems(verified(run, name), "input").values()
-        assert text.startswith("'model_2.h5' is missing: nothing in ")
+        assert text.startswith("'model_2.h5' is missing: no file of that name in ")
         assert "ckpts" in text
 
 
@@ -414,8 +414,8 @@ def test_renamed_inputs_are_named(run: Path, name: str) -> None:
         (run / f"ckpts/model_{k}.h5").rename(run / f"ckpts/epoch_{3 - k}.h5")
     found = verified(run, name)
     texts = problems(found, "input")
-    assert "epoch_2.h5 has what was averaged: it was renamed" in texts["model_1.h5"]
-    assert "epoch_1.h5 has what was averaged: it was renamed" in texts["model_2.h5"]
+    assert "epoch_2.h5 holds what was averaged: it was renamed" in texts["model_1.h5"]
+    assert "epoch_1.h5 holds what was averaged: it was renamed" in texts["model_2.h5"]
     assert problems(found, "tensor") == {}
 
 
@@ -425,7 +425,7 @@ def test_a_moved_input_is_named(run: Path) -> None:
     (run / "ckpts/model_2.h5").rename(run / "ckpts/old/model_2.h5")
     found = verified(run)
     (text,) = problems(found, "input").values()
-    assert text.endswith("ckpts/old/model_2.h5 has what was averaged: it was moved")
+    assert text.endswith("ckpts/old/model_2.h5 holds what was averaged: it was moved")
     assert problems(found, "tensor") == {}
 
 
@@ -646,7 +646,7 @@ def test_a_change_in_the_record_is_caught(run: Path) -> None:
 
 def test_what_is_no_average_is_refused(run: Path) -> None:
     """Exit 3: there is nothing to verify."""
-    with pytest.raises(FormatError, match=r"model_1.h5: holds no record of where it comes from"):
+    with pytest.raises(FormatError, match=r"model_1.h5: holds no record of provenance"):
         verify(run / "ckpts/model_1.h5")
     with pytest.raises(FormatError, match=r"none.h5: cannot be read: No such file"):
         verify(run / "none.h5")
@@ -685,7 +685,7 @@ def test_without_digests_the_folder_must_be_named(old: Path) -> None:
     assert verify(old / "hashed.h5").verified
     found = verify(old / "final.h5")
     assert set(problems(found, "input")) == {f"model_{k}.h5" for k in (1, 2, 3)}
-    several = f"{old}/another and {old}/ckpts hold files of such names: choose one with --source"
+    several = f"{old}/another and {old}/ckpts hold files with these names: choose one with --source"
     assert several in found.notes
     for k in (1, 2, 3):
         (old / f"another/model_{k}.h5").unlink()
@@ -699,7 +699,7 @@ def test_without_digests_a_change_is_found_but_not_located(old: Path) -> None:
     found = verified(old)
     assert "dense/kernel" in " ".join(problems(found, "tensor"))
     assert problems(found, "input") == {}
-    assert "no digests of the inputs were recorded (--hash), so nothing shows" in found.notes[0]
+    assert "no digests of the inputs were recorded (--hash), so it is unknown" in found.notes[0]
     found = verified(old, "hashed.h5")
     assert [*problems(found, "input")] == ["model_1.h5", "model_2.h5"]
     assert "files were exchanged" in found.problems[0].text
@@ -709,9 +709,9 @@ def test_without_digests_a_missing_input_is_not_guessed(old: Path) -> None:
     """A renamed file is found by its whole digest only; without one the input is missing."""
     (old / "ckpts/model_2.h5").rename(old / "ckpts/epoch_2.h5")
     (text,) = problems(verified(old), "input").values()
-    assert text.startswith("'model_2.h5' is missing: nothing in ")
+    assert text.startswith("'model_2.h5' is missing: no file of that name in ")
     (text,) = problems(verified(old, "hashed.h5"), "input").values()
-    assert text.endswith("epoch_2.h5 has what was averaged: it was renamed")
+    assert text.endswith("epoch_2.h5 holds what was averaged: it was renamed")
 
 
 # --- the copy -------------------------------------------------------------------------------------
@@ -868,7 +868,7 @@ def test_older_records_do_not_name_the_statistics(recalibrated: Path) -> None:
     rewrite_record(recalibrated / "final.h5", record)
     found = verified(recalibrated)
     assert problems(found, "tensor") == {}
-    assert "no digest of them was recorded: they are not verified" in found.notes[1]
+    assert "their digest was not recorded: they are not verified" in found.notes[1]
 
 
 # --- comparing ------------------------------------------------------------------------------------

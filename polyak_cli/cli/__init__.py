@@ -162,8 +162,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         return USAGE
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        where = f"; see {context.command_path} --help" if context else ""
-        return _fail(error.format_message().rstrip(".") + where, USAGE)
+        message = error.format_message().rstrip(".")
+        see = " See" if message.endswith("?") else "; see"  # after "Did you mean ...?"
+        return _fail(message + (f"{see} {context.command_path} --help" if context else ""), USAGE)
     except UsageError as error:
         return _fail(str(error), USAGE)
     except PolyakError as error:

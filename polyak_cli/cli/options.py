@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -28,6 +29,9 @@ class GroupedOption(click.Option):
         super().__init__(*args, **kwargs)
         self.group = group
 
+
+#: How alike two names are, from 0 to 1, if one may be a slip of the other: ``--lsat``, ``--last``.
+_CLOSE = 0.75
 
 #: How a help text ends: a line to paste, and the page of the guide.
 EXAMPLE = "\b\nExample:\n  {}\n\n{}"
@@ -52,13 +56,21 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep the command line, to be written into a report, and parse it; refuse URLs."""
         ctx.meta[self.LINE] = shlex.join([*ctx.command_path.split(), *args])
-        rest = super().parse_args(ctx, args)
+        rest = self._parse_args(ctx, args)
         for parameter in self.params:
             if isinstance(parameter.type, click.Path):
                 value = ctx.params.get(parameter.name or "")
                 for path in value if isinstance(value, tuple) else (value,):
                     _refuse_url(path)
         return rest
+
+    def _parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; an unknown option names one that exists only if it is very close."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            near = get_close_matches(error.option_name, error.possibilities or (), 1, _CLOSE)
+            raise click.NoSuchOption(error.option_name, possibilities=near, ctx=ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, a section for each group, in the order of declaration."""
@@ -115,7 +127,9 @@ class Numbers(click.ParamType[Any]):
         try:
             return tuple(float(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{shown(value)} is not a list of numbers like 0.5,0.3,0.2", param, ctx)
+            self.fail(
+                f"{shown(value)} is not a list of numbers; write it like 0.5,0.3,0.2", param, ctx
+            )
 
 
 class Gate(click.ParamType[Any]):
@@ -133,7 +147,11 @@ class Gate(click.ParamType[Any]):
         except ValueError:
             least = math.nan
         if not name.strip() or not math.isfinite(least):
-            self.fail(f"{shown(value)} is not a gate like accuracy=0.8", param, ctx)
+            self.fail(
+                f"{shown(value)} is not a metric with its minimum; write it like accuracy=0.8",
+                param,
+                ctx,
+            )
         return name.strip(), least
 
 
@@ -163,67 +181,65 @@ SOURCES = click.argument(
     type=click.Path(),
     callback=expand_lists,
 )
-LAST = option("--last", type=int, metavar="N", help="Only the N newest.  [default: all]")
-FROM = option(
-    "--from", "from_epoch", type=int, metavar="EPOCH", help="The first epoch that counts."
-)
-TO = option("--to", "to_epoch", type=int, metavar="EPOCH", help="The last epoch that counts.")
+LAST = option("--last", type=int, metavar="N", help="Use only the N newest.  [default: all]")
+FROM = option("--from", "from_epoch", type=int, metavar="EPOCH", help="The first epoch to use.")
+TO = option("--to", "to_epoch", type=int, metavar="EPOCH", help="The last epoch to use.")
 EXCLUDE = option(
     "--exclude",
     multiple=True,
     metavar="GLOB",
-    help="File names that are not checkpoints; may be given again.",
+    help="Leave out these file names; may be repeated.",
 )
 EPOCH_PATTERN = option(
     "--epoch-pattern",
     metavar="REGEX",
-    help="Finds the epoch in unusual names, or in paths where names repeat: its group 'epoch', or "
-    "its first group.",
+    help="Where the epoch is in unusual names or in paths: the group 'epoch', or the first group.",
 )
 ORDER = option(
     "--order",
     type=click.Choice(["epoch", "given"]),
-    help="Of files named one by one: by the epoch in their names, or as given, oldest first.  "
+    help="Sort files named one by one by their epoch, or keep them as given, oldest first.  "
     "[default: epoch, where it is clear]",
 )
 MATCH = option(
     "--match",
     type=click.Choice(["name", "order"]),
     default="name",
-    help="How tensors are paired; 'order' for layers that Keras renumbered or renamed: by their "
-    "place in the model, whatever is frozen.",
+    help="How to pair tensors: by name, or by their place in the model, for layers that Keras "
+    "renumbered or renamed.",
 )
 ALLOW = option(
     "--allow",
     multiple=True,
     type=click.Choice(["two-runs", "scaled-integers", "averages", "other-assets"]),
-    help="Average all the same what is refused for this reason; may be given again.",
+    help="Average anyway what is refused for this reason; may be repeated.",
 )
 STRIP_PREFIX = option(
     "--strip-prefix",
     multiple=True,
     metavar="PREFIX",
-    help="Pair names without this beginning, such as module. of DDP; may be given again.",
+    help="Ignore this prefix of tensor names, such as module. of DDP; may be repeated.",
 )
 DATA = option(
     "--data",
     required=True,
     metavar="DATA",
-    help="blobs, a FILE.npz with x and y, a FILE.csv, or MODULE.py:FUNCTION that returns them.",
+    help="The data: blobs, FILE.npz with x and y, FILE.csv, or MODULE.py:FUNCTION that returns x "
+    "and y.",
 )
-ROWS_AT_A_TIME = option("--batch-size", type=int, default=256, metavar="N", help="Rows at a time.")
+ROWS_AT_A_TIME = option("--batch-size", type=int, default=256, metavar="N", help="Rows per batch.")
 TRUST_CODE = option(
     "--trust-code",
     is_flag=True,
-    help="Run the code that a model file carries (a Lambda layer).",
+    help="Run code that a model file contains, such as a Lambda layer.",
 )
 HASH = option(
     "--hash/--no-hash",
     default=None,
-    help="Record each input's SHA-256 in the output.  [default: up to 64 MB in all]",
+    help="Record each input's SHA-256 in the output.  [default: if the inputs have at most 64 MB]",
 )
 FOLDER = option(
-    "-o", "--output", type=click.Path(), required=True, metavar="DIR", help="The folder."
+    "-o", "--output", type=click.Path(), required=True, metavar="DIR", help="The folder to write."
 )
 JSON = option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 QUIET = option("-q", "--quiet", is_flag=True, help="Print only errors.")
@@ -238,28 +254,38 @@ CHOOSING = under(
         type=int,
         metavar="K",
         default=1,
-        help="Every K-th, counted back from the newest; before --last.",
+        help="Use every K-th, counted back from the newest; applied before --last.",
     ),
     EXCLUDE,
-    option("--best", type=int, metavar="N", help="Only the N best by --monitor, after --last."),
+    option(
+        "--best",
+        type=int,
+        metavar="N",
+        help="Use only the N best by --monitor; applied after --last.",
+    ),
     option(
         "--monitor",
         metavar="METRIC",
-        help="The metric of --best, from the file names or --log.  [default: val_loss]",
+        help="The metric for --best, from the file names or from --log.  [default: val_loss]",
     ),
     option(
         "--mode",
         type=click.Choice(["min", "max"]),
         help="Whether less or more is better.  [default: guessed from the metric's name]",
     ),
-    option("--log", type=click.Path(), metavar="CSV", help="A Keras CSVLogger file for --best."),
+    option(
+        "--log",
+        type=click.Path(),
+        metavar="CSV",
+        help="The training log for --best, as Keras's CSVLogger writes it.",
+    ),
     option(
         "--log-first",
         type=click.IntRange(0, 1),
         metavar="0|1",
-        help="What --log calls the epoch that file names call 1: 0, as Keras' CSVLogger counts "
-        "beside ModelCheckpoint, or 1, if file and row have equal numbers.  [default: found; an "
-        "error if both fit and choose other files]",
+        help="The row of --log that belongs to epoch 1 of the file names: 0, as Keras's CSVLogger "
+        "counts, or 1.  [default: found from the files; an error where it matters and is "
+        "unclear]",
     ),
     EPOCH_PATTERN,
     ORDER,
@@ -274,7 +300,7 @@ def scheme_options(function: Any) -> Any:
         option(
             "--scheme",
             type=click.Choice(list(SCHEMES)),
-            help="The rule that gives coefficients.  [default: equal]",
+            help="How coefficients depend on age.  [default: equal]",
         )
     ]
     for name, scheme in SCHEMES.items():
@@ -283,14 +309,14 @@ def scheme_options(function: Any) -> Any:
                 option(
                     f"--{scheme.parameter.name}",
                     type=float,
-                    help=f"Of {name}: {scheme.summary}.  [default: {scheme.parameter.default:g}]",
+                    help=f"For {name}: {scheme.summary}.  [default: {scheme.parameter.default:g}]",
                 )
             )
     declared.append(
         option(
             "--coefficients",
             type=Numbers(),
-            help="Custom coefficients, oldest first, instead of a scheme; they are normalised.",
+            help="Your own coefficients instead of a scheme, oldest first; they are normalised.",
         )
     )
     return under("Coefficients", *declared)(function)
@@ -303,32 +329,32 @@ AVERAGING = under(
         type=click.Choice(
             ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]
         ),
-        help="The stored float type.  [default: the checkpoints' own]",
+        help="The float type to store.  [default: that of the checkpoints]",
     ),
     option(
         "--optimizer",
         type=click.Choice(["drop", "newest"]),
         default="drop",
-        help="What to do with the optimizer's state.",
+        help="Drop the optimizer's state, or keep that of the newest.",
     ),
     option(
         "--include-tensors",
         multiple=True,
         metavar="GLOB",
-        help="Average only these; the others are carried from the newest.",
+        help="Average only these tensors and copy the others from the newest; may be repeated.",
     ),
     option(
         "--exclude-tensors",
         multiple=True,
         metavar="GLOB",
-        help="Carry these from the newest.",
+        help="Copy these tensors from the newest; may be repeated.",
     ),
     MATCH,
     option(
         "--use-ema",
         is_flag=True,
-        help="Take the running means (EMA) that Keras keeps in the optimizer's state, or that "
-        "PyTorch and TensorFlow checkpoints have beside the weights.",
+        help="Average the running means (EMA) of the weights, which Keras keeps in the "
+        "optimizer's state and PyTorch and TensorFlow beside the weights.",
     ),
     option(
         "--allow-nonfinite",
@@ -341,8 +367,8 @@ AVERAGING = under(
         "--lora",
         type=click.Choice(["factors", "exact"]),
         default="factors",
-        help="Average the factors of products (LoRA, DoRA, weight norm), or write those of the "
-        "mean product, of LoRA truncated to the rank.",
+        help="For LoRA, DoRA and weight norm: average the factors, or write factors of the mean "
+        "product, truncated to the rank for LoRA.",
     ),
 )
 
@@ -351,16 +377,19 @@ RECALIBRATING = under(
     option(
         "--recalibrate",
         metavar="DATA",
-        help="Run the average in Keras and recompute BatchNorm's statistics; DATA as in polyak "
-        "recalibrate.",
+        help="Recompute BatchNorm's statistics in Keras; DATA as in polyak recalibrate.",
     ),
     option(
         "--split",
         type=click.Choice(["train", "test"]),
         help="Which part of the data.  [default: train, where the data are split]",
     ),
-    option("--batch-size", type=int, metavar="N", help="Rows at a time, at most.  [default: 256]"),
-    option("--trust-code", is_flag=True, help="Run the code that the model carries."),
+    option("--batch-size", type=int, metavar="N", help="The most rows per batch.  [default: 256]"),
+    option(
+        "--trust-code",
+        is_flag=True,
+        help="Run code that the model contains, such as a Lambda layer.",
+    ),
 )
 
 WRITING = under(
@@ -371,13 +400,13 @@ WRITING = under(
     option(
         "--verify",
         is_flag=True,
-        help="Read the output back from the disk, average again and compare, before anything is "
-        "replaced.",
+        help="Read the output back from the disk, average again and compare, before it replaces "
+        "anything.",
     ),
     option("-n", "--dry-run", is_flag=True, help="Show the plan and write nothing."),
     JSON,
     QUIET,
-    option("-v", "--verbose", is_flag=True, help="List every tensor and its fate."),
+    option("-v", "--verbose", is_flag=True, help="List every tensor and what happens to it."),
 )
 
 MACHINE = under(
@@ -385,7 +414,12 @@ MACHINE = under(
     option(
         "--max-memory",
         type=Size(),
-        help="Bound on the buffers, on top of Python and its libraries.  [default: 32MiB]",
+        help="Limit of the buffers, on top of Python and its libraries.  [default: 32MiB]",
     ),
-    option("--jobs", type=int, metavar="N", help="Processes.  [default: processors, at most 8]"),
+    option(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="How many processes to use.  [default: one per processor, at most 8]",
+    ),
 )

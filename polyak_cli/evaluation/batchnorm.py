@@ -276,7 +276,7 @@ def _trace_archive(model: Any) -> list[tuple[Any, str]]:
 def _make_unknown_keras() -> PolyakError:
     version = importlib.metadata.version("keras")
     return PolyakError(
-        f"recalibrating .keras archives does not work with Keras {shown(version)}, which saves "
+        f"polyak cannot recalibrate .keras archives with Keras {shown(version)}, which saves "
         "models in another way; save the model as .h5, or install Keras "
         f"{LATEST_TRACED[0]}.{LATEST_TRACED[1]}"
     )
@@ -291,8 +291,9 @@ def _locate_values(
         for statistic, values in zip(one.statistics, one.values, strict=True):
             if id(statistic) not in stored:
                 raise MismatchError(
-                    f"{shown(path)}: the statistics of layer '{shown(one.layer.name, 80)}' are not "
-                    "where this Keras would keep them; load it and save it again with model.save()"
+                    f"{shown(path)}: the statistics of layer '{shown(one.layer.name, 80)}' are "
+                    "not in the place where this version of Keras keeps them; load it and save "
+                    "it again with model.save()"
                 )
             before |= dict.fromkeys(stored[id(statistic)], values)
     return before

@@ -65,16 +65,18 @@ def parse_schemes(text: str) -> list[tuple[str, float | None]]:
         name, _, number = part.strip().partition(":")
         if name not in schemes.SCHEMES:
             raise UsageError(
-                f"--schemes: there is no scheme {shown(name)!r}; choose of "
+                f"--schemes: unknown scheme {shown(name)!r}; choose from "
                 f"{', '.join(schemes.SCHEMES)}"
             )
         parameter = schemes.SCHEMES[name].parameter
         try:
             value = float(number) if number else parameter.default if parameter else None
         except ValueError:
-            raise UsageError(f"--schemes: {shown(part)!r} is not written like exp:2") from None
+            raise UsageError(
+                f"--schemes: {shown(part)!r} is not a scheme with a parameter; write it like exp:2"
+            ) from None
         if value is not None and not parameter:
-            raise UsageError(f"--schemes: {name} takes no parameter, found {shown(part)!r}")
+            raise UsageError(f"--schemes: {name} takes no parameter; found {shown(part)!r}")
         # Only for its errors: the parameter may be out of range.
         schemes.resolve(name, **make_parameter(name, value))
         if (name, value) not in found:
@@ -100,7 +102,7 @@ def parse_windows(text: str | None, count: int) -> list[int]:
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
         if not low.isdigit() or (dash and not high.isdigit()):
-            raise UsageError(f"--windows: {shown(part)!r} is not written like 5 or 1-10")
+            raise UsageError(f"--windows: {shown(part)!r} is not a window; write it like 5 or 1-10")
         first, last = int(low), int(high or low)
         if not 1 <= first <= last <= count:
             raise UsageError(

@@ -91,7 +91,7 @@ class Dataset:
             there = "is not split into train and test; leave --split out"
         else:
             there = f"has only {' and '.join(self.splits)}"
-        raise UsageError(f"{shown(self.name)}: has no split '{shown(which)}': it {there}")
+        raise UsageError(f"{shown(self.name)}: has no split '{shown(which)}'; it {there}")
 
 
 def list_arrays(arrays: Arrays) -> list[Array]:
@@ -147,8 +147,8 @@ def halves(split: Split, *, seed: int = 0, share: float = 0.5) -> tuple[Split, S
     fewest = min(part.rows for part in parts)
     if fewest < 2:
         raise UsageError(
-            f"{split.source}: has {split.rows} row{'s' * (split.rows != 1)}, too few to choose on "
-            f"some and report on others; expected two or more for each, found {fewest}"
+            f"{split.source}: has {split.rows} row{'s' * (split.rows != 1)}; expected two or more "
+            f"to choose on and two or more to report on, found {fewest}"
         )
     return parts[0], parts[1]
 
@@ -235,7 +235,7 @@ def _load_npz(name: str) -> Dataset:
 
 def _note_unused(name: str, unused: Sequence[str]) -> tuple[str, ...]:
     others = ", ".join(shown(key, 40) for key in unused)
-    return (f"{shown(name)}: arrays not used: {others}",) if others else ()
+    return (f"{shown(name)}: unused arrays: {others}",) if others else ()
 
 
 def _read_npz(name: str) -> dict[str, Array]:
@@ -456,7 +456,8 @@ def _check_rows(split: Split) -> None:
     if len(rows) > 1:
         shapes = " and ".join(str(array.shape) for array in arrays)
         raise FormatError(
-            f"{split.source}: features and labels must have as many rows, found the shapes {shapes}"
+            f"{split.source}: features and labels must have the same number of rows; found the "
+            f"shapes {shapes}"
         )
 
 
@@ -470,7 +471,9 @@ def _number_text_labels(dataset: Dataset) -> Dataset:
         if not texts:
             continue
         if len(texts) < len(every):
-            raise FormatError(f"{shown(dataset.name)}: the labels are text in one split only")
+            raise FormatError(
+                f"{shown(dataset.name)}: the labels are text in only one of the splits"
+            )
         # All splits share one numbering, even if one of them lacks a class.
         names = np.unique(np.concatenate([np.asarray(text, dtype=str) for text in texts]))
         for own in arrays.values():

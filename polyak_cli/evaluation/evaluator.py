@@ -237,7 +237,8 @@ class Evaluator:
         compiled, reportable = self._compiled, self._reportable
         if compiled is None or not reportable or any(one.shape is None for one in reportable):
             raise UsageError(
-                "predictions are scored as those of a model of one output that was examined before"
+                "predictions can be scored only for a model with one output that was examined "
+                "before"
             )
         if [array.shape for array in predictions] != [one.shape for one in reportable]:
             raise MismatchError(
@@ -325,7 +326,7 @@ class _CompiledModel:
         text = description.training
         training = parse_json_object(path, text, "training configuration") if text else {}
         if not training:
-            known.notes.append("holds no training configuration: the loss it had is not known")
+            known.notes.append("holds no training configuration, so its loss is unknown")
         outputs = list_output_names(model)
         loss = known.resolve(training.get("loss"), known.find_loss, "loss")
         metrics, weighted = (
@@ -339,7 +340,7 @@ class _CompiledModel:
         loss_words = name_losses(model, outputs, loss, weights)
         if loss_words and "loss" in known.left_out:
             known.notes.append(
-                "the loss shown is not the model's own: it leaves out those that are not known"
+                "the loss shown is not the whole loss of the model: unknown losses are left out"
             )
         parts, right = _fit_splits(keras, path, model, splits, loss, metrics)
         row_wise = RowWise(keras, resolve_row_losses(keras, outputs, loss, weights), right, outputs)
@@ -347,7 +348,10 @@ class _CompiledModel:
         if right and not find_accuracy(metrics):
             metrics = [*flatten(metrics), keras.metrics.MeanMetricWrapper(right, name="accuracy")]
         if not has_loss and not flatten(metrics):
-            known.notes.append("nothing to measure: no loss, no metric, and no classes as labels")
+            known.notes.append(
+                "nothing to measure: the model has no loss and no metric, and the labels are not "
+                "classes"
+            )
         with reword_keras_errors(path, "cannot compile it", lambda: ""):
             model.compile(
                 optimizer=None,  # with one, load_weights looks for its state in every .keras file

@@ -85,8 +85,8 @@ def _choose(where: str, keys: Sequence[str], matches: Mapping[str, re.Match[str]
     if numbers and len(numbers) < len(keys):
         listed = ", ".join(shown(key, 40) for key in keys)
         raise FormatError(
-            f"{where}: holds {listed}: several arrays are either all numbered, like y1 and y2, or "
-            "all named"
+            f"{where}: holds {listed}; expected several arrays to be either all numbered, like y1 "
+            "and y2, or all named"
         )
     if not numbers:
         return list(keys)
@@ -205,8 +205,9 @@ def _check_pair(where: str, pair: Any) -> tuple[object, object]:
         ]
         if len(plain) != 1:
             raise PolyakError(
-                f"{where} returned a list of arrays that can be as many rows as inputs or outputs; "
-                "return np.stack(LIST) for rows, a tuple or a dict by name for several arrays"
+                f"{where} returned a list of arrays, which could be rows or several inputs or "
+                "outputs; return np.stack(LIST) for rows, and a tuple or a dict by name for "
+                "several arrays"
             )
         fitting = plain
     if fitting:

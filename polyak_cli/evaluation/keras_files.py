@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli import formats
-from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, shown
+from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, shown, word_size
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.format import Format
 from polyak_cli.storage.local import open_local
@@ -97,8 +97,8 @@ def check_architecture(table: Table) -> None:
     form = find_format(table.format)
     if not form.keras_layout and form.key != "weights_json":
         raise FormatError(
-            f"{shown(table.path)}: is {form.name}, tensors without a model that Keras could run; "
-            "evaluate it in the program that trained it"
+            f"{shown(table.path)}: is {form.name}, which holds tensors without a model that Keras "
+            "can run; evaluate it in the program that trained it"
         )
     if not table.config:
         raise FormatError(
@@ -111,7 +111,7 @@ def check_suffix(path: Path, form: Format) -> None:
     """Refuse an HDF5 file whose suffix makes Keras expect another format."""
     if path.suffix not in form.suffixes:
         raise FormatError(
-            f"{shown(path)}: is an HDF5 file, which Keras opens only by the suffix .h5 or "
+            f"{shown(path)}: is an HDF5 file, and Keras opens it only with the suffix .h5 or "
             ".hdf5; rename it"
         )
 
@@ -153,8 +153,8 @@ def reword_keras_errors(path: Path, what: str, held_back: Callable[[], str]) -> 
         text = str(error).rpartition("Exception encountered: ")[2]
         if "arbitrary code execution" in text or "safe_mode" in text or "unsafe_deser" in text:
             raise PolyakError(
-                f"{shown(path)}: carries code of its own (a Lambda layer or the like), which "
-                "loading it would run; use --trust-code if you trust its source"
+                f"{shown(path)}: contains code (such as a Lambda layer), which would run when it "
+                "is loaded; use --trust-code if you trust its source"
             ) from error
         unknown = re.search(r"Unknown layer: '([^']*)'|Could not locate class '([^']*)'", text)
         if unknown:
@@ -220,11 +220,13 @@ def _read_config(path: Path) -> tuple[bytes, bool]:
             config = member.read(_LONGEST_CONFIG + 1)
             assets = any(name.startswith("assets/") for name in archive.namelist())
     except (KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise FormatError(f"{shown(path)}: is damaged or no Keras model: {shown(error)}") from None
+        raise FormatError(
+            f"{shown(path)}: is damaged or not a Keras model: {shown(error)}"
+        ) from None
     if len(config) > _LONGEST_CONFIG:
         raise FormatError(
-            f"{shown(path)}: its config.json is longer than {_LONGEST_CONFIG} bytes; the file is "
-            "damaged or hostile"
+            f"{shown(path)}: its config.json is longer than {word_size(_LONGEST_CONFIG)}; the "
+            "file is damaged or hostile"
         )
     return config, assets
 

@@ -81,7 +81,7 @@ class Registry:
             self.left_out.add(what)
             self.notes.append(
                 f"left out the {what} '{shown(_name_config(config), 60)}', which Keras does not "
-                "know; the file holds only its name: register it in the file of --data "
+                "know, because the file holds only its name; register it in the file of --data "
                 "MODULE.py:FUNCTION to measure it"
             )
             return None
@@ -163,8 +163,8 @@ class Registry:
                 continue
             if default is not parameter.empty and default is not None:
                 self.notes.append(
-                    f"the file does not keep the {name} of its loss {kind.__name__}: the loss "
-                    f"shown is that with Keras's default, {default!r}"
+                    f"the file does not record the {name} of its loss {kind.__name__}: the loss "
+                    f"shown uses Keras's default, {default!r}"
                 )
 
 

@@ -57,16 +57,13 @@ def check_path(path: Path) -> None:
         OutputError: its folder does not exist.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(
-            f"{shown(path)}: is neither {' nor '.join(SUFFIXES)}; give the plot one of these "
-            "suffixes"
-        )
+        raise UsageError(f"{shown(path)}: has an unknown suffix; expected {' or '.join(SUFFIXES)}")
     try:
         import matplotlib  # noqa: F401 - imported only to see whether it is installed
     except ImportError:
         raise MissingExtraError("a plot", "plot") from None
     if not path.resolve().parent.is_dir():
-        raise OutputError(f"{shown(path)}: there is no folder to write it in; create it first")
+        raise OutputError(f"{shown(path)}: its folder does not exist; create it first")
 
 
 def draw_learning_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:

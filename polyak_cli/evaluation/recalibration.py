@@ -156,18 +156,18 @@ def check_recalibration(
         )
     if rows.rows < 2:
         raise MismatchError(
-            f"{rows.source}: is one row, which has no variance; expected all training rows"
+            f"{rows.source}: is a single row, which has no variance; expected all training rows"
         )
     form = find_format(table.format)
     if not form.keras_layout:
         raise FormatError(
-            f"{shown(table.path)}: is {form.name}; only whole Keras models are recalibrated, .h5 "
-            f"or .keras, because they can be run: {form.recalculation}"
+            f"{shown(table.path)}: is {form.name}; only whole Keras models, .h5 or .keras, can be "
+            f"recalibrated, because polyak must run them: {form.recalculation}"
         )
     check_model(table)
     if outputs.choose_format(output, table) != table.format:
         raise OutputError(
-            f"{shown(output)}: would not be a Keras model; give the output the suffix of "
+            f"{shown(output)}: would not be a Keras model; give the output the same suffix as "
             f"{shown(table.path)}"
         )
 

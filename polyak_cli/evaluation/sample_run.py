@@ -91,7 +91,7 @@ def train(
     earlier = _list_earlier_checkpoints(out)
     if earlier and not force:
         raise OutputError(
-            f"{shown(out)}: holds checkpoints already ({shown(earlier[0].name)}); name another "
+            f"{shown(out)}: already holds checkpoints ({shown(earlier[0].name)}); name another "
             "folder, or use --force to replace them"
         )
     with silence_frameworks() as held_back:

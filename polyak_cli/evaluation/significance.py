@@ -84,11 +84,11 @@ def _subtract_rows(ours: Array, theirs: Array) -> npt.NDArray[np.float64]:
     """Return ours minus theirs, row by row; refuse numbers that are no pairs."""
     if ours.shape != theirs.shape or ours.ndim != 1:
         raise UsageError(
-            f"a paired difference needs one number a row of either model, found the shapes "
+            "a paired difference needs one number per row from each model; found the shapes "
             f"{ours.shape} and {theirs.shape}"
         )
     if len(ours) < 2:
-        raise UsageError(f"a paired difference needs two rows or more, found {len(ours)}")
+        raise UsageError(f"a paired difference needs two rows or more; found {len(ours)}")
     with np.errstate(invalid="ignore"):  # infinity minus infinity
         return np.asarray(ours.astype(np.float64) - theirs.astype(np.float64))
 
@@ -135,7 +135,7 @@ def mcnemar(ours: Array, theirs: Array) -> float:
     """
     if ours.shape != theirs.shape or ours.ndim != 1:
         raise UsageError(
-            f"McNemar's test needs one answer a row of either model, found the shapes "
+            "McNemar's test needs one answer per row from each model; found the shapes "
             f"{ours.shape} and {theirs.shape}"
         )
     only_ours = int(np.count_nonzero(ours > theirs))

@@ -111,11 +111,11 @@ def _pair(tables: Sequence[Table]) -> tuple[list[Row], list[str]]:
         elif is_numeric(a) and is_numeric(b):
             rows.append((a, b))
         elif (a.dtype, a.digest) != (b.dtype, b.digest):
-            mismatches.append(f"'{shown(name)}', {a.dtype} and {b.dtype}, is not the same")
+            mismatches.append(f"'{shown(name)}', {a.dtype} and {b.dtype}, differs")
         elif a.storage and b.storage:
             others.append((a, b))
     unequal = find_differing(tables, others)
-    mismatches += [f"'{shown(name)}' is not the same" for name in unequal]
+    mismatches += [f"'{shown(name)}' differs" for name in unequal]
     if one.format == other.format:  # each keeps its vocabularies in its own place
         mismatches += assets.describe_differences(tables)
     return rows, sorted(mismatches)
@@ -187,7 +187,7 @@ def distances(selection: Selection, *, by: str = "name") -> Distances:
     """
     checkpoints = selection.checkpoints
     if len(checkpoints) < 2:
-        raise UsageError("there is only one checkpoint; name two or more to compare")
+        raise UsageError("found only one checkpoint; name two or more to compare")
     tables = formats.scan([find_file(checkpoint.path) for checkpoint in checkpoints])
     rows = [row for row in match(tables, by) if row[-1].dtype in FLOATS]
     formats.check(tables, jobs=1)

@@ -377,7 +377,7 @@ def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> NeighbourSums
             )
         pair = slice(k - 1, k + 1)
         if sums.same[k] and _has_same_carried(tables[pair], [row[pair] for row in rows]):
-            text = f"{path}: every tensor is bit for bit that of {shown(tables[k - 1].path)}"
+            text = f"{path}: every tensor is bit for bit the same as in {shown(tables[k - 1].path)}"
             one.add_problem("identical", text)
     _compare_neighbours(run, sums)
     return sums
@@ -436,7 +436,7 @@ def _compare_neighbours(run: Sequence[_Examined], sums: NeighbourSums) -> None:
         one = run[sound[place]]
         one.add_problem(
             "outlier",
-            f"{shown(one.checkpoint.path)}: lies {times:.3g} times as far from its neighbours as "
+            f"{shown(one.checkpoint.path)}: is {times:.3g} times as far from its neighbours as "
             "others of the run; look at it with `polyak diff`, or leave it out with --exclude",
         )
     norm = statistics.median(math.sqrt(sums.squares[k]) for k in sound)

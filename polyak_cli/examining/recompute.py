@@ -67,7 +67,10 @@ def compare_again(
             return _compare_tensors(table, expected)
         deviation = bitwise.compare(written.files, expected)
     if table is not None and deviation.outside and table.config != expected.config:
-        more = (*deviation.outside, "the configuration of the model is not that of the newest")
+        more = (
+            *deviation.outside,
+            "the configuration of the model is not that of the newest checkpoint",
+        )
         return deviation._replace(outside=more)
     return deviation
 
@@ -86,7 +89,7 @@ def _compare_tensors(found: Table, expected: Table) -> Deviation:
     """Compare outputs that are laid out differently, tensor by tensor."""
     a, b = ({**table.tensors, **table.others} for table in (found, expected))
     mismatches = [f"tensor '{shown(name)}' is missing" for name in b if name not in a]
-    mismatches += [f"tensor '{shown(name)}' is one too many" for name in a if name not in b]
+    mismatches += [f"tensor '{shown(name)}' is not expected" for name in a if name not in b]
     unequal = set()
     rows = []
     for name in (name for name in b if name in a):
@@ -98,4 +101,4 @@ def _compare_tensors(found: Table, expected: Table) -> Deviation:
     differing, _ = reading.find_differing(rows, [*found.files, *expected.files], bound_memory())
     unequal.update(differing)
     tensors = [TensorDeviation(name, 0, 0, b[name].size) for name in b if name in unequal]
-    return Deviation(tuple(tensors), (*mismatches, "the tensors do not lie where they should"))
+    return Deviation(tuple(tensors), (*mismatches, "the tensors are not in the expected places"))

@@ -130,8 +130,8 @@ def verify(
         return Verification(Path(output), problems=(Discrepancy("file", path.name, str(error)),))
     if "provenance" not in table.about and not table.is_polyak_output:
         raise FormatError(
-            f"{shown(output)}: holds no record of where it comes from; only averages that polyak "
-            "wrote can be verified"
+            f"{shown(output)}: holds no record of provenance; only averages that polyak wrote can "
+            "be verified"
         )
     try:
         record = records.read(table.about.get("provenance", ""))
@@ -153,7 +153,9 @@ def _find_opener(path: Path) -> Path:
         index = path.with_name(f"{path.name}.index")
         found = index if index.is_file() else found
     if found.exists() and not found.is_file():
-        raise FormatError(f"{shown(path)}: is neither a file nor a folder that is one checkpoint")
+        raise FormatError(
+            f"{shown(path)}: is neither a file nor a folder that holds one checkpoint"
+        )
     open_input(found).close()  # the reason why it cannot be read, before a child is started
     return found
 
@@ -395,7 +397,7 @@ def _find_folders_beside(record: Record, own: Table) -> tuple[list[Path], list[s
     if len(likely) < 2:
         return likely or named, []
     several = " and ".join(shown(folder) for folder in likely[:2])
-    return [], [f"{several} hold files of such names: choose one with --source"]
+    return [], [f"{several} hold files with these names: choose one with --source"]
 
 
 def _has_recorded(folder: Path, recorded: records.Input, own: Table) -> bool:
@@ -427,8 +429,8 @@ class _Verifier:
         """Verify inputs, statistics and output."""
         if not self.record.is_sealed:
             self.notes.append(
-                f"its record, by polyak {shown(self.record.version, 40)}, has no digest of itself: "
-                "a change in the record alone may go unnoticed"
+                f"its record, by polyak {shown(self.record.version, 40)}, has no digest of "
+                "itself, so a change of the record alone may go unnoticed"
             )
         self.inputs = self.search.run()
         gathered: tuple[str, ...] = ()
@@ -506,13 +508,13 @@ class _Verifier:
         where = " or ".join(dict.fromkeys(shown(folder) for folder in self.search.folders))
         for one in self.inputs:
             if one.path is None:
-                text = f"nothing in {where} has that name; name its folder with --source"
+                text = f"no file of that name in {where}; name its folder with --source"
                 text = f"cannot be averaged: {one.error}" if one.error else f"is missing: {text}"
                 self.problems.append(one.make_problem(text))
                 continue
             if one.is_renamed:
                 how = "moved" if one.path.name == one.recorded.name else "renamed"
-                text = f"is missing, and {shown(one.path)} has what was averaged: it was {how}"
+                text = f"is missing, but {shown(one.path)} holds what was averaged: it was {how}"
                 self.problems.append(one.make_problem(text))
             self._compare_digests(one)
 
@@ -530,11 +532,11 @@ class _Verifier:
         sampled = records.compute_sampled_digest(one.files)
         for other in self.record.inputs:
             if (other.sampled, other.sha256) == (other.sampled and sampled, digests):
-                text = f"holds what '{shown(other.path, 80)}' held: files were exchanged"
+                text = f"holds what '{shown(other.path, 80)}' held: the files were exchanged"
                 break
         else:
             what = "SHA-256" if recorded.sha256 else "sampled SHA-256"
-            text = f"was changed: its {what} is not the one recorded"
+            text = f"was changed: its {what} is not the recorded one"
         self.problems.append(one.make_problem(text))
 
     # --- the output -------------------------------------------------------------------------------
@@ -546,13 +548,13 @@ class _Verifier:
         values = recalibration.read_statistics(self.table)
         what = f"{len(values)} BatchNorm statistics were recalibrated on rows of data"
         if self.record.statistics is None:
-            self.notes.append(f"{what}, and no digest of them was recorded: they are not verified")
+            self.notes.append(f"{what}, and their digest was not recorded: they are not verified")
             return tuple(values)
-        self.notes.append(f"{what}: they are not recomputed, but compared with recorded digests")
+        self.notes.append(f"{what}: they are compared with recorded digests, and not recomputed")
         digests = recalibration.hash_values(self.table, values)
         for name, digest in digests.items():
             if digest != self.record.statistics[name]:
-                text = f"tensor '{shown(name)}' is not as recalibrated: its SHA-256 is another"
+                text = f"tensor '{shown(name)}' is not as recalibrated: its SHA-256 differs"
                 self.problems.append(Discrepancy("tensor", name, text))
         return tuple(values)
 
@@ -592,7 +594,7 @@ class _Verifier:
         """Say what may have been changed, where no input is known to be."""
         if any(not one.sampled and not one.sha256 for one in self.record.inputs):
             return (
-                "no digests of the inputs were recorded (--hash), so nothing shows whether an "
+                "no digests of the inputs were recorded (--hash), so it is unknown whether an "
                 "input or the average was changed"
             )
         suspects = [one.path for one in self.record.inputs if not one.is_covered]
@@ -601,5 +603,6 @@ class _Verifier:
         names = ", ".join(f"'{shown(name, 80)}'" for name in suspects)
         return (
             "every input has the sampled SHA-256 recorded, which does not cover all bytes of "
-            f"{names}: one of these or the average was changed; --hash records what shows which"
+            f"{names}: one of these or the average was changed; with --hash, the record shows "
+            "which"
         )

@@ -126,7 +126,7 @@ def test_every_file_is_looked_at_before_the_first_is_scored(tmp_path: Path) -> N
         with pytest.raises(FormatError, match=r"bad\.h5"):
             compare([SAMPLE, path], baseline, rows)
     path = saved(network(), tmp_path / "model.h5", "mse", None)
-    with pytest.raises(UsageError, match="two rows or more, found 1"):
+    with pytest.raises(UsageError, match="two rows or more; found 1"):
         compare(path, path, split(ROWS[:1], CLASSES[:1]))
 
 

@@ -98,7 +98,7 @@ def test_an_npz_of_one_piece(tmp_path: Path) -> None:
     loaded = data.load(str(tmp_path / "d.npz"))
     assert equal(only(loaded).features, [[0, 1], [2, 3], [4, 5]])
     assert equal(only(loaded).labels, [0, 1, 1])
-    assert [note.endswith("arrays not used: weights") for note in loaded.notes] == [True]
+    assert [note.endswith("unused arrays: weights") for note in loaded.notes] == [True]
 
 
 def test_an_npz_in_two_splits(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_an_npz_names_several_inputs_and_outputs_in_two_parts(tmp_path: Path) ->
     assert (train.labels["kind"].tolist(), test.labels["kind"].tolist()) == ([1, 0], [2])
     assert train.labels["size"].tolist() == [0.5, 0.6]
     assert [note.partition(": ")[2] for note in loaded.notes] == [
-        "arrays not used: x_val",
+        "unused arrays: x_val",
         "the labels 'kind' are text, numbered as classes: u = 0, v = 1, w = 2",
     ]
 
@@ -161,7 +161,7 @@ def test_an_array_y_is_used_alone(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.ones((2, 3)), y=[0, 1], y_mean=[5, 6], y2=[7, 8])
     loaded = data.load(str(tmp_path / "d.npz"))
     assert equal(only(loaded).labels, [0, 1])
-    assert loaded.notes[0].endswith("arrays not used: y_mean, y2")
+    assert loaded.notes[0].endswith("unused arrays: y_mean, y2")
 
 
 @pytest.mark.parametrize(
@@ -169,16 +169,22 @@ def test_an_array_y_is_used_alone(tmp_path: Path) -> None:
     [
         ({"x": [1.0], "y1": [1], "y3": [1]}, "holds y1, y3; expected numbers from 0 or 1 on"),
         ({"x": [1.0], "y2": [1], "y3": [1]}, "holds y2, y3; expected numbers from 0 or 1 on"),
-        ({"x": [1.0], "y1": [1], "y_size": [1]}, "holds y1, y_size: several arrays are either"),
+        (
+            {"x": [1.0], "y1": [1], "y_size": [1]},
+            "holds y1, y_size; expected several arrays to be either",
+        ),
         ({"x_train": [1.0], "y_train": [1], "x_test": [1.0]}, "holds x_test but no y_test"),
         ({"y_kind": [1], "y_size": [1]}, "holds y_kind but no x"),
-        ({"x": [1.0, 2.0], "y_kind": [1, 2], "y_size": [1]}, "must have as many rows"),
+        ({"x": [1.0, 2.0], "y_kind": [1, 2], "y_size": [1]}, "must have the same number of rows"),
         ({"a": [1.0], "b": [1]}, "expected arrays x and y.*found a, b"),
         ({}, "found none"),
         ({"x": [[1.0]]}, "holds x but no y"),
         ({"x": [[1.0]], "y": [1], "x_test": [[1.0]], "y_test": [1]}, "expected arrays x and y"),
         ({"x_test": [[1.0]]}, "holds x_test but no y_test"),
-        ({"x": [[1.0], [2.0]], "y": [1]}, r"as many rows, found the shapes \(2, 1\) and \(1,\)"),
+        (
+            {"x": [[1.0], [2.0]], "y": [1]},
+            r"the same number of rows; found the shapes \(2, 1\) and \(1,\)",
+        ),
         ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, "is empty"),
         ({"x": 1.0, "y": [1]}, "the features are a single number"),
         ({"x": [["a"]], "y": [1]}, "the features have dtype <U1; expected numbers"),
@@ -351,7 +357,7 @@ def test_a_function_may_return_several_arrays(module: Callable[[str], str]) -> N
     assert isinstance(rows.features, dict)
     assert list(rows.features) == ["a", "b"]
     assert isinstance(rows.labels, tuple)
-    with pytest.raises(FormatError, match="as many rows"):
+    with pytest.raises(FormatError, match="the same number of rows"):
         data.load(module("def load(): return {'a': [[1.0]], 'b': [[2.0], [3.0]]}, np.zeros(1)"))
 
 
@@ -410,7 +416,7 @@ def test_a_list_of_arrays_may_be_rows(module: Callable[[str], str]) -> None:
     """The number of rows decides; where it cannot, the function must say what it means."""
     rows = only(data.load(module("def load(): return [np.ones(2)] * 9, [1] * 9")))
     assert equal(rows.features, np.ones((9, 2)))
-    with pytest.raises(PolyakError, match=r"can be as many rows as inputs.*np\.stack") as error:
+    with pytest.raises(PolyakError, match=r"could be rows or several inputs.*np\.stack") as error:
         data.load(module("def load(): return [np.ones(2)] * 2, [np.ones(2)] * 2"))
     one_line(error)
 
@@ -541,7 +547,7 @@ def test_every_row_has_the_same_chance_of_either_half() -> None:
 def test_too_few_rows_to_part_are_reported() -> None:
     """Each part needs two rows, and the share must leave some for both."""
     for rows, share in ((1, 0.5), (3, 0.5), (20, 0.02)):
-        with pytest.raises(UsageError, match=r"mine: has \d+ rows?, too few"):
+        with pytest.raises(UsageError, match=r"mine: has \d+ rows?; expected two or more"):
             data.halves(data.Split("mine", np.ones(rows), np.ones(rows)), share=share)
     for share in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(UsageError, match="out of range; expected"):

@@ -290,7 +290,7 @@ def test_a_model_that_was_not_compiled_gets_accuracy_only(tmp_path: Path) -> Non
     found = score(tmp_path / "model.h5")
     assert found.loss is None
     assert found.metrics == {"accuracy": (predicted(model).argmax(1) == CLASSES).mean()}
-    assert found.notes == ("holds no training configuration: the loss it had is not known",)
+    assert found.notes == ("holds no training configuration, so its loss is unknown",)
     nothing = score(tmp_path / "model.h5", split(labels=RANDOM.normal(size=(50, 3))))
     assert (nothing.loss, nothing.metrics) == (None, {})
     assert "nothing to measure" in nothing.notes[-1]
@@ -394,7 +394,7 @@ def test_code_in_a_model_is_not_run_unless_trusted(tmp_path: Path) -> None:
     """A Lambda layer is refused with the option that allows it, and runs only with that option."""
     path = lambda_model(tmp_path / "model.h5", tmp_path / "mark")
     text = refusal(path, split(labels=ONE_HOT))
-    assert "carries code" in text
+    assert "contains code" in text
     assert "--trust-code" in text
     assert not (tmp_path / "mark").exists()
     score(path, split(labels=ONE_HOT), trust_code=True)

@@ -141,7 +141,7 @@ def test_several_outputs_add_their_losses(tmp_path: Path) -> None:
         assert (found.correct, found.predictions) == (None, None)
     examiner = evaluator.Evaluator([split(labels=(ONE_HOT, sizes))])
     examiner.score_rows(tmp_path / "model.h5")
-    with pytest.raises(UsageError, match="a model of one output"):
+    with pytest.raises(UsageError, match="a model with one output"):
         examiner.score_predictions([sizes])
 
 

@@ -135,7 +135,7 @@ def test_outputs_without_a_loss_are_not_counted(tmp_path: Path) -> None:
     expected = -np.log(shares[range(30), KINDS]).mean() + penalty
     assert part.loss == pytest.approx(expected, rel=1e-5)
     assert part.loss_words.startswith("one: none, other: sparse_categorical_crossentropy")
-    assert "the loss shown is not the model's own" in part.notes[-1]
+    assert "the loss shown is not the whole loss of the model" in part.notes[-1]
     assert (none.loss, dict(none.metrics), none.loss_words) == (None, {}, "")
 
 
@@ -213,7 +213,7 @@ def test_settings_of_a_loss_are_named_or_noted_as_lost(tmp_path: Path) -> None:
     assert smooth.notes == ()
     if huber.loss_words == "Huber (Keras's)":  # a Keras that keeps delta has nothing to note
         assert huber.notes == (
-            "the file does not keep the delta of its loss Huber: the loss shown is that with "
+            "the file does not record the delta of its loss Huber: the loss shown uses "
             "Keras's default, 1.0",
         )
 

@@ -495,7 +495,7 @@ def test_what_cannot_be_recalibrated_is_refused(folder: Path, tmp_path: Path) ->
     line = refusal(UsageError, folder / "dense.h5", output, split(), batch_size=1)
     assert line.startswith("--batch-size 1 is out of range")
     line = refusal(MismatchError, folder / "dense.h5", output, split(ROWS[:1]))
-    assert "is one row" in line
+    assert "is a single row" in line
     assert not output.exists()
 
 
@@ -558,7 +558,10 @@ def test_statistics_that_are_not_the_files_are_never_written(
     assert "is not what Keras loaded for it" in line
     monkeypatch.setattr(batchnorm, "locate_variables", lambda *_: {})
     line = refusal(MismatchError, folder / "dense.h5", tmp_path / "o.h5", split())
-    assert "the statistics of layer 'one' are not where this Keras would keep them" in line
+    assert (
+        "the statistics of layer 'one' are not in the place where this version of Keras keeps them"
+        in line
+    )
     assert tree(tmp_path) == {}
 
 
@@ -622,7 +625,7 @@ def test_what_averaging_promises_holds_with_recalibration(
     for error, rows, more, text in (
         (MismatchError, split(IMAGES), {}, f"{output}: takes rows of shape"),
         (MismatchError, split(infinite), {}, f"{output}: the new values of"),
-        (MismatchError, split(ROWS[:1]), {}, "is one row"),
+        (MismatchError, split(ROWS[:1]), {}, "is a single row"),
         (UsageError, split(), {"batch_size": 0}, "--batch-size 0 is out of range"),
         (UsageError, None, {"batch_size": 9}, "--batch-size belongs to --recalibrate"),
         (UsageError, None, {"trust_code": True}, "--trust-code belongs to --recalibrate"),

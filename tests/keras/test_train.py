@@ -109,7 +109,7 @@ def test_an_earlier_run_is_not_mixed_with_a_new_one(tmp_path: Path) -> None:
     sample_run.train(tmp_path, epochs=5, keep=1)
     (tmp_path / "notes.txt").write_text("mine")
     before = (tmp_path / "model_4.h5").read_bytes()
-    with pytest.raises(OutputError, match=r"holds checkpoints already \(model_4\.h5\).*--force"):
+    with pytest.raises(OutputError, match=r"already holds checkpoints \(model_4\.h5\).*--force"):
         sample_run.train(tmp_path, epochs=2, keep=1)
     assert (tmp_path / "model_4.h5").read_bytes() == before
     sample_run.train(tmp_path, epochs=2, keep=1, force=True)
