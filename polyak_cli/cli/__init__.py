@@ -25,7 +25,7 @@ from polyak_cli.cli.looking import check, diff, inspect
 from polyak_cli.cli.models import completion, evaluate, recalibrate, sweep, train
 from polyak_cli.cli.options import DONE, EXAMPLE
 from polyak_cli.cli.tables import lay_out
-from polyak_cli.errors import PolyakError, UsageError
+from polyak_cli.errors import PolyakError, UsageError, word_size
 
 #: Exit codes besides those of the commands.  After a signal it is 128 plus the signal's number.
 USAGE, FAILED = 2, 3
@@ -53,8 +53,8 @@ def _check_address_space() -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and limit < _ADDRESS_SPACE:
         raise PolyakError(
-            f"the address space is limited to {limit >> 10} KiB (ulimit -v), and numpy and h5py "
-            f"alone take most of {_ADDRESS_SPACE >> 10} KiB; allow at least as much"
+            f"the address space is limited to {word_size(limit)} (ulimit -v), and numpy and h5py "
+            f"alone take most of {word_size(_ADDRESS_SPACE)}; allow at least as much"
         )
 
 

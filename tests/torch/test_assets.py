@@ -39,7 +39,7 @@ def test_another_vocabulary_in_the_file_is_refused(
 ) -> None:
     """A row of the embedding is another word; `check` reports the same."""
     run = save_run(tmp_path / "run", one, other)
-    with pytest.raises(MismatchError, match=rf"m_1.pt: '{name}' is not that of .*m_2.pt"):
+    with pytest.raises(MismatchError, match=rf"m_1.pt: '{name}' differs from that of .*m_2.pt"):
         plan(run)
     assert [problem.kind for problem in check(run).all_problems] == ["other assets"]
     report = average(run, tmp_path / "o.pt", allow=["other-assets"])
