@@ -81,8 +81,8 @@ class Registry:
             self.left_out.add(what)
             self.notes.append(
                 f"left out the {what} '{shown(_name_config(config), 60)}', which Keras does not "
-                "know, because the file holds only its name; register it in the file of --data "
-                "MODULE.py:FUNCTION to measure it"
+                "know; the file holds only its name: to measure it, register it in the file of "
+                "--data MODULE.py:FUNCTION"
             )
             return None
 
