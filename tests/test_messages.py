@@ -21,7 +21,10 @@ UNWANTED = {
     r"\bis there twice\b": "occurs twice",
     r"\bnot (read|carried|known|used) here\b": "not supported, or unknown",
     r"\bof (one|another) save\b": "from one save",
-    r"(?<!there )\b(is|are) no (folder|text|file|tensor|number|table)\b": "is not a",
+    r"(?<!there )\b(is|are) no (folder|text|file|tensor|number|table|path)\b": "is not a",
+    r"\ball the same\b": "anyway",
+    r"\bbut must be\b": "; expected",
+    r"\b(of which|but for)\b": "two sentences",
     r"\bhas no \w+, but\b": "what was found; expected what",
     r"\{[\w.]*nbytes\} (bytes )?(free|of memory)": "a size in MB, by word_size",
 }

@@ -372,7 +372,7 @@ def _measure(run: Sequence[_Examined], by: str, memory: Memory) -> NeighbourSums
             text = f"{path}: tensor '{shown(first)}' holds NaN or infinity; {one.nonfinite} of its"
             one.add_problem(
                 "nonfinite",
-                f"{text} numbers are not finite; `polyak average` carries the newest's tensor with "
+                f"{text} numbers are not finite; `polyak average` copies that of the newest with "
                 f"--exclude-tensors {quote_glob(first)}",
             )
         pair = slice(k - 1, k + 1)
