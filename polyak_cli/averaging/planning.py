@@ -25,11 +25,20 @@ from polyak_cli.averaging.fates import (
     note_missing_emas,
 )
 from polyak_cli.averaging.matching import Row, match
+from polyak_cli.averaging.notebook import write_html
 from polyak_cli.averaging.options import Machine, Settings, measure_peak
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem
 from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.checkpoints.suspicions import find_suspicions
-from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown, word_size
+from polyak_cli.errors import (
+    FormatError,
+    MismatchError,
+    PolyakError,
+    UsageError,
+    shown,
+    word_count,
+    word_size,
+)
 from polyak_cli.formats import outputs
 from polyak_cli.storage import publishing
 from polyak_cli.tensors import Table, itemsize
@@ -110,6 +119,21 @@ class Plan:
     def effective_number(self) -> float:
         """How many equally counted checkpoints would steady the average as much: 1 / sum(c^2)."""
         return schemes.effective_number(self.coefficients)
+
+    def _repr_html_(self) -> str:
+        """Return the plan for a notebook."""
+        output = f" into {self.output}" if self.output else ""
+        sentence = (
+            f"Plan: average {word_count(len(self.checkpoints), 'checkpoint')}{output}, scheme "
+            f"{self.scheme}, effective number {self.effective_number:.1f}"
+        )
+        rows = [
+            (name, one.epoch, coefficient)
+            for name, one, coefficient in zip(
+                self.names, self.checkpoints, self.coefficients, strict=True
+            )
+        ]
+        return write_html(sentence, ("checkpoint", "epoch", "coefficient"), rows[::-1], self.notes)
 
     def data(self) -> dict[str, Any]:
         """Return the plan as what JSON can hold."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from polyak_cli.averaging.notebook import write_html
 from polyak_cli.errors import shown
 from polyak_cli.evaluation import data, significance
 from polyak_cli.evaluation.evaluator import Evaluator, RowScores, Score
@@ -58,6 +59,22 @@ class Comparison:
 
     baseline: Score
     models: tuple[Compared, ...]
+
+    def _repr_html_(self) -> str:
+        """Return the differences for a notebook."""
+        rows = [
+            (
+                one.score.path,
+                gain.metric,
+                f"{gain.paired.difference:+.4f}",
+                f"{gain.paired.low:+.4f} to {gain.paired.high:+.4f}",
+                gain.verdict,
+            )
+            for one in self.models
+            for gain in one.gains
+        ]
+        header = ("model", "metric", "difference", "95 % interval", "verdict")
+        return write_html(f"Compared with {self.baseline.path}", header, rows)
 
 
 def compare(

@@ -17,8 +17,9 @@ import numpy as np
 from polyak_cli import formats
 from polyak_cli.averaging.belonging import assets
 from polyak_cli.averaging.matching import Row, match
+from polyak_cli.averaging.notebook import write_html
 from polyak_cli.checkpoints import Selection, find_file
-from polyak_cli.errors import MismatchError, UsageError, shown
+from polyak_cli.errors import MismatchError, UsageError, shown, word_count
 from polyak_cli.examining.reductions import (
     PairSums,
     RunSums,
@@ -54,6 +55,13 @@ class Differences:
     def equal(self) -> bool:
         """Whether both have all tensors, equal within the tolerances."""
         return not self.mismatches and all(tensor.equal for tensor in self.tensors)
+
+    def _repr_html_(self) -> str:
+        """Return the worst tensors for a notebook."""
+        sentence = f"{self.paths[0]} and {self.paths[1]}: {'equal' if self.equal else 'different'}"
+        rows = [(one.name, one.relative, one.largest, one.cosine) for one in self.tensors]
+        header = ("tensor", "relative distance", "largest difference", "cosine")
+        return write_html(sentence, header, rows, self.mismatches)
 
     def data(self) -> dict[str, Any]:
         """Return it as JSON types."""
@@ -167,6 +175,15 @@ class Distances:
 
     checkpoints: tuple[Distance, ...]
     tensors: int  # how many float tensors were compared, all of them as one long vector
+
+    def _repr_html_(self) -> str:
+        """Return the distances for a notebook, the newest checkpoint first."""
+        sentence = f"{word_count(len(self.checkpoints), 'checkpoint')} of a run, their distances"
+        rows = [
+            (one.path.name, one.to_previous, one.to_average, "yes" if one.outlier else "no")
+            for one in reversed(self.checkpoints)
+        ]
+        return write_html(sentence, ("checkpoint", "to previous", "to average", "outlier"), rows)
 
     def data(self) -> dict[str, Any]:
         """Return it as JSON types."""

@@ -33,12 +33,21 @@ from polyak_cli.averaging.belonging.blame import group_alike
 from polyak_cli.averaging.belonging.constants import describe_constants
 from polyak_cli.averaging.fates import is_compared
 from polyak_cli.averaging.matching import Row, describe_mismatch, match
+from polyak_cli.averaging.notebook import write_html
 from polyak_cli.averaging.options import Choice, Tensors
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem, Selection, find_file
 from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.engine.slabs import FOLD_BYTES, Memory
-from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, quote_glob, shown
+from polyak_cli.errors import (
+    FormatError,
+    MismatchError,
+    PolyakError,
+    UsageError,
+    quote_glob,
+    shown,
+    word_count,
+)
 from polyak_cli.examining.reductions import BUFFER_BYTES, NeighbourSums, find_differing
 from polyak_cli.formats.catalogue import detect
 from polyak_cli.tensors import FLOATS, Table
@@ -92,6 +101,14 @@ class Health:
     def healthy(self) -> bool:
         """Whether there is no problem."""
         return not self.all_problems
+
+    def _repr_html_(self) -> str:
+        """Return the problems for a notebook."""
+        problems = self.all_problems
+        found = word_count(len(problems), "problem") if problems else "no problems"
+        sentence = f"{word_count(len(self.checkpoints), 'checkpoint')}, {found}"
+        rows = [(problem.kind, problem.text) for problem in problems]
+        return write_html(sentence, ("problem", "where"), rows, self.notes)
 
     def data(self) -> dict[str, Any]:
         """Return it as JSON types."""

@@ -18,6 +18,7 @@ from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import products, records
 from polyak_cli.averaging.belonging import blame, factors
 from polyak_cli.averaging.belonging.runs import Verdict
+from polyak_cli.averaging.notebook import write_html
 from polyak_cli.averaging.options import Progress, Settings, Source, measure_peak, select
 from polyak_cli.averaging.planning import Around, Plan, plan_average
 from polyak_cli.averaging.writing import write_average
@@ -29,6 +30,7 @@ from polyak_cli.errors import (
     choose_verb,
     shown,
     word_count,
+    word_size,
 )
 from polyak_cli.formats import outputs
 from polyak_cli.pipeline.advice import add_advice
@@ -146,6 +148,20 @@ class Report:
     def speed(self) -> float:
         """Bytes read in a second."""
         return self.bytes_read / self.seconds if self.seconds else 0.0
+
+    def _repr_html_(self) -> str:
+        """Return the report for a notebook."""
+        count = word_count(len(self.plan.checkpoints), "checkpoint")
+        rows = [
+            ("scheme", self.plan.scheme),
+            ("read", word_size(self.bytes_read)),
+            ("wrote", word_size(self.bytes_written)),
+            ("seconds", self.seconds),
+            ("verified", "yes" if self.verified else "not asked for"),
+        ]
+        return write_html(
+            f"Averaged {count} into {self.output}", ("what", "value"), rows, self.notes
+        )
 
     def data(self) -> dict[str, Any]:
         """Return the report, with its plan, as what JSON can hold."""

@@ -19,6 +19,7 @@ import numpy as np
 from polyak_cli import __version__, pipeline
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import planning, records, writing
+from polyak_cli.averaging.notebook import write_html
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.evaluation import data, recalibration
 from polyak_cli.evaluation.candidates import (
@@ -88,6 +89,27 @@ class Sweep:
             return "newest"
         found = [gain.verdict for gain in self.gains["newest"] if gain.metric == self.metric]
         return found[0] if found else "not comparable"
+
+    def _repr_html_(self) -> str:
+        """Return the winner and the best models for a notebook."""
+
+        def rank(row: ScoredCandidate) -> float:
+            value = row.value(self.metric, "selection")
+            # NaN has no place in an order, so it goes last.
+            return math.inf if math.isnan(value) else value if self.metric == "loss" else -value
+
+        models = sorted((r for r in self.rows if r.candidate.kind != "ensemble"), key=rank)
+        rows = [
+            (
+                self.label(row.candidate),
+                row.value(self.metric, "selection"),
+                row.value(self.metric, "reporting"),
+            )
+            for row in models
+        ]
+        winner = self.label(self.winner.candidate)
+        header = ("model", f"{self.metric}, choosing", f"{self.metric}, others")
+        return write_html(f"Winner: {winner}; verdict: {self.verdict}", header, rows, self.notes)
 
     def label(self, candidate: Candidate) -> str:
         """Return the name of a candidate in tables and figures."""
