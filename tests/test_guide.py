@@ -285,7 +285,7 @@ def test_a_terminal_shows_a_page_with_a_pager(tmp_path: Path) -> None:
 
 def test_a_short_page_needs_no_pager(tmp_path: Path) -> None:
     """A page that fits the screen is printed; so is every page where the terminal is dumb."""
-    settings = {"PAGER": "false", "TERM": "xterm", "NO_COLOR": "1"}
+    settings = {"PAGER": "false", "TERM": "xterm", "NO_COLOR": "1", "LINES": "500"}
     code, text = on_terminal([*POLYAK, "guide", "converting"], tmp_path, columns=200, **settings)
     assert (code, "Convert between formats" in text) == (0, True)
     settings = {"PAGER": "false", "TERM": "dumb"}
