@@ -74,7 +74,7 @@ KERNEL, BIAS = SLOTS
     ("changes", "message"),
     [
         ({KERNEL: None, BIAS: None}, r"m_0\.h5: has no EMA slots .*use_ema=True"),
-        ({BIAS: None}, r"m_0\.h5 and .*m_1\.h5: only one of them .* 'd/m/d/bias'"),
+        ({BIAS: None}, r"m_0\.h5 and .*m_1\.h5: only one of the two .* 'd/m/d/bias'"),
         ({"sgd/gone_average": np.ones(3, "f4")}, r"m_0\.h5: .*gone_average' fits 0 tensors"),
         ({f"b/{BIAS}": np.ones(4, "f4")}, r"m_0\.h5: .* fits a tensor that has another"),
         ({BIAS: np.ones(3, "f4")}, r"m_0\.h5: .*m_d_bias_average' has shape \(3,\)"),

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from polyak_cli import Health, average, check, errors, inspect, plan, watch
+from polyak_cli import Health, __version__, average, check, errors, inspect, plan, watch
 from tests.command import SAMPLES, one_line, polyak
 from tests.oracle import Array, naive_average, read_model, same_bits, write_model
 
@@ -469,7 +469,7 @@ def test_json_is_what_the_api_returns(tmp_path: Path) -> None:
     done = polyak("check", "run", "--json", cwd=tmp_path)
     data = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (1, "")
-    expected = check(tmp_path / "run").data()
+    expected = {"polyak": __version__, **check(tmp_path / "run").data()}
     assert json.dumps(data) == json.dumps(expected).replace(f"{tmp_path}{os.sep}", "")
     assert data["healthy"] is False
     assert data["checkpoints"][2]["problems"][0]["kind"] == "nonfinite"

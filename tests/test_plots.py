@@ -65,14 +65,14 @@ def test_a_history_without_test_points_is_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["curves", "curves.pdf", "curves.png.txt"])
 def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
     """The message lists the known suffixes."""
-    with pytest.raises(UsageError, match=r"neither \.png nor \.svg"):
+    with pytest.raises(UsageError, match=r"expected \.png or \.svg"):
         plots.check_path(tmp_path / name)
 
 
 def test_a_plot_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     """A missing folder is refused before any work, a folder of that name at the end."""
     pytest.importorskip("matplotlib")
-    with pytest.raises(OutputError, match="there is no folder"):
+    with pytest.raises(OutputError, match="its folder does not exist"):
         plots.check_path(tmp_path / "none" / "curves.png")
     (tmp_path / "curves.png").mkdir()
     with pytest.raises(OutputError, match=r"curves\.png: cannot be written: Is a directory"):

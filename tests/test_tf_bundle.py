@@ -139,7 +139,7 @@ def test_a_checkpoint_goes_by_what_its_files_begin_with(tmp_path: Path) -> None:
         "TensorFlow's list of checkpoints",
         "a data shard of a TensorFlow checkpoint whose .index is not here",
     ]
-    with pytest.raises(CheckpointError, match="ckpt-7: there is no such file"):
+    with pytest.raises(CheckpointError, match="ckpt-7: no such file"):
         plan([tmp_path / "run/ckpt-7"])
 
 

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from polyak_cli import FormatError, Split, __version__, average, evaluate, plan, train
-from polyak_cli.cli import cli
 from polyak_cli.evaluation import data
 from tests.command import SAMPLES, one_line, polyak, tree
+from tests.test_cli import example_of
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def load():
 
 def example(command: str) -> str:
     """Return the example in the help of a command, without the name of the program."""
-    line = (cli.commands[command].epilog or "").rpartition("\n")[2].strip()
+    line = example_of(command).strip()
     assert line.startswith(f"polyak {command} ")
     return line.removeprefix("polyak ")
 
