@@ -7,8 +7,7 @@
 
 Importing this package imports nothing else; each name below is loaded when it is first used.
 
-An installed copy of this file and of `callbacks` is called `polyak`: `import polyak` works too, and
-the names are the same objects.  So both files only name what other modules define.
+`import polyak` works too, where polyak is installed: see the folder `polyak`.
 """
 
 # Sorting would write a statement for each `as`.

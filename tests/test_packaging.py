@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 
 import polyak_cli
 from tests.command import ROOT, environment
 
-SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PROJECT = SETTINGS["project"]
-#: File -> its copy in a wheel and in an editable install.
-COPIES = SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TOP = {
     "pyproject.toml",
     "README.md",
@@ -64,12 +62,23 @@ def test_the_top_level_holds_what_it_should_and_dot_files() -> None:
     assert {name for name in kept if not name.startswith(".")} == TOP
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the files that the wheel of this clone installs."""
+    folder = tmp_path_factory.mktemp("wheel")
+    builder = WheelBuilder(str(ROOT))
+    (built,) = builder.build(directory=str(folder), versions=["standard"])
+    with zipfile.ZipFile(built) as wheel:
+        wheel.extractall(folder / "installed")
+    return folder / "installed"
+
+
 def python(code: str, folder: Path, *more: str) -> str:
     """Run code in a fresh process that finds modules in a folder, and return what it prints."""
     done = subprocess.run(
         [sys.executable, "-W", "error", *more, code],
         cwd=folder,
-        env=environment(PYTHONPATH=f"{folder}:{ROOT}"),
+        env=environment(PYTHONPATH=str(folder)),
         capture_output=True,
         text=True,
         check=False,
@@ -78,30 +87,39 @@ def python(code: str, folder: Path, *more: str) -> str:
     return done.stdout
 
 
-@pytest.fixture
-def installed(tmp_path: Path) -> Path:
-    """Return a folder with the copies that an installation makes."""
-    for source, copy in COPIES.items():
-        (tmp_path / copy).parent.mkdir(exist_ok=True)
-        shutil.copyfile(ROOT / source, tmp_path / copy)
-    return tmp_path
+def test_a_wheel_holds_every_file_of_the_package(installed: Path) -> None:
+    """What git keeps in `polyak_cli` is installed, byte for byte."""
+    done = subprocess.run(
+        ["git", "ls-files", "polyak_cli"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("not a clone")
+    # The folder of the short name lies beside the package.
+    homes = {
+        name: name.removeprefix("polyak_cli/") if name.startswith("polyak_cli/polyak/") else name
+        for name in done.stdout.splitlines()
+    }
+    assert "polyak_cli/__init__.py" in homes
+    for name, home in homes.items():
+        assert (installed / home).read_bytes() == (ROOT / name).read_bytes()
 
 
 def test_the_short_name_has_the_same_objects(installed: Path) -> None:
     """`import polyak` offers each public name of `polyak_cli`, and loads nothing by itself."""
     code = (
         "import sys, polyak\n"
-        "assert 'polyak_cli' not in sys.modules and 'numpy' not in sys.modules\n"
+        "assert 'polyak_cli.errors' not in sys.modules and 'numpy' not in sys.modules\n"
         "import polyak_cli\n"
         "assert polyak.__all__ == polyak_cli.__all__\n"
+        "assert dir(polyak) == sorted(polyak.__all__)\n"
         "same = [getattr(polyak, n) is getattr(polyak_cli, n) for n in polyak_cli._HOMES]\n"
-        "print(polyak.__file__, len(same), all(same), polyak.__version__)\n"
+        "print(polyak.__file__, polyak_cli.__file__, len(same), all(same), polyak.__version__)\n"
         "try: polyak.averge\n"
         "except AttributeError as error: print(error)"
     )
     first, second = python(code, installed, "-c").splitlines()
-    copy, number = installed / "polyak/__init__.py", len(polyak_cli._HOMES)
-    assert first == f"{copy} {number} True {polyak_cli.__version__}"
+    files = f"{installed / 'polyak/__init__.py'} {installed / 'polyak_cli/__init__.py'}"
+    assert first == f"{files} {len(polyak_cli._HOMES)} True {polyak_cli.__version__}"
     assert second == "module 'polyak' has no attribute 'averge'"
 
 
@@ -109,16 +127,8 @@ def test_the_short_name_has_the_callbacks(installed: Path) -> None:
     """`polyak.callbacks` names the same classes, so that isinstance() and pickles agree."""
     pytest.importorskip("keras")
     code = (
-        "import polyak.callbacks, polyak_cli.callbacks as long\n"
-        "print([getattr(polyak.callbacks, n) is getattr(long, n) for n in long.__all__])"
+        "import polyak.callbacks as short, polyak_cli.callbacks as long\n"
+        "assert short.__all__ == long.__all__\n"
+        "print([getattr(short, n) is getattr(long, n) for n in long.__all__])"
     )
     assert python(code, installed, "-c") == "[True, True]\n"
-
-
-def test_a_copy_is_as_good_as_the_file() -> None:
-    """The copied modules define no classes and no state: `polyak_cli` is named in full."""
-    for source in COPIES:
-        text = (ROOT / source).read_text()
-        assert "\nclass " not in text
-        assert "import ." not in text
-        assert "from ." not in text

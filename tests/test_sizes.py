@@ -12,7 +12,7 @@ from tests.source import PACKAGE, Source, length, sources
 MODULE_LINES = 500
 FUNCTION_LINES = 60
 P95_LINES = 40
-ENTRIES = 17
+ENTRIES = 18
 #: Rooms in which the reasons behind the code are the hardest to guess.
 COMMENTED = ("averaging", "engine", "formats", "evaluation")
 COMMENTS_PER_100 = 6
@@ -53,7 +53,7 @@ def test_no_module_is_too_long() -> None:
 
 
 def test_the_package_has_few_entries() -> None:
-    """A newcomer who lists the package sees at most 17 names."""
+    """A newcomer who lists the package sees at most 18 names."""
     entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
     assert len(entries) <= ENTRIES
 
