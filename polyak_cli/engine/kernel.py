@@ -1,44 +1,20 @@
 """The arithmetic of an average: widen stored bytes to float64, add terms, and round once.
 
 Arrays go in and arrays come out.  `accumulate` and `round_to` are the two operations of the inner
-loop.  A compiled kernel may replace them if it gives the same bits; `tests/test_kernel.py` compares
-them with an independent oracle.  Knows nothing of files, of slabs or of the names of tensors.
+loop; a kernel is a module that has them, `widen` and `is_finite`.  `numpy_kernel` is the one that
+runs everywhere, and another must give the same bits; `tests/test_kernel.py` compares them with an
+independent oracle.  Knows nothing of files, of slabs or of the names of tensors.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-
 import numpy as np
-import numpy.typing as npt
 
+from polyak_cli.engine.numpy_kernel import accumulate, is_finite, round_to, widen
 from polyak_cli.storage import Bytes
-from polyak_cli.tensors import FLOATS, WHOLE_NUMBERS, Float64
+from polyak_cli.tensors import WHOLE_NUMBERS, Float64
 
-#: float8 type -> bits of its mantissa, bias of its exponent, the first code that is not finite.
-_FLOAT8 = {"float8_e4m3fn": (3, 7, 0x7F), "float8_e5m2": (2, 15, 0x7C)}
-
-
-def widen(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
-    """Convert stored bytes to float64, exactly; a signalling NaN becomes a quiet one.
-
-    Call it under ``np.errstate(invalid="ignore")``, which is too slow to enter for each slab.
-
-    Args:
-        raw: the stored bytes of n elements.
-        dtype: one of `FLOATS`.
-        byteorder: "<" or ">".
-        out: n float64 elements, overwritten.
-    """
-    if dtype in _FLOAT8:
-        # No index is out of bounds; "clip" only saves numpy the check and a copy of ``out``.
-        np.take(_float8_values(dtype), raw, out=out, mode="clip")
-        return
-    stored = raw.view(byteorder + FLOATS[dtype])
-    if dtype == "bfloat16":  # the upper half of a float32
-        stored = np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
-    np.copyto(out, stored)
+__all__ = ["accumulate", "is_finite", "round_to", "widen", "widen_any"]
 
 
 def widen_any(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
@@ -54,141 +30,3 @@ def widen_any(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
         np.copyto(out, raw.view(byteorder + WHOLE_NUMBERS[dtype]), casting="unsafe")
     else:
         widen(raw, dtype, byteorder, out)
-
-
-def accumulate(
-    raw: Bytes,
-    dtype: str,
-    byteorder: str,
-    terms: Sequence[tuple[int, float]],
-    sums: Sequence[Float64],
-    started: bytearray,
-    scratch: tuple[Float64, Float64],
-) -> None:
-    """Add one checkpoint's terms ``c x`` to the sums of all averages it counts in.
-
-    The order of calls is the order of the terms: from the oldest checkpoint to the newest.
-    Call it under ``np.errstate``, as `widen`.
-
-    Args:
-        raw: the stored bytes of n elements x.
-        dtype: one of `FLOATS`.
-        byteorder: "<" or ">".
-        terms: for each average that the checkpoint counts in, its number and c, which is not 0.
-        sums: n float64 elements for each average.
-        started: a byte for each average, 0 until its sum has a first term; set here.
-        scratch: two buffers of n elements, overwritten.  With one average they may be the same:
-            then its product may overwrite the widened values, as no other average needs them.
-    """
-    values, product = scratch
-    widen(raw, dtype, byteorder, values)
-    for row, coefficient in terms:
-        if started[row]:
-            # Two roundings, of the product and of the sum.  A fused multiply-add rounds once, so
-            # its last bits would depend on the processor and on the compiler's choice.  These two
-            # calls of numpy cannot be fused; a compiled kernel must switch contraction off.
-            np.multiply(values, coefficient, out=product)
-            np.add(sums[row], product, out=sums[row])
-        else:
-            # The first term is stored, not added to 0: 0 + (-0.0) is +0.0, so a sum that begins
-            # with 0 would lose the sign of an average of negative zeros.
-            np.multiply(values, coefficient, out=sums[row])
-            started[row] = 1
-
-
-def is_finite(values: Float64) -> bool:
-    """Return whether all values are finite."""
-    # A finite sum proves it in one pass without a temporary array.  An infinite one proves
-    # nothing, as large finite values can overflow; only then are the values looked at one by one.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.add.reduce(values))) or bool(np.isfinite(values).all())
-
-
-def round_to(values: Float64, dtype: str, byteorder: str, out: Bytes) -> None:
-    """Round float64 to the stored type once, to nearest, ties to even.
-
-    Args:
-        values: n float64 elements.
-        dtype: one of `FLOATS`.
-        byteorder: "<" or ">".
-        out: the stored bytes of n elements, overwritten.
-    """
-    stored = out.view(byteorder + FLOATS[dtype])
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        if dtype == "bfloat16":
-            stored[:] = _bfloat16_bits(values)
-        elif dtype in _FLOAT8:
-            stored[:] = _float8_bits(values, dtype)
-        else:
-            np.copyto(stored, values, casting="same_kind")
-
-
-def _odd_bits(values: Float64) -> npt.NDArray[np.uint32]:
-    """Round float64 to float32 *to odd*: toward zero, with the last bit set when inexact.
-
-    Rounding to nearest first would round twice.  This keeps what the second rounding must know:
-    Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
-    rounding to odd", 2008.
-    """
-    single = values.astype(np.float32)
-    bits = single.view(np.uint32)
-    wide = single.astype(np.float64)
-    # Subtracting 1 from the bits is one step toward zero, and turns infinity into the maximum.
-    bits -= np.abs(wide) > np.abs(values)
-    bits |= wide != values
-    return bits
-
-
-def _bfloat16_bits(values: Float64) -> npt.NDArray[np.uint16]:
-    """Round float64 to bfloat16 once."""
-    bits = _odd_bits(values)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # Rounding up would carry a NaN into infinity: keep its upper bits and make it quiet.
-    nan = np.isnan(values)
-    rounded[nan] = (bits[nan] >> 16) | 0x40
-    return rounded.astype(np.uint16)
-
-
-def _float8_bits(values: Float64, dtype: str) -> npt.NDArray[np.uint8]:
-    """Round float64 to a float8 once: to bfloat16 to odd, which has bits enough, and by a table."""
-    bits = _odd_bits(values)
-    codes: Bytes = _float8_codes(dtype)[(bits >> 16) | ((bits & 0xFFFF) != 0)]
-    return codes
-
-
-@functools.cache
-def _float8_ladder(dtype: str) -> Float64:
-    """Return the values of all codes from 0, and the value that would follow the maximum."""
-    mantissa, bias, end = _FLOAT8[dtype]
-    exponent, fraction = np.divmod(np.arange(end + 1), 1 << mantissa)
-    whole = np.where(exponent, (1 << mantissa) + fraction, fraction)  # subnormals have no hidden 1
-    ladder: Float64 = whole * 2.0 ** (np.maximum(exponent, 1) - bias - mantissa)
-    return ladder
-
-
-@functools.cache
-def _float8_values(dtype: str) -> Float64:
-    """Return the value of each of the 256 codes."""
-    *_, end = _FLOAT8[dtype]
-    values = np.full(128, np.nan)
-    values[:end] = _float8_ladder(dtype)[:end]
-    if end < 0x7F:  # without "fn", the code after the greatest is infinity
-        values[end] = np.inf
-    return np.concatenate([values, -values])
-
-
-@functools.cache
-def _float8_codes(dtype: str) -> npt.NDArray[np.uint8]:
-    """Return the code nearest to each of the 65,536 bfloat16; ties go to the even code."""
-    *_, end = _FLOAT8[dtype]
-    ladder = _float8_ladder(dtype)
-    middles = (ladder[:-1] + ladder[1:]) / 2
-    # A tie goes up from an odd code.  From an even code only a greater value goes up, so its
-    # limit is the next float64 after the middle.
-    middles[::2] = np.nextafter(middles[::2], np.inf)
-    magnitudes = (np.arange(0x8000, dtype=np.uint32) << 16).view(np.float32)
-    codes = np.searchsorted(middles, magnitudes, side="right")
-    # searchsorted puts NaN behind all numbers, where the code for overflow is: infinity, or NaN in
-    # a type without infinity.
-    codes[np.isnan(magnitudes)] = 0x7F if end == 0x7F else 0x7E
-    return np.concatenate([codes, codes | 0x80]).astype(np.uint8)
