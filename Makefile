@@ -123,7 +123,8 @@ bench-peers:
 clean:
 	rm -rf .venv .venv-core .venv-oldest .venv-torch .venv-demo .venv-mutants mutants .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 
-# No retries: without a network, the demo says so at once.
+# No retries: without a network, the demo says so at once.  Set as variables, they also hold for the
+# second pip, which gets the build's own needs.
 .venv-demo/.ready: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null || { \
 		echo "make demo needs Python 3.11 or newer, found: $$($(PYTHON) --version 2>&1 | tail -n 1);" \
@@ -131,8 +132,8 @@ clean:
 	@echo "Installing polyak, numpy, h5py and matplotlib into .venv-demo (50 MB to download) ..."
 	@$(PYTHON) -m venv --clear .venv-demo > /dev/null 2>&1 || { \
 		echo "make demo cannot create .venv-demo; install Python's venv (Debian: python3-venv)"; exit 1; }
-	@$(DEMO)/python -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 15 \
-		--editable '.[plot]' > .venv-demo/pip.log 2>&1 || { \
+	@PIP_RETRIES=0 PIP_DEFAULT_TIMEOUT=15 $(DEMO)/python -m pip install --quiet \
+		--disable-pip-version-check --editable '.[plot]' > .venv-demo/pip.log 2>&1 || { \
 		echo "make demo cannot install packages; is there a network? pip's messages are in .venv-demo/pip.log"; exit 1; }
 	@touch $@
 

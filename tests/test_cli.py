@@ -693,6 +693,29 @@ def test_files_that_nobody_takes_for_checkpoints_are_no_news(run_folder: Path) -
 
 
 @pytest.mark.parametrize(
+    ("command", "more"),
+    [(("average", "-n"), "see them with -v"), (("check",), "--json lists them")],
+    ids=lambda value: value[0],
+)
+def test_of_many_files_that_were_passed_over_the_odd_ones_are_shown(
+    run_folder: Path, command: tuple[str, ...], more: str
+) -> None:
+    """An unfinished file comes before a thousand others, which are counted, and listed if asked."""
+    for number in range(1000):
+        (run_folder / f"ckpts/log_{number}.txt").touch()
+    (run_folder / "ckpts/model_500.h5.tmp").touch()
+    done = polyak(*command, "ckpts", cwd=run_folder)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("passed over: ")]
+    assert lines[0] == "passed over: ckpts/model_500.h5.tmp (unfinished, by its name)"
+    assert [line for line in lines[1:] if "(not named like" not in line] == [
+        f"passed over: 996 more; {more}"
+    ]
+    assert len(lines) == 6
+    asked = polyak(*command, "ckpts", "--json", cwd=run_folder)
+    assert len(json.loads(asked.stdout)["passed_over"]) == 1001
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("average", "s3://b/run", "-o", "o.h5"),

@@ -113,12 +113,12 @@ def test_an_old_python_is_named_at_once(tmp_path: Path) -> None:
 
 
 def test_a_missing_network_is_named_at_once(tmp_path: Path) -> None:
-    """Where pip fails, one line says so and names its log; pip is asked not to try again."""
-    # Its venv holds a Python that does no more than print its arguments as pip would its errors.
+    """Where pip fails, one line says so and names its log; no pip tries again."""
+    # Its venv holds a Python that does no more than print its arguments and pip's variables.
     lines = (
         'test "$2" = venv || exit 0',
         "mkdir -p .venv-demo/bin",
-        "printf '#!/bin/sh\\necho $*\\nexit 1\\n' > .venv-demo/bin/python",
+        "printf '#!/bin/sh\\necho $* retries $PIP_RETRIES\\nexit 1\\n' > .venv-demo/bin/python",
         "chmod +x .venv-demo/bin/python",
     )
     said, problem = fail_to_make_demo(tmp_path, "\n".join(lines))
@@ -126,7 +126,7 @@ def test_a_missing_network_is_named_at_once(tmp_path: Path) -> None:
     assert problem.startswith("make demo cannot install packages; is there a network?")
     log = (tmp_path / ".venv-demo/pip.log").read_text()
     assert "pip install" in log
-    assert "--retries 0" in log
+    assert "retries 0" in log
 
 
 def fail_to_make_demo(folder: Path, script: str) -> list[str]:

@@ -450,6 +450,16 @@ def test_an_empty_directory_is_waited_for(folder: Path) -> None:
         assert "1 checkpoint, model_1.h5 (exp, alpha 2)" in watched.line()
 
 
+def test_a_directory_of_runs_names_them(folder: Path) -> None:
+    """Whoever watches the folder above the run is shown the run's."""
+    done = polyak("watch", ".", "-o", "o.h5", "--once", "--interval", "0.01", cwd=folder)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == (
+        "note: .: no complete checkpoint is here yet, but ckpts holds 3 checkpoints; name that "
+        "folder\n"
+    )
+
+
 def test_a_checkpoint_that_goes_while_it_is_read_is_no_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -495,7 +495,7 @@ def describe_nothing_found(
     foreign = _describe_foreign(Path(source), passed)
     if foreign:
         return f"{where}: {foreign}"
-    below = _describe_folders(passed, what, kinds)
+    below = describe_folders(passed, what, kinds)
     if below:
         return f"{where}: there is no {what} here, but {below}"
     ends = ", ".join(end for end, kind in kinds.items() if kind)
@@ -506,7 +506,11 @@ def describe_nothing_found(
     return f"{text}, passed over {some}{word_rest(len(passed) - 3)}"
 
 
-def _describe_folders(passed: Sequence[PassedOver], what: str, kinds: Mapping[str, str]) -> str:
+def describe_folders(
+    passed: Sequence[PassedOver],
+    what: str = "checkpoint",
+    kinds: Mapping[str, str] = _KINDS_OF_FILE,
+) -> str:
     """Return which folders in a folder without checkpoints hold some; nothing if none does."""
     folders = [one.path for one in passed if one.reason == _PLAIN_FOLDER][:_MOST_FOLDERS]
     counts = {folder: _count_candidates(folder, what, kinds) for folder in folders}

@@ -158,7 +158,7 @@ def evaluate(
         failures += _find_worse(compared)
     rendering.print_notes(
         [
-            *map(rendering.word_passed_over, passed_over),
+            *rendering.passed_over_lines(passed_over, rendering.MOST_PASSED),
             *dataset.notes,
             *_collect_notes(scores, compared),
         ],

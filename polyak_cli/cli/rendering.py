@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 _MOST = 20
 #: Reasons for which nobody expects that a file is averaged: how they begin.
 _PLAIN_REASONS = ("not named like", "hidden", "a directory", "--exclude")
+#: Files passed over that are shown, unless all were asked for.
+MOST_PASSED = 5
+#: What shows the others, of commands that have -v.
+_BY_V = "see them with -v"
 #: Seconds of a run above which its speed is worth a word.
 _LONG = 1.0
 
@@ -59,9 +63,22 @@ def print_json_line(data: Mapping[str, Any]) -> None:
     print_lines([text(data, indent=None)], sys.stdout)
 
 
-def word_passed_over(one: PassedOver) -> str:
-    """Return the line for a file that was passed over, with the reason."""
-    return f"passed over: {shown(one.path)} ({one.reason})"
+def passed_over_lines(
+    passed: Sequence[PassedOver], most: int | None, where: str = "--json lists them"
+) -> Iterator[str]:
+    """Yield a line for each file that was passed over, with the reason.
+
+    Args:
+        passed: the files.
+        most: how many to show; all, if None.  Those that may surprise the user come first.
+        where: what the user does to see the others.
+    """
+    # A folder of logs and pictures must not hide an unfinished checkpoint, or the result.
+    ranked = sorted(passed, key=lambda one: one.reason.startswith(_PLAIN_REASONS))
+    for one in passed if most is None else ranked[:most]:
+        yield f"passed over: {shown(one.path)} ({one.reason})"
+    if most is not None and len(passed) > most:
+        yield f"passed over: {len(passed) - most} more; {where}"
 
 
 def print_notes(notes: Sequence[str], quiet: bool) -> None:
@@ -114,7 +131,7 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[Line]:
             f"then BatchNorm's statistics are recomputed: {over['rows']} rows of "
             f"{over['data']}, batches of at most {over['batch_size']}"
         )
-    yield from map(word_passed_over, plan.passed_over)
+    yield from passed_over_lines(plan.passed_over, None if verbose else MOST_PASSED, _BY_V)
     yield from _skipped_lines(plan)
     yield (
         f"to read {word_size(plan.bytes_to_read)}, "
@@ -182,9 +199,7 @@ def report_lines(report: Report, verbose: bool) -> Iterator[Line]:
     else:
         yield f"averaged {_word_span(plan)}" + (f": {_COPY}" if len(plan.names) == 1 else "")
         odd = [one for one in plan.passed_over if not one.reason.startswith(_PLAIN_REASONS)]
-        yield from map(word_passed_over, odd[:3])
-        if len(odd) > 3:
-            yield f"passed over: {len(odd) - 3} more; see them with -v"
+        yield from passed_over_lines(odd, 3, _BY_V)
         yield from _skipped_lines(plan)
     yield _word_cost(report, verbose)
     if report.recalibrated:
@@ -362,7 +377,7 @@ def health_lines(found: Health) -> Iterator[Line]:
         problems = ", ".join(problem.kind for problem in one.problems)
         rows.append([shown(name), *("-" if c is None else str(c) for c in cells), problems])
     yield Table(header, rows, spare=("written (UTC)", "size", "epoch", "not finite"))
-    yield from map(word_passed_over, found.passed_over)
+    yield from passed_over_lines(found.passed_over, MOST_PASSED)
     for problem in found.all_problems:
         yield f"{problem.kind}: {problem.text}"
     if len(names) > 1:

@@ -238,7 +238,11 @@ class _Watched:
             if seen.trouble and seen.looks == patience:
                 self.on_note(f"{seen.trouble}; left out until it is complete")
         if self.looks == 2 and not selection.checkpoints:
-            self.on_note(f"{shown(self.directory)}: no complete checkpoint is here yet")
+            below = checkpoints.describe_folders(selection.passed_over)
+            self.on_note(
+                f"{shown(self.directory)}: no complete checkpoint is here yet"
+                + (f", but {below}" if below else "")
+            )
 
     def report_idleness(self) -> None:
         """Report why nothing was published, where nothing else says so."""
