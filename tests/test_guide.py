@@ -267,6 +267,21 @@ def test_help_is_the_help_of_the_command(name: str | None, tmp_path: Path) -> No
     assert texts.pop().startswith(f"Usage: {' '.join(['polyak', *named])} ")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["help", "help sweep", "guide", "completion bash", "inspect --json", "diff --json"],
+)
+def test_a_terminal_shows_a_laid_out_text_as_it_is(arguments: str, tmp_path: Path) -> None:
+    """Help, the list of pages, a script and JSON have the lines that a pipe gets: none is broken."""
+    names = [f"a name of many short words, the last of which is its number {k}.h5" for k in (1, 2)]
+    for name in names:
+        shutil.copy(ROOT / "sample_checkpoints/model_499.h5", tmp_path / name)
+    words = [*arguments.split(), *(names if "--json" in arguments else [])]
+    code, text = on_terminal([*POLYAK, *words], tmp_path, columns=80, TERM="xterm")
+    done = polyak(*words, cwd=tmp_path)
+    assert (code, text.replace("\r\n", "\n")) == (done.returncode, done.stdout)
+
+
 def test_a_terminal_shows_a_page_with_a_pager(tmp_path: Path) -> None:
     """The page is formatted for its width; links name the command that shows the other page."""
     command = [*POLYAK, "guide", "index"]

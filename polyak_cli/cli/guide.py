@@ -72,13 +72,13 @@ def guide(topic: str | None) -> None:
     plain Markdown.
     """
     if topic is None:
-        rendering.print_lines(_list_topics(), sys.stdout)
+        rendering.print_text("\n".join(_list_topics()), sys.stdout)
         return
     text = (PAGES / f"{_find_page(topic)}.md").read_text(encoding="utf-8").rstrip()
     if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         _show_page(text)
     else:
-        rendering.print_lines([text], sys.stdout)
+        rendering.print_text(text, sys.stdout)
 
 
 @click.command(
@@ -94,7 +94,7 @@ def show_help(context: click.Context, name: str | None) -> None:
     """Show the help of a command, like `polyak COMMAND --help`; without COMMAND, list all."""
     root = context.find_root()
     if name is None:
-        rendering.print_lines([root.get_help()], sys.stdout)
+        rendering.print_text(root.get_help(), sys.stdout)
         return
     commands = _list_commands(root)
     if name not in commands:
@@ -105,7 +105,7 @@ def show_help(context: click.Context, name: str | None) -> None:
     command = commands[name]
     # A context of its own, so that the usage line names the command.
     with click.Context(command, info_name=name, parent=root, **command.context_settings) as inner:
-        rendering.print_lines([command.get_help(inner)], sys.stdout)
+        rendering.print_text(command.get_help(inner), sys.stdout)
 
 
 def _list_commands(root: click.Context) -> dict[str, click.Command]:
@@ -156,7 +156,7 @@ def _show_page(text: str) -> None:
     columns, rows = shutil.get_terminal_size()
     drawn = _draw(text, min(columns, _WIDEST))
     if drawn.count("\n") < rows:
-        rendering.print_lines(drawn.splitlines(), sys.stdout)
+        rendering.print_text(drawn.rstrip("\n"), sys.stdout)
         return
     with _ignore_interrupts():
         click.echo_via_pager(drawn, color=True)

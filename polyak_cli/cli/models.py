@@ -540,4 +540,4 @@ def completion(shell: str) -> None:
     if kind is None:
         raise UsageError(f"there is no completion for {shell}")
     group = click.get_current_context().find_root().command
-    rendering.print_lines([kind(group, {}, "polyak", "_POLYAK_COMPLETE").source()], sys.stdout)
+    rendering.print_text(kind(group, {}, "polyak", "_POLYAK_COMPLETE").source(), sys.stdout)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from polyak_cli.cli.names import name_tensors
-from polyak_cli.cli.tables import Table, lay_out
+from polyak_cli.cli.tables import Table, Verbatim, lay_out
 from polyak_cli.errors import OutputError, shown, word_count, word_size
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def print_result(
     if as_json:
         from polyak_cli.evaluation.reports import format_json as text
 
-        print_lines([text(data)], sys.stdout)
+        print_text(text(data), sys.stdout)
     elif not quiet:
         print_lines(lines(), sys.stdout)
 
@@ -60,7 +60,7 @@ def print_json_line(data: Mapping[str, Any]) -> None:
     """Print a result as one line of JSON."""
     from polyak_cli.evaluation.reports import format_json as text
 
-    print_lines([text(data, indent=None)], sys.stdout)
+    print_text(text(data, indent=None), sys.stdout)
 
 
 def passed_over_lines(
@@ -99,6 +99,11 @@ def print_lines(lines: Iterable[Line], stream: TextIO) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is still buffered
         raise OutputError(f"{stream.name}: the result cannot be shown: {error.strerror}") from None
+
+
+def print_text(text: str, stream: TextIO) -> None:
+    """Print what has its form already: a help text, a page, JSON or a script."""
+    print_lines([Verbatim(text)], stream)
 
 
 def plan_lines(plan: Plan, verbose: bool) -> Iterator[Line]:
@@ -420,11 +425,14 @@ def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> It
     if compared is None:
         yield from _score_lines(scores)
         return
-    yield from _score_lines([*scores, compared.baseline])
     baseline = compared.baseline
+    # Among the models of a folder, the baseline has one row, and is not compared with itself.
+    others = [one for one in compared.models if one.score.path != baseline.path]
+    known = len(others) < len(compared.models)
+    yield from _score_lines(scores if known else [*scores, baseline])
     rows = []
     tests = set()
-    for one in compared.models:
+    for one in others or compared.models:
         for gain in one.gains:
             numbers = [f"{value:+.6f}" for value in gain.paired[:3]]
             p = gain.sign_flip_p if gain.mcnemar_p is None else gain.mcnemar_p

@@ -11,7 +11,18 @@ import h5py
 import numpy as np
 import pytest
 
-from polyak_cli import average, compare, evaluate
+from polyak_cli import (
+    Compared,
+    Comparison,
+    Gain,
+    Paired,
+    Score,
+    average,
+    compare,
+    evaluate,
+)
+from polyak_cli.cli import rendering
+from polyak_cli.cli.tables import Table
 from polyak_cli.errors import FormatError, UsageError
 from polyak_cli.evaluation import data, evaluator
 from polyak_cli.evaluation.comparison import compute_gains
@@ -189,6 +200,21 @@ def test_a_model_that_is_worse_exits_with_1_and_is_named(tmp_path: Path) -> None
     done = evaluated("worse.h5", "--baseline", "newest.h5", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-2].endswith("worse")
+
+
+def test_a_baseline_among_the_models_is_shown_once() -> None:
+    """It has one row of scores, and is compared with itself only where nothing else is there."""
+    baseline, other = Score(Path("b.h5"), 0.5, {}, 10), Score(Path("a.h5"), 0.25, {}, 10)
+    gains = (Gain("loss", Paired(0.25, 0.125, 0.375, 10), "worse", sign_flip_p=0.01),)
+    for models, scored, shown in (
+        ([other, baseline], ["a.h5", "b.h5"], ["a.h5"]),
+        ([other], ["a.h5", "b.h5"], ["a.h5"]),
+        ([baseline], ["b.h5"], ["b.h5"]),
+    ):
+        compared = Comparison(baseline, tuple(Compared(score, gains) for score in models))
+        lines = rendering.evaluation_lines(models, compared)
+        tables = [line for line in lines if isinstance(line, Table)]
+        assert [[row[0] for row in table.rows] for table in tables] == [scored, shown]
 
 
 @pytest.mark.slow

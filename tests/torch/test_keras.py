@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from polyak_cli.evaluation import data
 from tests.command import ROOT
+from tests.examples.demo import find_right, read_keras
 
 pytest.importorskip("optree")  # Keras's; importing Keras itself would choose its back end
 SAMPLES = ROOT / "sample_checkpoints"
@@ -45,6 +48,26 @@ def test_scores_on_pytorch_are_those_of_tensorflow(tmp_path: Path) -> None:
         row = logged[int(Path(model["path"]).stem[-3:])]
         assert model["metrics"]["accuracy"] == pytest.approx(float(row["val_accuracy"]), abs=1e-6)
         assert model["loss"] == pytest.approx(float(row["val_loss"]), rel=1e-5)
+
+
+def test_a_sweep_on_pytorch_scores_as_plain_numpy_does(tmp_path: Path) -> None:
+    """Each checkpoint and the average of all have the accuracy of a network written by hand."""
+    command = ["sweep", "--data=blobs", "--windows=10", "--schemes=equal", "--json", "-o", "report"]
+    done = run("-m", "polyak_cli", *command, str(SAMPLES), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for row in json.loads(done.stdout)["rows"]:
+        parts = [row["metrics"][part]["accuracy"] for part in ("selection", "reporting")]
+        found[row["label"]] = sum(parts) / 2  # each is the share of 500 rows
+    rows = data.load("blobs").split("test")
+    x, y = np.asarray(rows.features), np.asarray(rows.labels)
+    files = sorted(SAMPLES.glob("model_*.h5"))
+    models = [read_keras(path) for path in files]
+    averaged = [np.mean(tensors, axis=0, dtype=float) for tensors in zip(*models, strict=True)]
+    for name, tensors in zip(
+        (*(f.name for f in files), "equal, last 10"), (*models, averaged), strict=True
+    ):
+        assert found[name] == pytest.approx(find_right(tensors, x, y).mean(), abs=1e-9), name
 
 
 def test_batchnorm_is_recalibrated_on_pytorch(tmp_path: Path) -> None:
