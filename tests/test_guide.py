@@ -272,7 +272,7 @@ def test_help_is_the_help_of_the_command(name: str | None, tmp_path: Path) -> No
     ["help", "help sweep", "guide", "completion bash", "inspect --json", "diff --json"],
 )
 def test_a_terminal_shows_a_laid_out_text_as_it_is(arguments: str, tmp_path: Path) -> None:
-    """Help, the list of pages, a script and JSON have the lines that a pipe gets: none is broken."""
+    """Help, the list of pages, a script and JSON have the lines that a pipe gets."""
     names = [f"a name of many short words, the last of which is its number {k}.h5" for k in (1, 2)]
     for name in names:
         shutil.copy(ROOT / "sample_checkpoints/model_499.h5", tmp_path / name)
