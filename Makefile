@@ -104,9 +104,10 @@ mutants: .venv-mutants/.ready
 	.venv-mutants/bin/mutmut results
 
 # Tables, JSON and charts come to .bench/; `bench-peers` first, for mergekit and NCO beside them.
+# `reach` says which targets are reached; it takes some ten minutes and 12 GB of disk.
 bench: .venv/.ready
+	$(BIN)/python -m tests.benchmarks reach
 	$(BIN)/python -m tests.benchmarks compare
-	$(BIN)/python -m tests.benchmarks cold
 	$(BIN)/python -m tests.benchmarks growth
 	$(BIN)/python -m tests.benchmarks startup
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import compare, files, floor, growth, machine, material, measure
+from tests.benchmarks import compare, files, floor, growth, machine, material, measure, reach
 from tests.benchmarks.material import MB, Material
 from tests.benchmarks.measure import Contender, Failed, Measurement, Reach, Run
 from tests.command import ROOT
@@ -156,7 +156,9 @@ def test_figures_are_medians_and_the_largest_peak() -> None:
     other = Measurement(Contender("b", "b", []), [Run(0.5, 0.5, 1)])
     row = one.data(other)
     assert (row["seconds"], row["cpu"], row["peak"], row["ratio"]) == (2.0, 0.6, 30, 4.0)
+    assert row["cpu_ratio"] == 1.2
     assert measure.ratio(one, other) == 4.0
+    assert measure.ratio(one, other, "peak") == 30
     assert measure.ratio(one, Measurement(Contender("c", "c", []), ())) is None
 
 
@@ -291,7 +293,7 @@ def test_the_floor_reads_every_byte_once_and_writes_as_much_as_one_input(
 
     monkeypatch.setattr(os, "readv", counting)
     monkeypatch.setattr(floor, "_PORTION", (1 << 21) + 5)
-    floor.main(str(tmp_path / "output"), [str(path) for path in made.paths])
+    floor.main(2, str(tmp_path / "output"), [str(path) for path in made.paths])
     sizes = [path.stat().st_size for path in made.paths]
     assert sum(read) == sum(sizes)
     assert max(read) == 1 << 20
@@ -352,6 +354,63 @@ def test_growth_plans_what_the_figures_need() -> None:
     assert max(p.material.nbytes * p.material.files for p in points) <= 4100 * MB
 
 
+def test_reach_plans_what_the_figures_need() -> None:
+    """Every section is there; one material at a time, with all outputs, fits into 12 GB."""
+    sections = {section.key: section for section in reach.plan(10, 410 * MB)}
+    assert [*sections] == [
+        *("main", "several", "cold", "bfloat16", "float16", "checkpoints", "small")
+    ]
+    for section in sections.values():
+        copies = 2 if section.material.safetensors else 1
+        used = section.material.nbytes * (section.material.files * copies + reach.SEVERAL)
+        assert used <= 12_000 * MB
+    assert sections["checkpoints"].material.files == 100
+    assert sections["main"].material == sections["several"].material == sections["cold"].material
+
+
+def test_both_kernels_are_measured_where_both_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel is asked for by name, and averages of one kernel are put beside one another."""
+    ours = [Contender("polyak-one", "a", []), Contender("polyak", "b", [], beside="polyak-one")]
+    monkeypatch.setattr(reach, "has_compiled", lambda: True)
+    found = {one.key: (one.variables["POLYAK_KERNEL"], one.beside) for one in reach._both(*ours)}
+    assert found == {
+        "polyak-one": ("compiled", "floor"),
+        "polyak": ("compiled", "polyak-one"),
+        "polyak-one-numpy": ("numpy", "floor"),
+        "polyak-numpy": ("numpy", "polyak-one-numpy"),
+    }
+    monkeypatch.setattr(reach, "has_compiled", lambda: False)
+    assert [(one.key, dict(one.variables)) for one in reach._both(*ours)] == [
+        ("polyak-one", {}),
+        ("polyak", {}),
+    ]
+
+
+def test_the_visit_sees_every_tensor(tmp_path: Path) -> None:
+    """What small tensors are compared with looks at all tensors of all files."""
+    made = material.make(replace(_TINY, count=40), tmp_path / "made")
+    script = Path(compare.__file__).with_name("visit.py")
+    done = subprocess.run(
+        [sys.executable, script, *made.paths], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == 3 * made.tensors == 120
+
+
+def test_several_averages_begin_with_the_equal_one(tmp_path: Path) -> None:
+    """The script that stands beside one average writes as many as asked for, and true ones."""
+    made = material.make(_TINY, tmp_path / "made")
+    folder = tmp_path / "several"
+    start = [sys.executable, "-m", "tests.benchmarks.several", "1", "3", str(folder)]
+    measure.run([*start, *map(str, made.paths)])
+    assert sorted(path.name for path in folder.iterdir()) == ["0.h5", "1.h5", "2.h5"]
+    equal = naive_average(made.paths, [1 / 3] * 3)
+    for name, values in read_model(folder / "0.h5").items():
+        assert np.allclose(values, equal[name], rtol=0, atol=1e-7)
+    later = naive_average(made.paths, [1 / 6, 2 / 6, 3 / 6])
+    for name, values in read_model(folder / "1.h5").items():
+        assert np.allclose(values, later[name], rtol=0, atol=1e-7)
+
+
 def test_growth_measures_and_tells_what_was_reached(tmp_path: Path) -> None:
     """A run leaves JSON and a table, removes its scratch, and says which limits hold."""
     done = _benchmark(
@@ -372,10 +431,11 @@ def test_growth_measures_and_tells_what_was_reached(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("scratch-*"))
 
 
-def test_an_unknown_series_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """A misspelt series is not silently left out."""
+@pytest.mark.parametrize("experiment", ["growth", "reach"])
+def test_an_unknown_series_is_refused(capsys: pytest.CaptureFixture[str], experiment: str) -> None:
+    """A misspelt series, or section, is not silently left out."""
     with pytest.raises(SystemExit):
-        command.main(["growth", "--only", "gzp"])
+        command.main([experiment, "--only", "gzp"])
     assert "no such series: gzp" in capsys.readouterr().err
 
 
@@ -404,21 +464,56 @@ def test_all_ways_agree_and_charts_are_drawn(tmp_path: Path) -> None:
     assert {"floor", "polyak", "loop-float64", "tutorial-keras", "mergekit", "nces"} <= set(rows)
     assert rows["polyak"]["output"] == "the same bits"
     for row in rows.values():
-        assert row["error"] == "" or row["error"].startswith("skipped"), row
+        assert row["error"] == "" or row["error"].startswith(("skipped", "not measured")), row
     assert {"processor", "cores", "memory", "kernel"} <= set(data["machine"])
     assert "page cache was warm" in data["notes"][-1]
     assert (tmp_path / "compare.png").exists() or "no chart" in done.stdout
 
 
-def test_cold_and_startup_run(tmp_path: Path) -> None:
-    """The two short experiments leave their results, and say whether the inputs were cold."""
-    done = _benchmark("cold", "--size", 1, "--rounds", 1, "--files", 3, "--out", tmp_path)
+def test_reach_measures_every_section_and_says_what_was_reached(tmp_path: Path) -> None:
+    """A run at a small size leaves a table, JSON and a line for each target, and no scratch."""
+    done = _benchmark("reach", "--size", 1, "--rounds", 1, "--files", 3, "--out", tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
+    data = json.loads((tmp_path / "reach.json").read_text())
+    rows = {(part["key"], row["key"]): row for part in data["sections"] for row in part["rows"]}
+    for row in rows.values():
+        assert row["error"] == "" or row["error"].startswith(("skipped", "not measured")), row
+    for dtype in ("main", "bfloat16", "float16"):
+        assert rows[dtype, "polyak"]["output"] == "the same bits"
+    one, several = rows["several", "polyak-one"], rows["several", "polyak-several"]
+    assert several["ratio"] == pytest.approx(several["seconds"] / one["seconds"])
+    assert "2.1 times" in rows["main", "alloy"]["error"]
+    (cold,) = (part for part in data["sections"] if part["key"] == "cold")
+    assert "page cache" in cold["notes"][0].lower()
+    reached = {one["what"]: one for one in data["reach"]}
+    assert [one["limit"] for one in reached.values()] == [
+        *(1.35, 1.6, 10.0, 10.0, 2.5, 1.1, 1.6, 1.6, 1.0, 1.5, 64.0)
+    ]
+    for what in reached:
+        assert what in (tmp_path / "reach.md").read_text()
+        assert what in done.stdout
+    few, many = rows["checkpoints", "polyak-10"], rows["checkpoints", "polyak-100"]
+    found = reached["seconds per GB at 100 checkpoints against 10"]["value"]
+    assert found == pytest.approx(many["seconds"] / few["seconds"] / 10)
+    assert not list(tmp_path.glob("scratch-*"))
+
+
+def test_what_stayed_in_the_page_cache_is_not_reported_as_cold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system in memory keeps its files, so its figures are not cold."""
+    monkeypatch.setattr(machine, "drop", lambda _: None)
+    for share, note in ((0.0, "at most 0.0%"), (1.0, "not cold"), (None, "unknown")):
+        chill = machine.Chill()
+        monkeypatch.setattr(machine, "resident", lambda _, share=share: share)
+        chill.keep([tmp_path])
+        assert note in chill.note()
+
+
+def test_startup_runs(tmp_path: Path) -> None:
+    """The short experiment leaves its result."""
     done = _benchmark("startup", "--rounds", 1, "--out", tmp_path)
     assert done.returncode in (0, 1), done.stderr + done.stdout  # 1: a limit missed, in one round
-    cold, startup = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("cold", "startup")
-    )
-    assert all(not row["error"] for row in [*cold["rows"], *startup["rows"]])
-    assert "page cache" in cold["notes"][0].lower()
+    startup = json.loads((tmp_path / "startup.json").read_text())
+    assert all(not row["error"] for row in startup["rows"])
     assert [reach["limit"] for reach in startup["reach"]] == [1.5, 1.8]

@@ -1,4 +1,4 @@
-"""The benchmark's command line: `python -m tests.benchmarks compare|growth|cold|startup`."""
+"""The benchmark's command line: `python -m tests.benchmarks reach|compare|growth|startup`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import brief, growth, measure
+from tests.benchmarks import growth, measure, reach
 from tests.benchmarks.compare import Session, compare
 from tests.benchmarks.material import MB
 from tests.benchmarks.measure import ROOT
+from tests.benchmarks.startup import startup
 
 Asked = argparse.Namespace
 #: Size in MB and rounds, where not asked for.
-_DEFAULTS = {"compare": (410.0, 5), "growth": (200.0, 3), "cold": (410.0, 5), "startup": (0.0, 15)}
+_DEFAULTS = {"reach": (410.0, 7), "compare": (410.0, 5), "growth": (200.0, 3), "startup": (0.0, 15)}
 
 
 def _compare(session: Session, asked: Asked) -> dict[str, Any]:
@@ -27,22 +28,21 @@ def _compare(session: Session, asked: Asked) -> dict[str, Any]:
 
 
 def _growth(session: Session, asked: Asked) -> dict[str, Any]:
-    only = asked.only.split(",") if asked.only else ()
-    return growth.growth(session, asked.nbytes, full=asked.full, only=only)
+    return growth.growth(session, asked.nbytes, full=asked.full, only=asked.only)
 
 
-def _cold(session: Session, asked: Asked) -> dict[str, Any]:
-    return brief.cold(session, asked.files, asked.nbytes)
+def _reach(session: Session, asked: Asked) -> dict[str, Any]:
+    return reach.reach(session, asked.files, asked.nbytes, asked.only)
 
 
 def _startup(session: Session, _: Asked) -> dict[str, Any]:
-    return brief.startup(session)
+    return startup(session)
 
 
 _EXPERIMENTS: Mapping[str, Callable[[Session, Asked], dict[str, Any]]] = {
+    "reach": _reach,
     "compare": _compare,
     "growth": _growth,
-    "cold": _cold,
     "startup": _startup,
 }
 
@@ -51,21 +51,24 @@ def _parse(arguments: Sequence[str] | None) -> Asked:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("experiment", choices=list(_EXPERIMENTS))
     parser.add_argument("--size", type=float, help="MB of a checkpoint")
-    parser.add_argument("--files", type=int, default=10, help="checkpoints (compare, cold)")
+    parser.add_argument("--files", type=int, default=10, help="checkpoints (reach, compare)")
     parser.add_argument("--rounds", type=int, help="runs of each contender")
     parser.add_argument("--jobs", type=int, default=2, help="polyak's threads")
     parser.add_argument("--full", action="store_true", help="growth to 100 x 100 MB and to 4 GB")
-    parser.add_argument("--only", help="series of growth, separated by commas")
+    parser.add_argument(
+        "--only", default="", help="sections of reach or series of growth, by commas"
+    )
     parser.add_argument("--folder", type=Path, help="scratch is made, and removed, below this")
     parser.add_argument("--out", type=Path, default=ROOT / ".bench", help="where results go")
     asked = parser.parse_args(arguments)
     size, rounds = _DEFAULTS[asked.experiment]
     asked.nbytes = round((asked.size or size) * MB)
     asked.rounds = asked.rounds or rounds
-    if asked.only:
-        known = {series.key for series in growth.plan()}
-        if unknown := set(asked.only.split(",")) - known:
-            parser.error(f"no such series: {', '.join(sorted(unknown))}; there are {sorted(known)}")
+    asked.only = asked.only.split(",") if asked.only else []
+    parts: Sequence[Any] = reach.plan(2, MB) if asked.experiment == "reach" else growth.plan()
+    known = {one.key for one in parts}
+    if unknown := set(asked.only) - known:
+        parser.error(f"no such series: {', '.join(sorted(unknown))}; there are {sorted(known)}")
     return asked
 
 
@@ -96,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
     stem.with_suffix(".md").write_text(text + "\n")
     _chart(asked.experiment, data, stem)
-    missed = asked.experiment == "startup" and any(reach["missed"] for reach in data["reach"])
+    missed = asked.experiment == "startup" and any(one["missed"] for one in data["reach"])
     return 1 if missed or _failed(data) else 0
 
 
@@ -109,11 +112,14 @@ def _text(data: Mapping[str, Any]) -> str:
     lines = [f"## {data['title']}", ""]
     if "rows" in data:
         lines += [measure.table(data["rows"]), ""]
+    for section in data.get("sections", ()):
+        lines += [f"### {section['title']}", "", measure.table(section["rows"]), ""]
+        lines += [*(f"- {note}" for note in section["notes"]), ""]
     for series in data.get("series", ()):
         lines += [f"### {series['key']}: {series['title']}", "", _points(series), ""]
     lines += [f"- {note}" for note in data["notes"]]
     lines += ["- " + ", ".join(f"{name}: {value}" for name, value in data["machine"].items()), ""]
-    return "\n".join([*lines, *(f"- {_reach(reach)}" for reach in data["reach"])])
+    return "\n".join([*lines, *(f"- {_say_reach(one)}" for one in data["reach"])])
 
 
 def _points(series: Mapping[str, Any]) -> str:
@@ -136,19 +142,24 @@ def _points(series: Mapping[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _reach(reach: Mapping[str, Any]) -> str:
-    return str(measure.Reach(**{key: reach[key] for key in reach if key != "missed"}))
+def _say_reach(one: Mapping[str, Any]) -> str:
+    return str(measure.Reach(**{key: one[key] for key in one if key != "missed"}))
 
 
 def _failed(data: Mapping[str, Any]) -> bool:
     """Return whether polyak itself failed; failures of others are only shown in the table."""
-    rows = [row for row in data.get("rows", ()) if row["key"] in ("polyak", "help", "samples")]
+    every = [data, *data.get("sections", ())]
+    rows = [row for part in every for row in part.get("rows", ()) if row["key"].startswith(_OURS)]
     rows += [point for series in data.get("series", ()) for point in series["points"]]
     return any(row["error"] for row in rows)
 
 
+#: How the keys of contenders begin that run polyak.
+_OURS = ("polyak", "help", "samples")
+
+
 def _chart(experiment: str, data: Mapping[str, Any], stem: Path) -> None:
-    if experiment == "startup":
+    if experiment not in ("compare", "growth"):
         return
     if not importlib.util.find_spec("matplotlib"):
         print("no chart: matplotlib is not installed")

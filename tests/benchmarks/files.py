@@ -267,9 +267,9 @@ def compare(reference: Path, output: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Array]]:
-    """Return names and values of a model file, or of a folder's safetensors."""
-    if path.is_dir():
-        for part in sorted(path.glob("*.safetensors")):
+    """Return names and values of a model file, of safetensors, or of a folder of these."""
+    if path.is_dir() or path.suffix == ".safetensors":
+        for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
             yield from _read_safetensors(part)
         return
     with h5py.File(path, "r") as file:

@@ -1,4 +1,4 @@
-"""The floor: reads every input byte once on two threads, then writes and syncs one output.
+"""The floor: reads every input byte once on some threads, then writes and syncs one output.
 
 A separate script, so that only the standard library is loaded; computes nothing.
 """
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 _BUFFER = 1 << 20
 #: Bytes that a thread takes at a time, so that both end together.
 _PORTION = 64 << 20
-_THREADS = 2
 
 
 def _buffer() -> memoryview:
@@ -55,15 +54,21 @@ def write(path: str, nbytes: int) -> None:
     os.close(descriptor)
 
 
-def main(output: str, inputs: Sequence[str]) -> None:
-    """Read the inputs; unless the output is a dash, write it as large as the last of them."""
+def main(count: int, output: str, inputs: Sequence[str]) -> None:
+    """Read the inputs on some threads; unless the output is a dash, write it as large as the last.
+
+    Args:
+        count: of threads.
+        output: the file to write, or a dash.
+        inputs: the files to read.
+    """
     sizes = [os.stat(path).st_size for path in inputs]  # noqa: PTH116 - pathlib starts slower
     portions = [
         (path, start, min(start + _PORTION, size))
         for path, size in zip(inputs, sizes, strict=True)
         for start in range(0, size, _PORTION)
     ][::-1]
-    threads = [threading.Thread(target=read, args=(portions,)) for _ in range(_THREADS)]
+    threads = [threading.Thread(target=read, args=(portions,)) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -73,4 +78,4 @@ def main(output: str, inputs: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.benchmarks import machine, material, measure
@@ -122,7 +121,7 @@ def growth(
         What JSON can hold: series of points as of `Measurement.data`, and what was reached.
     """
     chosen = [series for series in plan(nbytes, full=full) if not only or series.key in only]
-    store = _Store(session.folder / "inputs")
+    store = material.Store(session.folder / "inputs")
     measured = [_series(session, series, store) for series in chosen]
     return {
         "title": "One thing at a time",
@@ -137,23 +136,7 @@ def growth(
     }
 
 
-class _Store:
-    """Keeps the latest material on the disk, and no other."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.material: Material | None = None
-        self.made: Made | None = None
-        self.warmth = machine.Warmth()
-
-    def get(self, wanted: Material) -> Made:
-        if self.made is None or self.material != wanted:
-            measure.remove(self.folder)
-            self.made, self.material = material.make(wanted, self.folder), wanted
-        return self.made
-
-
-def _series(session: Session, series: Series, store: _Store) -> dict[str, Any]:
+def _series(session: Session, series: Series, store: material.Store) -> dict[str, Any]:
     """Measure the points of a series, those of one material interleaved."""
     session.say(f"{series.key}: {series.title}")
     rows: list[dict[str, Any]] = []
@@ -179,13 +162,13 @@ def _allowed(series: Series, tensors: int) -> int | None:
 
 
 def _points(
-    session: Session, store: _Store, made: Made, points: Sequence[Point]
+    session: Session, store: material.Store, made: Made, points: Sequence[Point]
 ) -> list[dict[str, Any]]:
     output = session.folder / "output.h5"
     every = {point.label: made.first(point.files or len(made.paths)) for point in points}
     floors = {
         len(part.paths): Contender(
-            f"floor {len(part.paths)}", "floor", floor(part.paths, output), output
+            f"floor {len(part.paths)}", "floor", floor(part.paths, output, session.jobs), output
         )
         for part in every.values()
     }

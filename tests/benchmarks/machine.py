@@ -18,6 +18,8 @@ _PACKAGES = ("polyak", "numpy", "h5py", "click", "tensorflow", "keras")
 _MIB = 1 << 20
 #: Share of the inputs below which a run is not said to be warm.
 _WARM = 0.99
+#: Share of the inputs above which a run is not said to be cold.
+_COLD = 0.05
 
 
 def facts(folder: Path) -> dict[str, str]:
@@ -125,6 +127,33 @@ class Warmth:
         return (
             f"The page cache was warm: it held at least {least} % of the inputs ahead of each run."
         )
+
+
+class Chill:
+    """Has files out of the page cache ahead of each run, and remembers how well that went.
+
+    What lies below, such as the cache of a virtual machine's host, cannot be dropped from here.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing seen."""
+        self.shares: list[float | None] = []
+
+    def keep(self, paths: Sequence[Path]) -> None:
+        """Drop what is in the page cache."""
+        drop(paths)
+        self.shares.append(resident(paths))
+
+    def note(self) -> str:
+        """Say whether the page cache was cold."""
+        known = [share for share in self.shares if share is not None]
+        if not known or len(known) < len(self.shares):
+            return "Whether the inputs left the page cache is unknown."
+        most = max(known)
+        note = f"Ahead of each run the page cache held at most {most:.1%} of the inputs."
+        if most > _COLD:
+            return f"THE INPUTS DID NOT LEAVE THE PAGE CACHE: these figures are not cold. {note}"
+        return note
 
 
 def drop(paths: Sequence[Path]) -> None:

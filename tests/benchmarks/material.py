@@ -91,4 +91,22 @@ def compare(reference: Path, output: Path, folder: Path) -> Mapping[str, Any]:
     return found
 
 
+class Store:
+    """Keeps the latest material on the disk, and no other."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start with nothing on the disk, in a folder that is not there yet."""
+        self.folder = folder
+        self.material: Material | None = None
+        self.made: Made | None = None
+        self.warmth = machine.Warmth()
+
+    def get(self, wanted: Material) -> Made:
+        """Return the checkpoints of a material, and make them unless they are the latest."""
+        if self.made is None or self.material != wanted:
+            measure.remove(self.folder)
+            self.made, self.material = make(wanted, self.folder), wanted
+        return self.made
+
+
 _FILES = [sys.executable, "-m", "tests.benchmarks.files"]

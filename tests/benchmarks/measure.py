@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,8 @@ class Contender:
     command: Sequence[str]
     output: Path | None = None  # removed before and after every run
     absent: str = ""  # why it cannot take part
+    variables: Mapping[str, str] = field(default_factory=dict)  # added to its environment
+    beside: str = "floor"  # the key of the contender that its ratios are taken to
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Measurement:
         return max(run.peak for run in self.runs)
 
     def data(self, floor: Measurement | None = None) -> dict[str, Any]:
-        """Return what JSON can hold; with the ratio to another one's seconds if given."""
+        """Return what JSON can hold; with the ratios to another one's seconds if given."""
         head: dict[str, Any] = {
             "key": self.contender.key,
             "label": self.contender.label,
@@ -82,31 +84,37 @@ class Measurement:
         }
         if not self.runs:
             return head
-        ratio = self.seconds / floor.seconds if floor and floor.runs else None
         return head | {
             "seconds": self.seconds,
             "cpu": self.cpu,
             "peak": self.peak,
-            "ratio": ratio,
+            "ratio": ratio(self, floor),
+            "cpu_ratio": ratio(self, floor, "cpu"),
             "every": [run.seconds for run in self.runs],
         }
 
 
+_OTHERS = ("PYTHON", "POLYAK_")
+
+
 def environment() -> dict[str, str]:
-    """Return the environment of every contender: the user's, without what alters Python.
+    """Return the environment of every contender: the user's, without what alters Python or polyak.
 
     Compiled modules are kept, as they are wherever the program is installed.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OTHERS)}
     return kept | {"TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
-def run(command: Sequence[str], limit: float = LIMIT) -> Run:
+def run(
+    command: Sequence[str], limit: float = LIMIT, variables: Mapping[str, str] | None = None
+) -> Run:
     """Run a command to its end.
 
     Args:
         command: program and arguments; started in the project's folder.
         limit: seconds after which it is killed.
+        variables: added to the environment.
 
     Raises:
         Failed: it did not exit with 0.
@@ -117,7 +125,7 @@ def run(command: Sequence[str], limit: float = LIMIT) -> Run:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=environment(),
+                env=environment() | {**(variables or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=said,
@@ -199,7 +207,7 @@ def _once(
     os.sync()
     try:
         before()
-        runs = (*so_far.runs, run(contender.command))
+        runs = (*so_far.runs, run(contender.command, variables=contender.variables))
         verdict = so_far.verdict
         if inspect and contender.output and not so_far.runs:
             verdict = inspect(contender)
@@ -218,6 +226,11 @@ def _told(measured: Measurement) -> str:
     return f"{label}: {last.seconds:.2f} s, {last.peak / 1e6:.0f} MB"
 
 
+def describe(found: Mapping[str, Measurement]) -> list[dict[str, Any]]:
+    """Return the data of all measurements, each with the ratios to the one it is put beside."""
+    return [one.data(found.get(one.contender.beside)) for one in found.values()]
+
+
 def remove(path: Path | None) -> None:
     """Remove a file or a folder, if it is there."""
     if path and path.is_dir():
@@ -229,20 +242,20 @@ def remove(path: Path | None) -> None:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table of what `Measurement.data` gave, with columns aligned."""
     lines: list[tuple[str, ...]] = [
-        ("way", "seconds", "CPU seconds", "peak memory", "ratio to the floor", "output")
+        ("way", "seconds", "ratio", "CPU seconds", "CPU ratio", "peak memory", "output")
     ]
     for row in rows:
         if "seconds" not in row:
-            lines.append((row["label"], "-", "-", "-", "-", row["error"]))
+            lines.append((row["label"], "-", "-", "-", "-", "-", row["error"]))
             continue
-        seconds, ratio = f"{row['seconds']:.2f}", row["ratio"]
         lines.append(
             (
                 row["label"],
-                seconds,
+                f"{row['seconds']:.2f}",
+                _times(row["ratio"]),
                 f"{row['cpu']:.2f}",
+                _times(row["cpu_ratio"]),
                 f"{row['peak'] / 1e6:,.0f} MB",
-                f"{ratio:.2f}" if ratio else "-",
                 row["output"] or "-",
             )
         )
@@ -254,6 +267,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         + " |"
         for line in lines
     )
+
+
+def _times(value: float | None) -> str:
+    return f"{value:.2f}" if value is not None else "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,8 +308,16 @@ class Reach:
         return f"{'MISSED' if self.missed else 'ok    '}  {self.what}: {self.value:.2f} ({bound})"
 
 
-def ratio(one: Measurement | None, other: Measurement | None) -> float | None:
-    """Return how many times longer one took than the other; None unless both ran."""
-    if not one or not other or not one.runs or not other.runs:
+def ratio(
+    one: Measurement | None, other: Measurement | None, what: str = "seconds"
+) -> float | None:
+    """Return how many times more of something one took than the other; None unless both ran.
+
+    Args:
+        one: above.
+        other: below.
+        what: "seconds" of the clock, "cpu" seconds, or "peak" memory.
+    """
+    if not one or not other or not one.runs or not other.runs or not getattr(other, what):
         return None
-    return one.seconds / other.seconds
+    return float(getattr(one, what) / getattr(other, what))
