@@ -13,6 +13,8 @@ TORCH := .venv-torch/bin
 DEMO := .venv-demo/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
+# An editable install compiles the kernel, so it is made again when one of these changes.
+BUILT_FROM := pyproject.toml $(wildcard .build-hooks/*.py polyak_cli/engine/*.c)
 
 .PHONY: demo test soak quick core core-all oldest torch system coverage lint types smoke fuzz check mutants bench bench-peers digits clean
 
@@ -31,15 +33,16 @@ soak: .venv/.ready system core-all fuzz
 quick: .venv/.ready
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras
 
-# Without any extra, where pip picks the newest h5py: what depends on h5py or on an extra.
+# Without any extra, where pip picks the newest h5py, and with the numpy kernel: what depends on
+# h5py, on an extra or on the arithmetic.  `core-all` runs the rest so.
 # Formats that are read without h5py have run their contract in `make test` already.
 core: .venv-core/.ready
-	$(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" \
+	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" \
 		$(patsubst %,tests/test_%.py,api architecture cli determinism ema formats generations hdf5 \
-		inspection keras_zip packaging plots guide statistics weights)
+		inspection kernel kernels keras_zip packaging plots guide statistics weights)
 
 core-all: .venv-core/.ready
-	$(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras --ignore=tests/torch
+	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras --ignore=tests/torch
 
 # The oldest versions that pyproject allows: the same bytes, what numpy and h5py do, a few commands.
 oldest: .venv-oldest/.ready
@@ -122,11 +125,11 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf .venv .venv-core .venv-oldest .venv-torch .venv-demo .venv-mutants mutants .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-demo .venv-mutants mutants .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 
 # No retries: without a network, the demo says so at once.  Set as variables, they also hold for the
 # second pip, which gets the build's own needs.
-.venv-demo/.ready: pyproject.toml
+.venv-demo/.ready: $(BUILT_FROM)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null || { \
 		echo "make demo needs Python 3.11 or newer, found: $$($(PYTHON) --version 2>&1 | tail -n 1);" \
 			"name another: make demo PYTHON=python3.12"; exit 1; }
@@ -138,20 +141,20 @@ clean:
 		echo "make demo cannot install packages; is there a network? pip's messages are in .venv-demo/pip.log"; exit 1; }
 	@touch $@
 
-.venv/.ready: pyproject.toml
+.venv/.ready: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
 	@touch $@
 
-.venv-core/.ready: pyproject.toml
+.venv-core/.ready: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv-core
 	$(CORE)/python -m pip install --quiet --upgrade pip
 	$(CORE)/python -m pip install --quiet --editable . --group test
 	@touch $@
 
 # pip is given each lower bound of pyproject's dependencies as the one version allowed.
-.venv-oldest/.ready: pyproject.toml
+.venv-oldest/.ready: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv-oldest
 	$(OLDEST)/python -c "import tomllib; print(*(bound.replace('>=', '==') for bound in \
 		tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']), sep='\n')" \
@@ -161,13 +164,13 @@ clean:
 		--editable . --group test
 	@touch $@
 
-.venv-torch/.ready: pyproject.toml
+.venv-torch/.ready: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv-torch
 	$(TORCH)/python -m pip install --quiet --upgrade pip
 	$(TORCH)/python -m pip install --quiet --editable . --group torch
 	@touch $@
 
-.venv-mutants/.ready: pyproject.toml
+.venv-mutants/.ready: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv-mutants
 	.venv-mutants/bin/python -m pip install --quiet --upgrade pip
 	.venv-mutants/bin/python -m pip install --quiet --editable . --group mutation

@@ -20,6 +20,7 @@ ALLOWED = {
     "cli": {
         "averaging",
         "checkpoints",
+        "engine",  # which kernel does the arithmetic
         "errors",
         "evaluation",
         "examining",
@@ -31,6 +32,7 @@ ALLOWED = {
     "pipeline": {
         "averaging",
         "checkpoints",
+        "engine",  # which kernel does the arithmetic
         "errors",
         "evaluation",
         "examining",

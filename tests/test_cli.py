@@ -594,6 +594,7 @@ REPORT_KEYS = PLAN_KEYS | {
     "seconds": float,
     "speed": float,
     "peak_memory": int,
+    "kernel": str,
     "shares": dict,
     "runs": dict,
     "recalibrated": type(None),
@@ -644,6 +645,7 @@ def test_the_report_as_json_is_complete(run_folder: Path) -> None:
     assert report["bytes_written"] == (run_folder / "o.h5").stat().st_size
     assert report["output"] == "o.h5"
     assert 1e6 < report["peak_memory"] < 1e9
+    assert report["kernel"] in ("compiled", "numpy")
     assert set(report["shares"]) == {"reading", "folding", "writing"}
     assert len(report["notes"]) == 1
     assert done.stderr == f"note: {report['notes'][0]}\n"
@@ -666,7 +668,9 @@ def test_the_verbose_report_shows_the_plan_time_speed_and_memory(run_folder: Pat
     text = succeeded(polyak("average", *options, cwd=run_folder)).splitlines()
     assert text[: len(planned) - 1] == planned[:-1]
     assert "tensors: 4 averaged, 0 carried from model_499.h5, 6 dropped" in text
-    assert re.fullmatch(r"read 6\.12 kB in \d+\.\d+ s \(.*B/s; .*\), peak memory .* MB", text[-2])
+    assert re.fullmatch(
+        r"read 6\.12 kB in \d+\.\d+ s \(.*B/s; .* kernel\), peak memory .* MB", text[-2]
+    )
     assert text[-1].startswith("wrote o.h5 (")
 
 

@@ -1,15 +1,20 @@
-"""What is installed, what it needs, and what a clone holds."""
+"""What is built and installed, with a C compiler and without, and what a clone holds."""
 
 from __future__ import annotations
 
+import os
+import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hatchling.builders.wheel import WheelBuilder
 
 import polyak_cli
 from tests.command import ROOT, environment
@@ -62,15 +67,40 @@ def test_the_top_level_holds_what_it_should_and_dot_files() -> None:
     assert {name for name in kept if not name.startswith(".")} == TOP
 
 
+def build(target: str, folder: Path, root: Path = ROOT, **environ: str) -> tuple[Path, str]:
+    """Build a wheel or a source distribution, and return it with what was said."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)],
+        cwd=root,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (built,) = [path for path in folder.iterdir() if path.is_file()]
+    return built, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the wheel of this clone, with the compiled kernel where there is a compiler."""
+    built, _ = build("wheel", tmp_path_factory.mktemp("wheel"))
+    return built
+
+
+def unpack(wheel: Path) -> Path:
+    """Return a folder with the files that a wheel installs."""
+    folder = wheel.parent / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Path:
     """Return a folder with the files that the wheel of this clone installs."""
-    folder = tmp_path_factory.mktemp("wheel")
-    builder = WheelBuilder(str(ROOT))
-    (built,) = builder.build(directory=str(folder), versions=["standard"])
-    with zipfile.ZipFile(built) as wheel:
-        wheel.extractall(folder / "installed")
-    return folder / "installed"
+    return unpack(wheel)
 
 
 def python(code: str, folder: Path, *more: str) -> str:
@@ -132,3 +162,130 @@ def test_the_short_name_has_the_callbacks(installed: Path) -> None:
         "print([getattr(short, n) is getattr(long, n) for n in long.__all__])"
     )
     assert python(code, installed, "-c") == "[True, True]\n"
+
+
+# --- the compiled kernel --------------------------------------------------------------------------
+
+#: What compiles extensions for this Python, where it is installed.
+COMPILER = shutil.which((os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0])
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler here")
+EXTENSION = "polyak_cli/engine/_kernel.abi3.so"
+#: Prints which kernel an unpacked wheel uses, and an average's digest.
+USE = (
+    "import hashlib, pathlib, polyak_cli, polyak_cli.engine.kernel as kernel\n"
+    "polyak_cli.average({samples!r}, {output!r}, scheme='exp', force=True)\n"
+    "print(kernel.NAME, hashlib.sha256(pathlib.Path({output!r}).read_bytes()).hexdigest())"
+)
+
+
+def use(installed: Path) -> list[str]:
+    """Return which kernel an unpacked wheel uses, and the digest of an average by it."""
+    output = installed.parent / "o.h5"
+    code = USE.format(samples=str(ROOT / "sample_checkpoints"), output=str(output))
+    kept = {key: value for key, value in environment().items() if key != "POLYAK_KERNEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=installed,
+        env=kept | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def about(wheel: Path) -> str:
+    """Return what a wheel says about itself."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/WHEEL")]
+        return archive.read(name).decode()
+
+
+def test_a_wheel_without_a_compiler_has_no_kernel_and_says_so(wheel: Path, tmp_path: Path) -> None:
+    """It is a pure one, numpy runs, and it gives the bytes of the other wheel."""
+    built, said = build("wheel", tmp_path / "dist", CC="/bin/false")
+    assert built.name.endswith("-py3-none-any.whl")
+    assert "Root-Is-Purelib: true" in about(built)
+    (line,) = [line for line in said.splitlines() if "no compiled kernel" in line]
+    assert "polyak: no compiled kernel, numpy is used instead: " in line
+    assert "/bin/false" in line
+    assert len(line) < 250
+    pure = use(unpack(built))
+    assert pure[0] == "numpy"
+    assert pure[1] == use(unpack(wheel))[1]
+
+
+@needs_compiler
+def test_one_wheel_with_the_kernel_serves_all_versions_of_python(
+    wheel: Path, installed: Path
+) -> None:
+    """Its tag names Python's stable ABI and the platform; the kernel in it runs."""
+    version, abi, platform = wheel.name.removesuffix(".whl").split("-")[-3:]
+    assert (version, abi) == ("cp311", "abi3")
+    assert platform == sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert "Root-Is-Purelib: false" in about(wheel)
+    assert f"Tag: cp311-abi3-{platform}" in about(wheel)
+    assert (installed / EXTENSION).is_file()
+    assert use(installed)[0] == "compiled"
+
+
+def test_a_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    """It holds the C code and what compiles it, and the files of the wheel are the same."""
+    packed, _ = build("sdist", tmp_path / "sdist")
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.glob("polyak-*")
+    again, _ = build("wheel", tmp_path / "dist", root)
+    assert again.name == wheel.name
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        assert first.namelist() == second.namelist()
+        differing = [name for name in first.namelist() if first.read(name) != second.read(name)]
+    # The compiler may have put the folder of the source into the extension.
+    assert all(name == EXTENSION or name.endswith("/RECORD") for name in differing)
+
+
+def hook() -> dict[str, Any]:
+    """Return the names of the module that compiles the kernel."""
+    return runpy.run_path(str(ROOT / ".build-hooks/kernel.py"))
+
+
+@needs_compiler
+def test_an_editable_install_replaces_the_kernel_or_removes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies beside its source; where it cannot be compiled again, no older one is left."""
+    place = tmp_path / EXTENSION
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"of an older source")
+    before = place.stat().st_ino
+    shutil.copy(ROOT / "polyak_cli/engine/_kernel.c", place.parent)
+    hook()["compile_in_place"](tmp_path)
+    assert place.read_bytes()[:4] != b"of a"
+    # A file that a running process has mapped is never written into.
+    assert place.stat().st_ino != before
+    assert {path.name for path in place.parent.iterdir()} == {place.name, "_kernel.c"}
+    monkeypatch.setenv("CC", "/bin/false")
+    with pytest.raises(Exception, match="false"):
+        hook()["compile_in_place"](tmp_path)
+    assert {path.name for path in place.parent.iterdir()} == {"_kernel.c"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("macro", ["__FAST_MATH__", "__FLT_EVAL_METHOD__=2"])
+def test_arithmetic_of_other_bits_is_not_compiled(
+    macro: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flags of the caller that would change a bit make the build fail, so that numpy is used."""
+    monkeypatch.setenv("CFLAGS", f"-D{macro}")
+    with pytest.raises(Exception, match="failed"):
+        hook()["compile_kernel"](ROOT, tmp_path)
+
+
+@needs_compiler
+def test_flags_of_the_caller_do_not_change_the_arithmetic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last flag counts, and the build has the last word."""
+    monkeypatch.setenv("CFLAGS", "-ffast-math -ffp-contract=fast")
+    assert hook()["compile_kernel"](ROOT, tmp_path).is_file()

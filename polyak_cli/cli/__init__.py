@@ -38,10 +38,31 @@ _ADDRESS_SPACE = 160 << 20
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
     epilog=EXAMPLE.format("polyak average ckpts/ --last 10 -o final.h5", "Guide: polyak guide"),
 )
-@click.version_option(__version__, "-V", "--version", prog_name="polyak")
-def cli() -> None:
+@click.option(
+    "-V",
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda context, _, wanted: _show_version(context) if wanted else None,
+    help="Show the version and exit; with -v, also which kernel does the arithmetic.",
+)
+# Eager, so that it is known when -V is handled, in whatever order they come.
+@click.option("-v", "--verbose", is_flag=True, is_eager=True, hidden=True)
+def cli(verbose: bool) -> None:
     """Average the checkpoints of a training run into one better-behaved model."""
+    if verbose:
+        raise UsageError("-v before a command goes with -V only; give it after the command")
     _check_address_space()
+
+
+def _show_version(context: click.Context) -> NoReturn:
+    """Print the version, and with -v which kernel does the arithmetic; then exit."""
+    print(f"polyak, version {__version__}")
+    if context.params.get("verbose"):
+        from polyak_cli.engine.kernel import describe_kernel
+
+        print(f"kernel: {describe_kernel()}")
+    context.exit()
 
 
 def _check_address_space() -> None:

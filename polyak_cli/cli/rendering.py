@@ -219,7 +219,7 @@ def _word_cost(report: Report, verbose: bool) -> str:
     speed = f"{word_size(report.speed)}/s"
     how = f" ({speed})" if report.seconds > _LONG else ""
     if verbose:
-        how = f" ({speed}; {shares})"
+        how = f" ({speed}; {shares}; {report.kernel} kernel)"
     return (
         f"read {word_size(report.bytes_read)} in {report.seconds:.2f} s{how}, "
         f"peak memory {word_size(report.peak_memory)}"

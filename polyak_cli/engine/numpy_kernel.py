@@ -11,6 +11,8 @@ from polyak_cli.engine import float8
 from polyak_cli.storage import Bytes
 from polyak_cli.tensors import FLOATS, Float64
 
+NAME = "numpy"
+
 
 def widen(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
     """Convert stored bytes to float64, exactly; a signalling NaN becomes a quiet one.

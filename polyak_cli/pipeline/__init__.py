@@ -22,6 +22,7 @@ from polyak_cli.averaging.notebook import write_html
 from polyak_cli.averaging.options import Progress, Settings, Source, measure_peak, select
 from polyak_cli.averaging.planning import Around, Plan, plan_average
 from polyak_cli.averaging.writing import write_average
+from polyak_cli.engine import kernel
 from polyak_cli.errors import (
     CheckpointError,
     OutputError,
@@ -124,6 +125,7 @@ class Report:
         seconds: wall clock, from the first byte to the renamed output, without the recalibration,
             which has its own.
         peak_memory: bytes, of the largest process.
+        kernel: what did the arithmetic: "compiled" or "numpy"; both give the same bytes.
         shares: of the workers' time: "reading", "folding", "writing"; sum 1.
         notes: the plan's, and those found while reading values.
         runs: whether the checkpoints are of one run, as far as their values tell.
@@ -138,6 +140,7 @@ class Report:
     bytes_written: int
     seconds: float
     peak_memory: int
+    kernel: str
     shares: Mapping[str, float]
     notes: tuple[str, ...]
     runs: Verdict
@@ -172,6 +175,7 @@ class Report:
             "seconds": self.seconds,
             "speed": self.speed,
             "peak_memory": self.peak_memory,
+            "kernel": self.kernel,
             "shares": dict(self.shares),
             "notes": list(self.notes),
             "runs": self.runs.data([one.path for one in self.plan.checkpoints]),
@@ -340,6 +344,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         bytes_written=nbytes,
         seconds=time.perf_counter() - begun - (recalibrated.seconds if recalibrated else 0.0),
         peak_memory=measure_peak(),
+        kernel=kernel.NAME,
         shares={
             part: getattr(totals, part) / spent if spent else 0.0
             for part in ("reading", "folding", "writing")
