@@ -114,6 +114,8 @@ def write_several(
     unhashed = replace(plan.settings, output=replace(plan.settings.output, hash=False))
     sampled = [records.compute_sampled_digest(table.files) for table in plan.tables]
     custom = replace(plan, scheme="custom", parameters={}, settings=unhashed)
+    for output in outputs:
+        output.touch()  # a skeleton is written into a file that exists, as `publish` makes it
     skeletons = [
         _write_skeleton(
             each, output, records.encode(records.seal(records.make_record(each, sampled)))

@@ -181,7 +181,9 @@ def test_soups_are_no_worse_than_what_they_began_with(found: sweeping.Sweep) -> 
         assert sum(row.candidate.coefficients) == pytest.approx(1)
 
 
-def test_averages_are_recalibrated_before_they_are_scored(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+def test_averages_are_recalibrated_before_they_are_scored(tmp_path: Path, suffix: str) -> None:
     """With BatchNorm, each has the scores of the file of `average --recalibrate`."""
     import keras
 
@@ -201,26 +203,27 @@ def test_averages_are_recalibrated_before_they_are_scored(tmp_path: Path) -> Non
     model.compile("sgd", "sparse_categorical_crossentropy")
     for epoch in range(3):
         model.fit(rows.features, rows.labels, verbose=0)
-        model.save(tmp_path / f"m_{epoch}.h5")
+        model.save(tmp_path / f"m_{epoch}{suffix}")
     split = {"train": rows, "test": data.Split("other rows", features[:40], labels[:40])}
     found = sweeping.sweep(
-        sorted(tmp_path.glob("*.h5")),
+        sorted(tmp_path.glob(f"*{suffix}")),
         data.Dataset("rows", split),
         chosen="equal",
         windows="3",
         select_on="train",
         recalibrate=rows,
-        write_best=tmp_path / "best.h5",
+        write_best=tmp_path / f"best{suffix}",
     )
+    output = tmp_path / f"average{suffix}"
     pipeline.average(
-        sorted(tmp_path.glob("m_*.h5")), tmp_path / "average.h5", recalibrate=rows, batch_size=256
+        sorted(tmp_path.glob(f"m_*{suffix}")), output, recalibrate=rows, batch_size=256
     )
     (row,) = [row for row in found.rows if row.candidate.kind == "average"]
-    loaded = keras.saving.load_model(tmp_path / "average.h5")
+    loaded = keras.saving.load_model(output)
     expected = loaded.evaluate(rows.features, rows.labels, verbose=0)
     assert row.value("loss", "selection") == pytest.approx(expected, rel=1e-5)
     single = found.rows[0]
-    own = keras.saving.load_model(tmp_path / "m_0.h5").evaluate(
+    own = keras.saving.load_model(tmp_path / f"m_0{suffix}").evaluate(
         rows.features, rows.labels, verbose=0
     )
     assert single.value("loss", "selection") == pytest.approx(own, rel=1e-5)
