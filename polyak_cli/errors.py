@@ -19,8 +19,8 @@ class PolyakError(Exception):
     """The input, the output or the machine does not allow the work; the message says why.
 
     Attributes:
-        about: the path of the input that was worked on, where the message may begin with another.
-        at_fault: the numbers of those among several inputs without which the rest may do.
+        about: the path of the input at fault, if the message does not begin with it; else "".
+        at_fault: the positions, from 0, of the inputs that have to be left out or repaired.
     """
 
     about: str = ""
@@ -28,7 +28,7 @@ class PolyakError(Exception):
 
 
 class UsageError(PolyakError):
-    """The arguments contradict one another or are out of range."""
+    """The arguments contradict one another or are out of range; nothing was read."""
 
 
 class CheckpointError(PolyakError):
@@ -36,11 +36,11 @@ class CheckpointError(PolyakError):
 
 
 class FormatError(PolyakError):
-    """A file is not what it should be: foreign, damaged, hostile, or still being written."""
+    """A file cannot be read: it is foreign, damaged, hostile, or still being written."""
 
 
 class ChangedError(FormatError):
-    """A file was changed or replaced while it was read; it may be whole the next time."""
+    """A file was changed or replaced while it was read; try again when it is complete."""
 
 
 class MismatchError(PolyakError):
@@ -48,11 +48,11 @@ class MismatchError(PolyakError):
 
 
 class OutputError(PolyakError):
-    """The output cannot be written where it was asked for."""
+    """The output exists already, or cannot be written; an older output is untouched."""
 
 
 class MissingExtraError(PolyakError):
-    """A command needs packages that are not installed."""
+    """A function needs packages that are not installed; the message says which to install."""
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs packages that are missing: pip install 'polyak[{extra}]'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import inspect
 import pkgutil
@@ -14,6 +15,7 @@ import pytest
 
 import polyak_cli
 from polyak_cli import errors
+from tests.api_examples import EXAMPLES, WITH_KERAS
 from tests.command import SAMPLES
 
 COMMANDS = {
@@ -104,3 +106,45 @@ def test_the_calls_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert not polyak_cli.diff(output, SAMPLES / "model_499.h5").equal
     assert len(polyak_cli.distances(polyak_cli.select([SAMPLES])).checkpoints) == 10
     assert tuple(capfd.readouterr()) == ("", "")
+
+
+# --- the examples of the guide --------------------------------------------------------------------
+
+
+def run_example(name: str, folder: Path) -> str:
+    """Run the example of a name in a folder with the samples; return what differs, or nothing."""
+    (folder / "sample_checkpoints").symlink_to(SAMPLES)
+    example = doctest.DocTestParser().get_doctest(EXAMPLES[name], {}, name, None, 0)
+    found: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(example, out=found.append)
+    return "".join(found)
+
+
+def test_every_public_name_has_an_example_that_uses_it() -> None:
+    """None is missing, none is left of a name that has gone, and each shows a result."""
+    assert EXAMPLES.keys() == {*polyak_cli.__all__} - {"__version__"}
+    assert EXAMPLES.keys() >= {*WITH_KERAS}
+    results = {"Compared", "Comparison", "Gain", "RowScores", "Score", "Sweep", "TrainReport"}
+    results |= {"Checked", "Checkpoint", "Differences", "Discrepancy", "Distances", "Health"}
+    results |= {"Inspection", "PassedOver", "Plan", "Problem", "Recalibration", "Report"}
+    results |= {"Selection", "Verification"}
+    for name, text in EXAMPLES.items():
+        lines = text.split()
+        assert name in results or any(name in line for line in lines), name
+        examples = doctest.DocTestParser().get_examples(text)
+        assert any(one.want for one in examples) or name == "MissingExtraError", name
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in WITH_KERAS])
+def test_an_example_shows_what_python_shows(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typed as it stands in a folder with the sample checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    assert run_example(name, tmp_path) == ""
+
+
+def test_a_wrong_example_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another result than the page's is a difference."""
+    monkeypatch.setitem(EXAMPLES, "halves", ">>> 1 + 1\n3\n")
+    assert "Got:\n    2" in run_example("halves", tmp_path)

@@ -42,40 +42,43 @@ class Options(TypedDict, total=False):
     `pipeline.Options` adds those of the stages around it.
 
     Attributes:
-        last: how many of the newest to use; an error when there are fewer.
-        from_epoch: the first epoch that counts.
-        to_epoch: the last epoch that counts.
+        last: how many of the newest to use; fewer are an error.
+        from_epoch: the first epoch to use.
+        to_epoch: the last epoch to use.
         every: use each n-th, counted back from the newest; 1.
-        exclude: globs of file names that are not checkpoints.
+        exclude: globs of file names that are left out.
         best: how many of the best to use, by ``monitor``.
-        monitor: the metric; "val_loss" with ``best``.
-        mode: "min" or "max"; found from the metric's name.
-        log: a Keras CSVLogger file with the metric.
-        log_first: what it calls the epoch that file names call 1: 0, as Keras counts, or 1.
+        monitor: the metric of ``best``; "val_loss".
+        mode: "min" or "max", whichever is better; by default found from the metric's name.
+        log: a file of Keras's CSVLogger with the metric; by default it is in the file names.
+        log_first: what the log calls the epoch that file names call 1: 0, as Keras counts, or 1.
         epoch_pattern: a regular expression that finds the epoch in a name.
         order: "given" keeps the order of files given one by one; "epoch" is the default.
         scheme: "equal" (the default), "linear", "exp", "ema", "power".
-        alpha: of exp.
-        decay: of ema.
-        sigma: of power.
-        coefficients: in place of a scheme, oldest first.
-        dtype: stored float type, one of `tensors.FLOATS`; as in the template.
-        optimizer: "drop" (the default) or "newest": leave the optimizer's state out, or carry it.
-        include_tensors: globs: average only these.
-        exclude_tensors: globs: carry these.
-        match: how tensors are paired; "name".
-        use_ema: take the EMAs that the optimizer keeps in place of the model's own tensors.
+        alpha: the parameter of "exp": the age, in checkpoints, at which a weight falls to 1 / e.
+        decay: the parameter of "ema": the factor of the weight for each checkpoint of age.
+        sigma: the parameter of "power": the relative width, as a part of the run's length.
+        coefficients: weights in place of a scheme, one a checkpoint, oldest first.
+        dtype: the float type to store, such as "float32" or "bfloat16"; by default that of the
+            newest checkpoint.
+        optimizer: "drop" (the default) leaves the optimizer's state out; "newest" copies that of
+            the newest checkpoint.
+        include_tensors: globs of names: average only these tensors.
+        exclude_tensors: globs of names: copy these tensors from the newest checkpoint.
+        match: pair tensors by "name" (the default), or by "order" in the model.
+        use_ema: average the EMAs that a Keras optimizer keeps, in place of the model's tensors.
         allow_nonfinite: average NaN and infinity too.
-        allow: what else to average all the same; see `ALLOWED`.
-        lora: "factors" (the default) or "exact": average factors whose product is meant (LoRA,
-            DoRA, weight norm) by themselves, or write factors of the mean product.
-        strip_prefix: beginnings of names, such as "module.", without which tensors are paired.
+        allow: what else to average although it is refused by default, such as "two-runs"; see the
+            option ``--allow`` of `polyak average`.
+        lora: "factors" (the default) averages factors whose product is meant (LoRA, DoRA, weight
+            norm) by themselves; "exact" writes factors of the mean product.
+        strip_prefix: beginnings of names, such as "module.", that are ignored in pairing.
         force: replace an existing output.
-        hash: record each input's SHA-256; by default, if all have 64 MB at most.
-        verify: read the output back from the disk before it gets its name, and compare it, bit for
-            bit, with the average computed once more.
+        hash: record the SHA-256 of each input; by default if all have 64 MB at most in all.
+        verify: before the output gets its name, read it back from the disk, and compare it bit for
+            bit with the average computed once more.
         max_memory: bytes for buffers; 32 MiB.
-        jobs: processes that fold; as many as there are processors, at most 8.
+        jobs: the number of processes; by default that of the processors, at most 8.
     """
 
     last: int | None

@@ -50,32 +50,32 @@ class Plan:
 
     Attributes:
         output: the file to write, if one was named.
-        checkpoints: oldest first; the last one is the template.
-        scheme: its name; "custom" for custom coefficients.
-        parameters: of the scheme, such as alpha.
-        coefficients: one a checkpoint, sum 1.
+        checkpoints: the checkpoints, oldest first; the output begins as a copy of the last one.
+        scheme: the name of the scheme; "custom" for custom coefficients.
+        parameters: the parameters of the scheme, such as alpha.
+        coefficients: one a checkpoint; the sum is 1.
         positions: where each checkpoint stands in the run, in epochs.
-        carried: names of the tensors that are the template's.
-        dropped: names of what is left out.
+        carried: names of the tensors that are copied from the newest checkpoint.
+        dropped: names of the tensors that are left out.
         passed_over: the files of a directory that are no checkpoints, and why.
         skipped: the checkpoints that were chosen and left out because they are not healthy.
         suspicions: what names, file times and headers suggest and do not prove: that checkpoints do
             not belong together.  The notes have their texts, and the record their kinds.
         notes: what a user should know before the run.
-        bytes_to_read: of tensors, in all checkpoints that count.
-        bytes_to_write: about the size of the output.
-        memory: bytes, what the process has now and the buffers.
+        bytes_to_read: bytes of tensors to read, of all checkpoints together.
+        bytes_to_write: about the size of the output in bytes.
+        memory: bytes of memory: what the process has now, and the buffers.
         settings: the options, parsed.
-        stages: the options of the stages around the average, which are theirs alone.
-        recalibrate: what BatchNorm's statistics will be computed over again, if they are.
+        stages: the options of what happens before and after the average; not for users.
+        recalibrate: the rows on which BatchNorm's statistics will be computed again, if they are.
         output_format: the key of the output's format.
         stored_dtypes: location in the template -> the type to store, of each averaged tensor.
         drop_optimizer: the output leaves the optimizer's state out.
         factors: those of the averaged tensors of which a model uses only the product.
         measured: how far their means are from the mean of the products; a run measures it.
-        tables: of the checkpoints.
+        tables: the table of tensors of each checkpoint.
         averaged_rows: the tensors to average as each checkpoint has them.
-        carried_rows: those to carry.
+        carried_rows: the tensors to copy from the newest, in the same form.
     """
 
     output: Path | None

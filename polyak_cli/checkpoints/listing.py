@@ -31,8 +31,10 @@ StrPath = str | os.PathLike[str]
 class Checkpoint:
     """One saved model of a run: a file, or a folder that is one checkpoint.
 
-    ``epoch`` is None if the file was given by itself and its name has no number; ``metric`` is None
-    unless the best checkpoints were asked for.
+    Attributes:
+        path: the file or folder.
+        epoch: the epoch in its name; None if the file was given by itself and has no number.
+        metric: the value that the best checkpoints were chosen by; otherwise None.
     """
 
     path: Path
@@ -42,7 +44,12 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class PassedOver:
-    """A file that was excluded, or found in a directory and not taken for a checkpoint."""
+    """A file that was excluded, or found in a directory and not taken for a checkpoint.
+
+    Attributes:
+        path: the file or folder.
+        reason: why, in a few words.
+    """
 
     path: Path
     reason: str

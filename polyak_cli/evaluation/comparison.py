@@ -47,7 +47,12 @@ class Gain:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A model's score, and its gains over the baseline: accuracy first, then loss."""
+    """A model that was compared with a baseline.
+
+    Attributes:
+        score: the score of the model.
+        gains: its gains over the baseline: accuracy first, then loss; only those that both have.
+    """
 
     score: Score
     gains: tuple[Gain, ...]
@@ -55,7 +60,12 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The baseline's score and the models, in the order given."""
+    """The result of comparing models with a baseline.
+
+    Attributes:
+        baseline: the score of the baseline.
+        models: the models, in the order given.
+    """
 
     baseline: Score
     models: tuple[Compared, ...]

@@ -45,11 +45,20 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Two checkpoints compared, the worst tensor first."""
+    """The result of comparing two checkpoints, A and B.
+
+    Attributes:
+        paths: A and B.
+        tensors: how far each tensor of B is from that of A, the largest relative distance first.
+            Each has ``name``; ``relative``, the norm of A - B over the norm of A; ``largest``, the
+            largest absolute difference of two elements; ``cosine``, None where a norm is 0; and
+            ``equal``, whether all elements are equal within the tolerances.
+        mismatches: why some tensors could not be compared, a sentence each.
+    """
 
     paths: tuple[Path, Path]
     tensors: tuple[Difference, ...]
-    mismatches: tuple[str, ...]  # why some tensors could not be compared, a sentence each
+    mismatches: tuple[str, ...]
 
     @property
     def equal(self) -> bool:
@@ -171,10 +180,17 @@ class Distance(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Distances:
-    """The distances within a run, oldest checkpoint first."""
+    """The distances within a run.
+
+    Attributes:
+        checkpoints: oldest first.  Each has ``path`` and ``epoch``; ``to_previous`` and
+            ``to_average``, Euclidean distances relative to the norm of the average; and
+            ``outlier``, whether it is more than three times as far from the average as the median.
+        tensors: the number of float tensors; a distance is over all of them.
+    """
 
     checkpoints: tuple[Distance, ...]
-    tensors: int  # how many float tensors were compared, all of them as one long vector
+    tensors: int
 
     def _repr_html_(self) -> str:
         """Return the distances for a notebook, the newest checkpoint first."""

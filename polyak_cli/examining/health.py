@@ -62,14 +62,29 @@ _ENOUGH = 4
 
 
 class Checked(NamedTuple):
-    """One checkpoint; distances are Euclidean, relative to the norm of the median checkpoint."""
+    """One checkpoint that `check` has read.
+
+    Distances are Euclidean, over all float tensors, relative to the norm of the median checkpoint.
+
+    Attributes:
+        path: the file or folder.
+        epoch: the epoch in its name; None if there is none.
+        modified: when it was written, in seconds since 1970; None if unknown.
+        size: bytes of all its files; None if unknown.
+        nonfinite: the number of NaN and infinities in the model's float tensors; None if the
+            checkpoint cannot be read.
+        to_previous: distance to the next older checkpoint of the run that is readable and finite;
+            None if there is none.
+        to_next: the same for the next newer one.
+        problems: what is wrong with it; empty if nothing is.
+    """
 
     path: Path
     epoch: int | None
-    modified: float | None  # seconds since 1970; None if unknown
-    size: int | None  # bytes of all its files
-    nonfinite: int | None  # NaN and infinities in the model's float tensors; None if unreadable
-    to_previous: float | None  # to the nearest older one of the run that is readable and finite
+    modified: float | None
+    size: int | None
+    nonfinite: int | None
+    to_previous: float | None
     to_next: float | None
     problems: tuple[Problem, ...]
 
@@ -84,13 +99,21 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """A run, oldest checkpoint first, and its problems."""
+    """The result of checking a run.
+
+    Attributes:
+        checkpoints: the checkpoints with their problems, oldest first.
+        problems: the problems of the run as a whole.
+        passed_over: files of the directories that are no checkpoints of the run.
+        notes: messages for the user, one line each.
+        verdict: whether the checkpoints are of one run, as far as their values tell.
+    """
 
     checkpoints: tuple[Checked, ...]
-    problems: tuple[Problem, ...]  # those of the run as a whole
+    problems: tuple[Problem, ...]
     passed_over: tuple[PassedOver, ...]
     notes: tuple[str, ...]
-    verdict: runs.Verdict = field(default_factory=runs.Verdict)  # whether they are of one run
+    verdict: runs.Verdict = field(default_factory=runs.Verdict)
 
     @property
     def all_problems(self) -> tuple[Problem, ...]:

@@ -50,10 +50,19 @@ class Inspected(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """One checkpoint."""
+    """What a checkpoint holds.
+
+    Attributes:
+        table: path, files and tensors, as the headers describe them.
+        format: the usual name of the format, such as "Keras HDF5".
+        tensors: each tensor.  ``spec`` has its name, shape and dtype; ``fate`` says what becomes of
+            it in an average without options: averaged, carried, dropped or refused; ``statistics``
+            are norm, minimum, maximum and the number of values that are not finite, None unless
+            they were asked for.
+    """
 
     table: Table
-    format: str  # its usual name, such as Keras HDF5
+    format: str
     tensors: tuple[Inspected, ...]
 
     @property

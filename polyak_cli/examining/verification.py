@@ -42,11 +42,17 @@ _StrPath = str | os.PathLike[str]
 
 
 class Discrepancy(NamedTuple):
-    """Why an average does not verify."""
+    """One reason why an average does not verify.
+
+    Attributes:
+        kind: what differs: "file", "record", "input", "tensor" or "metadata".
+        name: the name of the input or the tensor; otherwise that of the average's file.
+        text: a sentence that includes the name.
+    """
 
     kind: Literal["file", "record", "input", "tensor", "metadata"]
-    name: str  # of the input or the tensor; else of the output's file
-    text: str  # a sentence that includes the name
+    name: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,15 +45,15 @@ if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
 
 
 class Options(averaging_options.Options, total=False):
-    """The options of `plan` and `average`: those of an average by itself, and these.
+    """The options of `plan`, `average` and `watch`; every one may be left out.
 
     Attributes:
-        on_unhealthy: "fail" or "skip": `check` the chosen checkpoints first, and refuse them when
-            anything is wrong, or average those that are healthy; None does neither.
-        recalibrate: rows over which Keras computes the average's BatchNorm statistics again; see
-            `recalibrate`.
-        batch_size: of these rows at a time, at most; 256.
-        trust_code: run the code that the model carries in a Lambda layer, to recalibrate it.
+        on_unhealthy: "fail" or "skip": `check` the chosen checkpoints first, and refuse them if
+            anything is wrong, or average only those that are healthy; None (the default): do not.
+        recalibrate: rows on which Keras computes the average's BatchNorm statistics again; see the
+            function `recalibrate`.
+        batch_size: the largest number of these rows in a batch; 256.
+        trust_code: to recalibrate, run the code that the model carries in a Lambda layer.
     """
 
     on_unhealthy: Literal["fail", "skip"] | None
@@ -119,14 +119,14 @@ class Report:
 
     Attributes:
         output: the file that was written.
-        plan: what was to be done.
-        bytes_read: of tensors; checksums that a format keeps are computed besides.
+        plan: the plan that was run.
+        bytes_read: bytes of tensors that were read.
         bytes_written: the size of the output.
-        seconds: wall clock, from the first byte to the renamed output, without the recalibration,
-            which has its own.
-        peak_memory: bytes, of the largest process.
+        seconds: wall-clock time from the first byte read to the finished output, without the
+            recalibration, which has a time of its own.
+        peak_memory: bytes of memory that the largest process had.
         kernel: what did the arithmetic: "compiled" or "numpy"; both give the same bytes.
-        shares: of the workers' time: "reading", "folding", "writing"; sum 1.
+        shares: what share of the time went into "reading", "folding" and "writing"; the sum is 1.
         notes: the plan's, and those found while reading values.
         runs: whether the checkpoints are of one run, as far as their values tell.
         recalibrated: the result of recalibrating BatchNorm's statistics, if that was asked for.
@@ -191,20 +191,21 @@ def average(
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> Report:
-    """Average checkpoints into one model file: ``run(plan(...))``.
+    """Average checkpoints into one model file; the same as ``run(plan(...))``.
 
-    Averaging the iterates of stochastic gradient descent: Polyak and Juditsky, "Acceleration of
-    stochastic approximation by averaging", 1992; in the form of the schemes of `schemes`.
+    The method is that of Polyak and Juditsky, "Acceleration of stochastic approximation by
+    averaging", 1992, with the weights of a scheme.
 
     Args:
-        sources: directories, globs or files, or what `select` chose.
-        output: the file to write, ``.h5`` or ``.hdf5``.
-        progress: called with the bytes read, after each piece of work.
+        sources: directories, globs or files, or a selection made by `select`.
+        output: the file or folder to write, in the format of the checkpoints; ``.safetensors`` and
+            ``.npz`` convert.
+        progress: called after each piece of work with the bytes that it read.
         **options: see `Options`.
 
     Raises:
-        PolyakError: a leaf of it for whatever the input, the options or the disk do not allow;
-            nothing is written then.
+        PolyakError: one of its subclasses, as `plan` and `run` raise them; nothing is written then,
+            and an older output is untouched.
     """
     return run(plan(sources, output, **options), progress=progress)
 
