@@ -10,20 +10,21 @@ BIN := .venv/bin
 CORE := .venv-core/bin
 OLDEST := .venv-oldest/bin
 TORCH := .venv-torch/bin
+HF := .venv-hf/bin
 DEMO := .venv-demo/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
 # An editable install compiles the kernel, so it is made again when one of these changes.
 BUILT_FROM := pyproject.toml $(wildcard .build-hooks/*.py polyak_cli/engine/*.c)
 
-.PHONY: demo test soak quick core core-all oldest torch system coverage lint types smoke fuzz check mutants bench bench-peers digits clean
+.PHONY: demo test soak quick core core-all oldest torch hf system coverage lint types smoke fuzz check mutants bench bench-peers digits clean
 
 # Plain numpy runs and trains both networks, so neither Keras nor TensorFlow is installed.
 demo: .venv-demo/.ready
 	@rm -rf .demo
 	@$(DEMO)/python -m tests.examples.demo
 
-test: .venv/.ready system core oldest torch
+test: .venv/.ready system core oldest torch hf
 	$(BIN)/python -m pytest $(SPREAD) -m "not soak"
 
 soak: .venv/.ready system core-all fuzz
@@ -42,7 +43,8 @@ core: .venv-core/.ready
 		inspection kernel kernels keras_zip packaging plots guide statistics weights)
 
 core-all: .venv-core/.ready
-	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras --ignore=tests/torch
+	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras \
+		--ignore=tests/torch --ignore=tests/hf
 
 # The oldest versions that pyproject allows: the same bytes, what numpy and h5py do, a few commands.
 oldest: .venv-oldest/.ready
@@ -52,6 +54,10 @@ oldest: .venv-oldest/.ready
 # What PyTorch writes and loads, in an environment of its own beside TensorFlow's.
 torch: .venv-torch/.ready
 	$(TORCH)/python -m pytest tests/torch
+
+# What Transformers, PEFT and sentence-transformers write and load, offline.
+hf: .venv-hf/.ready
+	$(HF)/python -m pytest $(SPREAD) tests/hf
 
 # What tests need of the system: Chromium, in which a report is opened; btrfs, which has quotas.
 system:
@@ -65,13 +71,14 @@ system:
 # tests of memory and of the size of files, where coverage itself takes memory and writes files, of
 # signals at random moments, which find it at work, and what does the same hundreds of times.
 coverage: export COVERAGE_FILE = $(CURDIR)/.coverage
-coverage: .venv/.ready .venv-torch/.ready
+coverage: .venv/.ready .venv-torch/.ready .venv-hf/.ready
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(SPREAD) --ignore=tests/test_memory.py \
 		--ignore=tests/test_benchmarks.py \
 		--ignore=tests/faults/test_limits.py --ignore=tests/faults/test_calls.py \
 		-k "not hundreds and not a_signal_at_any and not a_limit_on_the_size_of_files"
 	$(TORCH)/python -m coverage run -m pytest tests/torch
+	$(HF)/python -m coverage run -m pytest tests/hf
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
@@ -125,7 +132,7 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-demo .venv-mutants mutants .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-hf .venv-demo .venv-mutants mutants .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 
 # No retries: without a network, the demo says so at once.  Set as variables, they also hold for the
 # second pip, which gets the build's own needs.
@@ -168,6 +175,12 @@ clean:
 	$(PYTHON) -m venv .venv-torch
 	$(TORCH)/python -m pip install --quiet --upgrade pip
 	$(TORCH)/python -m pip install --quiet --editable . --group torch
+	@touch $@
+
+.venv-hf/.ready: $(BUILT_FROM)
+	$(PYTHON) -m venv .venv-hf
+	$(HF)/python -m pip install --quiet --upgrade pip
+	$(HF)/python -m pip install --quiet --editable . --group hf
 	@touch $@
 
 .venv-mutants/.ready: $(BUILT_FROM)

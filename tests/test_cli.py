@@ -582,6 +582,7 @@ PLAN_KEYS = {
     "bytes_to_write": int,
     "memory": int,
     "recalibrate": type(None),
+    "files": type(None),
     "passed_over": list,
     "skipped": list,
     "suspicions": list,

@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, list[str]] = {
     PLAN: [
         "average bad --on-unhealthy skip --dry-run --json --scheme exp --alpha 2",
         "average lora --dry-run --json",
+        "average folders -o other --dry-run --json",
     ],
     REPORT: [
         "average bad --on-unhealthy skip --json -o 1.h5 --best 3 --monitor loss "
@@ -35,7 +36,11 @@ COMMANDS: Mapping[str, list[str]] = {
         "watch two --once --json -o 3.h5 --last 2",
     ],
     "`polyak verify`": ["verify final.h5 --json", "verify changed.h5 --json"],
-    INSPECT: ["inspect final.h5 bad/model_1.h5 --stats --json", "inspect 1.h5 --json"],
+    INSPECT: [
+        "inspect final.h5 bad/model_1.h5 --stats --json",
+        "inspect 1.h5 --json",
+        "inspect whole --json",
+    ],
     "`polyak diff A B`": ["diff bad/model_1.h5 bad/model_2.h5 --json"],
     "`polyak diff DIR`": ["diff two --last 2 --json"],
     "`polyak check`": ["check bad --json", "check two --json"],
@@ -67,6 +72,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad/log.csv").write_text(
         "epoch,loss\n" + "".join(f"{k},{1 / (k + 1)}\n" for k in range(7))
     )
+    for step in (1, 2):
+        checkpoint = folder / f"folders/checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        save_file({"k": one.astype(np.float32)}, checkpoint / "model.safetensors")
+        (checkpoint / "config.json").write_text("{}")
+        (checkpoint / "optimizer.pt").write_text("moments")
+    polyak("average", "folders", "-o", "whole", cwd=folder)
     for name in ("a", "final", "changed"):
         polyak("average", SAMPLES, "-o", f"{name}.h5", "--last", "2", cwd=folder)
     shutil.copytree(SAMPLES, folder / "sample_checkpoints")

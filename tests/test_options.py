@@ -121,7 +121,7 @@ def test_none_stands_for_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"), [("--lsat", "--last"), ("--shceme", "--scheme"), ("--weights", "")]
+    ("given", "meant"), [("--lsat", "--last"), ("--shceme", "--scheme"), ("--average", "")]
 )
 def test_an_unknown_option_names_only_a_close_one(given: str, meant: str, tmp_path: Path) -> None:
     """A slip of the fingers is recognised; nothing far-fetched is offered."""

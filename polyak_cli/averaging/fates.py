@@ -180,7 +180,7 @@ def note_files_beside(newest: Checkpoint, template: Table) -> list[str]:
         return []
     return [
         "only the tensors are written: a program may also need config.json, the tokenizer and "
-        f"the other files beside {shown(newest.path)}"
+        f"the other files in {shown(newest.path)}, which an output without suffix, a folder, holds"
     ]
 
 

@@ -75,6 +75,8 @@ class Options(TypedDict, total=False):
         strip_prefix: beginnings of names, such as "module.", that are ignored in pairing.
         force: replace an existing output.
         hash: record the SHA-256 of each input; by default if all have 64 MB at most in all.
+        only_weights: write nothing but the tensors into an output folder, no configuration and no
+            tokenizer.
         verify: before the output gets its name, read it back from the disk, and compare it bit for
             bit with the average computed once more.
         max_memory: bytes for buffers; 32 MiB.
@@ -110,6 +112,7 @@ class Options(TypedDict, total=False):
     strip_prefix: Sequence[str]
     force: bool
     hash: bool | None
+    only_weights: bool
     verify: bool
     max_memory: int | None
     jobs: int | None
@@ -195,6 +198,7 @@ class Output:
 
     force: bool = False
     hash: bool | None = None  # None: if all inputs have `records.HASHED` bytes at most
+    only_weights: bool = False  # of a folder's files
     verify: bool = False
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from polyak_cli import checkpoints, formats
-from polyak_cli.averaging import ema, products, schemes
+from polyak_cli.averaging import carried_files, ema, products, records, schemes
 from polyak_cli.averaging.belonging import assets, averages, blame, exports, prefixes
 from polyak_cli.averaging.belonging.factors import Factors, Measured, describe_plan, find_factors
 from polyak_cli.averaging.belonging.layers import list_moved
@@ -40,6 +40,7 @@ from polyak_cli.errors import (
     word_size,
 )
 from polyak_cli.formats import outputs
+from polyak_cli.formats.model_folders import FolderFiles
 from polyak_cli.storage import publishing
 from polyak_cli.tensors import Table, itemsize
 
@@ -71,6 +72,7 @@ class Plan:
         output_format: the key of the output's format.
         stored_dtypes: location in the template -> the type to store, of each averaged tensor.
         drop_optimizer: the output leaves the optimizer's state out.
+        files: what an output folder will hold; None if the output is no folder.
         factors: those of the averaged tensors of which a model uses only the product.
         measured: how far their means are from the mean of the products; a run measures it.
         tables: the table of tensors of each checkpoint.
@@ -99,6 +101,7 @@ class Plan:
     output_format: str
     stored_dtypes: Mapping[str, str] = field(repr=False)
     drop_optimizer: bool
+    files: FolderFiles | None = field(repr=False)
     factors: Factors = field(repr=False)
     measured: tuple[Measured, ...]
     tables: tuple[Table, ...] = field(repr=False)
@@ -164,6 +167,7 @@ class Plan:
                     ("dropped", self.dropped),
                 )
             },
+            "files": self.files.data() if self.files else None,
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
             "memory": self.memory,
@@ -233,13 +237,12 @@ def plan_average(
     coefficients = settings.weighting.compute(chosen.positions)
     tables = _scan(chosen, settings)
     template = tables[-1]
-    if output:
-        outputs.check_output(output, tables, force=settings.output.force, run=chosen.left_out)
+    _check_output(output, tables, chosen, settings)
     around.check_template(template, output)
     exports.refuse_unordered(tables)
     found = _sort_tensors(tables, settings, coefficients)
     asset_notes = assets.refuse_other_assets(tables, settings.tensors.allow)
-    output_format = _choose_format(output, template, found, settings)
+    files = carried_files.plan_files(output, template, settings)
     suspicions = [*_list_suspicions(chosen, around), *found.averages]
     made = Plan(
         output=output,
@@ -253,16 +256,17 @@ def plan_average(
         passed_over=chosen.passed_over,
         skipped=tuple(around.skipped),
         suspicions=tuple(suspicions),
-        notes=(*_collect_notes(chosen, tables, found, around, suspicions), *asset_notes),
+        notes=(*_collect_notes(chosen, tables, found, around, suspicions, files), *asset_notes),
         bytes_to_read=_count_bytes_to_read(found.averaged, found.carried, coefficients),
-        bytes_to_write=_estimate_size(template, found),
+        bytes_to_write=_estimate_size(template, found) + (files.nbytes if files else 0),
         memory=measure_peak() + settings.machine.share().nbytes,
         settings=settings,
         recalibrate=around.recalibrate,
         stages=around.stages,
-        output_format=output_format,
+        output_format=_choose_format(output, template, found, settings),
         stored_dtypes=found.stored,
         drop_optimizer=found.drop_optimizer,
+        files=files,
         factors=found.factors,
         measured=(),
         tables=tables,
@@ -272,6 +276,18 @@ def plan_average(
     if output:
         publishing.check_room(output, around.copies * made.bytes_to_write)
     return made
+
+
+def _check_output(
+    output: Path | None,
+    tables: Sequence[Table],
+    chosen: checkpoints.Selection,
+    settings: Settings,
+) -> None:
+    """Refuse an output that is in the way; see `outputs.check_output`."""
+    if output:
+        force, owned = settings.output.force, records.list_owned
+        outputs.check_output(output, tables, force=force, run=chosen.left_out, list_owned=owned)
 
 
 def _scan(chosen: checkpoints.Selection, settings: Settings) -> tuple[Table, ...]:
@@ -356,11 +372,14 @@ def _collect_notes(
     found: _Fates,
     around: Around,
     suspicions: Sequence[Problem],
+    files: FolderFiles | None,
 ) -> Iterator[str]:
     """Yield what a user should know before the run."""
     yield from chosen.notes
     yield from (problem.text for problem in suspicions)
-    yield from note_files_beside(chosen.checkpoints[-1], tables[-1])
+    if files is None:
+        yield from note_files_beside(chosen.checkpoints[-1], tables[-1])
+    yield from carried_files.note_other_weights(files)
     yield from list_notes(
         tables,
         found.averaged,

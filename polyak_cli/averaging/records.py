@@ -11,16 +11,19 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from polyak_cli import __version__, checkpoints, formats
-from polyak_cli.averaging.planning import Plan
 from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.errors import CheckpointError, FormatError, PolyakError, shown
+from polyak_cli.formats.model_folders import RECORD_NAME, FolderFiles
 from polyak_cli.storage import File, open_input
 from polyak_cli.storage.local import name_errors
+
+if TYPE_CHECKING:  # a plan asks which files an older output may replace, which its record says
+    from polyak_cli.averaging.planning import Plan
 
 #: The key of the record's own digest, over all other keys.
 SEAL = "sha256"
@@ -47,6 +50,8 @@ _YOUNGER_OPTIONS: Mapping[str, tuple[tuple[type, ...], Any]] = {
 _LISTS = ("include_tensors", "exclude_tensors", "allow", "strip_prefix")
 #: The longest file name that Linux and macOS allow, in bytes.
 _LONGEST = 255
+#: Bytes that the file with the record of an output folder may have.
+_LONGEST_RECORD = 64 << 20
 #: Inputs of at most this many bytes in all are hashed whole unasked: it takes no time then.
 HASHED = 64 << 20
 #: A sampled digest reads at most this many pieces of this many bytes: 3.93 MB.
@@ -113,6 +118,8 @@ class Record:
             None if there are none, or if an older version did not name them.
         recalibrated: statistics were gathered over data.
         is_sealed: it has its own digest, and the digest is right.
+        weights: of an output folder, the files with the tensors.
+        carried: of an output folder, name of each file that was copied -> its SHA-256.
     """
 
     text: str
@@ -122,6 +129,8 @@ class Record:
     statistics: Mapping[str, str] | None
     recalibrated: bool
     is_sealed: bool
+    weights: tuple[str, ...] = ()
+    carried: Mapping[str, str] = field(default_factory=dict)
 
 
 def read(written: str) -> Record:
@@ -160,6 +169,7 @@ def read(written: str) -> Record:
         statistics=_parse_statistics(recalibrated or {}),
         recalibrated=recalibrated is not None,
         is_sealed=is_sealed,
+        **_parse_files(record.get("files")),
     )
 
 
@@ -253,6 +263,27 @@ def _parse_statistics(recalibrated: Mapping[str, Any]) -> dict[str, str] | None:
     if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
         raise _build_error("no digests of the statistics")
     return found
+
+
+def _parse_files(found: Any) -> dict[str, Any]:
+    """Check what a record says of the files in an output folder."""
+    if found is None:
+        return {}
+    weights = found.get("weights") if isinstance(found, dict) else None
+    copies = found.get("carried") if isinstance(found, dict) else None
+    if not isinstance(weights, list) or not isinstance(copies, list):
+        raise _build_error("no lists of files in their place")
+    if not all(isinstance(one, dict) and isinstance(one.get("sha256"), str) for one in copies):
+        raise _build_error("no digests of the copied files")
+    for name in (*weights, *(one.get("name") for one in copies)):
+        if not isinstance(name, str) or not _is_path(name, name.rpartition("/")[2]):
+            raise _build_error(
+                f"a file called {shown(name, 60)}; expected a name inside the folder"
+            )
+    return {
+        "weights": tuple(weights),
+        "carried": {one["name"]: one["sha256"] for one in copies},
+    }
 
 
 # --- digests --------------------------------------------------------------------------------------
@@ -369,8 +400,18 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
         "parameters": dict(plan.parameters),
         "options": _list_options(plan),
         "inputs": inputs,
+        **({"files": _describe_files(plan.files)} if plan.files else {}),
         **({"skipped": skipped} if skipped else {}),
         **({"suspicions": suspected} if suspected else {}),
+    }
+
+
+def _describe_files(files: FolderFiles) -> dict[str, Any]:
+    """Return what a record says of the files in an output folder."""
+    return {
+        "weights": list(files.weights),
+        "carried": [{"name": one.name, "sha256": _hash_file(one.file)} for one in files.carried],
+        "left_out": [one.name for one in files.left_out],
     }
 
 
@@ -384,6 +425,20 @@ def _list_options(plan: Plan) -> dict[str, Any]:
             del listed[key]
     # What was done, and not what was asked for: some files keep the state whatever is asked.
     return listed | {"optimizer": "drop" if plan.drop_optimizer else "newest"}
+
+
+def list_owned(folder: Path) -> frozenset[str]:
+    """Return the names of the files that this tool wrote into an output folder, if it did.
+
+    They are relative to the folder, and are those of the record in it, whose digest must be right.
+    """
+    with contextlib.suppress(PolyakError):
+        with open_input(folder / RECORD_NAME) as file:
+            written = file.read(0, _LONGEST_RECORD).decode(errors="replace")
+        record = read(written.removesuffix("\n"))
+        if record.is_sealed and record.weights:
+            return frozenset((*record.weights, *record.carried, RECORD_NAME))
+    return frozenset()
 
 
 def read_output_record(output: Path) -> Any:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from polyak_cli import formats
-from polyak_cli.averaging import products, records
+from polyak_cli.averaging import carried_files, products, records
 from polyak_cli.averaging.belonging import blame, constants, quantised, runs
 from polyak_cli.averaging.fates import describe_difference, is_compared, is_wanted
 from polyak_cli.averaging.matching import Row, list_files, list_sources
@@ -35,7 +35,8 @@ class Written(NamedTuple):
     """What writing an output took and found."""
 
     totals: Totals
-    files: list[Path]
+    files: list[Path]  # that hold the tensors
+    beside: list[Path]  # others of an output folder
     notes: list[str]
     runs: runs.Verdict  # whether the checkpoints that count are of one run
 
@@ -49,10 +50,12 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
         totals, kept, verdict = _fold(plan, [plan.coefficients], [skeleton], progress)
     inputs = list_files(plan.tables)
     compared, differing = _compare_carried(plan, inputs, progress)
+    beside = carried_files.copy_files(plan.files, hidden, record) if plan.files else []
     # Only now: a file that was rewritten while it was read gives a mixture of two checkpoints.
-    check_unchanged(inputs)
+    check_unchanged([*inputs, *(one.file for one in (plan.files.carried if plan.files else ()))])
     notes = [*_judge_runs(plan, verdict), *constants.describe_constants(kept), *differing]
-    return Written(totals.plus(compared), [*map(Path, skeleton.files)], notes, verdict)
+    weights = [*map(Path, skeleton.files)]
+    return Written(totals.plus(compared), weights, beside, notes, verdict)
 
 
 def write_again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:

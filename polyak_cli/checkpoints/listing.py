@@ -21,8 +21,15 @@ from typing import NamedTuple
 
 from polyak_cli.checkpoints.names import split_words
 from polyak_cli.errors import CheckpointError, UsageError, shown, word_count, word_rest
-from polyak_cli.formats.catalogue import FORMATS, name_file, name_folder
+from polyak_cli.formats.catalogue import (
+    FORMATS,
+    OPENERS,
+    choose_openers,
+    name_file,
+    name_folder,
+)
 from polyak_cli.formats.foreign import EMPTY, JSON, NUMPY, ZIP, name_by_ending
+from polyak_cli.formats.model_folders import STATE, is_training_state
 
 StrPath = str | os.PathLike[str]
 
@@ -87,17 +94,14 @@ _KINDS_OF_FILE = dict(
 #: The kind of a folder that is one checkpoint.
 _FOLDER = "checkpoint folders"
 
-#: The file by which such a folder is opened; it has exactly one of these.
-_OPENERS = tuple(name for entry in FORMATS for name in entry.openers)
-
 #: A data shard of a TensorFlow checkpoint, which is named by its .index file.
 _DATA = re.compile(r"(.+)\.data-\d{5}-of-\d{5}", re.DOTALL)
 
 #: A shard of a sharded save of Keras, which is named by its .weights.json file.
 _SHARD = re.compile(r"(.+)_[0-9]{5,}\.weights\.h5")
 
-#: A shard of a sharded safetensors checkpoint, which is named by its index.
-_PIECE = re.compile(r".*-\d{5}-of-\d{5}\.safetensors", re.IGNORECASE | re.DOTALL)
+#: A shard of a sharded checkpoint of Transformers, which is named by its index.
+_PIECE = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)", re.IGNORECASE | re.DOTALL)
 
 #: How the names of files end that name the other files of a checkpoint, which begin alike.
 _INDICES = (".safetensors.index.json", ".weights.json", ".bin.index.json", ".index")
@@ -268,7 +272,7 @@ def expand_source(source: StrPath) -> tuple[list[Path], bool]:
         ) from error
     listed = [Path(text, name) for name in names]
     # A run's folder may hold its final model beside its checkpoints; then it is not one checkpoint.
-    if not set(_OPENERS).isdisjoint(names) and not any(_is_another(path) for path in listed):
+    if not set(OPENERS).isdisjoint(names) and not any(_is_another(path) for path in listed):
         folder = Path(text)
         return [folder if folder.name not in ("", "..") else folder.resolve()], False
     return listed, True
@@ -276,7 +280,7 @@ def expand_source(source: StrPath) -> tuple[list[Path], bool]:
 
 def _is_another(path: Path) -> bool:
     """Return whether a path in a folder is a checkpoint besides the folder's own."""
-    if path.name in _OPENERS or _PIECE.fullmatch(path.name):
+    if path.name in OPENERS or _PIECE.fullmatch(path.name):
         return False
     kind = _find_kind_by_suffix(path, _KINDS_OF_FILE)
     return kind.startswith(".safetensors") or bool(_find_openers(path))
@@ -327,12 +331,13 @@ def _find_openers(path: Path) -> list[Path]:
     # A name with a known suffix is no folder; this saves a stat() for each file of a long run.
     if _find_kind_by_suffix(path, _KINDS_OF_FILE) or not path.is_dir():
         return []
-    return [path / name for name in _OPENERS if (path / name).is_file()]
+    there = [name for name in OPENERS if (path / name).is_file()]
+    return [path / name for name in choose_openers(there)]
 
 
 def _find_folder(path: Path) -> Path:
     """Return the folder of which a file is the opener, as its name has the epoch; else the file."""
-    known = path.name in _OPENERS and path.parent.name not in ("", "..")
+    known = path.name in OPENERS and path.parent.name not in ("", "..")
     return path.parent if known and _find_openers(path.parent) == [path] else path
 
 
@@ -390,6 +395,8 @@ def find_objection(path: Path, kinds: Mapping[str, str], what: str) -> str | Non
         return "a data shard of a TensorFlow checkpoint whose .index is not here"
     if _PIECE.fullmatch(name):
         return "one shard of several, which belong to an index"
+    if is_training_state(name):
+        return STATE
     if not find_kind(path, kinds):
         return _describe_unknown(path, what)
     shard = _SHARD.fullmatch(path.name)

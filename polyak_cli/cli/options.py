@@ -392,10 +392,23 @@ RECALIBRATING = under(
     ),
 )
 
+ONLY_WEIGHTS = option(
+    "--only-weights",
+    is_flag=True,
+    help="Write nothing but the tensors into an output folder: no configuration, no tokenizer.",
+)
+
 WRITING = under(
     "Output",
-    option("-o", "--output", type=click.Path(), metavar="FILE", help="The file to write."),
+    option(
+        "-o",
+        "--output",
+        type=click.Path(),
+        metavar="FILE",
+        help="The file to write, or the folder, if the checkpoints are folders.",
+    ),
     option("--force", is_flag=True, help="Replace an existing output."),
+    ONLY_WEIGHTS,
     HASH,
     option(
         "--verify",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 #: Problems that are shown of an average which does not verify, and tensors of a comparison.
 _MOST = 20
 #: Reasons for which nobody expects that a file is averaged: how they begin.
-_PLAIN_REASONS = ("not named like", "hidden", "a directory", "--exclude")
+_PLAIN_REASONS = ("not named like", "hidden", "a directory", "training state", "--exclude")
 #: Files passed over that are shown, unless all were asked for.
 MOST_PASSED = 5
 #: What shows the others, of commands that have -v.
@@ -138,6 +138,7 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[Line]:
         )
     yield from passed_over_lines(plan.passed_over, None if verbose else MOST_PASSED, _BY_V)
     yield from _skipped_lines(plan)
+    yield from _file_lines(plan)
     yield (
         f"to read {word_size(plan.bytes_to_read)}, "
         f"to write about {word_size(plan.bytes_to_write)}, memory about {word_size(plan.memory)}"
@@ -172,6 +173,20 @@ def _word_fates(plan: Plan) -> str:
         "left out": len(plan.dropped),
     }
     return "tensors: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def _file_lines(plan: Plan) -> Iterator[str]:
+    """Yield which files of the newest checkpoint an output folder will have, and which not."""
+    if plan.files is None:
+        return
+    newest = shown(plan.names[-1], 60)
+    carried = [f"{shown(one.name)}" for one in plan.files.carried]
+    if carried:
+        yield f"files copied from {newest}: {', '.join(carried)}"
+    reasons = dict.fromkeys(one.reason for one in plan.files.left_out)
+    for reason in reasons:
+        names = [shown(one.name) for one in plan.files.left_out if one.reason == reason]
+        yield f"files not copied ({reason}): {', '.join(names)}"
 
 
 def _skipped_lines(plan: Plan) -> Iterator[str]:

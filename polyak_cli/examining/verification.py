@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from polyak_cli import __version__, formats
+from polyak_cli.averaging import carried_files, planning, records
 from polyak_cli.averaging import options as averaging_options
-from polyak_cli.averaging import planning, records
 from polyak_cli.averaging.fates import map_stored_dtypes
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.averaging.records import Record
@@ -35,6 +35,7 @@ from polyak_cli.evaluation import recalibration
 from polyak_cli.examining.bitwise import Deviation
 from polyak_cli.examining.recompute import Written, compare_again
 from polyak_cli.formats.catalogue import detect, find_format
+from polyak_cli.formats.model_folders import RECORD_NAME
 from polyak_cli.storage import File, Version, open_input
 from polyak_cli.tensors import Table
 
@@ -146,7 +147,7 @@ def verify(
         return Verification(Path(output), problems=(Discrepancy("record", path.name, text),))
     except CheckpointError as error:
         raise CheckpointError(f"{shown(output)}: {error}; there is nothing to recompute") from None
-    folders = [*map(Path, sources), _find_folder(table)]
+    folders = [*map(Path, sources), _find_folder(table, record)]
     others, notes = ([], []) if sources else _find_folders_beside(record, table)
     search = _Search(record, [*folders, *others], table)
     return _Verifier(Path(output), table, record, search, machine, notes=notes).run()
@@ -166,14 +167,23 @@ def _find_opener(path: Path) -> Path:
     return found
 
 
-def _is_sharded(table: Table) -> bool:
-    """Return whether an average is a folder, not files whose names begin alike."""
-    return bool(find_format(table.format).folder_endings) and len(table.files) > 1
+def _is_folder_output(table: Table, record: Record) -> bool:
+    """Return whether an average is a folder, not a file or files whose names begin alike."""
+    is_sharded = find_format(table.format).can_be_folder and len(table.files) > 1
+    # Weights may have been taken out of their folder; then they are a file.
+    return is_sharded or (bool(record.weights) and _find_record_beside(table).exists())
 
 
-def _find_folder(table: Table) -> Path:
+def _find_record_beside(table: Table) -> Path:
+    """Return where the record of an output folder lies."""
+    return table.path.parent / RECORD_NAME
+
+
+def _find_folder(table: Table, record: Record) -> Path:
     """Return the folder that holds an average."""
-    return table.path.parent.parent if _is_sharded(table) else table.path.parent
+    if not _is_folder_output(table, record):
+        return table.path.parent
+    return table.path.absolute().parent.parent
 
 
 # --- where the inputs are -------------------------------------------------------------------------
@@ -388,7 +398,7 @@ def _find_folders_beside(record: Record, own: Table) -> tuple[list[Path], list[s
 
     If several hold files of the names, only digests can say which is meant.
     """
-    beside = _find_folder(own)
+    beside = _find_folder(own, record)
     named = [
         folder
         for folder in _list_entries(beside)
@@ -446,6 +456,7 @@ class _Verifier:
             plan = self._make_plan()
             if plan:
                 self._compare_output(plan)
+            self._compare_copies()
         except (FormatError, MismatchError, CheckpointError) as error:
             gathered = ()
             self._explain(error)
@@ -588,13 +599,31 @@ class _Verifier:
         path = self.table.path
         written = Written(
             files=[Path(file.path) for file in self.table.files],
-            opened=Path("copy", path.name) if _is_sharded(self.table) else Path(path.name),
+            opened=Path("copy", path.name)
+            if _is_folder_output(self.table, self.record)
+            else Path(path.name),
             record=self.record.text,
             nbytes=self.table.size,
             recalibrated=self.table if self.record.recalibrated else None,
         )
-        near = [_find_folder(self.table), Path(tempfile.gettempdir())]
+        near = [_find_folder(self.table, self.record), Path(tempfile.gettempdir())]
         return compare_again(plan, written, near, table=self.table)
+
+    def _compare_copies(self) -> None:
+        """Compare the copied files of an output folder with their digests, and its record.
+
+        Weights that were taken out of their folder have no copied files to compare.
+        """
+        folder = self.table.path.parent
+        if not self.record.weights or not _find_record_beside(self.table).exists():
+            return
+        for text in carried_files.find_changed(folder, self.record.carried):
+            self.problems.append(Discrepancy("file", str(folder), text))
+        with contextlib.suppress(FormatError), open_input(_find_record_beside(self.table)) as file:
+            expected = f"{self.record.text}\n".encode()
+            if file.read(0, len(expected) + 1) != expected:
+                text = f"'{RECORD_NAME}' is not the record in the weights"
+                self.problems.append(Discrepancy("record", RECORD_NAME, text))
 
     def _describe_suspects(self) -> str:
         """Say what may have been changed, where no input is known to be."""

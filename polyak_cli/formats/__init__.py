@@ -21,6 +21,7 @@ from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonReques
 from polyak_cli.processes import sandbox
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, Version
+from polyak_cli.storage.local import LocalOutput
 from polyak_cli.tensors import Placement, Table
 
 # --- reading --------------------------------------------------------------------------------------
@@ -227,6 +228,9 @@ def write_skeleton(
         OSError: it cannot be written; `publish` knows by what name to report it.
     """
     key = form or template.format
+    if output.is_dir() and len(template.files) == 1:
+        output /= find_format(key).name_outputs(template)[0]
+        LocalOutput(str(output), create=True).close()
     request = SkeletonRequest(template, str(output), averaged, drop_optimizer, provenance)
     find_format(key)  # imported here, and not in the child
     (outcome,) = sandbox.run_each(_write_one, [(key, request)], [str(template.path)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,6 +89,7 @@ FORMATS: tuple[Entry, ...] = (
         "polyak_cli.formats.torch.archive:TorchZip",
         detection.is_torch_zip,
         {".pt": ".pt", ".pth": ".pth", ".bin": ".bin", ".ckpt": ".ckpt"},
+        ("pytorch_model.bin", "adapter_model.bin", "diffusion_pytorch_model.bin"),
     ),
     Entry(
         "tf_bundle",
@@ -97,6 +98,26 @@ FORMATS: tuple[Entry, ...] = (
         {".index": ".index"},
     ),
 )
+
+
+#: All names by which a folder that is one checkpoint is opened.
+OPENERS = tuple(name for entry in FORMATS for name in entry.openers)
+
+
+def choose_openers(names: Collection[str]) -> list[str]:
+    """Return the names by which a folder could be opened; several if it is not clear by which.
+
+    Of the same weights in safetensors and in PyTorch's own format, the former are taken, as
+    Transformers, PEFT and Diffusers do.
+    """
+    found = [name for name in OPENERS if name in names]
+    safe = {_find_stem(name) for name in found if ".safetensors" in name}
+    return [name for name in found if ".safetensors" in name or _find_stem(name) not in safe]
+
+
+def _find_stem(name: str) -> str:
+    """Return what two forms of the same weights have in common."""
+    return name.partition(".")[0].removeprefix("pytorch_")
 
 
 @functools.cache

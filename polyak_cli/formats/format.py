@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from polyak_cli.processes.sandbox import Heartbeat
@@ -67,9 +68,8 @@ class Format(ABC):
     has_checksums: ClassVar[bool] = False
     #: The float types that it can store.
     dtypes: ClassVar[frozenset[str]] = COMMON
-    #: Endings of the names in an output that is a folder with as many files as the template has;
-    #: () where an output is always one file.
-    folder_endings: ClassVar[tuple[str, ...]] = ()
+    #: A checkpoint of several files becomes a folder of as many where the output is named so.
+    can_be_folder: ClassVar[bool] = False
     #: `texts` is there: its checkpoints can be converted to other formats.
     can_be_left: ClassVar[bool] = False
     #: The suffix that asks for conversion to it; "" where other formats cannot become it.
@@ -98,6 +98,11 @@ class Format(ABC):
             FormatError: the template cannot be copied safely.
             OSError: the output cannot be written.
         """
+
+    def name_outputs(self, template: Table) -> list[str]:
+        """Return the names of the files in an output folder, relative to it, in their order."""
+        folder = template.path.parent
+        return [Path(file.path).relative_to(folder).as_posix() for file in template.files]
 
     @abstractmethod
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from polyak_cli.errors import OutputError, PolyakError, shown
-from polyak_cli.formats.catalogue import FORMATS, find_format
+from polyak_cli.formats.catalogue import FORMATS, OPENERS, find_format
 from polyak_cli.formats.format import SkeletonRequest
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import publishing
@@ -35,17 +35,17 @@ def choose_format(output: Path | None, template: Table) -> str:
 
 
 def is_folder(output: Path, template: Table) -> bool:
-    """Tell whether an output is to be a folder: named without suffix, for several files."""
-    return bool(_find_endings(template)) and len(template.files) > 1 and not output.suffix
+    """Tell whether an output is to be a folder: the checkpoints are, and it has no suffix.
+
+    What begins with a digit is no suffix but a number, as in ``llama-3.1``.
+    """
+    is_named_so = not output.suffix or output.suffix[1].isdigit()
+    return is_named_so and (template.path.name in OPENERS or _is_sharded(template))
 
 
-def list_folder_endings(output: Path, template: Table) -> tuple[str, ...]:
-    """Return the endings of the names in an output that is to be a folder; () for a file."""
-    return _find_endings(template) if is_folder(output, template) else ()
-
-
-def _find_endings(template: Table) -> tuple[str, ...]:
-    return find_format(template.format).folder_endings
+def _is_sharded(template: Table) -> bool:
+    """Tell whether a checkpoint consists of files that a folder can hold under their names."""
+    return find_format(template.format).can_be_folder and len(template.files) > 1
 
 
 def check_conversion(
@@ -82,11 +82,7 @@ def check_conversion(
 
 def _is_merged(output: Path, template: Table) -> bool:
     """Tell whether the shards of a folder, each with texts of its own, become one file."""
-    return (
-        bool(_find_endings(template))
-        and len(template.files) > 1
-        and not is_folder(output, template)
-    )
+    return _is_sharded(template) and not is_folder(output, template)
 
 
 def _refuse_conversion(request: tuple[str, SkeletonRequest], heartbeat: Heartbeat) -> None:
@@ -101,7 +97,12 @@ def _refuse_conversion(request: tuple[str, SkeletonRequest], heartbeat: Heartbea
 
 
 def check_output(
-    output: Path, tables: Sequence[Table], *, force: bool, run: Sequence[Path] = ()
+    output: Path,
+    tables: Sequence[Table],
+    *,
+    force: bool,
+    run: Sequence[Path] = (),
+    list_owned: publishing.ListOwned = publishing.own_nothing,
 ) -> None:
     """Refuse, before any work, an output that could not or must not be written.
 
@@ -110,12 +111,13 @@ def check_output(
         tables: of the checkpoints, the template last.
         force: replace an older output.
         run: further checkpoints of the same run, which are not to be replaced either.
+        list_owned: returns which files of an older output folder may be replaced.
 
     Raises:
         OutputError: what is in the way, and what to do.
     """
     try:
-        _check_place(output, tables, force=force)
+        _check_place(output, tables, force=force, list_owned=list_owned)
         for path in run:
             if output.exists() and path.exists() and output.samefile(path):
                 raise OutputError(
@@ -127,7 +129,9 @@ def check_output(
         raise OutputError(f"{shown(output)}: cannot be written: {shown(reason)}") from None
 
 
-def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
+def _check_place(
+    output: Path, tables: Sequence[Table], *, force: bool, list_owned: publishing.ListOwned
+) -> None:
     name = shown(output)
     folder_wanted = is_folder(output, tables[-1])
     if output.is_dir() and not folder_wanted:
@@ -143,6 +147,13 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
         )
     _check_weights_suffix(output, tables[-1], suffixes)
     folder = output.resolve().parent
+    newest = tables[-1].path.parent.resolve()
+    if folder_wanted and newest in (folder, *folder.parents):
+        # Its files are copied with the rest of that folder the next time.
+        raise OutputError(
+            f"{name}: lies in the folder of the checkpoint {shown(tables[-1].path.parent)}, whose "
+            "files are copied; name an output outside of it"
+        )
     if not folder.is_dir():
         raise OutputError(f"{name}: there is no folder {shown(folder)}; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -155,7 +166,7 @@ def _check_place(output: Path, tables: Sequence[Table], *, force: bool) -> None:
         return
     if folder_wanted and output.exists():
         inputs = [file for table in tables for file in table.files]
-        publishing.check_folder(output, inputs, _find_endings(tables[-1]), force=force)
+        publishing.check_folder(output, inputs, list_owned, force=force)
         return
     if output.exists():
         _check_existing(output, tables)
@@ -195,7 +206,9 @@ def _describe_alternatives(template: Table) -> str:
     """Say what else an output may be called."""
     form = find_format(template.format)
     shards = (
-        ", or no suffix for a folder with as many files" if is_folder(Path("x"), template) else ""
+        ", or no suffix for a folder with all of the model's files"
+        if is_folder(Path("x"), template)
+        else ""
     )
     others = (
         [end for end in _map_conversions() if end not in form.suffixes] if form.can_be_left else []

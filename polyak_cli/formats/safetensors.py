@@ -282,13 +282,18 @@ def _write_index(request: SkeletonRequest, made: Sequence[_Output], heartbeat: H
     """Write the template's index for an output whose tensors may have another type."""
     source = request.template.files[-1].path
     content = dict(_read_index(source, heartbeat).content)
-    name = Path(source).name
     total = sum(entry.stop - entry.start for one in made for entry in one.entries)
     content["metadata"] = content.get("metadata", {}) | {_SIZE: total}
-    target = str(Path(request.output, name if name.endswith(_INDEX) else f"model{_INDEX}"))
+    target = str(Path(request.output, _name_index(source)))
     with LocalOutput(target, create=True) as file:
         file.write(0, (json.dumps(content, indent=2) + "\n").encode())
     return target
+
+
+def _name_index(source: str) -> str:
+    """Return the name of an output's index, by which programs find it."""
+    name = Path(source).name
+    return name if name.endswith(_INDEX) else f"model{_INDEX}"
 
 
 def _change_types(
@@ -377,8 +382,7 @@ class Safetensors(Format):
     suffixes = (".safetensors",)
     dtypes = frozenset(FLOATS)
     recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
-    #: The shards, and the index of them.
-    folder_endings = (".safetensors", ".safetensors.index.json")
+    can_be_folder = True
     can_be_left = True
     conversion_suffix = ".safetensors"
 
@@ -409,6 +413,11 @@ class Safetensors(Format):
                 {key: text for header in headers for key, text in header.metadata.items()}
             ),
         )
+
+    def name_outputs(self, template: Table) -> list[str]:
+        """See `Format.name_outputs`."""
+        names = [Path(file.path).name for file in template.files]
+        return names if len(names) == 1 else [*names[:-1], _name_index(names[-1])]
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """Return what a checkpoint says besides its tensors."""

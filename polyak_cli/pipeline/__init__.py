@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from polyak_cli import checkpoints, formats
+from polyak_cli.averaging import carried_files, products, records
 from polyak_cli.averaging import options as averaging_options
-from polyak_cli.averaging import products, records
 from polyak_cli.averaging.belonging import blame, factors
 from polyak_cli.averaging.belonging.runs import Verdict
 from polyak_cli.averaging.notebook import write_html
@@ -33,7 +33,6 @@ from polyak_cli.errors import (
     word_count,
     word_size,
 )
-from polyak_cli.formats import outputs
 from polyak_cli.pipeline.advice import add_advice
 from polyak_cli.storage import publishing
 
@@ -316,19 +315,21 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     begun = time.perf_counter()
     plan = _measure_factors(plan)
     force, verify = plan.settings.output.force, plan.settings.output.verify
-    folder = outputs.list_folder_endings(output, plan.tables[-1])
+    folder = records.list_owned if plan.files else None
     with _advising(plan), blame.naming_inputs(plan.tables):
         record = records.encode(records.seal(records.make_record(plan)))
     with publishing.publish(output, force=force, folder=folder) as hidden:
         with _advising(plan):
-            totals, files, notes, found = write_average(
+            totals, files, beside, notes, found = write_average(
                 plan, hidden, record, progress or (lambda _: None)
             )
         recalibrated = _recalibrate(plan, output, hidden)
         if recalibrated:
             notes += recalibrated.notes
-        nbytes = sum(file.stat().st_size for file in files)
+        nbytes = sum(file.stat().st_size for file in (*files, *beside))
         if verify:
+            # Otherwise the kernel would return what was written, not what is on the disk.
+            publishing.drop_cache([*files, *beside])
             _verify(plan, output, hidden, files, record, own=recalibrated is not None)
         written = hidden.stat().st_ino
     # Another run may have published under this name meanwhile; its bytes were not compared.
@@ -405,8 +406,6 @@ def _verify(
     """
     from polyak_cli.examining.recompute import Written, compare_again
 
-    # Otherwise the kernel would return what was written, not what is on the disk.
-    publishing.drop_cache(files)
     written = Written(
         files=files,
         opened=Path(output.name, files[-1].name) if hidden.is_dir() else Path(output.name),
@@ -415,8 +414,9 @@ def _verify(
         recalibrated=formats.scan([hidden], with_optimizer=True)[0] if own else None,
     )
     found = compare_again(plan, written, [output.resolve().parent])
-    if found:
-        first, *others = [*map(str, found.tensors), *found.outside]
+    changed = carried_files.find_changed(hidden, records.read(record).carried)
+    if found or changed:
+        first, *others = [*map(str, found.tensors), *found.outside, *changed]
         more = f" (and {len(others)} more)" if others else ""
         raise OutputError(
             f"{shown(output)}: read back, it is not what was written: {first}{more}; nothing was "

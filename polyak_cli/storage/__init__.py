@@ -7,7 +7,7 @@ name.  Local files are the only store so far; the protocols say what another one
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
@@ -135,15 +135,15 @@ class Store(Protocol):
         """Yield the names of what lies directly under a prefix, sorted."""
 
     def create(
-        self, key: str, *, force: bool, folder: tuple[str, ...] = ()
+        self, key: str, *, force: bool, folder: Callable[[Path], Collection[str]] | None = None
     ) -> AbstractContextManager[Path]:
         """Yield a hidden place that takes the name when the block ends well; see `publishing`.
 
         Args:
             key: the name.
             force: replace what has the name already.
-            folder: make a folder of files instead of a file; these are the endings of their
-                names.
+            folder: make a folder of files instead of a file; it returns which files of an older
+                folder may be replaced.
 
         Raises:
             OutputError: it cannot be written, or the name was taken and ``force`` is not given.

@@ -11,7 +11,7 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -230,7 +230,7 @@ class LocalStore:
             yield from sorted(entry.path for entry in entries)
 
     def create(
-        self, key: str, *, force: bool, folder: tuple[str, ...] = ()
+        self, key: str, *, force: bool, folder: Callable[[Path], Collection[str]] | None = None
     ) -> AbstractContextManager[Path]:
         """See `storage.Store.create`."""
         from polyak_cli.storage.publishing import publish

@@ -1,8 +1,8 @@
 """The one atomic writer: an output appears whole under its name, or not at all.
 
 Files and folders of files are written under a hidden name beside their place, synced, and renamed.
-Knows no format: the caller says how the names of the files end that a folder may hold, and nothing
-else is ever replaced or deleted.
+Knows no format: the caller says which files of an older folder are an average's, and nothing else
+is ever replaced or deleted.
 """
 
 from __future__ import annotations
@@ -13,22 +13,30 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from polyak_cli.errors import OutputError, shown, word_size
 from polyak_cli.storage import File
 
+#: Returns the names of the files in a folder, relative to it, that may be replaced with it.
+ListOwned = Callable[[Path], Collection[str]]
+
+
+def own_nothing(_folder: Path) -> Collection[str]:
+    """Return no name: nothing may be replaced."""
+    return ()
+
 
 def check_folder(
-    output: Path, inputs: Sequence[File], endings: tuple[str, ...], *, force: bool
+    output: Path, inputs: Sequence[File], list_owned: ListOwned, *, force: bool
 ) -> None:
     """Refuse a folder that must not be replaced; an empty one may be filled.
 
     Args:
         output: the folder.
         inputs: files that it must not hold.
-        endings: of the names of the files that an output may replace.
+        list_owned: returns which of its files an output may replace.
         force: replace an older output.
 
     Raises:
@@ -37,12 +45,14 @@ def check_folder(
     name = shown(output)
     if not output.is_dir():
         raise OutputError(f"{name}: exists and is not a folder; name another output")
+    place = output.resolve()
     for path, _ in inputs:
-        if Path(path).parent.samefile(output):
+        folder = Path(path).parent.resolve()
+        if place in (folder, *folder.parents):
             raise OutputError(f"{name}: holds the checkpoint {shown(path)}; name another output")
     if any(output.iterdir()) and not force:
         raise OutputError(f"{name}: already exists; use --force to replace it")
-    other = _find_other(output, endings)
+    other = _find_other(output, set(list_owned(output)))
     if other:
         raise OutputError(
             f"{name}: holds '{shown(other)}', which is not part of an average; name another "
@@ -50,13 +60,18 @@ def check_folder(
         )
 
 
-def _find_other(folder: Path, endings: tuple[str, ...]) -> str:
-    """Return the first name that is not of a regular file with one of the endings, or ''."""
-    with os.scandir(folder) as entries:
+def _find_other(folder: Path, owned: Collection[str], inside: str = "") -> str:
+    """Return the first name that is neither an owned regular file nor a folder of such, or ''."""
+    with os.scandir(folder / inside) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            regular = stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode)
-            if not regular or not entry.name.endswith(endings):
-                return entry.name
+            name = f"{inside}{entry.name}"
+            mode = entry.stat(follow_symlinks=False).st_mode
+            if stat.S_ISDIR(mode) and any(one.startswith(f"{name}/") for one in owned):
+                other = _find_other(folder, owned, f"{name}/")
+                if other:
+                    return other
+            elif not stat.S_ISREG(mode) or name not in owned:
+                return name
     return ""
 
 
@@ -75,7 +90,7 @@ def check_room(output: Path, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def publish(output: Path, *, force: bool, folder: tuple[str, ...] = ()) -> Iterator[Path]:
+def publish(output: Path, *, force: bool, folder: ListOwned | None = None) -> Iterator[Path]:
     """Yield a hidden path beside ``output`` that takes its name when the block ends without error.
 
     The file is synced, renamed, and its folder synced.  After any exception, an interrupt too, the
@@ -91,8 +106,8 @@ def publish(output: Path, *, force: bool, folder: tuple[str, ...] = ()) -> Itera
     Args:
         output: the path.
         force: replace what has the name.
-        folder: make a folder instead of a file, and replace or delete in it only files whose names
-            end in one of these.
+        folder: make a folder instead of a file, and replace an older one only if it holds nothing
+            but the files that this returns.
 
     Raises:
         OutputError: it cannot be written, or appeared meanwhile and ``force`` is not given.
@@ -268,7 +283,7 @@ def _explain_error(output: Path, error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def _publish_folder(final: Path, endings: tuple[str, ...], *, force: bool) -> Iterator[Path]:
+def _publish_folder(final: Path, list_owned: ListOwned, *, force: bool) -> Iterator[Path]:
     """Yield a hidden folder beside ``final`` that takes its name when the block ends without error.
 
     An older folder is moved aside for an instant and deleted last.  Whatever ends the program, one
@@ -283,31 +298,40 @@ def _publish_folder(final: Path, endings: tuple[str, ...], *, force: bool) -> It
     try:
         hidden.mkdir()
         yield hidden
-        for path in (*hidden.iterdir(), hidden):
+        for path in (*hidden.rglob("*"), hidden):
             _sync(path)
         if force and final.exists() and any(final.iterdir()):
-            check_folder(final, (), endings, force=True)
             hidden.chmod(final.stat().st_mode & 0o7777)
             final.rename(older)
+            # Only now: under its new name, no other program puts a file into it.
+            _check_older(older, final, list_owned)
         hidden.rename(final)  # fails where the name is a folder that holds something
         _sync(final.parent)
     finally:
         try:
-            _settle(hidden, older, final, endings)
+            _settle(hidden, older, final)
         finally:  # a signal can interrupt the line above; later signals are ignored by then
-            _settle(hidden, older, final, endings)
+            _settle(hidden, older, final)
 
 
-def _settle(hidden: Path, older: Path, final: Path, endings: tuple[str, ...]) -> None:
+def _check_older(older: Path, final: Path, list_owned: ListOwned) -> None:
+    """Give an older folder its name back and refuse, if it holds anything but an average."""
+    other = _find_other(older, set(list_owned(older)))
+    if other:
+        older.rename(final)
+        raise OutputError(
+            f"{shown(final)}: now holds '{shown(other)}', which is not part of an average; name "
+            "another output, or move it away"
+        )
+
+
+def _settle(hidden: Path, older: Path, final: Path) -> None:
     """Delete the folder that lost the name or did not get it."""
     if older.exists() and not final.exists():
         older.rename(final)
     for folder in (hidden, older):
         with contextlib.suppress(FileNotFoundError):
-            for path in folder.iterdir():
-                if path.name.endswith(endings):
-                    path.unlink()
-            folder.rmdir()
+            shutil.rmtree(folder)
 
 
 def _sync(path: Path) -> None:
