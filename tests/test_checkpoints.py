@@ -1187,6 +1187,41 @@ def test_a_metric_that_is_not_in_a_name_is_an_error(
     )
 
 
+@pytest.mark.parametrize(
+    ("logs", "named"),
+    [
+        (["training.log"], "--log {run}/training.log, or"),
+        (["history.csv"], "--log {run}/history.csv, or"),
+        ([], "--log, or"),
+        (["a.csv", "b.csv"], "--log, or"),  # a guess would be wrong half of the time
+    ],
+)
+def test_a_missing_metric_names_the_log_beside_the_checkpoint(
+    run: Path, logs: list[str], named: str
+) -> None:
+    """Where exactly one log lies beside the checkpoints, the advice can be pasted."""
+    make(run, "model_1.keras", *logs)
+    message = refusal(run, best=1)
+    assert f"give the training log with {named.format(run=run)} another --monitor" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("best.keras", r"(\d+)\.keras$"),
+        ("best.weights.h5", r"(\d+)\.weights\.h5$"),
+        ("best.pth", r"(\d+)\.pth$"),
+    ],
+)
+def test_the_example_of_a_pattern_fits_the_suffix(run: Path, name: str, pattern: str) -> None:
+    """The pattern that a refusal proposes finds the epoch of a file of the same suffix."""
+    make(run, name)
+    assert f"--epoch-pattern, for instance '{pattern}'" in refusal(run, last=1)
+    (run / name).rename(run / name.replace("best", "best_7"))
+    (found,) = select([run], epoch_pattern=pattern).checkpoints
+    assert found.epoch == 7
+
+
 LESS = (
     "loss val_loss mean_squared_error val_mae ppl binary_crossentropy kl_divergence head_1_loss wer"
     " eval_wer val_cer word_error_rate top_5_error error_top1 valid.loss loss/val train_loss_epoch"

@@ -37,6 +37,17 @@ def test_the_table_has_place_and_fate_of_every_tensor(tmp_path: Path) -> None:
     assert found.provenance is None
 
 
+def test_a_folder_is_not_one_checkpoint(tmp_path: Path) -> None:
+    """The folder of a run is refused, and the message asks for a checkpoint in it."""
+    write_model(tmp_path / "run_1.h5", {"d": {"k": np.ones(2, np.float32)}})
+    ended = polyak("inspect", tmp_path, cwd=tmp_path)
+    assert ended.returncode == 3
+    said = (
+        f"error: {tmp_path}: is a folder and not one checkpoint; name one of the checkpoints in it"
+    )
+    assert ended.stderr == f"{said}\n"
+
+
 def test_statistics_are_of_the_finite_values(tmp_path: Path) -> None:
     """Norm, minimum and maximum as numpy computes them, over many slabs; the rest is counted."""
     values = np.random.default_rng(0).normal(size=1_000_000).astype(np.float32)

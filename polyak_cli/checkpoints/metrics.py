@@ -18,6 +18,9 @@ from polyak_cli.checkpoints.names import find_metric, is_unnamed_decimal, parse_
 from polyak_cli.checkpoints.ordering import describe_epochs, require_epoch
 from polyak_cli.errors import CheckpointError, UsageError, choose_verb, shown
 
+#: Suffixes that people give the file of Keras' CSVLogger.
+_LOG_SUFFIXES = (".csv", ".log")
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -112,8 +115,17 @@ def _read_metric_in_name(path: Path, monitor: str) -> float:
     found = f"only the numbers {', '.join(bare)}, without a name" if bare else "no such number"
     raise CheckpointError(
         f"{shown(path)}: looked in its name for {shown(monitor)}, but found {found}: give the "
-        "training log with --log, or another --monitor"
+        f"training log with --log{_name_logs_beside(path)}, or another --monitor"
     )
+
+
+def _name_logs_beside(path: Path) -> str:
+    """Return which log lies in the folder of a checkpoint, for an advice; "" if none or several."""
+    try:
+        logs = [one for one in path.parent.iterdir() if one.suffix in _LOG_SUFFIXES]
+    except OSError:
+        return ""
+    return f" {shown(logs[0])}" if len(logs) == 1 else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,14 @@ def is_thinned(pool: Pool, exclude: Sequence[str]) -> bool:
 _SAY_WHERE_IN_PATH = (
     "say where the epoch is in the path with --epoch-pattern, for instance 'checkpoint-(\\d+)/'"
 )
-_SAY_WHERE = "say where the epoch is with --epoch-pattern, for instance '(\\d+)\\.h5$'"
+
+
+def _say_where(path: Path) -> str:
+    """Return the advice on names whose epoch is not clear; its example fits the file's suffix."""
+    # Other suffixes are parts of a name, or hold characters that a shell or a terminal interprets.
+    usual = re.search(r"(?:\.weights)?\.[a-z]\w*\Z", path.name, re.IGNORECASE | re.ASCII)
+    end = re.escape(usual[0]) if usual else ""
+    return f"say where the epoch is with --epoch-pattern, for instance '(\\d+){end}$'"
 
 
 _KEEP_ORDER = "keep the order given, oldest first, with --order given"
@@ -91,7 +98,7 @@ def _report_duplicates(
         if earlier.epoch == later.epoch is not None:
             text = (
                 f"{shown(earlier.path)} and {shown(later.path)} are both epoch {later.epoch}: "
-                f"leave one out with --exclude, or {_SAY_WHERE}"
+                f"leave one out with --exclude, or {_say_where(later.path)}"
             )
             on_problem(Problem("duplicate epoch", text, later.path))
 
@@ -172,7 +179,7 @@ def _read_epochs_of_runs(
         usual = shown(parted[-1][0].path)
         text = (
             f"{shown(path)} seems to belong to another run than {usual} ({len(parted[-1])} are "
-            f"named like this one): leave one kind out with --exclude, or {_SAY_WHERE}"
+            f"named like this one): leave one kind out with --exclude, or {_say_where(path)}"
         )
         on_problem(Problem("other run", text, path))
     return known, set(others)
@@ -294,7 +301,7 @@ def _read_epochs(paths: Sequence[Path]) -> list[int]:
 def _describe_missing_number(name: Name) -> str:
     return (
         f"{shown(name.path)}: its name has no whole number that could be the epoch: "
-        f"{advise_exclusion(name.path)}, or {_SAY_WHERE}"
+        f"{advise_exclusion(name.path)}, or {_say_where(name.path)}"
     )
 
 
@@ -315,7 +322,8 @@ def _require_alike(names: Sequence[Name], keys: Sequence[Hashable]) -> None:
     one, other = names[keys.index(usual)].path, names[keys.index(odd)].path
     raise CheckpointError(
         f"{shown(one)} and {shown(other)} look like checkpoints of two runs ({many} named like "
-        f"the first, {few} like the second): leave one kind out with --exclude, or {_SAY_WHERE}"
+        f"the first, {few} like the second): leave one kind out with --exclude, or "
+        f"{_say_where(other)}"
     )
 
 
@@ -351,7 +359,7 @@ def _guess_epoch_field(name: Name) -> int:
         number = name.numbers[whole[-1]]
         raise CheckpointError(
             f"{shown(name.path)}: the {number.text} in its name looks like the metric "
-            f"'{shown(number.label)}' and not like an epoch: {_SAY_WHERE}"
+            f"'{shown(number.label)}' and not like an epoch: {_say_where(name.path)}"
         )
     return max(possible, key=rank)
 
@@ -360,8 +368,8 @@ def _describe_ambiguity(names: Sequence[Name], varying: Sequence[int]) -> str:
     numbers = [names[0].numbers[index].text for index in varying]
     return (
         f"{shown(names[0].path)}: {', '.join(numbers[:-1])} and {numbers[-1]} in its name differ "
-        f"between files, so each could be the epoch: {_SAY_WHERE}, or leave files of another run "
-        "out with --exclude"
+        f"between files, so each could be the epoch: {_say_where(names[0].path)}, or leave "
+        "files of another run out with --exclude"
     )
 
 
@@ -421,7 +429,7 @@ def require_epoch(checkpoint: Checkpoint, option: str) -> int:
     if checkpoint.epoch is None:
         raise CheckpointError(
             f"{shown(checkpoint.path)}: {option} needs the epoch, but its name has no number that "
-            f"could be it: {_SAY_WHERE}"
+            f"could be it: {_say_where(checkpoint.path)}"
         )
     return checkpoint.epoch
 

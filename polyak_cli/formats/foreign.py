@@ -88,7 +88,7 @@ EMPTY = Foreign("empty (0 bytes)", "save it again or leave it out")
 ZEROS = Foreign("all zeros at its beginning", "it was not written completely: save it again")
 JSON = Foreign("a JSON file", "name the file of the tensors instead")
 ZIP = Foreign("a zip archive that holds no known checkpoint", _UNPACK)
-DIRECTORY = Foreign("a folder", "name a checkpoint in it, or the folder that holds the checkpoints")
+DIRECTORY = Foreign("a folder and not one checkpoint", "name one of the checkpoints in it")
 
 
 def _compressed(program: str) -> Foreign:
