@@ -308,6 +308,18 @@ def test_a_short_page_needs_no_pager(tmp_path: Path) -> None:
     assert (code, text.startswith("# Guide")) == (0, True)
 
 
+def test_a_terminal_without_unicode_shows_plain_pages_and_escaped_names(tmp_path: Path) -> None:
+    """In a Latin-1 or ASCII locale a page is Markdown, and other letters of a name are escaped."""
+    settings = {"PAGER": "false", "TERM": "xterm", "PYTHONIOENCODING": "ascii"}
+    code, text = on_terminal([*POLYAK, "guide", "schemes"], tmp_path, columns=80, **settings)
+    assert (code, text.startswith("# Schemes")) == (0, True)
+    name = "\N{GREEK SMALL LETTER ALPHA}.h5"
+    shutil.copy(ROOT / "sample_checkpoints/model_499.h5", tmp_path / name)
+    command = [*POLYAK, "inspect", name]
+    code, text = on_terminal(command, tmp_path, columns=80, **settings)
+    assert (code, text.startswith(r"\u03b1.h5: Keras HDF5")) == (0, True)
+
+
 def test_help_of_an_unknown_command_is_refused(tmp_path: Path) -> None:
     """One line and exit 2."""
     done = polyak("help", "avrage", cwd=tmp_path)

@@ -75,7 +75,7 @@ def guide(topic: str | None) -> None:
         rendering.print_text("\n".join(_list_topics()), sys.stdout)
         return
     text = (PAGES / f"{_find_page(topic)}.md").read_text(encoding="utf-8").rstrip()
-    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+    if sys.stdout.isatty() and _can_draw():
         _show_page(text)
     else:
         rendering.print_text(text, sys.stdout)
@@ -149,6 +149,12 @@ def _word_nearest(name: str, names: Iterable[str]) -> str:
     """Return a semicolon, with a question for the most similar name where one is similar."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ";"
+
+
+def _can_draw() -> bool:
+    """Return whether the terminal has what a formatted page needs: styles, and bullets."""
+    can_encode = sys.stdout.encoding.lower().startswith("utf")
+    return can_encode and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _show_page(text: str) -> None:

@@ -5,6 +5,7 @@ Knows what results look like, not how they came about.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -92,6 +93,8 @@ def print_lines(lines: Iterable[Line], stream: TextIO) -> None:
     """Print when the work is done, and raise if the lines cannot be written."""
     # If the reader is gone (`| head`), SIGPIPE may end the program: nothing is left to clean up.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if isinstance(stream, io.TextIOWrapper):  # in a Latin-1 locale, names may have other letters
+        stream.reconfigure(errors="backslashreplace")
     try:
         for line in lay_out(lines, stream):
             print(line, file=stream)
