@@ -25,6 +25,13 @@ def widen(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
         byteorder: "<" or ">".
         out: n float64 elements, overwritten.
     """
+    _convert(raw, dtype, byteorder, out)
+    if dtype in ("float16", "float64"):  # which numpy copies bit by bit
+        np.multiply(out, 1.0, out=out)
+
+
+def _convert(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
+    """Convert as `widen`, except that a signalling NaN may stay one."""
     if dtype in float8.LAYOUTS:
         # No index is out of bounds; "clip" only saves numpy the check and a copy of ``out``.
         np.take(float8.list_values(dtype), raw, out=out, mode="clip")
@@ -60,7 +67,7 @@ def accumulate(
             then its product may overwrite the widened values, as no other average needs them.
     """
     values, product = scratch
-    widen(raw, dtype, byteorder, values)
+    _convert(raw, dtype, byteorder, values)
     for row, coefficient in terms:
         if started[row]:
             # Two roundings, of the product and of the sum.  A fused multiply-add rounds once, so
