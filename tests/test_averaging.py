@@ -342,6 +342,8 @@ def test_batchnorm_statistics_are_averaged_and_counted(tmp_path: Path) -> None:
         "3 BatchNorm moving statistics are averaged; recompute them on training data "
         "(--recalibrate DATA)"
     )
+    alone = average(tmp_path / "m_1.h5", tmp_path / "copy.h5")
+    assert not [note for note in alone.notes if "BatchNorm" in note]  # a copy's still fit
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, np.longdouble])

@@ -171,7 +171,7 @@ def test_batchnorm_statistics_are_counted_in_a_note(
 ) -> None:
     """They are recognised by class, attribute or layer name, and follow gamma and beta."""
     tensors = {f"{layer}/vars/{k}": HALF for k in range(count)}
-    _, report = average_of(tmp_path, tensors, labels={f"{layer}/vars": label})
+    _, report = average_of(tmp_path, tensors, tensors, labels={f"{layer}/vars": label})
     notes = [note for note in report.notes if "moving statistics" in note]
     assert len(notes) == bool(expected)
     assert "".join(notes).startswith(f"{len(expected)} BatchNorm" if expected else "")

@@ -118,7 +118,7 @@ def list_notes(
     # Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018.
     names = [row[-1].name for row in averaged]
     statistics = [name for name in names if is_statistic(tables[-1], name)]
-    if statistics and not recalibrates:
+    if statistics and not recalibrates and len(tables) > 1:  # those of a copy still fit
         count = word_count(len(statistics), "BatchNorm moving statistic")
         notes.append(
             f"{count} {choose_verb(len(statistics))} averaged; recompute them on training data "
