@@ -6,6 +6,7 @@ files' headers, of coefficients or of threads.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -146,6 +147,22 @@ class GridPart(NamedTuple):
     extent: Extent  # its bytes, in C order
 
 
+class _Rows(NamedTuple):
+    """Rows of one length that follow one another in a file, and lie evenly spaced in a tensor."""
+
+    extent: Extent  # all of them
+    at: int  # distance of the first from the byte that is asked for
+    rows: int
+    nbytes: int  # of a row
+    step: int  # bytes from one row to the next
+
+    def view(self, buffer: Bytes) -> Bytes:
+        """Return the rows of a buffer as a matrix."""
+        end = self.at + (self.rows - 1) * self.step + self.nbytes
+        shape, strides = (self.rows, self.nbytes), (self.step, 1)
+        return np.lib.stride_tricks.as_strided(buffer[self.at : end], shape, strides)
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """A tensor in several extents, of any of the checkpoint's files.
@@ -157,6 +174,21 @@ class Grid:
     shape: tuple[int, ...]
     itemsize: int  # bytes of an element
     parts: tuple[GridPart, ...]
+    #: The first byte of each part in the tensor, and the byte behind its last one: of a thousand
+    #: parts, a slab needs a few.
+    lows: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    highs: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Compute where parts begin and end."""
+        lows = [self._find_place(part.start) for part in self.parts]
+        highs = [
+            self._find_place([n + k - 1 for n, k in zip(part.start, part.shape, strict=True)])
+            for part in self.parts
+        ]
+        # The class is frozen; these follow from its other fields.
+        object.__setattr__(self, "lows", np.array(lows, np.int64))
+        object.__setattr__(self, "highs", np.array(highs, np.int64) + self.itemsize)
 
     def describe(self) -> str:
         """See `Storage.describe`."""
@@ -180,41 +212,88 @@ class Grid:
 
     def byte_ranges(self, start: int, stop: int) -> Iterable[Extent]:
         """See `Storage.byte_ranges`."""
-        for _, extent in self._runs(start, stop):
-            yield extent
+        for piece in self._cut(start, stop):
+            yield piece.extent
 
     def read_into(self, files: Files, start: int, buffer: Bytes) -> None:
         """See `Storage.read_into`."""
         filled = 0
-        for at, extent in self._runs(start, start + len(buffer)):
-            files[extent.file].read_into(extent.offset, buffer[at : at + extent.nbytes])
-            filled += extent.nbytes
+        for piece in self._cut(start, start + len(buffer)):
+            offset, nbytes, file = piece.extent
+            if piece.rows == 1:
+                files[file].read_into(offset, buffer[piece.at : piece.at + nbytes])
+            else:
+                # One read of all rows, though it is copied: a read for each would cost far more.
+                read = np.empty(nbytes, np.uint8)
+                files[file].read_into(offset, read)
+                piece.view(buffer)[:] = read.reshape(piece.rows, piece.nbytes)
+            filled += nbytes
         if filled != len(buffer):
             raise FormatError(f"{len(buffer) - filled} bytes of it are in none of its parts")
 
-    def _runs(self, start: int, stop: int) -> Iterator[tuple[int, Extent]]:
-        """Yield each run of bytes from start to stop, with its distance from start.
+    def _find_place(self, index: Sequence[int]) -> int:
+        """Return where an element lies in the tensor, in bytes."""
+        flat = 0
+        for n, size in zip(index, self.shape, strict=True):
+            flat = flat * size + n
+        return flat * self.itemsize
 
-        A block's elements are contiguous in the tensor along the last dimensions that it covers
-        whole; a run is that long.
+    def _cut(self, start: int, stop: int) -> Iterator[_Rows]:
+        """Yield the rows of all parts that lie between two bytes of the tensor."""
+        for number in np.flatnonzero((self.lows < stop) & (self.highs > start)).tolist():
+            yield from self._cut_part(self.parts[number], start, stop)
+
+    def _cut_part(self, part: GridPart, start: int, stop: int) -> Iterator[_Rows]:
+        """Yield the rows of a part that lie between two bytes of the tensor.
+
+        The dimensions of a part are, from the last one: those that together are one row, as the
+        part has all of each but the first; those whose indices count rows of one distance; and
+        those whose indices count groups of such rows.
         """
-        for part in self.parts:
-            inner = len(self.shape)
-            while inner and part.shape[inner - 1] == self.shape[inner - 1]:
-                inner -= 1
-            run = math.prod(part.shape[max(inner - 1, 0) :]) * self.itemsize
-            outer = part.shape[: max(inner - 1, 0)]
-            for number, index in enumerate(np.ndindex(*outer)):
-                place = [n + k for n, k in zip(part.start, index, strict=False)]
-                place += part.start[len(index) :]
-                flat = 0
-                for n, size in zip(place, self.shape, strict=True):
-                    flat = flat * size + n
-                low, high = flat * self.itemsize, flat * self.itemsize + run
-                first, last = max(low, start), min(high, stop)
-                if first < last:
-                    offset = part.extent.offset + number * run + first - low
-                    yield first - start, Extent(offset, last - first, part.extent.file)
+        row = len(self.shape)
+        while row and part.shape[row - 1] == self.shape[row - 1]:
+            row -= 1
+        row = max(row - 1, 0)
+        group = max(row - 1, 0)
+        while group and part.shape[group] == self.shape[group]:
+            group -= 1
+        nbytes = math.prod(part.shape[row:]) * self.itemsize
+        step = math.prod(self.shape[row:]) * self.itemsize
+        count = math.prod(part.shape[group:row])
+        outer = part.shape[:group]
+
+        def find_group(number: int) -> int:
+            index = np.unravel_index(number, outer) if outer else ()
+            place = [n + int(k) for n, k in zip(part.start, index, strict=False)]
+            return self._find_place([*place, *part.start[len(place) :]])
+
+        groups = range(math.prod(outer))
+        length = (count - 1) * step + nbytes
+        first = bisect.bisect_right(groups, start - length, key=find_group)
+        last = bisect.bisect_left(groups, stop, key=find_group)
+        for number in range(first, last):
+            offset = part.extent.offset + number * count * nbytes
+            whole = Extent(offset, count * nbytes, part.extent.file)
+            rows = _Rows(whole, find_group(number) - start, count, nbytes, step)
+            yield from _clip(rows, stop - start)
+
+
+def _clip(rows: _Rows, length: int) -> Iterator[_Rows]:
+    """Yield the parts of rows between byte 0 and a length; a row that is cut comes by itself."""
+    (offset, _, file), at, count, nbytes, step = rows
+    first = max(0, (-at - nbytes) // step + 1)
+    last = min(count, -((at - length) // step))
+    while first < last:
+        place = at + first * step
+        low, high = max(0, -place), min(nbytes, length - place)
+        # All rows but the first and the last lie inside.
+        number = 1
+        if (low, high) == (0, nbytes):
+            number = last - first
+            number -= number > 1 and place + (number - 1) * step + nbytes > length
+        extent = Extent(offset + first * nbytes + low, (number - 1) * nbytes + high - low, file)
+        yield _Rows(extent, place + low, number, high - low, step)
+        first += number
 
 
 @dataclass(frozen=True, slots=True)

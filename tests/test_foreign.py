@@ -82,8 +82,8 @@ FILES: list[tuple[str, bytes, str, str]] = [
     ("m.npz", b"", "empty (0 bytes)", "leave it out"),
     ("m.pt", bytes(4096), "zeros", "save it again"),
     ("config.json", b'{"model_type": "bert"}', "JSON", "name the file of the tensors"),
-    ("__0_0.distcp", archive("archive/data.pkl"), "(DCP)", "dcp_to_torch"),
-    (".metadata", pickle.dumps({}, 2), "(DCP)", "dcp_to_torch"),
+    ("__0_0.distcp", archive("archive/data.pkl"), "(DCP)", "name the folder"),
+    (".metadata", b"{}", "(DCP)", "save it again"),
     ("m.h5", b"hello world", "not an HDF5 file", "save it again"),
     ("m.keras", b"hello world", "not a .keras archive", "save it again"),
     ("m.pt", b"hello world", "not a file of torch.save", "save it again"),
@@ -121,7 +121,8 @@ def test_a_file_of_another_program_is_named(
 #: Folder -> the names of the files in it, how it is named, and words of what to do.
 FOLDERS: dict[str, tuple[list[str], str, str]] = {
     "SavedModel": (["saved_model.pb", "variables/x", "assets/y"], "SavedModel", "variables.index"),
-    "DCP": ([".metadata", "__0_0.distcp", "__1_0.distcp"], "(DCP)", "dcp_to_torch"),
+    "DCP": (["__0_0.distcp", "__1_0.distcp"], "(DCP)", "not saved completely"),
+    "DCP by rank": (["__0.metadata", "__0_0.distcp"], "(DCP)", "use_collectives=True"),
     "Orbax": (["_CHECKPOINT_METADATA", "manifest.ocdbt", "d/a"], "Orbax", "orbax.checkpoint"),
     "old Orbax": (["_METADATA", "_sharding", "d/a"], "Orbax", "orbax.checkpoint"),
     "Core ML": (["Manifest.json", "Data/weight.bin"], "Core ML", "average the checkpoints"),

@@ -25,12 +25,13 @@ from polyak_cli.formats.catalogue import find_format
 from polyak_cli.tensors import FLOATS, Table, is_carried
 
 
-def drops_optimizer(template: Table, optimizer: str) -> bool:
-    """Return whether the output leaves the optimizer's state out.
+def drops_optimizer(template: Table, optimizer: str, output_format: str) -> bool:
+    """Return whether an output of a format leaves the optimizer's state out.
 
     Files that are restored as a whole need every part that their index lists.
     """
-    return optimizer == "drop" and not template.rules.is_fixed
+    is_converted = output_format != template.format
+    return optimizer == "drop" and (is_converted or not template.rules.is_fixed)
 
 
 def map_stored_dtypes(
@@ -129,7 +130,7 @@ def list_notes(
         stored.add("optimizer")
     notes += _note_types(averaged, stored_dtypes, is_fixed=tables[-1].rules.is_fixed)
     notes += [text for key, text in tables[-1].rules.cautions.items() if key in stored]
-    if tables[-1].rules.is_fixed and tables[-1].optimizer:
+    if tables[-1].rules.is_fixed and tables[-1].optimizer and not drop_optimizer:
         notes.append(
             "the optimizer state is that of the newest checkpoint: this format cannot drop it, "
             "and it does not belong to averaged values"

@@ -240,7 +240,7 @@ def plan_average(
     _check_output(output, tables, chosen, settings)
     around.check_template(template, output)
     exports.refuse_unordered(tables)
-    found = _sort_tensors(tables, settings, coefficients)
+    found = _sort_tensors(tables, settings, coefficients, output)
     asset_notes = assets.refuse_other_assets(tables, settings.tensors.allow)
     files = carried_files.plan_files(output, template, settings)
     suspicions = [*_list_suspicions(chosen, around), *found.averages]
@@ -320,7 +320,10 @@ class _Fates(NamedTuple):
 
 
 def _sort_tensors(
-    tables: tuple[Table, ...], settings: Settings, coefficients: Sequence[float]
+    tables: tuple[Table, ...],
+    settings: Settings,
+    coefficients: Sequence[float],
+    output: Path | None,
 ) -> _Fates:
     """Pair the tensors of all checkpoints, and decide the fate of each."""
     template, wanted = tables[-1], settings.tensors
@@ -332,7 +335,7 @@ def _sort_tensors(
     averaged, carried = decide_fates(rows, wanted, shown(template.path))
     # Refused now: later, a block that is too large would fail in the middle of a fold.
     _check_chunks(tables, rows, settings.machine)
-    drop = drops_optimizer(template, wanted.optimizer)
+    drop = drops_optimizer(template, wanted.optimizer, outputs.choose_format(output, template))
     dropped = [name for name in template.others if drop and name in template.optimizer]
     others = (name for name in template.others if name not in dropped)
     return _Fates(

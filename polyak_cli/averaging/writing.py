@@ -28,7 +28,7 @@ from polyak_cli.engine.slabs import FoldTensor
 from polyak_cli.engine.timing import Totals
 from polyak_cli.errors import MismatchError, shown
 from polyak_cli.storage import File, publishing
-from polyak_cli.tensors import Table
+from polyak_cli.tensors import Grid, Table
 
 
 class Written(NamedTuple):
@@ -232,9 +232,11 @@ class _Averaged:
 
 def _find_place(row: Row) -> tuple[int, int, int]:
     """Return file and offset of a tensor in the template, as a key to sort by."""
-    spec = row[-1]
+    storage = row[-1].storage
+    if isinstance(storage, Grid):
+        storage = storage.parts[0].extent
     # Chunks have no single offset: they come first, in the order of the plan.
-    file, offset, start = (getattr(spec.storage, key, 0) for key in ("file", "offset", "start"))
+    file, offset, start = (getattr(storage, key, 0) for key in ("file", "offset", "start"))
     return file, offset, start
 
 

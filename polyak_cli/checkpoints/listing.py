@@ -29,7 +29,7 @@ from polyak_cli.formats.catalogue import (
     name_folder,
 )
 from polyak_cli.formats.foreign import EMPTY, JSON, NUMPY, ZIP, name_by_ending
-from polyak_cli.formats.model_folders import STATE, is_training_state
+from polyak_cli.formats.model_folders import STATE, is_state_folder, is_training_state
 
 StrPath = str | os.PathLike[str]
 
@@ -93,6 +93,12 @@ _KINDS_OF_FILE = dict(
 
 #: The kind of a folder that is one checkpoint.
 _FOLDER = "checkpoint folders"
+
+#: The suffix of Lightning's files, and of the folders that it saves from several processes.
+_LIGHTNING = ".ckpt"
+
+#: The files by which a folder is opened, and the folders in it that hold such a file.
+_OPENED = frozenset(name.partition("/")[0] for name in OPENERS)
 
 #: A data shard of a TensorFlow checkpoint, which is named by its .index file.
 _DATA = re.compile(r"(.+)\.data-\d{5}-of-\d{5}", re.DOTALL)
@@ -272,15 +278,16 @@ def expand_source(source: StrPath) -> tuple[list[Path], bool]:
         ) from error
     listed = [Path(text, name) for name in names]
     # A run's folder may hold its final model beside its checkpoints; then it is not one checkpoint.
-    if not set(OPENERS).isdisjoint(names) and not any(_is_another(path) for path in listed):
-        folder = Path(text)
+    folder = Path(text)
+    is_one = not _OPENED.isdisjoint(names) and bool(_find_openers(folder))
+    if is_one and not any(_is_another(path) for path in listed):
         return [folder if folder.name not in ("", "..") else folder.resolve()], False
     return listed, True
 
 
 def _is_another(path: Path) -> bool:
     """Return whether a path in a folder is a checkpoint besides the folder's own."""
-    if path.name in OPENERS or _PIECE.fullmatch(path.name):
+    if path.name in _OPENED or _PIECE.fullmatch(path.name) or is_state_folder(path.name):
         return False
     kind = _find_kind_by_suffix(path, _KINDS_OF_FILE)
     return kind.startswith(".safetensors") or bool(_find_openers(path))
@@ -329,7 +336,9 @@ def _read_time(path: Path, listed: dict[Path, list[str]]) -> float | None:
 def _find_openers(path: Path) -> list[Path]:
     """Return the files by which a folder could be opened as one checkpoint."""
     # A name with a known suffix is no folder; this saves a stat() for each file of a long run.
-    if _find_kind_by_suffix(path, _KINDS_OF_FILE) or not path.is_dir():
+    # Lightning gives folders the suffix of its files.
+    kind = _find_kind_by_suffix(path, _KINDS_OF_FILE)
+    if kind not in ("", _LIGHTNING) or not path.is_dir():
         return []
     there = [name for name in OPENERS if (path / name).is_file()]
     return [path / name for name in choose_openers(there)]
@@ -416,6 +425,8 @@ def _describe_unknown(path: Path, what: str) -> str:
 def find_kind(path: Path, kinds: Mapping[str, str] = _KINDS_OF_FILE) -> str:
     """Return the kind of a file, judged by its name, or '' if it has none."""
     kind = _find_kind_by_suffix(path, kinds)
+    if kind == _LIGHTNING and path.is_dir():
+        kind = ""
     return kind or (_FOLDER if kinds is _KINDS_OF_FILE and _find_openers(path) else "")
 
 

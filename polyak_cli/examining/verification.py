@@ -499,6 +499,8 @@ class _Verifier:
             coefficients=tuple(one.coefficient for one in self.record.inputs),
             settings=settings,
             output_format=output_format,
+            # The record has what was done, and not what was asked for.
+            drop_optimizer=settings.tensors.optimizer == "drop",
             stored_dtypes=map_stored_dtypes(
                 plan.averaged_rows, settings.tensors.dtype, plan.tables[-1]
             ),

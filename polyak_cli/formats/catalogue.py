@@ -92,6 +92,14 @@ FORMATS: tuple[Entry, ...] = (
         ("pytorch_model.bin", "adapter_model.bin", "diffusion_pytorch_model.bin"),
     ),
     Entry(
+        "torch_dcp",
+        "polyak_cli.formats.torch.distributed:DistributedCheckpoint",
+        detection.is_dcp_metadata,
+        {},
+        # As PyTorch, torchtitan and Megatron save them; OLMo-core; Accelerate and Transformers.
+        (".metadata", "model_and_optim/.metadata", "pytorch_model_fsdp_0/.metadata"),
+    ),
+    Entry(
         "tf_bundle",
         "polyak_cli.formats.tensorflow.bundle:TensorFlowBundle",
         detection.is_tensorflow_index,

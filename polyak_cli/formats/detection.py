@@ -23,6 +23,8 @@ _KERAS_WEIGHTS = {b"model.weights.h5", b"model.weights.npz"}
 _KERAS_TEXTS = {b"config.json", b"metadata.json"}
 #: The length of a header of safetensors, below 2^40, and its first brace.
 _LENGTH = re.compile(rb".{5}\0{3}\{", re.DOTALL)
+#: Whose classes the index of a distributed checkpoint names first: PyTorch's, or Megatron's.
+_DCP = (b"torch.distributed.checkpoint", b"megatron.core.dist_checkpointing")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 #: LevelDB's tables end like this.  That of a TensorFlow checkpoint begins with an entry that has
 #: no key, whose protocol buffer starts with the number of shards.
@@ -103,6 +105,17 @@ def is_npz(opening: Opening) -> bool:
 def is_torch_zip(opening: Opening) -> bool:
     """Tell whether `torch.save` wrote a file, in the form that it has had since PyTorch 1.6."""
     return any(re.search(rb"/data(\.pkl|/\d+)$", name) for name in opening.members)
+
+
+def is_dcp_metadata(opening: Opening) -> bool:
+    """Tell whether a pickle is the `.metadata` of a distributed checkpoint, by the classes in it.
+
+    One that is damaged has its name still; nothing else is called so.
+    """
+    if not opening.head.startswith(b"\x80"):
+        return False
+    first = opening.file.read(0, 512)
+    return any(one in first for one in _DCP) or opening.file.name.endswith("/.metadata")
 
 
 def is_keras_index(opening: Opening) -> bool:

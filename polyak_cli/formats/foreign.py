@@ -48,10 +48,14 @@ ORBAX = Foreign(
     "restore each with orbax.checkpoint and save its arrays with safetensors.flax.save_file or "
     "numpy.savez",
 )
+#: Without the file `.metadata`, which is written last and says what lies in which part.
 DCP = Foreign(
-    "a distributed checkpoint of PyTorch (DCP)",
-    "convert each to one file with `python -m torch.distributed.checkpoint.format_utils "
-    "dcp_to_torch FOLDER FILE.pt`",
+    "a distributed checkpoint of PyTorch (DCP) without its .metadata",
+    "it was not saved completely: save it again or leave it out",
+)
+DCP_BY_RANK = Foreign(
+    "a distributed checkpoint of PyTorch (DCP) with one .metadata a process",
+    "save it with use_collectives=True",
 )
 DEEPSPEED = Foreign(
     "a checkpoint of DeepSpeed's ZeRO, in parts",
@@ -136,15 +140,20 @@ _ENDINGS = {
     ".pickle": PICKLE,
     ".joblib": PICKLE,
     ".npy": NUMPY,
-    ".metadata": Foreign("the index of a distributed checkpoint of PyTorch (DCP)", DCP.advice),
-    DCP_PART: Foreign("a part of a distributed checkpoint of PyTorch (DCP)", DCP.advice),
+    ".metadata": Foreign(
+        "no .metadata of a distributed checkpoint of PyTorch (DCP)", "save it again or leave it out"
+    ),
+    DCP_PART: Foreign(
+        "a part of a distributed checkpoint of PyTorch (DCP)", "name the folder that it lies in"
+    ),
 }
 #: Those whose content looks like another format's: the name is believed first.
 _BY_NAME_FIRST = (".mlmodel", DCP_PART, ".metadata")
 #: What tells a folder by the names in it.
 _FOLDERS: tuple[tuple[Callable[[Collection[str]], bool], Foreign], ...] = (
     (lambda names: not {"saved_model.pb", "saved_model.pbtxt"}.isdisjoint(names), SAVED_MODEL),
-    (lambda names: ".metadata" in names and _any(r".*\.distcp", names), DCP),
+    (lambda names: _any(r"__\d+\.metadata", names), DCP_BY_RANK),
+    (lambda names: ".metadata" not in names and _any(r".*\.distcp", names), DCP),
     (
         lambda names: (
             not {

@@ -95,6 +95,11 @@ def is_training_state(name: str) -> bool:
     return _STATE.fullmatch(name) is not None
 
 
+def is_state_folder(name: str) -> bool:
+    """Tell whether a folder of this name in a checkpoint's folder continues a training."""
+    return _STATE_FOLDERS.fullmatch(name) is not None
+
+
 def list_files(folder: Path, weights: Collection[str]) -> tuple[list[CarriedFile], list[LeftOut]]:
     """Return what belongs to the model of a folder, and what does not.
 

@@ -16,7 +16,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -433,12 +433,22 @@ def finalize_archive(path: str, state: Sequence[Any]) -> None:
             archive.comment = bytes.fromhex(comment)
 
 
-def compute_crc32(file: InputFile, offset: int, nbytes: int) -> int:
-    """Return the checksum of bytes of a file as zip archives have it."""
+def compute_crc32(
+    file: InputFile, offset: int, nbytes: int, after_each: Callable[[], None] = lambda: None
+) -> int:
+    """Return the checksum of bytes of a file as zip archives have it.
+
+    Args:
+        file: the file.
+        offset: where the bytes begin.
+        nbytes: how many.
+        after_each: called after each piece; a heartbeat, for one.
+    """
     crc = 0
     buffer = np.empty(min(_STEP, nbytes), np.uint8)
     for done in range(0, nbytes, _STEP):
         piece = buffer[: nbytes - done]
         file.read_into(offset + done, piece)
         crc = zlib.crc32(piece.data, crc)
+        after_each()
     return crc

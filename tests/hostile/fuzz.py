@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import random
 import resource
 import struct
@@ -29,6 +30,7 @@ from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.format import ScanRequest
 from polyak_cli.processes import sandbox
 from polyak_cli.storage import File, Version
+from tests import dcp
 from tests.oracle import write_model
 from tests.test_keras_zip import members, write_archive
 from tests.test_safetensors import put
@@ -140,6 +142,29 @@ def tf_bundle(folder: Path) -> tuple[bytes, Mutate]:
     return (folder / "x.index").read_bytes(), mutate
 
 
+def torch_dcp(folder: Path) -> tuple[bytes, Mutate]:
+    """Folders: the metadata beside sound parts, or a part beside sound metadata."""
+    parts = [dcp.archive(X.reshape(2, 3)), dcp.archive(X.reshape(2, 3))]
+    whole, length = b"".join(parts), len(parts[0])
+    numbers = itertools.count()
+
+    def describe(part: str) -> bytes:
+        chunks = [dcp.chunk((0, 0), (2, 3)), dcp.chunk((2, 0), (2, 3))]
+        places = [dcp.place("a", (2 * k, 0), part, k * length, length) for k in (0, 1)]
+        return dcp.metadata({"a": dcp.item("torch float32", (4, 3), chunks)}, places)
+
+    def mutate(rng: random.Random, _: bytes) -> bytes:
+        part = folder.parent / f"{next(numbers)}.distcp"
+        content = describe(part.name)
+        if rng.random() < 0.5:
+            part.write_bytes(mutated(rng, whole))
+            return content
+        part.write_bytes(whole)
+        return mutated(rng, content)
+
+    return describe("0.distcp"), mutate
+
+
 TARGETS = {
     "hdf5": (".h5", hdf5),
     "weights": (".weights.h5", weights),
@@ -147,6 +172,7 @@ TARGETS = {
     "npz": (".npz", npz),
     "safetensors": (".safetensors", safetensors),
     "torch_zip": (".pt", torch_zip),
+    "torch_dcp": (".metadata", torch_dcp),
     "tf_bundle": (".index", tf_bundle),
 }
 
@@ -183,7 +209,8 @@ def outcomes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 
 def attempt(path: Path) -> None:
     """Average what could be read; a refusal is as good as an average."""
-    output = path.with_name(f"output{''.join(path.suffixes[-2:])}")
+    suffix = "".join(path.suffixes[-2:])
+    output = path.with_name(f"output{'.safetensors' if suffix == '.metadata' else suffix}")
     try:
         average([path], output, force=True, jobs=1)
     except PolyakError as error:

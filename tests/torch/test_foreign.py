@@ -67,24 +67,3 @@ def test_what_is_no_state_dict_is_named(
         assert text.startswith(f"{path}: "), text
         assert what in text
         assert advice in text
-
-
-def test_distributed_checkpoints_become_files_as_the_error_advises(tmp_path: Path) -> None:
-    """The folder is named; converted by PyTorch's own tool, the files are averaged."""
-    from torch.distributed.checkpoint import save
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    for number in (1, 2):
-        folder = tmp_path / "run" / f"step-{number}"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            save({"model": {"w": torch.full((3,), float(number))}}, checkpoint_id=folder)
-    with pytest.raises(PolyakError, match=r"run: .*step-1, which is a distributed.*dcp_to_torch"):
-        average(tmp_path / "run", tmp_path / "o.pt")
-    with pytest.raises(PolyakError, match=r"__0_0.distcp: is a part of a distributed"):
-        list(inspect([tmp_path / "run" / "step-1" / "__0_0.distcp"]))
-    for number in (1, 2):
-        dcp_to_torch_save(tmp_path / "run" / f"step-{number}", tmp_path / f"step-{number}.pt")
-    average([tmp_path / "step-1.pt", tmp_path / "step-2.pt"], tmp_path / "o.pt")
-    found = torch.load(tmp_path / "o.pt", weights_only=True)
-    assert torch.equal(found["model"]["w"], torch.full((3,), 1.5))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
+from safetensors.torch import load_file
 
 from tests.test_front_door import KERNEL, run_row
 
@@ -46,6 +49,20 @@ def test_a_row_of_pytorch_runs(tmp_path: Path, have: str) -> None:
     loaded = torch.load(tmp_path / run_row(have, tmp_path)[-1], weights_only=True)
     state = loaded["state_dict"] if have == LIGHTNING else loaded
     assert torch.allclose(state["net.weight"], torch.from_numpy(KERNEL + 3), rtol=0, atol=1e-6)
+
+
+def test_the_row_of_distributed_checkpoints_runs(tmp_path: Path) -> None:
+    """The mean of five folders that PyTorch saved is one file that safetensors opens."""
+    for step in range(1, 6):
+        state = {"model": {"net.weight": torch.from_numpy(KERNEL + np_float(step))}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.distributed.checkpoint.save(
+                state, checkpoint_id=tmp_path / "run" / f"step-{step}", no_dist=True
+            )
+    output = run_row("PyTorch distributed checkpoints (DCP) of FSDP2 or torchtitan", tmp_path)[-1]
+    found = load_file(tmp_path / output)["model.net.weight"]
+    assert torch.allclose(found, torch.from_numpy(KERNEL + 3), rtol=0, atol=1e-6)
 
 
 def test_the_row_of_files_in_another_order_runs(tmp_path: Path) -> None:

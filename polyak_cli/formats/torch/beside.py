@@ -18,18 +18,20 @@ Owner = Literal["", "optimizer", "run"]
 _OPTIMIZER = re.compile(
     r"(\w+_)?(opt(im(izer)?)?s?|(lr_?)?sched(uler)?s?|scaler|amp)(_?[A-Z0-9])?(_states?)?(_dicts?)?"
 )
-#: PyTorch Lightning's, fairseq's, and what training scripts keep of their own settings.
+#: PyTorch Lightning's, fairseq's, torchtitan's, and what training scripts keep of their settings.
 _OF_THE_RUN = {
     "args",
     "callbacks",
     "cfg",
     "config",
+    "dataloader",
     "datamodule_hyper_parameters",
     "extra_state",
     "hparams",
     "hyper_parameters",
     "loops",
     "sampler",
+    "train_state",
 }
 _RANDOM = re.compile(r"(\w+_)?(rng(_\w+)?|random_states?)")
 #: What optimizers call the tensors that they keep for a parameter: torch.optim and apex; Adafactor

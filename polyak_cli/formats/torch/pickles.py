@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickletools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
@@ -121,19 +121,34 @@ class Object:
 
 
 @dataclass(slots=True, eq=False)
+class Instance:
+    """An object of a class that the caller of `read` knows; it is noted, and never made."""
+
+    of: str
+    arguments: tuple[Any, ...]  # of the call that makes it
+    state: Any = None  # what it is given afterwards: its attributes, or whatever its class takes
+
+
+@dataclass(slots=True, eq=False)
 class Pairs:
     """A dictionary, as pairs: a stranger's keys are neither hashed nor compared."""
 
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
 
-def read(content: bytes, heartbeat: Heartbeat) -> Any:
+def read(content: bytes, heartbeat: Heartbeat, classes: Collection[str] = ()) -> Any:
     """Return what a pickle holds: plain values, lists, tuples and the inert classes above.
+
+    Args:
+        content: the pickle.
+        heartbeat: called every few hundred opcodes.
+        classes: full names of further classes and functions that may be called; each call gives
+            an `Instance`.
 
     Raises:
         FormatError: it is damaged, too large, or names what no state dict needs.
     """
-    machine = _Machine()
+    machine = _Machine(classes)
     with warnings.catch_warnings():
         # `pickletools` warns of texts whose escapes are none: those are refused below.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -170,7 +185,8 @@ def _damaged(what: str) -> Never:
 class _Machine:
     """The stack of the pickle machine; every method but the first four does one opcode."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: Collection[str]) -> None:
+        self.classes = classes
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under each mark
         self.memo: dict[int, Any] = {}
@@ -223,7 +239,8 @@ class _Machine:
 
     def name(self, text: str) -> None:
         """Take a global, in one text with a space between module and name."""
-        self.push(_known(text.replace(" ", ".", 1)))
+        full = text.replace(" ", ".", 1)
+        self.push(Name(full) if full in self.classes else _known(full))
 
     def stack_name(self) -> None:
         """Take a global as protocol 4 writes it."""
@@ -240,12 +257,25 @@ class _Machine:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             _damaged("it calls an object that is not a function")
-        self.push(_called(function.full, arguments))
+        if function.full in self.classes:
+            self.push(Instance(function.full, arguments))
+        else:
+            self.push(_called(function.full, arguments))
+
+    def create(self) -> None:
+        """Take an object as protocol 2 and later make it, of a class that the caller knows."""
+        arguments, kind = self.pop(), self.pop()
+        known = isinstance(kind, Name) and kind.full in self.classes
+        if not known or not isinstance(arguments, tuple):
+            _damaged("it creates an object, which torch.save does not")
+        self.push(Instance(kind.full, arguments))
 
     def build(self) -> None:
         """Give an object its attributes: a state dict has its `_metadata` so."""
         state, made = self.pop(), self.top(object)
-        if isinstance(made, Pairs):
+        if isinstance(made, Instance):
+            made.state = state
+        elif isinstance(made, Pairs):
             made.items.append(("__dict__", state))
         elif made != Object("numpy.dtype"):
             _damaged("it sets attributes of an object that has none")
@@ -392,6 +422,7 @@ _ACTIONS: Mapping[str, _Action] = {
     "STACK_GLOBAL": lambda machine, _: machine.stack_name(),
     "INST": _Machine.instance,
     "REDUCE": lambda machine, _: machine.call(),
+    "NEWOBJ": lambda machine, _: machine.create(),
     "BUILD": lambda machine, _: machine.build(),
     "BINPERSID": lambda machine, _: machine.stored(),
 }

@@ -1,0 +1,355 @@
+"""Distributed checkpoints of PyTorch (DCP): a folder of `.metadata` and of parts, one a process.
+
+`dcp_metadata` says which block of which tensor lies in which part, and `dcp_parts` where exactly.
+A tensor in several blocks is a `Grid`, so that checkpoints of other numbers of processes average
+with one another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from polyak_cli.errors import FormatError, OutputError, shown, word_size
+from polyak_cli.formats import zips
+from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
+from polyak_cli.formats.torch import beside, dcp_metadata
+from polyak_cli.formats.torch.beside import Owner
+from polyak_cli.formats.torch.dcp_metadata import Block, BytesItem, Stored, TensorItem
+from polyak_cli.formats.torch.dcp_parts import Piece, PieceReader
+from polyak_cli.formats.torch.pickles import SIZES, Pairs
+from polyak_cli.processes.sandbox import Heartbeat
+from polyak_cli.storage import File, InputFile, open_input
+from polyak_cli.storage.local import name_errors
+from polyak_cli.tensors import (
+    FLOATS,
+    Extent,
+    Grid,
+    GridPart,
+    OutputRules,
+    Storage,
+    Table,
+    TensorSpec,
+)
+
+#: What modules keep beside their tensors; Megatron appends which shard it is.
+_EXTRA = re.compile(r"(.*\.)?_extra_state(/.*)?", re.DOTALL)
+#: Keys that lead to a program's optimizer, where they were joined before they were saved.
+_FLAT = re.compile(
+    r"(.*\.)?(\w+_)?opt(im(izer)?)?s?\.(state|param_groups|distributed)\..*", re.DOTALL
+)
+_DEEPEST = 64
+
+Item = TensorItem | BytesItem
+
+
+class _Items(NamedTuple):
+    """The items of a checkpoint, sorted by what they belong to, each kind in its order."""
+
+    metadata: File
+    model: Sequence[TensorItem]
+    kept: Sequence[BytesItem]  # of the model, in bytes
+    state: Sequence[Item]  # of the optimizer, and whatever else is the training run's
+
+
+# --- scanning -------------------------------------------------------------------------------------
+
+
+def _read_items(path: str, heartbeat: Heartbeat) -> _Items:
+    """Read the metadata of a checkpoint."""
+    with open_input(path) as file, name_errors(path):
+        if file.size > zips.WHOLE:
+            raise FormatError(
+                f"has {word_size(file.size)}; expected at most {word_size(zips.WHOLE)}"
+            )
+        tensors, others = dcp_metadata.read(file.read(0, file.size), heartbeat)
+        version = file.version
+    model: list[TensorItem] = []
+    kept: list[BytesItem] = []
+    state: list[Item] = []
+    parts = {item.path[0] for item in tensors if len(item.path) > 1}
+    for item, owner in heartbeat.over(_find_owners([*tensors, *others])):
+        if owner:
+            state.append(item)
+        elif isinstance(item, TensorItem):
+            model.append(item)
+        elif _EXTRA.fullmatch(item.name) or (len(item.path) > 1 and item.path[0] in parts):
+            kept.append(item)
+        else:
+            state.append(item)
+    return _Items(File(path, version), model, kept, state)
+
+
+def _find_owners(items: Sequence[Item]) -> Iterator[tuple[Item, Owner]]:
+    """Yield each item with its owner; see `beside`."""
+    for item in items:
+        if len(item.path) > _DEEPEST:
+            raise FormatError(f"its dictionaries are nested more than {_DEEPEST} deep")
+    yield from _walk(items, (), "")
+
+
+def _walk(
+    items: Sequence[Item], path: tuple[str, ...], owner: Owner
+) -> Iterator[tuple[Item, Owner]]:
+    """Yield the items under a path, as if their dictionaries were there."""
+    depth = len(path)
+    below: dict[str, list[Item]] = {}
+    for item in items:
+        if len(item.path) == depth:
+            is_slot = (
+                bool(_FLAT.fullmatch(item.name)) or item.name.rpartition(".")[2] in beside.SLOTS
+            )
+            yield item, owner or beside.find_owner(path, item) or ("optimizer" if is_slot else "")
+        else:
+            below.setdefault(item.path[depth], []).append(item)
+    owner = owner or beside.find_owner(path, Pairs([(key, None) for key in below]))
+    for key, inner in below.items():
+        yield from _walk(inner, (*path, key), owner)
+
+
+def _list_places(items: _Items) -> Iterator[Stored]:
+    """Yield where each item and block lies."""
+    for item in itertools.chain(items.model, items.kept, items.state):
+        if isinstance(item, BytesItem):
+            yield item.stored
+        else:
+            yield from (block.stored for block in item.blocks)
+
+
+def _refuse_shared(items: _Items) -> None:
+    """Refuse items and blocks of which two lie in the same bytes."""
+    places = sorted(_list_places(items))
+    for one, other in itertools.pairwise(places):
+        if one.file == other.file and one.offset + one.nbytes > other.offset:
+            raise FormatError(
+                f"{shown(items.metadata.path)}: two items lie at offset {other.offset} of "
+                f"{shown(other.file)}; it is damaged or hostile"
+            )
+
+
+class _Parts:
+    """The parts of a checkpoint, and what their archives say of the blocks that were asked for."""
+
+    def __init__(self, items: _Items, heartbeat: Heartbeat) -> None:
+        self.folder = Path(items.metadata.path).parent
+        self.heartbeat = heartbeat
+        self.names = sorted({place.file for place in _list_places(items)})
+        _refuse_shared(items)
+        self.numbers = {name: number for number, name in enumerate(self.names)}
+        self.files: list[File] = []
+        self.sizes: dict[str, int] = {}
+        for name in heartbeat.over(self.names):
+            path = str(self.folder / name)
+            with open_input(path) as file:
+                self.files.append(File(path, file.version))
+
+    def read(self, tensors: Sequence[TensorItem]) -> dict[Stored, Piece]:
+        """Read the archives of tensors, each part from its beginning to its end."""
+        owners = {block.stored: item for item in tensors for block in item.blocks}
+        reader = PieceReader(self.heartbeat)
+        pieces = {}
+        for name, places in itertools.groupby(sorted(owners), key=lambda place: place.file):
+            with self.open(name) as file:
+                for place in places:
+                    with _naming(file, owners[place]):
+                        pieces[place] = reader.read(file, place.offset, place.nbytes)
+        return pieces
+
+    def open(self, name: str) -> InputFile:
+        """Open a part, checked to be the one that was seen first."""
+        return open_input(*self.files[self.numbers[name]])
+
+    def describe_bytes(self, item: BytesItem) -> TensorSpec:
+        """Describe an item that is not looked into."""
+        name, offset, nbytes = item.stored
+        number = self.numbers[name]
+        file = self.files[number]
+        if offset + nbytes > file.version.size:
+            raise FormatError(
+                f"{shown(file.path)}: '{shown(item.name)}' lies outside the file; it is truncated, "
+                "or metadata and parts come from different saves"
+            )
+        where = Extent(offset, nbytes, number)
+        return TensorSpec(item.name, (nbytes,), "opaque", "<", item.name, where)
+
+    def describe(self, item: TensorItem, pieces: Mapping[Stored, Piece]) -> TensorSpec:
+        """Describe a tensor whose archives were read."""
+        found = [pieces[block.stored] for block in item.blocks]
+        for block, piece in zip(item.blocks, found, strict=True):
+            with _naming(self.files[self.numbers[block.stored.file]], item):
+                _check_piece(item, block, piece)
+        orders = {piece.byteorder for piece in found}
+        if len(orders) > 1:
+            raise FormatError(
+                f"{shown(self.folder)}: tensor '{shown(item.name)}' has blocks of both byte orders"
+            )
+        order = _find_order(item, found)
+        if order is None:
+            raise FormatError(
+                f"{shown(self.folder)}: the blocks of tensor '{shown(item.name)}' have their "
+                "elements in different orders; save tensor.contiguous()"
+            )
+        arrangement = ""
+        if order != tuple(range(len(order))):
+            arrangement = f"the order of its dimensions {order}"
+        storage = self._place(item, found, order)
+        return TensorSpec(
+            item.name,
+            item.shape,
+            item.dtype,
+            orders.pop() if orders else "<",
+            item.name,
+            storage,
+            "",
+            arrangement,
+        )
+
+    def _place(self, item: TensorItem, pieces: Sequence[Piece], order: Sequence[int]) -> Storage:
+        """Return where the elements of a tensor lie, dimensions in the order of the archives."""
+
+        def arrange(sizes: Sequence[int]) -> tuple[int, ...]:
+            return tuple(sizes[k] for k in order)
+
+        extents = [
+            Extent(piece.offset, piece.nbytes, self.numbers[block.stored.file])
+            for block, piece in zip(item.blocks, pieces, strict=True)
+        ]
+        if len(extents) <= 1:
+            return extents[0] if extents else Extent(0, 0)
+        parts = tuple(
+            GridPart(arrange(block.start), arrange(block.shape), extent)
+            for block, extent in zip(item.blocks, extents, strict=True)
+        )
+        return Grid(arrange(item.shape), SIZES[item.dtype], parts)
+
+
+def _check_piece(item: TensorItem, block: Block, piece: Piece) -> None:
+    """Refuse an archive that holds another tensor than the metadata say."""
+    view = piece.tensor
+    if view.dtype != item.dtype or view.shape != block.shape:
+        raise FormatError(
+            f"is {view.dtype} of shape {view.shape} in its archive, but {item.dtype} of shape "
+            f"{block.shape} in the metadata; they come from different saves"
+        )
+    size = math.prod(view.shape)
+    if view.offset or piece.nbytes != size * SIZES[view.dtype]:
+        raise FormatError(
+            f"has {size} elements in a storage of {piece.nbytes} bytes; expected a storage of its "
+            "own"
+        )
+
+
+def _find_order(item: TensorItem, pieces: Sequence[Piece]) -> tuple[int, ...] | None:
+    """Return the order of dimensions, outermost first, in which all blocks keep their elements."""
+    plain = tuple(range(len(item.shape)))
+    views = [piece.tensor for piece in pieces]
+    orders = [plain]
+    for view in views:
+        # A dimension of one element may have any stride.
+        strides = view.stride
+        orders.append(tuple(sorted(plain, key=lambda k: (-strides[k], k))))
+    for order in dict.fromkeys(orders):
+        if all(_is_in_order(view.shape, view.stride, order) for view in views):
+            return order
+    return None
+
+
+def _is_in_order(shape: Sequence[int], stride: Sequence[int], order: Sequence[int]) -> bool:
+    """Tell whether elements follow one another if dimensions are taken in an order."""
+    expected = 1
+    for k in reversed(order):
+        if shape[k] > 1 and stride[k] != expected:
+            return False
+        expected *= shape[k]
+    return True
+
+
+@contextlib.contextmanager
+def _naming(file: InputFile | File, item: Item) -> Iterator[None]:
+    """Put the names of a part and of a tensor in front of errors."""
+    try:
+        yield
+    except FormatError as error:
+        name = file.path if isinstance(file, File) else file.name
+        raise FormatError(f"{shown(name)}: tensor '{shown(item.name)}' {error}") from None
+
+
+class DistributedCheckpoint(Format):
+    """The folders that `torch.distributed.checkpoint.save` writes."""
+
+    key = "torch_dcp"
+    name = "PyTorch DCP"
+    suffixes = ()
+    recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
+    has_checksums = True
+    can_be_left = True
+    dtypes = frozenset(FLOATS)
+
+    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
+        """See `Format.scan`."""
+        items = _read_items(request.path, heartbeat)
+        parts = _Parts(items, heartbeat)
+        wanted = [*items.model]
+        if request.with_optimizer:
+            wanted += [item for item in items.state if isinstance(item, TensorItem)]
+        pieces = parts.read(wanted)
+        tensors = {item.name: parts.describe(item, pieces) for item in heartbeat.over(items.model)}
+        others: dict[str, TensorSpec] = {}
+        for item in heartbeat.over([*items.kept, *items.state] if request.with_optimizer else ()):
+            if isinstance(item, BytesItem):
+                others[item.name] = parts.describe_bytes(item)
+            else:
+                others[item.name] = parts.describe(item, pieces)
+        return Table(
+            path=Path(request.path),
+            format=self.key,
+            files=(*parts.files, items.metadata),
+            tensors=tensors,
+            others=others,
+            optimizer=frozenset(item.name for item in items.state),
+            config="",
+            is_polyak_output=False,
+            rules=OutputRules(is_fixed=True),
+        )
+
+    def check(self, path: str, heartbeat: Heartbeat) -> None:
+        """See `Format.check`; of the model's own tensors, as others are not averaged."""
+        items = _read_items(path, heartbeat)
+        parts = _Parts(items, heartbeat)
+        owners = {block.stored: item for item in items.model for block in item.blocks}
+        pieces = parts.read(items.model)
+        for name, places in itertools.groupby(sorted(pieces), key=lambda place: place.file):
+            with parts.open(name) as file:
+                for place in places:
+                    piece = pieces[place]
+                    found = zips.compute_crc32(file, piece.offset, piece.nbytes, heartbeat)
+                    # Programs may have saved it without checksums; then all of them are 0.
+                    if piece.crc not in (0, found):
+                        raise FormatError(
+                            f"{shown(file.name)}: tensor '{shown(owners[place].name)}' has a wrong "
+                            "checksum: the data are damaged"
+                        )
+
+    def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
+        """See `Format.texts`."""
+        del table
+        heartbeat()
+        return {"format": "pt"}
+
+    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
+        """See `Format.write_skeleton`."""
+        del heartbeat
+        raise OutputError(
+            f"{shown(request.template.path)}: averages of distributed checkpoints are written as "
+            ".safetensors; give the output that suffix"
+        )
+
+    def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
+        """See `Format.is_polyak_output`."""
+        del path, heartbeat
+        return False

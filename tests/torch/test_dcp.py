@@ -1,0 +1,258 @@
+"""Distributed checkpoints (DCP) that PyTorch itself saves, in one process and in several."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from polyak_cli import average, check, diff, inspect, verify
+from polyak_cli.errors import FormatError, OutputError, PolyakError
+from tests.source import PACKAGE
+
+State = dict[str, Any]
+
+
+def save(folder: Path, state: State) -> Path:
+    """Save a state dict from this process alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def flatten(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return the tensors of nested dictionaries by the names that DCP gives them."""
+    if isinstance(state, torch.Tensor):
+        return {prefix[:-1]: state}
+    items = state.items() if isinstance(state, dict) else ()
+    return {k: v for key, one in items for k, v in flatten(one, f"{prefix}{key}.").items()}
+
+
+def read(folder: Path, file: Path) -> dict[str, torch.Tensor]:
+    """Return the whole tensors of a checkpoint, by PyTorch's own converter."""
+    dcp_to_torch_save(folder, file)
+    return flatten(torch.load(file, weights_only=True))
+
+
+def average_whole(models: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Average whole tensors in float64, oldest first; keep what is no float of the newest."""
+    found = {}
+    for name, newest in models[-1].items():
+        total = sum(model[name].double() / len(models) for model in models)
+        is_float = newest.is_floating_point()
+        found[name] = torch.as_tensor(total).to(newest.dtype) if is_float else newest
+    return found
+
+
+def assert_equal(found: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare names, types, shapes and bits."""
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype, name
+        assert torch.equal(found[name], values), name
+
+
+def run_ranks(*arguments: object) -> None:
+    """Save or load in several processes."""
+    subprocess.run(
+        [sys.executable, "-m", "tests.torch.ranks", *map(str, arguments)],
+        cwd=PACKAGE.parent,
+        check=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose four checkpoints were saved by 1, 2, 4 and 8 processes."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for world in (1, 2, 4, 8):
+        run_ranks("save", world, folder / f"step-{world}", world)
+    return folder
+
+
+@pytest.mark.slow
+def test_checkpoints_of_one_to_eight_processes_average(sharded: Path, tmp_path: Path) -> None:
+    """FSDP2's uneven shards, columns, blocks, copies, 0-d and empty tensors, and bfloat16."""
+    output = tmp_path / "o.safetensors"
+    report = average(sharded, output)
+    assert [one.epoch for one in report.plan.checkpoints] == [1, 2, 4, 8]
+    models = [read(sharded / f"step-{k}", tmp_path / f"{k}.pt") for k in (1, 2, 4, 8)]
+    model = {name for name in models[0] if not name.startswith("optim.")}
+    expected = average_whole([{name: one[name] for name in model} for one in models])
+    assert_equal(load_file(output), expected)
+    assert expected["model.3.weight"].dtype == torch.bfloat16
+    assert "step" in report.plan.dropped
+    assert "optim.state.0.weight.exp_avg" in report.plan.dropped
+    assert verify(output, sources=[sharded]).problems == ()
+    assert check(sharded).healthy
+
+
+@pytest.mark.slow
+def test_one_division_differs_from_another_in_nothing(sharded: Path, tmp_path: Path) -> None:
+    """What was loaded from eight parts and saved as one is equal, tensor by tensor."""
+    dcp_to_torch_save(sharded / "step-8", tmp_path / "8.pt")
+    folder = save(tmp_path / "one" / "step-8", torch.load(tmp_path / "8.pt", weights_only=True))
+    assert diff(sharded / "step-8", folder).equal
+    average([sharded / "step-8"], tmp_path / "a.safetensors")
+    average([folder], tmp_path / "b.safetensors")
+    assert_equal(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
+
+
+@pytest.mark.parametrize("options", [{}, {"thread_count": 3}, {"single_file_per_rank": False}])
+def test_the_options_of_the_writer_change_nothing(tmp_path: Path, options: State) -> None:
+    """One file, several files of one process, or a file for each tensor."""
+    torch.manual_seed(0)
+    models = []
+    for k in (1, 2):
+        state = {f"w{n}": (1 + k / 16) * torch.randn(4, 3) for n in range(5)}
+        torch.manual_seed(0)
+        writer = dcp.FileSystemWriter(tmp_path / "run" / f"step-{k}", **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(state, storage_writer=writer, no_dist=True)
+        models.append(state)
+    average(tmp_path / "run", tmp_path / "o.safetensors")
+    assert_equal(load_file(tmp_path / "o.safetensors"), average_whole(models))
+
+
+def test_every_type_is_read(tmp_path: Path) -> None:
+    """Floats are averaged, the others are the newest's."""
+    types = [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    ]
+    models = [
+        {str(kind).removeprefix("torch."): (torch.arange(6) + k).to(kind) for kind in types}
+        for k in (0, 1)
+    ]
+    for k, state in enumerate(models):
+        save(tmp_path / "run" / f"step-{k}", state)
+    average(tmp_path / "run", tmp_path / "o.safetensors")
+    assert_equal(load_file(tmp_path / "o.safetensors"), average_whole(models))
+
+
+def test_names_of_a_program_say_what_is_the_model(tmp_path: Path) -> None:
+    """As torchtitan, OLMo-core, Accelerate and Megatron name items; the order of keys is free."""
+    weight, slot = torch.ones(3), torch.zeros(3)
+    layouts: list[tuple[State, set[str]]] = [
+        (
+            {
+                "tok_embeddings.weight": weight,
+                "optimizer": {
+                    "state.tok_embeddings.weight.exp_avg": slot,
+                    "param_groups.tok_embeddings.weight.lr": 0.1,
+                },
+                "lr_scheduler": {"last_epoch": 3},
+                "train_state": {"step": torch.tensor(3)},
+                "dataloader": {"dp_rank_0": b"bytes"},
+            },
+            {"tok_embeddings.weight"},
+        ),
+        (
+            {
+                "model": {"w.weight": weight},
+                "optim": {"state": {"w.weight": {"exp_avg": slot, "step": torch.tensor(1.0)}}},
+            },
+            {"model.w.weight"},
+        ),
+        (
+            {
+                "app": {
+                    "model": {"w": weight},
+                    "optim": {
+                        "state": {"w": {"exp_avg": slot}},
+                        "param_groups": [{"lr": 0.1, "params": ["w"]}],
+                    },
+                }
+            },
+            {"app.model.w"},
+        ),
+        (
+            {
+                "decoder.layers.weight": weight,
+                "optimizer.state.exp_avg.decoder.layers.weight": slot,
+                "rng_state": torch.zeros(4, dtype=torch.uint8),
+            },
+            {"decoder.layers.weight"},
+        ),
+    ]
+    for number, (state, own) in enumerate(layouts):
+        folder = save(tmp_path / f"step-{number}", state)
+        report = average([folder], tmp_path / f"{number}.safetensors")
+        assert set(load_file(tmp_path / f"{number}.safetensors")) == own
+        assert set(report.plan.averaged) == own
+        (seen,) = inspect([folder])
+        assert len(seen.tensors) > len(own)
+
+
+def test_what_a_module_keeps_beside_its_tensors_is_not_lost(tmp_path: Path) -> None:
+    """Such bytes cannot become safetensors, and the error names them."""
+
+    class Counted(nn.Linear):  # type: ignore[misc,unused-ignore]
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            del state
+
+    folder = save(tmp_path / "step-1", {"model": Counted(2, 2).state_dict()})
+    with pytest.raises(OutputError, match=r"model\._extra_state\.calls"):
+        average([folder], tmp_path / "o.safetensors")
+
+
+def test_memory_formats_are_kept_and_conversion_says_so(tmp_path: Path) -> None:
+    """Elements of channels_last lie in another order, which safetensors does not have."""
+    image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    folder = save(tmp_path / "step-1", {"image": image})
+    with pytest.raises(OutputError, match=r"'image'.*the order of its dimensions \(0, 2, 3, 1\)"):
+        average([folder], tmp_path / "o.safetensors")
+
+
+def test_checkpoints_of_other_storage_are_named(tmp_path: Path) -> None:
+    """Compressed ones, those in safetensors, and those with one .metadata a process."""
+    state = {"w": torch.ones(300)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kind = dcp.filesystem.SerializationFormat.SAFETENSORS
+        writer = dcp.FileSystemWriter(tmp_path / "tensors", serialization_format=kind)
+        dcp.save(state, storage_writer=writer, no_dist=True)
+    with pytest.raises(FormatError, match=r"SerializationFormat.SAFETENSORS"):
+        average([tmp_path / "tensors"], tmp_path / "o.safetensors")
+    folder = save(tmp_path / "step-1", state)
+    (folder / ".metadata").rename(folder / "__0.metadata")
+    with pytest.raises(PolyakError, match=r"with one .metadata a process; save it with use_coll"):
+        average([folder], tmp_path / "o.safetensors")
+    (folder / "__0.metadata").unlink()
+    with pytest.raises(PolyakError, match=r"without its .metadata; it was not saved completely"):
+        average([folder], tmp_path / "o.safetensors")
+
+
+def test_checksums_may_be_missing(tmp_path: Path) -> None:
+    """PyTorch can save without them; then there is nothing to compare."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        folder = save(tmp_path / "step-1", {"w": torch.arange(5.0)})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    average([folder], tmp_path / "o.safetensors")
+    assert_equal(load_file(tmp_path / "o.safetensors"), {"w": torch.arange(5.0)})
