@@ -755,8 +755,9 @@ def test_quiet_prints_only_errors(run_folder: Path) -> None:
 
 def test_quiet_json_still_prints_the_data(run_folder: Path) -> None:
     """Who asks for data gets them; -q silences the notes."""
-    write_model(run_folder / "1.h5", {"bn": {"moving_mean": _f4(3)}})
-    done = polyak("average", "1.h5", "-n", "-q", "--json", cwd=run_folder)
+    for name in ("1.h5", "2.h5"):
+        write_model(run_folder / name, {"bn": {"moving_mean": _f4(3)}})
+    done = polyak("average", "1.h5", "2.h5", "-n", "-q", "--json", cwd=run_folder)
     assert len(json.loads(succeeded(done))["notes"]) == 1
 
 
