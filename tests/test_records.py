@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,43 @@ def test_at_most_4_mb_of_a_checkpoint_are_read(
         read = 0
         records.compute_sampled_digest([scanned(path) for path in paths])
         assert 3_900_000 < read <= 4_000_000
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_digests_of_several_checkpoints_are_those_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    """Several at a time or one after the other, in their order; the first error is raised."""
+    monkeypatch.setattr(records, "HASHED", 1 << 20)  # as if they were large
+    rng = np.random.default_rng(0)
+    contents = [rng.bytes(4_000_000 + 1000 * k) for k in range(5)]
+    checkpoints = []
+    for k, content in enumerate(contents):
+        path = tmp_path / f"{k}.h5"
+        path.write_bytes(content)
+        checkpoints.append([scanned(path)])
+    expected = [expected_digest([content]) for content in contents]
+    assert records.compute_sampled_digests(checkpoints, jobs) == expected
+    for k in (3, 1):
+        (tmp_path / f"{k}.h5").unlink()
+        with pytest.raises(FormatError, match=rf"{k}.h5: cannot be read: No such file"):
+            records.compute_sampled_digests(checkpoints, jobs)
+
+
+def test_digests_need_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a limit allows no more threads, digests are computed one after the other."""
+    monkeypatch.setattr(records, "HASHED", 0)
+    path = tmp_path / "m.h5"
+    path.write_bytes(b"abc")
+    started = []
+
+    def refuse(thread: threading.Thread) -> None:
+        started.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert records.compute_sampled_digests([[scanned(path)]], 2) == [expected_digest([b"abc"])]
+    assert len(started) == 1
 
 
 def test_a_file_that_changed_is_an_error(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ Knows HTML, and that names of files and tensors may be hostile.  Does not know t
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 
 from polyak_cli.errors import shown, word_rest
@@ -56,5 +55,7 @@ def _word(cell: object) -> str:
 
 
 def _escape(text: str, limit: int = _LONGEST) -> str:
+    import html  # only a notebook needs it, and every average would wait for it
+
     # shown() comes first: an escaped character must not be cut in two.
     return html.escape(shown(text, limit))

@@ -115,7 +115,8 @@ def write_several(
     # Hashing all inputs would cost a second reading, for files that are deleted soon.
     rows = [tuple(row) for row in coefficients]
     unhashed = replace(plan.settings, output=replace(plan.settings.output, hash=False))
-    sampled = [records.compute_sampled_digest(table.files) for table in plan.tables]
+    jobs = plan.settings.machine.share().jobs
+    sampled = records.compute_sampled_digests([table.files for table in plan.tables], jobs)
     custom = replace(plan, scheme="custom", parameters={}, settings=unhashed)
     for output in outputs:
         output.touch()  # a skeleton is written into a file that exists, as `publish` makes it

@@ -6,7 +6,6 @@ Knows where the pages are and how they are shown.  Their order, kinds and summar
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shutil
@@ -147,6 +146,8 @@ def _find_page(topic: str) -> str:
 
 def _word_nearest(name: str, names: Iterable[str]) -> str:
     """Return a semicolon, with a question for the most similar name where one is similar."""
+    import difflib  # only a mistaken name needs it
+
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ";"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -69,6 +68,8 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
+            from difflib import get_close_matches  # only a mistaken option needs it
+
             near = get_close_matches(error.option_name, error.possibilities or (), 1, _CLOSE)
             raise click.NoSuchOption(error.option_name, possibilities=near, ctx=ctx) from None
 

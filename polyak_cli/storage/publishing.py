@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -149,7 +148,7 @@ def _publish_files(final: Path, *, force: bool) -> Iterator[Path]:
 
 def _make_hidden_name(final: Path) -> Path:
     """Return a unique hidden name beside an output."""
-    return final.parent / f".polyak-{os.getpid()}-{secrets.token_hex(4)}.partial"
+    return final.parent / f".polyak-{os.getpid()}-{os.urandom(4).hex()}.partial"
 
 
 def _list_written(hidden: Path) -> list[Path]:
