@@ -7,6 +7,7 @@ the matching mistake in our reading.
 from __future__ import annotations
 
 import abc
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from polyak_cli import average, check, inspect, plan, verify
@@ -34,18 +34,18 @@ SCHEMES: list[Options] = [
 ]
 
 
-def naive(models: Sequence[Tensors], coefficients: Sequence[float]) -> Tensors:
+def naive(models: Sequence[Tensors], multipliers: Sequence[float]) -> Tensors:
     """Average the floats of whole models in float64, oldest first; keep the rest of the newest."""
     result = dict(models[-1])
     for name, newest in models[-1].items():
         if newest.dtype.kind != "f":
             continue
-        total: npt.NDArray[np.float64] | None = None
-        for model, coefficient in zip(models, coefficients, strict=True):
-            if coefficient:
-                term = np.float64(coefficient) * model[name].astype(np.float64)
+        total: Any = None
+        for model, multiplier in zip(models, multipliers, strict=True):
+            if multiplier:
+                term = np.float64(multiplier) * model[name].astype(np.float64)
                 total = term if total is None else total + term
-        result[name] = np.asarray(total).astype(newest.dtype)
+        result[name] = np.asarray(total / math.fsum(multipliers)).astype(newest.dtype)
     return result
 
 
@@ -168,7 +168,7 @@ class Contract(abc.ABC):
             _, models = self.write_run(folder, dtype=dtype)
             output = tmp_path / f"{dtype}{self.result}"
             report = average(folder, output, **options)
-            assert_same(self.read(output), naive(models, report.plan.coefficients))
+            assert_same(self.read(output), naive(models, report.plan.mean.multipliers))
 
     @pytest.mark.slow
     def test_processes_change_nothing(
@@ -262,7 +262,7 @@ class Contract(abc.ABC):
             self.write(tmp_path / "run" / f"model_{k}{self.suffix}", tensors)
         output = tmp_path / f"o{self.result}"
         report = average(tmp_path / "run", output, scheme="exp")
-        assert_same(self.read(output), naive(models, report.plan.coefficients))
+        assert_same(self.read(output), naive(models, report.plan.mean.multipliers))
         (note,) = (note for note in report.notes if "different types" in note)
         assert " and ".join(types) in note
         assert f"stored as {types[-1]}" in note
@@ -278,7 +278,7 @@ class Contract(abc.ABC):
             self.write(path, model)
         output = tmp_path / f"o{self.result}"
         report = average(tmp_path / "run", output, verify=True)
-        assert_same(self.read(output), naive(models, report.plan.coefficients))
+        assert_same(self.read(output), naive(models, report.plan.mean.multipliers))
         count = len(np.triu_indices(33, 1, 17)[0]) + 1
         health = check(tmp_path / "run")
         notes = (report.notes, health.notes)

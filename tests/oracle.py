@@ -1,11 +1,12 @@
 """What the tests compare with: written with plain h5py and numpy, importing nothing of the package.
 
 `write_model` makes files in Keras's layout; `naive_average` is the script that users write today,
-done carefully: whole tensors, float64, from the oldest to the newest, rounded once.
+done carefully: whole tensors, float64, from the oldest to the newest, divided and rounded once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -99,13 +100,13 @@ def read_model(path: Path) -> dict[str, Array]:
 
 
 def naive_average(
-    paths: Sequence[Path], coefficients: Sequence[float], dtype: str | None = None
+    paths: Sequence[Path], multipliers: Sequence[float], dtype: str | None = None
 ) -> dict[str, Array]:
     """Average the float tensors of model_weights; keep the others of the newest file.
 
     Args:
         paths: whole-model .h5 files, oldest first.
-        coefficients: one each, normalised.
+        multipliers: one each, such as 1 for the plain mean; the sum is divided by theirs.
         dtype: numpy type to round to; the stored one if None.
     """
     models = [read_model(path) for path in paths]
@@ -117,11 +118,11 @@ def naive_average(
             result[name] = newest
             continue
         total: Any = None
-        for model, coefficient in zip(models, coefficients, strict=True):
-            term = np.float64(coefficient) * model[name].astype(np.float64)
+        for model, multiplier in zip(models, multipliers, strict=True):
+            term = np.float64(multiplier) * model[name].astype(np.float64)
             total = term if total is None else total + term
         with np.errstate(over="ignore"):
-            result[name] = np.asarray(total).astype(dtype or newest.dtype)
+            result[name] = np.asarray(total / math.fsum(multipliers)).astype(dtype or newest.dtype)
     return result
 
 
@@ -157,3 +158,56 @@ def _bfloat16_value(bits: int) -> Fraction:
     if exponent == 0:
         return Fraction(mantissa, 128) * Fraction(2) ** -126
     return (1 + Fraction(mantissa, 128)) * Fraction(2) ** (exponent - 127)
+
+
+#: dtype -> bits of the mantissa without the hidden one, bits of the exponent, has infinity.
+LAYOUTS = {
+    "float16": (10, 5, True),
+    "bfloat16": (7, 8, True),
+    "float32": (23, 8, True),
+    "float64": (52, 11, True),
+    "float8_e4m3fn": (3, 4, False),
+    "float8_e5m2": (2, 5, True),
+}
+
+
+def decode(code: int, dtype: str) -> float:
+    """Return the value of a code, from the definition of the IEEE formats."""
+    mantissa, exponent, has_infinity = LAYOUTS[dtype]
+    sign = -1.0 if code >> (mantissa + exponent) else 1.0
+    field = code >> mantissa & ((1 << exponent) - 1)
+    fraction = code & ((1 << mantissa) - 1)
+    bias = (1 << (exponent - 1)) - 1
+    if field == (1 << exponent) - 1:
+        if has_infinity:
+            return math.nan if fraction else sign * math.inf
+        if fraction == (1 << mantissa) - 1:
+            return math.nan
+    whole = fraction + (1 << mantissa) if field else fraction
+    return sign * math.ldexp(whole, max(field, 1) - bias - mantissa)
+
+
+def encode(value: float | Fraction, dtype: str) -> int | None:
+    """Return the code nearest to a number, by exact fractions, ties to even; None for NaN."""
+    mantissa, exponent, has_infinity = LAYOUTS[dtype]
+    sign = int(math.copysign(1, value) < 0) << (mantissa + exponent)
+    infinity = (((1 << exponent) - 1) << mantissa) if has_infinity else None
+    if math.isnan(value):
+        return None
+    if math.isinf(value):
+        return None if infinity is None else sign | infinity
+    exact = abs(Fraction(value))
+    bias = (1 << (exponent - 1)) - 1
+    binade = max(_find_binade(exact), 1 - bias) if value else 1 - bias
+    units = round(exact / Fraction(2) ** (binade - mantissa))  # of a Fraction: ties to even
+    # The code counts units: those of the binades below, and those of this one.
+    code = ((binade + bias - 1) << mantissa) + units
+    if infinity is None:
+        return sign | code if code < (1 << (mantissa + exponent)) - 1 else None
+    return sign | min(code, infinity)
+
+
+def _find_binade(value: Fraction) -> int:
+    """Return the exponent of the greatest power of two that is not above a positive number."""
+    guess = value.numerator.bit_length() - value.denominator.bit_length()
+    return guess if Fraction(2) ** guess <= value else guess - 1

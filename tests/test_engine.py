@@ -157,6 +157,7 @@ def run(
     coefficients: npt.ArrayLike,
     memory: Memory,
     allow_nonfinite: bool = False,
+    divisor: float = 1.0,
 ) -> list[np.ndarray]:
     """Fold whole files into one output of the newest's type for each row of coefficients."""
     inputs = write_inputs(folder, arrays)
@@ -169,7 +170,9 @@ def run(
         for k, array in enumerate(arrays)
     ]
     targets = [Placement(0, newest.dtype.name, "<", row) for row in range(len(outputs))]
-    work = FoldJob(inputs, [str(o) for o in outputs], np.array(coefficients), allow_nonfinite)
+    rows = np.array(coefficients)
+    divisors = [divisor] * len(rows)
+    work = FoldJob(inputs, [str(o) for o in outputs], rows, divisors, allow_nonfinite)
     fold([FoldTensor("x", newest.size, sources, targets)], work, memory)
     return [np.fromfile(output, newest.dtype) for output in outputs]
 
@@ -193,8 +196,8 @@ def test_workers_and_pieces_change_no_bit(
         term = coefficients[k] * array.astype(np.float64)
         total = term if k == 0 else total + term
     folder = tmp_path_factory.mktemp("run")
-    (out,) = run(folder, arrays, [coefficients], Memory(jobs, piece, piece))
-    assert out.tobytes() == total.astype(np.float32).tobytes()
+    (out,) = run(folder, arrays, [coefficients], Memory(jobs, piece, piece), divisor=0.7)
+    assert out.tobytes() == (total / 0.7).astype(np.float32).tobytes()
 
 
 @settings(
@@ -268,7 +271,7 @@ def test_neighbouring_small_tensors_are_each_averaged(
         stored = total.astype(f"{byteorder(2, t)}f{widths[2]}").tobytes()
         expected[places[2][t] : places[2][t] + nbytes] = stored
     (folder / "out").write_bytes(b"\xaa" * len(content))
-    work = FoldJob(inputs, [str(folder / "out")], np.array([[0.2, 0.3, 0.5]]), False)
+    work = FoldJob(inputs, [str(folder / "out")], np.array([[0.2, 0.3, 0.5]]), [1.0], False)
     totals = fold(tensors, work, Memory(2, piece, piece))
     assert (folder / "out").read_bytes() == expected
     assert totals.bytes_read == sum(widths) * sum(size for size, _, _ in shape)
@@ -315,7 +318,7 @@ def test_each_checkpoint_may_have_another_type(
     total = coefficients[0] * arrays[0].astype(np.float64)
     for coefficient, array in zip(coefficients[1:], arrays[1:], strict=True):
         total = total + coefficient * array.astype(np.float64)
-    work = FoldJob(inputs, [str(folder / "out")], coefficients[None], False)
+    work = FoldJob(inputs, [str(folder / "out")], coefficients[None], [1.0], False)
     one = FoldTensor("x", size, sources, [Placement(0, stored, "<")])
     fold([one], work, Memory(2, piece, piece))
     found = (folder / "out").read_bytes()
@@ -365,7 +368,7 @@ def test_neighbouring_small_tensors_are_read_at_once(
 
     monkeypatch.setattr(os, "preadv", counted)
     monkeypatch.setattr(folding, "page_aligned", measured)
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), [1.0], False)
     executors.fold(tensors, work, Memory(1, 400, 400), executor=InProcess())
     assert reads == [40_000, 40_000, 43_200, 43_200]
     assert max(buffers) < 10_000
@@ -382,7 +385,7 @@ def test_a_nan_among_small_tensors_is_named_with_its_own_tensor(tmp_path: Path) 
     inputs = write_inputs(tmp_path, [array])
     (tmp_path / "out").write_bytes(b"")
     tensors = [tensor(10, 40 * k)._replace(name=f"t{k}") for k in range(10)]
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), [1.0], False)
     with pytest.raises(MismatchError, match=r"0\.raw: tensor 't5' holds nan \(element 7\)"):
         fold(tensors, work, Memory(2, 1000, 1000))
 
@@ -393,7 +396,7 @@ def test_small_tensors_that_a_tight_bound_cuts_are_averaged(tmp_path: Path) -> N
     inputs = write_inputs(tmp_path, arrays)
     starts = [0, 15, 20, 25, 52, 53, 60]
     tensors = [tensor(b - a, 4 * a, 2) for a, b in pairwise(starts)]
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), [1.0], False)
     for piece in range(1, 31):
         (tmp_path / "out").write_bytes(b"")
         fold(tensors, work, Memory(1, piece, piece))
@@ -456,7 +459,7 @@ def test_an_input_that_ends_early_is_named(tmp_path: Path) -> None:
     """A short read is an error that names file and tensor; it never gives zeros."""
     inputs = write_inputs(tmp_path, [np.zeros(10, np.float32)])
     (tmp_path / "out").write_bytes(b"")
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), [1.0], False)
     with pytest.raises(FormatError, match=r"0\.raw: tensor 'x': the file ends 40 bytes before"):
         fold([tensor(20)], work, Memory(2, 100, 100))
 
@@ -467,7 +470,7 @@ def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
     (tmp_path / "new").write_bytes(b"\0" * 40)
     (tmp_path / "new").replace(inputs[0].path)
     (tmp_path / "out").write_bytes(b"")
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), [1.0], False)
     with pytest.raises(FormatError, match="changed"):
         fold([tensor(10)], work, Memory(2, 100, 100))
     with pytest.raises(FormatError, match="changed or vanished"):
@@ -500,7 +503,7 @@ def test_inline_bytes_are_averaged_with_extents(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"")
     one = tensor(100, 0, 2)
     inline = TensorSource(Inline(arrays[1].tobytes()), "float32", "<", 1)
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), [1.0], False)
     banded = one.sources[0]._replace(storage=Banded(0, 400))
     mixed = one._replace(sources=[banded, inline])
     fold([mixed], work, Memory(1, 30, 30))
@@ -563,7 +566,7 @@ def test_a_worker_that_is_killed_is_reported(tmp_path: Path, where: str) -> None
     (tmp_path / "out").write_bytes(b"")
     source = TensorSource(Killing(0, 4000), "float32", "<", 0)
     doomed = FoldTensor("x", 1000, [source], [Placement(0, "float32", "<")])
-    job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), False)
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), [1.0], False)
     how = "SIGKILL" if where == "forked" else "BrokenProcessPool"
     message = (
         rf"^a worker process was killed \({how}\), perhaps because memory ran out; "
@@ -608,7 +611,7 @@ def test_where_a_tensor_lies_in_its_file_changes_nothing(
     sources = [TensorSource(Extent(offset, 12_000), "float32", "<", k) for k in range(3)]
     tensor = FoldTensor("x", 3000, sources, [Placement(offset, "float32", "<")])
     coefficients = np.array([[0.5, 0.3, 0.2]])
-    work = FoldJob(inputs, [str(tmp_path / "out")], coefficients, False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], coefficients, [1.0], False)
     fold([tensor], work, Memory(2, 1000, 1000))
     wide = [array.astype(np.float64) for array in arrays]
     expected = ((0.5 * wide[0] + 0.3 * wide[1]) + 0.2 * wide[2]).astype(np.float32)
@@ -722,7 +725,7 @@ def test_memory_is_shared_out_to_the_byte(bound: tuple[int, ...], memory: Memory
 def test_a_worker_has_the_buffers_that_the_bound_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one average and for several, an element needs the bytes that `Memory` counts."""
     for averages in (1, 2, 3):
-        work = FoldJob([], [], np.ones((averages, 1)), False)
+        work = FoldJob([], [], np.ones((averages, 1)), [1.0] * averages, False)
         worker = Worker(work)
         buffers: list[int] = []
 
@@ -740,7 +743,7 @@ def test_bytes_and_seconds_are_counted(tmp_path: Path, monkeypatch: pytest.Monke
     """Bytes of tensors are counted, seconds are split in three, and progress reports the bytes."""
     inputs = write_inputs(tmp_path, [np.ones(1000, np.float32)] * 3)
     (tmp_path / "out").write_bytes(b"")
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.0, 0.5]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.0, 0.5]]), [1.0], False)
     reported: list[int] = []
     flushed: list[int] = []
     monkeypatch.setattr(os, "fdatasync", flushed.append, raising=False)
@@ -987,7 +990,7 @@ def folded_once(
     (folder / "out").write_bytes(b"")
     source = TensorSource(Extent(0, 8 * len(values)), "float64", "<", 0)
     one = FoldTensor("x", len(values), [source], [Placement(0, stored, "<")])
-    work = FoldJob(inputs, [str(folder / "out")], np.array([[coefficient]]), allow_nonfinite)
+    work = FoldJob(inputs, [str(folder / "out")], np.array([[coefficient]]), [1.0], allow_nonfinite)
     fold([one], work, Memory(2, 10, 10))
     return (folder / "out").read_bytes()
 
@@ -1024,7 +1027,7 @@ def test_an_input_that_changes_before_it_is_fetched_ahead_is_named(
     else:
         (tmp_path / "1.raw").write_bytes(b"")
         what = "tensor 'x': the file changed while it was read"
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.25, 0.25]]), False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.25, 0.25]]), [1.0], False)
     with pytest.raises(FormatError, match=rf"/1\.raw: {what}"):
         memory = Memory(2, 20_000, 20_000, tuning=Tuning(cache_speed=math.inf))
         fold([tensor(20_000, 0, 3)], work, memory)
@@ -1165,7 +1168,7 @@ def test_batches_are_sent_in_a_bounded_window_and_the_job_once(tmp_path: Path) -
     arrays = [np.arange(5000, dtype=np.float32) * k for k in range(40)]
     inputs = write_inputs(tmp_path, arrays)
     (tmp_path / "out").write_bytes(b"")
-    job = FoldJob(inputs, [str(tmp_path / "out")], np.full((1, 40), 1 / 40), False)
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.full((1, 40), 1 / 40), [1.0], False)
     memory = Memory(1, 10, 10, tuning=Tuning(pieces_per_batch=5))
     pool = Pool()
     iterated: list[int] = []
@@ -1191,7 +1194,7 @@ def test_a_worker_that_does_not_know_the_job_gets_it(tmp_path: Path) -> None:
     """A worker that a pool started later gets the job with its batch."""
     inputs = write_inputs(tmp_path, [np.arange(100, dtype=np.float32)])
     (tmp_path / "out").write_bytes(b"")
-    job = FoldJob(inputs, [str(tmp_path / "out")], np.ones((1, 1)), False)
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.ones((1, 1)), [1.0], False)
 
     pool = Pool(forget=job.id)
     memory = Memory(1, 10, 10, tuning=Tuning(pieces_per_batch=1))
@@ -1207,7 +1210,7 @@ def test_a_run_that_is_interrupted_ends_with_its_files_closed(tmp_path: Path) ->
     arrays = [np.ones(5000, np.float32)] * 2
     inputs = write_inputs(tmp_path, arrays)
     (tmp_path / "out").write_bytes(b"")
-    job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), False)
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.5, 0.5]]), [1.0], False)
     memory = Memory(2, 10, 10, tuning=Tuning(pieces_per_batch=1))
     before = len(os.listdir("/proc/self/fd"))
 
@@ -1225,7 +1228,7 @@ def test_a_run_that_is_interrupted_ends_with_its_files_closed(tmp_path: Path) ->
 def test_a_full_disk_is_the_error_of_the_system(tmp_path: Path) -> None:
     """Every executor raises the system's error, with its number."""
     inputs = write_inputs(tmp_path, [np.ones(1000, np.float32)])
-    job = FoldJob(inputs, ["/dev/full"], np.ones((1, 1)), False)
+    job = FoldJob(inputs, ["/dev/full"], np.ones((1, 1)), [1.0], False)
     with pytest.raises(OSError, match="No space left on device") as caught:
         fold([tensor(1000)], job, Memory(2, 100, 100))
     assert caught.value.errno == errno.ENOSPC
@@ -1255,7 +1258,7 @@ def test_a_tensor_in_blocks_of_several_files_is_averaged(tmp_path: Path) -> None
         ),
     )
     (tmp_path / "out").write_bytes(b"")
-    job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.25, 0.75]]), False)
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[0.25, 0.75]]), [1.0], False)
     sources = [
         TensorSource(by_rows, "float32", "<", 0),
         TensorSource(by_columns, "float32", "<", 2),
@@ -1267,6 +1270,6 @@ def test_a_tensor_in_blocks_of_several_files_is_averaged(tmp_path: Path) -> None
         assert (tmp_path / "out").read_bytes() == expected.astype(np.float32).tobytes()
     columns[1][3, 3] = np.nan
     inputs = write_inputs(tmp_path, [*rows, *columns])
-    job = FoldJob(inputs, job.outputs, job.coefficients, False)
+    job = FoldJob(inputs, job.outputs, job.coefficients, job.divisors, False)
     with pytest.raises(MismatchError, match=r"/3\.raw: tensor 'x' holds nan \(element 23\)"):
         fold([sharded], job, Memory(2, 5, 5))

@@ -31,7 +31,7 @@ def test_each_generation_equals_the_naive_average(tmp_path: Path, generation: st
     report = average(HOME / generation, tmp_path / "o.h5", scheme="linear")
     assert [c.path for c in report.plan.checkpoints] == paths
     found = read_model(tmp_path / "o.h5")
-    assert same_bits(found, naive_average(paths, report.plan.coefficients))
+    assert same_bits(found, naive_average(paths, report.plan.mean.multipliers))
     newest = {n for n in read_model(paths[-1]) if not n.startswith("optimizer_weights/")}
     assert set(found) == newest
     assert len(report.plan.averaged) == 14

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from polyak_cli.engine.kernel import accumulate, round_to, widen
 from polyak_cli.storage.local import page_aligned
 from polyak_cli.tensors import FLOATS
-from tests.oracle import nearest_bfloat16
+from tests.oracle import LAYOUTS, decode, encode, nearest_bfloat16
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=64)
 
@@ -161,52 +160,6 @@ def test_buffers_begin_at_a_page(nbytes: int) -> None:
 
 
 # --- the contract of the kernel, which a compiled one must fulfil too ---------------------------
-
-#: dtype -> bits of the mantissa without the hidden one, bits of the exponent, has infinity.
-LAYOUTS = {
-    "float16": (10, 5, True),
-    "bfloat16": (7, 8, True),
-    "float32": (23, 8, True),
-    "float64": (52, 11, True),
-    "float8_e4m3fn": (3, 4, False),
-    "float8_e5m2": (2, 5, True),
-}
-
-
-def decode(code: int, dtype: str) -> float:
-    """Return the value of a code, from the definition of the IEEE formats."""
-    mantissa, exponent, has_infinity = LAYOUTS[dtype]
-    sign = -1.0 if code >> (mantissa + exponent) else 1.0
-    field = code >> mantissa & ((1 << exponent) - 1)
-    fraction = code & ((1 << mantissa) - 1)
-    bias = (1 << (exponent - 1)) - 1
-    if field == (1 << exponent) - 1:
-        if has_infinity:
-            return math.nan if fraction else sign * math.inf
-        if fraction == (1 << mantissa) - 1:
-            return math.nan
-    whole = fraction + (1 << mantissa) if field else fraction
-    return sign * math.ldexp(whole, max(field, 1) - bias - mantissa)
-
-
-def encode(value: float, dtype: str) -> int | None:
-    """Return the code nearest to a float64, by exact fractions, ties to even; None for NaN."""
-    mantissa, exponent, has_infinity = LAYOUTS[dtype]
-    sign = int(math.copysign(1, value) < 0) << (mantissa + exponent)
-    infinity = (((1 << exponent) - 1) << mantissa) if has_infinity else None
-    if math.isnan(value):
-        return None
-    if math.isinf(value):
-        return None if infinity is None else sign | infinity
-    exact = abs(Fraction(value))
-    bias = (1 << (exponent - 1)) - 1
-    binade = max(math.frexp(value)[1] - 1, 1 - bias) if value else 1 - bias
-    units = round(exact / Fraction(2) ** (binade - mantissa))  # of a Fraction: ties to even
-    # The code counts units: those of the binades below, and those of this one.
-    code = ((binade + bias - 1) << mantissa) + units
-    if infinity is None:
-        return sign | code if code < (1 << (mantissa + exponent)) - 1 else None
-    return sign | min(code, infinity)
 
 
 def bits(values: npt.ArrayLike) -> list[bytes]:

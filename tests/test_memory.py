@@ -7,6 +7,7 @@ from the one that started it, and a test runner is a large one.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ class Measured(NamedTuple):
     """One run of the program."""
 
     peak: int  # bytes, of the program or its largest child, whichever is more
-    coefficients: list[float]
+    multipliers: list[float]
 
 
 def measure(sources: Path, output: Path, *options: str) -> Measured:
@@ -61,7 +62,9 @@ def measure(sources: Path, output: Path, *options: str) -> Measured:
     report = json.loads(done.stdout)
     # The reported peak is right, except for the allocations that come after it.
     assert abs(report["peak_memory"] - peak) < FLAT
-    return Measured(peak, [checkpoint["coefficient"] for checkpoint in report["checkpoints"]])
+    with h5py.File(output) as file:
+        record = json.loads(file.attrs["polyak_provenance"])
+    return Measured(peak, [one["multiplier"] for one in record["inputs"]])
 
 
 def write_large(path: Path, tensors: int, elements: int, seed: int) -> Path:
@@ -104,7 +107,7 @@ def _read(path: Path, name: str, start: int, count: int) -> npt.NDArray[np.float
 
 
 def check_stream(
-    paths: Sequence[Path], output: Path, coefficients: Sequence[float], tensors: int, elements: int
+    paths: Sequence[Path], output: Path, multipliers: Sequence[float], tensors: int, elements: int
 ) -> None:
     """Compare the output bit for bit with the sum of pieces, oldest first, in float64."""
     for k in range(tensors):
@@ -112,10 +115,10 @@ def check_stream(
         for start in range(0, elements, STRIDE):
             count = min(STRIDE, elements - start)
             total = np.zeros(count)
-            for path, coefficient in zip(paths, coefficients, strict=True):
-                total += np.float64(coefficient) * _read(path, name, start, count).astype("f8")
+            for path, multiplier in zip(paths, multipliers, strict=True):
+                total += np.float64(multiplier) * _read(path, name, start, count).astype("f8")
             found = _read(output, name, start, count)
-            assert found.tobytes() == total.astype("<f4").tobytes()
+            assert found.tobytes() == (total / math.fsum(multipliers)).astype("<f4").tobytes()
 
 
 def average_large(folder: Path, count: int, tensors: int, elements: int, *options: str) -> int:
@@ -126,7 +129,7 @@ def average_large(folder: Path, count: int, tensors: int, elements: int, *option
         write_large(sources / f"model_{k}.h5", tensors, elements, seed=k) for k in range(count)
     ]
     measured = measure(sources, output, "--scheme", "exp", *options)
-    check_stream(paths, output, measured.coefficients, tensors, elements)
+    check_stream(paths, output, measured.multipliers, tensors, elements)
     for path in [*paths, output]:
         path.unlink()
     return measured.peak
@@ -194,7 +197,7 @@ def test_a_smaller_bound_costs_less(tmp_path: Path) -> None:
     least = measure(sources, tmp_path / "1.h5", "--max-memory", "1MiB", "--jobs", "1")
     most = measure(sources, tmp_path / "2.h5", "--max-memory", "32MiB", "--jobs", "1")
     assert least.peak + 4 * MEGABYTE < most.peak <= LIMIT
-    expected = naive_average(paths, least.coefficients)
+    expected = naive_average(paths, least.multipliers)
     assert same_bits(read_model(tmp_path / "1.h5"), expected)
     assert same_bits(read_model(tmp_path / "2.h5"), expected)
 
@@ -223,7 +226,7 @@ def test_memory_stays_below_the_limit_with_compressed_checkpoints(tmp_path: Path
     ]
     measured = measure(sources, tmp_path / "o.h5")
     assert measured.peak <= LIMIT
-    expected = naive_average(paths, measured.coefficients)
+    expected = naive_average(paths, measured.multipliers)
     assert same_bits(read_model(tmp_path / "o.h5"), expected)
 
 

@@ -63,7 +63,7 @@ def fold(
         targets = [Placement(offset, dtype, "<")]
         tensors.append(FoldTensor(f"t{t}", array.size, sources, targets, groups[t]))
         offset += array.nbytes
-    job = FoldJob(files, [str(folder / "out")], coefficients, True, sampling)
+    job = FoldJob(files, [str(folder / "out")], coefficients, [1.0], True, sampling)
     return executors.fold(tensors, job, Memory(2, piece, piece), executor=executor).products
 
 

@@ -197,7 +197,7 @@ def test_quantised_layers_are_named_and_the_named_globs_carry_them(
     globs = globs_of(str(caught.value))
     average(tmp_path, tmp_path / f"o.{form}", exclude_tensors=globs)
     found = read(tmp_path / f"o.{form}")
-    (mean,) = naive([{"x": model["x"]} for model in models], [0.5, 0.5]).values()
+    (mean,) = naive([{"x": model["x"]} for model in models], [1, 1]).values()
     expected = models[1] | {"x": mean}
     assert {name: found[name] for name in expected} == {n: v.tobytes() for n, v in expected.items()}
 
@@ -242,7 +242,7 @@ def test_unknown_integers_with_a_scale_are_refused_where_they_differ(
     # Who knows better has the scale averaged, and the record says so.
     assert check(folder, allow=["scaled-integers"]).healthy
     average(folder, output, allow=["scaled-integers"], force=True)
-    means = naive([make(e) for e in (1, 2, 3)], [1 / 3] * 3)
+    means = naive([make(e) for e in (1, 2, 3)], [1] * 3)
     assert_same(load_file(output), means)
     assert verify(output, sources=[folder]).verified
 
@@ -306,7 +306,7 @@ def test_integers_of_ordinary_modules_are_no_alarm(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "run", ordinary)
     average(folder, tmp_path / "o.safetensors")
     assert_same(
-        load_file(tmp_path / "o.safetensors"), naive([ordinary(e) for e in (1, 2, 3)], [1 / 3] * 3)
+        load_file(tmp_path / "o.safetensors"), naive([ordinary(e) for e in (1, 2, 3)], [1] * 3)
     )
     assert "quantised" not in [problem.kind for problem in check(folder).all_problems]
 

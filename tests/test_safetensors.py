@@ -270,7 +270,7 @@ def test_the_folder_of_a_trainer_is_a_run(tmp_path: Path, shards: int) -> None:
     assert reasons["model.safetensors"] == ("the only .safetensors file among 3 checkpoint folders")
     assert any("only the tensors are written" in note for note in report.notes)
     ordered = [models[1], models[0], models[2]]
-    assert_same(load_file(tmp_path / "o.safetensors"), naive(ordered, report.plan.coefficients))
+    assert_same(load_file(tmp_path / "o.safetensors"), naive(ordered, report.plan.mean.multipliers))
     with safe_open(tmp_path / "o.safetensors", "np") as file:
         assert file.metadata()["format"] == "pt"
 
@@ -279,7 +279,7 @@ def test_a_folder_that_is_one_checkpoint_may_be_named_in_three_ways(tmp_path: Pa
     """By itself, by its index, or by a pattern; it is one checkpoint, however many shards."""
     models = write_trainer_run(tmp_path / "run", [500, 1000])
     older, newer = (tmp_path / f"run/checkpoint-{step}" for step in (500, 1000))
-    expected = naive(models, [0.5, 0.5])
+    expected = naive(models, [1, 1])
     pattern = str(tmp_path / f"run/checkpoint-*/{INDEX}")
     ways: list[list[str | Path]] = [[older, newer], [older / INDEX, newer / INDEX], [pattern]]
     for k, sources in enumerate(ways):
@@ -329,7 +329,7 @@ def write_pair(tmp_path: Path) -> tuple[list[Path], Tensors]:
     """Write two sharded checkpoints; return them and their average."""
     models = [TestFile().tensors(seed) for seed in range(2)]
     paths = [write_folder(tmp_path / f"checkpoint-{k}", models[k]) for k in range(2)]
-    return paths, naive(models, [0.5, 0.5])
+    return paths, naive(models, [1, 1])
 
 
 def test_an_older_folder_is_replaced_only_when_forced(tmp_path: Path) -> None:

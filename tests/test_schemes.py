@@ -16,7 +16,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from polyak_cli.averaging import schemes
-from polyak_cli.averaging.schemes import SCHEMES, coefficients, effective_number, gamma, resolve
+from polyak_cli.averaging.schemes import (
+    SCHEMES,
+    Mean,
+    coefficients,
+    effective_number,
+    gamma,
+    make_mean,
+    resolve,
+)
 from polyak_cli.errors import UsageError
 from tests.command import unmeasured
 
@@ -148,11 +156,14 @@ def test_power_refuses_positions_that_do_not_rise(positions: list[float], found:
         coefficients("power", positions, sigma=0.1)
 
 
-def test_the_function_of_a_scheme_gives_its_formula_before_normalising() -> None:
-    """What is normalised is what the documentation writes, at the edges of its cases too."""
+def test_the_function_of_a_scheme_gives_its_multipliers() -> None:
+    """They are what the documentation writes, at the edges of its cases too."""
     assert SCHEMES["equal"].function(run_of(3), 0.0) == [1.0, 1.0, 1.0]
-    assert SCHEMES["linear"].function(run_of(4), 0.0) == [0.25, 0.5, 0.75, 1.0]
-    assert SCHEMES["exp"].function([1.0], 0.01) == [rounded_exp(Fraction(-100))]
+    assert SCHEMES["linear"].function(run_of(4), 0.0) == [1.0, 2.0, 3.0, 4.0]
+    assert SCHEMES["exp"].function(run_of(2), 0.01) == [
+        rounded_exp(-1 / Fraction(0.01)),
+        1.0,
+    ]
     assert SCHEMES["ema"].function(run_of(3), 0.5) == [0.25, 0.5, 1.0]
     assert SCHEMES["power"].function([490.0], 0.1) == [1.0]
 
@@ -169,12 +180,12 @@ def test_linear_is_exact_to_a_bit_or_two(count: int) -> None:
 @quietly
 @given(counts, st.floats(min_value=0.01, max_value=1e6))
 def test_exp_equals_its_formula(count: int, alpha: float) -> None:
-    """The coefficients are exp(-(a + 1) / alpha) over their sum."""
+    """The coefficients are exp(-(a + 1) / alpha) over their sum, as exact as math.exp is."""
     raw = [math.exp(-(age + 1) / alpha) for age in reversed(range(count))]
     expected = [value / math.fsum(raw) for value in raw]
     # Below the smallest normal number a float has fewer digits, and the oracle's are cut first.
     assert coefficients("exp", run_of(count), alpha=alpha) == pytest.approx(
-        expected, rel=1e-14, abs=1e-250
+        expected, rel=1e-13, abs=1e-250
     )
 
 
@@ -242,6 +253,39 @@ def test_custom_numbers_are_only_normalised(numbers: list[float]) -> None:
     total = sum(Fraction(number) for number in numbers)
     expected = [float(Fraction(number) / total) for number in numbers]
     assert result == pytest.approx(expected, rel=1e-14, abs=1e-300)
+
+
+@quietly
+@given(st.lists(st.floats(min_value=0.0, max_value=1.7e308), min_size=1, max_size=50).filter(any))
+@example([1e308, 1e308, 1e308])
+@example([5e-324, 5e-324, 0.0])
+@example([1.0] * 8)
+def test_the_scaled_mean_is_the_same_mean_with_a_divisor_near_one(numbers: list[float]) -> None:
+    """One power of two for both sides; only what is below the smallest float64 is rounded."""
+    mean = make_mean(numbers)
+    assert mean.divisor == math.fsum(mean.multipliers)
+    multipliers, divisor = mean.scale()
+    assert 0.5 < divisor <= 1.0
+    if sum(number > 0 for number in mean.multipliers) == 1:
+        assert sorted(multipliers) == [0.0] * (len(numbers) - 1) + [1.0]
+        return
+    for own, scaled in zip(mean.multipliers, multipliers, strict=True):
+        exact = Fraction(own) / Fraction(mean.divisor) * Fraction(divisor)
+        assert abs(Fraction(scaled) - exact) <= Fraction(1, 2**1074)
+
+
+def test_multipliers_of_usual_size_are_used_as_they_are_given() -> None:
+    """The record and `--coefficients` show 1, and not a power of two or a share."""
+    assert make_mean([1.0, 2.0, 5.0]) == Mean((1.0, 2.0, 5.0), 8.0)
+    assert make_mean([1.0, 2.0, 5.0]).scale() == Mean((0.125, 0.25, 0.625), 1.0)
+    assert make_mean([1.0] * 3).scale() == Mean((0.25,) * 3, 0.75)
+
+
+def test_a_mean_with_the_divisor_1_multiplies_by_its_coefficients() -> None:
+    """As the older rule did: `polyak verify` computes its averages in the same way once more."""
+    old = Mean((0.1,) * 10, 1.0)
+    assert old.scale() == old
+    assert old.coefficients == old.multipliers
 
 
 def test_custom_keeps_the_order_oldest_first() -> None:
@@ -370,7 +414,7 @@ def test_the_effective_number_counts_equal_checkpoints() -> None:
 
 def test_the_bits_are_the_same_on_any_machine() -> None:
     """These numbers to the last bit were worked out in whole-number arithmetic, not by libm."""
-    raw = [rounded_exp(Fraction(-(age + 1), 2)) for age in reversed(range(10))]
+    raw = [rounded_exp(Fraction(-age, 2)) for age in reversed(range(10))]
     total = math.fsum(raw)
     assert list(coefficients("exp", run_of(10), alpha=2.0)) == [value / total for value in raw]
 

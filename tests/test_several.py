@@ -12,6 +12,7 @@ import pytest
 
 from polyak_cli import pipeline
 from polyak_cli.averaging import records, writing
+from polyak_cli.averaging.schemes import make_mean
 from polyak_cli.errors import MismatchError
 from tests.oracle import write_model
 
@@ -28,7 +29,8 @@ def test_several_averages_are_each_what_average_writes(tmp_path: Path) -> None:
     ]
     rows = [[0.25] * 4, [0.0, 0.0, 0.5, 0.5], [0.0, 1.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]]
     outputs = [tmp_path / f"out_{k}.h5" for k in range(len(rows))]
-    writing.write_several(pipeline.plan(paths), rows, outputs)
+    means = [make_mean(row) for row in rows]
+    writing.write_several(pipeline.plan(paths), means, outputs)
     for row, output in zip(rows, outputs, strict=True):
         pipeline.average(paths, tmp_path / "one.h5", coefficients=row, force=True, hash=False)
         assert output.read_bytes() == (tmp_path / "one.h5").read_bytes()
@@ -60,7 +62,9 @@ def test_several_averages_read_each_byte_once(
     monkeypatch.setattr(records, "compute_sampled_digest", lambda _: "0" * 64)
     monkeypatch.setattr(os, "preadv", counted)
     rows = [[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.0, 0.5, 0.5]]
-    writing.write_several(plan, rows, [tmp_path / f"out_{k}.h5" for k in range(3)])
+    writing.write_several(
+        plan, [make_mean(row) for row in rows], [tmp_path / f"out_{k}.h5" for k in range(3)]
+    )
     assert max(reads.values()) == 1
     assert total == 3 * 200_000 * 4
 
@@ -69,10 +73,10 @@ def test_several_averages_of_two_runs_are_refused(tmp_path: Path) -> None:
     """What one average refuses, several do too, unless it is allowed, and then they say so."""
     values = np.random.default_rng(0).normal(size=(2, 40, 40)).astype(np.float32)
     paths = [write_model(tmp_path / f"m_{k}.h5", {"d": {"k": one}}) for k, one in enumerate(values)]
-    rows = [[0.5, 0.5], [0.25, 0.75]]
+    means = [make_mean(row) for row in ([1.0, 1.0], [1.0, 3.0])]
     outputs = [tmp_path / f"out_{k}.h5" for k in range(2)]
     with pytest.raises(MismatchError, match="look like two runs"):
-        writing.write_several(pipeline.plan(paths), rows, outputs)
-    (note,) = writing.write_several(pipeline.plan(paths, allow=["two-runs"]), rows, outputs)
+        writing.write_several(pipeline.plan(paths), means, outputs)
+    (note,) = writing.write_several(pipeline.plan(paths, allow=["two-runs"]), means, outputs)
     assert "look like two runs" in note
     assert note.endswith("averaged anyway")

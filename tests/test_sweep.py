@@ -84,10 +84,8 @@ def test_a_step_of_the_search_keeps_coefficients_such(
 def test_candidates_that_are_one_model_are_one_row() -> None:
     """Windows of 1 and an ensemble of 1 are the newest; an ensemble of several is no average."""
     made = candidates.list_candidates([1.0, 2.0, 3.0], [1, 2], [("equal", None), ("exp", 2.0)])
-    made += [
-        Candidate("ensemble", "", None, window, made[2 + window].coefficients) for window in (1, 2)
-    ]
-    made.append(Candidate("soup", "greedy", None, 2, made[4].coefficients))
+    made += [Candidate("ensemble", "", None, window, made[2 + window].mean) for window in (1, 2)]
+    made.append(Candidate("soup", "greedy", None, 2, made[4].mean))
     folded = candidates.fold_equal([ScoredCandidate(one, {}) for one in made])
     assert [(row.candidate.name, row.candidate.window) for row, _ in folded] == [
         *[("single", 1)] * 3,

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from polyak_cli import Discrepancy, PolyakError, Split, Verification, average, inspect, verify
 from polyak_cli.averaging import records
@@ -90,6 +91,16 @@ def rewrite_record(path: Path, record: object) -> None:
 def unsealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record as written before records had their own digest."""
     return {key: value for key, value in record.items() if key != "sha256"}
+
+
+def older(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record as the first version wrote it: without its own digest and multipliers."""
+    inputs = [
+        {key: value for key, value in one.items() if key != "multiplier"}
+        for one in record["inputs"]
+    ]
+    rest = {key: value for key, value in unsealed(record).items() if key != "divisor"}
+    return rest | {"inputs": inputs}
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +209,7 @@ def test_what_was_allowed_and_suspected_is_recorded(run: Path) -> None:
 
 def test_older_records_have_no_digest_of_themselves(run: Path) -> None:
     """They are verified as far as possible, and a note says so."""
-    rewrite_record(run / "final.h5", unsealed(record_of(run / "final.h5")))
+    rewrite_record(run / "final.h5", older(record_of(run / "final.h5")))
     found = verified(run)
     assert problems(found, "tensor") == problems(found, "input") == {}
     assert "has no digest of itself" in found.notes[0]
@@ -605,6 +616,16 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     ),
     "sum": lambda record: record | one_input(record, coefficient=0.9),
     "text": lambda record: record | one_input(record, coefficient="1"),
+    "multiplier": lambda record: record | one_input(record, multiplier=-1.0),
+    "no multiplier": lambda record: record | one_input(record, multiplier=None),
+    "another multiplier": lambda record: record | one_input(record, multiplier=0.5),
+    "divisor": lambda record: record | {"divisor": "1"},
+    "infinite divisor": lambda record: record | {"divisor": 1e999},
+    "integer divisor": lambda record: {**scaled(record, 2.0), "divisor": 2},
+    "another divisor": lambda record: record | {"divisor": record["divisor"] * 2},
+    "no divisor": lambda record: {k: v for k, v in record.items() if k != "divisor"},
+    "multipliers whose sum overflows": lambda record: scaled(record, 1e308),
+    "multipliers of zero": lambda record: scaled(record, 0.0),
     "size": lambda record: record | one_input(record, size=-1),
     "epoch": lambda record: record | one_input(record, epoch=True),
     "digest": lambda record: record | one_input(record, sha256=[5]),
@@ -614,6 +635,11 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "an absolute path": lambda record: record | one_input(record, path="/model_1.h5"),
     "no path": lambda record: record | one_input(record, path=5),
 }
+
+
+def scaled(record: Mapping[str, Any], multiplier: float) -> dict[str, Any]:
+    """Return a record with the same multiplier for all inputs."""
+    return dict(record) | {"inputs": [one | {"multiplier": multiplier} for one in record["inputs"]]}
 
 
 def one_input(record: Mapping[str, Any], **changed: object) -> dict[str, Any]:
@@ -640,6 +666,7 @@ def test_a_change_in_the_record_is_caught(run: Path) -> None:
     for one, other in (('"alpha":2.0', '"alpha":3.0'), ('"epoch":1', '"epoch":4'), (",", ", ")):
         rewrite_record(run / "final.h5", text.replace(one, other, 1))
         assert "record of provenance" in problems(verified(run), "record")["final.h5"]
+    text = json.dumps(older(record) | {"sha256": "0"}, separators=(",", ":"))
     rewrite_record(run / "final.h5", text.replace('"sha256"', '"sha257"'))
     assert "'sha257' in it" in problems(verified(run), "record")["final.h5"]
 
@@ -674,6 +701,23 @@ def test_averages_of_the_first_version_verify(old: Path, name: str) -> None:
     folders = ["a", "b"] if name.startswith("same") else ["ckpts"]
     found = verify(old / name, sources=[old / folder for folder in folders])
     assert (found.problems, found.notes) == ((), ())
+
+
+def test_averages_without_a_divisor_verify_by_the_older_rule(tmp_path: Path) -> None:
+    """Their bytes are those that were computed then, and some are not those of today."""
+    folder = Path(__file__).parent / "data/before-the-divisor"
+    old = folder / "average.safetensors"
+    assert hashlib.sha256(old.read_bytes()).hexdigest() == OLDER
+    found = verify(old, sources=[folder / "ckpts"])
+    assert (found.problems, found.notes) == ((), ())
+    average(folder / "ckpts", tmp_path / "new.safetensors")
+    assert verify(tmp_path / "new.safetensors", sources=[folder / "ckpts"]).verified
+    before, now = (load_file(path) for path in (old, tmp_path / "new.safetensors"))
+    assert np.count_nonzero(before["w"] != now["w"]) == 5
+
+
+#: SHA-256 of an average by the older rule.
+OLDER = "8fe11ff2fc9bf313cd92a246d1fae902d613045856676e54a969297d5107fab5"
 
 
 def test_without_digests_the_folder_must_be_named(old: Path) -> None:
@@ -863,7 +907,7 @@ def test_gathered_statistics_are_compared_with_their_digests(recalibrated: Path)
 
 def test_older_records_do_not_name_the_statistics(recalibrated: Path) -> None:
     """A note says that they are not verified."""
-    record = unsealed(record_of(recalibrated / "final.h5"))
+    record = older(record_of(recalibrated / "final.h5"))
     del record["recalibrated"]["statistics"]
     rewrite_record(recalibrated / "final.h5", record)
     found = verified(recalibrated)

@@ -160,20 +160,13 @@ class Weighting:
             custom=self.coefficients,
         )
 
-    def compute(self, positions: Sequence[float]) -> tuple[float, ...]:
-        """Return one coefficient a checkpoint, oldest first.
+    def compute(self, positions: Sequence[float]) -> schemes.Mean:
+        """Return the mean of checkpoints at these positions, oldest first.
 
         Raises:
-            UsageError: they do not fit the number of checkpoints.
+            UsageError: own coefficients do not fit the number of checkpoints.
         """
-        return schemes.coefficients(
-            self.scheme,
-            positions,
-            alpha=self.alpha,
-            decay=self.decay,
-            sigma=self.sigma,
-            custom=self.coefficients,
-        )
+        return schemes.compute_mean(self.resolve(), positions, self.coefficients)
 
 
 @dataclass(frozen=True, slots=True)

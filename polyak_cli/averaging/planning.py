@@ -54,7 +54,8 @@ class Plan:
         checkpoints: the checkpoints, oldest first; the output begins as a copy of the last one.
         scheme: the name of the scheme; "custom" for custom coefficients.
         parameters: the parameters of the scheme, such as alpha.
-        coefficients: one a checkpoint; the sum is 1.
+        mean: what each checkpoint is multiplied by, and what the sum is divided by; the shares,
+            whose sum is 1, are `coefficients`.
         positions: where each checkpoint stands in the run, in epochs.
         carried: names of the tensors that are copied from the newest checkpoint.
         dropped: names of the tensors that are left out.
@@ -84,7 +85,7 @@ class Plan:
     checkpoints: tuple[Checkpoint, ...]
     scheme: str
     parameters: Mapping[str, float]
-    coefficients: tuple[float, ...]
+    mean: schemes.Mean = field(repr=False)
     positions: tuple[float, ...]
     carried: tuple[str, ...]
     dropped: tuple[str, ...]
@@ -112,6 +113,11 @@ class Plan:
     def names(self) -> list[str]:
         """The checkpoints' names, or as much of their paths as tells them apart."""
         return list_relative_paths([one.path for one in self.checkpoints])
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """The share of each checkpoint, oldest first; the sum is 1."""
+        return self.mean.coefficients
 
     @property
     def averaged(self) -> tuple[str, ...]:
@@ -234,13 +240,13 @@ def plan_average(
         PolyakError: a leaf of it; see `pipeline.plan`.
     """
     scheme = settings.weighting.resolve()
-    coefficients = settings.weighting.compute(chosen.positions)
+    mean = settings.weighting.compute(chosen.positions)
     tables = _scan(chosen, settings)
     template = tables[-1]
     _check_output(output, tables, chosen, settings)
     around.check_template(template, output)
     exports.refuse_unordered(tables)
-    found = _sort_tensors(tables, settings, coefficients, output)
+    found = _sort_tensors(tables, settings, mean.coefficients, output)
     asset_notes = assets.refuse_other_assets(tables, settings.tensors.allow)
     files = carried_files.plan_files(output, template, settings)
     suspicions = [*_list_suspicions(chosen, around), *found.averages]
@@ -249,7 +255,7 @@ def plan_average(
         checkpoints=chosen.checkpoints,
         scheme=scheme.name,
         parameters=scheme.parameters,
-        coefficients=coefficients,
+        mean=mean,
         positions=chosen.positions,
         carried=found.carried_names,
         dropped=found.dropped_names,
@@ -257,7 +263,7 @@ def plan_average(
         skipped=tuple(around.skipped),
         suspicions=tuple(suspicions),
         notes=(*_collect_notes(chosen, tables, found, around, suspicions, files), *asset_notes),
-        bytes_to_read=_count_bytes_to_read(found.averaged, found.carried, coefficients),
+        bytes_to_read=_count_bytes_to_read(found.averaged, found.carried, mean.multipliers),
         bytes_to_write=_estimate_size(template, found) + (files.nbytes if files else 0),
         memory=measure_peak() + settings.machine.share().nbytes,
         settings=settings,

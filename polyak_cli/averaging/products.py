@@ -16,6 +16,7 @@ import numpy as np
 
 from polyak_cli.averaging.belonging.factors import Factors, Measured, Norm, Pair
 from polyak_cli.averaging.matching import Row, list_files, list_sources
+from polyak_cli.averaging.schemes import Mean
 from polyak_cli.engine.inputs import OpenInputs
 from polyak_cli.engine.kernel import is_finite, round_to, widen
 from polyak_cli.engine.timing import Clock, Progress, Totals
@@ -45,6 +46,7 @@ class Reader:
         coefficients: one a checkpoint; a checkpoint of coefficient 0 is never read.
         max_memory: bytes for buffers.
         progress: called with the bytes of each piece that was read.
+        divisor: what a sum over the checkpoints is divided by.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class Reader:
         coefficients: Sequence[float],
         max_memory: int,
         progress: Progress = lambda _: None,
+        divisor: float = 1.0,
     ) -> None:
         self.tables = tables
+        self.divisor = divisor
         self.max_memory = max_memory
         self.progress = progress
         self.clock = Clock()
@@ -340,6 +344,8 @@ def _average_channels(reader: Reader, norm: Norm, start: int, stop: int) -> _Cha
             product += coefficient * _scale(v, g, np.sqrt(np.sum(v * v, axis=1)))
             mean_g += coefficient * g
             mean_v += coefficient * v
+    for total in (product, mean_g, mean_v):
+        total /= reader.divisor
     reader.clock.fold()
     return _Channels(product, mean_g, mean_v)
 
@@ -472,7 +478,7 @@ def _count_bytes(pair: Pair, terms: int) -> int:
 def write_products(
     factors: Factors,
     tables: Sequence[Table],
-    coefficients: Sequence[float],
+    mean: Mean,
     skeleton: Skeleton,
     max_memory: int,
     progress: Progress,
@@ -492,11 +498,13 @@ def write_products(
         OSError: the output cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(Reader(tables, coefficients, max_memory, progress))
+        reader = stack.enter_context(
+            Reader(tables, mean.multipliers, max_memory, progress, mean.divisor)
+        )
         files = [stack.enter_context(_open_output(path)) for path in skeleton.files]
         writer = _Writer(skeleton, files, reader.clock)
         for pair in factors.pairs:
-            left, right = _truncate(*_stack(reader, pair), pair.rank)
+            left, right = _truncate(*_stack(reader, pair), pair.rank, reader.divisor)
             reader.clock.fold()
             writer.write(pair.left[-1], 0, left.T if pair.left[-1].arrangement else left)
             writer.write(pair.right[-1], 0, right if pair.right[-1].arrangement else right.T)
@@ -538,7 +546,10 @@ class _Writer(NamedTuple):
 
 
 def _stack(reader: Reader, pair: Pair) -> tuple[Float64, Float64]:
-    """Return [c_1 B_1, c_2 B_2, ...] and [A_1', A_2', ...], whose product is the mean product."""
+    """Return [c_1 B_1, c_2 B_2, ...] and [A_1', A_2', ...].
+
+    Their product is the mean product times the reader's divisor.
+    """
     rank, count = pair.rank, len(reader.terms)
     left, right = np.empty((pair.rows, rank * count)), np.empty((pair.columns, rank * count))
     for place, (k, coefficient) in enumerate(reader.terms):
@@ -552,8 +563,8 @@ def _stack(reader: Reader, pair: Pair) -> tuple[Float64, Float64]:
     return left, right
 
 
-def _truncate(left: Float64, right: Float64, rank: int) -> tuple[Float64, Float64]:
-    """Return two matrices of ``rank`` columns with U V' nearest to L R'.
+def _truncate(left: Float64, right: Float64, rank: int, divisor: float) -> tuple[Float64, Float64]:
+    """Return two matrices of ``rank`` columns with U V' nearest to L R' / divisor.
 
     With L = Q T and R = P S, the decomposition of the small T S' gives that of L R'.  Each factor
     takes the square roots of the singular values, so that neither is larger.
@@ -561,7 +572,7 @@ def _truncate(left: Float64, right: Float64, rank: int) -> tuple[Float64, Float6
     (q, t), (p, s) = np.linalg.qr(left), np.linalg.qr(right)
     u, values, v = np.linalg.svd(t @ s.T)
     keep = min(rank, len(values))
-    roots = np.sqrt(values[:keep])
+    roots = np.sqrt(values[:keep] / divisor)
     first, second = q @ (u[:, :keep] * roots), p @ (v[:keep].T * roots)
     # A singular vector has no sign of its own: its greatest element shall be positive.
     greatest = first[np.argmax(np.abs(first), axis=0), np.arange(keep)]

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from polyak_cli import __version__, checkpoints, formats
+from polyak_cli.averaging.schemes import Mean, make_mean
 from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.errors import CheckpointError, FormatError, PolyakError, shown
 from polyak_cli.formats.model_folders import RECORD_NAME, FolderFiles
@@ -87,7 +88,8 @@ class Input:
             no two inputs have the same name.
         epoch: from its name; None if the name has none.
         size: bytes of all its files.
-        coefficient: its weight in the average.
+        coefficient: its share of the average.
+        multiplier: what it was multiplied by; see `Record.mean`.
         sampled: from `compute_sampled_digest`; "" in a record of polyak 0.1.0.
         sha256: of each of its files; empty if none was recorded (see ``--hash``).
     """
@@ -97,6 +99,7 @@ class Input:
     epoch: int | None
     size: int
     coefficient: float
+    multiplier: float
     sampled: str
     sha256: tuple[str, ...]
 
@@ -114,6 +117,8 @@ class Record:
         text: the record as it was written.
         version: of polyak, which wrote it.
         inputs: oldest first.
+        mean: by which the average was computed.  A record without a divisor is of the older rule:
+            values were multiplied by coefficients that had been divided before.
         options: those that decide the bytes; keys as in `averaging.Options`.
         statistics: BatchNorm statistics gathered over data: name -> SHA-256 of the stored bytes;
             None if there are none, or if an older version did not name them.
@@ -126,6 +131,7 @@ class Record:
     text: str
     version: str
     inputs: tuple[Input, ...]
+    mean: Mean
     options: Mapping[str, Any]
     statistics: Mapping[str, str] | None
     recalibrated: bool
@@ -160,12 +166,11 @@ def read(written: str) -> Record:
     if not isinstance(recalibrated, dict | None):
         raise _build_error("no recalibration in its place")
     made = tuple(_parse_input(each) for each in inputs)
-    if abs(math.fsum(each.coefficient for each in made) - 1) > _SUM:
-        raise _build_error("coefficients whose sum is not 1")
     return Record(
         text=written,
         version=version,
         inputs=made,
+        mean=_parse_mean(record.get("divisor"), made),
         options=_parse_options(record.get("options")),
         statistics=_parse_statistics(recalibrated or {}),
         recalibrated=recalibrated is not None,
@@ -213,8 +218,11 @@ def _parse_input(found: Any) -> Input:
         raise _build_error(f"{where} the epoch {shown(epoch, 40)}")
     if type(size) is not int or size < 0:
         raise _build_error(f"{where} the size {shown(size, 40)}")
-    if type(coefficient) is not float or not (math.isfinite(coefficient) and coefficient >= 0):
+    multiplier = found.get("multiplier", coefficient)
+    if not _is_share(coefficient):
         raise _build_error(f"{where} the coefficient {shown(coefficient, 40)}")
+    if not _is_share(multiplier):
+        raise _build_error(f"{where} the multiplier {shown(multiplier, 40)}")
     listed = digests if isinstance(digests, list) else [digests]
     if not all(isinstance(digest, str) for digest in listed):
         raise _build_error(f"{where} a SHA-256 that is not a string")
@@ -224,7 +232,29 @@ def _parse_input(found: Any) -> Input:
         raise _build_error(
             f"{where} the path {shown(path, 60)}; expected one that ends in the name"
         )
-    return Input(name, path, epoch, size, coefficient, sampled, tuple(listed))
+    return Input(name, path, epoch, size, coefficient, multiplier, sampled, tuple(listed))
+
+
+def _is_share(found: Any) -> TypeGuard[float]:
+    """Return whether a value is a number by which a checkpoint can count."""
+    return type(found) is float and math.isfinite(found) and found >= 0
+
+
+def _parse_mean(divisor: Any, inputs: Sequence[Input]) -> Mean:
+    """Check multipliers, divisor and coefficients, and return the mean that was computed."""
+    coefficients = tuple(each.coefficient for each in inputs)
+    if abs(math.fsum(coefficients) - 1) > _SUM:
+        raise _build_error("coefficients whose sum is not 1")
+    multipliers = tuple(each.multiplier for each in inputs)
+    if divisor is None and multipliers == coefficients:
+        return Mean(coefficients, 1.0)
+    mean = make_mean(multipliers)
+    # An integer is equal to its float, but was not written by polyak.
+    if type(divisor) is not float or mean != (multipliers, divisor):
+        raise _build_error(f"the divisor {shown(divisor, 40)}; expected the sum of the multipliers")
+    if mean.coefficients != coefficients:
+        raise _build_error("coefficients that are not multiplier / divisor")
+    return mean
 
 
 def _is_path(path: str, name: str) -> bool:
@@ -402,9 +432,17 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
             "size": table.size,
             "sampled_sha256": digest,
             "coefficient": coefficient,
+            "multiplier": multiplier,
         }
-        for name, path, checkpoint, table, coefficient, digest in zip(
-            names, paths, plan.checkpoints, plan.tables, plan.coefficients, sampled, strict=True
+        for name, path, checkpoint, table, coefficient, multiplier, digest in zip(
+            names,
+            paths,
+            plan.checkpoints,
+            plan.tables,
+            plan.coefficients,
+            plan.mean.multipliers,
+            sampled,
+            strict=True,
         )
     ]
     wanted = plan.settings.output.hash
@@ -422,6 +460,7 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
         "scheme": plan.scheme,
         "parameters": dict(plan.parameters),
         "options": _list_options(plan),
+        "divisor": plan.mean.divisor,
         "inputs": inputs,
         **({"files": _describe_files(plan.files)} if plan.files else {}),
         **({"skipped": skipped} if skipped else {}),

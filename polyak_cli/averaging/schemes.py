@@ -1,5 +1,9 @@
 """Compute how much each checkpoint counts: one small function for each scheme.
 
+A scheme gives multipliers, such as 1 for each of ten checkpoints.  An average is the sum of the
+multiplied checkpoints, divided once by the sum of the multipliers.  Coefficients, such as 0.1 each,
+are what people read: to multiply by them would round 1/10 before it is used.
+
 Knows only numbers: how many checkpoints there are, and how far into the run each was saved.  Does
 not know files, tensors or the command line, and needs no numpy.
 
@@ -14,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from polyak_cli.errors import UsageError, shown, word_count
 
@@ -39,8 +43,8 @@ class Parameter:
 class Scheme:
     """A rule that gives coefficients: its function, and its parameter if it has one.
 
-    ``function(positions, parameter)`` gives the coefficients before normalising, oldest first; a
-    scheme without a parameter is called with 0.0.
+    ``function(positions, parameter)`` gives the multipliers, oldest first; a scheme without a
+    parameter is called with 0.0.
     """
 
     function: Callable[[Sequence[float], float], list[float]]
@@ -54,6 +58,50 @@ class Choice:
 
     name: str
     parameters: Mapping[str, float]
+
+
+class Mean(NamedTuple):
+    """The rule of a weighted mean: ``(m_1 x_1 + m_2 x_2 + ...) / divisor``.
+
+    Attributes:
+        multipliers: one a checkpoint, oldest first, each finite and at least 0, one above 0.
+        divisor: their sum, rounded once.  It is 1.0 for averages whose record has no divisor: they
+            were multiplied by the coefficients themselves.
+    """
+
+    multipliers: tuple[float, ...]
+    divisor: float
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """The share of each checkpoint: multiplier / divisor, rounded once; the sum is 1."""
+        return tuple(multiplier / self.divisor for multiplier in self.multipliers)
+
+    def scale(self) -> Mean:
+        """Return the same mean with a divisor above 1/2 and at most 1, for the arithmetic.
+
+        Both sides are scaled by one power of two, which changes no digit.  Sums of float64 near the
+        maximum overflow no sooner than with coefficients, and one checkpoint is multiplied by 1.
+        """
+        counted = [multiplier for multiplier in self.multipliers if multiplier]
+        if len(counted) == 1:  # nothing is rounded, not even the smallest float64
+            return Mean(tuple(float(m > 0) for m in self.multipliers), 1.0)
+        fraction, exponent = math.frexp(self.divisor)
+        exponent -= fraction == 0.5  # exactly a power of two becomes 1
+        scaled = tuple(math.ldexp(m, -exponent) for m in self.multipliers)
+        return Mean(scaled, math.ldexp(self.divisor, -exponent))
+
+
+def make_mean(multipliers: Sequence[float]) -> Mean:
+    """Return the mean that divides by the sum of its multipliers.
+
+    Args:
+        multipliers: as in `Mean`.
+    """
+    # Huge numbers of one's own are scaled by a power of two until their sum is finite.
+    large = max(multipliers) > 2.0**900
+    own = tuple(math.ldexp(m, -200) if large else m for m in multipliers)
+    return Mean(own, math.fsum(own))
 
 
 def coefficients(
@@ -84,12 +132,29 @@ def coefficients(
             numbers given do not fit the checkpoints.
     """
     choice = resolve(scheme, alpha=alpha, decay=decay, sigma=sigma, custom=custom)
+    return compute_mean(choice, positions, custom).coefficients
+
+
+def compute_mean(
+    choice: Choice, positions: Sequence[float], custom: Sequence[float] | None = None
+) -> Mean:
+    """Return the mean of a scheme.
+
+    Args:
+        choice: from `resolve`.
+        positions: as for `coefficients`.
+        custom: the multipliers themselves, oldest first, if the scheme is ``custom``.
+
+    Raises:
+        UsageError: the numbers given do not fit the checkpoints.
+    """
     if not positions:
         raise UsageError("there are no checkpoints; expected at least one")
     if custom is not None:
-        return _normalised(_checked_custom(custom, len(positions)))
-    raw = SCHEMES[choice.name].function(positions, *(choice.parameters.values() or [0.0]))
-    return _normalised(raw)
+        return make_mean(_checked_custom(custom, len(positions)))
+    return make_mean(
+        SCHEMES[choice.name].function(positions, *(choice.parameters.values() or [0.0]))
+    )
 
 
 def resolve(
@@ -172,21 +237,20 @@ def equal(positions: Sequence[float], _: float = 0.0) -> list[float]:
 
 
 def linear(positions: Sequence[float], _: float = 0.0) -> list[float]:
-    """(N - a) / N for age a: falls evenly to 1/N for the oldest (the Keras tutorial's)."""
+    """N - a for age a: 1, 2, ..., N from the oldest to the newest (the Keras tutorial's)."""
     count = len(positions)
-    return [(count - age) / count for age in _ages(count)]
+    return [float(count - age) for age in _ages(count)]
 
 
 def exp(positions: Sequence[float], alpha: float) -> list[float]:
-    """e^(-(a + 1) / alpha) for age a: falls by e every ``alpha`` checkpoints (the tutorial's)."""
-    # Normalising cancels the factor exp(-1 / alpha) that all have in common.  It is left out where
-    # alpha is so small that it would take every coefficient to 0.
-    first = 1 if alpha >= 0.01 else 0
+    """e^(-a / alpha) for age a: falls by e every ``alpha`` checkpoints (the tutorial's).
+
+    The tutorial has a + 1 in place of a, a factor common to all, which the division cancels.
+    Without it the newest has exactly 1, and no alpha is so small that all would be 0.
+    """
     context = _context()
-    return [
-        float(context.exp(context.create_decimal(-(age + first) / alpha)))
-        for age in _ages(len(positions))
-    ]
+    width = context.create_decimal(alpha)
+    return [float(context.exp(context.divide(-age, width))) for age in _ages(len(positions))]
 
 
 def ema(positions: Sequence[float], decay: float) -> list[float]:
@@ -241,14 +305,6 @@ def _context() -> Context:
         Emax=MAX_EMAX,
         traps=[InvalidOperation],
     )
-
-
-def _normalised(raw: Sequence[float]) -> tuple[float, ...]:
-    # A power of two changes no digit, and keeps the sum of huge custom numbers finite.
-    _, exponent = math.frexp(max(raw))
-    scaled = [math.ldexp(value, -exponent) for value in raw]
-    total = math.fsum(scaled)
-    return tuple(value / total for value in scaled)
 
 
 def _checked_custom(custom: Sequence[float], count: int) -> list[float]:

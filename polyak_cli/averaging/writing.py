@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from polyak_cli import formats
-from polyak_cli.averaging import carried_files, products, records
+from polyak_cli.averaging import carried_files, products, records, schemes
 from polyak_cli.averaging.belonging import blame, constants, quantised, runs
 from polyak_cli.averaging.fates import describe_difference, is_compared, is_wanted
 from polyak_cli.averaging.matching import Row, list_files, list_sources
@@ -47,7 +47,7 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
         formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
     skeleton = _write_skeleton(plan, hidden, record)
     with blame.naming_inputs(plan.tables):
-        totals, kept, verdict = _fold(plan, [plan.coefficients], [skeleton], progress)
+        totals, kept, verdict = _fold(plan, [plan.mean], [skeleton], progress)
     inputs = list_files(plan.tables)
     compared, differing = _compare_carried(plan, inputs, progress)
     beside = carried_files.copy_files(plan.files, hidden, record) if plan.files else []
@@ -80,7 +80,7 @@ def write_again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
     else:
         hidden.touch()
     skeleton = _write_skeleton(plan, hidden, record)
-    _fold(plan, [plan.coefficients], [skeleton], lambda _: None)
+    _fold(plan, [plan.mean], [skeleton], lambda _: None)
     check_unchanged(list_files(plan.tables))
     publishing.take_names(hidden, folder / opened.parts[0])
     (table,) = formats.scan([folder / opened], with_optimizer=True)
@@ -89,7 +89,7 @@ def write_again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
 
 def write_several(
     plan: Plan,
-    coefficients: Sequence[Sequence[float]],
+    means: Sequence[schemes.Mean],
     outputs: Sequence[Path],
     *,
     progress: Progress | None = None,
@@ -99,8 +99,8 @@ def write_several(
     The outputs are neither synced nor published; they are meant to be evaluated and deleted.
 
     Args:
-        plan: which tensors of which checkpoints; its own coefficients are ignored.
-        coefficients: for each output, one a checkpoint, oldest first; see `schemes.coefficients`.
+        plan: which tensors of which checkpoints; its own mean is ignored.
+        means: one for each output.
         outputs: the files to write, named as those of the format are; their records have only
             the sampled digests of the inputs.
         progress: called with the bytes read, after each piece of work.
@@ -113,7 +113,6 @@ def write_several(
         OSError: there is no room.
     """
     # Hashing all inputs would cost a second reading, for files that are deleted soon.
-    rows = [tuple(row) for row in coefficients]
     unhashed = replace(plan.settings, output=replace(plan.settings.output, hash=False))
     jobs = plan.settings.machine.share().jobs
     sampled = records.compute_sampled_digests([table.files for table in plan.tables], jobs)
@@ -125,10 +124,10 @@ def write_several(
             each, output, records.encode(records.seal(records.make_record(each, sampled)))
         )
         for each, output in zip(
-            (replace(custom, coefficients=row) for row in rows), outputs, strict=True
+            (replace(custom, mean=mean) for mean in means), outputs, strict=True
         )
     ]
-    _, _, verdict = _fold(plan, rows, skeletons, progress or (lambda _: None))
+    _, _, verdict = _fold(plan, means, skeletons, progress or (lambda _: None))
     check_unchanged(list_files(plan.tables))
     return _judge_runs(plan, verdict)
 
@@ -147,11 +146,11 @@ def _write_skeleton(plan: Plan, output: Path, record: str) -> formats.Skeleton:
 
 def _fold(
     plan: Plan,
-    coefficients: Sequence[Sequence[float]],
+    means: Sequence[schemes.Mean],
     skeletons: Sequence[formats.Skeleton],
     progress: Progress,
 ) -> tuple[Totals, Mapping[str, Constant], runs.Verdict]:
-    """Average the tensors into the outputs, a row of coefficients each.
+    """Average the tensors into the outputs, by a mean each.
 
     Returns:
         What it took, the constants that are not finite by tensor, and whether there is one run.
@@ -160,17 +159,25 @@ def _fold(
     nonfinite = plan.settings.tensors.allow_nonfinite
     compared = runs.choose_compared(plan.averaged_rows)
     inputs = list_files(plan.tables)
-    work = FoldJob(inputs, files, np.array(coefficients), nonfinite, compared.sampling)
+    scaled = [mean.scale() for mean in means]
+    work = FoldJob(
+        inputs,
+        files,
+        np.array([mean.multipliers for mean in scaled]),
+        [mean.divisor for mean in scaled],
+        nonfinite,
+        compared.sampling,
+    )
     memory = plan.settings.machine.share(len(skeletons))
     tensors = _Averaged(plan, skeletons, compared.groups)
     totals, found, parts = executors.fold(tensors, work, memory, progress)
     kept = constants.merge_constants(parts)
     _refuse_diverged(plan, kept)
     if plan.settings.tensors.lora == "exact":
-        for row, skeleton in zip(coefficients, skeletons, strict=True):
+        for mean, skeleton in zip(scaled, skeletons, strict=True):
             bound = plan.settings.machine.max_memory
             made = products.write_products(
-                plan.factors, plan.tables, row, skeleton, bound, progress
+                plan.factors, plan.tables, mean, skeleton, bound, progress
             )
             totals = totals.plus(made)
     # Checksums in an archive cover the folded bytes, so they are written last.

@@ -1,6 +1,7 @@
 """Fold batches of slabs in float64, from the oldest checkpoint to the newest, and round once.
 
-Knows no format, no scheme and no header: it gets tables of extents and a matrix of coefficients.
+Knows no format, no scheme and no header: it gets tables of extents, a matrix of coefficients, and
+what each sum is divided by.
 Knows nothing of processes either: work is divided across slabs, never across checkpoints, so the
 bytes do not depend on the division.
 """
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from polyak_cli.engine.constants import Agreement, Constant, find_codes
 from polyak_cli.engine.inputs import OpenInputs
-from polyak_cli.engine.kernel import accumulate, is_finite, round_to, widen
+from polyak_cli.engine.kernel import accumulate, divide, is_finite, round_to, widen
 from polyak_cli.engine.products import Products, Sampler, Sampling
 from polyak_cli.engine.slabs import (
     TUNING,
@@ -47,7 +48,8 @@ class FoldJob:
 
     inputs: Sequence[File]  # of all checkpoints
     outputs: Sequence[str]  # the files of all averages
-    coefficients: npt.NDArray[np.float64]  # averages x checkpoints
+    coefficients: npt.NDArray[np.float64]  # averages x checkpoints; what values are multiplied by
+    divisors: Sequence[float]  # of each average, what its sum is divided by
     allow_nonfinite: bool
     sampling: Sampling | None = None  # of what inner products are taken, if they are wanted
     #: A process keeps its worker for all batches of the job with this name.
@@ -170,7 +172,7 @@ class Worker:
                 self._fold_bundle([slab])
 
     def _sum(self, bundle: Bundle, count: int) -> None:
-        """Compute ``sum_k c_k x_k`` in float64, from the oldest checkpoint to the newest."""
+        """Compute ``(sum_k c_k x_k) / d`` in float64, from the oldest checkpoint to the newest."""
         tensor = bundle[0].tensor
         scratch = self.values[:count], self.product[:count]
         sums = [whole[:count] for whole in self.sums]
@@ -185,12 +187,16 @@ class Worker:
             if sampler:
                 sampler.take(raw, source.dtype, source.byteorder)
             self.clock.fold()
-        # Whether a value is finite is asked of the sums only, which is one pass instead of one for
-        # each checkpoint: NaN and infinity go through every sum, and are looked at afterwards.
-        if not self.job.allow_nonfinite:
-            rows = [row for row, total in enumerate(sums) if not is_finite(total)]
-            if rows:
-                self._settle_nonfinite(bundle, count, rows)
+        # One rounding, instead of that of each coefficient: of numbers whose sum float64 can hold,
+        # the quotient is the float64 nearest to their mean.  Whether a value is finite is asked of
+        # the quotients only, which is one pass instead of one for each checkpoint: NaN and infinity
+        # go through every sum, and are looked at afterwards.
+        divided = zip(sums, self.job.divisors, strict=True)
+        finite = [divide(total, divisor) for total, divisor in divided]
+        if not self.job.allow_nonfinite and not all(finite):
+            self._settle_nonfinite(
+                bundle, count, [row for row, one in enumerate(finite) if not one]
+            )
         if sampler:
             sampler.finish()
 

@@ -44,6 +44,9 @@ class Kernel(Protocol):
     ) -> None:
         """Add one checkpoint's terms to the sums of all averages it counts in."""
 
+    def divide(self, values: Float64, divisor: float) -> bool:
+        """Divide sums in place, and return whether all quotients are finite."""
+
     def is_finite(self, values: Float64) -> bool:
         """Return whether all values are finite."""
 
@@ -84,7 +87,7 @@ def choose_kernel(wanted: str) -> Kernel:
 _chosen = choose_kernel(os.environ.get(VARIABLE, ""))
 NAME = _chosen.NAME
 widen, accumulate = _chosen.widen, _chosen.accumulate
-is_finite, round_to = _chosen.is_finite, _chosen.round_to
+divide, is_finite, round_to = _chosen.divide, _chosen.is_finite, _chosen.round_to
 
 
 def describe_kernel() -> str:

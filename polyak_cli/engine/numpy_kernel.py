@@ -82,6 +82,20 @@ def accumulate(
             started[row] = 1
 
 
+def divide(values: Float64, divisor: float) -> bool:
+    """Divide sums in place, and return whether all quotients are finite.
+
+    Call it under ``np.errstate``, as `widen`.
+
+    Args:
+        values: n float64 elements.
+        divisor: the sum of the multipliers.
+    """
+    if divisor != 1.0:
+        np.divide(values, divisor, out=values)
+    return is_finite(values)
+
+
 def is_finite(values: Float64) -> bool:
     """Return whether all values are finite."""
     # A finite sum proves it in one pass without a temporary array.  An infinite one proves

@@ -25,14 +25,19 @@ class Candidate(NamedTuple):
         scheme: its name; "" if there is none.
         parameter: the parameter of the scheme, or None.
         window: the number of checkpoints in it; except for singles and soups, the newest.
-        coefficients: one for each checkpoint of the sweep, oldest first; their sum is 1.
+        mean: of all checkpoints of the sweep; those that are not in it have the multiplier 0.
     """
 
     kind: str
     scheme: str
     parameter: float | None
     window: int
-    coefficients: tuple[float, ...]
+    mean: schemes.Mean
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """One for each checkpoint of the sweep, oldest first; their sum is 1."""
+        return self.mean.coefficients
 
     @property
     def name(self) -> str:
@@ -124,15 +129,14 @@ def list_candidates(
     """
     count = len(positions)
     found = [
-        Candidate("single", "", None, 1, tuple(float(k == j) for j in range(count)))
+        Candidate("single", "", None, 1, schemes.make_mean([float(k == j) for j in range(count)]))
         for k in range(count)
     ]
     # By scheme first, so that tables and figures have the windows of a scheme in one piece.
     for (name, value), window in itertools.product(chosen, windows):
-        newest = schemes.coefficients(
-            name, positions[count - window :], **make_parameter(name, value)
-        )
-        whole = (*(0.0,) * (count - window), *newest)
+        choice = schemes.resolve(name, **make_parameter(name, value))
+        newest = schemes.compute_mean(choice, positions[count - window :])
+        whole = schemes.make_mean((*(0.0,) * (count - window), *newest.multipliers))
         found.append(Candidate("average", name, value, window, whole))
     return found
 

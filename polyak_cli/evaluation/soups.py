@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from polyak_cli.averaging.schemes import make_mean
 from polyak_cli.evaluation.candidates import Candidate, ScoredCandidate, find_best, rank
 
 #: Makes and scores candidates, and yields a row for each, in order.
@@ -24,11 +25,11 @@ def search_greedily(score: Score, rows: Sequence[ScoredCandidate], metric: str) 
     best, members = ranked[0], {ranked[0].candidate.coefficients.index(1.0)}
     for row in ranked[1:]:
         tried = members | {row.candidate.coefficients.index(1.0)}
-        coefficients = tuple(1 / len(tried) if k in tried else 0.0 for k in range(len(singles)))
-        (found,) = score([Candidate("soup", "greedy", None, len(tried), coefficients)])
+        mean = make_mean([float(k in tried) for k in range(len(singles))])
+        (found,) = score([Candidate("soup", "greedy", None, len(tried), mean)])
         if rank(found, metric) < rank(best, metric):
             best, members = found, tried
-    kept = best.candidate.coefficients
+    kept = best.candidate.mean
     return ScoredCandidate(Candidate("soup", "greedy", None, len(members), kept), best.scores)
 
 
@@ -46,7 +47,7 @@ def search_coefficients(
     step = 0.5
     while step > _FINEST:
         tried = [
-            Candidate("soup", "coefficients", None, sum(c > 0 for c in near), near)
+            Candidate("soup", "coefficients", None, sum(c > 0 for c in near), make_mean(near))
             for k in range(count)
             for near in step_coefficients(best.candidate.coefficients, k, step)
         ]
@@ -56,8 +57,8 @@ def search_coefficients(
             best = found
         else:
             step /= 2
-    kept = best.candidate.coefficients
-    window = sum(c > 0 for c in kept)
+    kept = best.candidate.mean
+    window = sum(m > 0 for m in kept.multipliers)
     return ScoredCandidate(Candidate("soup", "coefficients", None, window, kept), best.scores)
 
 

@@ -496,7 +496,7 @@ class _Verifier:
         output_format = self.table.format if is_converted else plan.output_format
         return replace(
             plan,
-            coefficients=tuple(one.coefficient for one in self.record.inputs),
+            mean=self.record.mean,
             settings=settings,
             output_format=output_format,
             # The record has what was done, and not what was asked for.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from polyak_cli import __version__, pipeline
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import planning, records, writing
 from polyak_cli.averaging.notebook import write_html
+from polyak_cli.averaging.schemes import Mean, make_mean
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.evaluation import data, recalibration
 from polyak_cli.evaluation.candidates import (
@@ -308,16 +309,16 @@ def _find_recipe(
         chosen = {"last": candidate.window, "scheme": candidate.scheme, **parameters}
         return Recipe(sources, {**options, **chosen})
     members = [
-        (checkpoint.path, coefficient)
-        for checkpoint, coefficient in zip(plan.checkpoints, candidate.coefficients, strict=True)
-        if coefficient
+        (checkpoint.path, multiplier)
+        for checkpoint, multiplier in zip(plan.checkpoints, candidate.mean.multipliers, strict=True)
+        if multiplier
     ]
     own = {key: value for key, value in options.items() if key not in _CHOOSING}
     if len(members) == 1:  # a single checkpoint was scored with its own statistics
         for key in ("recalibrate", "batch_size", "trust_code"):
             own.pop(key, None)
     else:
-        own["coefficients"] = [coefficient for _, coefficient in members]
+        own["coefficients"] = [multiplier for _, multiplier in members]
     return Recipe([path for path, _ in members], own)
 
 
@@ -371,15 +372,17 @@ class _CandidateScorer:
         """Yield the scores of each candidate, in order; equal coefficients are scored once."""
         found: dict[tuple[float, ...], Mapping[str, RowScores]] = {}
         # Windows of 1 equal the newest checkpoint under every scheme.
-        unique = list(dict.fromkeys(candidate.coefficients for candidate in wanted))
-        for coefficients, scores in self._score_coefficients(unique):
+        unique: dict[tuple[float, ...], Mean] = {}
+        for candidate in wanted:
+            unique.setdefault(candidate.coefficients, candidate.mean)
+        for coefficients, scores in self._score_means(unique):
             found[coefficients] = scores
             progress(len(found), len(unique))
         for candidate in wanted:
             yield ScoredCandidate(candidate, found[candidate.coefficients])
 
-    def _score_coefficients(
-        self, wanted: Iterable[tuple[float, ...]]
+    def _score_means(
+        self, wanted: Mapping[tuple[float, ...], Mean]
     ) -> Iterator[tuple[tuple[float, ...], Mapping[str, RowScores]]]:
         """Score averages: single checkpoints directly from their file, the others in batches."""
         several = []
@@ -394,7 +397,8 @@ class _CandidateScorer:
         for first in range(0, len(several), self.batch):
             part = several[first : first + self.batch]
             paths = [self.folder / f"{k}{suffix}" for k in range(len(part))]
-            self.notes += writing.write_several(self.plan, part, paths)
+            means = [wanted[coefficients] for coefficients in part]
+            self.notes += writing.write_several(self.plan, means, paths)
             for coefficients, path in zip(part, paths, strict=True):
                 yield coefficients, self._score_file(self._recalibrate(path))
                 path.unlink()  # at once, which frees the disk before the next is recalibrated
@@ -433,7 +437,7 @@ def _score_ensembles(
         sums = [total + np.asarray(p, np.float64) for total, p in zip(sums, given, strict=True)]
         if window in windows:
             scores = scorer.evaluator.score_predictions([total / window for total in sums])
-            whole = (*(0.0,) * (len(singles) - window), *(1 / window,) * window)
+            whole = make_mean((*(0.0,) * (len(singles) - window), *(1.0,) * window))
             named = dict(zip(scorer.splits, scores, strict=True))
             yield ScoredCandidate(Candidate("ensemble", "", None, window, whole), named)
 

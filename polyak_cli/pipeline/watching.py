@@ -308,6 +308,8 @@ class _Watched:
             {one.get("name"): one.get("size") for one in inputs if isinstance(one, dict)}
             for inputs in (new.pop("inputs"), record.pop("inputs"))
         )
+        del new["divisor"]  # of fewer checkpoints it is another
+        record.pop("divisor", None)
         gone = theirs.keys() - ours.keys()
         if not gone:  # the same ones, averaged in another way
             return False

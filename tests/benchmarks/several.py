@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polyak_cli import pipeline
-from polyak_cli.averaging import writing
+from polyak_cli.averaging import schemes, writing
 
 
 def write(jobs: int, count: int, folder: Path, inputs: Sequence[str]) -> None:
@@ -22,9 +22,9 @@ def write(jobs: int, count: int, folder: Path, inputs: Sequence[str]) -> None:
     folder.mkdir()
     ages = [(k + 1) / len(inputs) for k in range(len(inputs))]
     rows = [[age**power for age in ages] for power in range(count)]
-    coefficients = [[value / sum(row) for value in row] for row in rows]
+    means = [schemes.make_mean(row) for row in rows]
     outputs = [folder / f"{k}.h5" for k in range(count)]
-    writing.write_several(pipeline.plan(inputs, jobs=jobs), coefficients, outputs)
+    writing.write_several(pipeline.plan(inputs, jobs=jobs), means, outputs)
 
 
 if __name__ == "__main__":

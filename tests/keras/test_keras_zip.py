@@ -77,7 +77,7 @@ def test_keras_goes_on_with_the_average(tmp_path: Path, build: Any, deflated: bo
             deflate(path)
     report = average(folder, tmp_path / "o.keras", scheme="exp", alpha=2)
     opened = keras.saving.load_model(tmp_path / "o.keras")
-    expected = set_by_hand(keras, paths, report.plan.coefficients)
+    expected = set_by_hand(keras, paths, report.plan.mean.multipliers)
     for ours, theirs in zip(opened.get_weights(), expected.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(
@@ -119,7 +119,7 @@ def test_assets_are_carried(tmp_path: Path) -> None:
         assert any(name.startswith("assets/") for name in archive.namelist())
     report = average(paths, tmp_path / "o.keras")
     opened = keras.saving.load_model(tmp_path / "o.keras")
-    expected = set_by_hand(keras, paths, report.plan.coefficients)
+    expected = set_by_hand(keras, paths, report.plan.mean.multipliers)
     np.testing.assert_array_equal(opened(rows), expected(rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ SAMPLES = HERE.parent / "sample_checkpoints"
 ROWS = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 
 
-def set_by_hand(framework: Any, paths: list[Path], coefficients: tuple[float, ...]) -> Any:
+def set_by_hand(framework: Any, paths: list[Path], multipliers: tuple[float, ...]) -> Any:
     """Return the newest model with the weighted mean of all models' weights, as a user would."""
     loaded = [framework.models.load_model(path, compile=False) for path in paths]
     means = [
         np.asarray(
             sum(
-                c * np.asarray(values, np.float64)
-                for c, values in zip(coefficients, column, strict=True)
-            ),
+                m * np.asarray(values, np.float64)
+                for m, values in zip(multipliers, column, strict=True)
+            )
+            / math.fsum(multipliers),
             np.float32,
         )
         for column in zip(*(m.get_weights() for m in loaded), strict=True)
@@ -41,7 +43,7 @@ def test_keras_predicts_with_the_average_as_with_weights_set_by_hand(tmp_path: P
     report = average(folder, tmp_path / "o.h5", scheme="exp", alpha=2)
     opened = keras.models.load_model(tmp_path / "o.h5")
     paths = [checkpoint.path for checkpoint in report.plan.checkpoints]
-    expected = set_by_hand(keras, paths, report.plan.coefficients)
+    expected = set_by_hand(keras, paths, report.plan.mean.multipliers)
     for ours, theirs in zip(opened.get_weights(), expected.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(
@@ -80,7 +82,7 @@ def test_todays_keras_opens_the_average_of_older_keras_3(tmp_path: Path, generat
     report = average(GENERATIONS / generation, tmp_path / "o.h5")
     opened = keras.models.load_model(tmp_path / "o.h5")
     paths = [checkpoint.path for checkpoint in report.plan.checkpoints]
-    expected = set_by_hand(keras, paths, report.plan.coefficients)
+    expected = set_by_hand(keras, paths, report.plan.mean.multipliers)
     np.testing.assert_array_equal(
         opened.predict(ROWS, verbose=0), expected.predict(ROWS, verbose=0)
     )
@@ -94,7 +96,7 @@ def test_tf_keras_opens_the_average_of_its_own_files(tmp_path: Path, generation:
     report = average(GENERATIONS / generation, tmp_path / "o.h5", scheme="linear")
     opened = tf_keras.models.load_model(tmp_path / "o.h5")
     paths = [checkpoint.path for checkpoint in report.plan.checkpoints]
-    expected = set_by_hand(tf_keras, paths, report.plan.coefficients)
+    expected = set_by_hand(tf_keras, paths, report.plan.mean.multipliers)
     np.testing.assert_array_equal(
         opened.predict(ROWS, verbose=0), expected.predict(ROWS, verbose=0)
     )

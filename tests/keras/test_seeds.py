@@ -49,7 +49,7 @@ def accuracies(tmp_path_factory: pytest.TempPathFactory) -> Accuracies:
         chosen = [("equal", None), ("linear", None), ("exp", 2.0)]
         averages = candidates.list_candidates(plan.positions, range(1, LAST + 1), chosen)[LAST:]
         outputs = [folder / f"average_{k}.out.h5" for k in range(len(averages))]
-        writing.write_several(plan, [average.coefficients for average in averages], outputs)
+        writing.write_several(plan, [average.mean for average in averages], outputs)
         for k, name in enumerate(SCHEMES):
             own = outputs[k * LAST : (k + 1) * LAST]
             found[name].append([accuracy(path, rows) for path in own])

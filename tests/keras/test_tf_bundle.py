@@ -149,7 +149,7 @@ def train(model: Any, save_epoch: Callable[[int], Any]) -> list[list[Any]]:
 def expect_average(model: Any, weights: list[list[Any]]) -> None:
     """Compare a model's weights with the mean of others, bit for bit."""
     columns = [dict(enumerate(row)) for row in weights]
-    expected: Any = naive(columns, [1 / 3] * 3)  # type: ignore[arg-type] # keys are numbers
+    expected: Any = naive(columns, [1] * 3)  # type: ignore[arg-type] # keys are numbers
     assert_same(dict(enumerate(model.get_weights())), expected)  # type: ignore[arg-type] # as above
 
 
@@ -219,7 +219,7 @@ def test_the_saver_of_tensorflow_1_restores_the_average(tmp_path: Path) -> None:
         }
         saver.restore(session, str(tmp_path / "final"))
         restored = session.run([kernel, tf.convert_to_tensor(split), step])
-    mean = naive(models, [1 / 3] * 3)
+    mean = naive(models, [1] * 3)
     expected = models[-1] | {name: mean[name] for name in ("dense/kernel", "part/w")}
     assert_same(load(tmp_path / "final.index"), expected)
     for name, values in zip(("dense/kernel", "part/w", "global_step"), restored, strict=True):
@@ -243,9 +243,9 @@ def test_shadows_are_averaged_or_chosen(tmp_path: Path) -> None:
     saved = [load(tmp_path / "run" / f"m-{k}.index") for k in (1, 2)]
     assert not np.array_equal(saved[1]["dense/w"], saved[1][f"dense/w{ending}"])
     report = average(tmp_path / "run", tmp_path / "raw.index")
-    assert_same(load(tmp_path / "raw.index"), naive(saved, [0.5, 0.5]))
+    assert_same(load(tmp_path / "raw.index"), naive(saved, [1, 1]))
     assert any(f"'*{ending}' is a running mean" in note for note in report.notes)
     average(tmp_path / "run", tmp_path / "ema.index", use_ema=True)
-    wanted = naive(saved, [0.5, 0.5])
+    wanted = naive(saved, [1, 1])
     wanted["dense/w"] = wanted[f"dense/w{ending}"]
     assert_same(load(tmp_path / "ema.index"), wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,15 @@ def save_random(model: Any, folder: Path, save: Callable[[Any, Path], None]) -> 
     return weights
 
 
-def mean(columns: Sequence[Sequence[Array]], coefficients: Sequence[float]) -> list[Array]:
+def mean(columns: Sequence[Sequence[Array]], multipliers: Sequence[float]) -> list[Array]:
     """Return the float64 averages, rounded to the type of each; integers are the newest's."""
     found = []
     for column in zip(*columns, strict=True):
         total: Any = 0.0
-        for values, coefficient in zip(column, coefficients, strict=True):
-            total = total + coefficient * np.asarray(values, np.float64)
+        for values, multiplier in zip(column, multipliers, strict=True):
+            total = total + multiplier * np.asarray(values, np.float64)
         newest = column[-1]
-        rounded = total if newest.dtype.kind != "i" else newest
+        rounded = total / math.fsum(multipliers) if newest.dtype.kind != "i" else newest
         found.append(np.asarray(rounded).astype(newest.dtype))
     return found
 
@@ -150,7 +151,7 @@ def test_keras_loads_the_average_of_weights(
     again = build()
     again(ROWS)
     again.load_weights(tmp_path / "o.weights.h5")
-    assert_weights(again, mean(weights, report.plan.coefficients))
+    assert_weights(again, mean(weights, report.plan.mean.multipliers))
     assert len(report.plan.tables[-1].keras.statistics) == statistics
 
 
@@ -183,7 +184,7 @@ def test_weights_of_tf_keras(tmp_path: Path) -> None:
     assert set(report.plan.carried) == {"/metrics/mean/vars/0", "/metrics/mean/vars/1"}
     again = build()
     again.load_weights(tmp_path / "o.weights.h5")
-    assert_weights(again, mean(weights, report.plan.coefficients))
+    assert_weights(again, mean(weights, report.plan.mean.multipliers))
 
 
 def test_shards_in_a_directory_belong_to_their_json(tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ def test_the_emas_of_checkpoints_are_averaged(tmp_path: Path) -> None:
     save_epochs(model, tmp_path / "run", save, optimizer)
     report = average(tmp_path / "run", tmp_path / "o.h5", use_ema=True)
     opened = keras.models.load_model(tmp_path / "o.h5", compile=False)
-    assert_weights(opened, mean(emas, report.plan.coefficients))
+    assert_weights(opened, mean(emas, report.plan.mean.multipliers))
 
 
 @pytest.mark.slow

@@ -19,10 +19,7 @@ def test_float32_and_then_bfloat16_are_averaged_in_float64(tmp_path: Path) -> No
         model = {"weight": value, "head": value, "step": torch.tensor(k)}
         torch.save(model, tmp_path / f"run/m_{k}.pt")
     report = average(tmp_path / "run", tmp_path / "o.pt")
-    c = report.plan.coefficients
-    total = c[0] * values[0].double().numpy()
-    for coefficient, value in zip(c[1:], values[1:], strict=True):
-        total = total + coefficient * value.double().numpy()
+    total = sum(value.double().numpy() for value in values) / 3
     found = torch.load(tmp_path / "o.pt", weights_only=True)
     assert found["weight"].dtype == torch.bfloat16
     # Rounding float64 to bfloat16 at once: compare with both neighbours of the float64 average.
