@@ -745,10 +745,14 @@ def test_object_storage_is_refused_before_anything_is_done(
 
 def test_quiet_prints_only_errors(run_folder: Path) -> None:
     """-q is silent when all is well, notes included, and still tells what went wrong."""
-    write_model(run_folder / "1.h5", {"bn": {"moving_mean": _f4(3)}})
-    assert succeeded(polyak("average", "1.h5", "-o", "o.h5", "-q", cwd=run_folder)) == ""
+    for name in ("1.h5", "2.h5"):
+        write_model(run_folder / name, {"bn": {"moving_mean": _f4(3)}})
+    command = ("average", "1.h5", "2.h5", "-o", "o.h5")
+    assert "BatchNorm" in polyak(*command, "-n", cwd=run_folder).stderr  # there is a note
+    quiet = polyak(*command, "-q", cwd=run_folder)
+    assert (succeeded(quiet), quiet.stderr) == ("", "")
     assert (run_folder / "o.h5").exists()
-    done = polyak("average", "1.h5", "-o", "o.h5", "-q", cwd=run_folder)
+    done = polyak(*command, "-q", cwd=run_folder)
     assert (done.returncode, done.stdout) == (3, "")
     assert "already exists" in one_line(done.stderr)
 
