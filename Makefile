@@ -17,7 +17,7 @@ SPREAD := -n 2 --dist loadfile
 # An editable install compiles the kernel, so it is made again when one of these changes.
 BUILT_FROM := pyproject.toml $(wildcard .build-hooks/*.py polyak_cli/engine/*.c)
 
-.PHONY: demo test soak quick core core-all oldest torch hf system coverage lint types smoke fuzz check mutants bench bench-peers digits clean
+.PHONY: demo test soak quick core core-all oldest torch hf system coverage lint types smoke wheel sanitize compilers fuzz check mutants bench bench-peers digits clean
 
 # Plain numpy runs and trains both networks, so neither Keras nor TensorFlow is installed.
 demo: .venv-demo/.ready
@@ -40,7 +40,7 @@ quick: .venv/.ready
 core: .venv-core/.ready
 	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" \
 		$(patsubst %,tests/test_%.py,api architecture cli determinism ema formats generations hdf5 \
-		inspection kernel kernels keras_zip packaging plots guide statistics weights)
+		inspection kernel kernel_choice kernels keras_zip packaging plots guide statistics weights)
 
 core-all: .venv-core/.ready
 	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras \
@@ -101,11 +101,49 @@ smoke:
 	cd .smoke && venv/bin/polyak average ../sample_checkpoints --scheme linear -o smoke.h5
 	test -s .smoke/smoke.h5
 
+# The wheel with the compiled kernel, installed and run where no compiler can be found; then that of
+# a machine without a compiler.  Both write the same average.
+TRY_WHEEL = $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(1) . \
+	&& cd $(1) && export PATH="$(CURDIR)/.wheel/venv/bin" && ! command -v gcc cc clang \
+	&& python -m pip install --quiet --force-reinstall --only-binary :all: $(2) polyak-*-$(3).whl \
+	&& polyak -V -v && polyak average ../../sample_checkpoints --scheme linear -o average.h5
+
+wheel:
+	@rm -rf .wheel && mkdir -p .wheel/compiled .wheel/pure
+	$(PYTHON) -m venv .wheel/venv
+	export POLYAK_KERNEL=compiled; $(call TRY_WHEEL,.wheel/compiled,,cp311-abi3-*)
+	export CC=/bin/false; $(call TRY_WHEEL,.wheel/pure,--no-deps,py3-none-any)
+	cmp .wheel/compiled/average.h5 .wheel/pure/average.h5
+
+# The compiled kernel under AddressSanitizer and UBSan, in a copy of the package: an access outside a
+# buffer, or anything that C leaves undefined, ends the run.  Leaks are not looked for, because Python
+# and numpy keep memory until the process ends; a test looks whether buffers are given back.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+sanitize: .venv/.ready
+	@rm -rf .sanitize && mkdir .sanitize
+	cp -r pyproject.toml .build-hooks polyak_cli tests sample_checkpoints .sanitize
+	cd .sanitize && CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python .build-hooks/kernel.py
+	grep -q __asan_ .sanitize/polyak_cli/engine/_kernel.abi3.so
+	cd .sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONMALLOC=malloc POLYAK_KERNEL=compiled \
+		$(abspath $(BIN))/python -m pytest --capture=sys -m "not soak" \
+		$(patsubst %,tests/test_%.py,kernel kernels several engine products)
+
+# Other C compilers than this machine's, if they are not here; then what all of them make of the
+# kernel.
+compilers: .venv/.ready
+	@{ command -v clang && command -v aarch64-linux-gnu-gcc; } > /dev/null || \
+		{ test "$$(id -u)" = 0 && timeout 600 apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+			timeout 600 apt-get install -y -q --no-install-recommends \
+			clang gcc-aarch64-linux-gnu libc6-dev-arm64-cross; } \
+		|| echo "Install clang, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross (Debian), or tests are skipped"
+	$(BIN)/python -m pytest tests/test_compilers.py
+
 # Mutated headers of every format, seeded.
 fuzz: .venv/.ready
 	$(BIN)/python -m tests.hostile.fuzz
 
-check: lint types smoke test soak
+check: lint types smoke wheel sanitize compilers test soak
 
 # Small changes to three modules, each of which some test should notice; tests/mutants.md explains
 # those that none does. MUTANTS="polyak_cli.averaging.schemes.*" runs only some.
@@ -132,7 +170,7 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-hf .venv-demo .venv-mutants mutants .demo .smoke .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-hf .venv-demo .venv-mutants mutants .demo .smoke .wheel .sanitize .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 
 # No retries: without a network, the demo says so at once.  Set as variables, they also hold for the
 # second pip, which gets the build's own needs.

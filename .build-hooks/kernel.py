@@ -24,7 +24,7 @@ TARGET = SOURCE.with_suffix(".abi3.so")
 #: The oldest Python that has what the C code uses: its limited API has buffers since 3.11.
 OLDEST = (3, 11)
 # No fused multiply-add, and no reordered sums, whatever CFLAGS of the caller say.
-FLAGS = ["-std=c11", "-O3", "-g0", "-fno-fast-math", "-ffp-contract=off", "-fvisibility=hidden"]
+FLAGS = ["-std=c11", "-O3", "-fno-fast-math", "-ffp-contract=off", "-fvisibility=hidden"]
 
 
 class KernelError(Exception):

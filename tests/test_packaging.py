@@ -289,3 +289,36 @@ def test_flags_of_the_caller_do_not_change_the_arithmetic(
     """The last flag counts, and the build has the last word."""
     monkeypatch.setenv("CFLAGS", "-ffast-math -ffp-contract=fast")
     assert hook()["compile_kernel"](ROOT, tmp_path).is_file()
+
+
+# --- wheels for other platforms -------------------------------------------------------------------
+
+PLATFORMS = {
+    "linux": {
+        *("cp311-manylinux_x86_64", "cp311-manylinux_aarch64"),
+        *("cp311-musllinux_x86_64", "cp311-musllinux_aarch64"),
+    },
+    "macos": {"cp311-macosx_x86_64", "cp311-macosx_arm64"},
+}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_cibuildwheel_reads_which_wheels_to_build(platform: str) -> None:
+    """It takes the table, and would build one wheel for each platform."""
+    pytest.importorskip("cibuildwheel")
+    command = ["-m", "cibuildwheel", "--platform", platform, "--print-build-identifiers"]
+    done = subprocess.run(
+        [sys.executable, *command, str(ROOT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == PLATFORMS[platform]
+
+
+def test_each_built_wheel_is_tried_with_its_kernel() -> None:
+    """What runs after each build demands the compiled kernel, averages and verifies."""
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    assert table["test-environment"] == {"POLYAK_KERNEL": "compiled"}
+    assert [command.split()[1] for command in table["test-command"]] == ["-V", "average", "verify"]
