@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -25,8 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyak_cli.engine import executors, folding, reading
-from polyak_cli.engine.executors import Executor, Forked, Futures, InProcess
-from polyak_cli.engine.folding import Done, FoldJob, Worker
+from polyak_cli.engine.executors import Executor, Forked, Futures, InProcess, Threads
+from polyak_cli.engine.folding import Done, FoldJob, Team, Worker
 from polyak_cli.engine.inputs import OpenInputs, check_unchanged
 from polyak_cli.engine.kernel import is_finite
 from polyak_cli.engine.reading import ReadTensor
@@ -99,11 +99,13 @@ def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
     return inputs
 
 
+#: Those that divide the batches among as many workers as there are jobs.
+DIVIDED: dict[str, type[Threads | Forked]] = {"threads": Threads, "forked": Forked}
 #: How the batches of a test are run; set by the fixture `where`.
 HERE: dict[str, Any] = {}
 #: What each fold returned.
 FOUND: list[Done] = []
-WHERE = ["in process", "forked", "threads", "spawned"]
+WHERE = ["in process", "threads", "forked", "pool", "spawned"]
 
 
 @pytest.fixture(scope="module")
@@ -115,22 +117,22 @@ def spawned() -> Iterator[ProcessPoolExecutor]:
 
 
 @pytest.fixture(scope="module")
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """Yield threads of this process."""
-    with ThreadPoolExecutor(2) as pool:
-        yield pool
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads of this process."""
+    with ThreadPoolExecutor(2) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True, params=WHERE)
 def where(
-    request: pytest.FixtureRequest, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     """Run every test with each executor."""
     executor: Executor | None = None
     if request.param == "spawned":
         executor = Futures(request.getfixturevalue("spawned"), 3)
-    elif request.param == "threads":
-        executor = Futures(threads, 3)
+    elif request.param == "pool":
+        executor = Futures(pool, 3)
     monkeypatch.setitem(HERE, "executor", executor)
     monkeypatch.setitem(HERE, "where", request.param)
     return str(request.param)
@@ -145,8 +147,9 @@ def fold(
     """Fold with the executor of the test."""
     executor = HERE["executor"]
     if executor is None:
-        forked = HERE["where"] == "forked"
-        executor = Forked(memory.jobs, memory.tuning) if forked else InProcess(memory.tuning)
+        executor = InProcess(memory.tuning)
+        if HERE["where"] in DIVIDED:
+            executor = DIVIDED[HERE["where"]](memory.jobs, memory.tuning)
     FOUND.append(executors.fold(tensors, job, memory, progress, executor))
     return FOUND[-1].totals
 
@@ -560,7 +563,7 @@ class Killing(Extent):
 
 def test_a_worker_that_is_killed_is_reported(tmp_path: Path, where: str) -> None:
     """If the system kills a worker, the run ends with an error and not with half an output."""
-    if where in ("in process", "threads"):
+    if where in ("in process", "threads", "pool"):
         return  # here it would be this very process
     inputs = write_inputs(tmp_path, [np.zeros(1000, np.float32)])
     (tmp_path / "out").write_bytes(b"")
@@ -1273,3 +1276,72 @@ def test_a_tensor_in_blocks_of_several_files_is_averaged(tmp_path: Path) -> None
     job = FoldJob(inputs, job.outputs, job.coefficients, job.divisors, False)
     with pytest.raises(MismatchError, match=r"/3\.raw: tensor 'x' holds nan \(element 23\)"):
         fold([sharded], job, Memory(2, 5, 5))
+
+
+def test_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what to do, and the threads that could be started have ended."""
+    inputs = write_inputs(tmp_path, [np.zeros(1000, np.float32)])
+    (tmp_path / "out").write_bytes(b"")
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), [1.0], False)
+    start = threading.Thread.start
+    begun: list[threading.Thread] = []
+
+    def fail(thread: threading.Thread) -> None:
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(PolyakError, match=r"^no worker thread can be started: can't start new"):
+        executors.fold([tensor(1000)], job, Memory(2, 100, 100), executor=Threads(2))
+    assert not begun[0].is_alive()
+
+
+def test_threads_share_the_limit_of_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All workers of a process together leave 64 descriptors, and one for each output."""
+    inputs = write_inputs(tmp_path, [np.zeros(1, np.float32)] * 3)
+    for name in ("out", "other"):
+        (tmp_path / name).write_bytes(b"")
+    outputs = [str(tmp_path / "out"), str(tmp_path / "other")]
+    job = FoldJob(inputs, outputs, np.ones((2, 3)), [1.0, 1.0], False)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64 + 50, 64 + 50))
+    for threads, room in ((1, 50), (2, 24), (5, 8), (50, 0)):
+        with Worker(job, team=Team(threads)) as worker:
+            assert worker.inputs.limit == room
+
+
+class Slow(Extent):
+    """An extent that takes its time, as a far disk does."""
+
+    reads: ClassVar[list[int]] = []
+
+    def read_into(self, files: Files, start: int, buffer: Bytes) -> None:
+        """Wait, and read."""
+        self.reads.append(start)
+        time.sleep(0.01)
+        super().read_into(files, start, buffer)
+
+
+def test_threads_that_are_stopped_read_no_further_checkpoint(tmp_path: Path) -> None:
+    """After an interrupt a slab of many checkpoints is given up, and no thread is left."""
+    many = 2000
+    inputs = write_inputs(tmp_path, [np.ones(2, np.float32)])
+    (tmp_path / "out").write_bytes(b"")
+    slow = FoldTensor(
+        "x",
+        2,
+        [TensorSource(Slow(0, 8), "float32", "<", 0)] * many,
+        [Placement(0, "float32", "<")],
+    )
+    quick = FoldTensor("y", 2, [TensorSource(Extent(0, 8), "float32", "<", 0)] * many, slow.targets)
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.ones((1, many)), [1.0], False)
+    batches = [[[Slab(each, 0, 2)]] for each in (quick, slow, slow)]
+    Slow.reads.clear()
+    steps = Threads(2).run(job, batches)
+    next(steps)
+    steps.close()
+    assert len(Slow.reads) < many
+    assert not [one for one in threading.enumerate() if one.name == "polyak-fold"]

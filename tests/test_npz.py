@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from polyak_cli import average
+from polyak_cli import average, formats
 from polyak_cli.errors import FormatError, MismatchError
+from polyak_cli.formats import zips
+from polyak_cli.storage import open_input
 from tests.contract import Contract, Tensors, assert_same, naive
 
 
@@ -97,3 +102,34 @@ def test_the_archive_is_whole(tmp_path: Path) -> None:
         assert archive.testzip() is None
         assert archive.namelist() == ["x.npy"]
         assert archive.comment.startswith(b"polyak_provenance ")
+
+
+def test_threads_inflate_a_member_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that reads on does not begin again because another has read elsewhere."""
+    content = np.arange(4000, dtype="<f4")
+    np.savez_compressed(tmp_path / "m.npz", x=content)
+    (table,) = formats.scan([tmp_path / "m.npz"])
+    storage = table.tensors["x"].storage
+    assert isinstance(storage, zips.Deflated)
+    opened: list[int] = []
+    real = zips._Stream
+
+    def open_stream(*arguments: Any) -> zips._Stream:
+        opened.append(threading.get_ident())
+        return real(*arguments)
+
+    monkeypatch.setattr(zips, "_Stream", open_stream)
+    with open_input(*table.files[0]) as file, ThreadPoolExecutor(2) as pool:
+        meeting = threading.Barrier(2)
+
+        def read(first: int) -> None:
+            for start in range(first, 16000, 1600):
+                meeting.wait()  # both are at work at a time
+                buffer = np.empty(800, np.uint8)
+                storage.read_into([file], start, buffer)
+                assert buffer.tobytes() == content.tobytes()[start : start + 800]
+
+        list(pool.map(read, (0, 800)))
+    assert len(opened) == len(set(opened)) == 2

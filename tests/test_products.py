@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyak_cli.engine import executors
-from polyak_cli.engine.executors import Executor, Forked, Futures, InProcess
+from polyak_cli.engine.executors import Executor, Forked, Futures, InProcess, Threads
 from polyak_cli.engine.folding import FoldJob
 from polyak_cli.engine.products import REACH, Products, Sampling
 from polyak_cli.engine.slabs import FoldTensor, Memory, TensorSource
@@ -102,7 +102,7 @@ def expect(
     step=st.integers(1, 60),
     length=st.integers(1, 60),
     piece=st.integers(1, 200),
-    kind=st.sampled_from(["in process", "forked", "threads"]),
+    kind=st.sampled_from(["in process", "threads", "forked", "pool"]),
 )
 def test_products_are_those_of_plain_numpy_whoever_folds(
     tmp_path: Path,
@@ -130,7 +130,8 @@ def test_products_are_those_of_plain_numpy_whoever_folds(
     ways: dict[str, Executor] = {
         "in process": InProcess(),
         "forked": Forked(2),
-        "threads": Futures(pool, 3),
+        "threads": Threads(2),
+        "pool": Futures(pool, 3),
     }
     sampling = Sampling(step, length)
     found = fold(tmp_path, run, groups, sampling, coefficients, ways[kind], piece)

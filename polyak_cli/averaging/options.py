@@ -80,7 +80,7 @@ class Options(TypedDict, total=False):
         verify: before the output gets its name, read it back from the disk, and compare it bit for
             bit with the average computed once more.
         max_memory: bytes for buffers; 32 MiB.
-        jobs: the number of processes; by default that of the processors, at most 8.
+        jobs: the number of threads or processes; by default that of the processors, at most 8.
     """
 
     last: int | None
@@ -204,7 +204,7 @@ class Machine:
     jobs: int = field(default_factory=lambda: min(8, _count_processors()))
 
     def share(self, averages: int = 1) -> Memory:
-        """Divide the bound on buffers among the processes that fold."""
+        """Divide the bound on buffers among the workers that fold."""
         return Memory.within(self.max_memory, self.jobs, averages)
 
 

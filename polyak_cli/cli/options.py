@@ -434,6 +434,6 @@ MACHINE = under(
         "--jobs",
         type=int,
         metavar="N",
-        help="How many processes to use.  [default: one per processor, at most 8]",
+        help="How many threads or processes to use.  [default: one per processor, at most 8]",
     ),
 )

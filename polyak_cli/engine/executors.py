@@ -1,4 +1,4 @@
-"""Run the batches of a fold: in this process, in forked ones, or on any pool of workers.
+"""Run the batches of a fold: in this process, on its threads, in forked ones, or on any pool.
 
 An executor decides where a batch is folded, and when.  It cannot change a byte, because batches do
 not overlap.  Knows nothing of what is done with a batch.
@@ -10,16 +10,20 @@ import concurrent.futures as futures
 import contextlib
 import itertools
 import json
+import queue
 import selectors
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from polyak_cli.engine import kernel
 from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.folding import (
     Done,
     FoldJob,
+    Team,
     Worker,
     fold_batch,
     fold_known,
@@ -69,7 +73,7 @@ def fold(
         tensors: dtype one of `tensors.FLOATS`; every source has the tensor's size.  Each forked
             process iterates over them once, so that they need not all be in memory.
         job: inputs, outputs and the matrix of coefficients.
-        memory: processes and pieces.
+        memory: workers and pieces.
         progress: called in this process with the bytes that each finished batch read.
         executor: who runs the batches; `choose_executor` decides if it is not given.
 
@@ -108,7 +112,8 @@ def choose_executor(job: FoldJob, memory: Memory) -> Executor:
     nbytes = sum(file.version.size for file in job.inputs)
     if memory.jobs == 1 or nbytes < memory.tuning.fork_nbytes:
         return InProcess(memory.tuning)
-    return Forked(memory.jobs, memory.tuning)
+    workers = Threads if kernel.NAME == "compiled" else Forked
+    return workers(memory.jobs, memory.tuning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +142,84 @@ def _prefetch(batches: Iterable[Batch], prefetch: Callable[[Batch], None]) -> It
 
 
 @dataclass(frozen=True, slots=True)
+class Threads:
+    """Folds on several threads of this process; each takes the next batch that none has taken.
+
+    For the compiled kernel, which computes a whole slab without the interpreter's lock.
+    """
+
+    jobs: int
+    tuning: Tuning = TUNING
+
+    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
+        """See `Executor.run`."""
+        team = Team(self.jobs)
+        shared = _share(batches)
+        # What each batch took; at the end of a thread its error, or None.
+        reports: queue.SimpleQueue[Done | BaseException | None] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                with Worker(job, self.tuning, team) as worker:
+                    for batch in _prefetch(shared, worker.prefetch):
+                        reports.put(worker.fold(batch))
+                reports.put(None)
+            except BaseException as error:
+                reports.put(error)
+
+        threads: list[threading.Thread] = []
+        try:
+            for _ in range(self.jobs):
+                threads.append(_start_thread(work))
+            # This thread only waits, because it is the one that signals interrupt.
+            at_work = len(threads)
+            while at_work:
+                report = reports.get()
+                if isinstance(report, BaseException):
+                    raise report
+                if report is None:
+                    at_work -= 1
+                else:
+                    yield report
+        finally:
+            # After an error or an interrupt the threads are still at work on the outputs.
+            team.is_stopped = True
+            for thread in threads:
+                thread.join()
+
+
+def _share(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Return an iterator that several threads may use: each batch is given to one of them."""
+    lock = threading.Lock()
+    source = iter(batches)  # mostly a generator, which two threads must not run at a time
+
+    def take() -> Batch | None:
+        with lock:
+            return next(source, None)
+
+    return iter(take, None)
+
+
+def _start_thread(work: Callable[[], None]) -> threading.Thread:
+    """Return a thread that works, or raise the error of a system that allows no more of them."""
+    # Daemonic: a read that hangs must not keep the program from ending.
+    thread = threading.Thread(target=work, name="polyak-fold", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise PolyakError(
+            f"no worker thread can be started: {error}; allow more memory or processes "
+            "(ulimit -v, -u), or use fewer --jobs"
+        ) from None
+    return thread
+
+
+@dataclass(frozen=True, slots=True)
 class Forked:
     """Folds in several forked processes; each process takes every ``jobs``-th batch.
 
-    Processes and not threads: numpy releases the interpreter's lock for some 20 us at a time, which
-    is less than it takes to wake a waiting thread, so that two threads are hardly faster than one.
+    For the numpy kernel: numpy releases the interpreter's lock for some 20 us at a time, which is
+    less than it takes to wake a waiting thread, so that two threads are hardly faster than one.
     Forked processes need no message for each batch: they inherit the iterable of batches.
     """
 

@@ -2,7 +2,7 @@
 
 Knows no format, no scheme and no header: it gets tables of extents, a matrix of coefficients, and
 what each sum is divided by.
-Knows nothing of processes either: work is divided across slabs, never across checkpoints, so the
+Starts neither threads nor processes: work is divided across slabs, never across checkpoints, so the
 bytes do not depend on the division.
 """
 
@@ -76,18 +76,33 @@ class Done(NamedTuple):
     constants: Sequence[Constant] = ()  # of slabs, in any order
 
 
+class Stopped(Exception):  # noqa: N818 - it is what a worker was asked for
+    """A worker gave up its batch, because its team was stopped."""
+
+
+@dataclass(slots=True)
+class Team:
+    """The workers that one process has at a time, each on a thread of its own."""
+
+    size: int = 1
+    is_stopped: bool = False
+
+
 class Worker:
     """Folds batches of one job one after the other, with open files and buffers that it keeps."""
 
-    def __init__(self, job: FoldJob, tuning: Tuning = TUNING) -> None:
+    def __init__(self, job: FoldJob, tuning: Tuning = TUNING, team: Team | None = None) -> None:
         self.job = job
         self.tuning = tuning
+        self.team = team or Team()
         self.terms = job.list_terms()
         counted = len(job.list_counted())
         self.sampler = Sampler(counted, job.sampling) if job.sampling else None
         self.clock = Clock()
         self.constants: list[Constant] = []  # of the slabs of this batch
-        self.inputs = OpenInputs(job.inputs)
+        # Each worker opens all files, so that the others' outputs leave fewer for inputs.
+        taken = len(job.outputs) * (self.team.size - 1)
+        self.inputs = OpenInputs(job.inputs, taken, self.team.size)
         self.span = page_aligned(0)  # small tensors and what lies between them
         self.layout = b"", b""  # of the small tensors that were read last; see `_pick`
         self.picked = np.empty(0, np.int64)
@@ -202,6 +217,8 @@ class Worker:
 
     def _read(self, bundle: Bundle, k: int, count: int) -> Bytes:
         """Return the stored bytes that checkpoint ``k`` has for a bundle."""
+        if self.team.is_stopped:
+            raise Stopped
         slab = bundle[0]
         tensor, source = slab.tensor, slab.tensor.sources[k]
         width = itemsize(source.dtype)

@@ -21,11 +21,19 @@ class OpenInputs:
     As many stay open as the process may have; the others are opened again for every slab.
     """
 
-    def __init__(self, inputs: Sequence[File]) -> None:
+    def __init__(self, inputs: Sequence[File], taken: int = 0, sets: int = 1) -> None:
+        """Open nothing yet.
+
+        Args:
+            inputs: the files of all checkpoints.
+            taken: descriptors that are in use beside those of an ordinary run.
+            sets: how many sets of these inputs are open in this process.
+        """
         self.inputs = inputs
         # 64 descriptors are left for outputs, pipes and the caller's own files.
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.limit = max(0, soft - 64) if soft != resource.RLIM_INFINITY else len(inputs)
+        room = max(0, soft - 64 - taken) // sets
+        self.limit = room if soft != resource.RLIM_INFINITY else len(inputs)
         self.kept: dict[int, InputFile] = {}
 
     def __enter__(self) -> OpenInputs:

@@ -24,7 +24,7 @@ class Tuning:
     #: Slabs of that many elements, or slabs of small tensors, that are folded between two reports.
     pieces_per_batch: int = 8
     slabs_per_batch: int = 256
-    #: Bytes of the inputs above which forking pays.
+    #: Bytes of the inputs above which several workers pay.
     fork_nbytes: int = 64 << 20
     #: Bytes up to which a tensor is small: a system call for it would cost more than its bytes.
     small_nbytes: int = 1 << 14
@@ -88,7 +88,7 @@ def count_elements(bundle: Bundle) -> int:
 
 
 class Memory(NamedTuple):
-    """How a bound on the buffers is divided among processes and slabs."""
+    """How a bound on the buffers is divided among workers and slabs."""
 
     jobs: int
     piece: int  # elements of one tensor folded at a time
@@ -105,11 +105,11 @@ class Memory(NamedTuple):
     def within(
         cls, nbytes: int, jobs: int, averages: int = 1, *, tuning: Tuning | None = None
     ) -> Memory:
-        """Fit the processes and their buffers into a bound.
+        """Fit the workers and their buffers into a bound.
 
         Args:
             nbytes: the bound.
-            jobs: processes at most.  There are fewer where each would have only tiny buffers.
+            jobs: workers at most.  There are fewer where each would have only tiny buffers.
             averages: how many averages are folded at once.
             tuning: other sizes than the default ones.
         """

@@ -14,7 +14,7 @@ Progress = Callable[[int], None]
 
 
 class Totals(NamedTuple):
-    """What a run did; seconds are summed over the processes."""
+    """What a run did; seconds are summed over the workers."""
 
     bytes_read: int = 0
     bytes_written: int = 0

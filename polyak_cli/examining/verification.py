@@ -114,7 +114,7 @@ def verify(
         sources: folders to search for the checkpoints, before the folder that holds the average;
             without them, the folders beside the average are searched too.
         max_memory: bytes for buffers; `averaging.MAX_MEMORY` if None.
-        jobs: processes; as many as there are processors, at most 8, if None.
+        jobs: threads or processes; as many as there are processors, at most 8, if None.
 
     Raises:
         UsageError: a source is no folder, or a number is out of range.

@@ -13,6 +13,7 @@ import itertools
 import re
 import stat
 import struct
+import threading
 import zipfile
 import zlib
 from collections import Counter
@@ -291,20 +292,30 @@ class Deflated:
         wanted = self.start + start
         file = files[self.file]
         key = (*file.version, self.offset)
-        stream = _streams.pop(key, None)
+        streams = _reached.streams
+        stream = streams.pop(key, None)
         if stream is None or stream.position > wanted:
             stream = _Stream(file, self.offset, self.stored)
         stream.file = file  # it may have been closed and opened again since
         while stream.position < wanted:
             stream.take(min(_STEP, wanted - stream.position))
         buffer[:] = np.frombuffer(stream.take(len(buffer)), np.uint8)
-        _streams[key] = stream
-        while len(_streams) > _KEPT:
-            del _streams[next(iter(_streams))]
+        streams[key] = stream
+        while len(streams) > _KEPT:
+            del streams[next(iter(streams))]
 
 
-#: Where reading stopped in deflated members, by file and offset, the last used at the end.
-_streams: dict[tuple[int, ...], _Stream] = {}
+class _Reached(threading.local):
+    """Where reading stopped in deflated members, by file and offset, the last used at the end.
+
+    Threads read different parts of a member: each has its own place, because there is no way back.
+    """
+
+    def __init__(self) -> None:
+        self.streams: dict[tuple[int, ...], _Stream] = {}
+
+
+_reached = _Reached()
 _KEPT = 256  # some 100 KB each
 
 

@@ -1,9 +1,9 @@
 """Forked worker processes that report in lines of JSON.
 
-Untrusted headers are read in one because libhdf5 may crash; tensors are folded in several because
-threads would wait too often for the interpreter's lock.  Messages are JSON and never pickles: a
-child that a hostile file has taken over must not be able to run code here.  Knows nothing of the
-work.
+Untrusted headers are read in one because libhdf5 may crash; numpy's kernel folds tensors in several
+because its threads would wait too often for the interpreter's lock.  Messages are JSON and never
+pickles: a child that a hostile file has taken over must not be able to run code here.  Knows
+nothing of the work.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,9 @@ def _unpack_lzf(raw: Bytes, expected: int) -> Bytes:
     """Let h5py's own LZF work on the bytes, inside a one-chunk file whose header is ours."""
     import h5py
 
-    with h5py.File("lzf", "w", driver="core", backing_store=False) as file:
+    # libhdf5 takes files in memory that have one name for one file, and threads need their own.
+    name = f"lzf-{threading.get_ident()}"
+    with h5py.File(name, "w", driver="core", backing_store=False) as file:
         data = file.create_dataset(
             "x", (expected,), np.uint8, chunks=(expected,), compression="lzf"
         )
