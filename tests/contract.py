@@ -207,7 +207,7 @@ class Contract(abc.ABC):
         average(tmp_path / "run", output, scheme="exp", verify=True)
         assert verify(output, sources=[tmp_path / "run"]).problems == ()
         parts = [part for part in tmp_path.rglob("o*") if part.is_file()]
-        parts += [part for part in output.glob("*") if output.is_dir()]
+        parts += [part for part in output.rglob("*") if part.is_file()]
         for part in parts:
             whole = part.read_bytes()
             flipped = bytearray(whole)
@@ -323,7 +323,8 @@ class Contract(abc.ABC):
 
 
 def content(path: Path) -> dict[str, bytes]:
-    """Return the bytes of a file, or of all files of a folder."""
+    """Return the bytes of a file, or of all files of a folder and of those in it."""
     if path.is_file():
         return {"": path.read_bytes()}
-    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}

@@ -15,6 +15,7 @@ from tests.command import ROOT, polyak
 
 README = (ROOT / "README.md").read_text()
 ROWS = dict(re.findall(r"^\| ([^|]+) \| `(polyak average [^|]+)` \|$", README, re.MULTILINE))
+HUGGING_FACE = "Hugging Face folders: `model.safetensors`, `pytorch_model.bin`, shards"
 KERNEL = np.random.default_rng(0).normal(3, 1, size=(32, 32)).astype(np.float32)
 
 
@@ -79,8 +80,8 @@ def run_row(have: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("have", "write"),
     [
-        ("Hugging Face `Trainer` folders with one `model.safetensors`", write_one_file),
-        ("Hugging Face folders with sharded safetensors and an index", write_shards),
+        (HUGGING_FACE, write_one_file),
+        (HUGGING_FACE, write_shards),
         ("JAX or numpy arrays in `.npz`", write_npz),
     ],
 )

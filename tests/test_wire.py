@@ -236,8 +236,8 @@ def test_placements_come_back_and_others_are_refused() -> None:
 
 def test_an_output_has_its_files_beside_it_or_in_it() -> None:
     """A child that was taken over must not make its parent write into other files."""
-    files = ["/a/out.data", "/a/out/x"]
+    files = ["/a/out.data", "/a/out/x", "/a/out/b/x"]
     assert wire.unpack_output_files(files, "/a/out") == files
-    for path in ("/a/b/x", "/x", "/a/out/b/x", "/a/out/../../x", 7):
+    for path in ("/a/b/x", "/x", "/a/out/../../x", "/a/out/b/../../../x", "/a/outer/x", 7):
         with pytest.raises(ValueError, match="file"):
             wire.unpack_output_files([path], "/a/out")

@@ -23,6 +23,7 @@ from polyak_cli.checkpoints.names import split_words
 from polyak_cli.errors import CheckpointError, UsageError, shown, word_count, word_rest
 from polyak_cli.formats.catalogue import (
     FORMATS,
+    MODULES,
     OPENERS,
     choose_openers,
     name_file,
@@ -108,6 +109,9 @@ _SHARD = re.compile(r"(.+)_[0-9]{5,}\.weights\.h5")
 
 #: A shard of a sharded checkpoint of Transformers, which is named by its index.
 _PIECE = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)", re.IGNORECASE | re.DOTALL)
+
+#: A folder of a module of sentence-transformers, such as 2_Dense.
+_MODULE = re.compile(r"\d{1,2}_\w+")
 
 #: How the names of files end that name the other files of a checkpoint, which begin alike.
 _INDICES = (".safetensors.index.json", ".weights.json", ".bin.index.json", ".index")
@@ -289,8 +293,17 @@ def _is_another(path: Path) -> bool:
     """Return whether a path in a folder is a checkpoint besides the folder's own."""
     if path.name in _OPENED or _PIECE.fullmatch(path.name) or is_state_folder(path.name):
         return False
+    # A model of several modules may hold other models, which have no number.
+    has_modules = path.with_name(MODULES).is_file()
+    if _is_module(path) or (has_modules and not re.search(r"\d", path.name)):
+        return False
     kind = _find_kind_by_suffix(path, _KINDS_OF_FILE)
     return kind.startswith(".safetensors") or bool(_find_openers(path))
+
+
+def _is_module(path: Path) -> bool:
+    """Return whether a folder is that of a module of the model beside it."""
+    return bool(_MODULE.fullmatch(path.name)) and path.with_name(MODULES).is_file()
 
 
 def find_file(path: Path) -> Path:
@@ -406,6 +419,8 @@ def find_objection(path: Path, kinds: Mapping[str, str], what: str) -> str | Non
         return "one shard of several, which belong to an index"
     if is_training_state(name):
         return STATE
+    if _is_module(path):
+        return "a module of the model beside it"
     if not find_kind(path, kinds):
         return _describe_unknown(path, what)
     shard = _SHARD.fullmatch(path.name)

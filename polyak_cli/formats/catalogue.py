@@ -100,6 +100,20 @@ FORMATS: tuple[Entry, ...] = (
         (".metadata", "model_and_optim/.metadata", "pytorch_model_fsdp_0/.metadata"),
     ),
     Entry(
+        "torch_shards",
+        "polyak_cli.formats.torch.shards:TorchShards",
+        detection.is_torch_index,
+        {".bin.index.json": ".bin.index.json"},
+        ("pytorch_model.bin.index.json", "diffusion_pytorch_model.bin.index.json"),
+    ),
+    Entry(
+        "modules",
+        "polyak_cli.formats.sentence_transformers:ModuleFolders",
+        detection.is_list_of_modules,
+        {},
+        ("modules.json",),
+    ),
+    Entry(
         "tf_bundle",
         "polyak_cli.formats.tensorflow.bundle:TensorFlowBundle",
         detection.is_tensorflow_index,
@@ -108,6 +122,8 @@ FORMATS: tuple[Entry, ...] = (
 )
 
 
+#: The opener of a folder of modules, among which the others may be.
+MODULES = "modules.json"
 #: All names by which a folder that is one checkpoint is opened.
 OPENERS = tuple(name for entry in FORMATS for name in entry.openers)
 
@@ -118,6 +134,8 @@ def choose_openers(names: Collection[str]) -> list[str]:
     Of the same weights in safetensors and in PyTorch's own format, the former are taken, as
     Transformers, PEFT and Diffusers do.
     """
+    if MODULES in names:
+        return [MODULES]
     found = [name for name in OPENERS if name in names]
     safe = {_find_stem(name) for name in found if ".safetensors" in name}
     return [name for name in found if ".safetensors" in name or _find_stem(name) not in safe]

@@ -134,6 +134,19 @@ def is_safetensors(opening: Opening) -> bool:
     return _LENGTH.match(opening.head) is not None
 
 
+def is_torch_index(opening: Opening) -> bool:
+    """Tell whether a JSON file maps tensors to shards of `torch.save`."""
+    return b'.bin"' in opening.weight_map
+
+
+def is_list_of_modules(opening: Opening) -> bool:
+    """Tell whether a JSON file lists the modules of a model of sentence-transformers."""
+    if not opening.head.lstrip().startswith(b"["):
+        return False
+    begin = opening.file.read(0, _ENDS)
+    return b'"path"' in begin and b'"type"' in begin
+
+
 def is_tensorflow_index(opening: Opening) -> bool:
     """Tell whether a file is the index of a TensorFlow checkpoint, whole or cut off."""
     if _BUNDLE.match(opening.head):

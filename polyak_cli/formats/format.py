@@ -68,6 +68,8 @@ class Format(ABC):
     has_checksums: ClassVar[bool] = False
     #: The float types that it can store.
     dtypes: ClassVar[frozenset[str]] = COMMON
+    #: A checkpoint of it may be one part of a larger one; its tensors lie in plain extents.
+    can_be_part: ClassVar[bool] = False
     #: A checkpoint of several files becomes a folder of as many where the output is named so.
     can_be_folder: ClassVar[bool] = False
     #: `texts` is there: its checkpoints can be converted to other formats.

@@ -139,6 +139,11 @@ def _check_place(
     named = choose_format(output, tables[-1])
     form = find_format(named)
     suffixes = (named == tables[-1].format and tables[-1].rules.suffixes) or form.suffixes
+    if not folder_wanted and not suffixes:
+        raise OutputError(
+            f"{name}: the checkpoints are {form.name}, which is written to a folder; give the "
+            f"output no suffix{_describe_alternatives(tables[-1])}"
+        )
     if not folder_wanted and not output.name.endswith(suffixes):
         raise OutputError(
             f"{name}: the checkpoints are {form.name}, which is opened only as "
@@ -207,7 +212,7 @@ def _describe_alternatives(template: Table) -> str:
     form = find_format(template.format)
     shards = (
         ", or no suffix for a folder with all of the model's files"
-        if is_folder(Path("x"), template)
+        if is_folder(Path("x"), template) and form.suffixes
         else ""
     )
     others = (

@@ -383,6 +383,7 @@ class Safetensors(Format):
     dtypes = frozenset(FLOATS)
     recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
     can_be_folder = True
+    can_be_part = True
     can_be_left = True
     conversion_suffix = ".safetensors"
 

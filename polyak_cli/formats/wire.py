@@ -415,6 +415,7 @@ def unpack_output_files(packed: Iterable[Any], output: str) -> list[str]:
     except _MALFORMED as error:
         raise ValueError(f"invalid files ({error})") from None
     for path in files:
-        if os.path.dirname(path) not in (output, os.path.dirname(output)):  # noqa: PTH120 - as sent
+        inside = path.startswith(f"{output}/") and os.path.normpath(path) == path
+        if not inside and os.path.dirname(path) != os.path.dirname(output):  # noqa: PTH120 - as sent
             raise ValueError(f"the file {path} of an output {output}")
     return files

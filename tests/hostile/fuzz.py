@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import random
 import resource
 import struct
@@ -128,6 +129,27 @@ def torch_zip(folder: Path) -> tuple[bytes, Mutate]:
     return whole, mutate
 
 
+def torch_shards(folder: Path) -> tuple[bytes, Mutate]:
+    """Indexes of two shards, which lie beside all mutations."""
+    weight_map = {}
+    for k in range(2):
+        shard = folder.parent / f"x-{k}.bin"
+        archive(shard, dictionary({f"t{k}": tensor("0", 6)}), _0=X)
+        weight_map[f"t{k}"] = shard.name
+    index = {"metadata": {"total_size": 48}, "weight_map": weight_map}
+    return json.dumps(index).encode(), mutated
+
+
+def modules(folder: Path) -> tuple[bytes, Mutate]:
+    """Lists of modules, whose folders lie beside all mutations."""
+    said = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+    for name in ("0_A", "1_B"):
+        (folder.parent / name).mkdir()
+        put(folder.parent / name / "model.safetensors", said, X.tobytes())
+    listed = [{"idx": k, "path": name, "type": name} for k, name in enumerate(("0_A", "1_B"))]
+    return json.dumps(listed).encode(), mutated
+
+
 def tf_bundle(folder: Path) -> tuple[bytes, Mutate]:
     """Indexes, whose checksums are often corrected."""
     Bundle({"a": X, "b": X.reshape(2, 3)}).write(folder / "x.index")
@@ -173,6 +195,8 @@ TARGETS = {
     "safetensors": (".safetensors", safetensors),
     "torch_zip": (".pt", torch_zip),
     "torch_dcp": (".metadata", torch_dcp),
+    "torch_shards": (".bin.index.json", torch_shards),
+    "modules": (".modules.json", modules),
     "tf_bundle": (".index", tf_bundle),
 }
 

@@ -163,6 +163,13 @@ class _Collected:
                 )
 
 
+def read_names(path: str, heartbeat: Heartbeat) -> set[str]:
+    """Return the names of all tensors of a checkpoint, of tied ones too."""
+    with zips.open_archive(path) as (file, members, _):
+        root = pickles.read(zips.read_whole(file, _find_records(members)["data.pkl"]), heartbeat)
+        return {"/".join(found.path) for found in _walk(root, (), "", set())}
+
+
 class _Found(NamedTuple):
     """A tensor in a pickle."""
 
@@ -282,6 +289,7 @@ class TorchZip(Format):
     recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
     has_checksums = True
     can_be_left = True
+    can_be_part = True
     dtypes = frozenset(FLOATS)
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:

@@ -1,0 +1,59 @@
+"""`pytorch_model.bin` in shards with an index: the contract of all formats, by PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from polyak_cli import PolyakError, average
+from tests.contract import Contract, Tensors
+
+INDEX = "pytorch_model.bin.index.json"
+
+
+class TestShards(Contract):
+    """State dicts in two files; the output is a folder of two."""
+
+    suffix = ""
+    converts = False
+
+    @property
+    def result(self) -> str:
+        """A name without suffix, as that of a folder is."""
+        return "_average"
+
+    def write(self, path: Path, tensors: Tensors) -> None:
+        """See `Contract.write`."""
+        path.mkdir(exist_ok=True)
+        names = sorted(tensors)
+        weight_map: dict[str, str] = {}
+        for k in range(2):
+            shard = f"pytorch_model-{k + 1:05}-of-00002.bin"
+            held = names[k::2]
+            torch.save({name: torch.from_numpy(tensors[name]) for name in held}, path / shard)
+            weight_map |= dict.fromkeys(held, shard)
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def read(self, path: Path) -> Tensors:
+        """See `Contract.read`."""
+        shards = sorted(path.glob("*.bin"))
+        states = [torch.load(shard, weights_only=True) for shard in shards]
+        return {name: value.numpy() for state in states for name, value in state.items()}
+
+    @pytest.mark.slow
+    def test_a_truncated_file_is_refused_wherever_it_ends(self, tmp_path: Path) -> None:
+        """Each shard, and the index."""
+        paths, _ = self.write_run(tmp_path / "run", 2)
+        for file in sorted(paths[0].iterdir()):
+            whole = file.read_bytes()
+            for length in {0, 1, 7, len(whole) - 2, *range(8, len(whole) - 2, len(whole) // 4)}:
+                file.write_bytes(whole[:length])
+                with pytest.raises(PolyakError, match="model_1"):
+                    average(paths, tmp_path / "o")
+            file.write_bytes(whole)
+        assert os.listdir(tmp_path) == ["run"]
