@@ -11,6 +11,7 @@ import pickle
 import resource
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import pairwise
@@ -24,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polyak_cli.engine import executors, folding, reading
+from polyak_cli.engine import executors, folding, numpy_kernel, reading
 from polyak_cli.engine.executors import Executor, Forked, Futures, InProcess, Threads
 from polyak_cli.engine.folding import Done, FoldJob, Team, Worker
 from polyak_cli.engine.inputs import OpenInputs, check_unchanged
@@ -740,6 +741,32 @@ def test_a_worker_has_the_buffers_that_the_bound_counts(monkeypatch: pytest.Monk
         worker._allocate(1000)
         element = Memory.within(1 << 30, 1, averages).element
         assert sum(buffers) == 1000 * element + 2048  # room to move the stored values
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_worker_allocates_nothing_for_a_slab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """It reads, folds, rounds and writes each slab in the buffers of the first."""
+    for name in ("accumulate", "divide", "round_to", "widen"):
+        monkeypatch.setattr(folding, name, getattr(numpy_kernel, name))
+    values = (np.arange(200_000) % 1000).astype("u2" if dtype == "bfloat16" else dtype)
+    inputs = write_inputs(tmp_path, [values] * 3)
+    (tmp_path / "out").write_bytes(b"")
+    sources = [TensorSource(Extent(0, values.nbytes), dtype, "<", k) for k in range(3)]
+    tensor = FoldTensor("x", 200_000, sources, [Placement(0, dtype, "<")])
+    first, *others = [[[slab]] for slab in cut_slabs([tensor], 20_000, 20_000)]
+    assert len(others) == 9
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.ones((1, 3)), [3.0], False)
+    with Worker(work) as worker:
+        worker.fold(first)
+        tracemalloc.start()
+        for batch in others:
+            worker.fold(batch)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 10_000  # a slab has 40,000 bytes or more
+    assert (tmp_path / "out").read_bytes() == values.tobytes()
 
 
 def test_bytes_and_seconds_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

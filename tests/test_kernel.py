@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
+import tracemalloc
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -12,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak_cli.engine.kernel import accumulate, round_to, widen
+from polyak_cli.engine.kernel import accumulate, choose_kernel, round_to, widen
 from polyak_cli.storage.local import page_aligned
-from polyak_cli.tensors import FLOATS
+from polyak_cli.tensors import FLOATS, itemsize
+from tests.kernels import KERNELS
 from tests.oracle import LAYOUTS, decode, encode, nearest_bfloat16
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=64)
@@ -238,3 +241,42 @@ def test_no_product_is_fused_with_its_sum() -> None:
     accumulate(first, "float64", "<", [(0, 1.0)], sums, started, (values, values))
     accumulate(second, "float64", "<", [(0, x)], sums, started, (values, values))
     assert sums[0][0] == 0.0
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("byteorder", "<>")
+def test_nothing_is_allocated_for_a_piece(kernel: str, dtype: str, byteorder: str) -> None:
+    """After the first piece, no operation needs memory that grows with the piece."""
+    chosen, count = choose_kernel(kernel), 100_000
+    raw = np.random.default_rng(0).integers(0, 256, count * itemsize(dtype), np.uint8)
+    values, product, sums = np.empty(count), np.empty(count), [np.empty(count), np.empty(count)]
+    out = np.empty_like(raw)
+
+    def fold_piece() -> None:
+        with np.errstate(all="ignore"):
+            chosen.widen(raw, dtype, byteorder, values)
+            started = bytearray(2)
+            for _ in range(2):
+                terms = [(0, 0.5), (1, 0.25)]
+                chosen.accumulate(raw, dtype, byteorder, terms, sums, started, (values, product))
+            for total in sums:
+                chosen.divide(total, 0.75)  # of random bytes, many of which are not finite
+                chosen.round_to(total, dtype, byteorder, out)
+
+    fold_piece()
+    assert measure_allocations(fold_piece) < 10_000
+    assert measure_allocations(lambda: np.abs(values)) > count  # the measure can fail
+
+
+def measure_allocations(call: Callable[[], object]) -> int:
+    """Return the most bytes that were allocated at a time during a call."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -11,9 +11,8 @@ import polyak_cli
 from polyak_cli.engine.kernel import choose_kernel
 from polyak_cli.errors import UsageError
 from tests.command import SAMPLES, one_line, polyak, scripted
-from tests.test_kernels import COMPILED, needs_compiled
+from tests.kernels import COMPILED, KERNELS, needs_compiled
 
-KERNELS = ["numpy", pytest.param("compiled", marks=needs_compiled)]
 #: Makes the program believe that it was installed without the compiled kernel.
 NOT_BUILT = """
 import importlib.util

@@ -14,13 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyak_cli.engine import numpy_kernel
-from polyak_cli.engine.kernel import find_compiled
 from polyak_cli.storage import Bytes
 from polyak_cli.tensors import FLOATS, Float64, itemsize
 from tests.command import ROOT
-
-COMPILED, _WHY = find_compiled()
-needs_compiled = pytest.mark.skipif(COMPILED is None, reason=f"the compiled kernel is {_WHY}")
+from tests.kernels import COMPILED, needs_compiled
 
 
 def number_bits(values: Float64) -> list[int]:

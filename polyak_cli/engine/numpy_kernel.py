@@ -1,8 +1,15 @@
-"""The kernel in numpy, which runs everywhere.  Knows what `kernel` knows."""
+"""The kernel in numpy, which runs everywhere.  Knows what `kernel` knows.
+
+It allocates nothing for a piece: what numpy cannot do in place goes through buffers of a few
+thousand elements, which each thread keeps.  New arrays of a piece's size would be new pages of
+memory for each piece, and to make those takes longer than to compute what they hold.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +19,31 @@ from polyak_cli.storage import Bytes
 from polyak_cli.tensors import FLOATS, Float64
 
 NAME = "numpy"
+_Bits = npt.NDArray[np.uint32]
+#: Elements that are converted at a time where a conversion needs buffers, which stay in the cache.
+_BLOCK = 16384
+
+
+class _Buffers(threading.local):
+    """Buffers of one block for each thread, made when the thread first asks for one."""
+
+    def __init__(self) -> None:
+        #: A float32 and, as integers, its bits.
+        self.single = np.empty(_BLOCK, np.float32)
+        self.bits = self.single.view(np.uint32)
+        self.wide, self.other = np.empty(_BLOCK), np.empty(_BLOCK)
+        self.spare = np.empty(_BLOCK, np.uint32)
+        self.index = np.empty(_BLOCK, np.intp)
+        self.flags = np.empty(_BLOCK, np.bool_)
+
+
+_buffers = _Buffers()
+
+
+def _cut(count: int) -> Iterator[slice]:
+    """Yield the blocks of so many elements."""
+    for start in range(0, count, _BLOCK):
+        yield slice(start, min(start + _BLOCK, count))
 
 
 def widen(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
@@ -33,13 +65,27 @@ def widen(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
 def _convert(raw: Bytes, dtype: str, byteorder: str, out: Float64) -> None:
     """Convert as `widen`, except that a signalling NaN may stay one."""
     if dtype in float8.LAYOUTS:
-        # No index is out of bounds; "clip" only saves numpy the check and a copy of ``out``.
-        np.take(float8.list_values(dtype), raw, out=out, mode="clip")
+        table = float8.list_values(dtype)
+        for block in _cut(len(out)):
+            _pick(table, raw[block], out[block])
         return
     stored = raw.view(byteorder + FLOATS[dtype])
-    if dtype == "bfloat16":  # the upper half of a float32
-        stored = np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
-    np.copyto(out, stored)
+    if dtype != "bfloat16":
+        np.copyto(out, stored)
+        return
+    for block in _cut(len(out)):  # a bfloat16 is the upper half of a float32
+        bits = _buffers.bits[: len(stored[block])]
+        np.copyto(bits, stored[block])
+        np.left_shift(bits, 16, out=bits)
+        np.copyto(out[block], bits.view(np.float32))
+
+
+def _pick(table: npt.NDArray[Any], codes: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
+    """Look up a block of codes in a table that has an entry for each code."""
+    index = _buffers.index[: len(codes)]
+    np.copyto(index, codes)  # numpy would make a new array of indices
+    # No index is out of bounds; "clip" only saves numpy the check and a copy of ``out``.
+    np.take(table, index, out=out, mode="clip")
 
 
 def accumulate(
@@ -101,7 +147,13 @@ def is_finite(values: Float64) -> bool:
     # A finite sum proves it in one pass without a temporary array.  An infinite one proves
     # nothing, as large finite values can overflow; only then are the values looked at one by one.
     with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.add.reduce(values))) or bool(np.isfinite(values).all())
+        if np.isfinite(np.add.reduce(values)):
+            return True
+    flags = _buffers.flags
+    return all(
+        np.isfinite(values[block], out=flags[: len(values[block])]).all()
+        for block in _cut(len(values))
+    )
 
 
 def round_to(values: Float64, dtype: str, byteorder: str, out: Bytes) -> None:
@@ -115,42 +167,65 @@ def round_to(values: Float64, dtype: str, byteorder: str, out: Bytes) -> None:
     """
     stored = out.view(byteorder + FLOATS[dtype])
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        if dtype == "bfloat16":
-            stored[:] = _bfloat16_bits(values)
-        elif dtype in float8.LAYOUTS:
-            stored[:] = _float8_bits(values, dtype)
-        else:
+        if dtype != "bfloat16" and dtype not in float8.LAYOUTS:
             np.copyto(stored, values, casting="same_kind")
+            return
+        for block in _cut(len(values)):
+            bits = _round_to_odd(values[block])
+            if dtype == "bfloat16":
+                _round_bits(bits, values[block])
+                np.copyto(stored[block], bits, casting="unsafe")
+            else:
+                # bfloat16 to odd has bits enough to be rounded once more, by a table.
+                _halve_to_odd(bits)
+                _pick(float8.list_codes(dtype), bits, out[block])
 
 
-def _odd_bits(values: Float64) -> npt.NDArray[np.uint32]:
-    """Round float64 to float32 *to odd*: toward zero, with the last bit set when inexact.
+def _round_to_odd(values: Float64) -> _Bits:
+    """Round a block to float32 *to odd*: toward zero, with the last bit set when inexact.
 
     Rounding to nearest first would round twice.  This keeps what the second rounding must know:
     Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
     rounding to odd", 2008.
+
+    Returns:
+        The bits, in a buffer that the next call overwrites.
     """
-    single = values.astype(np.float32)
-    bits = single.view(np.uint32)
-    wide = single.astype(np.float64)
+    count = len(values)
+    bits, spare, flags = _buffers.bits[:count], _buffers.spare[:count], _buffers.flags[:count]
+    wide, magnitudes = _buffers.wide[:count], _buffers.other[:count]
+    np.copyto(_buffers.single[:count], values, casting="same_kind")
+    np.copyto(wide, _buffers.single[:count])
+    np.not_equal(wide, values, out=flags)
+    np.copyto(spare, flags)
+    np.absolute(wide, out=wide)
+    np.absolute(values, out=magnitudes)
+    np.greater(wide, magnitudes, out=flags)
     # Subtracting 1 from the bits is one step toward zero, and turns infinity into the maximum.
-    bits -= np.abs(wide) > np.abs(values)
-    bits |= wide != values
+    np.subtract(bits, 1, out=bits, where=flags)
+    np.bitwise_or(bits, spare, out=bits)
     return bits
 
 
-def _bfloat16_bits(values: Float64) -> npt.NDArray[np.uint16]:
-    """Round float64 to bfloat16 once."""
-    bits = _odd_bits(values)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+def _round_bits(bits: _Bits, values: Float64) -> None:
+    """Round the bits of a block of float32 to their upper halves, in place."""
+    spare, flags = _buffers.spare[: len(bits)], _buffers.flags[: len(bits)]
     # Rounding up would carry a NaN into infinity: keep its upper bits and make it quiet.
-    nan = np.isnan(values)
-    rounded[nan] = (bits[nan] >> 16) | 0x40
-    return rounded.astype(np.uint16)
+    np.isnan(values, out=flags)
+    np.copyto(spare, bits)
+    np.right_shift(bits, 16, out=bits)
+    np.bitwise_and(bits, 1, out=bits)
+    np.add(bits, 0x7FFF, out=bits)
+    np.add(bits, spare, out=bits)
+    np.copyto(bits, spare, where=flags)
+    np.right_shift(bits, 16, out=bits)
+    np.bitwise_or(bits, 0x40, out=bits, where=flags)
 
 
-def _float8_bits(values: Float64, dtype: str) -> npt.NDArray[np.uint8]:
-    """Round float64 to a float8 once: to bfloat16 to odd, which has bits enough, and by a table."""
-    bits = _odd_bits(values)
-    codes: Bytes = float8.list_codes(dtype)[(bits >> 16) | ((bits & 0xFFFF) != 0)]
-    return codes
+def _halve_to_odd(bits: _Bits) -> None:
+    """Round the bits of a block of float32 to their upper halves to odd, in place."""
+    spare, flags = _buffers.spare[: len(bits)], _buffers.flags[: len(bits)]
+    np.bitwise_and(bits, 0xFFFF, out=spare)
+    np.not_equal(spare, 0, out=flags)
+    np.right_shift(bits, 16, out=bits)
+    np.bitwise_or(bits, 1, out=bits, where=flags)

@@ -1,0 +1,12 @@
+"""The kernels that the tests compare: numpy's, and the compiled one where it is there."""
+
+from __future__ import annotations
+
+import pytest
+
+from polyak_cli.engine.kernel import find_compiled
+
+COMPILED, _WHY = find_compiled()
+needs_compiled = pytest.mark.skipif(COMPILED is None, reason=f"the compiled kernel is {_WHY}")
+#: Their names, as parameters of a test.
+KERNELS = ["numpy", pytest.param("compiled", marks=needs_compiled)]
