@@ -443,6 +443,15 @@ def test_nonfinite_values_are_averaged_where_they_are_allowed(tmp_path: Path) ->
     assert np.isnan(out[1:]).all()
 
 
+def test_every_nan_of_an_average_has_the_same_bits(tmp_path: Path) -> None:
+    """Whichever NaN is added to which, and wherever it lies in a slab."""
+    bits = np.tile(np.array([0x7FC00001, 0xFFC00002, 0x7F800000, 0xFF800000], np.uint32), 9)
+    arrays = [bits[:33].view(np.float32), np.roll(bits, 1)[:33].view(np.float32)]
+    (out,) = run(tmp_path, arrays, [[0.5, 0.5]], Memory(1, 100, 100), allow_nonfinite=True)
+    assert np.isnan(out).all()
+    assert set(out.view(np.uint32).tolist()) == {0x7FC00000}
+
+
 def test_an_overflow_of_float64_blames_no_checkpoint(tmp_path: Path) -> None:
     """If all values are finite and only their sum is not, no checkpoint is blamed."""
     arrays, coefficients = [np.array([1.0, 1.7e308])] * 2, [[0.75, 0.75]]

@@ -208,10 +208,14 @@ class Worker:
         # go through every sum, and are looked at afterwards.
         divided = zip(sums, self.job.divisors, strict=True)
         finite = [divide(total, divisor) for total, divisor in divided]
-        if not self.job.allow_nonfinite and not all(finite):
-            self._settle_nonfinite(
-                bundle, count, [row for row, one in enumerate(finite) if not one]
-            )
+        rows = [row for row, one in enumerate(finite) if not one]
+        if rows and self.job.allow_nonfinite:
+            # Whose NaN a sum of two inherits is the processor's choice, and even that of the loop:
+            # numpy's vectors and the rest after them differ.
+            for row in rows:
+                np.copyto(sums[row], np.nan, where=np.isnan(sums[row]))
+        elif rows:
+            self._settle_nonfinite(bundle, count, rows)
         if sampler:
             sampler.finish()
 
