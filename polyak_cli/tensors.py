@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.errors import FormatError
-from polyak_cli.storage import Bytes, File, InputFile
+from polyak_cli.storage import Bytes, File, InputFile, OutputFile
 
 Float64 = npt.NDArray[np.float64]
 #: The float types that are averaged, and the numpy type of their bytes; numpy has no bfloat16 and
@@ -231,6 +231,16 @@ class Grid:
         if filled != len(buffer):
             raise FormatError(f"{len(buffer) - filled} bytes of it are in none of its parts")
 
+    def write(self, outputs: Sequence[OutputFile], start: int, buffer: Bytes) -> None:
+        """Write the tensor's bytes from byte ``start`` on, where `read_into` would read them."""
+        for piece in self._cut(start, start + len(buffer)):
+            offset, nbytes, file = piece.extent
+            if piece.rows == 1:
+                content = buffer[piece.at : piece.at + nbytes]
+            else:
+                content = np.ascontiguousarray(piece.view(buffer)).reshape(-1)
+            outputs[file].write(offset, content)
+
     def _find_place(self, index: Sequence[int]) -> int:
         """Return where an element lies in the tensor, in bytes."""
         flat = 0
@@ -395,6 +405,25 @@ class Placement(NamedTuple):
     dtype: str
     byteorder: str
     file: int = 0  # in which of the output's files
+    #: Where they belong if that is not one run; offset is 0 then, and its files are counted from
+    #: the placement's file on.
+    grid: Grid | None = None
+
+    def write(self, outputs: Sequence[OutputFile], start: int, content: Bytes) -> None:
+        """Write the bytes of the values from byte ``start`` on.
+
+        Args:
+            outputs: the files that the placement counts.
+            start: of the tensor's bytes.
+            content: the bytes.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        if self.grid is None:
+            outputs[self.file].write(self.offset + start, content)
+        else:
+            self.grid.write(outputs[self.file :], start, content)
 
 
 def is_carried(dtype: str) -> bool:

@@ -167,5 +167,5 @@ def split(values: Array, counts: Sequence[int]) -> list[Piece]:
     for rank, index in enumerate(np.ndindex(*counts)):
         block = tuple(slice(bounds[d][k], bounds[d][k + 1]) for d, k in enumerate(index))
         start = tuple(one.start for one in block)
-        pieces.append(Piece(f"__{rank}_0.distcp", start, np.ascontiguousarray(values[block])))
+        pieces.append(Piece(f"__{rank}_0.distcp", start, np.array(values[block], order="C")))
     return pieces

@@ -1381,3 +1381,29 @@ def test_threads_that_are_stopped_read_no_further_checkpoint(tmp_path: Path) -> 
     steps.close()
     assert len(Slow.reads) < many
     assert not [one for one in threading.enumerate() if one.name == "polyak-fold"]
+
+
+def test_a_tensor_is_written_into_blocks_of_several_files(tmp_path: Path) -> None:
+    """Each block gets its part of the average, for slabs of any length; all other bytes stay."""
+    values = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    inputs = write_inputs(tmp_path, [values])
+    bounds = [((0, 0, 0), (3, 4, 2)), ((0, 0, 2), (2, 1, 3)), ((0, 1, 2), (2, 3, 3))]
+    bounds.append(((2, 0, 2), (1, 4, 3)))
+    blocks, ends = [], [3, 3]
+    for k, (start, shape) in enumerate(bounds):
+        extent = Extent(ends[k % 2], 4 * int(np.prod(shape)), k % 2)
+        blocks.append(GridPart(start, shape, extent))
+        ends[k % 2] += extent.nbytes
+    place = Placement(0, "float32", "<", 1, Grid((3, 4, 5), 4, tuple(blocks)))
+    source = TensorSource(Extent(0, values.nbytes), "float32", "<", 0)
+    outputs = [str(tmp_path / name) for name in ("other", "a", "b")]
+    expected = [bytearray(b"xyz") for _ in outputs]
+    for (start, shape), block in zip(bounds, blocks, strict=True):
+        part = values[tuple(slice(n, n + k) for n, k in zip(start, shape, strict=True))]
+        expected[1 + block.extent.file] += part.tobytes()
+    for piece in (1, 7, 20, 60):
+        for path in outputs:
+            Path(path).write_bytes(b"xyz")
+        job = FoldJob(inputs, outputs, np.ones((1, 1)), [1.0], False)
+        fold([FoldTensor("x", 60, [source], [place])], job, Memory(2, piece, piece))
+        assert [Path(path).read_bytes() for path in outputs] == expected

@@ -220,18 +220,20 @@ def test_an_outline_of_no_model_is_refused(outline: Any) -> None:
 
 
 def test_placements_come_back_and_others_are_refused() -> None:
-    """The dtype is the one that was asked for, and the file one of the output's."""
-    places = {"a": Placement(7, "float32", "<", 1)}
-    averaged = {"a": "float32", "empty": "float16"}
+    """The dtype is the one that was asked for, and the files are those of the output."""
+    places = {"a": Placement(7, "float32", "<", 1), "b": Placement(0, "float32", "<", 0, GRID)}
+    averaged = {"a": "float32", "empty": "float16", "b": "float32"}
     packed = wire.pack_placements(places, averaged)
     assert wire.unpack_placements(packed, averaged, 2) == places
-    for at, value in enumerate([-1, "float64", "=", 2]):
-        row = list(places["a"])
+    outside = wire._pack_storage(GRID)[1:]
+    outside[2][0][2][2] = 2  # a file that the output does not have
+    for at, value in enumerate([-1, "float64", "=", 2, outside]):
+        row: list[Any] = [*places["a"]]
         row[at] = value
         with pytest.raises(ValueError, match="invalid placements"):
-            wire.unpack_placements([row, None], averaged, 2)
+            wire.unpack_placements([row, None, packed[2]], averaged, 2)
     with pytest.raises(ValueError, match="invalid placements"):
-        wire.unpack_placements([list(places["a"])], averaged, 2)
+        wire.unpack_placements(packed[:1], averaged, 2)
 
 
 def test_an_output_has_its_files_beside_it_or_in_it() -> None:

@@ -37,7 +37,8 @@ def plan_files(output: Path | None, template: Table, settings: Settings) -> Fold
         return FolderFiles(weights)
     folder = template.path.parent
     held = {Path(file.path).relative_to(folder).as_posix() for file in template.files}
-    carried, left_out = list_files(folder, held)
+    everything = find_format(template.format).carries_all
+    carried, left_out = list_files(folder, held, everything=everything)
     return FolderFiles(weights, tuple(carried), tuple(left_out))
 
 

@@ -541,7 +541,7 @@ class _Writer(NamedTuple):
                 f"the mean product's factor '{shown(spec.name)}' holds {worst:.6g}, which "
                 f"{place.dtype} cannot store; choose a wider --dtype"
             )
-        self.files[place.file].write(place.offset + start * width, raw)
+        place.write(self.files, start * width, raw)
         self.clock.write(len(raw))
 
 

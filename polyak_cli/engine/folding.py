@@ -286,8 +286,7 @@ class Worker:
             written = 0
             for tensor, start, stop in bundle:
                 end = written + (stop - start) * width
-                place = tensor.targets[row]
-                self.outputs[place.file].write(place.offset + start * width, raw[written:end])
+                tensor.targets[row].write(self.outputs, start * width, raw[written:end])
                 written = end
             self.clock.write(len(raw))
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from polyak_cli.errors import shown
 from polyak_cli.storage import InputFile, open_input
 from polyak_cli.storage.local import name_errors
-from polyak_cli.tensors import Extent, Table, TensorSpec
+from polyak_cli.tensors import Extent, Grid, Table, TensorSpec
 
 #: Bytes compared at a time.
 _STEP = 1 << 20
@@ -68,12 +68,12 @@ def compare(found: Sequence[Path], expected: Table) -> Deviation:
     tensors: list[TensorDeviation] = []
     outside: list[str] = []
     for number, (path, (other, _)) in enumerate(zip(found, expected.files, strict=True)):
-        counts = _Counts([spec for spec in specs if getattr(spec.storage, "file", 0) == number])
+        counts = _Counts(specs, number)
         with open_input(path) as a, open_input(other) as b:
             sizes = (a.size, b.size)
             for offsets in _find_unequal(a, b, min(sizes)):
                 counts.add(offsets)
-        tensors += counts.list_tensors()
+        tensors += [one for one in counts.list_tensors() if one not in tensors]
         if sizes[0] != sizes[1]:
             outside.append(f"has {sizes[0]} bytes; expected {sizes[1]}")
         if counts.outside:
@@ -99,12 +99,17 @@ def _find_unequal(one: InputFile, other: InputFile, size: int) -> Iterator[Offse
 class _Counts:
     """Counts the elements that differ in each tensor of a file, and the bytes outside tensors."""
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        placed = [(s.storage.offset, s) for s in specs if isinstance(s.storage, Extent) and s.size]
-        placed.sort(key=lambda pair: pair[0])
-        self.starts = [offset for offset, _ in placed]
-        self.specs = [spec for _, spec in placed]
-        self.ends = [offset + spec.nbytes for offset, spec in placed]
+    def __init__(self, specs: Sequence[TensorSpec], number: int) -> None:
+        placed = [
+            (extent.offset, extent.nbytes, spec)
+            for spec in specs
+            for extent in _list_extents(spec)
+            if extent.file == number and extent.nbytes
+        ]
+        placed.sort(key=lambda row: row[0])
+        self.starts = [offset for offset, *_ in placed]
+        self.specs = [spec for *_, spec in placed]
+        self.ends = [offset + nbytes for offset, nbytes, *_ in placed]
         # The largest end so far: tensors may overlap, and a long one may hold several others.
         self.reach = [*itertools.accumulate(self.ends, max)]
         self.found: dict[int, list[int]] = {}  # tensor -> how many elements, the first, the last
@@ -138,7 +143,21 @@ class _Counts:
     def list_tensors(self) -> Iterator[TensorDeviation]:
         """Yield the tensors that differ, in the order of the file."""
         for k, (count, first, _) in sorted(self.found.items()):
-            yield TensorDeviation(self.specs[k].name, count, first, self.specs[k].size)
+            name, size = self.specs[k].name, self.specs[k].size
+            # A file has only some blocks of a tensor in several, so that a count would mislead.
+            whole = isinstance(self.specs[k].storage, Extent)
+            yield (
+                TensorDeviation(name, count, first, size)
+                if whole
+                else TensorDeviation(name, 0, 0, size)
+            )
+
+
+def _list_extents(spec: TensorSpec) -> Sequence[Extent]:
+    """Return where a tensor lies in the files; nothing if only a reader knows that."""
+    if isinstance(spec.storage, Grid):
+        return [part.extent for part in spec.storage.parts]
+    return [spec.storage] if isinstance(spec.storage, Extent) else ()
 
 
 def _split(offsets: Offsets, end: int) -> tuple[Offsets, Offsets]:

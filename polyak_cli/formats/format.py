@@ -72,6 +72,9 @@ class Format(ABC):
     can_be_part: ClassVar[bool] = False
     #: A checkpoint of several files becomes a folder of as many where the output is named so.
     can_be_folder: ClassVar[bool] = False
+    #: Such a folder continues a training as its template does: all files of the template's folder
+    #: are copied, and not the model's alone.
+    carries_all: ClassVar[bool] = False
     #: `texts` is there: its checkpoints can be converted to other formats.
     can_be_left: ClassVar[bool] = False
     #: The suffix that asks for conversion to it; "" where other formats cannot become it.

@@ -45,6 +45,7 @@ _WEIGHTS = re.compile(
 #: Why a file is left out of an output.
 STATE, RESULTS = "training state", "results of the newest checkpoint"
 OTHER_WEIGHTS = "may hold weights, which are not averaged"
+HIDDEN, TOO_DEEP = "hidden", "too deep to belong to a model"
 OWN_RECORD = "the record of the average that the newest checkpoint is"
 
 
@@ -100,13 +101,16 @@ def is_state_folder(name: str) -> bool:
     return _STATE_FOLDERS.fullmatch(name) is not None
 
 
-def list_files(folder: Path, weights: Collection[str]) -> tuple[list[CarriedFile], list[LeftOut]]:
+def list_files(
+    folder: Path, weights: Collection[str], *, everything: bool = False
+) -> tuple[list[CarriedFile], list[LeftOut]]:
     """Return what belongs to the model of a folder, and what does not.
 
     Args:
         folder: the checkpoint.
         weights: names, relative to it, of the files that hold its tensors; they are in neither
             list.
+        everything: the training's files are carried too.
 
     Raises:
         FormatError: a file of the model is a link that leads out of the folder, or there are too
@@ -114,10 +118,12 @@ def list_files(folder: Path, weights: Collection[str]) -> tuple[list[CarriedFile
     """
     carried: list[CarriedFile] = []
     left_out: list[LeftOut] = []
-    for name, entry in _walk(folder, left_out):
+    for name, entry in _walk(folder, left_out, everything=everything):
         if name in weights:
             continue
         reason = _find_reason(name)
+        if everything and reason not in (HIDDEN, OWN_RECORD):
+            reason = ""
         status = entry.stat(follow_symlinks=False)
         if not reason and stat.S_ISLNK(status.st_mode):
             status = _follow(folder, name)
@@ -130,7 +136,9 @@ def list_files(folder: Path, weights: Collection[str]) -> tuple[list[CarriedFile
     return carried, sorted(left_out)
 
 
-def _walk(folder: Path, left_out: list[LeftOut]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def _walk(
+    folder: Path, left_out: list[LeftOut], *, everything: bool
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Yield all that is no folder, by name; add the folders that are not entered to a list."""
     waiting = [""]
     seen = 0
@@ -156,7 +164,7 @@ def _walk(folder: Path, left_out: list[LeftOut]) -> Iterator[tuple[str, os.DirEn
             name = f"{inside}{entry.name}"
             if not entry.is_dir(follow_symlinks=False):
                 yield name, entry
-            elif reason := _find_reason_of_folder(name):
+            elif reason := _find_reason_of_folder(name, everything=everything):
                 left_out.append(LeftOut(f"{name}/", reason))
             else:
                 folders.append(f"{name}/")
@@ -175,7 +183,7 @@ def _find_reason(name: str) -> str:
     """Return why a file is left out, "" if it belongs to the model."""
     last = name.rpartition("/")[2]
     if last.startswith("."):
-        return "hidden"
+        return HIDDEN
     if last == RECORD_NAME:
         return OWN_RECORD
     if is_training_state(last):
@@ -185,18 +193,20 @@ def _find_reason(name: str) -> str:
     return OTHER_WEIGHTS if _WEIGHTS.fullmatch(last) else ""
 
 
-def _find_reason_of_folder(name: str) -> str:
+def _find_reason_of_folder(name: str, *, everything: bool) -> str:
     """Return why a folder is not entered, "" if it is."""
     last = name.rpartition("/")[2]
     if last.startswith(".") or last == "__pycache__":
-        return "hidden"
+        return HIDDEN
+    if everything:
+        return TOO_DEEP if name.count("/") == _DEEPEST else ""
     if _STATE_FOLDERS.fullmatch(last):
         return STATE
     if _RESULT_FOLDERS.fullmatch(last):
         return RESULTS
     if _CHECKPOINT_FOLDERS.fullmatch(last):
         return "another checkpoint"
-    return "too deep to belong to a model" if name.count("/") == _DEEPEST else ""
+    return TOO_DEEP if name.count("/") == _DEEPEST else ""
 
 
 def _follow(folder: Path, name: str) -> os.stat_result:

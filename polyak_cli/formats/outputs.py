@@ -145,10 +145,13 @@ def _check_place(
             f"output no suffix{_describe_alternatives(tables[-1])}"
         )
     if not folder_wanted and not output.name.endswith(suffixes):
+        ways = _describe_alternatives(tables[-1])
         raise OutputError(
             f"{name}: the checkpoints are {form.name}, which is opened only as "
-            f"{' or '.join(suffixes)}; give the output that suffix"
-            f"{_describe_alternatives(tables[-1])}"
+            f"{' or '.join(suffixes)}; give the output that suffix{ways}"
+            if suffixes
+            else f"{name}: the checkpoints are {form.name}; give the output"
+            f"{ways.removeprefix(', or')}"
         )
     _check_weights_suffix(output, tables[-1], suffixes)
     folder = output.resolve().parent

@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,7 @@ def _unpack_storage(files: Sequence[File], kind: str, *fields: Any) -> Storage:
         (data,) = fields
         return Inline(bytes.fromhex(data))
     if kind == "grid":
-        return _unpack_grid(files, *fields)
+        return _unpack_grid(lambda *extent: _unpack_extent(files, *extent), *fields)
     if kind == "deflated":
         return _unpack_deflated(files, *fields)
     if kind == "chunks":
@@ -252,14 +252,17 @@ def _unpack_storage(files: Sequence[File], kind: str, *fields: Any) -> Storage:
 
 
 def _unpack_grid(
-    files: Sequence[File], shape: Sequence[int], itemsize: int, parts: Sequence[Any]
+    unpack_extent: Callable[[int, int, int], Extent],
+    shape: Sequence[int],
+    itemsize: int,
+    parts: Sequence[Any],
 ) -> Grid:
     """Return a grid whose parts lie inside the tensor and hold as many bytes as they must."""
     grid = Grid(
         _intern_shape(*shape),
         _require_itemsize(itemsize),
         tuple(
-            GridPart(_intern_shape(*start), _intern_shape(*size), _unpack_extent(files, *extent))
+            GridPart(_intern_shape(*start), _intern_shape(*size), unpack_extent(*extent))
             for start, size, extent in parts
         ),
     )
@@ -364,7 +367,13 @@ def pack_placements(
 ) -> list[list[Any] | None]:
     """Return the placements of locations that the parent knows, in its order, without names."""
     found = (placements.get(location) for location in locations)
-    return [None if place is None else list(place) for place in found]
+    return [None if place is None else _pack_placement(place) for place in found]
+
+
+def _pack_placement(place: Placement) -> list[Any]:
+    if place.grid is None:
+        return [*place[:-1]]
+    return [*place[:-1], _pack_storage(place.grid)[1:]]
 
 
 def unpack_placements(
@@ -391,9 +400,21 @@ def unpack_placements(
 
 
 def _unpack_placement(
-    wanted: str, files: int, offset: int, dtype: str, order: str, file: int
+    wanted: str,
+    files: int,
+    offset: int,
+    dtype: str,
+    order: str,
+    file: int,
+    grid: Sequence[Any] | None = None,
 ) -> Placement:
-    """Return a placement in one of the output's files, of the dtype that was asked for."""
+    """Return a placement in the output's files, of the dtype that was asked for."""
+
+    def unpack_extent(offset: int, nbytes: int, file: int) -> Extent:
+        if _require_count(file) >= files:
+            raise _NonsenseError(f"the file {file}")
+        return Extent(_require_count(offset), _require_count(nbytes), file)
+
     if (
         dtype != wanted
         or dtype not in FLOATS
@@ -401,7 +422,8 @@ def _unpack_placement(
         or _require_count(file) >= files
     ):
         raise _NonsenseError(f"the placement of a {dtype} in file {file}")
-    return Placement(_require_count(offset), sys.intern(dtype), order, file)
+    blocks = None if grid is None else _unpack_grid(unpack_extent, *grid)
+    return Placement(_require_count(offset), sys.intern(dtype), order, file, blocks)
 
 
 def unpack_output_files(packed: Iterable[Any], output: str) -> list[str]:

@@ -273,6 +273,27 @@ def copy_range(
         after_each()
 
 
+def copy_around(
+    source: InputFile,
+    target: OutputFile,
+    holes: Iterable[tuple[int, int]],
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
+    """Copy a file except for bytes that will be written later; see `copy_range`.
+
+    Args:
+        source: the input.
+        target: the output, which gets its size.
+        holes: where these bytes begin and how many they are, in order and without overlaps.
+        after_each: called after each piece.
+    """
+    target.truncate(source.size)
+    done = 0
+    for offset, nbytes in (*holes, (source.size, 0)):
+        copy_range(source, done, target, done, offset - done, after_each)
+        done = offset + nbytes
+
+
 @contextlib.contextmanager
 def name_errors(name: str) -> Iterator[None]:
     """Put a file's name in front of errors that lack it."""

@@ -234,7 +234,7 @@ def outcomes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 def attempt(path: Path) -> None:
     """Average what could be read; a refusal is as good as an average."""
     suffix = "".join(path.suffixes[-2:])
-    output = path.with_name(f"output{'.safetensors' if suffix == '.metadata' else suffix}")
+    output = path.with_name(f"output{'' if suffix == '.metadata' else suffix}")
     try:
         average([path], output, force=True, jobs=1)
     except PolyakError as error:

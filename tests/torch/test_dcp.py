@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import struct
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from polyak_cli import average, check, diff, inspect, verify
 from polyak_cli.errors import FormatError, OutputError, PolyakError
+from tests import dcp as dcp_by_hand
+from tests.contract import Contract, Tensors
 from tests.source import PACKAGE
 
 State = dict[str, Any]
@@ -49,7 +54,7 @@ def average_whole(models: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tens
     """Average whole tensors in float64, oldest first; keep what is no float of the newest."""
     found = {}
     for name, newest in models[-1].items():
-        total = sum(model[name].double() / len(models) for model in models)
+        total = sum(model[name].double() for model in models) / len(models)
         is_float = newest.is_floating_point()
         found[name] = torch.as_tensor(total).to(newest.dtype) if is_float else newest
     return found
@@ -61,6 +66,56 @@ def assert_equal(found: Mapping[str, Any], expected: Mapping[str, torch.Tensor])
     for name, values in expected.items():
         assert found[name].dtype == values.dtype, name
         assert torch.equal(found[name], values), name
+
+
+class TestWhole(Contract):
+    """Checkpoints of one process, written by PyTorch; the output is such a folder too."""
+
+    suffix = ""
+    converts = False
+
+    @property
+    def result(self) -> str:
+        """See `Contract.result`; an output must not have a run's name."""
+        return "-average"
+
+    def write(self, path: Path, tensors: Tensors) -> None:
+        """See `Contract.write`."""
+        save(path, {name: torch.from_numpy(values) for name, values in tensors.items()})
+
+    def read(self, path: Path) -> Tensors:
+        """See `Contract.read`."""
+        found = read(path, path.with_name(f"{path.name}.read"))
+        path.with_name(f"{path.name}.read").unlink()
+        return {name: tensor.numpy() for name, tensor in found.items()}
+
+    @pytest.mark.slow
+    def test_a_truncated_file_is_refused_wherever_it_ends(self, tmp_path: Path) -> None:
+        """See `Contract`; each file of the folder."""
+        paths, _ = self.write_run(tmp_path / "run", 2)
+        for part in [path for path in paths[0].iterdir() if path.is_file()]:
+            whole = part.read_bytes()
+            for length in {0, 1, 7, len(whole) - 1, *range(8, len(whole), len(whole) // 5)}:
+                part.write_bytes(whole[:length])
+                with pytest.raises(PolyakError, match="model_1"):
+                    average(paths, tmp_path / f"o{self.result}")
+            part.write_bytes(whole)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+class TestInParts(TestWhole):
+    """Checkpoints whose tensors lie in several parts, in blocks of rows and of columns."""
+
+    def write(self, path: Path, tensors: Tensors) -> None:
+        """See `Contract.write`; PyTorch reads what the other tests write by hand."""
+        number = 1 + int(path.name.rpartition("_")[2])
+        pieces = {
+            name: dcp_by_hand.split(
+                values, [min(n, count) for n, count in zip(values.shape, (number, 3), strict=False)]
+            )
+            for name, values in tensors.items()
+        }
+        dcp_by_hand.write(path, pieces)
 
 
 def run_ranks(*arguments: object) -> None:
@@ -97,6 +152,30 @@ def test_checkpoints_of_one_to_eight_processes_average(sharded: Path, tmp_path: 
     assert "optim.state.0.weight.exp_avg" in report.plan.dropped
     assert verify(output, sources=[sharded]).problems == ()
     assert check(sharded).healthy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 3])
+def test_an_average_loads_into_a_live_model(sharded: Path, tmp_path: Path, world: int) -> None:
+    """Of another number of processes than any that saved: model, optimizer, and all the rest."""
+    output = tmp_path / "final"
+    average(sharded, output, verify=True)
+    run_ranks("load", world, output, tmp_path / "loaded.pt")
+    loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
+    models = [read(sharded / f"step-{k}", tmp_path / f"{k}.pt") for k in (1, 2, 4, 8)]
+    newest = torch.load(tmp_path / "8.pt", weights_only=True)
+    own = {name for name in models[0] if name.startswith(("model.", "more."))}
+    expected = average_whole([{name: one[name] for name in own} for one in models])
+    assert loaded.pop("step") == newest["step"] == 8
+    assert_equal(loaded, {name.partition(".")[2]: one for name, one in expected.items()})
+    slots = read(output, tmp_path / "output.pt")
+    state = {name for name in slots if name.startswith("optim.")}
+    assert_equal({n: slots[n] for n in state}, {n: models[-1][n] for n in state})
+    assert {path.name for path in output.iterdir()} == {
+        *(path.name for path in (sharded / "step-8").iterdir()),
+        "polyak_provenance.json",
+    }
+    assert verify(output, sources=[sharded]).problems == ()
 
 
 @pytest.mark.slow
@@ -223,9 +302,51 @@ def test_what_a_module_keeps_beside_its_tensors_is_not_lost(tmp_path: Path) -> N
 def test_memory_formats_are_kept_and_conversion_says_so(tmp_path: Path) -> None:
     """Elements of channels_last lie in another order, which safetensors does not have."""
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    folder = save(tmp_path / "step-1", {"image": image})
+    folder = save(tmp_path / "run" / "step-1", {"image": image})
+    save(tmp_path / "run" / "step-2", {"image": image * 1.125})
+    average(tmp_path / "run", tmp_path / "final")
+    expected = average_whole([{"image": image}, {"image": image * 1.125}])
+    assert_equal(read(tmp_path / "final", tmp_path / "final.pt"), expected)
     with pytest.raises(OutputError, match=r"'image'.*the order of its dimensions \(0, 2, 3, 1\)"):
         average([folder], tmp_path / "o.safetensors")
+
+
+def test_an_output_is_replaced_only_with_force(tmp_path: Path) -> None:
+    """What is no part of an older average stays, and is named."""
+    folder = save(tmp_path / "step-1", {"w": torch.arange(5.0)})
+    (folder / "common.pt").write_bytes(b"of Megatron")
+    (folder / "metadata.json").write_text("{}")
+    output = tmp_path / "final"
+    average([folder], output)
+    assert (output / "common.pt").read_bytes() == b"of Megatron"
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    with pytest.raises(OutputError, match="use --force to replace it"):
+        average([folder], output)
+    average([folder], output, force=True)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds 'notes.txt', which is not part of an average"):
+        average([folder], output, force=True)
+
+
+def test_checksums_of_an_output_are_right(tmp_path: Path) -> None:
+    """Each archive in it is whole for any reader of zip files."""
+    for k in (1, 2):
+        save(tmp_path / "run" / f"step-{k}", {"a": torch.randn(9) / 99 + 1, "b": torch.ones(3) * k})
+    average(tmp_path / "run", tmp_path / "final")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = dcp.FileSystemReader(tmp_path / "final").read_metadata()
+    content = (tmp_path / "final" / "__0_0.distcp").read_bytes()
+    assert len(found.storage_data) == 2
+    for one in found.storage_data.values():
+        whole = io.BytesIO(content[one.offset : one.offset + one.length])
+        with zipfile.ZipFile(whole) as archive:
+            assert archive.testzip() is None
+            (member,) = (info for info in archive.infolist() if "/data/" in info.filename)
+        # It stands behind the values too, for programs that read forwards.
+        descriptor = struct.pack("<4sL", b"PK\x07\x08", member.CRC)
+        assert descriptor in whole.getvalue()
 
 
 def test_checkpoints_of_other_storage_are_named(tmp_path: Path) -> None:

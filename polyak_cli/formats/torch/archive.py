@@ -8,7 +8,6 @@ this tool's record, since PyTorch finds storages by where its own writer would h
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import struct
 import zipfile
@@ -28,7 +27,7 @@ from polyak_cli.storage import InputFile
 from polyak_cli.storage.local import (
     LocalInput,
     LocalOutput,
-    copy_range,
+    copy_around,
     make_read_error,
 )
 from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, TensorSpec
@@ -235,18 +234,6 @@ def _describe_arrangement(named: Sequence[Named], views: Sequence[Tensor], size:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _copy_around(
-    source: InputFile, output: str, averaged: Sequence[zips.Member], heartbeat: Heartbeat
-) -> None:
-    """Copy the template except for the bytes of averaged storages."""
-    ends = itertools.chain(*((m.offset, m.offset + m.stored) for m in averaged))
-    bounds = [0, *ends, source.size]
-    with LocalOutput(output) as target:
-        target.truncate(source.size)
-        for start, stop in zip(bounds[::2], bounds[1::2], strict=True):
-            copy_range(source, start, target, start, stop - start, heartbeat)
-
-
 def _find_checksums(file: LocalInput, rooms: Sequence[zips.Member]) -> list[list[Any]]:
     """Return name, offset and bytes of each averaged storage, and where its checksum stands.
 
@@ -324,7 +311,8 @@ class TorchZip(Format):
         specs = {spec.location: spec for spec in request.template.tensors.values()}
         with zips.open_archive(request.template.files[0].path) as (file, members, _):
             rooms = [m for m in members if m.name in request.averaged and m.nbytes]
-            _copy_around(file, request.output, rooms, heartbeat)
+            with LocalOutput(request.output) as target:
+                copy_around(file, target, ((m.offset, m.stored) for m in rooms), heartbeat)
             placements = {
                 m.name: Placement(m.offset, specs[m.name].dtype, specs[m.name].byteorder)
                 for m in rooms

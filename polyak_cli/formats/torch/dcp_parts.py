@@ -30,8 +30,6 @@ _SATURATED = 0xFFFFFFFF  # stands for a number that a 64-bit field holds
 _LATER = 0x8  # the checksum stands behind the member
 #: The length of a header of safetensors, and its first brace.
 _SAFETENSORS = re.compile(rb".{5}\0{3}\{", re.DOTALL)
-#: Bytes of an archive's end that are read at once; torch.save's directory has some 700.
-_TAIL = 2048
 #: Members of an archive, bytes of its directory and of its pickle, at most.
 _MEMBERS, _DIRECTORY, _PICKLE = 64, 1 << 16, 1 << 16
 #: Pickles that are kept: those of blocks of one shape are equal.
@@ -53,6 +51,7 @@ class Piece(NamedTuple):
 class _Member(NamedTuple):
     """A member of an archive, as its directory has it."""
 
+    name: bytes  # with its folder
     header: int  # offset of its own header in the part
     nbytes: int
     crc: int
@@ -87,7 +86,7 @@ class PieceReader:
         expected = tensor.storage.size * SIZES[tensor.storage.dtype]
         if found.nbytes != expected:
             raise FormatError(f"lies in a storage of {found.nbytes} bytes; expected {expected}")
-        start = _find_content(file, found, f"data/{tensor.storage.key}", offset + nbytes)
+        start = _find_content(file, found, offset + nbytes)
         return Piece(
             tensor,
             _read_byteorder(file, members),
@@ -125,41 +124,40 @@ def _read_directory(file: InputFile, offset: int, nbytes: int) -> dict[str, _Mem
             f"lies in bytes {offset} to {end} of a file of {file.size}: it is truncated, or "
             "metadata and parts come from different saves"
         )
-    first = max(offset, end - _TAIL)
-    tail = file.read(first, end - first)
     if _SAFETENSORS.match(file.read(0, 9)):
         raise FormatError(
             "was saved with SerializationFormat.SAFETENSORS, which says nowhere what lies where; "
             "save with HuggingFaceStorageWriter, or without that option"
         )
-    start, stop, count = _find_directory(tail, first, offset, end)
-    if start < first:
-        tail, first = file.read(start, stop - start), start
-    folders, members = set(), {}
-    place = start - first
+    start, stop, count = _find_directory(file, offset, end)
+    # Not a byte more: what stands before may be values.
+    directory = file.read(start, stop - start)
+    folders, members, place = set(), {}, 0
     for _ in range(count):
-        name, member, place = _parse_entry(tail, place, first, offset)
-        folder, _, rest = name.partition("/")
+        member, after = _parse_entry(directory, place, start, offset)
+        folder, _, rest = member.name.decode(errors="replace").partition("/")
         folders.add(folder)
         if rest in members:
-            raise _refuse(f"the member '{shown(name)}' occurs twice")
-        members[rest] = member
-    if place != stop - first:
+            raise _refuse(f"the member '{shown(rest)}' occurs twice")
+        members[rest], place = member, after
+    if place != len(directory):
         raise _refuse("its directory has another size than its entries")
     if len(folders) != 1:
         raise _refuse(f"it has {len(folders)} folders; torch.save writes one")
     return members
 
 
-def _find_directory(tail: bytes, first: int, offset: int, end: int) -> tuple[int, int, int]:
+def _find_directory(file: InputFile, offset: int, end: int) -> tuple[int, int, int]:
     """Return where the directory begins and ends in the part, and how many entries it has.
 
     Args:
-        tail: the last bytes of the archive.
-        first: where these begin in the part.
+        file: the part.
         offset: where the archive begins.
         end: where it ends.
     """
+    longest = _END64.size + _LOCATOR.size + _END.size
+    first = max(offset, end - longest)
+    tail = file.read(first, end - first)
     mark, *_, count, size, place, comment = _END.unpack(tail[-_END.size :])
     stop = end - _END.size
     if mark != b"PK\x05\x06" or comment:
@@ -169,12 +167,12 @@ def _find_directory(tail: bytes, first: int, offset: int, end: int) -> tuple[int
         )
     locator = tail[-_END.size - _LOCATOR.size : -_END.size]
     if locator.startswith(b"PK\x06\x07"):
-        stop -= _LOCATOR.size + _END64.size
+        stop = first
         _, _, beginning, _ = _LOCATOR.unpack(locator)
-        if stop < first or beginning != stop - offset:
+        if len(tail) < longest or beginning != stop - offset:
             raise _refuse("its end is not where it says")
         numbers = count, size, place
-        mark, *_, count, size, place = _END64.unpack_from(tail, stop - first)
+        mark, *_, count, size, place = _END64.unpack_from(tail)
         alike = zip(numbers, (count, size, place), strict=True)
         if mark != b"PK\x06\x06" or not all(a in (b, _SATURATED, 0xFFFF) for a, b in alike):
             raise _refuse("its two ends differ")
@@ -185,21 +183,29 @@ def _find_directory(tail: bytes, first: int, offset: int, end: int) -> tuple[int
     return stop - size, stop, count
 
 
-def _parse_entry(tail: bytes, place: int, first: int, offset: int) -> tuple[str, _Member, int]:
-    """Return a member's name and description, and where the next entry begins."""
-    if place + _LISTED.size > len(tail):
+def _parse_entry(directory: bytes, place: int, start: int, offset: int) -> tuple[_Member, int]:
+    """Return a member, and where the next entry begins in the directory.
+
+    Args:
+        directory: all entries.
+        place: where the entry begins in it.
+        start: where the directory begins in the part.
+        offset: where the archive does.
+    """
+    if place + _LISTED.size > len(directory):
         raise _refuse("its directory ends early")
-    entry = _LISTED.unpack_from(tail, place)
+    entry = _LISTED.unpack_from(directory, place)
     mark, _, _, flags, method, _, _, crc, stored, nbytes, name, extra, comment, *_, header = entry
     at = place + _LISTED.size
     after = at + name + extra + comment
-    if mark != b"PK\x01\x02" or after > len(tail):
+    if mark != b"PK\x01\x02" or after > len(directory):
         raise _refuse("its directory ends early")
-    nbytes, stored, header = _widen(tail[at + name : at + name + extra], (nbytes, stored, header))
+    field = directory[at + name : at + name + extra]
+    nbytes, stored, header = _widen(field, (nbytes, stored, header))
     if method or stored != nbytes or flags & 1:
         raise FormatError("is compressed or encrypted in its archive, which torch.save does not do")
-    described = _Member(offset + header, nbytes, crc, flags, first + place)
-    return tail[at : at + name].decode(errors="replace"), described, after
+    whole = directory[at : at + name]
+    return _Member(whole, offset + header, nbytes, crc, flags, start + place), after
 
 
 def _widen(extra: bytes, numbers: tuple[int, ...]) -> tuple[int, ...]:
@@ -217,20 +223,20 @@ def _widen(extra: bytes, numbers: tuple[int, ...]) -> tuple[int, ...]:
     return numbers
 
 
-def _find_content(file: InputFile, member: _Member, name: str, end: int) -> int:
+def _find_content(file: InputFile, member: _Member, end: int) -> int:
     """Return where a member's bytes begin in the part, which its own header says."""
-    if member.header >= end:
-        raise _refuse(f"the member '{shown(name)}' lies outside it")
-    head = file.read(member.header, _LOCAL.size + 256)
-    if len(head) < _LOCAL.size:
-        raise _refuse(f"the member '{shown(name)}' lies outside it")
+    name = shown(member.name.decode(errors="replace"))
+    # What follows the header may be values; they are not read.
+    length = _LOCAL.size + len(member.name)
+    head = file.read(member.header, length) if member.header < end else b""
+    if len(head) < length:
+        raise _refuse(f"the member '{name}' lies outside it")
     mark, *_, length, extra = _LOCAL.unpack_from(head)
-    written = head[_LOCAL.size : _LOCAL.size + length].partition(b"/")[2]
-    if mark != b"PK\x03\x04" or written != name.encode():
-        raise _refuse(f"the member '{shown(name)}' has another name in its own header")
-    start = member.header + _LOCAL.size + int(length) + int(extra)
+    if mark != b"PK\x03\x04" or length != len(member.name) or not head.endswith(member.name):
+        raise _refuse(f"the member '{name}' has another name in its own header")
+    start = member.header + len(head) + int(extra)
     if start + member.nbytes > end:
-        raise _refuse(f"the member '{shown(name)}' lies outside it")
+        raise _refuse(f"the member '{name}' lies outside it")
     return start
 
 
@@ -247,7 +253,7 @@ def _read_small(file: InputFile, member: _Member, name: str) -> bytes:
     """Return the content of a small member, checked where there is a checksum."""
     if member.nbytes > _PICKLE:
         raise _refuse(f"the member '{name}' has {member.nbytes} bytes")
-    start = _find_content(file, member, name, file.size)
+    start = _find_content(file, member, file.size)
     content = file.read(start, member.nbytes)
     if member.crc and zlib.crc32(content) != member.crc:
         raise _refuse(f"the checksum of the member '{name}' is wrong")

@@ -11,13 +11,15 @@ import contextlib
 import itertools
 import math
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from polyak_cli.errors import FormatError, OutputError, shown, word_size
-from polyak_cli.formats import zips
+from polyak_cli.errors import FormatError, shown, word_size
+from polyak_cli.formats import conversion, zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
+from polyak_cli.formats.model_folders import RECORD_NAME
 from polyak_cli.formats.torch import beside, dcp_metadata
 from polyak_cli.formats.torch.beside import Owner
 from polyak_cli.formats.torch.dcp_metadata import Block, BytesItem, Stored, TensorItem
@@ -25,13 +27,14 @@ from polyak_cli.formats.torch.dcp_parts import Piece, PieceReader
 from polyak_cli.formats.torch.pickles import SIZES, Pairs
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, InputFile, open_input
-from polyak_cli.storage.local import name_errors
+from polyak_cli.storage.local import LocalOutput, copy_around, name_errors
 from polyak_cli.tensors import (
     FLOATS,
     Extent,
     Grid,
     GridPart,
     OutputRules,
+    Placement,
     Storage,
     Table,
     TensorSpec,
@@ -279,6 +282,60 @@ def _naming(file: InputFile | File, item: Item) -> Iterator[None]:
         raise FormatError(f"{shown(name)}: tensor '{shown(item.name)}' {error}") from None
 
 
+# --- writing --------------------------------------------------------------------------------------
+
+
+def _copy_parts(
+    parts: _Parts, pieces: Mapping[Stored, Piece], folder: Path, heartbeat: Heartbeat
+) -> tuple[list[str], list[list[Any]]]:
+    """Copy the parts into a folder, except the values of blocks.
+
+    Returns:
+        The files, and for each block the file, offset and bytes of its values and where their
+        checksum stands.
+    """
+    written, checksums = [], []
+    for name in parts.names:
+        own = sorted(
+            (piece for place, piece in pieces.items() if place.file == name),
+            key=lambda piece: piece.offset,
+        )
+        target = str(folder / name)
+        with (
+            parts.open(name) as source,
+            name_errors(source.name),
+            LocalOutput(target, create=True) as output,
+        ):
+            copy_around(source, output, ((one.offset, one.nbytes) for one in own), heartbeat)
+            for piece in heartbeat.over(own):
+                if len({source.read(place, 4) for place in piece.crc_places}) > 1:
+                    raise FormatError(
+                        f"the archive of the block at byte {piece.offset} has two different "
+                        "checksums"
+                    )
+                checksums.append([target, piece.offset, piece.nbytes, list(piece.crc_places)])
+        written.append(target)
+    return written, checksums
+
+
+def _place(spec: TensorSpec) -> Placement:
+    """Return where the values of a tensor belong: where the template has them."""
+    if isinstance(spec.storage, Grid):
+        return Placement(0, spec.dtype, spec.byteorder, 0, spec.storage)
+    if not isinstance(spec.storage, Extent):
+        raise AssertionError(f"{spec.name} has no extent")
+    return Placement(spec.storage.offset, spec.dtype, spec.byteorder, spec.storage.file)
+
+
+def _read_record(path: str) -> str:
+    """Return the record of an average, which is a file beside its metadata; "" if there is none."""
+    try:
+        with open_input(Path(path).with_name(RECORD_NAME)) as file:
+            return file.read(0, zips.WHOLE).decode(errors="replace").removesuffix("\n")
+    except FormatError:
+        return ""
+
+
 class DistributedCheckpoint(Format):
     """The folders that `torch.distributed.checkpoint.save` writes."""
 
@@ -287,6 +344,8 @@ class DistributedCheckpoint(Format):
     suffixes = ()
     recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
     has_checksums = True
+    can_be_folder = True
+    carries_all = True
     can_be_left = True
     dtypes = frozenset(FLOATS)
 
@@ -294,6 +353,7 @@ class DistributedCheckpoint(Format):
         """See `Format.scan`."""
         items = _read_items(request.path, heartbeat)
         parts = _Parts(items, heartbeat)
+        record = _read_record(request.path)
         wanted = [*items.model]
         if request.with_optimizer:
             wanted += [item for item in items.state if isinstance(item, TensorItem)]
@@ -313,7 +373,8 @@ class DistributedCheckpoint(Format):
             others=others,
             optimizer=frozenset(item.name for item in items.state),
             config="",
-            is_polyak_output=False,
+            is_polyak_output=bool(record),
+            about={"provenance": record} if record else {},
             rules=OutputRules(is_fixed=True),
         )
 
@@ -343,13 +404,35 @@ class DistributedCheckpoint(Format):
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
-        del heartbeat
-        raise OutputError(
-            f"{shown(request.template.path)}: averages of distributed checkpoints are written as "
-            ".safetensors; give the output that suffix"
-        )
+        scanned = request.template.files
+        items = _read_items(scanned[-1].path, heartbeat)
+        parts = _Parts(items, heartbeat)
+        for found, file in zip((*parts.files, items.metadata), scanned, strict=True):
+            conversion.require_same(found.path, found.version, file.version)
+        averaged = [item for item in items.model if item.name in request.averaged]
+        pieces = parts.read(averaged)
+        written, checksums = _copy_parts(parts, pieces, Path(request.output), heartbeat)
+        target = str(Path(request.output, Path(scanned[-1].path).name))
+        with open_input(*scanned[-1]) as source, LocalOutput(target, create=True) as output:
+            copy_around(source, output, (), heartbeat)
+        placements = {}
+        for item in heartbeat.over(averaged):
+            spec = parts.describe(item, pieces)
+            if spec.size:
+                placements[item.name] = _place(spec)
+        return Draft(placements, [*written, target], {"checksums": checksums})
+
+    def finalize(self, output: str, draft: Draft) -> None:
+        """See `Format.finalize`."""
+        del output
+        for path, rows in itertools.groupby(draft.notes["checksums"], key=lambda row: row[0]):
+            with LocalOutput(path) as file:
+                for _, offset, nbytes, places in rows:
+                    found = struct.pack("<L", zips.compute_crc32(file.reader(), offset, nbytes))
+                    for place in places:
+                        file.write(place, found)
 
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""
-        del path, heartbeat
-        return False
+        heartbeat()
+        return bool(_read_record(path))
