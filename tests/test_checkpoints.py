@@ -437,7 +437,7 @@ def test_an_empty_directory_is_an_error(run: Path) -> None:
         f"{run}: there is no checkpoint here: looked for files in .weights.h5"
     )
     assert "looked for files in .weights.h5, .weights.json, .h5, .hdf5, " in message
-    assert ".ckpt, .index, but the folder is empty" in message
+    assert ".ckpt, .bin.index.json, .index, but the folder is empty" in message
 
 
 def test_an_error_names_the_folders_that_hold_checkpoints(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Choose the best checkpoints by a metric, read from their names or from the run's CSV log.
+"""Choose the best checkpoints by a metric: of their names, a CSV log, or a Trainer's state.
 
 Knows the log that Keras' CSVLogger writes.  Evaluates no model.
 """
@@ -16,6 +16,7 @@ from polyak_cli.checkpoints.directions import guess_mode
 from polyak_cli.checkpoints.listing import Checkpoint, StrPath
 from polyak_cli.checkpoints.names import find_metric, is_unnamed_decimal, parse_name
 from polyak_cli.checkpoints.ordering import describe_epochs, require_epoch
+from polyak_cli.checkpoints.trainer_states import has_state, read_metrics
 from polyak_cli.errors import CheckpointError, UsageError, choose_verb, shown
 
 #: Suffixes that people give the file of Keras' CSVLogger.
@@ -30,8 +31,10 @@ class Wanted:
         count: how many.
         monitor: the metric.
         better: ``min`` or ``max`` of it.
-        log: the CSV file that has it; None if the file names have it.
+        log: the CSV file that has it; None if the file names or the checkpoints have it.
         log_first: what the log calls the epoch that file names call 1; None if it must be found.
+        asked: the metric that the user named; None if that is left open.
+        mode: what the user said of it; None likewise.
     """
 
     count: int
@@ -39,6 +42,8 @@ class Wanted:
     better: str
     log: StrPath | None = None
     log_first: int | None = None
+    asked: str | None = None
+    mode: str | None = None
 
 
 def check_monitor(
@@ -55,6 +60,7 @@ def check_monitor(
             if value is not None:
                 raise UsageError(f"--{name} belongs to --best N, which is missing")
         return None
+    asked = monitor
     monitor = "val_loss" if monitor is None else monitor
     if not monitor.strip():
         raise UsageError("--monitor is empty; expected the name of a metric, such as val_loss")
@@ -70,7 +76,7 @@ def check_monitor(
             f"--monitor {shown(monitor)}: its name does not say whether less or more is better: "
             "give --mode min or --mode max"
         )
-    return Wanted(best, monitor, better, log, log_first)
+    return Wanted(best, monitor, better, log, log_first, asked, mode)
 
 
 def take_best(
@@ -78,7 +84,11 @@ def take_best(
 ) -> tuple[list[Checkpoint], list[str]]:
     """Return the best candidates, in the order given, and notes."""
     notes: list[str] = []
-    if wanted.log is None:
+    if wanted.log is None and _are_of_trainer(candidates, wanted.monitor):
+        found = read_metrics([one.path for one in candidates], wanted.asked, wanted.mode)
+        metrics, notes = found.values, found.notes
+        wanted = replace(wanted, monitor=found.monitor, better=found.better)
+    elif wanted.log is None:
         metrics = [_read_metric_in_name(one.path, wanted.monitor) for one in candidates]
     else:
         log = _read_log(wanted.log, wanted.monitor)
@@ -104,6 +114,12 @@ def _rank(metrics: Sequence[float], wanted: Wanted) -> list[int]:
     sign = 1.0 if wanted.better == "min" else -1.0
     ranked = sorted(usable, key=lambda index: (sign * metrics[index], -index))
     return sorted(ranked[: wanted.count])
+
+
+def _are_of_trainer(candidates: Sequence[Checkpoint], monitor: str) -> bool:
+    """Return whether the metric is looked for in a Trainer's states, and not in the names."""
+    newest = candidates[-1].path
+    return find_metric(parse_name(newest), monitor) is None and has_state(newest)
 
 
 def _read_metric_in_name(path: Path, monitor: str) -> float:

@@ -267,7 +267,8 @@ CHOOSING = under(
     option(
         "--monitor",
         metavar="METRIC",
-        help="The metric for --best, from the file names or from --log.  [default: val_loss]",
+        help="The metric for --best, from the file names, from --log, or from a Trainer's "
+        "trainer_state.json.  [default: val_loss, or the Trainer's own]",
     ),
     option(
         "--mode",

@@ -129,3 +129,13 @@ def test_half_precision_stays(tmp_path: Path) -> None:
     for name, value in loaded.state_dict().items():
         exact = np.mean([state[name] for state in states], axis=0, dtype=np.float64)
         assert torch.equal(value, torch.from_numpy(exact).to(torch.bfloat16)), name
+
+
+def test_the_best_are_those_of_the_trainers_state(run: Path, tmp_path: Path) -> None:
+    """By the metric that the Trainer was given, read from what it wrote."""
+    chosen = plan(run, tmp_path / "best", best=2).checkpoints
+    state = json.loads((run / "checkpoint-8/trainer_state.json").read_text())
+    losses = {one["step"]: one["eval_loss"] for one in state["log_history"] if "eval_loss" in one}
+    expected = sorted(sorted(losses, key=lambda step: losses[step])[:2])
+    assert [(one.epoch, one.metric) for one in chosen] == [(k, losses[k]) for k in expected]
+    assert f"checkpoint-{state['best_global_step']}" in {one.path.name for one in chosen}
