@@ -269,7 +269,7 @@ def test_rivals_average(tmp_path: Path, way: str) -> None:
     output = tmp_path / "output.h5"
     script = Path(compare.__file__).with_name("rivals.py")
     measure.run([sys.executable, str(script), way, str(output), *map(str, made.paths)])
-    expected = naive_average(made.paths, [1 / 3] * 3)
+    expected = naive_average(made.paths, [1] * 3)
     found = read_model(output)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
@@ -403,10 +403,10 @@ def test_several_averages_begin_with_the_equal_one(tmp_path: Path) -> None:
     start = [sys.executable, "-m", "tests.benchmarks.several", "1", "3", str(folder)]
     measure.run([*start, *map(str, made.paths)])
     assert sorted(path.name for path in folder.iterdir()) == ["0.h5", "1.h5", "2.h5"]
-    equal = naive_average(made.paths, [1 / 3] * 3)
+    equal = naive_average(made.paths, [1] * 3)
     for name, values in read_model(folder / "0.h5").items():
         assert np.allclose(values, equal[name], rtol=0, atol=1e-7)
-    later = naive_average(made.paths, [1 / 6, 2 / 6, 3 / 6])
+    later = naive_average(made.paths, [1, 2, 3])
     for name, values in read_model(folder / "1.h5").items():
         assert np.allclose(values, later[name], rtol=0, atol=1e-7)
 

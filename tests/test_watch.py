@@ -148,7 +148,7 @@ def test_it_equals_the_naive_average(folder: Path) -> None:
     """By an oracle that shares no code."""
     once(folder)
     paths = [folder / f"ckpts/model_{k}.h5" for k in (1, 2, 3)]
-    assert same_bits(read_model(folder / "o.h5"), naive_average(paths, [1 / 3] * 3))
+    assert same_bits(read_model(folder / "o.h5"), naive_average(paths, [1] * 3))
 
 
 def test_fewer_checkpoints_than_asked_for_are_averaged_and_it_is_said(folder: Path) -> None:

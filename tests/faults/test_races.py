@@ -130,7 +130,7 @@ def test_an_output_on_another_disk(run_folder: Path, tiny_disk: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
     assert os.listdir(tiny_disk) == ["o.h5"]
     paths = [run_folder / f"ckpts/model_{k}.h5" for k in (1, 2, 3)]
-    assert same_bits(read_model(tiny_disk / "o.h5"), naive_average(paths, [1 / 3] * 3))
+    assert same_bits(read_model(tiny_disk / "o.h5"), naive_average(paths, [1] * 3))
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
