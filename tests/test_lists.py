@@ -230,6 +230,7 @@ def test_no_variable_and_no_file_of_configuration_changes_an_average(tmp_path: P
         "XDG_CONFIG_HOME": str(home / ".config"),
         "LC_ALL": "C",
         "OMP_NUM_THREADS": "3",
+        "POLYAK_KERNEL": "numpy",  # who does the arithmetic changes no bit
         "TZ": "Asia/Kathmandu",
     }
     line = ("average", "ckpts", "--last", 5, "-o", "o.h5")
