@@ -355,7 +355,8 @@ class OutputRules:
     """What an average that is like a checkpoint may be called, must keep, or should say."""
 
     suffixes: tuple[str, ...] = ()  # of its name, if not those of its format
-    #: What a user should know who stores a dtype, keeps the "optimizer", or misses the "ema".
+    #: What a user should know who stores a dtype, keeps the "optimizer" or "objects" beside the
+    #: tensors, or misses the "ema".
     cautions: Mapping[str, str] = field(default_factory=dict)
     is_fixed: bool = False  # types and optimizer state must stay
     tails: tuple[str, ...] = ()  # of its further files, in place of the suffix

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.errors import FormatError, OutputError, shown, word_rest
 from polyak_cli.formats import zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.torch import beside, pickles, vocabularies
 from polyak_cli.formats.torch.beside import Owner
-from polyak_cli.formats.torch.pickles import SIZES, Pairs, Stored, Tensor
+from polyak_cli.formats.torch.pickles import SIZES, Instance, Pairs, Stored, Tensor, find_inside
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile
 from polyak_cli.storage.local import (
@@ -97,11 +97,18 @@ class _Collected:
         if isinstance(root, Pairs) and beside.is_optimizer(root):
             raise FormatError("is the state of an optimizer; expected a model's state dict")
         views: dict[str, list[_Found]] = {}
-        for count, found in enumerate(_walk(root, (), "", set())):
+        hidden: dict[str, tuple[_Found, Instance]] = {}
+        for count, found in enumerate(_Walk().find(root)):
             if count % 500 == 0:
                 heartbeat()
             key = found.value.key if isinstance(found.value, Stored) else found.value.storage.key
-            views.setdefault(key, []).append(found)
+            if found.holder is None:
+                views.setdefault(key, []).append(found)
+            elif not found.owner:
+                hidden.setdefault(key, (found, found.holder))
+        for key, (found, holder) in hidden.items():
+            if all(view.owner for view in views.get(key, ())):
+                _refuse_hidden(found, holder)
         for several in views.values():
             # What a model and its optimizer share is the model's.
             own = [view for view in several if not view.owner]
@@ -165,8 +172,9 @@ class _Collected:
 def read_names(path: str, heartbeat: Heartbeat) -> set[str]:
     """Return the names of all tensors of a checkpoint, of tied ones too."""
     with zips.open_archive(path) as (file, members, _):
-        root = pickles.read(zips.read_whole(file, _find_records(members)["data.pkl"]), heartbeat)
-        return {"/".join(found.path) for found in _walk(root, (), "", set())}
+        content = zips.read_whole(file, _find_records(members)["data.pkl"])
+        root = pickles.read(content, heartbeat, unknown={})
+        return {"/".join(found.path) for found in _Walk().find(root)}
 
 
 class _Found(NamedTuple):
@@ -175,20 +183,62 @@ class _Found(NamedTuple):
     path: tuple[str, ...]  # the keys that lead to it
     owner: Owner
     value: Tensor | Stored
+    holder: Instance | None = None  # the object that it can be reached through, if it is in one
 
 
-def _walk(value: Any, path: tuple[str, ...], owner: Owner, seen: set[int]) -> Iterator[_Found]:
-    """Yield all tensors; what is there twice is entered once."""
-    owner = owner or beside.find_owner(path, value)
-    if isinstance(value, (Tensor, Stored)):
-        yield _Found(path, owner, value)
-    elif isinstance(value, (Pairs, list, tuple)) and id(value) not in seen:
-        seen.add(id(value))
-        if len(path) == _MAXIMUM_DEPTH:
-            raise FormatError(f"its dictionaries are nested more than {_MAXIMUM_DEPTH} deep")
-        for key, item in value.items if isinstance(value, Pairs) else enumerate(value):
-            plain = isinstance(key, (str, int, float, bool, type(None)))
-            yield from _walk(item, (*path, str(key) if plain else "?"), owner, seen)
+class _Walk:
+    """A walk through all that a pickle holds; what is there twice is entered once."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.inside: dict[bool, set[int]] = {True: set(), False: set()}  # the model's own or not
+
+    def find(self, value: Any, path: tuple[str, ...] = (), owner: Owner = "") -> Iterator[_Found]:
+        """Yield all tensors."""
+        owner = owner or beside.find_owner(path, value)
+        if isinstance(value, (Tensor, Stored)):
+            yield _Found(path, owner, value)
+        elif isinstance(value, (Pairs, Instance, list, tuple)) and id(value) not in self.seen:
+            self.seen.add(id(value))
+            if len(path) == _MAXIMUM_DEPTH:
+                raise FormatError(f"its dictionaries are nested more than {_MAXIMUM_DEPTH} deep")
+            if isinstance(value, Instance):
+                for hidden in find_inside(value, self.inside[owner == ""]):
+                    yield _Found(path, owner, hidden, value)
+            for key, item in _list_items(value):
+                yield from self.find(item, (*path, key), owner)
+
+
+def _list_items(value: Pairs | Instance | list[Any] | tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    """Yield what is in a container, each under its key or number in text."""
+    for key, item in value.items if isinstance(value, (Pairs, Instance)) else ():
+        plain = isinstance(key, (str, int, float, bool, type(None)))
+        yield str(key) if plain else "?", item
+    elements = value.elements if isinstance(value, Instance) else value
+    for number, item in enumerate(() if isinstance(elements, Pairs) else elements):
+        yield str(number), item
+
+
+def _refuse_hidden(found: _Found, holder: Instance) -> None:
+    """Refuse a tensor of the model that can be reached only through an object."""
+    where = f" at '{shown('/'.join(found.path))}'" if found.path else ""
+    names = _list_keys(holder.state)
+    if "_parameters" in names or holder.of.startswith("torch.nn.modules."):
+        raise FormatError(
+            f"holds a whole model with its classes ({shown(holder.of)}){where}, whose code is "
+            "never run; if you trust its source, load it and torch.save(model.state_dict(), ...)"
+        )
+    raise FormatError(
+        f"holds tensors inside an object{where} of the class '{shown(holder.of)}', whose code is "
+        "never run, so what they mean is not known; save the state dict without that object"
+    )
+
+
+def _list_keys(state: Any) -> set[str]:
+    """Return the names of an object's attributes."""
+    if not isinstance(state, Pairs):
+        return set()
+    return {key for key, _ in state.items if isinstance(key, str)}
 
 
 def _view_storage(value: Tensor | Stored) -> Tensor:
@@ -229,6 +279,18 @@ def _describe_arrangement(named: Sequence[Named], views: Sequence[Tensor], size:
     if name != text:
         name += f" (SHA-256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]})"
     return name
+
+
+def _note_objects(names: Sequence[str]) -> dict[str, str]:
+    """Return what to say of the objects that the pickle holds: they are carried unread."""
+    if not names:
+        return {}
+    some = ", ".join(shown(name, 60) for name in names[:3])
+    return {
+        "objects": f"carried unread from the newest checkpoint: objects of {some}"
+        f"{word_rest(len(names) - 3)}; like the checkpoints, the average opens with "
+        "torch.load(..., weights_only=False), which runs their code"
+    }
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -284,7 +346,9 @@ class TorchZip(Format):
         with zips.open_archive(request.path) as (file, members, _):
             records = _find_records(members)
             table = _Collected(records, _read_byteorder(file, records))
-            root = pickles.read(zips.read_whole(file, records["data.pkl"]), heartbeat)
+            unknown: dict[str, None] = {}
+            content = zips.read_whole(file, records["data.pkl"])
+            root = pickles.read(content, heartbeat, unknown=unknown)
             table.fill(root, heartbeat)
             if request.with_optimizer:
                 table.leftover()
@@ -302,7 +366,7 @@ class TorchZip(Format):
                 config="",
                 is_polyak_output=PROVENANCE in records,
                 about=_read_record(file, records) if request.with_optimizer else {},
-                rules=OutputRules(is_fixed=True),
+                rules=OutputRules(cautions=_note_objects([*unknown]), is_fixed=True),
                 assets=vocabularies.find_in_pickle(root),
             )
 
@@ -352,9 +416,8 @@ class TorchZip(Format):
         safetensors files.
         """
         with zips.open_archive(table.files[0].path) as (file, members, _):
-            root = pickles.read(
-                zips.read_whole(file, _find_records(members)["data.pkl"]), heartbeat
-            )
+            content = zips.read_whole(file, _find_records(members)["data.pkl"])
+            root = pickles.read(content, heartbeat, unknown={})
         if not isinstance(root, Pairs):
             raise OutputError("is not a state dict, so its tensors have no names")
         for key, value in root.items:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from polyak_cli.formats.torch.pickles import Pairs
+from polyak_cli.formats.torch.pickles import Instance, Pairs
 
 #: Whose a value is: "" is the model's own, "run" is neither the model's nor an optimizer's.
 Owner = Literal["", "optimizer", "run"]
@@ -74,7 +74,7 @@ def find_owner(path: tuple[str, ...], value: Any) -> Owner:
     """
     if path and _RANDOM.fullmatch(path[-1]) and getattr(value, "dtype", "uint8") == "uint8":
         return "run"  # PyTorch's states are bytes
-    if not isinstance(value, (Pairs, list, tuple)):
+    if not isinstance(value, (Pairs, Instance, list, tuple)):
         return ""  # a tensor that is called as an optimizer is may well be a model's
     if len(path) == 1 and _OPTIMIZER.fullmatch(path[0]):
         return "optimizer"

@@ -1,13 +1,15 @@
 """The pickle of a state dict, read into inert values: nothing is imported, called or executed.
 
-An interpreter of the opcodes that `torch.save` writes.  A global becomes its bare name, a call
-becomes a note of what was to be called, and a name that no state dict needs is refused, wherever it
-stands.  Python's own unpickler has no part in this: `pickletools` only cuts the bytes into opcodes.
+An interpreter of the opcodes that `torch.save` writes.  A global becomes its bare name, and a call
+becomes a note of what was to be called.  A name that is not known is refused, or noted like any
+other where the caller carries the pickle as it is; one that only runs code is refused anywhere.
+Python's own unpickler has no part in this: `pickletools` only cuts the bytes into opcodes.
 """
 
 from __future__ import annotations
 
 import pickletools
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -63,7 +65,7 @@ _STORAGES = {
 #: What may be named but is not called; tensors with attributes name their own class.
 _CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 _NAMED = {f"torch.{dtype}" for dtype in SIZES} | _CLASSES
-#: What may be called and holds no tensors: it is carried, so that its result does not matter.
+#: What may be called and is neither a tensor nor a dictionary.
 _PLAIN = {
     "_codecs.encode",
     "builtins.bytearray",
@@ -76,6 +78,14 @@ _PLAIN = {
     "torch.Size",
     "torch.device",
 }
+#: What runs a program or code when it is called, and is no object that a program would save.  The
+#: list is a courtesy and no protection: nothing is called, whatever its name.
+_RUNS_CODE = re.compile(
+    r"(os|posix|nt|sys|pty|subprocess|importlib|runpy|shutil|ctypes|_?pickle|marshal|webbrowser)\..*"
+    r"|torch\.((hub|serialization|jit|ops)\..*|load)"
+    r"|builtins\.(eval|exec|compile|open|input|breakpoint)"
+    r"|.*\.__\w+__(\..*)?"  # such as the globals of a function
+)
 #: Tensors that are not one run of plain numbers: the name begins so -> what to tell.
 _OTHER_TENSORS = {
     "torch._utils._rebuild_qtensor": "a quantised tensor; average the checkpoints before that",
@@ -113,20 +123,15 @@ class Name:
     full: str
 
 
-@dataclass(frozen=True, slots=True)
-class Object:
-    """Whatever else a call makes."""
-
-    of: str
-
-
 @dataclass(slots=True, eq=False)
 class Instance:
-    """An object of a class that the caller of `read` knows; it is noted, and never made."""
+    """An object, or whatever else a call makes; it is noted, and never made."""
 
     of: str
     arguments: tuple[Any, ...]  # of the call that makes it
     state: Any = None  # what it is given afterwards: its attributes, or whatever its class takes
+    items: list[tuple[Any, Any]] = field(default_factory=list)  # if it is a kind of dictionary
+    elements: list[Any] = field(default_factory=list)  # if it is a kind of list
 
 
 @dataclass(slots=True, eq=False)
@@ -136,7 +141,12 @@ class Pairs:
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
 
-def read(content: bytes, heartbeat: Heartbeat, classes: Collection[str] = ()) -> Any:
+def read(
+    content: bytes,
+    heartbeat: Heartbeat,
+    classes: Collection[str] = (),
+    unknown: dict[str, None] | None = None,
+) -> Any:
     """Return what a pickle holds: plain values, lists, tuples and the inert classes above.
 
     Args:
@@ -144,11 +154,13 @@ def read(content: bytes, heartbeat: Heartbeat, classes: Collection[str] = ()) ->
         heartbeat: called every few hundred opcodes.
         classes: full names of further classes and functions that may be called; each call gives
             an `Instance`.
+        unknown: takes the full names of all others, in their order; each call gives an `Instance`.
+            None: they are refused.
 
     Raises:
         FormatError: it is damaged, too large, or names what no state dict needs.
     """
-    machine = _Machine(classes)
+    machine = _Machine(classes, unknown)
     with warnings.catch_warnings():
         # `pickletools` warns of texts whose escapes are none: those are refused below.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -162,6 +174,37 @@ def read(content: bytes, heartbeat: Heartbeat, classes: Collection[str] = ()) ->
                 _damaged(f"it has the opcode {opcode}, which torch.save does not write")
             action(machine, argument)
     return machine.pop()
+
+
+def find_inside(made: Instance, entered: set[int]) -> Iterator[Tensor | Stored]:
+    """Yield the tensors that only the class of an object knows what to do with.
+
+    These are in what it is created of, and in its attributes; neither in its items nor in its
+    elements, which say by themselves what they are.
+
+    Args:
+        made: the object.
+        entered: which values have been looked into; added to.
+    """
+    # No recursion: objects may be as deep as they like, as nothing in them has a name here.
+    waiting: list[Any] = [made.arguments, made.state]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (Tensor, Stored)):
+            yield value
+        elif isinstance(value, (Pairs, Instance, list, tuple)) and id(value) not in entered:
+            entered.add(id(value))
+            waiting += _list_parts(value)
+
+
+def _list_parts(value: Pairs | Instance | list[Any] | tuple[Any, ...]) -> list[Any]:
+    """Return all values that a container or an object holds."""
+    if isinstance(value, (list, tuple)):
+        return [*value]
+    parts = [part for pair in value.items for part in pair]
+    if isinstance(value, Instance):
+        parts += [*value.elements, value.arguments, value.state]
+    return parts
 
 
 def _opcodes(content: bytes) -> Iterator[tuple[str, Any]]:
@@ -185,8 +228,9 @@ def _damaged(what: str) -> Never:
 class _Machine:
     """The stack of the pickle machine; every method but the first four does one opcode."""
 
-    def __init__(self, classes: Collection[str]) -> None:
+    def __init__(self, classes: Collection[str], unknown: dict[str, None] | None) -> None:
         self.classes = classes
+        self.unknown = unknown
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under each mark
         self.memo: dict[int, Any] = {}
@@ -205,7 +249,17 @@ class _Machine:
         items, self.stack = self.stack, self.below.pop()
         return items
 
-    def top(self, kind: type[Any]) -> Any:
+    def discard(self) -> None:
+        """Drop the last value; where there is none above a mark, that is the mark."""
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.pop_mark()
+
+    def discard_mark(self) -> None:
+        self.pop_mark()
+
+    def top(self, kind: type[Any] | tuple[type[Any], ...]) -> Any:
         """Return the last value, which must be of a kind."""
         if not self.stack or not isinstance(self.stack[-1], kind):
             _damaged("it adds items to an object that takes none")
@@ -230,17 +284,30 @@ class _Machine:
         self.push(tuple(reversed(items)))
 
     def extend(self, items: list[Any]) -> None:
-        self.top(list).extend(items)
+        made = self.top((list, Instance))
+        (made.elements if isinstance(made, Instance) else made).extend(items)
 
     def fill(self, items: list[Any]) -> None:
         if len(items) % 2:
             _damaged("it has a key without a value")
-        self.top(Pairs).items.extend(zip(items[::2], items[1::2], strict=True))
+        self.top((Pairs, Instance)).items.extend(zip(items[::2], items[1::2], strict=True))
 
     def name(self, text: str) -> None:
         """Take a global, in one text with a space between module and name."""
-        full = text.replace(" ", ".", 1)
-        self.push(Name(full) if full in self.classes else _known(full))
+        # Protocol 2 calls builtins as Python 2 did.
+        full = text.replace(" ", ".", 1).replace("__builtin__.", "builtins.", 1)
+        if full not in self.classes and not _is_known(full):
+            _refuse_special(full)
+            if self.unknown is None:
+                _refuse_unknown(full)
+            self.unknown[full] = None
+        self.push(Name(full))
+
+    def is_callable(self, made: Any) -> bool:
+        """Return whether a call of something is noted and not understood."""
+        if not isinstance(made, Name):
+            return self.unknown is not None and isinstance(made, Instance)
+        return made.full in self.classes or not _is_known(made.full)
 
     def stack_name(self) -> None:
         """Take a global as protocol 4 writes it."""
@@ -251,33 +318,36 @@ class _Machine:
 
     def instance(self, text: str) -> None:
         """Refuse an opcode of long ago, naming what it would make."""
-        _damaged(f"it would create a '{_known(text.replace(' ', '.', 1)).full}'")
+        self.name(text)
+        _damaged(f"it would create a '{shown(self.pop().full)}'")
 
     def call(self) -> None:
         arguments, function = self.pop(), self.pop()
-        if not isinstance(function, Name) or not isinstance(arguments, tuple):
-            _damaged("it calls an object that is not a function")
-        if function.full in self.classes:
-            self.push(Instance(function.full, arguments))
-        else:
+        if not isinstance(arguments, tuple):
+            _damaged("it calls a function without arguments")
+        if self.is_callable(function):
+            self.push(_note_call(function, arguments))
+        elif isinstance(function, Name):
             self.push(_called(function.full, arguments))
+        else:
+            _damaged("it calls an object that is not a function")
 
-    def create(self) -> None:
-        """Take an object as protocol 2 and later make it, of a class that the caller knows."""
+    def create(self, keywords: tuple[Any, ...] = ()) -> None:
+        """Take an object as protocol 2 and later make it, of a class that is not understood."""
         arguments, kind = self.pop(), self.pop()
-        known = isinstance(kind, Name) and kind.full in self.classes
-        if not known or not isinstance(arguments, tuple):
+        if not self.is_callable(kind) or not isinstance(arguments, tuple):
             _damaged("it creates an object, which torch.save does not")
-        self.push(Instance(kind.full, arguments))
+        self.push(_note_call(kind, arguments + keywords))
 
     def build(self) -> None:
         """Give an object its attributes: a state dict has its `_metadata` so."""
         state, made = self.pop(), self.top(object)
         if isinstance(made, Instance):
-            made.state = state
+            # A second state would hide what is in the first.
+            made.state = state if made.state is None else (made.state, state)
         elif isinstance(made, Pairs):
             made.items.append(("__dict__", state))
-        elif made != Object("numpy.dtype"):
+        else:
             _damaged("it sets attributes of an object that has none")
 
     def stored(self) -> None:
@@ -289,29 +359,41 @@ class _Machine:
                 _damaged("it has a persistent id that does not name a storage")
 
 
-def _known(full: str) -> Name:
-    """Return a name that a state dict may need; protocol 2 calls builtins as Python 2 did."""
-    full = full.replace("__builtin__.", "builtins.", 1)
-    if full in _STORAGES or full in _NAMED or full in _PLAIN or full in _MADE:
-        return Name(full)
+def _is_known(full: str) -> bool:
+    """Return whether a name is one that state dicts have."""
+    return full in _STORAGES or full in _NAMED or full in _PLAIN or full in _MADE
+
+
+def _refuse_special(full: str) -> None:
+    """Refuse tensors that are not plain, and what runs code, wherever they are."""
     what = next((why for start, why in _OTHER_TENSORS.items() if full.startswith(start)), None)
     if what:
         raise FormatError(f"holds {what} ({shown(full)})")
-    if full.startswith("torch.nn.modules."):
+    if _RUNS_CODE.fullmatch(full):
         raise FormatError(
-            f"holds a whole model with its classes ({shown(full)}), whose code is never run; if "
-            "you trust its source, load it and torch.save(model.state_dict(), ...)"
+            f"its pickle names '{shown(full)}', which runs code; no checkpoint needs that, and it "
+            "is never run: do not trust this file"
         )
+
+
+def _refuse_unknown(full: str) -> Never:
     raise FormatError(
         f"its pickle names '{shown(full)}', which no state dict needs and which is never run; "
         "save model.state_dict() without other objects"
     )
 
 
+def _note_call(function: Name | Instance, arguments: tuple[Any, ...]) -> Instance:
+    """Return an object of a class that is not understood, or what a function would return."""
+    if isinstance(function, Name):
+        return Instance(function.full, arguments)
+    return Instance(function.of, (function, *arguments))
+
+
 def _called(full: str, arguments: tuple[Any, ...]) -> Any:
     """Return what stands for the result of a call."""
     if full in _PLAIN:
-        return Object(full)
+        return Instance(full, arguments)
     if full not in _MADE:
         _damaged(f"it calls '{full}'")
     return _MADE[full](arguments)
@@ -321,6 +403,10 @@ def _dictionary(arguments: tuple[Any, ...]) -> Pairs:
     if arguments:
         _damaged("it creates a dictionary in a way that torch.save does not")
     return Pairs()
+
+
+def _default_dictionary(_: tuple[Any, ...]) -> Pairs:
+    return Pairs()  # its items follow; the class of missing ones does not matter
 
 
 def _tensor(arguments: tuple[Any, ...]) -> Tensor:
@@ -354,17 +440,19 @@ def _refuse_lazy(metadata: Sequence[Any]) -> None:
         )
 
 
-def _parameter(arguments: tuple[Any, ...]) -> Tensor:
+def _parameter(arguments: tuple[Any, ...]) -> Tensor | Instance:
     """Note what `_rebuild_parameter` would make of a tensor; its attributes hold no tensors."""
     match arguments:
-        case (Tensor() as tensor, *_):
+        case (Tensor() | Instance() as tensor, *_):
             return tensor
     _damaged("it has a parameter that is not a tensor")
 
 
-def _with_attributes(arguments: tuple[Any, ...]) -> Tensor:
+def _with_attributes(arguments: tuple[Any, ...]) -> Tensor | Instance:
     """Note what `_rebuild_from_type_v2` would make: a plain tensor that was given attributes."""
     match arguments:
+        case (Name(), Name(kind), tuple(), _) if not _is_known(kind):
+            return Instance(kind, arguments)  # what such a class stores is not known
         case (Name(full), Name(kind), tuple(plain), _) if kind in _CLASSES:
             if full in _MADE and full != _FROM_TYPE:
                 made = _MADE[full](plain)
@@ -384,6 +472,7 @@ def _numbers(values: tuple[Any, ...]) -> tuple[int, ...]:
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 _MADE: Mapping[str, Callable[[tuple[Any, ...]], Any]] = {
     "collections.OrderedDict": _dictionary,
+    "collections.defaultdict": _default_dictionary,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
     "torch._utils._rebuild_parameter": _parameter,
@@ -397,17 +486,22 @@ _ACTIONS: Mapping[str, _Action] = {
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
     "NEWFALSE": lambda machine, _: machine.push(False),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
-    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINSTRING"), _Machine.push),
-    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES"), _Machine.push),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "LONG4"), _Machine.push),
+    **dict.fromkeys(("BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push),
+    **dict.fromkeys(("SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES"), _Machine.push),
+    **dict.fromkeys(("BINBYTES8", "BYTEARRAY8"), _Machine.push),
     "EMPTY_LIST": lambda machine, _: machine.push([]),
     "EMPTY_SET": lambda machine, _: machine.push([]),
     "EMPTY_DICT": lambda machine, _: machine.push(Pairs()),
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "FROZENSET": lambda machine, _: machine.push(machine.pop_mark()),
     "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_mark())),
     "TUPLE1": lambda machine, _: machine.pack(1),
     "TUPLE2": lambda machine, _: machine.pack(2),
     "TUPLE3": lambda machine, _: machine.pack(3),
+    # A tuple that holds itself is made twice, and the first is thrown away.
+    "POP": lambda machine, _: machine.discard(),
+    "POP_MARK": lambda machine, _: machine.discard_mark(),
     "APPEND": lambda machine, _: machine.extend([machine.pop()]),
     "APPENDS": lambda machine, _: machine.extend(machine.pop_mark()),
     "ADDITEMS": lambda machine, _: machine.extend(machine.pop_mark()),
@@ -423,6 +517,7 @@ _ACTIONS: Mapping[str, _Action] = {
     "INST": _Machine.instance,
     "REDUCE": lambda machine, _: machine.call(),
     "NEWOBJ": lambda machine, _: machine.create(),
+    "NEWOBJ_EX": lambda machine, _: machine.create((machine.pop(),)),
     "BUILD": lambda machine, _: machine.build(),
     "BINPERSID": lambda machine, _: machine.stored(),
 }
