@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from polyak_cli import FormatError, OutputError, average, plan, run, verify
-from polyak_cli.averaging import records
+from polyak_cli.averaging import carried_files, records
 from polyak_cli.errors import ChangedError
 from polyak_cli.pipeline.watching import watch
 from tests.command import polyak
@@ -373,6 +373,44 @@ def test_a_file_that_changes_while_it_is_copied_is_refused(tmp_path: Path, chang
     with pytest.raises((ChangedError, FormatError), match=r"tokenizer\.json: (changed|cannot)"):
         run(made)
     assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_copy_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """After the weights are written, the disk is full or the user has had enough."""
+    paths = write_run(tmp_path / "run")
+    output = tmp_path / "final"
+    average(paths[:2], output)
+    before = read_tree(output)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(carried_files, "copy_range", fail)
+    with pytest.raises((OutputError, KeyboardInterrupt)):
+        average(paths, output, force=True)
+    with pytest.raises((OutputError, KeyboardInterrupt)):
+        average(paths, tmp_path / "new")
+    assert read_tree(output) == before
+    assert sorted(os.listdir(tmp_path)) == ["final", "run"]
+
+
+def test_names_are_any_bytes(tmp_path: Path) -> None:
+    """Of no encoding, with a line's end, like an option; the record holds and verifies them."""
+    *_, newest = write_run(tmp_path / "run", extra={})
+    names = [b"x\xff.txt", b"two\nlines.json", "ünï.txt".encode(), b"-o.json", b"a b.txt"]
+    for name in names:
+        with open(os.fsencode(newest) + b"/" + name, "wb") as file:
+            file.write(name)
+    done = polyak("average", "run", "-o", "final", "-v", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "two\\nlines.json" in done.stdout
+    found = set(os.listdir(os.fsencode(tmp_path / "final")))
+    assert found == {*names, b"model.safetensors", RECORD.encode()}
+    assert verify(tmp_path / "final").verified
+    assert average(tmp_path / "run", tmp_path / "final", force=True, verify=True).verified
 
 
 def test_an_output_in_the_checkpoint_itself_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from polyak_cli import FormatError, PolyakError, average
+from polyak_cli import FormatError, MismatchError, PolyakError, average
 from polyak_cli.formats import catalogue
 from tests.contract import Contract, Tensors
 
@@ -113,6 +113,19 @@ def test_weights_that_are_no_module_are_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "o/draft/model.safetensors").exists()
     assert (tmp_path / "o/draft/config.json").exists()
     assert any("draft/model.safetensors" in note for note in report.notes)
+
+
+def test_the_vocabulary_of_a_module_must_be_the_same(tmp_path: Path) -> None:
+    """Each module may have a tokenizer of its own, in its folder."""
+    paths = write_pair(tmp_path / "run")
+    for k, path in enumerate(paths):
+        (path / INNER / "vocab.txt").write_text("a\nb\n")
+        (path / "vocab.txt").write_text("c\nd\n")
+        (path / "2_Router/vocab.txt").write_text(f"{k}\n")  # of a folder without weights
+    average(paths, tmp_path / "o")
+    (paths[0] / INNER / "vocab.txt").write_text("b\na\n")
+    with pytest.raises(MismatchError, match=rf"'{INNER}/vocab.txt' differs"):
+        average(paths, tmp_path / "other")
 
 
 def test_names_of_tensors_say_which_module_has_them(tmp_path: Path) -> None:

@@ -77,14 +77,30 @@ def _collect(tables: Sequence[Table]) -> list[Mapping[str, Asset]]:
 
     The files in one folder belong to all checkpoints in it: there is nothing to compare.
     """
-    folders = [Path(table.path).parent for table in tables]
-    unique = [*dict.fromkeys(folders)]
-    beside = read_assets_beside(unique) if len(unique) > 1 else [{}]
-    by_folder = dict(zip(unique, beside, strict=True))
-    return [
-        {**table.assets, **by_folder[folder]} if len(unique) > 1 else table.assets
-        for table, folder in zip(tables, folders, strict=True)
-    ]
+    if len({table.path.parent for table in tables}) == 1:
+        return [table.assets for table in tables]
+    folders = [_list_folders(table) for table in tables]
+    unique = [*dict.fromkeys(path for found in folders for path in found)]
+    by_folder = dict(zip(unique, read_assets_beside(unique), strict=True))
+    collected = [dict(table.assets) for table in tables]
+    for assets, found in zip(collected, folders, strict=True):
+        for path, prefix in found.items():
+            assets |= {f"{prefix}{name}": asset for name, asset in by_folder[path].items()}
+    return list(collected)
+
+
+def _list_folders(table: Table) -> dict[Path, str]:
+    """Return the folders with a checkpoint's files -> a prefix for the names of what is in them.
+
+    Modules of a model may have a folder each, with a tokenizer of its own.
+    """
+    root = table.path.parent
+    folders = dict.fromkeys([root, *(Path(file.path).parent for file in table.files)])
+    return {
+        path: "" if path == root else f"{path.relative_to(root).as_posix()}/"
+        for path in folders
+        if path == root or root in path.parents
+    }
 
 
 def _find_others(tables: Sequence[Table], assets: Sequence[Mapping[str, Asset]]) -> dict[int, str]:
