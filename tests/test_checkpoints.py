@@ -396,6 +396,37 @@ def test_a_file_named_by_itself_is_meant(run: Path) -> None:
     assert epochs(selection) == [None] * 4
 
 
+def test_an_average_named_beside_checkpoints_needs_confirmation(run: Path) -> None:
+    """A shell's glob names an average in the folder too; only --order given says it is meant."""
+    one, two, final = [*numbered(run, 1, 2), *make(run, "final.h5")]
+
+    def ours(paths: Sequence[Path]) -> list[Path]:
+        return [path for path in paths if path.name == "final.h5"]
+
+    message = refusal(final, one, two, find_polyak_outputs=ours)
+    assert message.startswith(f"{final} is an average that polyak wrote")
+    assert "leave it out with --exclude 'final.h5'" in message
+    assert refusal(run / "model_*.h5", final, find_polyak_outputs=ours) == message
+    kept = select([final, one, two], find_polyak_outputs=ours, exclude=["final.h5"])
+    assert names(kept) == ["model_1.h5", "model_2.h5"]
+    meant = select([final, one, two], find_polyak_outputs=ours, order="given")
+    assert names(meant) == ["final.h5", "model_1.h5", "model_2.h5"]
+    assert names(select([final], find_polyak_outputs=ours)) == ["final.h5"]
+    found = checkpoints.survey([final, one, two], find_polyak_outputs=ours)
+    assert (epochs(found), reasons(found)) == ([1, 2], {"final.h5": "written by polyak"})
+    assert [(problem.kind, problem.path) for problem in found.problems] == [("other run", final)]
+
+
+def test_the_only_checkpoint_of_a_run_needs_no_exclusion(run: Path) -> None:
+    """Keras's save_best_only keeps one file without an epoch; without it nothing would be left."""
+    (best,) = make(run, "best.keras")
+    message = refusal(run)
+    assert message.startswith(f"{best}: is the only checkpoint, and its name has no epoch")
+    assert "save_best_only=False" in message
+    assert "--exclude" not in message
+    assert [problem.text for problem in checkpoints.survey([run]).problems] == [message]
+
+
 @pytest.mark.parametrize("pattern", ["best*", "*/run/best_*", "*[t].h5"])
 def test_exclude_matches_names_and_whole_paths(run: Path, pattern: str) -> None:
     """An excluded file is passed over, and the reason is the pattern."""
@@ -1215,8 +1246,9 @@ def test_a_missing_metric_names_the_log_beside_the_checkpoint(
 )
 def test_the_example_of_a_pattern_fits_the_suffix(run: Path, name: str, pattern: str) -> None:
     """The pattern that a refusal proposes finds the epoch of a file of the same suffix."""
-    make(run, name)
+    _, other = make(run, name, f"x{name}")
     assert f"--epoch-pattern, for instance '{pattern}'" in refusal(run, last=1)
+    other.unlink()
     (run / name).rename(run / name.replace("best", "best_7"))
     (found,) = select([run], epoch_pattern=pattern).checkpoints
     assert found.epoch == 7

@@ -684,6 +684,26 @@ def test_the_average_of_one_checkpoint_is_called_a_copy(run_folder: Path) -> Non
             assert ("an average of one checkpoint is a copy of it" in text) == says
 
 
+def test_an_average_in_the_folder_is_recognised_among_the_files_of_a_shell_glob(
+    run_folder: Path,
+) -> None:
+    """The advice is to leave it out; `average` and `check` both say so, and with it both work."""
+    succeeded(polyak("average", "ckpts", "-o", "ckpts/avg.h5", "-q", cwd=run_folder))
+    files = sorted(path.relative_to(run_folder) for path in (run_folder / "ckpts").glob("*.h5"))
+    output, without = ("-o", "o.h5"), ("--exclude", "avg.h5")
+    text = "ckpts/avg.h5 is an average that polyak wrote, beside checkpoints that are none: leave"
+    refused = polyak("average", *files, *output, cwd=run_folder)
+    assert refused.returncode == 3
+    assert f"error: {text} it out with --exclude 'avg.h5'" in refused.stderr
+    checked = polyak("check", *files, cwd=run_folder)
+    assert checked.returncode == 1
+    assert f"other run: {text}" in checked.stdout
+    succeeded(polyak("average", *files, *output, *without, cwd=run_folder))
+    succeeded(polyak("average", "ckpts", "-o", "folder.h5", cwd=run_folder))
+    assert (run_folder / "o.h5").read_bytes() == (run_folder / "folder.h5").read_bytes()
+    assert "healthy" in succeeded(polyak("check", *files, *without, cwd=run_folder))
+
+
 def test_files_that_nobody_takes_for_checkpoints_are_no_news(run_folder: Path) -> None:
     """A text file beside the run is listed under -v; an earlier average is always."""
     (run_folder / "ckpts/notes.txt").write_text("foreign")

@@ -133,12 +133,13 @@ def select(
         epoch_pattern: a regular expression that is searched for in each file's name, or in its path
             below their common folder if names repeat or none matches; the epoch is its group
             ``epoch``, else its first group, else the whole match.
-        order: "given" keeps the order of files that are given one by one; "epoch" confirms that it
-            is that of their epochs.
+        order: "given" keeps the order of files that are given one by one, and confirms that an
+            average among them is meant; "epoch" confirms that the order is that of their epochs.
         growing: the run is still training, so fewer checkpoints than asked for, or none yet, are no
             error.
         find_polyak_outputs: returns which of the given files are averages that this tool wrote.
-            It is called only with regular files from directories and patterns.
+            It is called only with regular files.  Averages in directories and patterns are passed
+            over; given by themselves beside files that are none, they need ``order`` "given".
 
     Raises:
         UsageError: the arguments contradict one another or are out of range.
@@ -148,8 +149,11 @@ def select(
     wanted = check_monitor(best, monitor, mode, log, log_first)
     _check_bounds(from_epoch, to_epoch)
     pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
-    pool = find_candidates(list_sources(sources), exclude, growing, find_polyak_outputs, refuse)
-    ordered, notes = order_by_epoch(pool, pattern, order == "given")
+    as_given = order == "given"
+    pool = find_candidates(
+        list_sources(sources), exclude, growing, find_polyak_outputs, refuse, as_given
+    )
+    ordered, notes = order_by_epoch(pool, pattern, as_given)
     followed = ordered
     if growing:
         followed, restart_notes = _follow(ordered)
@@ -203,10 +207,11 @@ def survey(
     _check_bounds(from_epoch, to_epoch)
     pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
     problems: list[Problem] = []
+    as_given = order == "given"
     pool = find_candidates(
-        list_sources(sources), exclude, False, find_polyak_outputs, problems.append
+        list_sources(sources), exclude, False, find_polyak_outputs, problems.append, as_given
     )
-    ordered = order_as_far_as_known(pool, pattern, order == "given", problems.append)
+    ordered = order_as_far_as_known(pool, pattern, as_given, problems.append)
     # A checkpoint of unknown epoch may lie between --from and --to, so it is kept.
     known = [one for one in ordered if one.epoch is not None]
     within = set(restrict_epochs(known, from_epoch, to_epoch) if known else ())

@@ -140,6 +140,9 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://?")
 #: Folders beside one another, and names in each, that are looked through for checkpoints.
 _MOST_FOLDERS, _MOST_NAMES = 100, 10_000
 
+#: Why an average is passed over.
+_OURS = "written by polyak"
+
 #: Why a folder that is no checkpoint is passed over.
 _PLAIN_FOLDER = "a directory"
 
@@ -168,12 +171,14 @@ def find_candidates(
     growing: bool,
     find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]],
     on_problem: Callable[[Problem], None],
+    in_given_order: bool = False,
 ) -> Pool:
     """Find all candidates.
 
     Ambiguities are passed to ``on_problem``.  If it does not raise, the search continues.
     """
     unusable: list[Path] = []
+    given: list[Path] = []
     found: dict[tuple[int, int], Path] = {}
     passed_over: list[PassedOver] = []
     unmatched = dict.fromkeys(exclude)
@@ -189,10 +194,10 @@ def find_candidates(
             passed += of_other_kinds
         files, others = _read_identities(kept, on_problem)
         unusable += others
+        given += [] if listed else [path for path, _ in files]
         if listed:
-            opened = {find_file(path): path for path, _ in files}
-            ours = {opened[file] for file in find_polyak_outputs(list(opened))} if files else set()
-            passed += [PassedOver(path, "written by polyak") for path, _ in files if path in ours]
+            ours = _find_averages([path for path, _ in files], find_polyak_outputs)
+            passed += [PassedOver(path, _OURS) for path, _ in files if path in ours]
             files = [(path, identity) for path, identity in files if path not in ours]
             if not files and not unusable and not growing:
                 raise CheckpointError(describe_nothing_found(source, passed))
@@ -203,8 +208,44 @@ def find_candidates(
             found.setdefault(identity, path)
     if not found and not unusable and as_given:
         raise CheckpointError("no checkpoint is left: --exclude matches every file")
+    if given and len(found) > 1 and not in_given_order:
+        for path in _report_averages(given, list(found.values()), find_polyak_outputs, on_problem):
+            found = {identity: one for identity, one in found.items() if one != path}
+            passed_over.append(PassedOver(path, _OURS))
     notes = tuple(f"--exclude '{shown(pattern)}' matched nothing" for pattern in unmatched)
     return Pool((*found.values(), *unusable), as_given, tuple(passed_over), notes)
+
+
+def _find_averages(
+    paths: Sequence[Path], find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]]
+) -> set[Path]:
+    """Return the checkpoints that this tool wrote."""
+    opened = {find_file(path): path for path in paths}
+    return {opened[file] for file in find_polyak_outputs(list(opened))} if opened else set()
+
+
+def _report_averages(
+    given: Sequence[Path],
+    found: Sequence[Path],
+    find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]],
+    on_problem: Callable[[Problem], None],
+) -> list[Path]:
+    """Report and return averages that were given by themselves, beside files that are none.
+
+    A shell that expands a pattern names an average which lies in the run's folder too.
+    """
+    ours = _find_averages(given, find_polyak_outputs)
+    # An average of averages is a model soup: they were meant.
+    if ours.issuperset(found):
+        return []
+    averages = [path for path in given if path in ours]
+    for path in averages:
+        text = (
+            f"{shown(path)} is an average that polyak wrote, beside checkpoints that are none: "
+            f"{advise_exclusion(path)}; if it shall be averaged too, add --order given"
+        )
+        on_problem(Problem("other run", text, path))
+    return averages
 
 
 def _read_identities(

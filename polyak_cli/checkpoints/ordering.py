@@ -157,7 +157,8 @@ def _read_epochs_of_runs(
         if has_whole_number(name):
             runs.setdefault((find_kind(name.path), name.signature), []).append(name)
         else:
-            on_problem(Problem("no epoch", _describe_missing_number(name), name.path))
+            text = _describe_missing_number(name, alone=len(paths) == 1)
+            on_problem(Problem("no epoch", text, name.path))
     known: dict[Path, int] = {}
     parted: list[list[Name]] = []
     for alike in runs.values():
@@ -290,7 +291,7 @@ def _read_epochs(paths: Sequence[Path]) -> list[int]:
     names = find_names(paths, _SAY_WHERE_IN_PATH)
     for name in names:
         if not has_whole_number(name):
-            raise CheckpointError(_describe_missing_number(name))
+            raise CheckpointError(_describe_missing_number(name, alone=len(names) == 1))
     _require_alike(names, [name.signature for name in names])
     # Equal signatures: the names have the same numbers in the same places from here on.
     field = _find_epoch_field(names)
@@ -298,7 +299,13 @@ def _read_epochs(paths: Sequence[Path]) -> list[int]:
     return [int(name.numbers[field].value) for name in names]
 
 
-def _describe_missing_number(name: Name) -> str:
+def _describe_missing_number(name: Name, alone: bool) -> str:
+    if alone:  # such as the best.keras of a run that keeps its best epoch only
+        return (
+            f"{shown(name.path)}: is the only checkpoint, and its name has no epoch: an average "
+            "needs several, so save one an epoch (in Keras, "
+            "ModelCheckpoint('model_{epoch}.keras', save_best_only=False))"
+        )
     return (
         f"{shown(name.path)}: its name has no whole number that could be the epoch: "
         f"{advise_exclusion(name.path)}, or {_say_where(name.path)}"
