@@ -17,7 +17,7 @@ SPREAD := -n 2 --dist loadfile
 # An editable install compiles the kernel, so it is made again when one of these changes.
 BUILT_FROM := pyproject.toml $(wildcard .build-hooks/*.py polyak_cli/engine/*.c)
 
-.PHONY: demo test soak quick core core-all oldest torch hf system coverage lint types smoke wheel sanitize compilers fuzz check mutants bench bench-peers digits clean
+.PHONY: demo test soak quick core core-all oldest torch hf system coverage lint types smoke wheel sanitize compilers arm fuzz check mutants bench bench-peers digits clean
 
 # Plain numpy runs and trains both networks, so neither Keras nor TensorFlow is installed.
 demo: .venv-demo/.ready
@@ -139,6 +139,10 @@ compilers: .venv/.ready
 		|| echo "Install clang, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross (Debian), or tests are skipped"
 	$(BIN)/python -m pytest tests/test_compilers.py
 
+# The kernels and the golden digests on emulated 64-bit Arm; on Debian, after `make compilers`.
+arm: .venv-core/.ready
+	.ci/arm $(CORE)/python
+
 # Mutated headers of every format, seeded.
 fuzz: .venv/.ready
 	$(BIN)/python -m tests.hostile.fuzz
@@ -171,7 +175,7 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-hf .venv-demo .venv-mutants mutants .demo .smoke .wheel .sanitize .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-hf .venv-demo .venv-mutants mutants .demo .smoke .wheel .sanitize .arm .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 
 # No retries: without a network, the demo says so at once.  Set as variables, they also hold for the
 # second pip, which gets the build's own needs.
