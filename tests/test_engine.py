@@ -791,6 +791,9 @@ def test_bytes_and_seconds_are_counted(tmp_path: Path, monkeypatch: pytest.Monke
     assert (totals.bytes_read, totals.bytes_written) == (8000, 4000)
     assert sorted(reported) == [1600, 6400]
     assert flushed
+    flushed.clear()
+    executors.fold([tensor(1000, 0, 3)], work, memory, flush=False)
+    assert not flushed
     assert min(totals[2:5]) > 0.0
     times = iter([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))

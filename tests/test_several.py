@@ -13,6 +13,7 @@ import pytest
 from polyak_cli import pipeline
 from polyak_cli.averaging import records, writing
 from polyak_cli.averaging.schemes import make_mean
+from polyak_cli.engine import slabs
 from polyak_cli.errors import MismatchError
 from tests.oracle import write_model
 
@@ -80,3 +81,24 @@ def test_several_averages_of_two_runs_are_refused(tmp_path: Path) -> None:
     (note,) = writing.write_several(pipeline.plan(paths, allow=["two-runs"]), means, outputs)
     assert "look like two runs" in note
     assert note.endswith("averaged anyway")
+
+
+def test_averages_that_are_deleted_soon_are_not_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither candidates nor what `verify` writes again must get to the disk; an average must."""
+    monkeypatch.setattr(slabs, "TUNING", slabs.Tuning(flush_nbytes=1))
+    values = np.random.default_rng(0).normal(size=(2, 40, 40)).astype(np.float32)
+    paths = [
+        write_model(tmp_path / f"m_{k}.h5", {"d": {"k": values[0] + 0.01 * one}})
+        for k, one in enumerate(values)
+    ]
+    plan = pipeline.plan(paths)
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", flushed.append, raising=False)
+    writing.write_several(plan, [make_mean([1.0, 1.0])] * 2, [tmp_path / "a.h5", tmp_path / "b.h5"])
+    (tmp_path / "again").mkdir()
+    writing.write_again(plan, tmp_path / "again", Path("o.h5"), "record")
+    assert not flushed
+    writing.write_average(plan, tmp_path / "c.h5", "record", lambda _: None)
+    assert flushed

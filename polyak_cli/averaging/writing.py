@@ -80,7 +80,7 @@ def write_again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
     else:
         hidden.touch()
     skeleton = _write_skeleton(plan, hidden, record)
-    _fold(plan, [plan.mean], [skeleton], lambda _: None)
+    _fold(plan, [plan.mean], [skeleton], lambda _: None, flush=False)
     check_unchanged(list_files(plan.tables))
     publishing.take_names(hidden, folder / opened.parts[0])
     (table,) = formats.scan([folder / opened], with_optimizer=True)
@@ -127,7 +127,7 @@ def write_several(
             (replace(custom, mean=mean) for mean in means), outputs, strict=True
         )
     ]
-    _, _, verdict = _fold(plan, means, skeletons, progress or (lambda _: None))
+    _, _, verdict = _fold(plan, means, skeletons, progress or (lambda _: None), flush=False)
     check_unchanged(list_files(plan.tables))
     return _judge_runs(plan, verdict)
 
@@ -149,8 +149,17 @@ def _fold(
     means: Sequence[schemes.Mean],
     skeletons: Sequence[formats.Skeleton],
     progress: Progress,
+    *,
+    flush: bool = True,
 ) -> tuple[Totals, Mapping[str, Constant], runs.Verdict]:
     """Average the tensors into the outputs, by a mean each.
+
+    Args:
+        plan: which tensors of which checkpoints.
+        means: one for each output.
+        skeletons: the outputs.
+        progress: as of `executors.fold`.
+        flush: whether the outputs are kept, so that the disk gets them meanwhile.
 
     Returns:
         What it took, the constants that are not finite by tensor, and whether there is one run.
@@ -170,7 +179,7 @@ def _fold(
     )
     memory = plan.settings.machine.share(len(skeletons))
     tensors = _Averaged(plan, skeletons, compared.groups)
-    totals, found, parts = executors.fold(tensors, work, memory, progress)
+    totals, found, parts = executors.fold(tensors, work, memory, progress, flush=flush)
     kept = constants.merge_constants(parts)
     _refuse_diverged(plan, kept)
     if plan.settings.tensors.lora == "exact":

@@ -66,6 +66,8 @@ def fold(
     memory: Memory,
     progress: Progress = lambda _: None,
     executor: Executor | None = None,
+    *,
+    flush: bool = True,
 ) -> Done:
     """Average all tensors into the outputs.
 
@@ -76,6 +78,7 @@ def fold(
         memory: workers and pieces.
         progress: called in this process with the bytes that each finished batch read.
         executor: who runs the batches; `choose_executor` decides if it is not given.
+        flush: write to the disk meanwhile; outputs that are never synced need not get there.
 
     Raises:
         FormatError: an input ends early, is damaged, or changed since it was scanned.
@@ -93,7 +96,8 @@ def fold(
     with (
         contextlib.ExitStack() as stack,
         _Flusher(
-            [stack.enter_context(LocalOutput(path)) for path in job.outputs], tuning.flush_nbytes
+            [stack.enter_context(LocalOutput(path)) for path in (job.outputs if flush else ())],
+            tuning.flush_nbytes,
         ) as flusher,
         contextlib.closing(executor.run(job, batches)) as steps,
     ):
@@ -368,7 +372,8 @@ class _Flusher:
     def count(self, nbytes: int) -> None:
         """Count written bytes; start a flush if they are enough and no flush is running."""
         self.waiting += nbytes
-        if self.waiting < self.flush_nbytes or (self.flushing and not self.flushing.done()):
+        is_busy = self.flushing and not self.flushing.done()
+        if not self.outputs or self.waiting < self.flush_nbytes or is_busy:
             return
         if self.flushing:
             self.flushing.result()
