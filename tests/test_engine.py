@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polyak_cli.engine import executors, folding, numpy_kernel, reading
+from polyak_cli.engine import executors, folding, reading
 from polyak_cli.engine.executors import Executor, Forked, Futures, InProcess, Threads
 from polyak_cli.engine.folding import Done, FoldJob, Team, Worker
 from polyak_cli.engine.inputs import OpenInputs, check_unchanged
@@ -753,12 +753,8 @@ def test_a_worker_has_the_buffers_that_the_bound_counts(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_a_worker_allocates_nothing_for_a_slab(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
+def test_a_worker_allocates_nothing_for_a_slab(tmp_path: Path, dtype: str) -> None:
     """It reads, folds, rounds and writes each slab in the buffers of the first."""
-    for name in ("accumulate", "divide", "round_to", "widen"):
-        monkeypatch.setattr(folding, name, getattr(numpy_kernel, name))
     values = (np.arange(200_000) % 1000).astype("u2" if dtype == "bfloat16" else dtype)
     inputs = write_inputs(tmp_path, [values] * 3)
     (tmp_path / "out").write_bytes(b"")
@@ -766,7 +762,7 @@ def test_a_worker_allocates_nothing_for_a_slab(
     tensor = FoldTensor("x", 200_000, sources, [Placement(0, dtype, "<")])
     first, *others = [[[slab]] for slab in cut_slabs([tensor], 20_000, 20_000)]
     assert len(others) == 9
-    work = FoldJob(inputs, [str(tmp_path / "out")], np.ones((1, 3)), [3.0], False)
+    work = FoldJob(inputs, [str(tmp_path / "out")], np.ones((1, 3)), [3.0], False, kernel="numpy")
     with Worker(work) as worker:
         worker.fold(first)
         tracemalloc.start()

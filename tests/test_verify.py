@@ -21,11 +21,13 @@ from safetensors.numpy import load_file
 
 from polyak_cli import Discrepancy, PolyakError, Split, Verification, average, inspect, verify
 from polyak_cli.averaging import records
+from polyak_cli.engine import kernel, numpy_kernel
+from polyak_cli.engine.kernel import name_other
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, UsageError
 from polyak_cli.evaluation import batchnorm, recalibration
 from polyak_cli.examining import bitwise
-from polyak_cli.storage import File, Version, publishing
-from polyak_cli.tensors import Extent, Table, TensorSpec
+from polyak_cli.storage import Bytes, File, Version, publishing
+from polyak_cli.tensors import Extent, Float64, Table, TensorSpec
 from tests.command import PAUSE, SAMPLES, one_line, polyak, scripted, stopped, tree
 from tests.oracle import Array, write_model
 
@@ -833,13 +835,41 @@ def test_a_verified_average_is_the_same_and_says_so(run: Path) -> None:
     options = ("--scheme", "exp", "--verify", "-o")
     done = polyak("average", "ckpts", *options, "again.h5", cwd=run)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith(", verified: read back, it is the average bit for bit\n")
+    assert done.stdout.endswith(
+        f", verified: read back, it is the average of the {name_other()} kernel bit for bit\n"
+    )
     assert (run / "again.h5").read_bytes() == (run / "hashed.h5").read_bytes()
     done = polyak("average", "ckpts", *options, "third.h5", "--json", cwd=run)
     assert json.loads(done.stdout)["verified"] is True
+    assert json.loads(done.stdout)["verified_by"] == name_other() == "numpy"
     assert average(run / "ckpts", run / "fourth.h5").data()["verified"] is None
     names = ["again.h5", "ckpts", "final.h5", "fourth.h5", "hashed.h5", "third.h5"]
     assert sorted(os.listdir(run)) == names
+
+
+class WrongKernel:
+    """A kernel that has one bit wrong in each piece, as a faulty compiler could make it."""
+
+    NAME = "compiled"
+    widen, accumulate = staticmethod(numpy_kernel.widen), staticmethod(numpy_kernel.accumulate)
+    divide, is_finite = staticmethod(numpy_kernel.divide), staticmethod(numpy_kernel.is_finite)
+
+    def round_to(self, values: Float64, dtype: str, byteorder: str, out: Bytes) -> None:
+        """Round as numpy does, and turn the last bit of the first number."""
+        numpy_kernel.round_to(values, dtype, byteorder, out)
+        out[0] ^= 1
+
+
+def test_a_kernel_that_computes_other_bits_is_caught(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--verify computes with numpy what the compiled kernel has written, and names the way out."""
+    monkeypatch.setattr(kernel, "_chosen", WrongKernel())
+    with pytest.raises(OutputError, match=r"tensor 'dense.*use the other kernel with POLYAK_KER"):
+        average(run / "ckpts", run / "wrong.h5", verify=True)
+    assert not (run / "wrong.h5").exists()
+    average(run / "ckpts", run / "wrong.h5")
+    assert verify(run / "wrong.h5", sources=[run / "ckpts"]).verified  # it computes the same
 
 
 def test_verifying_needs_room_for_two(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

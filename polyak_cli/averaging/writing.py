@@ -58,7 +58,7 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
     return Written(totals.plus(compared), weights, beside, notes, verdict)
 
 
-def write_again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
+def write_again(plan: Plan, folder: Path, opened: Path, record: str, kernel: str = "") -> Table:
     """Write a plan's average again, exactly as `run` does; return its table.
 
     Args:
@@ -67,6 +67,7 @@ def write_again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
         opened: the name, relative to ``folder``, of the file that opens the average; "NAME/FILE" if
             the average is a folder.
         record: the text of its record.
+        kernel: the name of the one that computes; empty for the one in use.
 
     Raises:
         PolyakError: as `run`.
@@ -80,7 +81,7 @@ def write_again(plan: Plan, folder: Path, opened: Path, record: str) -> Table:
     else:
         hidden.touch()
     skeleton = _write_skeleton(plan, hidden, record)
-    _fold(plan, [plan.mean], [skeleton], lambda _: None, flush=False)
+    _fold(plan, [plan.mean], [skeleton], lambda _: None, flush=False, kernel=kernel)
     check_unchanged(list_files(plan.tables))
     publishing.take_names(hidden, folder / opened.parts[0])
     (table,) = formats.scan([folder / opened], with_optimizer=True)
@@ -151,6 +152,7 @@ def _fold(
     progress: Progress,
     *,
     flush: bool = True,
+    kernel: str = "",
 ) -> tuple[Totals, Mapping[str, Constant], runs.Verdict]:
     """Average the tensors into the outputs, by a mean each.
 
@@ -160,6 +162,7 @@ def _fold(
         skeletons: the outputs.
         progress: as of `executors.fold`.
         flush: whether the outputs are kept, so that the disk gets them meanwhile.
+        kernel: the name of the one that computes; empty for the one in use.
 
     Returns:
         What it took, the constants that are not finite by tensor, and whether there is one run.
@@ -176,6 +179,7 @@ def _fold(
         [mean.divisor for mean in scaled],
         nonfinite,
         compared.sampling,
+        kernel,
     )
     memory = plan.settings.machine.share(len(skeletons))
     tensors = _Averaged(plan, skeletons, compared.groups)

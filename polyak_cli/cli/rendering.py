@@ -227,7 +227,11 @@ def report_lines(report: Report, verbose: bool) -> Iterator[Line]:
     yield _word_cost(report, verbose)
     if report.recalibrated:
         yield _gathered_line(report.recalibrated)
-    verified = ", verified: read back, it is the average bit for bit" if report.verified else ""
+    verified = (
+        f", verified: read back, it is the average of the {report.verified_by} kernel bit for bit"
+        if report.verified
+        else ""
+    )
     yield f"wrote {shown(report.output)} ({word_size(report.bytes_written)}){verified}"
 
 

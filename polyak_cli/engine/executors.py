@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from polyak_cli.engine import kernel
 from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.folding import (
     Done,
@@ -29,6 +28,7 @@ from polyak_cli.engine.folding import (
     fold_known,
     release_workers,
 )
+from polyak_cli.engine.kernel import find_kernel
 from polyak_cli.engine.products import Products
 from polyak_cli.engine.slabs import (
     TUNING,
@@ -116,7 +116,7 @@ def choose_executor(job: FoldJob, memory: Memory) -> Executor:
     nbytes = sum(file.version.size for file in job.inputs)
     if memory.jobs == 1 or nbytes < memory.tuning.fork_nbytes:
         return InProcess(memory.tuning)
-    workers = Threads if kernel.NAME == "compiled" else Forked
+    workers = Threads if find_kernel(job.kernel).NAME == "compiled" else Forked
     return workers(memory.jobs, memory.tuning)
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from polyak_cli.engine.constants import Agreement, Constant, find_codes
 from polyak_cli.engine.inputs import OpenInputs
-from polyak_cli.engine.kernel import accumulate, divide, is_finite, round_to, widen
+from polyak_cli.engine.kernel import find_kernel, is_finite
 from polyak_cli.engine.products import Products, Sampler, Sampling
 from polyak_cli.engine.slabs import (
     TUNING,
@@ -52,6 +52,7 @@ class FoldJob:
     divisors: Sequence[float]  # of each average, what its sum is divided by
     allow_nonfinite: bool
     sampling: Sampling | None = None  # of what inner products are taken, if they are wanted
+    kernel: str = ""  # its name; empty for the one that a worker's process has chosen
     #: A process keeps its worker for all batches of the job with this name.
     id: str = field(init=False, default_factory=lambda: os.urandom(8).hex())
 
@@ -94,6 +95,7 @@ class Worker:
     def __init__(self, job: FoldJob, tuning: Tuning = TUNING, team: Team | None = None) -> None:
         self.job = job
         self.tuning = tuning
+        self.kernel = find_kernel(job.kernel)
         self.team = team or Team()
         self.terms = job.list_terms()
         counted = len(job.list_counted())
@@ -198,7 +200,9 @@ class Worker:
                 continue
             raw = self._read(bundle, k, count)
             source = tensor.sources[k]
-            accumulate(raw, source.dtype, source.byteorder, terms, sums, started, scratch)
+            self.kernel.accumulate(
+                raw, source.dtype, source.byteorder, terms, sums, started, scratch
+            )
             if sampler:
                 sampler.take(raw, source.dtype, source.byteorder)
             self.clock.fold()
@@ -207,7 +211,7 @@ class Worker:
         # the quotients only, which is one pass instead of one for each checkpoint: NaN and infinity
         # go through every sum, and are looked at afterwards.
         divided = zip(sums, self.job.divisors, strict=True)
-        finite = [divide(total, divisor) for total, divisor in divided]
+        finite = [self.kernel.divide(total, divisor) for total, divisor in divided]
         rows = [row for row, one in enumerate(finite) if not one]
         if rows and self.job.allow_nonfinite:
             # Whose NaN a sum of two inherits is the processor's choice, and even that of the loop:
@@ -274,11 +278,11 @@ class Worker:
             width = itemsize(target.dtype)
             values = self.sums[row][:count]
             raw = self._place_buffer(count * width, target.offset + first.start * width)
-            round_to(values, target.dtype, target.byteorder, raw)
+            self.kernel.round_to(values, target.dtype, target.byteorder, raw)
             # Finite values of one type cannot have an average that the type cannot hold.
             if dtypes != {target.dtype} and not self.job.allow_nonfinite:
                 stored = self.values[:count]
-                widen(raw, target.dtype, target.byteorder, stored)
+                self.kernel.widen(raw, target.dtype, target.byteorder, stored)
                 _check_fits(first.tensor.name, target.dtype, values, stored)
             self.clock.fold()
             # A bundle is read at once but written tensor by tensor: the bytes between its tensors
@@ -321,7 +325,7 @@ class Worker:
         """Read a bundle of checkpoint ``k`` again, and return its values."""
         source = bundle[0].tensor.sources[k]
         values = self.values[:count]
-        widen(self._read(bundle, k, count), source.dtype, source.byteorder, values)
+        self.kernel.widen(self._read(bundle, k, count), source.dtype, source.byteorder, values)
         return values
 
     def _find_culprit(self, slab: Slab, row: int, found: Agreement) -> MismatchError:

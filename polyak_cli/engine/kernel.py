@@ -90,6 +90,19 @@ widen, accumulate = _chosen.widen, _chosen.accumulate
 divide, is_finite, round_to = _chosen.divide, _chosen.is_finite, _chosen.round_to
 
 
+def find_kernel(name: str) -> Kernel:
+    """Return the kernel of a name, or the one that was chosen if the name is empty."""
+    return choose_kernel(name) if name else _chosen
+
+
+def name_other() -> str:
+    """Return the name of another kernel than the chosen one; the chosen one's if there is none.
+
+    Who has chosen numpy may have no trust in the compiled one, so that it is not used then.
+    """
+    return numpy_kernel.NAME if _chosen.NAME == "compiled" else _chosen.NAME
+
+
 def describe_kernel() -> str:
     """Return the name of the kernel in use, and why it is not the compiled one."""
     if NAME == "compiled":

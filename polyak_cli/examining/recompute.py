@@ -42,7 +42,12 @@ class Written(NamedTuple):
 
 
 def compare_again(
-    plan: Plan, written: Written, near: Sequence[Path], *, table: Table | None = None
+    plan: Plan,
+    written: Written,
+    near: Sequence[Path],
+    *,
+    table: Table | None = None,
+    kernel: str = "",
 ) -> Deviation:
     """Average once more, into a scratch folder, and return how an output deviates from that.
 
@@ -51,6 +56,7 @@ def compare_again(
         written: the output.
         near: folders; the first with room for the copy will hold it, for a while.
         table: of the output, if its tensors may lie at other places than they should.
+        kernel: the name of the one that computes; empty for the one in use.
 
     Raises:
         PolyakError: as averaging itself.
@@ -58,7 +64,7 @@ def compare_again(
     """
     nbytes = written.nbytes * (1 if written.recalibrated is None else 2)
     with publishing.make_scratch(near, nbytes) as folder:
-        expected = writing.write_again(plan, folder, written.opened, written.record)
+        expected = writing.write_again(plan, folder, written.opened, written.record, kernel)
         if written.recalibrated is not None:
             from polyak_cli.evaluation import recalibration  # which knows of Keras
 

@@ -131,6 +131,8 @@ class Report:
         recalibrated: the result of recalibrating BatchNorm's statistics, if that was asked for.
         verified: True if the output was read back and equals, bit for bit, the average computed
             again; None if that was not asked for.  A difference is an `OutputError`.
+        verified_by: the kernel that computed it again: the other one where there are two; None if
+            that was not asked for.
     """
 
     output: Path
@@ -145,6 +147,7 @@ class Report:
     runs: Verdict
     recalibrated: Recalibration | None = None
     verified: Literal[True] | None = None
+    verified_by: str | None = None
 
     @property
     def speed(self) -> float:
@@ -180,6 +183,7 @@ class Report:
             "runs": self.runs.data([one.path for one in self.plan.checkpoints]),
             "recalibrated": self.recalibrated.data() if self.recalibrated else None,
             "verified": self.verified,
+            "verified_by": self.verified_by,
         }
 
 
@@ -355,6 +359,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         runs=found,
         recalibrated=recalibrated,
         verified=True if verify else None,
+        verified_by=kernel.name_other() if verify else None,
     )
 
 
@@ -413,14 +418,18 @@ def _verify(
         nbytes=plan.bytes_to_write,
         recalibrated=formats.scan([hidden], with_optimizer=True)[0] if own else None,
     )
-    found = compare_again(plan, written, [output.resolve().parent])
+    # Two programs that compute the same bits hardly have the same mistake, nor the same fault of
+    # memory or of the processor.
+    found = compare_again(plan, written, [output.resolve().parent], kernel=kernel.name_other())
     changed = carried_files.find_changed(hidden, records.read(record).carried)
     if found or changed:
         first, *others = [*map(str, found.tensors), *found.outside, *changed]
         more = f" (and {len(others)} more)" if others else ""
+        is_other = kernel.name_other() != kernel.NAME
+        other = f", or use the other kernel with {kernel.VARIABLE}=numpy" if is_other else ""
         raise OutputError(
             f"{shown(output)}: read back, it is not what was written: {first}{more}; nothing was "
-            "published. Check the disk and the memory of this machine"
+            f"published. Check the disk and the memory of this machine{other}"
         )
 
 
