@@ -26,7 +26,18 @@ from polyak_cli.storage import open_input
 from tests import dcp
 from tests.contract import naive
 from tests.dcp import Piece, chunk, item, metadata, place, split
-from tests.test_torch_zip import PROTO, STOP, call, name, number, storage, text, view
+from tests.test_torch_zip import (
+    BOMBS,
+    PROTO,
+    STOP,
+    call,
+    name,
+    number,
+    several,
+    storage,
+    text,
+    view,
+)
 
 BEAT = Heartbeat(lambda: None)
 X = np.random.default_rng(0).normal(size=(6, 4)).astype("f4")
@@ -274,6 +285,58 @@ def test_metadata_that_lie_are_refused(
     assert "\n" not in str(caught.value)
     assert "step-1" in str(caught.value)
     assert os.listdir(tmp_path) == ["step-1"]
+
+
+#: Those without objects of unknown classes, which `.metadata` never has.
+PLAIN_BOMBS = {name: bomb for name, bomb in BOMBS.items() if "object" not in name}
+
+
+@pytest.mark.parametrize("bomb", PLAIN_BOMBS.values(), ids=PLAIN_BOMBS)
+def test_bombs_cost_little(tmp_path: Path, bomb: bytes) -> None:
+    """Nesting without end, as an item or as what a planner keeps, is refused or passed by."""
+    folder = lie(tmp_path / "step-1", metadata({"x": bomb}, [HERE]))
+    with pytest.raises(FormatError, match="tensor 'x' its metadata are damaged or hostile"):
+        average([folder], tmp_path / "o.safetensors")
+    (folder / ".metadata").write_bytes(metadata({"x": ONE}, [HERE], planner_data=bomb))
+    average([folder], tmp_path / "o.safetensors")
+    assert load_file(tmp_path / "o.safetensors")["x"].tobytes() == X.tobytes()
+
+
+def test_a_path_of_many_keys_is_refused(tmp_path: Path) -> None:
+    """The dictionaries around an item are at most 64 deep."""
+    path = several(*[text("a")] * 65)
+    folder = lie(
+        tmp_path / "step-1",
+        metadata({"x": ONE}, [HERE], planner_data=dcp.pairs([(text("x"), path)])),
+    )
+    with pytest.raises(FormatError, match="nested more than 64 deep"):
+        average([folder], tmp_path / "o.safetensors")
+
+
+def test_megatron_keeps_more_in_its_metadata(tmp_path: Path) -> None:
+    """Its own classes are known; what a shard keeps beside its tensors is carried as bytes."""
+    strategies = "megatron.core.dist_checkpointing.strategies"
+    reshaped = dcp.attributes(
+        f"{strategies}.resharding TensorReformulationMetadata",
+        nd_orig_global_shape=several(number(6)),
+    )
+    key = "decoder.layers.self_attention._extra_state/shard_0_1"
+    root = dcp.attributes(
+        f"{strategies}.torch MCoreMetadata",
+        state_dict_metadata=dcp.pairs([(text("w"), ONE), (text(key), dcp.plain_item())]),
+        storage_data=dcp.pairs(
+            [place("w", (0, 0), PART, 0, LENGTH), place(key, None, PART, LENGTH, 5)]
+        ),
+        mcore_data=dcp.pairs([(text("w"), reshaped)]),
+    )
+    folder = lie(tmp_path / "iter_0000001", PROTO + root + STOP, WHOLE + b"bytes")
+    (folder / "common.pt").write_bytes(b"of Megatron")
+    report = average([folder], tmp_path / "final")
+    assert report.plan.carried == (key,)
+    assert (tmp_path / "final" / PART).read_bytes() == WHOLE + b"bytes"
+    assert (tmp_path / "final" / "common.pt").read_bytes() == b"of Megatron"
+    with pytest.raises(PolyakError, match=r"_extra_state/shard_0_1', which is not part of the mod"):
+        average([folder], tmp_path / "o.safetensors")
 
 
 def test_a_name_in_two_items_is_refused(tmp_path: Path) -> None:

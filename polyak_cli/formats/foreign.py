@@ -57,6 +57,10 @@ DCP_BY_RANK = Foreign(
     "a distributed checkpoint of PyTorch (DCP) with one .metadata a process",
     "save it with use_collectives=True",
 )
+DCP_SHARDS = Foreign(
+    "a distributed checkpoint of PyTorch (DCP) in safetensors files that hold parts of tensors",
+    "save it with HuggingFaceStorageWriter(..., enable_consolidation=True)",
+)
 DEEPSPEED = Foreign(
     "a checkpoint of DeepSpeed's ZeRO, in parts",
     "convert each to one file with the zero_to_fp32.py beside it",
@@ -153,6 +157,7 @@ _BY_NAME_FIRST = (".mlmodel", DCP_PART, ".metadata")
 _FOLDERS: tuple[tuple[Callable[[Collection[str]], bool], Foreign], ...] = (
     (lambda names: not {"saved_model.pb", "saved_model.pbtxt"}.isdisjoint(names), SAVED_MODEL),
     (lambda names: _any(r"__\d+\.metadata", names), DCP_BY_RANK),
+    (lambda names: _any(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", names), DCP_SHARDS),
     (lambda names: ".metadata" not in names and _any(r".*\.distcp", names), DCP),
     (
         lambda names: (

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, OutputError, shown, word_size
-from polyak_cli.formats import conversion, vocabularies
+from polyak_cli.formats import conversion, foreign, vocabularies
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.sharding import Index, read_index
 from polyak_cli.processes.sandbox import Heartbeat
@@ -27,6 +27,8 @@ PROVENANCE = "polyak_provenance"
 #: Characters of a text of __metadata__ that is shown to whoever looks inside.
 _SHORT = 100
 _METADATA = "__metadata__"
+#: What PyTorch's DCP says there of the parts of tensors in a file.
+_SHARDED = "DCP_SHARDING_INFO"
 #: Dtype in the header -> as tables have it, and the bits of an element.  In the library's order: it
 #: writes the last ones first, so that every tensor is aligned.
 _TYPES: Mapping[str, tuple[str, int]] = {
@@ -126,6 +128,7 @@ def _read_header(path: str, heartbeat: Heartbeat) -> _Header:
             raise FormatError(f"claims a header of {length} bytes; expected at most {_LONGEST}")
         content = _parse_object(_read_content(path, length, 8)[1], heartbeat)
         metadata = _check_metadata(content.pop(_METADATA, {}))
+        _refuse_parts(path, metadata)
         entries = [_parse_entry(name, said) for name, said in content.items()]
         _check_extents(entries, version.size - 8 - length)
     except FormatError as error:
@@ -159,6 +162,15 @@ def _check_metadata(said: Any) -> dict[str, str]:
     if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
         raise FormatError(f"is damaged: its {_METADATA} does not map names to strings")
     return said
+
+
+def _refuse_parts(path: str, metadata: Mapping[str, str]) -> None:
+    """Refuse a file of several that each hold a part of every tensor, as PyTorch's DCP writes them.
+
+    A file of one process says where its tensors begin too, and it is whole.
+    """
+    if _SHARDED in metadata and Path(path).name.startswith("shard-"):
+        raise FormatError(f"is a part of {foreign.DCP_SHARDS.name}; {foreign.DCP_SHARDS.advice}")
 
 
 def _parse_entry(name: str, said: Any) -> _Entry:

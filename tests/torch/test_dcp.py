@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -366,6 +366,26 @@ def test_checkpoints_of_other_storage_are_named(tmp_path: Path) -> None:
     (folder / "__0.metadata").unlink()
     with pytest.raises(PolyakError, match=r"without its .metadata; it was not saved completely"):
         average([folder], tmp_path / "o.safetensors")
+
+
+def test_tensors_in_parts_in_safetensors_are_named(tmp_path: Path) -> None:
+    """Whole ones of the same writer are averaged; parts of tensors never are."""
+    models = [{"w": torch.arange(6.0) / k} for k in (1, 2)]
+    for k, state in enumerate(models):
+        writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "run" / f"step-{k}"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(state, storage_writer=writer, no_dist=True)
+    average(tmp_path / "run", tmp_path / "o.safetensors", coefficients=[0.5, 0.5])
+    assert_equal(load_file(tmp_path / "o.safetensors"), average_whole(models))
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    part = folder / "shard-00001-model-00001-of-00001.safetensors"
+    said = {"format": "pt", "DCP_SHARDING_INFO": '{"w": {"saved_offsets": [0]}}'}
+    save_file({"w": torch.ones(3)}, part, metadata=said)
+    for source in (folder, part):
+        with pytest.raises(PolyakError, match=r"parts of tensors; save it with HuggingFaceStor"):
+            average([source], tmp_path / "p.safetensors")
 
 
 def test_checksums_may_be_missing(tmp_path: Path) -> None:

@@ -126,6 +126,13 @@ def _read_root(content: bytes, heartbeat: Heartbeat) -> Any:
                 "was written by HuggingFaceStorageWriter, whose tensors are in safetensors files; "
                 "name the folder of those, or save with FileSystemWriter"
             ) from None
+        # The output would hand a stranger's name on to programs that do unpickle it.
+        what, is_unknown, _ = str(error).partition(", which no state dict needs")
+        if is_unknown:
+            raise FormatError(
+                f"{what}, which no metadata of a distributed checkpoint need and which is never "
+                "run; they are hostile, or a planner keeps objects in them"
+            ) from None
         raise
 
 

@@ -130,8 +130,9 @@ class Instance:
     of: str
     arguments: tuple[Any, ...]  # of the call that makes it
     state: Any = None  # what it is given afterwards: its attributes, or whatever its class takes
-    items: list[tuple[Any, Any]] = field(default_factory=list)  # if it is a kind of dictionary
-    elements: list[Any] = field(default_factory=list)  # if it is a kind of list
+    # Most objects have neither, and an empty list for each would double the memory of a million.
+    items: list[tuple[Any, Any]] | tuple[()] = ()  # if it is a kind of dictionary
+    elements: list[Any] | tuple[()] = ()  # if it is a kind of list
 
 
 @dataclass(slots=True, eq=False)
@@ -233,7 +234,9 @@ class _Machine:
         self.unknown = unknown
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under each mark
-        self.memo: dict[int, Any] = {}
+        # Picklers number what they memoize from 0 on: millions of entries fit only into a list.
+        self.memo: list[Any] = []
+        self.far: dict[int, Any] = {}  # entries under numbers that do not follow the last
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -272,12 +275,20 @@ class _Machine:
     def put(self, index: int) -> None:
         if not self.stack:
             _damaged("it memoizes from an empty stack")
-        self.memo[index] = self.stack[-1]
+        if index == len(self.memo) and index not in self.far:
+            self.memo.append(self.stack[-1])
+        elif index < len(self.memo):
+            self.memo[index] = self.stack[-1]
+        else:
+            self.far[index] = self.stack[-1]
 
     def fetch(self, index: int) -> None:
-        if index not in self.memo:
+        if index < len(self.memo):
+            self.push(self.memo[index])
+        elif index in self.far:
+            self.push(self.far[index])
+        else:
             _damaged("it reads a memo that was never set")
-        self.push(self.memo[index])
 
     def pack(self, count: int) -> None:
         items = [self.pop() for _ in range(count)]
@@ -285,12 +296,17 @@ class _Machine:
 
     def extend(self, items: list[Any]) -> None:
         made = self.top((list, Instance))
-        (made.elements if isinstance(made, Instance) else made).extend(items)
+        if isinstance(made, Instance):
+            made.elements = made.elements or []
+            made = made.elements
+        made.extend(items)
 
     def fill(self, items: list[Any]) -> None:
         if len(items) % 2:
             _damaged("it has a key without a value")
-        self.top((Pairs, Instance)).items.extend(zip(items[::2], items[1::2], strict=True))
+        made = self.top((Pairs, Instance))
+        made.items = made.items or []
+        made.items.extend(zip(items[::2], items[1::2], strict=True))
 
     def name(self, text: str) -> None:
         """Take a global, in one text with a space between module and name."""
@@ -509,7 +525,7 @@ _ACTIONS: Mapping[str, _Action] = {
     "SETITEMS": lambda machine, _: machine.fill(machine.pop_mark()),
     "BINPUT": _Machine.put,
     "LONG_BINPUT": _Machine.put,
-    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo)),
+    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo) + len(machine.far)),
     "BINGET": _Machine.fetch,
     "LONG_BINGET": _Machine.fetch,
     "GLOBAL": lambda machine, text: machine.name(text.replace(" ", ".", 1)),
