@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -1406,3 +1407,41 @@ def test_a_tensor_is_written_into_blocks_of_several_files(tmp_path: Path) -> Non
         job = FoldJob(inputs, outputs, np.ones((1, 1)), [1.0], False)
         fold([FoldTensor("x", 60, [source], [place])], job, Memory(2, piece, piece))
         assert [Path(path).read_bytes() for path in outputs] == expected
+
+
+def test_threads_fold_with_the_compiled_kernel_unless_they_would_share_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numpy kernel and a limit of address space want processes; one job wants nothing."""
+    inputs = write_inputs(tmp_path, [np.ones(1000, np.float32)])
+    job = FoldJob(inputs, [str(tmp_path / "out")], np.array([[1.0]]), [1.0], False)
+    limits = {resource.RLIMIT_AS: resource.RLIM_INFINITY}
+    monkeypatch.setattr("resource.getrlimit", lambda which: (limits[which], limits[which]))
+    several = Memory(2, 100, 100, tuning=Tuning(fork_nbytes=0))
+    chosen = SimpleNamespace(NAME="compiled")
+    monkeypatch.setattr(executors, "find_kernel", lambda _: chosen)
+    for name, kind in (("numpy", Forked), ("compiled", Threads)):
+        chosen.NAME = name
+        assert isinstance(executors.choose_executor(job, several), kind)
+        for memory in (Memory(1, 100, 100, tuning=several.tuning), Memory(2, 100, 100)):
+            assert isinstance(executors.choose_executor(job, memory), InProcess)
+    limits[resource.RLIMIT_AS] = 1 << 30
+    assert isinstance(executors.choose_executor(job, several), Forked)
+
+
+def test_without_a_thread_the_flush_is_left_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flushing meanwhile is only faster: a run does without it."""
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with (
+        LocalOutput(str(tmp_path / "out"), create=True) as output,
+        executors._Flusher([output], 10) as flusher,
+    ):
+        flusher.count(100)
+        flusher.count(100)
+        assert flusher.flushing is None

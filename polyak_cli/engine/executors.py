@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import queue
+import resource
 import selectors
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -116,7 +117,11 @@ def choose_executor(job: FoldJob, memory: Memory) -> Executor:
     nbytes = sum(file.version.size for file in job.inputs)
     if memory.jobs == 1 or nbytes < memory.tuning.fork_nbytes:
         return InProcess(memory.tuning)
-    workers = Threads if find_kernel(job.kernel).NAME == "compiled" else Forked
+    # Threads would share a limit of address space, of which the allocator reserves some for each.
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    is_limited = soft != resource.RLIM_INFINITY
+    is_compiled = find_kernel(job.kernel).NAME == "compiled"
+    workers = Threads if is_compiled and not is_limited else Forked
     return workers(memory.jobs, memory.tuning)
 
 
@@ -378,7 +383,9 @@ class _Flusher:
         if self.flushing:
             self.flushing.result()
         self.waiting = 0
-        self.flushing = self.pool.submit(self._flush)
+        # Where no thread can be started, the sync at the end takes longer.
+        with contextlib.suppress(RuntimeError):
+            self.flushing = self.pool.submit(self._flush)
 
     def _flush(self) -> None:
         for output in self.outputs:
