@@ -158,9 +158,8 @@ class _Rows(NamedTuple):
 
     def view(self, buffer: Bytes) -> Bytes:
         """Return the rows of a buffer as a matrix."""
-        end = self.at + (self.rows - 1) * self.step + self.nbytes
         shape, strides = (self.rows, self.nbytes), (self.step, 1)
-        return np.lib.stride_tricks.as_strided(buffer[self.at : end], shape, strides)
+        return np.ndarray(shape, np.uint8, buffer, self.at, strides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,10 +277,11 @@ class Grid:
             return self._find_place([*place, *part.start[len(place) :]])
 
         groups = range(math.prod(outer))
-        length = (count - 1) * step + nbytes
-        first = bisect.bisect_right(groups, start - length, key=find_group)
-        last = bisect.bisect_left(groups, stop, key=find_group)
-        for number in range(first, last):
+        if len(groups) > 1:
+            length = (count - 1) * step + nbytes
+            first = bisect.bisect_right(groups, start - length, key=find_group)
+            groups = range(first, bisect.bisect_left(groups, stop, key=find_group))
+        for number in groups:
             offset = part.extent.offset + number * count * nbytes
             whole = Extent(offset, count * nbytes, part.extent.file)
             rows = _Rows(whole, find_group(number) - start, count, nbytes, step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests import dcp
 from tests.command import POLYAK, environment
 from tests.oracle import Model, naive_average, read_model, same_bits, write_model
 
@@ -47,7 +49,7 @@ class Measured(NamedTuple):
     multipliers: list[float]
 
 
-def measure(sources: Path, output: Path, *options: str) -> Measured:
+def measure_peak(sources: Path, output: Path, *options: str) -> int:
     """Average a folder in a fresh process and return its peak memory."""
     command = [*POLYAK, "average", str(sources), "-o", str(output), "--json", "-q", *options]
     done = subprocess.run(
@@ -62,6 +64,12 @@ def measure(sources: Path, output: Path, *options: str) -> Measured:
     report = json.loads(done.stdout)
     # The reported peak is right, except for the allocations that come after it.
     assert abs(report["peak_memory"] - peak) < FLAT
+    return int(peak)
+
+
+def measure(sources: Path, output: Path, *options: str) -> Measured:
+    """Average a folder of HDF5 files and return what that took, and their coefficients."""
+    peak = measure_peak(sources, output, *options)
     with h5py.File(output) as file:
         record = json.loads(file.attrs["polyak_provenance"])
     return Measured(peak, [one["multiplier"] for one in record["inputs"]])
@@ -278,3 +286,19 @@ def test_looking_inside_is_flat_too(tmp_path: Path, command: list[str]) -> None:
         peaks.append(peak)
     assert max(peaks) < LIMIT
     assert abs(peaks[1] - peaks[0]) < FLAT * 4  # buffers are as large as tensors allow
+
+
+@pytest.mark.parametrize("counts", [(8, 1), (1, 8)], ids=["rows", "columns"])
+def test_memory_is_the_same_for_parts_of_any_size(tmp_path: Path, counts: tuple[int, int]) -> None:
+    """A tensor in eight parts is read where its bytes lie; no part is held in memory."""
+    peaks = []
+    for rows in (512, 16384):  # parts of 0.5 MB, and of 16.8 MB
+        sources = tmp_path / str(rows)
+        for k in (1, 2):
+            values = np.full((rows, 2048), k, np.float32)
+            dcp.write(sources / f"step-{k}", {"x": dcp.split(values, counts)})
+        for output in ("o.safetensors", "folder"):
+            peaks.append(measure_peak(sources, tmp_path / f"{rows}-{output}"))
+        shutil.rmtree(sources)
+    assert max(peaks) <= LIMIT
+    assert max(peaks) - min(peaks) <= FLAT
