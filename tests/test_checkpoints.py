@@ -468,7 +468,7 @@ def test_an_empty_directory_is_an_error(run: Path) -> None:
         f"{run}: there is no checkpoint here: looked for files in .weights.h5"
     )
     assert "looked for files in .weights.h5, .weights.json, .h5, .hdf5, " in message
-    assert ".ckpt, .bin.index.json, .index, but the folder is empty" in message
+    assert ".ckpt, .pth.tar, .bin.index.json, .index, but the folder is empty" in message
 
 
 def test_an_error_names_the_folders_that_hold_checkpoints(run: Path) -> None:
@@ -801,7 +801,7 @@ def test_folders_that_are_checkpoints_stand_for_their_files(
     ]
     other = folders[1] / "other.safetensors"
     assert [one.path for one in select([other]).checkpoints] == [other]
-    assert "model.safetensors: its name has no whole number" in refusal(folders[0])
+    assert "other.safetensors: each name has no whole number" in refusal(folders[0])
     (folders[0] / "other.safetensors").unlink()
     assert [one.path for one in select([folders[0]]).checkpoints] == [folders[0]]
     monkeypatch.chdir(folders[0])
@@ -852,13 +852,13 @@ def test_a_folder_that_is_a_checkpoint_has_its_name_from_wherever_it_is_seen(
 def test_a_survey_tells_what_a_choice_would_refuse(run: Path) -> None:
     """Each problem is reported with its file; every readable checkpoint is kept, in order."""
     numbered(run, 1, 2, 3)
-    make(run, "model_02.h5", "final.h5", "net_7.h5")
+    make(run, "model_02.h5", "other.h5", "net_7.h5")
     (run / "model_8.h5").symlink_to("model_3.h5")
     (run / "model_9.h5").symlink_to("gone.h5")
     found = checkpoints.survey(run)
     assert sorted((one.kind, one.path.name) for one in found.problems) == [
         ("duplicate epoch", "model_2.h5"),
-        ("no epoch", "final.h5"),
+        ("no epoch", "other.h5"),
         ("other run", "net_7.h5"),
         ("same file", "model_8.h5"),
         ("unreadable", "model_9.h5"),
@@ -871,14 +871,14 @@ def test_a_survey_tells_what_a_choice_would_refuse(run: Path) -> None:
         f"{run / 'net_7.h5'} seems to belong to another run than {run / 'model_02.h5'} (5 "
         "are named like this one): leave one kind out with --exclude, or say where the epoch is"
     )
-    assert texts["no epoch"].startswith(f"{run / 'final.h5'}: its name has no whole number")
+    assert texts["no epoch"].startswith(f"{run / 'other.h5'}: its name has no whole number")
     assert epochs(found) == [None, 1, 2, 2, 3, 7, 9]
     assert not any("None" in text for text in texts.values())
 
 
 def test_a_survey_can_be_restricted(run: Path) -> None:
     """By epoch, to the newest, by exclusion and with a pattern; the rest troubles nobody."""
-    paths = [*make(run, "best.h5"), *numbered(run, 1, 2, 3, 4)]
+    paths = [*make(run, "other.h5"), *numbered(run, 1, 2, 3, 4)]
     survey = checkpoints.survey
     assert epochs(survey([run])) == [None, 1, 2, 3, 4]
     found = survey([run], from_epoch=2, to_epoch=3)
@@ -888,13 +888,13 @@ def test_a_survey_can_be_restricted(run: Path) -> None:
     assert (epochs(found), found.problems, found.thinned) == ([3, 4], (), False)
     assert found.left_out == tuple(paths[:3])
     assert found.positions == (3.0, 4.0)
-    found = survey([run], exclude=["best.h5", "model_2.h5"])
+    found = survey([run], exclude=["other.h5", "model_2.h5"])
     assert (epochs(found), found.problems, found.thinned) == ([1, 3, 4], (), True)
     assert reasons(found) == {
-        "best.h5": "--exclude 'best.h5'",
+        "other.h5": "--exclude 'other.h5'",
         "model_2.h5": "--exclude 'model_2.h5'",
     }
-    assert not survey([run], exclude=["best.h5"]).thinned
+    assert not survey([run], exclude=["other.h5"]).thinned
     found = survey([run], epoch_pattern=r"_(\d)")
     assert epochs(found) == [None, 1, 2, 3, 4]
     ((kind, text, path),) = found.problems
@@ -904,8 +904,8 @@ def test_a_survey_can_be_restricted(run: Path) -> None:
     assert epochs(survey([paths[0]], from_epoch=2)) == [None]
     assert epochs(survey([paths[4], paths[0], paths[1]])) == [4, None, 1]
     assert survey([run], exclude=["x*"]).notes == ("--exclude 'x*' matched nothing",)
-    ours = survey([run], find_polyak_outputs=lambda _: [run / "best.h5"])
-    assert reasons(ours) == {"best.h5": "written by polyak"}
+    ours = survey([run], find_polyak_outputs=lambda _: [run / "other.h5"])
+    assert reasons(ours) == {"other.h5": "written by polyak"}
     assert (epochs(ours), ours.thinned) == ([1, 2, 3, 4], False)
 
 

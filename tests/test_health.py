@@ -346,13 +346,13 @@ def test_an_epoch_twice(tmp_path: Path) -> None:
 def test_a_name_without_an_epoch(tmp_path: Path) -> None:
     """The file is reported and checked; --from and --to keep it, and --exclude removes it."""
     written(tmp_path / "run", walk(4))
-    written(tmp_path / "run", walk(1), [0], name="final.h5")
-    assert kinds(check(tmp_path / "run"))["final.h5"] == ["no epoch"]
+    written(tmp_path / "run", walk(1), [0], name="other.h5")
+    assert kinds(check(tmp_path / "run"))["other.h5"] == ["no epoch"]
     found = check(tmp_path / "run", from_epoch=3)
-    assert [one.path.name for one in found.checkpoints] == ["final.h5", "model_3.h5", "model_4.h5"]
+    assert [one.path.name for one in found.checkpoints] == ["other.h5", "model_3.h5", "model_4.h5"]
     found = check(tmp_path / "run", epoch_pattern=r"_(\d+)")
-    assert kinds(found)["final.h5"] == ["no epoch"]
-    assert check(tmp_path / "run", exclude=["final.h5"]).healthy
+    assert kinds(found)["other.h5"] == ["no epoch"]
+    assert check(tmp_path / "run", exclude=["other.h5"]).healthy
 
 
 def test_two_runs_by_their_names(tmp_path: Path) -> None:

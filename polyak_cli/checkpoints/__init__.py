@@ -41,6 +41,7 @@ from polyak_cli.checkpoints.ordering import (
     sort_by_epoch_or_name,
     take_newest,
 )
+from polyak_cli.checkpoints.outsiders import pass_over_outsiders
 from polyak_cli.checkpoints.suspicions import find_overwritten
 from polyak_cli.errors import CheckpointError, UsageError, shown
 
@@ -153,6 +154,8 @@ def select(
     pool = find_candidates(
         list_sources(sources), exclude, growing, find_polyak_outputs, refuse, as_given
     )
+    if pattern is None:  # a pattern says itself which files have an epoch
+        pool = pass_over_outsiders(pool)
     ordered, notes = order_by_epoch(pool, pattern, as_given)
     followed = ordered
     if growing:
@@ -211,6 +214,8 @@ def survey(
     pool = find_candidates(
         list_sources(sources), exclude, False, find_polyak_outputs, problems.append, as_given
     )
+    if pattern is None:
+        pool = pass_over_outsiders(pool)
     ordered = order_as_far_as_known(pool, pattern, as_given, problems.append)
     # A checkpoint of unknown epoch may lie between --from and --to, so it is kept.
     known = [one for one in ordered if one.epoch is not None]

@@ -26,6 +26,7 @@ from polyak_cli.formats.catalogue import (
     MODULES,
     OPENERS,
     choose_openers,
+    is_known_content,
     name_file,
     name_folder,
 )
@@ -129,7 +130,7 @@ _UNFINISHED = split_words(
 )
 
 #: Files of a folder without checkpoints that are looked into.
-_LOOKED_AT = 100
+_LOOKED_AT = 1000
 
 #: What also lies beside checkpoints that are elsewhere.
 _SAY_NOTHING = (JSON, EMPTY, NUMPY, ZIP)
@@ -142,6 +143,10 @@ _MOST_FOLDERS, _MOST_NAMES = 100, 10_000
 
 #: Why an average is passed over.
 _OURS = "written by polyak"
+
+#: Why a file is passed over whose name says nothing.
+_NOT_NAMED_LIKE = "not named like a "
+_NO_CHECKPOINT_BY_NAME = f"{_NOT_NAMED_LIKE}checkpoint"
 
 #: Why a folder that is no checkpoint is passed over.
 _PLAIN_FOLDER = "a directory"
@@ -190,6 +195,10 @@ def find_candidates(
             paths = [path for path in paths if not _is_part(path)]
         kept, passed = _sift(paths, listed, exclude, unmatched)
         if listed:
+            if not kept:
+                kept, passed = _look_into(passed)
+            kept, links = _pass_over_links(kept)
+            passed += links
             kept, of_other_kinds = _separate_kinds(source, kept, on_problem)
             passed += of_other_kinds
         files, others = _read_identities(kept, on_problem)
@@ -434,6 +443,32 @@ def _sift(
     return kept, passed
 
 
+def _look_into(passed: Sequence[PassedOver]) -> tuple[list[Path], list[PassedOver]]:
+    """Separate files whose names say nothing from the rest, by what is in them.
+
+    Many programs give checkpoints no suffix (``do_00010000``), or a number (``params.00001``).
+    A few bytes of each are read, and only where no file is named like a checkpoint.
+    """
+    unknown = [one.path for one in passed if one.reason == _NO_CHECKPOINT_BY_NAME][:_LOOKED_AT]
+    found = [path for path in unknown if path.is_file() and is_known_content(path)]
+    return found, [one for one in passed if one.path not in found]
+
+
+def _pass_over_links(paths: Sequence[Path]) -> tuple[list[Path], list[PassedOver]]:
+    """Separate links without a number in their names, such as latest.pth, to files beside them."""
+    links = [p for p in paths if not re.search(r"\d", p.name) and p.is_symlink()]
+    if not links:  # a long run is not asked about for nothing
+        return [*paths], []
+    there = {path.resolve(): path for path in paths if path not in links}
+    targets = {path: there.get(path.resolve()) for path in links}
+    passed = [
+        PassedOver(path, f"a link to {shown(target.name, 60)}")
+        for path, target in targets.items()
+        if target is not None
+    ]
+    return [path for path in paths if targets.get(path) is None], passed
+
+
 def is_matched(path: Path, pattern: str) -> bool:
     """Return whether a pattern matches a file's name or its whole path."""
     return fnmatch.fnmatchcase(path.name, pattern) or fnmatch.fnmatchcase(str(path), pattern)
@@ -474,7 +509,7 @@ def _describe_unknown(path: Path, what: str) -> str:
     if path.is_dir():
         foreign, plain = name_folder(path), _PLAIN_FOLDER
     else:
-        foreign, plain = name_by_ending(path.name), f"not named like a {what}"
+        foreign, plain = name_by_ending(path.name), f"{_NOT_NAMED_LIKE}{what}"
     return foreign.name if foreign else plain
 
 
@@ -563,6 +598,13 @@ def _describe_same_file(first: Path, second: Path) -> str:
 def advise_exclusion(path: Path, whole: bool = False) -> str:
     """Return the advice to exclude a file, with a pattern that matches no other in its folder."""
     return f"leave it out with --exclude '{shown(glob.escape(str(path) if whole else path.name))}'"
+
+
+def exclude_all(paths: Sequence[Path]) -> str:
+    """Return the options that exclude files, each by its name, or its path where names repeat."""
+    whole = len({path.name for path in paths}) < len(paths)
+    names = (glob.escape(str(path) if whole else path.name) for path in paths)
+    return " ".join(f"--exclude '{shown(name)}'" for name in names)
 
 
 def describe_nothing_found(

@@ -5,6 +5,7 @@ Knows how the names of one run resemble one another.  Reads no directory, log or
 
 from __future__ import annotations
 
+import glob
 import math
 import re
 from collections import Counter
@@ -18,12 +19,13 @@ from polyak_cli.checkpoints.listing import (
     Pool,
     Problem,
     advise_exclusion,
+    exclude_all,
     find_kind,
     is_matched,
     refuse,
 )
 from polyak_cli.checkpoints.names import DATE, VERSIONS, Name, Role, has_whole_number, parse_name
-from polyak_cli.errors import CheckpointError, choose_verb, shown, word_count
+from polyak_cli.errors import CheckpointError, choose_verb, shown, word_count, word_rest
 
 
 def is_thinned(pool: Pool, exclude: Sequence[str]) -> bool:
@@ -33,6 +35,8 @@ def is_thinned(pool: Pool, exclude: Sequence[str]) -> bool:
     return any(find_kind(path) and _try_read_epoch(path) is not None for path in excluded)
 
 
+#: Files that an error names, each with the option that leaves it out.
+_MOST_NAMED = 10
 _SAY_WHERE_IN_PATH = (
     "say where the epoch is in the path with --epoch-pattern, for instance 'checkpoint-(\\d+)/'"
 )
@@ -289,9 +293,10 @@ def _read_epochs(paths: Sequence[Path]) -> list[int]:
             numbers could be the epoch.
     """
     names = find_names(paths, _SAY_WHERE_IN_PATH)
-    for name in names:
-        if not has_whole_number(name):
-            raise CheckpointError(_describe_missing_number(name, alone=len(names) == 1))
+    missing = [name for name in names if not has_whole_number(name)]
+    if missing:
+        numbered = [name for name in names if has_whole_number(name)]
+        raise CheckpointError(_describe_missing_numbers(missing, numbered))
     _require_alike(names, [name.signature for name in names])
     # Equal signatures: the names have the same numbers in the same places from here on.
     field = _find_epoch_field(names)
@@ -312,6 +317,31 @@ def _describe_missing_number(name: Name, alone: bool) -> str:
     )
 
 
+def _describe_missing_numbers(missing: Sequence[Name], numbered: Sequence[Name]) -> str:
+    """Describe all names without a number in one error, and the options that leave them out."""
+    paths = [name.path for name in missing]
+    # Files of another run would be the next error, after these were left out.
+    kinds = Counter(name.signature for name in numbered)
+    usual = kinds.most_common(1)[0][0] if kinds else ""
+    others = [name.path for name in numbered if name.signature != usual]
+    if len(missing) == 1 and not others:
+        return _describe_missing_number(missing[0], alone=not numbered)
+    way_out = f"leave them out with {exclude_all([*paths, *others][:_MOST_NAMED])}"
+    if not numbered:
+        way_out = "name the files one by one, oldest first"
+    also = f"; {_list_some(others)} may be of another run" if others else ""
+    which = "its name has" if len(paths) == 1 else "each name has"
+    return (
+        f"{_list_some(paths)}: {which} no whole number that could be the epoch{also}: {way_out}, "
+        f"or {_say_where(paths[0])}"
+    )
+
+
+def _list_some(paths: Sequence[Path]) -> str:
+    some = ", ".join(shown(path) for path in paths[:_MOST_NAMED])
+    return f"{some}{word_rest(len(paths) - _MOST_NAMED)}"
+
+
 def _find_fixed_numbers(name: Name, field: int) -> tuple[int | float, ...]:
     """Return the numbers besides the epoch that must not change within a run."""
     return tuple(
@@ -327,11 +357,35 @@ def _require_alike(names: Sequence[Name], keys: Sequence[Hashable]) -> None:
         return
     (usual, many), (odd, few), *_ = kinds.most_common()
     one, other = names[keys.index(usual)].path, names[keys.index(odd)].path
+    others = [name.path for name, key in zip(names, keys, strict=True) if key != usual]
+    kept = [name.path for name, key in zip(names, keys, strict=True) if key == usual]
     raise CheckpointError(
         f"{shown(one)} and {shown(other)} look like checkpoints of two runs ({many} named like "
-        f"the first, {few} like the second): leave one kind out with --exclude, or "
-        f"{_say_where(other)}"
+        f"the first, {few} like the second): leave one kind out, for instance with "
+        f"{_exclude_kind(others, kept)}, or {_say_where(other)}"
     )
+
+
+def _exclude_kind(others: Sequence[Path], kept: Sequence[Path]) -> str:
+    """Return the option that leaves files out, and none of those that are kept."""
+    if len(others) > 1:
+        names = [path.name for path in others]
+        begin = _find_common_start(names).rstrip("0123456789")
+        end = _find_common_start([name[::-1] for name in names])[::-1].lstrip("0123456789")
+        for pattern in (f"{glob.escape(begin)}*", f"*{glob.escape(end)}"):
+            fits = len(pattern) > 1 and all(is_matched(path, pattern) for path in others)
+            if fits and not any(is_matched(path, pattern) for path in kept):
+                return f"--exclude '{shown(pattern)}'"
+    if len(others) > _MOST_NAMED:
+        return "--exclude"
+    return exclude_all(others)
+
+
+def _find_common_start(names: Sequence[str]) -> str:
+    shortest = min(names, key=len)
+    places = range(len(shortest))
+    end = next((i for i in places if len({name[i] for name in names}) > 1), len(shortest))
+    return shortest[:end]
 
 
 def _find_epoch_field(names: Sequence[Name]) -> int:

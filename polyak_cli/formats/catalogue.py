@@ -88,7 +88,7 @@ FORMATS: tuple[Entry, ...] = (
         "torch_zip",
         "polyak_cli.formats.torch.archive:TorchZip",
         detection.is_torch_zip,
-        {".pt": ".pt", ".pth": ".pth", ".bin": ".bin", ".ckpt": ".ckpt"},
+        {".pt": ".pt", ".pth": ".pth", ".bin": ".bin", ".ckpt": ".ckpt", ".pth.tar": ".pth.tar"},
         ("pytorch_model.bin", "adapter_model.bin", "diffusion_pytorch_model.bin"),
     ),
     Entry(
@@ -180,6 +180,15 @@ def detect(path: Path) -> str:
         if str(error).endswith(": is not a regular file") and path.is_dir():
             raise FormatError(f"{shown(path)}: {name_folder(path) or foreign.DIRECTORY}") from None
         raise
+
+
+def is_known_content(path: Path) -> bool:
+    """Return whether a file is of a format that is known here; no more than its ends are read."""
+    try:
+        detect(path)
+    except FormatError:
+        return False
+    return True
 
 
 def name_folder(path: Path) -> foreign.Foreign | None:

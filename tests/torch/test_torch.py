@@ -410,3 +410,15 @@ def test_numpy_scalars_are_carried(tmp_path: Path) -> None:
     paths = write_pair(tmp_path, lambda: {"x": torch.randn(3), "best": np.float64(0.25)})
     average(paths, tmp_path / "o.pt")
     assert torch.load(tmp_path / "o.pt", weights_only=False)["best"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["g_{:08}", "params.{:05}", "checkpoint-{}.pth.tar"])
+def test_names_of_trainers_are_found(tmp_path: Path, name: str) -> None:
+    """HiFi-GAN's and sockeye's files have no suffix, those of timm have two."""
+    (tmp_path / "run").mkdir()
+    for k in (1, 2):
+        torch.save({"w": torch.full((3,), float(k))}, tmp_path / "run" / name.format(k))
+    if name.endswith(".tar"):
+        torch.save({"w": torch.zeros(3)}, tmp_path / "run" / "model_best.pth.tar")
+    average(tmp_path / "run", tmp_path / "o.pth.tar")
+    assert load(tmp_path / "o.pth.tar")["w"].tolist() == [1.5] * 3

@@ -334,7 +334,7 @@ class TorchZip(Format):
 
     key = "torch_zip"
     name = "PyTorch"
-    suffixes = (".pt", ".pth", ".bin", ".ckpt")
+    suffixes = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
     recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
     has_checksums = True
     can_be_left = True
