@@ -1,8 +1,8 @@
 /* The inner loops of an average, compiled: the same bits as `numpy_kernel` gives, in one pass.
 
-   Knows buffers of numbers only.  `compiled_kernel` calls it and checks nothing: whatever could read
-   or write outside a buffer is refused here.  Python's limited API of 3.11, so that one
-   build serves all later versions. */
+   Knows buffers of numbers only.  Callers check nothing: whatever could read or write outside a
+   buffer is refused here.  Python's limited API of 3.11, so that one build serves all later
+   versions. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
