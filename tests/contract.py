@@ -24,6 +24,7 @@ from polyak_cli.errors import FormatError, MismatchError, PolyakError
 from polyak_cli.pipeline import Options
 from polyak_cli.tensors import Extent
 from tests.counting import count_reads
+from tests.kernels import KERNELS, use_kernel
 from tests.oracle import Array
 
 Tensors = dict[str, Array]
@@ -160,9 +161,13 @@ class Contract(abc.ABC):
             self.write(folder / f"model_{k}{self.suffix}", tensors)
         assert_headers_are_enough(folder, tmp_path / f"o{self.result}", self.overrun)
 
+    @pytest.mark.parametrize("kernel", KERNELS)
     @pytest.mark.parametrize("options", SCHEMES, ids=["exp", "own"])
-    def test_bit_for_bit(self, tmp_path: Path, options: Options) -> None:
+    def test_bit_for_bit(
+        self, tmp_path: Path, options: Options, kernel: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The result is the whole-model float64 average, rounded once, in every float type."""
+        use_kernel(monkeypatch, kernel)
         for dtype in self.dtypes:
             folder = tmp_path / dtype
             _, models = self.write_run(folder, dtype=dtype)

@@ -20,6 +20,7 @@ from polyak_cli.averaging import records
 from polyak_cli.engine import slabs
 from polyak_cli.pipeline import Options
 from tests.command import SAMPLES
+from tests.kernels import KERNELS, use_kernel
 from tests.oracle import naive_average, read_model, write_model
 
 #: Bytes of a float32 slab and of all buffers: the smallest slabs, the largest slabs, and slabs that
@@ -177,10 +178,11 @@ def tensors_digest(path: Path) -> str:
     return found.hexdigest()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("suffix", READERS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_averages_of_the_samples_have_golden_digests(
-    tmp_path: Path, scheme: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scheme: str, suffix: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bytes equal the committed ones, on any machine, with any versions of the libraries.
 
@@ -190,7 +192,8 @@ def test_the_averages_of_the_samples_have_golden_digests(
     replaces it here.
     """
     monkeypatch.setattr(records, "seal", lambda _: {"always": "the same"})
+    use_kernel(monkeypatch, kernel)
     output = tmp_path / f"o{suffix}"
-    average(SAMPLES, output, **SCHEMES[scheme])
+    assert average(SAMPLES, output, **SCHEMES[scheme]).kernel == kernel
     assert tensors_digest(output) == TENSORS[scheme]
     assert digest(output) == FILES[suffix][scheme]
