@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.numpy import load_file
 
 from polyak_cli import average, verify
 from tests.hf.models import RECORD, assert_is_mean, make_llama, save_run
+from tests.hf.test_transformers import STATE, train
 
 
 def make_adapted() -> Any:
@@ -39,3 +42,23 @@ def test_adapters_are_found_one_by_one_and_by_patterns(tmp_path: Path, ending: s
     patterns = [f"{tmp_path}/run/checkpoint-*/{ending}"]
     report = average(patterns, tmp_path / "final", last=2)
     assert [one.epoch for one in report.plan.checkpoints] == [90, 100]
+
+
+def test_a_run_of_the_trainer_with_an_adapter(tmp_path: Path) -> None:
+    """The mean of the four adapters that were saved in training, without the training's state."""
+    train(tmp_path / "run", make_adapted())
+    report = average(tmp_path / "run", tmp_path / "final")
+    assert [one.epoch for one in report.plan.checkpoints] == [2, 4, 6, 8]
+    assert report.plan.files
+    assert {one.name for one in report.plan.files.left_out} == STATE
+    saved = [
+        load_file(tmp_path / f"run/checkpoint-{k}/adapter_model.safetensors") for k in (2, 4, 6, 8)
+    ]
+    found = load_file(tmp_path / "final/adapter_model.safetensors")
+    for name, values in found.items():
+        exact = np.mean([state[name] for state in saved], axis=0, dtype=np.float64)
+        assert np.array_equal(values, exact.astype(np.float32)), name
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path / "final")
+    state = {name: value.numpy() for name, value in get_peft_model_state_dict(loaded).items()}
+    assert state.keys() == found.keys()
+    assert all(np.array_equal(state[name], found[name]) for name in found)

@@ -26,7 +26,7 @@ from tests.hf.models import (
 STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
 
 
-def train(run: Path) -> None:
+def train(run: Path, model: Any) -> None:
     """Train a tiny model with the Trainer, which saves and evaluates it four times."""
     words = [{"input_ids": [2, 3, 4, 5], "labels": [2, 3, 4, 5]} for _ in range(8)]
     settings = TrainingArguments(
@@ -44,7 +44,7 @@ def train(run: Path) -> None:
         load_best_model_at_end=True,
     )
     trainer = Trainer(
-        make_llama(),
+        model,
         settings,
         train_dataset=words,
         eval_dataset=words[:2],
@@ -58,7 +58,7 @@ def train(run: Path) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run with its final model."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train(folder)
+    train(folder, make_llama())
     return folder
 
 
