@@ -147,6 +147,21 @@ def test_the_folders_beside_an_average_are_searched(run: Path) -> None:
     assert found.notes == ()
 
 
+def test_folders_two_levels_below_an_average_are_searched(run: Path) -> None:
+    """As in `polyak average runs/one/ckpts -o final.h5`; else the message names the option."""
+    (run / "runs/one").mkdir(parents=True)
+    shutil.move(run / "ckpts", run / "runs/ckpts")
+    assert verify(run / "final.h5").verified
+    shutil.move(run / "runs/ckpts", run / "runs/one/ckpts")
+    found = verify(run / "final.h5")
+    assert problems(found, "input")["model_1.h5"] == (
+        f"'model_1.h5' is missing: no file of that name in {run} or two levels of folders below; "
+        "name its folder with --source"
+    )
+    with_source = verify(run / "final.h5", sources=[run / "runs"])
+    assert "two levels of" not in problems(with_source, "input")["model_1.h5"]
+
+
 @pytest.mark.parametrize(
     ("output", "options"),
     [

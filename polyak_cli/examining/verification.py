@@ -7,6 +7,7 @@ compares all files byte by byte.  Does not know how an average is made, and gues
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 import tempfile
@@ -40,6 +41,9 @@ from polyak_cli.storage import File, Version, open_input
 from polyak_cli.tensors import Table
 
 _StrPath = str | os.PathLike[str]
+
+#: Folders that are looked through for checkpoints, unasked.
+_MOST_FOLDERS = 1000
 
 
 class Discrepancy(NamedTuple):
@@ -149,7 +153,7 @@ def verify(
         raise CheckpointError(f"{shown(output)}: {error}; there is nothing to recompute") from None
     folders = [*map(Path, sources), _find_folder(table, record)]
     others, notes = ([], []) if sources else _find_folders_beside(record, table)
-    search = _Search(record, [*folders, *others], table)
+    search = _Search(record, [*folders, *others], table, is_wide=not sources)
     return _Verifier(Path(output), table, record, search, machine, notes=notes).run()
 
 
@@ -227,8 +231,9 @@ class _Search:
     digests, is passed over: the search continues, and such a candidate is never taken.
     """
 
-    def __init__(self, record: Record, folders: Sequence[Path], own: Table) -> None:
+    def __init__(self, record: Record, folders: Sequence[Path], own: Table, is_wide: bool) -> None:
         self.folders = folders
+        self.is_wide = is_wide  # folders below that of the average were looked through
         self.own = own
         self.inputs = [_Input(one) for one in record.inputs]
         self._taken: set[Path] = set()  # two inputs never share a checkpoint
@@ -345,6 +350,14 @@ def _list_entries(folder: Path) -> list[Path]:
     return []
 
 
+def _list_folders_below(folder: Path) -> Iterator[Path]:
+    """Yield the folders in a folder, then those in these."""
+    near = [path for path in _list_entries(folder) if _is_folder(path)]
+    yield from near
+    for one in near:
+        yield from (path for path in _list_entries(one) if _is_folder(path))
+
+
 def _is_folder(path: Path) -> bool:
     """Return whether a path is a folder; unlike `Path.is_dir`, never raise."""
     return os.path.isdir(path)  # noqa: PTH112 - Path's raises where one may not look
@@ -394,18 +407,24 @@ def _is_recorded(files: Sequence[File], recorded: records.Input) -> bool:
 
 
 def _find_folders_beside(record: Record, own: Table) -> tuple[list[Path], list[str]]:
-    """Return the folders beside the average to search too, and notes.
+    """Return the folders beside the average, and one level below, to search too, and notes.
 
     If several hold files of the names, only digests can say which is meant.
     """
     beside = _find_folder(own, record)
     named = [
         folder
-        for folder in _list_entries(beside)
-        if _is_folder(folder) and any(any(_find_named(one, [folder], own)) for one in record.inputs)
+        for folder in itertools.islice(_list_folders_below(beside), _MOST_FOLDERS)
+        if any(
+            # Further down a bare name, such as model.safetensors, says nothing.
+            (folder.parent == beside or (folder / one.path).exists())
+            and any(_find_named(one, [folder], own))
+            for one in record.inputs
+        )
     ]
     if all(one.sampled or one.sha256 for one in record.inputs):
         return named, []
+    named = [folder for folder in named if folder.parent == beside]
     # Without digests, sizes are all there is: a folder of other sizes is not meant.
     if all(_has_recorded(beside, one, own) for one in record.inputs):
         return [], []
@@ -527,7 +546,8 @@ class _Verifier:
         where = " or ".join(dict.fromkeys(shown(folder) for folder in self.search.folders))
         for one in self.inputs:
             if one.path is None:
-                text = f"no file of that name in {where}; name its folder with --source"
+                below = " or two levels of folders below" if self.search.is_wide else ""
+                text = f"no file of that name in {where}{below}; name its folder with --source"
                 text = f"cannot be averaged: {one.error}" if one.error else f"is missing: {text}"
                 self.problems.append(one.make_problem(text))
                 continue
