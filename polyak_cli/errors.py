@@ -55,7 +55,10 @@ class MissingExtraError(PolyakError):
     """A function needs packages that are not installed; the message says which to install."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs packages that are missing: pip install 'polyak[{extra}]'")
+        super().__init__(
+            f"{what} needs packages that are missing: pip install 'polyak[{extra}]', or in a clone "
+            f"pip install '.[{extra}]'"
+        )
 
 
 # ---- wording -------------------------------------------------------------------------------------

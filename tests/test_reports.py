@@ -145,7 +145,7 @@ def test_the_answer_comes_first_and_the_ten_best_follow() -> None:
         "Best accuracy of 5 models on 50 rows: equal, last 2, 0.8000. "
         "The best single checkpoint: model_1.h5, 0.7000."
     )
-    assert lines[2] == f"Make it: {data['winner_command']}"
+    assert lines[2] == f"To make it anyway: {data['winner_command']}"
     (gain,) = [line for line in lines if line.startswith("  the newest")]
     assert gain.split() == [
         *("the", "newest", "accuracy", "+0.1000", "-0.0200", "+0.2000", "0.25", "within", "noise")
@@ -155,7 +155,9 @@ def test_the_answer_comes_first_and_the_ten_best_follow() -> None:
         *("equal, last 2", "equal, last 3", "model_1.h5", "model_3.h5 (newest)", "model_2.h5")
     ]
     assert table[-5][1:] == ["0.8000", "0.2000", "0.2667"]  # no loss on the reporting rows
-    assert "model_3.h5 is also last 1 by equal, exp:2." in lines
+    same = "The same model as model_3.h5: last 1 by equal, exp:2."
+    assert same not in lines
+    assert same in print_lines(data, show_all=True)
     assert not any("ensemble" in line for line in lines)
 
 

@@ -400,6 +400,7 @@ def sweep(
 
     folder = Path(output)
     reports.check_date(date)
+    reports.check_installed()
     reports.check_folder(folder, force=force)
     recalibrated_on = options["recalibrate"]
     options["split"] = None

@@ -96,8 +96,11 @@ def sweep_lines(
     """
     yield reports.write_verdict(found)
     yield reports.write_choice(found)
-    if found["winner_command"]:
-        yield Verbatim(f"Make it: {shown(found['winner_command'], _LONGEST)}")
+    # Who keeps a single checkpoint has its file already.
+    if found["winner_command"] and found["winner"]["kind"] != "single":
+        is_gain = found["verdict"] in ("better", "not comparable")
+        how = "Make it" if is_gain else "To make it anyway"
+        yield Verbatim(f"{how}: {shown(found['winner_command'], _LONGEST)}")
     yield ""
     selection, reporting = (found["splits"][name]["rows"] for name in ("selection", "reporting"))
     if found["gains"]:
@@ -117,9 +120,9 @@ def sweep_lines(
     rows = rows if newest in rows else [*rows, newest]
     ensembles = [row for row in found["rows"] if not row["rank"]] if show_all else []
     yield _list_scores(found, [*rows, *ensembles])
-    for row in rows:
+    for row in rows if show_all else ():
         if row["also"]:
-            yield f"{shown(row['label'], 60)} is also {reports.write_equals(row)}."
+            yield f"The same model as {shown(row['label'], 60)}: {reports.write_equals(row)}."
     yield ""
     yield f"wrote {shown(folder / 'report.html')}"
     if best:

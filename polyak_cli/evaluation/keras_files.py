@@ -41,21 +41,27 @@ def require_keras(command: str, backends: Sequence[str] = BACKENDS) -> None:
         MissingExtraError: Keras or its back end is not installed.
         PolyakError: this Keras is too old to open files of others safely.
     """
-    installed = [name for name in backends if find_spec(name)]
-    # TensorFlow is some 2 GB: those who have another back end need only Keras.
-    extra = "keras" if installed and "tensorflow" not in installed else "tensorflow"
-    try:
-        version = importlib.metadata.version("keras")
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingExtraError(command, extra) from None
-    if not installed:
-        raise MissingExtraError(command, extra)
+    missing = find_missing_extra(backends)
+    if missing:
+        raise MissingExtraError(command, missing)
+    version = importlib.metadata.version("keras")
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < LEAST_KERAS:
         least = ".".join(map(str, LEAST_KERAS))
         raise PolyakError(
             f"{command} needs Keras {least} or newer, found {shown(version)}, which runs code "
-            f"hidden in .h5 files (CVE-2025-9905): pip install --upgrade 'polyak[{extra}]'"
+            f"hidden in .h5 files (CVE-2025-9905): pip install --upgrade keras"
         )
+
+
+def find_missing_extra(backends: Sequence[str] = BACKENDS) -> str:
+    """Return the extra that brings Keras and a back end, nothing if both are installed."""
+    installed = [name for name in backends if find_spec(name)]
+    try:
+        importlib.metadata.version("keras")
+    except importlib.metadata.PackageNotFoundError:
+        # TensorFlow is some 2 GB: those who have another back end need only Keras.
+        return "keras" if installed and "tensorflow" not in installed else "tensorflow"
+    return "" if installed else "tensorflow"
 
 
 def import_keras(command: str, backends: Sequence[str] = BACKENDS) -> Any:

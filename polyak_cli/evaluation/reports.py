@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from polyak_cli import __version__
 from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown, word_count
-from polyak_cli.evaluation import plots
+from polyak_cli.evaluation import keras_files, plots
 
 Data = Mapping[str, Any]
 #: The files of a report.
@@ -59,6 +59,18 @@ def check_date(date: str | None) -> None:
         raise UsageError(
             f"--date {shown(date)}: is no date; write it like 2026-11-29 or 2026-11-29T14:30"
         ) from None
+
+
+def check_installed() -> None:
+    """Refuse to sweep where packages are missing, and name all extras at once.
+
+    Raises:
+        MissingExtraError: matplotlib, jinja2, Keras or its back end is not installed.
+    """
+    plot = "" if find_spec("jinja2") and find_spec("matplotlib") else "plot"
+    missing = [extra for extra in (keras_files.find_missing_extra(), plot) if extra]
+    if missing:
+        raise MissingExtraError("polyak sweep", ",".join(missing))
 
 
 def check_jinja() -> None:
@@ -166,7 +178,10 @@ def write_verdict(found: Data) -> str:
             f"Keep the newest checkpoint, {newest}: {name} was chosen, and is worse on other rows."
         )
     if found["verdict"] == "within noise":
-        return f"No gain is shown: {name} is within noise of the newest checkpoint, {newest}."
+        return (
+            f"No gain is shown: {name} is within noise of the newest checkpoint, {newest}; keep "
+            "the newest."
+        )
     return (
         f"{name} and the newest checkpoint, {newest}, have no finite {found['metric']} that can be "
         "compared."
@@ -304,6 +319,7 @@ def render_page(found: Data, figures: Mapping[str, str]) -> str:
         {name: found[name] for name in _NAMED},
         verdict=write_verdict(found),
         choice=write_choice(found),
+        winner=found["winner"],
         gain_titles=gain_titles,
         gains=gains,
         # Markup: matplotlib escaped the text in its own drawing.
