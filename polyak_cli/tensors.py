@@ -82,7 +82,7 @@ class Extent(NamedTuple):
 
     def describe(self) -> str:
         """See `Storage.describe`."""
-        return "extent"
+        return "plain bytes"
 
     @property
     def preferred_nbytes(self) -> int:
@@ -192,7 +192,7 @@ class Grid:
     def describe(self) -> str:
         """See `Storage.describe`."""
         files = len({part.extent.file for part in self.parts})
-        return f"{len(self.parts)} extents of {files} files"
+        return f"plain bytes in {len(self.parts)} parts of {files} files"
 
     @property
     def nbytes(self) -> int:

@@ -148,7 +148,9 @@ def test_the_command_answers_with_its_exit_code(tmp_path: Path) -> None:
     one, other = SAMPLES / "model_498.h5", SAMPLES / "model_499.h5"
     done = polyak("diff", one, other, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stdout.splitlines()[-1] == "4 tensors differ"
+    differ, closing = done.stdout.splitlines()[-2:]
+    assert differ == "4 tensors differ"
+    assert closing == "one run or two: cannot tell, too few numbers differ"  # 110 in all
     assert polyak("diff", one, other, "--rtol", "9", cwd=tmp_path).returncode == 0
     done = polyak("diff", one, one, "--json", cwd=tmp_path)
     assert done.returncode == 0
@@ -177,6 +179,39 @@ def test_a_run_shows_its_outlier(tmp_path: Path) -> None:
     assert found.checkpoints[0].to_previous is None
     assert [row.epoch for row in found.checkpoints if row.outlier] == [3]
     assert found.tensors == 1
+
+
+def test_the_beginning_of_training_is_no_outlier(tmp_path: Path) -> None:
+    """The first checkpoints of a run that settles are far from the average, as in any run."""
+    for k, far in enumerate((9.0, 4.0, 0.1, 0.05, 0.02, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01)):
+        write_model(tmp_path / f"m_{k}.h5", {"d": {"k": A.astype(np.float64) + far}})
+    found = distances(select([tmp_path]))
+    apart = [row.to_average for row in found.checkpoints]
+    assert apart[0] > 3 * np.median(apart)  # it would be one by its distance
+    assert [row.epoch for row in found.checkpoints if row.outlier] == []
+
+
+def test_two_runs_are_called_two_runs(tmp_path: Path) -> None:
+    """As `check` does; tensors that no training changed do not hide it."""
+    rng = np.random.default_rng(7)
+    frozen = rng.normal(size=(200, 40))
+    one, near, other = (rng.normal(size=(40, 40)) for _ in range(3))
+    near = one + 0.1 * near
+    for name, values in (("a", one), ("near", near), ("b", other)):
+        half = np.concatenate([frozen, values])
+        write_model(tmp_path / f"{name}.h5", {"d": {"k": half, "b": np.zeros(4)}})
+    a, near_path, b = (tmp_path / f"{name}.h5" for name in ("a", "near", "b"))
+    cosine = np.sum(one * other) / np.linalg.norm(one) / np.linalg.norm(other)
+    found = diff(a, b)
+    assert (found.verdict.word, found.data()["runs"]["verdict"]) == ("two runs", "two runs")
+    assert found.verdict.least == pytest.approx(cosine, abs=1e-9)
+    assert diff(a, near_path).verdict.word == "one run"
+    closing = polyak("diff", a, near_path, cwd=tmp_path).stdout.splitlines()[-1]
+    assert closing.startswith("one run: neighbours point nearly the same way (cosine 0.99")
+    done = polyak("diff", a, b, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1].startswith(
+        f"two runs: not all checkpoints point the same way (cosine {cosine:.3f} between"
+    )
 
 
 @pytest.mark.slow

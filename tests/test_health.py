@@ -63,9 +63,12 @@ def checked(folder: Path, *options: str, expected: int = 1, **same: Any) -> Heal
     assert (done.returncode, done.stderr) == (expected, "")
     assert found.healthy is (expected == 0)
     lines = done.stdout.splitlines()
-    for problem in found.all_problems:
+    for problem in found.problems:
         assert f"{problem.kind}: {problem.text}" in lines
     for one in found.checkpoints:
+        for problem in one.problems:  # the text stands once where several have the same
+            rest = problem.text.removeprefix(str(one.path))
+            assert any(line.startswith(f"{problem.kind}: ") and rest in line for line in lines)
         (row,) = (line for line in lines if line.split()[0] == one.path.name)
         assert row.endswith(", ".join(problem.kind for problem in one.problems))
     count = len(found.all_problems)
@@ -217,6 +220,42 @@ def test_a_truncated_and_a_foreign_file_are_unreadable(tmp_path: Path) -> None:
     second, fourth = found.checkpoints[1], found.checkpoints[3]
     assert second.to_next == fourth.to_previous
     assert second.to_next == pytest.approx(NEXT * np.sqrt(2), rel=0.1)
+
+
+def test_what_is_wrong_with_several_checkpoints_is_printed_once(tmp_path: Path) -> None:
+    """The names of the others follow; another problem has a line of its own."""
+    paths = written(tmp_path / "run", walk(9))
+    for path in paths[1:7]:
+        path.write_bytes(b"GGUF" + bytes(40))
+    paths[7].write_text("no checkpoint")
+    for k, path in enumerate(paths):
+        os.utime(path, (BEGUN + 100 * k,) * 2)  # else the run looks resumed
+    done = polyak("check", "run", cwd=tmp_path)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("unreadable: "))
+    assert lines[first].startswith("unreadable: run/model_2.h5: is a GGUF or GGML file")
+    some = "run/model_3.h5, run/model_4.h5, run/model_5.h5"
+    assert lines[first + 1] == f"  the same of {some} and 2 more"
+    assert lines[first + 2].startswith("unreadable: run/model_8.h5: ")
+    assert done.stdout.count("is a GGUF") == 1
+    assert lines[-1] == "7 problems"
+
+
+def test_a_log_beside_a_run_is_no_news(tmp_path: Path) -> None:
+    """It is listed with -v and in --json; an average of polyak's is always."""
+    written(tmp_path / "run", walk(3))
+    (tmp_path / "run/training.log").write_text("epoch,loss")
+    average(tmp_path / "run", tmp_path / "run/final.h5")
+    log = "passed over: run/training.log (not named like a checkpoint)"
+    short, long = (polyak("check", "run", *more, cwd=tmp_path) for more in ((), ("-v",)))
+    assert (short.returncode, long.returncode) == (0, 0)
+    assert log not in short.stdout
+    assert log in long.stdout.splitlines()
+    for done in (short, long):
+        assert "passed over: run/final.h5 (written by polyak)" in done.stdout.splitlines()
+    data = json.loads(polyak("check", "run", "--json", cwd=tmp_path).stdout)
+    assert {one["path"] for one in data["passed_over"]} == {"run/final.h5", "run/training.log"}
 
 
 def test_a_newest_checkpoint_that_is_damaged_in_its_optimizer(tmp_path: Path) -> None:

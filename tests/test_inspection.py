@@ -30,7 +30,7 @@ def test_the_table_has_place_and_fate_of_every_tensor(tmp_path: Path) -> None:
         ("d/z", "compound", [2], "refused"),
         ("/optimizer_weights/m", "float32", [2], "dropped"),
     ]
-    offset = int(rows[0]["stored"].removeprefix("extent at "))
+    offset = int(rows[0]["stored"].removeprefix("plain bytes at "))
     assert path.read_bytes()[offset : offset + 24] == kernel.tobytes()
     assert found.parameters == 6
     assert found.data()["about"] == {"keras_version": "3.15.1", "backend": "tensorflow"}
@@ -103,8 +103,10 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
     assert "model_499.h5: Keras HDF5, keras_version 3.15.1, backend tensorflow" in lines[0]
     assert lines[-1].startswith("an average by polyak ")
     verbose = polyak("inspect", files[0], "-v", cwd=tmp_path).stdout
-    assert re.search(r"^  dense/sequential/dense/kernel .* extent at \d+  averaged$", verbose, re.M)
-    assert not re.search("extent|averaged|dropped", "".join(lines[:-1]))
+    assert re.search(
+        r"^  dense/sequential/dense/kernel .* plain bytes at \d+  averaged$", verbose, re.M
+    )
+    assert not re.search("plain bytes|averaged|dropped", "".join(lines[:-1]))
     data = json.loads(polyak("inspect", *files, "--json", cwd=tmp_path).stdout)
     assert [len(one["tensors"]) for one in data["checkpoints"]] == [10, 4]
 

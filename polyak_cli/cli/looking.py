@@ -226,6 +226,7 @@ def _choose_label(path: Path, epoch: int | None) -> str:
     "Output",
     JSON,
     QUIET,
+    option("-v", "--verbose", is_flag=True, help="List every file that was passed over."),
 )
 @under(
     "Machine",
@@ -235,7 +236,9 @@ def _choose_label(path: Path, epoch: int | None) -> str:
         help="Bound on the buffers, on top of Python and its libraries.  [default: 16MiB]",
     ),
 )
-def check(sources: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> int:
+def check(
+    sources: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool, **options: Any
+) -> int:
     """Find problems of a run and its checkpoints; exit 1 if there are any.
 
     Files that cannot be read, NaN and infinity, a checkpoint equal to the one before, an epoch
@@ -247,5 +250,7 @@ def check(sources: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) 
 
     found = health.check(sources, **options)
     rendering.print_notes(found.notes, quiet)
-    rendering.print_result(found.data(), as_json, quiet, lambda: rendering.health_lines(found))
+    rendering.print_result(
+        found.data(), as_json, quiet, lambda: rendering.health_lines(found, verbose)
+    )
     return DONE if found.healthy else ANSWER_IS_NO

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from polyak_cli.cli.names import name_tensors
 from polyak_cli.cli.tables import Table, Verbatim, lay_out
-from polyak_cli.errors import OutputError, shown, word_count, word_size
+from polyak_cli.errors import OutputError, shown, word_count, word_rest, word_size
 
 if TYPE_CHECKING:
     from polyak_cli.averaging.belonging.runs import Verdict
@@ -127,8 +127,8 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[Line]:
     yield f"effective number of checkpoints: {plan.effective_number:.2f}"
     if verbose:
         yield (
-            f"tensors: {len(plan.averaged)} averaged, {len(plan.carried)} carried from "
-            f"{shown(plan.names[-1])}, {len(plan.dropped)} dropped"
+            f"tensors: {len(plan.averaged)} averaged, {len(plan.carried)} copied from "
+            f"{shown(plan.names[-1])}, {len(plan.dropped)} left out"
         )
         yield from _fate_lines(plan)
     else:
@@ -202,8 +202,8 @@ def _fate_lines(plan: Plan) -> Iterator[str]:
     specs = {row[-1].name: row[-1] for row in rows} | dict(plan.tables[-1].others)
     for fate, names in (
         ("averaged", plan.averaged),
-        ("carried", plan.carried),
-        ("dropped", plan.dropped),
+        ("copied", plan.carried),
+        ("left out", plan.dropped),
     ):
         for name in names:
             spec = specs[name]
@@ -211,7 +211,7 @@ def _fate_lines(plan: Plan) -> Iterator[str]:
             shape = "x".join(map(str, spec.shape)) or "scalar"
             yield f"  {fate} {shown(name)} {spec.dtype} {shape} ({way})"
     ways = Counter(s.storage.describe() for row in plan.averaged_rows for s in row if s.storage)
-    yield "read by " + "; ".join(f"{way} (tensors: {n})" for way, n in ways.items())
+    yield "stored as " + "; ".join(f"{way}: {word_count(n, 'tensor')}" for way, n in ways.items())
 
 
 def report_lines(report: Report, verbose: bool) -> Iterator[Line]:
@@ -366,8 +366,14 @@ def difference_lines(found: Differences, verbose: bool) -> Iterator[Line]:
     differing = sum(not tensor.equal for tensor in found.tensors) + len(found.mismatches)
     if found.equal:
         yield "equal"
-    else:
-        yield f"{word_count(differing, 'tensor')} {'differs' if differing == 1 else 'differ'}"
+        return
+    if rows:
+        yield (
+            "relative: the norm of the difference, as a share of the first file's; largest: of one "
+            "number; cosine: 1 is the same direction, 0 is unrelated"
+        )
+    yield f"{word_count(differing, 'tensor')} {'differs' if differing == 1 else 'differ'}"
+    yield _word_runs(found.verdict, [shown(path.name, 60) for path in found.paths])
 
 
 def distance_lines(found: Distances) -> Iterator[Line]:
@@ -378,15 +384,23 @@ def distance_lines(found: Distances) -> Iterator[Line]:
     names = list_relative_paths([row.path for row in found.checkpoints])
     for name, row in zip(names, found.checkpoints, strict=True):
         step = "-" if row.to_previous is None else f"{row.to_previous:.3e}"
-        odd = "odd one out" if row.outlier else ""
+        odd = "far from the others" if row.outlier else ""
         rows.append([shown(name), _word_epoch(row.epoch), step, f"{row.to_average:.3e}", odd])
     header = ("checkpoint", "epoch", "to previous", "to average", "")
     yield Table(header, rows, spare=("epoch", "to previous"))
-    yield f"distances relative to the norm of the average, over {found.tensors} float tensors"
+    yield (
+        "to previous: the distance to the row above; to average: to the average of all rows; both "
+        f"as shares of that average's norm, over {word_count(found.tensors, 'float tensor')}"
+    )
+    if any(row.outlier for row in found.checkpoints):
+        yield "far from the others: over 3 times as far from the average as the middle one"
 
 
-def health_lines(found: Health) -> Iterator[Line]:
-    """Yield the checkpoints of a run with their problems, then each problem in words."""
+def health_lines(found: Health, verbose: bool) -> Iterator[Line]:
+    """Yield the checkpoints of a run with their problems, then each problem in words.
+
+    With ``verbose``, files that nobody takes for checkpoints are listed too.
+    """
     from polyak_cli.checkpoints.folders import list_relative_paths
     from polyak_cli.examining.health import format_time
 
@@ -404,21 +418,42 @@ def health_lines(found: Health) -> Iterator[Line]:
         problems = ", ".join(problem.kind for problem in one.problems)
         rows.append([shown(name), *("-" if c is None else str(c) for c in cells), problems])
     yield Table(header, rows, spare=("written (UTC)", "size", "epoch", "not finite"))
-    yield from passed_over_lines(found.passed_over, MOST_PASSED)
-    for problem in found.all_problems:
-        yield f"{problem.kind}: {problem.text}"
+    odd = [p for p in found.passed_over if verbose or not p.reason.startswith(_PLAIN_REASONS)]
+    yield from passed_over_lines(odd, None if verbose else MOST_PASSED, _BY_V)
+    yield from _problem_lines(found)
     if len(names) > 1:
         yield _word_runs(found.verdict, names)
     count = len(found.all_problems)
     yield word_count(count, "problem") if count else "healthy"
 
 
+def _problem_lines(found: Health) -> Iterator[str]:
+    """Yield each problem; where several checkpoints have the same, its text only once."""
+    alike: dict[tuple[str, str], tuple[str, list[str]]] = {}
+    for one in found.checkpoints:
+        path = shown(one.path)
+        for problem in one.problems:
+            # A text begins with the path of its checkpoint, mostly.
+            key = problem.kind, problem.text.removeprefix(path)
+            alike.setdefault(key, (problem.text, []))[1].append(path)
+    for (kind, _), (text, (_, *others)) in alike.items():
+        yield f"{kind}: {text}"
+        if others:
+            yield f"  the same of {', '.join(others[:3])}{word_rest(len(others) - 3)}"
+    for problem in found.problems:
+        yield f"{problem.kind}: {problem.text}"
+
+
 def _word_runs(verdict: Verdict, names: Sequence[str]) -> str:
     """Return whether checkpoints of these names are of one run, as far as their values say."""
     if verdict.least is None or verdict.between is None:
-        return "one run: cannot tell, too few elements differ"
+        return "one run or two: cannot tell, too few numbers differ"
     a, b = (shown(names[k], 60) for k in verdict.between)
-    return f"{verdict.word}: neighbours have a cosine of at least {verdict.least:.3f} ({a} and {b})"
+    least = f"cosine {round(verdict.least, 3) + 0.0:.3f}"
+    least = f"{least} between {a} and {b}" if len(names) == 2 else f"least {least}, {a} and {b}"
+    if verdict.is_refused:
+        return f"two runs: not all checkpoints point the same way ({least}; one run has nearly 1)"
+    return f"one run: neighbours point nearly the same way ({least}; two runs have about 0)"
 
 
 def _score_data(score: Score) -> dict[str, Any]:

@@ -7,18 +7,19 @@ and does not judge whether a run is healthy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from polyak_cli import formats
-from polyak_cli.averaging.belonging import assets
+from polyak_cli.averaging.belonging import assets, runs
 from polyak_cli.averaging.matching import Row, match
 from polyak_cli.averaging.notebook import write_html
 from polyak_cli.checkpoints import Selection, find_file
+from polyak_cli.engine.products import Products
 from polyak_cli.errors import MismatchError, UsageError, shown, word_count
 from polyak_cli.examining.reductions import (
     PairSums,
@@ -29,7 +30,7 @@ from polyak_cli.examining.reductions import (
 )
 from polyak_cli.tensors import FLOATS, Float64, Table, TensorSpec, is_numeric
 
-#: A checkpoint is an outlier if its distance to the average exceeds this multiple of the median.
+#: A checkpoint is far from the average if its distance exceeds this multiple of the median.
 OUTLYING = 3.0
 
 
@@ -54,11 +55,13 @@ class Differences:
             largest absolute difference of two elements; ``cosine``, None where a norm is 0; and
             ``equal``, whether all elements are equal within the tolerances.
         mismatches: why some tensors could not be compared, a sentence each.
+        verdict: whether both are of one run, as far as their values tell.
     """
 
     paths: tuple[Path, Path]
     tensors: tuple[Difference, ...]
     mismatches: tuple[str, ...]
+    verdict: runs.Verdict = field(default_factory=runs.Verdict)
 
     @property
     def equal(self) -> bool:
@@ -79,6 +82,7 @@ class Differences:
             "equal": self.equal,
             "apart": list(self.mismatches),
             "tensors": [tensor._asdict() for tensor in self.tensors],
+            "runs": self.verdict.data(self.paths),
         }
 
 
@@ -106,7 +110,17 @@ def diff(one: Path, other: Path, *, rtol: float = 0.0, atol: float = 0.0) -> Dif
     names = [row[0].name for row in rows]
     found = [_summarise(name, sums.get(name, PairSums())) for name in names]
     found.sort(key=lambda tensor: (tensor.equal, -tensor.relative, -tensor.largest))
-    return Differences((one, other), tuple(found), tuple(mismatches))
+    return Differences((one, other), tuple(found), tuple(mismatches), _judge(rows, sums))
+
+
+def _judge(rows: Sequence[Row], sums: Mapping[str, PairSums]) -> runs.Verdict:
+    """Return whether two checkpoints are of one run, from the matrices that `average` compares."""
+    products = Products(2)
+    for row, group in zip(rows, runs.choose_compared(rows).groups, strict=True):
+        if group is not None and row[0].name in sums:
+            # Checkpoint 1, and the one right before it.
+            products.of(group)[1, 0] += sums[row[0].name].apart
+    return runs.judge(products, range(2))
 
 
 def _pair(tables: Sequence[Table]) -> tuple[list[Row], list[str]]:
@@ -165,7 +179,7 @@ class Distance(NamedTuple):
     epoch: int | None
     to_previous: float | None  # ||x_k - x_(k-1)|| / ||average||; None for the oldest
     to_average: float  # ||x_k - average|| / ||average||
-    outlier: bool  # farther from the average than `OUTLYING` times the median distance
+    outlier: bool  # far from the average, and not because training began there
 
     def data(self) -> dict[str, Any]:
         """Return it as JSON types."""
@@ -186,6 +200,7 @@ class Distances:
         checkpoints: oldest first.  Each has ``path`` and ``epoch``; ``to_previous`` and
             ``to_average``, Euclidean distances relative to the norm of the average; and
             ``outlier``, whether it is more than three times as far from the average as the median.
+            The first ones are none: training moves most at its beginning.
         tensors: the number of float tensors; a distance is over all of them.
     """
 
@@ -237,11 +252,20 @@ def distances(selection: Selection, *, by: str = "name") -> Distances:
     norm = math.sqrt(sums.average)
     to_average = [_divide(math.sqrt(squares), norm) for squares in sums.spread]
     to_previous = [None, *(_divide(math.sqrt(squares), norm) for squares in sums.steps)]
-    limit = OUTLYING * float(np.median(to_average))
+    measured = zip(checkpoints, to_previous, to_average, _find_outliers(to_average), strict=True)
     return Distances(
-        tuple(
-            Distance(checkpoint.path, checkpoint.epoch, step, far, far > limit)
-            for checkpoint, step, far in zip(checkpoints, to_previous, to_average, strict=True)
-        ),
+        tuple(Distance(one.path, one.epoch, step, far, odd) for one, step, far, odd in measured),
         len(rows),
     )
+
+
+def _find_outliers(to_average: Sequence[float]) -> Iterator[bool]:
+    """Yield for each checkpoint whether it is an outlier.
+
+    Those before the first that is near the average are none: training moves most at its beginning.
+    """
+    limit = OUTLYING * float(np.median(to_average))
+    settled = False
+    for far in to_average:
+        yield settled and far > limit
+        settled = settled or far <= limit

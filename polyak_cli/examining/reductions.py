@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -136,6 +136,8 @@ class PairSums:
 
     ``aa``, ``bb`` and ``ab`` are inner products over the elements that are finite in both; ``dd``
     is the squared distance, which is infinite where a value that is not finite has no equal.
+    ``apart`` is <b, a>, <b, b>, <a, a> and the number of elements, as in `Products`: over those
+    that differ, because a part that was never trained would hide the others.
     """
 
     rtol: float = 0.0
@@ -146,6 +148,7 @@ class PairSums:
     dd: float = 0.0
     largest: float = 0.0  # of |a - b|
     equal: bool = True  # |a - b| <= atol + rtol |a| throughout; NaN equals NaN
+    apart: Float64 = field(default_factory=lambda: np.zeros(4))
 
     def add(self, slabs: Sequence[Float64]) -> None:
         """Add the next slab of two checkpoints; it is overwritten."""
@@ -160,9 +163,13 @@ class PairSums:
         self.dd += float(np.dot(distance, distance))
         unusable = ~(np.isfinite(a) & np.isfinite(b))
         a[unusable] = b[unusable] = 0.0
-        self.aa += float(np.dot(a, a))
-        self.bb += float(np.dot(b, b))
-        self.ab += float(np.dot(a, b))
+        products = np.array([np.dot(a, b), np.dot(b, b), np.dot(a, a), np.count_nonzero(~same)])
+        ab, bb, aa = products[:3].tolist()
+        self.aa, self.bb, self.ab = self.aa + aa, self.bb + bb, self.ab + ab
+        if products[3] < len(a):
+            x, y = b[~same], a[~same]
+            products[:3] = np.dot(x, y), np.dot(x, x), np.dot(y, y)
+        self.apart += products
 
 
 class RunSums:
