@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,24 @@ def test_a_plan_and_a_report_show_what_is_averaged(tmp_path: Path) -> None:
     assert [row[1] for row in shown.rows[1:]] == ["499", "498", "497"]
     report = average(SAMPLES, tmp_path / "o.h5", last=3)
     assert parse(report).text.startswith(f"Averaged 3 checkpoints into {tmp_path}/o.h5")
+
+
+def test_a_plan_and_a_report_are_at_most_three_lines_at_a_prompt(tmp_path: Path) -> None:
+    """print() and repr() give what it is, a line more, and a note; names cannot break a line."""
+    output = tmp_path / HOSTILE.replace("/", "") / "o.h5"
+    output.parent.mkdir()
+    made = plan(SAMPLES, output, last=3, scheme="linear")
+    what, names = str(made).splitlines()
+    assert repr(made) == str(made)
+    assert what.startswith("Plan: average 3 checkpoints into ")
+    assert names == "oldest first: model_497.h5, model_498.h5, model_499.h5"
+    report = average(SAMPLES, output, last=3, scheme="linear")
+    what, cost = repr(report).splitlines()
+    assert what.startswith("Averaged 3 checkpoints into ")
+    assert cost.startswith("scheme linear, read 1.84 kB in ")
+    assert (what + cost).isprintable()
+    noted = replace(report, notes=("one\nnote", "another"))
+    assert repr(noted).splitlines()[2:] == ["note: one\\nnote and 1 more"]
 
 
 def test_checks_and_differences_show_the_worst(tmp_path: Path) -> None:

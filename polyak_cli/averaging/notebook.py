@@ -1,4 +1,4 @@
-"""Write results as HTML for notebooks: a sentence and a short table.
+"""Write results as HTML for notebooks, a sentence and a short table, and as text for prompts.
 
 Knows HTML, and that names of files and tensors may be hostile.  Does not know the results.
 """
@@ -45,6 +45,14 @@ def write_html(
         items += f"<li>{rest} more</li>" if rest > 0 else ""
         parts.append(f"<ul>{items}</ul>")
     return f"<div>{''.join(parts)}</div>"
+
+
+def write_text(sentence: str, more: str, notes: Sequence[str]) -> str:
+    """Return a result as at most three lines of text: what it is, more, and the notes."""
+    lines = [shown(sentence, 400), shown(more, 400)]
+    if notes:
+        lines.append(f"note: {shown(notes[0], 400)}{word_rest(len(notes) - 1)}")
+    return "\n".join(lines)
 
 
 def _word(cell: object) -> str:

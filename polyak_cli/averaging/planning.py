@@ -25,7 +25,7 @@ from polyak_cli.averaging.fates import (
     note_missing_emas,
 )
 from polyak_cli.averaging.matching import Row, match
-from polyak_cli.averaging.notebook import write_html
+from polyak_cli.averaging.notebook import write_html, write_text
 from polyak_cli.averaging.options import Machine, Settings, measure_peak
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem
 from polyak_cli.checkpoints.folders import list_relative_paths
@@ -35,6 +35,7 @@ from polyak_cli.errors import (
     MismatchError,
     PolyakError,
     UsageError,
+    list_some,
     shown,
     word_count,
     word_size,
@@ -129,20 +130,27 @@ class Plan:
         """How many equally counted checkpoints would steady the average as much: 1 / sum(c^2)."""
         return schemes.effective_number(self.coefficients)
 
-    def _repr_html_(self) -> str:
-        """Return the plan for a notebook."""
+    def _describe(self) -> str:
         output = f" into {self.output}" if self.output else ""
-        sentence = (
+        return (
             f"Plan: average {word_count(len(self.checkpoints), 'checkpoint')}{output}, scheme "
             f"{self.scheme}, effective number {self.effective_number:.1f}"
         )
+
+    def __repr__(self) -> str:
+        """Return three lines for a prompt; the fields have the rest."""
+        return write_text(self._describe(), f"oldest first: {list_some(self.names)}", self.notes)
+
+    def _repr_html_(self) -> str:
+        """Return the plan for a notebook."""
         rows = [
             (name, one.epoch, coefficient)
             for name, one, coefficient in zip(
                 self.names, self.checkpoints, self.coefficients, strict=True
             )
         ]
-        return write_html(sentence, ("checkpoint", "epoch", "coefficient"), rows[::-1], self.notes)
+        header = ("checkpoint", "epoch", "coefficient")
+        return write_html(self._describe(), header, rows[::-1], self.notes)
 
     def data(self) -> dict[str, Any]:
         """Return the plan as what JSON can hold."""

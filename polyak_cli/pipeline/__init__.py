@@ -18,7 +18,7 @@ from polyak_cli.averaging import carried_files, products, records
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging.belonging import blame, factors
 from polyak_cli.averaging.belonging.runs import Verdict
-from polyak_cli.averaging.notebook import write_html
+from polyak_cli.averaging.notebook import write_html, write_text
 from polyak_cli.averaging.options import Progress, Settings, Source, measure_peak, select
 from polyak_cli.averaging.planning import Around, Plan, plan_average
 from polyak_cli.averaging.writing import write_average
@@ -154,9 +154,19 @@ class Report:
         """Bytes read in a second."""
         return self.bytes_read / self.seconds if self.seconds else 0.0
 
+    def _describe(self) -> str:
+        return f"Averaged {word_count(len(self.plan.checkpoints), 'checkpoint')} into {self.output}"
+
+    def __repr__(self) -> str:
+        """Return three lines for a prompt; the fields have the rest."""
+        cost = (
+            f"scheme {self.plan.scheme}, read {word_size(self.bytes_read)} in {self.seconds:.2f} s"
+            f", wrote {word_size(self.bytes_written)}{', verified' if self.verified else ''}"
+        )
+        return write_text(self._describe(), cost, self.notes)
+
     def _repr_html_(self) -> str:
         """Return the report for a notebook."""
-        count = word_count(len(self.plan.checkpoints), "checkpoint")
         rows = [
             ("scheme", self.plan.scheme),
             ("read", word_size(self.bytes_read)),
@@ -164,9 +174,7 @@ class Report:
             ("seconds", self.seconds),
             ("verified", "yes" if self.verified else "not asked for"),
         ]
-        return write_html(
-            f"Averaged {count} into {self.output}", ("what", "value"), rows, self.notes
-        )
+        return write_html(self._describe(), ("what", "value"), rows, self.notes)
 
     def data(self) -> dict[str, Any]:
         """Return the report, with its plan, as what JSON can hold."""
