@@ -339,6 +339,24 @@ def test_megatron_keeps_more_in_its_metadata(tmp_path: Path) -> None:
         average([folder], tmp_path / "o.safetensors")
 
 
+def test_metadata_of_older_releases_are_read(tmp_path: Path) -> None:
+    """Some classes had another home, and there were no paths and no version."""
+    home, old = f"c{dcp.MODULE}.metadata\n", "ctorch.distributed._shard.sharded_tensor.metadata\n"
+    described = ONE
+    for kind, was in (("TensorProperties\n", ""), ("_MEM_FORMAT_ENCODING\n", "_")):
+        new = f"{old}{kind.removeprefix(was)}".encode()
+        assert f"{home}{kind}".encode() in described
+        described = described.replace(f"{home}{kind}".encode(), new)
+    root = dcp.attributes(
+        f"{dcp.MODULE}.metadata Metadata",
+        state_dict_metadata=dcp.pairs([(text("x"), described)]),
+        storage_data=dcp.pairs([HERE]),
+    )
+    folder = lie(tmp_path / "step-1", PROTO + root + STOP)
+    average([folder], tmp_path / "o.safetensors")
+    assert load_file(tmp_path / "o.safetensors")["x"].tobytes() == X.tobytes()
+
+
 def test_a_name_in_two_items_is_refused(tmp_path: Path) -> None:
     """A dictionary of a pickle may have one key twice."""
     items = [(text("x"), ONE), (text("x"), ONE)]

@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 import pytest
 
+from tests import dcp
 from tests.command import one_line, polyak
 from tests.faults.runs import OLD
 from tests.faults.shim import END, EVER, SHORT, Fault, injected
@@ -76,6 +77,11 @@ def _write_safetensors(path: Path, tensors: Tensors) -> None:
     save_file(tensors, path)
 
 
+def _write_dcp(path: Path, tensors: Tensors) -> None:
+    counts = {name: [2] * values.ndim for name, values in tensors.items()}
+    dcp.write(path, {name: dcp.split(one, counts[name]) for name, one in tensors.items()})
+
+
 def _read_h5(path: Path) -> Tensors:
     with h5py.File(path) as file:
         group = file["model_weights/dense"]
@@ -108,6 +114,7 @@ class Way(NamedTuple):
     suffix: str
     write: Callable[[Path, Tensors], None]
     read: Callable[[Path], Tensors]
+    result: str = ""  # suffix of an output, where it has another
 
 
 NAMES = ("kernel", "bias", "table")
@@ -118,6 +125,7 @@ WAYS = {
     "npz": Way(".npz", _write_npz, _read_npz),
     "deflated": Way(".npz", _write_deflated, _read_npz),
     "safetensors": Way(".safetensors", _write_safetensors, _read_safetensors),
+    "torch_dcp": Way("", _write_dcp, _read_safetensors, ".safetensors"),
 }
 
 
@@ -140,8 +148,9 @@ class Trials:
         self.way = way
         (folder / "ckpts").mkdir()
         (folder / "written").mkdir()
-        self.output = folder / f"written/o{way.suffix}"
-        self.command = ("average", "ckpts", "-q", "--force", "-o", f"written/o{way.suffix}")
+        output = f"written/o{way.result or way.suffix}"
+        self.output = folder / output
+        self.command = ("average", "ckpts", "-q", "--force", "-o", output)
         models = [tensors_of(seed) for seed in range(COUNT)]
         for k, model in enumerate(models, start=1):
             way.write(folder / f"ckpts/model_{k}{way.suffix}", model)
@@ -156,8 +165,9 @@ class Trials:
         for name, newest in models[-1].items():
             expected = newest
             if newest.dtype.kind == "f":
-                terms = [np.float64(1 / COUNT) * model[name].astype(np.float64) for model in models]
-                expected = np.asarray(terms[0] + terms[1] + terms[2]).astype(newest.dtype)
+                terms = [model[name].astype(np.float64) for model in models]
+                mean = (terms[0] + terms[1] + terms[2]) / COUNT
+                expected = np.asarray(mean).astype(newest.dtype)
             assert found[name].tobytes() == expected.tobytes()
 
     def calls(self, function: str, path: str) -> int:

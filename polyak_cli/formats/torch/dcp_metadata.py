@@ -23,7 +23,9 @@ _MODULE = "torch.distributed.checkpoint"
 _TENSOR = f"{_MODULE}.metadata.TensorStorageMetadata"
 _BYTES = f"{_MODULE}.metadata.BytesStorageMetadata"
 _CHUNK = f"{_MODULE}.metadata.ChunkStorageMetadata"
-_PROPERTIES = f"{_MODULE}.metadata.TensorProperties"
+#: Where PyTorch has it today, and where older releases had it.
+_SHARDS = "torch.distributed._shard.sharded_tensor.metadata"
+_PROPERTIES = {f"{home}.TensorProperties" for home in (f"{_MODULE}.metadata", _SHARDS)}
 _INDEX = f"{_MODULE}.metadata.MetadataIndex"
 _STORED = f"{_MODULE}.filesystem._StorageInfo"
 _SIZE = "torch.Size"
@@ -37,13 +39,15 @@ _CLASSES = frozenset(
         _TENSOR,
         _BYTES,
         _CHUNK,
-        _PROPERTIES,
+        *_PROPERTIES,
         _INDEX,
         _STORED,
         _SIZE,
         f"{_MODULE}.metadata._MEM_FORMAT_ENCODING",
+        f"{_SHARDS}.MEM_FORMAT_ENCODING",
         f"{_MODULE}.metadata.StorageMeta",
         f"{_MEGATRON}.resharding.TensorReformulationMetadata",
+        f"{_MEGATRON}.torch.MCoreSavePlan",
         "torch.serialization._get_layout",
         # The folder that the checkpoint was saved to; Python 3.13 moved the classes.
         *(f"pathlib{home}.{kind}Path" for home in ("", "._local") for kind in ("Posix", "Windows")),
@@ -256,7 +260,7 @@ def _read_tensor(name: str, path: tuple[str, ...], item: Any, places: _Places) -
 
 def _read_dtype(properties: Any) -> str:
     """Return the type of a tensor; its other properties are no longer used."""
-    if not isinstance(properties, Instance) or properties.of != _PROPERTIES:
+    if not isinstance(properties, Instance) or properties.of not in _PROPERTIES:
         _refuse("it has no properties")
     state = properties.state
     if isinstance(state, tuple) and state and isinstance(state[0], Name):
