@@ -249,7 +249,7 @@ def _main(made: Made, session: Session) -> list[Contender]:
     output = session.folder / "output.safetensors"
     command = polyak(made.safetensors, output, "--quiet", "--jobs", session.jobs)
     same = Contender(
-        "safetensors",
+        "polyak-safetensors",
         "polyak average, of safetensors",
         command,
         output,

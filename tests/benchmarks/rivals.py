@@ -19,11 +19,11 @@ def tutorial_h5py(inputs: Sequence[str], output: str) -> None:
     for path in inputs:
         with h5py.File(path, "r") as file:
             models.append({name: file[name][()] for name in _datasets(file)})
-    coefficients = _coefficients(inputs)
+    weights = np.ones(len(inputs))
     _write(
         inputs[-1],
         output,
-        lambda name: np.average([model[name] for model in models], axis=0, weights=coefficients),
+        lambda name: np.average([model[name] for model in models], axis=0, weights=weights),
     )
 
 
@@ -32,10 +32,10 @@ def tutorial_keras(inputs: Sequence[str], output: str) -> None:
     import keras
 
     members = [keras.saving.load_model(path, compile=False) for path in inputs]
-    coefficients = _coefficients(inputs)
+    equal = np.ones(len(inputs))
     weights = [model.get_weights() for model in members]
     averaged = [
-        np.average(np.array([member[k] for member in weights]), axis=0, weights=coefficients)
+        np.average(np.array([member[k] for member in weights]), axis=0, weights=equal)
         for k in range(len(weights[0]))
     ]
     final = keras.models.clone_model(members[-1])
@@ -55,23 +55,18 @@ def loop_float64(inputs: Sequence[str], output: str) -> None:
 
 def _loop(inputs: Sequence[str], output: str, dtype: np.dtype[Any]) -> None:
     files = [h5py.File(path, "r") for path in inputs]
-    coefficients = _coefficients(inputs).astype(dtype)
 
     def average(name: str) -> Any:
-        total = None
-        for file, coefficient in zip(files, coefficients, strict=True):
+        total: Any = None
+        for file in files:
             term = file[name][()].astype(dtype, copy=False)
-            term *= coefficient
             total = term if total is None else np.add(total, term, out=total)
+        total /= len(files)
         return total
 
     _write(inputs[-1], output, average)
     for file in files:
         file.close()
-
-
-def _coefficients(inputs: Sequence[str]) -> Any:
-    return np.full(len(inputs), 1.0) / len(inputs)
 
 
 def _datasets(file: Any) -> list[str]:
