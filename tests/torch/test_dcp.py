@@ -388,6 +388,20 @@ def test_tensors_in_parts_in_safetensors_are_named(tmp_path: Path) -> None:
             average([source], tmp_path / "p.safetensors")
 
 
+def test_checkpoints_without_a_tensor_of_a_model_are_named(tmp_path: Path) -> None:
+    """A state dict that was saved as one object, and the folder of an optimizer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+        state = {"model": {"w": torch.ones(3)}}
+        dcp.save(state, checkpoint_id=tmp_path / "step-1", planner=planner, no_dist=True)
+    with pytest.raises(FormatError, match=r"'model' in bytes; save it with a planner that flat"):
+        average([tmp_path / "step-1"], tmp_path / "o.safetensors")
+    folder = save(tmp_path / "optimizer_0", {"state": {"w": {"exp_avg": torch.ones(3)}}})
+    with pytest.raises(FormatError, match=r"the state of an optimizer or of a run; expected a m"):
+        average([folder], tmp_path / "o.safetensors")
+
+
 def test_checksums_may_be_missing(tmp_path: Path) -> None:
     """PyTorch can save without them; then there is nothing to compare."""
     torch.serialization.set_crc32_options(False)

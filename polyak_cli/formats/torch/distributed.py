@@ -88,6 +88,20 @@ def _read_items(path: str, heartbeat: Heartbeat) -> _Items:
     return _Items(File(path, version), model, kept, state)
 
 
+def _refuse_other_items(items: _Items) -> None:
+    """Refuse a checkpoint without a tensor of a model, such as that of an optimizer."""
+    if items.model:
+        return
+    path = shown(items.metadata.path)
+    dictionaries = [item for item in items.state if item.path == (item.name,)]
+    if dictionaries and all(isinstance(item, BytesItem) for item in items.state):
+        raise FormatError(
+            f"{path}: holds no tensor, but '{shown(dictionaries[0].name)}' in bytes; save it with "
+            "a planner that flattens the state dict, as the default one does"
+        )
+    raise FormatError(f"{path}: holds the state of an optimizer or of a run; expected a model's")
+
+
 def _find_owners(items: Sequence[Item]) -> Iterator[tuple[Item, Owner]]:
     """Yield each item with its owner; see `beside`."""
     for item in items:
@@ -352,6 +366,7 @@ class DistributedCheckpoint(Format):
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
         items = _read_items(request.path, heartbeat)
+        _refuse_other_items(items)
         parts = _Parts(items, heartbeat)
         record = _read_record(request.path)
         wanted = [*items.model]
