@@ -147,6 +147,21 @@ def test_the_folders_beside_an_average_are_searched(run: Path) -> None:
     assert found.notes == ()
 
 
+def test_the_working_folder_is_searched_for_what_was_averaged(run: Path) -> None:
+    """After `average runs/ckpts -o out/final.h5`; a file of the name with other bytes is not it."""
+    (run / "out").mkdir()
+    (run / "runs").mkdir()
+    shutil.move(run / "ckpts", run / "runs/ckpts")
+    shutil.move(run / "final.h5", run / "out/final.h5")
+    done = polyak("verify", "out/final.h5", cwd=run)
+    assert (done.returncode, done.stderr) == (0, "")
+    for k in (1, 2, 3):
+        write_model(run / f"runs/ckpts/model_{k}.h5", {"dense": {"kernel": np.full((40, 25), k)}})
+    done = polyak("verify", "out/final.h5", cwd=run)
+    assert done.returncode == 1
+    assert "'model_1.h5' is missing: no file of that name in out, two levels" in done.stdout
+
+
 def test_folders_two_levels_below_an_average_are_searched(run: Path) -> None:
     """As in `polyak average runs/one/ckpts -o final.h5`; else the message names the option."""
     (run / "runs/one").mkdir(parents=True)
@@ -155,8 +170,8 @@ def test_folders_two_levels_below_an_average_are_searched(run: Path) -> None:
     shutil.move(run / "runs/ckpts", run / "runs/one/ckpts")
     found = verify(run / "final.h5")
     assert problems(found, "input")["model_1.h5"] == (
-        f"'model_1.h5' is missing: no file of that name in {run} or two levels of folders below; "
-        "name its folder with --source"
+        f"'model_1.h5' is missing: no file of that name in {run}, two levels of folders below, or "
+        "those of the working folder; name its folder with --source"
     )
     with_source = verify(run / "final.h5", sources=[run / "runs"])
     assert "two levels of" not in problems(with_source, "input")["model_1.h5"]

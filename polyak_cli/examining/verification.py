@@ -233,7 +233,7 @@ class _Search:
 
     def __init__(self, record: Record, folders: Sequence[Path], own: Table, is_wide: bool) -> None:
         self.folders = folders
-        self.is_wide = is_wide  # folders below that of the average were looked through
+        self.is_wide = is_wide  # folders that nobody named were looked through
         self.own = own
         self.inputs = [_Input(one) for one in record.inputs]
         self._taken: set[Path] = set()  # two inputs never share a checkpoint
@@ -407,24 +407,18 @@ def _is_recorded(files: Sequence[File], recorded: records.Input) -> bool:
 
 
 def _find_folders_beside(record: Record, own: Table) -> tuple[list[Path], list[str]]:
-    """Return the folders beside the average, and one level below, to search too, and notes.
+    """Return the folders to search besides that of the average, and notes.
 
     If several hold files of the names, only digests can say which is meant.
     """
     beside = _find_folder(own, record)
     named = [
         folder
-        for folder in itertools.islice(_list_folders_below(beside), _MOST_FOLDERS)
-        if any(
-            # Further down a bare name, such as model.safetensors, says nothing.
-            (folder.parent == beside or (folder / one.path).exists())
-            and any(_find_named(one, [folder], own))
-            for one in record.inputs
-        )
+        for folder in _list_entries(beside)
+        if _is_folder(folder) and any(any(_find_named(one, [folder], own)) for one in record.inputs)
     ]
     if all(one.sampled or one.sha256 for one in record.inputs):
-        return named, []
-    named = [folder for folder in named if folder.parent == beside]
+        return [*named, *_find_folders_further(record, own, beside, named)], []
     # Without digests, sizes are all there is: a folder of other sizes is not meant.
     if all(_has_recorded(beside, one, own) for one in record.inputs):
         return [], []
@@ -433,6 +427,28 @@ def _find_folders_beside(record: Record, own: Table) -> tuple[list[Path], list[s
         return likely or named, []
     several = " and ".join(shown(folder) for folder in likely[:2])
     return [], [f"{several} hold files with these names: choose one with --source"]
+
+
+def _find_folders_further(
+    record: Record, own: Table, beside: Path, named: Sequence[Path]
+) -> list[Path]:
+    """Return folders two levels below the average's or the working folder that hold an input.
+
+    So far away a name says nothing: the digest must be that of the record.
+    """
+    if all(any(_find_named(one, [beside, *named], own)) for one in record.inputs):
+        return []
+    working = Path()
+    further = itertools.chain(_list_folders_below(beside), [working], _list_folders_below(working))
+    return [
+        folder
+        for folder in itertools.islice(further, _MOST_FOLDERS)
+        if folder not in named
+        and any(
+            os.path.exists(folder / one.path) and _has_recorded(folder, one, own)  # noqa: PTH110
+            for one in record.inputs
+        )
+    ]
 
 
 def _has_recorded(folder: Path, recorded: records.Input, own: Table) -> bool:
@@ -546,8 +562,9 @@ class _Verifier:
         where = " or ".join(dict.fromkeys(shown(folder) for folder in self.search.folders))
         for one in self.inputs:
             if one.path is None:
-                below = " or two levels of folders below" if self.search.is_wide else ""
-                text = f"no file of that name in {where}{below}; name its folder with --source"
+                wide = ", two levels of folders below, or those of the working folder"
+                wide = wide if self.search.is_wide else ""
+                text = f"no file of that name in {where}{wide}; name its folder with --source"
                 text = f"cannot be averaged: {one.error}" if one.error else f"is missing: {text}"
                 self.problems.append(one.make_problem(text))
                 continue
