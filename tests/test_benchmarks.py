@@ -294,11 +294,15 @@ def test_the_floor_reads_every_byte_once_and_writes_as_much_as_one_input(
 
     monkeypatch.setattr(os, "readv", counting)
     monkeypatch.setattr(floor, "_PORTION", (1 << 21) + 5)
-    floor.main(2, str(tmp_path / "output"), [str(path) for path in made.paths])
+    floor.main(2, 0, str(tmp_path / "output"), [str(path) for path in made.paths])
     sizes = [path.stat().st_size for path in made.paths]
     assert sum(read) == sum(sizes)
     assert max(read) == 1 << 20
     assert (tmp_path / "output").stat().st_size == sizes[-1]
+    read.clear()
+    floor.main(2, 3, str(tmp_path / "several"), [str(path) for path in made.paths])
+    assert sum(read) == sum(sizes)
+    assert [path.stat().st_size for path in (tmp_path / "several").iterdir()] == [sizes[-1]] * 3
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the page cache cannot be steered")

@@ -38,10 +38,10 @@ class Session:
     say: Callable[[str], None]
 
 
-def floor(paths: Sequence[Path], output: Path | None, threads: int) -> list[str]:
-    """Return the command that only reads the inputs and writes as much as the output."""
-    script = str(_HERE / "floor.py")
-    return [sys.executable, script, str(threads), str(output or "-"), *map(str, paths)]
+def floor(paths: Sequence[Path], output: Path | None, threads: int, several: int = 0) -> list[str]:
+    """Return the command that only reads the inputs and writes as much as the output or outputs."""
+    start = [sys.executable, str(_HERE / "floor.py"), str(threads), str(several)]
+    return [*start, str(output or "-"), *map(str, paths)]
 
 
 def polyak(paths: Sequence[Path], output: Path, *options: object) -> list[str]:

@@ -275,7 +275,14 @@ def _several(made: Made, session: Session) -> list[Contender]:
     eight = Contender(
         "polyak-several", f"{SEVERAL} averages", write(SEVERAL), folder, beside="polyak-one"
     )
-    return _both(one, eight)
+    alone = Contender(
+        "floor-several",
+        f"only reading, and writing {SEVERAL} files",
+        floor(made.paths, folder, session.jobs, SEVERAL),
+        folder,
+        beside="polyak-one",
+    )
+    return [alone, *_both(one, eight)]
 
 
 def _cold(made: Made, session: Session) -> list[Contender]:
