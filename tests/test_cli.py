@@ -600,6 +600,7 @@ REPORT_KEYS = PLAN_KEYS | {
     "runs": dict,
     "recalibrated": type(None),
     "verified": type(None),
+    "verified_by": type(None),
 }
 
 
@@ -1035,7 +1036,7 @@ def test_a_terminal_s_ctrl_c_restores_the_cursor(run_folder: Path) -> None:
         [
             *script(
                 f"{EAGER}\nimport os, signal, polyak_cli.engine.executors as e\n"
-                "def fold(*_): os.kill(os.getpid(), signal.SIGINT)\ne.fold = fold",
+                "def fold(*_, **__): os.kill(os.getpid(), signal.SIGINT)\ne.fold = fold",
                 *("average", "ckpts", "-o", "o.h5"),
             )
         ],
