@@ -360,6 +360,7 @@ class OutputRules:
     cautions: Mapping[str, str] = field(default_factory=dict)
     is_fixed: bool = False  # types and optimizer state must stay
     tails: tuple[str, ...] = ()  # of its further files, in place of the suffix
+    part: str = ""  # the key of the part that was asked for; a conversion takes nothing else
 
 
 class Asset(NamedTuple):

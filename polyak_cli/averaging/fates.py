@@ -125,7 +125,9 @@ def list_notes(
             f"{count} {choose_verb(len(statistics))} averaged; recompute them on training data "
             f"({_advise_recalculation(tables[-1])})"
         )
-    stored = {*stored_dtypes.values(), "objects"}
+    stored = {*stored_dtypes.values()}
+    if not (drop_optimizer and tables[-1].rules.part):  # a part is converted without what is beside
+        stored.add("objects")
     if not drop_optimizer and tables[-1].optimizer:
         stored.add("optimizer")
     notes += _note_types(averaged, stored_dtypes, is_fixed=tables[-1].rules.is_fixed)

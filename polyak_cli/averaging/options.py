@@ -73,6 +73,8 @@ class Options(TypedDict, total=False):
         lora: "factors" (the default) averages factors whose product is meant (LoRA, DoRA, weight
             norm) by themselves; "exact" writes factors of the mean product.
         strip_prefix: beginnings of names, such as "module.", that are ignored in pairing.
+        key: of the part of PyTorch checkpoints to average, such as "state_dict" or "model/ema"; the
+            rest is the newest's, or left out of an output of another format.
         force: replace an existing output.
         hash: record the SHA-256 of each input; by default if all have 64 MB at most in all.
         only_weights: write nothing but the tensors into an output folder, no configuration and no
@@ -110,6 +112,7 @@ class Options(TypedDict, total=False):
     allow: Sequence[str]
     lora: Literal["factors", "exact"]
     strip_prefix: Sequence[str]
+    key: str
     force: bool
     hash: bool | None
     only_weights: bool
@@ -183,6 +186,7 @@ class Tensors:
     allow: tuple[str, ...] = ()
     lora: Literal["factors", "exact"] = "factors"
     strip_prefix: tuple[str, ...] = ()
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

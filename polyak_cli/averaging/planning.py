@@ -310,11 +310,12 @@ def _scan(chosen: checkpoints.Selection, settings: Settings) -> tuple[Table, ...
     jobs = settings.machine.share().jobs
     try:
         # EMAs lie in the optimizer's state, which is described only where it is needed.
-        return tuple(formats.scan(paths, jobs=jobs, with_optimizer=settings.tensors.use_ema))
+        wanted = settings.tensors
+        return tuple(formats.scan(paths, jobs=jobs, with_optimizer=wanted.use_ema, key=wanted.key))
     except MismatchError as error:
         raise blame.blame_format(paths, error) from None
     except PolyakError as error:
-        raise blame.blame_unreadable(paths, error) from None
+        raise blame.blame_unreadable(paths, error, settings.tensors.key) from None
 
 
 class _Fates(NamedTuple):
@@ -350,7 +351,9 @@ def _sort_tensors(
     # Refused now: later, a block that is too large would fail in the middle of a fold.
     _check_chunks(tables, rows, settings.machine)
     drop = drops_optimizer(template, wanted.optimizer, outputs.choose_format(output, template))
-    dropped = [name for name in template.others if drop and name in template.optimizer]
+    whole = outputs.choose_format(output, template) == template.format
+    beside = template.optimizer if whole or not template.rules.part else template.others.keys()
+    dropped = [name for name in template.others if drop and name in beside]
     others = (name for name in template.others if name not in dropped)
     return _Fates(
         averaged=averaged,
@@ -437,8 +440,8 @@ def _check_types(template: Table, averaged: Sequence[Row], dtype: str | None) ->
         if dtype not in (None, spec.dtype):
             raise UsageError(
                 f"--dtype {dtype}: {shown(template.path)} keeps its types, and tensor "
-                f"'{shown(spec.name)}' is {spec.dtype}; leave out --dtype, and convert the output "
-                "afterwards"
+                f"'{shown(spec.name)}' is {spec.dtype}; leave out --dtype, or give the output a "
+                "name in .safetensors"
             )
 
 

@@ -47,6 +47,7 @@ _YOUNGER_OPTIONS: Mapping[str, tuple[tuple[type, ...], Any]] = {
     "allow": ((list,), []),
     "lora": ((str,), "factors"),
     "strip_prefix": ((list,), []),
+    "key": ((str,), ""),
 }
 #: Options that are lists of texts.
 _LISTS = ("include_tensors", "exclude_tensors", "allow", "strip_prefix")

@@ -221,6 +221,12 @@ STRIP_PREFIX = option(
     metavar="PREFIX",
     help="Ignore this prefix of tensor names, such as module. of DDP; may be repeated.",
 )
+KEY = option(
+    "--key",
+    metavar="KEY",
+    help="Average this part of PyTorch checkpoints, such as state_dict or model/net.  The rest is "
+    "copied from the newest, or left out of an output of another format.",
+)
 DATA = option(
     "--data",
     required=True,
@@ -365,6 +371,7 @@ AVERAGING = under(
     ),
     ALLOW,
     STRIP_PREFIX,
+    KEY,
     option(
         "--lora",
         type=click.Choice(["factors", "exact"]),

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli.errors import FormatError, MismatchError, PolyakError, shown
+from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown
 from polyak_cli.formats import wire
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
@@ -27,7 +27,9 @@ from polyak_cli.tensors import Placement, Table
 # --- reading --------------------------------------------------------------------------------------
 
 
-def scan(paths: Sequence[Path], *, jobs: int = 1, with_optimizer: bool = False) -> list[Table]:
+def scan(
+    paths: Sequence[Path], *, jobs: int = 1, with_optimizer: bool = False, key: str = ""
+) -> list[Table]:
     """Return the table of tensors of each checkpoint, in order.
 
     A checkpoint that differs from the template in its tensors' values only shares its table.
@@ -36,8 +38,10 @@ def scan(paths: Sequence[Path], *, jobs: int = 1, with_optimizer: bool = False) 
         paths: the checkpoints; the last one is the template, and everything in it is listed.
         jobs: children that scan at a time.
         with_optimizer: list what is not the model's own of the other checkpoints too.
+        key: of the part of each checkpoint that is taken for the model; "" leaves it to the format.
 
     Raises:
+        UsageError: a key is given, and checkpoints of this format have no parts.
         FormatError: a file is foreign, damaged, hostile, or still being written.
         MismatchError: they are not of one format.
     """
@@ -46,11 +50,16 @@ def scan(paths: Sequence[Path], *, jobs: int = 1, with_optimizer: bool = False) 
     if not paths:
         return []
     files = [File(str(path), _read_version(path)) for path in paths]
-    key = _find_common_format(paths)
-    (template,) = _scan_all(key, files[-1:], 1, with_optimizer=True)
+    form = _find_common_format(paths)
+    if key and not find_format(form).has_parts:
+        raise UsageError(
+            f"--key {shown(key)}: {shown(paths[-1])} is a {find_format(form).name} file, which has "
+            "no parts to choose from; choose tensors with --include-tensors"
+        )
+    (template,) = _scan_all(form, files[-1:], 1, True, key)
     same = compare_skeletons(template, files[:-1])
     others = [file for file, is_same in zip(files, same, strict=False) if not is_same]
-    scanned = iter(_scan_all(key, others, jobs, with_optimizer=with_optimizer))
+    scanned = iter(_scan_all(form, others, jobs, with_optimizer, key))
     older = [
         replace(template, path=Path(file.path), files=(file,)) if is_same else next(scanned)
         for file, is_same in zip(files, same, strict=False)
@@ -71,15 +80,17 @@ def _find_common_format(paths: Sequence[Path]) -> str:
     return key
 
 
-def _scan_all(key: str, files: Sequence[File], jobs: int, *, with_optimizer: bool) -> list[Table]:
+def _scan_all(
+    name: str, files: Sequence[File], jobs: int, with_optimizer: bool, key: str
+) -> list[Table]:
     """Scan files in children; the first error is raised."""
     names = [file.path for file in files]
     # The format is imported here, once, and not in each child.
-    form = find_format(key)
-    requests = [(form, ScanRequest(path, with_optimizer)) for path in names]
+    form = find_format(name)
+    requests = [(form, ScanRequest(path, with_optimizer, key)) for path in names]
     children = max(1, min(jobs, len(files)))
     with contextlib.closing(sandbox.run_all(_scan_one, requests, names, children)) as scanned:
-        return [wire.unpack_table(found, key, f) for f, found in zip(files, scanned, strict=True)]
+        return [wire.unpack_table(found, name, f) for f, found in zip(files, scanned, strict=True)]
 
 
 def _scan_one(request: tuple[Format, ScanRequest], heartbeat: Heartbeat) -> dict[str, Any]:

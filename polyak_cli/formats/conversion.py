@@ -31,7 +31,7 @@ def refuse_losses(request: SkeletonRequest) -> None:
                 "optimizer state cannot be converted to another format; leave it out with "
                 "--optimizer drop"
             )
-        if name not in template.optimizer:
+        if name not in template.optimizer and not template.rules.part:
             raise OutputError(f"'{shown(name)}', which is not part of the model, would be lost")
     for spec in template.tensors.values():
         if spec.storage is None:

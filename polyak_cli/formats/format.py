@@ -20,6 +20,7 @@ class ScanRequest(NamedTuple):
 
     path: str
     with_optimizer: bool
+    key: str = ""  # of the part to take for the model, where a format has parts
 
 
 class SkeletonRequest(NamedTuple):
@@ -70,6 +71,8 @@ class Format(ABC):
     dtypes: ClassVar[frozenset[str]] = COMMON
     #: A checkpoint of it may be one part of a larger one; its tensors lie in plain extents.
     can_be_part: ClassVar[bool] = False
+    #: A checkpoint holds named parts, such as a model beside its EMA; `ScanRequest.key` chooses.
+    has_parts: ClassVar[bool] = False
     #: A checkpoint of several files becomes a folder of as many where the output is named so.
     can_be_folder: ClassVar[bool] = False
     #: Such a folder continues a training as its template does: all files of the template's folder

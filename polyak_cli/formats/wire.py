@@ -68,6 +68,7 @@ def pack_table(table: Table) -> dict[str, Any]:
             dict(table.rules.cautions),
             table.rules.is_fixed,
             list(table.rules.tails),
+            table.rules.part,
         ],
         "assets": {name: list(asset) for name, asset in table.assets.items()},
     }
@@ -128,7 +129,7 @@ def _unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
     tensors = {row[0]: _unpack_spec(files, *row) for row in packed["tensors"]}
     if len(tensors) < len(packed["tensors"]):
         raise FormatError(f"{shown(file.path)}: two of its tensors have the same name")
-    suffixes, cautions, is_fixed, tails = packed["rules"]
+    suffixes, cautions, is_fixed, tails, part = packed["rules"]
     return Table(
         path=Path(file.path),
         format=form,
@@ -145,6 +146,7 @@ def _unpack_table(packed: Mapping[str, Any], form: str, file: File) -> Table:
             {_require_text(key): _require_text(value) for key, value in cautions.items()},
             _require_flag(is_fixed),
             _require_texts(tails),
+            _require_text(part),
         ),
         assets=_unpack_assets(packed["assets"]),
     )

@@ -42,6 +42,7 @@ class Settings(TypedDict, total=False):
     allow: Sequence[str]
     lora: Literal["factors", "exact"]
     strip_prefix: Sequence[str]
+    key: str
     hash: bool | None
     max_memory: int | None
     jobs: int | None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint
+from safetensors.torch import load_file
 
 from tests.test_front_door import KERNEL, run_row
 
@@ -48,6 +49,15 @@ def test_a_row_of_pytorch_runs(tmp_path: Path, have: str) -> None:
     loaded = torch.load(tmp_path / run_row(have, tmp_path)[-1], weights_only=True)
     state = loaded["state_dict"] if have == LIGHTNING else loaded
     assert torch.allclose(state["net.weight"], torch.from_numpy(KERNEL + 3), rtol=0, atol=1e-6)
+
+
+def test_the_row_of_a_part_as_safetensors_runs(tmp_path: Path) -> None:
+    """The library of safetensors loads the mean of what Lightning's files hold as the model."""
+    for epoch in range(1, 6):
+        save(tmp_path / "ckpts" / f"epoch={epoch}.ckpt", epoch, lightning=True)
+    have = "Lightning `.ckpt`, to become safetensors"
+    found = load_file(tmp_path / run_row(have, tmp_path)[-1])
+    assert torch.allclose(found["net.weight"], torch.from_numpy(KERNEL + 3), rtol=0, atol=1e-6)
 
 
 def test_the_row_of_distributed_checkpoints_runs(tmp_path: Path) -> None:

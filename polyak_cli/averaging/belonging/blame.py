@@ -117,15 +117,21 @@ def describe_formats(path: Path, key: str, other: Path, other_key: str) -> str:
     )
 
 
-def blame_unreadable(paths: Sequence[Path], error: PolyakError) -> PolyakError:
-    """Mark the file that an error is about as one to leave out, if any other can be read."""
+def blame_unreadable(paths: Sequence[Path], error: PolyakError, key: str = "") -> PolyakError:
+    """Mark the file that an error is about as one to leave out, if any other can be read.
+
+    Args:
+        paths: the checkpoints.
+        error: what was found first.
+        key: of the part that is read of each; see `formats.scan`.
+    """
     culprit = find_named(error, [[str(path)] for path in paths])
     if culprit is None:
         return error
     others = [path for k, path in enumerate(paths) if k != culprit]
     for path in others[::-1][:_TRIED]:
         try:
-            formats.scan([path])
+            formats.scan([path], key=key)
         except PolyakError:
             continue
         error.at_fault = (culprit,)

@@ -35,6 +35,7 @@ from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, Te
 #: The member that holds this tool's record; PyTorch looks for members by name and ignores others.
 PROVENANCE = "polyak_provenance"
 _MAXIMUM_DEPTH = 64
+_MOST_KEYS = 10  # that an error names
 _STEP = 1 << 20
 
 Named = tuple[str, Tensor | Stored]
@@ -91,6 +92,7 @@ class _Collected:
     tensors: list[TensorSpec] = field(default_factory=list)
     others: list[TensorSpec] = field(default_factory=list)
     optimizer: list[str] = field(default_factory=list)
+    part: tuple[str, ...] = ()  # the keys that lead to what is taken for the model
 
     def fill(self, root: Any, heartbeat: Heartbeat) -> None:
         """Add the storages of all tensors that the pickle's root leads to."""
@@ -98,7 +100,7 @@ class _Collected:
             raise FormatError("is the state of an optimizer; expected a model's state dict")
         views: dict[str, list[_Found]] = {}
         hidden: dict[str, tuple[_Found, Instance]] = {}
-        for count, found in enumerate(_Walk().find(root)):
+        for count, found in enumerate(self.list_all(root)):
             if count % 500 == 0:
                 heartbeat()
             key = found.value.key if isinstance(found.value, Stored) else found.value.storage.key
@@ -111,11 +113,25 @@ class _Collected:
                 _refuse_hidden(found, holder)
         for several in views.values():
             # What a model and its optimizer share is the model's.
-            own = [view for view in several if not view.owner]
-            spec = self.describe([("/".join(v.path) or "tensor", v.value) for v in own or several])
+            own = [view for view in several if not view.owner and self.is_inside(view)]
+            start = len(self.part) if own else 0
+            spec = self.describe(
+                [("/".join(v.path[start:]) or "tensor", v.value) for v in own or several]
+            )
             (self.tensors if own else self.others).append(spec)
             if not own and several[0].owner == "optimizer":
                 self.optimizer.append(spec.name)
+
+    def list_all(self, root: Any) -> Iterator[_Found]:
+        """Yield all tensors, those of the part first: what is there twice is entered once."""
+        walk = _Walk()
+        if self.part:
+            yield from walk.find(_find_part(root, self.part), self.part)
+        yield from walk.find(root)
+
+    def is_inside(self, found: _Found) -> bool:
+        """Return whether a tensor is in the part that is taken for the model."""
+        return found.path[: len(self.part)] == self.part
 
     def describe(self, named: Sequence[Named]) -> TensorSpec:
         """Describe a storage."""
@@ -184,6 +200,24 @@ class _Found(NamedTuple):
     owner: Owner
     value: Tensor | Stored
     holder: Instance | None = None  # the object that it can be reached through, if it is in one
+
+
+def _find_part(root: Any, keys: tuple[str, ...]) -> Any:
+    """Return what is under keys in the dictionaries of a pickle.
+
+    Raises:
+        FormatError: there is no such key; says which there are.
+    """
+    for depth, wanted in enumerate(keys, start=1):
+        items = dict(_list_items(root)) if isinstance(root, (Pairs, Instance, list, tuple)) else {}
+        if wanted not in items:
+            some = ", ".join(f"'{shown(key, 40)}'" for key in [*items][:_MOST_KEYS])
+            raise FormatError(
+                f"has no '{shown('/'.join(keys[:depth]))}' that --key could choose; expected one "
+                f"of {some or 'none, as it is no dictionary'}{word_rest(len(items) - _MOST_KEYS)}"
+            )
+        root = items[wanted]
+    return root
 
 
 class _Walk:
@@ -338,6 +372,7 @@ class TorchZip(Format):
     recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
     has_checksums = True
     can_be_left = True
+    has_parts = True
     can_be_part = True
     dtypes = frozenset(FLOATS)
 
@@ -345,7 +380,8 @@ class TorchZip(Format):
         """See `Format.scan`."""
         with zips.open_archive(request.path) as (file, members, _):
             records = _find_records(members)
-            table = _Collected(records, _read_byteorder(file, records))
+            part = tuple(request.key.split("/")) if request.key else ()
+            table = _Collected(records, _read_byteorder(file, records), part=part)
             unknown: dict[str, None] = {}
             content = zips.read_whole(file, records["data.pkl"])
             root = pickles.read(content, heartbeat, unknown=unknown)
@@ -366,7 +402,9 @@ class TorchZip(Format):
                 config="",
                 is_polyak_output=PROVENANCE in records,
                 about=_read_record(file, records) if request.with_optimizer else {},
-                rules=OutputRules(cautions=_note_objects([*unknown]), is_fixed=True),
+                rules=OutputRules(
+                    cautions=_note_objects([*unknown]), is_fixed=True, part=request.key
+                ),
                 assets=vocabularies.find_in_pickle(root),
             )
 
@@ -418,14 +456,16 @@ class TorchZip(Format):
         with zips.open_archive(table.files[0].path) as (file, members, _):
             content = zips.read_whole(file, _find_records(members)["data.pkl"])
             root = pickles.read(content, heartbeat, unknown={})
-        if not isinstance(root, Pairs):
+        if table.rules.part:
+            root = _find_part(root, tuple(table.rules.part.split("/")))
+        if not isinstance(root, (Pairs, Instance)):
             raise OutputError("is not a state dict, so its tensors have no names")
         for key, value in root.items:
             if not isinstance(key, str) or (key != "__dict__" and not isinstance(value, Tensor)):
                 named = shown(key, 40) if isinstance(key, (str, int, float)) else "?"
                 raise OutputError(
-                    f"has '{named}' beside or around its tensors, which would be lost; "
-                    "torch.save the state dict alone"
+                    f"has '{named}' beside or around its tensors, which would be lost; choose "
+                    "the state dict in it with --key, such as --key state_dict"
                 )
         return {"format": "pt"}
 
