@@ -285,23 +285,16 @@ def near_ties(draw: st.DrawFn, dtype: str) -> float:
     return math.copysign(found, draw(st.sampled_from([1, -1])))
 
 
-@quietly
-@given(
-    drawn=st.sampled_from([*LAYOUTS]).flatmap(
-        lambda dtype: st.tuples(
-            st.just(dtype),
-            st.lists(st.one_of(near_ties(dtype), st.floats(width=64), st.just(5e-324)), min_size=1),
-        )
-    ),
-    byteorder=st.sampled_from("<>"),
-    count=lengths,
-    offset=offsets,
-)
+@pytest.mark.parametrize("dtype", LAYOUTS)
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(data=st.data(), byteorder=st.sampled_from("<>"), count=lengths, offset=offsets)
 def test_a_number_is_rounded_to_the_nearest_once(
-    kernel: Kernel, drawn: tuple[str, list[float]], byteorder: str, count: int, offset: int
+    kernel: Kernel, dtype: str, data: st.DataObject, byteorder: str, count: int, offset: int
 ) -> None:
     """By exact fractions: ties to even, gradual underflow, and overflow from half a step on."""
-    dtype, values = drawn
+    number = st.one_of(near_ties(dtype), near_ties(dtype), st.floats(width=64), st.just(5e-324))
+    values = data.draw(st.lists(number, min_size=8, max_size=20))
+    count = max(count, data.draw(st.sampled_from([0, 20])))
     codes = round_codes(kernel, np.resize(values, count), dtype, byteorder, offset)
     assert codes == [*np.resize(codes[: len(values)], count)]
     for code, value in zip(codes, values, strict=False):

@@ -210,7 +210,8 @@ def _round_to_odd(values: Float64) -> _Bits:
 def _round_bits(bits: _Bits, values: Float64) -> None:
     """Round the bits of a block of float32 to their upper halves, in place."""
     spare, flags = _buffers.spare[: len(bits)], _buffers.flags[: len(bits)]
-    # Rounding up would carry a NaN into infinity: keep its upper bits and make it quiet.
+    # Rounding up would carry a NaN into infinity: keep its upper bits.  A float32 of a float64 is
+    # always a quiet NaN, whose bit is among them.
     np.isnan(values, out=flags)
     np.copyto(spare, bits)
     np.right_shift(bits, 16, out=bits)
@@ -219,7 +220,6 @@ def _round_bits(bits: _Bits, values: Float64) -> None:
     np.add(bits, spare, out=bits)
     np.copyto(bits, spare, where=flags)
     np.right_shift(bits, 16, out=bits)
-    np.bitwise_or(bits, 0x40, out=bits, where=flags)
 
 
 def _halve_to_odd(bits: _Bits) -> None:
