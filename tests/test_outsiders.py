@@ -116,9 +116,12 @@ def test_links_to_an_epoch_are_passed_over(tmp_path: Path) -> None:
     make(tmp_path, "1epoch.pth", "2epoch.pth")
     for link, target in (("chosen.pth", "1epoch.pth"), ("newer.pth", "chosen.pth")):
         (tmp_path / link).symlink_to(target)
+    (tmp_path / "hard.pth").hardlink_to(tmp_path / "1epoch.pth")  # as timm's last.pth.tar is
     found = select([tmp_path])
     assert names(found) == ["1epoch.pth", "2epoch.pth"]
-    assert reasons(found) == dict.fromkeys(("chosen.pth", "newer.pth"), "a link to 1epoch.pth")
+    assert reasons(found) == dict.fromkeys(
+        ("chosen.pth", "newer.pth", "hard.pth"), "a link to 1epoch.pth"
+    )
     (tmp_path / "3epoch.pth").symlink_to("2epoch.pth")
     assert "are the same file" in refusal(tmp_path)
 

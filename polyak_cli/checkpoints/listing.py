@@ -197,8 +197,6 @@ def find_candidates(
         if listed:
             if not kept:
                 kept, passed = _look_into(passed)
-            kept, links = _pass_over_links(kept)
-            passed += links
             kept, of_other_kinds = _separate_kinds(source, kept, on_problem)
             passed += of_other_kinds
         files, others = _read_identities(kept, on_problem)
@@ -208,6 +206,8 @@ def find_candidates(
             ours = _find_averages([path for path, _ in files], find_polyak_outputs)
             passed += [PassedOver(path, _OURS) for path, _ in files if path in ours]
             files = [(path, identity) for path, identity in files if path not in ours]
+            files, links = _pass_over_links(files)
+            passed += links
             if not files and not unusable and not growing:
                 raise CheckpointError(describe_nothing_found(source, passed))
         passed_over += passed
@@ -454,19 +454,22 @@ def _look_into(passed: Sequence[PassedOver]) -> tuple[list[Path], list[PassedOve
     return found, [one for one in passed if one.path not in found]
 
 
-def _pass_over_links(paths: Sequence[Path]) -> tuple[list[Path], list[PassedOver]]:
-    """Separate links without a number in their names, such as latest.pth, to files beside them."""
-    links = [p for p in paths if not re.search(r"\d", p.name) and p.is_symlink()]
-    if not links:  # a long run is not asked about for nothing
-        return [*paths], []
-    there = {path.resolve(): path for path in paths if path not in links}
-    targets = {path: there.get(path.resolve()) for path in links}
-    passed = [
-        PassedOver(path, f"a link to {shown(target.name, 60)}")
-        for path, target in targets.items()
-        if target is not None
-    ]
-    return [path for path in paths if targets.get(path) is None], passed
+def _pass_over_links(
+    files: Sequence[tuple[Path, tuple[int, int]]],
+) -> tuple[list[tuple[Path, tuple[int, int]]], list[PassedOver]]:
+    """Separate second names without a number, such as last.ckpt, of files that have one too.
+
+    Some programs make symbolic links, and others, such as timm, hard ones.
+    """
+    numbered = {identity: path for path, identity in files if re.search(r"\d", path.name)}
+    kept, passed = [], []
+    for path, identity in files:
+        other = numbered.get(identity, path)
+        if other == path or re.search(r"\d", path.name):
+            kept.append((path, identity))
+        else:
+            passed.append(PassedOver(path, f"a link to {shown(other.name, 60)}"))
+    return kept, passed
 
 
 def is_matched(path: Path, pattern: str) -> bool:
