@@ -24,7 +24,8 @@ TARGET = SOURCE.with_suffix(".abi3.so")
 #: The oldest Python that has what the C code uses: its limited API has buffers since 3.11.
 OLDEST = (3, 11)
 # No fused multiply-add, and no reordered sums, whatever CFLAGS of the caller say.
-FLAGS = ["-std=c11", "-O3", "-fno-fast-math", "-ffp-contract=off", "-fvisibility=hidden"]
+STRICT = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
+FLAGS = ["-std=c11", *STRICT, "-ffp-contract=off", "-fvisibility=hidden"]
 
 
 class KernelError(Exception):
@@ -54,6 +55,8 @@ def compile_kernel(root: Path, folder: Path) -> Path:
         [str(root / SOURCE)],
         define_macros=[("Py_LIMITED_API", version), ("SOURCE_DIGEST", f'"{digest}"')],
         extra_compile_args=FLAGS,
+        # With fast-math, GCC links code that makes subnormals 0 in every process that loads it.
+        extra_link_args=STRICT,
         py_limited_api=True,
     )
     command: Any = Distribution({"ext_modules": [extension]}).get_command_obj("build_ext")
@@ -74,13 +77,15 @@ def compile_in_place(root: Path) -> None:
         KernelError: as `compile_kernel`.  An older extension is removed then: its source is gone.
     """
     target = root / TARGET
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernel-") as folder:
-        try:
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernel-") as folder:
             # Renamed and not overwritten: a running process may have the older one mapped.
             compile_kernel(root, Path(folder)).replace(target)
-        except KernelError:
-            target.unlink(missing_ok=True)
-            raise
+    except KernelError:
+        target.unlink(missing_ok=True)
+        raise
+    except OSError as error:  # as in a clone that nobody may write into
+        raise KernelError(f"it cannot be put beside its source: {error}") from None
 
 
 class KernelHook(BuildHookInterface[WheelBuilderConfig]):

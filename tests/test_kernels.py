@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib
 import math
@@ -158,6 +159,10 @@ def test_buffers_that_do_not_match_are_refused() -> None:
             add(total=unfit)
     with pytest.raises(ValueError, match="aligned"):
         _kernel.divide(odd, 2.0)
+    # 2^61 numbers of 8 bytes: the product of both is 0 in 64 bits.  Nothing lies at the address.
+    vast: Any = (ctypes.c_char * (1 << 61)).from_address(64)
+    with pytest.raises(ValueError, match="float64"):
+        add(raw=vast, dtype="float8_e5m2", total=np.empty(0))
     unfit_terms: Any
     for unfit_terms in (None, [None], [(0,)], [("0", 1.0)], 5):
         with pytest.raises((TypeError, SystemError)):

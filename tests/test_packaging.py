@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import runpy
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -283,12 +285,44 @@ def test_arithmetic_of_other_bits_is_not_compiled(
 
 
 @needs_compiler
+@pytest.mark.parametrize("flags", ["-ffast-math -ffp-contract=fast", "-Ofast", "-Ofast -flto"])
 def test_flags_of_the_caller_do_not_change_the_arithmetic(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last flag counts, and the build has the last word, to the linker too.
+
+    With fast-math, GCC links code that makes subnormal numbers 0 in the whole process.
+    """
+    monkeypatch.setenv("CFLAGS", flags)
+    monkeypatch.setenv("LDFLAGS", flags)
+    extension = hook()["compile_kernel"](ROOT, tmp_path)
+    load = (
+        "import sys; from importlib.util import module_from_spec, spec_from_file_location as find;"
+        "module_from_spec(find('polyak_cli.engine._kernel', sys.argv[1]));"
+        "print(float(sys.argv[2]) * float(sys.argv[3]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", load, str(extension), "5e-324", "3"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{3 * 5e-324}\n" == "1.5e-323\n"
+
+
+@needs_compiler
+def test_a_clone_that_nobody_may_write_into_is_installed_without_the_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last flag counts, and the build has the last word."""
-    monkeypatch.setenv("CFLAGS", "-ffast-math -ffp-contract=fast")
-    assert hook()["compile_kernel"](ROOT, tmp_path).is_file()
+    """The hook catches this error, warns and goes on, as for want of a compiler."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    names = hook()
+    with pytest.raises(names["KernelError"], match=r"beside its source: .*Read-only"):
+        names["compile_in_place"](tmp_path)
 
 
 # --- wheels for other platforms -------------------------------------------------------------------

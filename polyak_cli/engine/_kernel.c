@@ -274,7 +274,8 @@ static const struct kind *find_kind(const char *dtype, const char *byteorder, si
 /* Return whether a buffer is float64 of some length, and aligned; else set an error. */
 static int is_float64(const Py_buffer *buffer, size count)
 {
-    if (buffer->len == 8 * count && (uintptr_t)buffer->buf % 8 == 0)
+    /* Divided, because 8 bytes for each float8 could be more than a length can say. */
+    if (buffer->len / 8 == count && buffer->len % 8 == 0 && (uintptr_t)buffer->buf % 8 == 0)
         return 1;
     PyErr_Format(PyExc_ValueError, "expected %zd aligned float64, found %zd bytes at %p", count,
                  buffer->len, buffer->buf);
