@@ -24,8 +24,9 @@ TARGET = SOURCE.with_suffix(".abi3.so")
 #: The oldest Python that has what the C code uses: its limited API has buffers since 3.11.
 OLDEST = (3, 11)
 # No fused multiply-add, and no reordered sums, whatever CFLAGS of the caller say.
-STRICT = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
-FLAGS = ["-std=c11", *STRICT, "-ffp-contract=off", "-fvisibility=hidden"]
+FLAGS = ["-std=c11", "-O3", "-fno-fast-math", "-ffp-contract=off", "-fvisibility=hidden"]
+# With fast-math, GCC links code that makes subnormals 0 in every process that loads it.
+LINKING = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
 
 
 class KernelError(Exception):
@@ -55,8 +56,7 @@ def compile_kernel(root: Path, folder: Path) -> Path:
         [str(root / SOURCE)],
         define_macros=[("Py_LIMITED_API", version), ("SOURCE_DIGEST", f'"{digest}"')],
         extra_compile_args=FLAGS,
-        # With fast-math, GCC links code that makes subnormals 0 in every process that loads it.
-        extra_link_args=STRICT,
+        extra_link_args=LINKING,
         py_limited_api=True,
     )
     command: Any = Distribution({"ext_modules": [extension]}).get_command_obj("build_ext")
