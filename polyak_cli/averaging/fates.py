@@ -172,7 +172,7 @@ def note_missing_emas(names: Sequence[str]) -> list[str]:
     if not names:
         return []
     return [
-        f"{len(names)} float tensors have no EMA in the optimizer's state, because they are not "
+        f"{len(names)} float tensors have no EMA, because they are not "
         f"trained; their own values are averaged ({list_some(names)})"
     ]
 

@@ -136,6 +136,48 @@ def ddp(seed: int) -> State:
     return {"model": prefixed("module.", net.state_dict()), "model_ema": mean.module.state_dict()}
 
 
+def fairseq(seed: int) -> State:
+    """After Trainer.state_dict of fairseq with ema.store_ema (fairseq/trainer.py)."""
+    net, mean = train(seed)
+    return {
+        "cfg": None,
+        "model": net.state_dict(),
+        "extra_state": {"metrics": [], "ema": mean.module.state_dict(), "val_loss": 0.5},
+        "last_optimizer_state": {"state": {0: {"exp_avg": torch.rand(3)}}},
+    }
+
+
+def callback(seed: int) -> State:
+    """Lightning's checkpoint with a callback that keeps an EMA in its own state."""
+    net, mean = train(seed)
+    kept = {"decay": 0.5, "ema_state_dict": mean.module.state_dict()}
+    best = {"best_model_score": torch.tensor(0.5)}
+    return {
+        "state_dict": net.state_dict(),
+        "callbacks": {"EMA{'decay': 0.5}": kept, "ModelCheckpoint{'mode': 'min'}": best},
+    }
+
+
+def list_of_diffusers(seed: int) -> State:
+    """EMAModel.state_dict of diffusers (training_utils.py): the parameters without names."""
+    net, mean = train(seed)
+    parameters = [value.detach() for value in mean.module.parameters()]
+    return {
+        "model": net.state_dict(),
+        "ema_state": {"decay": 0.9999, "optimization_step": seed, "shadow_params": parameters},
+    }
+
+
+def two_means(seed: int) -> State:
+    """A program that keeps EMAs of two decays beside the model."""
+    net, mean = train(seed)
+    other = copy.deepcopy(mean.module)
+    with torch.no_grad():
+        other[0].weight.mul_(0.5)
+    states = {"ema_99": mean.module.state_dict(), "ema_9999": other.state_dict()}
+    return {"model": net.state_dict(), **states}
+
+
 #: What writes it -> the state, where the raw weights are, and where their running mean is.
 BOTH: dict[str, tuple[Callable[[int], State], str, str]] = {
     "lightning": (lightning, "current_model_state/", "state_dict/"),
@@ -147,6 +189,8 @@ BOTH: dict[str, tuple[Callable[[int], State], str, str]] = {
     "gan": (gan, "g/", "g_ema/"),
     "yolo": (yolo, "model/", "ema/"),
     "ddp": (ddp, "model/module.", "model_ema/"),
+    "fairseq": (fairseq, "model/", "extra_state/ema/"),
+    "callback": (callback, "state_dict/", "callbacks/EMA{'decay': 0.5}/ema_state_dict/"),
 }
 
 
@@ -155,7 +199,8 @@ def flatten(state: Any, path: str = "") -> dict[str, torch.Tensor]:
     if isinstance(state, torch.Tensor):
         return {path.removeprefix("/"): state}
     found: dict[str, torch.Tensor] = {}
-    for key, value in state.items() if isinstance(state, dict) else ():
+    items = enumerate(state) if isinstance(state, list) else ()
+    for key, value in state.items() if isinstance(state, dict) else items:
         found |= flatten(value, f"{path}/{key}")
     return found
 
@@ -236,6 +281,117 @@ def test_flat_names_of_safetensors_are_paired_too(tmp_path: Path) -> None:
     assert torch.equal(found["online_model.0.weight"], expected)
     assert torch.equal(found["ema_model.0.weight"], expected)
     assert any("'ema_model.*' is a running mean" in note for note in report.notes)
+
+
+def denoising_diffusion(seed: int) -> State:
+    """After Trainer.save of denoising-diffusion-pytorch: ema-pytorch's module beside its model."""
+    net, mean = train(seed)
+    state = net.state_dict()
+    marks = {"initted": torch.tensor(True), "step": torch.tensor(9)}
+    means = prefixed("ema_model.", mean.module.state_dict())
+    return {
+        "step": seed,
+        "model": state,
+        "opt": torch.optim.Adam(net.parameters()).state_dict(),
+        "ema": prefixed("online_model.", state) | means | marks,
+        "scaler": None,
+    }
+
+
+@pytest.mark.parametrize("use_ema", [False, True], ids=["raw", "ema"])
+def test_the_model_that_ema_pytorch_shares_is_written_once(tmp_path: Path, use_ema: bool) -> None:
+    """The model, the module's own model and its EMA have the same values in the average."""
+    states = write_run(tmp_path / "run", denoising_diffusion)
+    average(tmp_path / "run", tmp_path / "o.pt", use_ema=use_ema)
+    found = flatten(torch.load(tmp_path / "o.pt", weights_only=True))
+    source = "ema/ema_model." if use_ema else "model/"
+    for name in network().state_dict():
+        values = [state[source + name] for state in states]
+        if values[0].is_floating_point():
+            for place in ("model/", "ema/online_model.", "ema/ema_model."):
+                assert torch.equal(found[place + name], middle(values, torch.float32)), place
+
+
+@pytest.mark.parametrize("use_ema", [False, True], ids=["raw", "ema"])
+def test_a_list_of_means_is_paired_with_the_parameters_in_their_order(
+    tmp_path: Path, use_ema: bool
+) -> None:
+    """As diffusers and torch_ema do; a tied weight counts once and buffers are none of it."""
+    states = write_run(tmp_path / "run", list_of_diffusers)
+    report = average(tmp_path / "run", tmp_path / "o.pt", use_ema=use_ema)
+    found = flatten(torch.load(tmp_path / "o.pt", weights_only=True))
+    names = [name for name, _ in network().named_parameters()]
+    assert len(names) == 4
+    for number, name in enumerate(names):
+        mean = f"ema_state/shadow_params/{number}"
+        values = [state[mean if use_ema else f"model/{name}"] for state in states]
+        for place in (mean, f"model/{name}"):
+            assert torch.equal(found[place], middle(values, torch.float32)), place
+    moving = [state["model/1.running_mean"] for state in states]
+    assert torch.equal(found["model/1.running_mean"], middle(moving, torch.float32))
+    (note,) = (note for note in report.notes if "running mean of the raw" in note)
+    assert "a list without names" in note
+
+
+@pytest.mark.parametrize("use_ema", [False, True], ids=["raw", "ema"])
+def test_a_list_of_means_that_fits_no_model_is_refused_until_it_is_excluded(
+    tmp_path: Path, use_ema: bool
+) -> None:
+    """One tensor is missing in the list: nothing says which, and nothing is guessed."""
+
+    def make(seed: int) -> State:
+        state = list_of_diffusers(seed)
+        del state["ema_state"]["shadow_params"][1]
+        return state
+
+    states = write_run(tmp_path / "run", make)
+    with pytest.raises(
+        MismatchError,
+        match=r"m_0\.pt: 'ema_state/\*' .*list without names, of 3 tensors; .*carries",
+    ):
+        average(tmp_path / "run", tmp_path / "o.pt", use_ema=use_ema)
+    if use_ema:
+        with pytest.raises(MismatchError, match="has no running mean"):
+            plan(tmp_path / "run", use_ema=True, exclude_tensors=["ema_state/*"])
+        return
+    average(tmp_path / "run", tmp_path / "o.pt", exclude_tensors=["ema_state/*"])
+    found = flatten(torch.load(tmp_path / "o.pt", weights_only=True))
+    mean = "ema_state/shadow_params/0"
+    assert torch.equal(found[mean], states[1][mean])
+    values = [state["model/0.weight"] for state in states]
+    assert torch.equal(found["model/0.weight"], middle(values, torch.float32))
+
+
+def test_two_running_means_of_a_model_are_named_and_one_is_chosen(tmp_path: Path) -> None:
+    """The error has both and the option that leaves one out; without --use-ema all is raw."""
+    states = write_run(tmp_path / "run", two_means)
+    with pytest.raises(MismatchError, match=r"'ema_99/\*' and 'ema_9999/\*' are both") as caught:
+        average(tmp_path / "run", tmp_path / "o.pt", use_ema=True)
+    assert "--exclude-tensors 'ema_99/*' or --exclude-tensors 'ema_9999/*'" in str(caught.value)
+    for left_out, chosen in (("ema_99", "ema_9999"), ("ema_9999", "ema_99")):
+        output = tmp_path / f"{chosen}.pt"
+        average(tmp_path / "run", output, use_ema=True, exclude_tensors=[f"{left_out}/*"])
+        found = flatten(torch.load(output, weights_only=True))
+        expected = middle([state[f"{chosen}/0.weight"] for state in states], torch.float32)
+        assert torch.equal(found["model/0.weight"], expected)
+        assert torch.equal(found[f"{chosen}/0.weight"], expected)
+        assert torch.equal(found[f"{left_out}/0.weight"], states[1][f"{left_out}/0.weight"])
+    average(tmp_path / "run", tmp_path / "raw.pt")
+    found = flatten(torch.load(tmp_path / "raw.pt", weights_only=True))
+    expected = middle([state["model/0.weight"] for state in states], torch.float32)
+    assert all(torch.equal(found[f"{k}/0.weight"], expected) for k in ("model", "ema_99"))
+
+
+def test_a_part_holds_no_running_mean_of_itself(tmp_path: Path) -> None:
+    """The EMA is chosen with --key itself, and all else is the newest's."""
+    states = write_run(tmp_path / "run", fairseq)
+    with pytest.raises(MismatchError, match=r"no running mean .* in 'model'; --key may choose"):
+        plan(tmp_path / "run", use_ema=True, key="model")
+    average(tmp_path / "run", tmp_path / "o.pt", key="extra_state/ema")
+    found = flatten(torch.load(tmp_path / "o.pt", weights_only=True))
+    values = [state["extra_state/ema/0.weight"] for state in states]
+    assert torch.equal(found["extra_state/ema/0.weight"], middle(values, torch.float32))
+    assert torch.equal(found["model/0.weight"], states[1]["model/0.weight"])
 
 
 ALONE: dict[str, Callable[[int], State]] = {

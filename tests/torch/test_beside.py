@@ -137,7 +137,10 @@ def test_schedulers_scalers_and_random_states_are_the_newest_s(tmp_path: Path) -
             "rng_state": torch.get_rng_state(),
             "cuda_rng_states": [torch.get_rng_state()],
             "hyper_parameters": {"class_weights": torch.tensor([1.0, seed])},
-            "extra_state": {"ema": {"w": torch.randn(3)}, "val_loss": torch.tensor(1.0 / seed)},
+            "extra_state": {
+                "means": {"w": torch.randn(3)},
+                "train_ema": {"loss": torch.tensor(1.0 / seed), "wps": torch.tensor([0.1 * seed])},
+            },
         }
 
     found, (_, newest), report = run(tmp_path, make)

@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from polyak_cli.averaging.fates import is_wanted
 from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import Problem
 from polyak_cli.errors import MismatchError, list_some, shown, word_count
+from polyak_cli.formats.running_means import names_running_mean
 from polyak_cli.tensors import FLOATS, Table, TensorSpec
 
 #: The kind of the suspicion, and the word of `allow` that goes on against the refusal.
 KIND, ALLOWED = "average", "averages"
-#: What programs call a running mean: timm's state_dict_ema, icefall's model_avg, ultralytics' ema,
-#: BasicSR's params_ema, StyleGAN's g_ema, k-diffusion's model_ema, diffusers' shadow_params.
-_OF_A_MODEL = r"(model|state|states|dict|params|parameters|weights|net|network|module)"
-_WORD = re.compile(
-    rf"(\w+_)?(ema|swa|shadow)(_{_OF_A_MODEL}|_fp32)*|"
-    rf"{_OF_A_MODEL}_(avg|average|averaged)|(avg|average|averaged)_{_OF_A_MODEL}(_dict)?"
-)
 #: Formats in which nothing but names tells a running mean.
 _FLAT = ("torch_zip", "safetensors", "npz")
-_LONGEST = 64  # a longer word is no program's
 _PART = re.compile(r"[^/.]+[/.]")
+#: What torch.save's lists give: a number in place of a name.
+_NUMBERED = re.compile(r"/\d+$")
+#: Floats of a state dict that `model.parameters()` does not have.
+_BUFFER = re.compile(r"[./]running_(mean|var)$")
 #: The end of a shadow's name in the checkpoints of TensorFlow's ExponentialMovingAverage.
 _SHADOW = "/ExponentialMovingAverage"
 
@@ -44,6 +41,8 @@ class Average:
         pairs: its tensors -> the raw ones, as far as both are floats of the same shape.
         unpaired: its float tensors without a raw one.
         is_own: it is averaged by itself where the raw tensors are.
+        is_list: its tensors are numbered, and have no names.
+        is_beside: the file holds other weights, whether they are its raw ones or not.
     """
 
     prefix: str
@@ -51,6 +50,8 @@ class Average:
     pairs: Mapping[str, str]
     unpaired: tuple[str, ...] = ()
     is_own: bool = False
+    is_list: bool = False
+    is_beside: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,9 +72,11 @@ def choose_parts(
         running mean where those are wanted.
 
     Raises:
-        MismatchError: a checkpoint holds only a running mean, which was not asked for.
+        MismatchError: a checkpoint holds only a running mean, which was not asked for; or those
+            that were asked for are missing, are several of the same weights, or are a list that
+            cannot be paired with the weights.
     """
-    found = list_averages(tables)
+    found = [_leave_out(own, wanted) for own in list_averages(tables)]
     for table, own in zip(tables, found, strict=True):
         text = describe_refusal(table, wanted, own)
         if text:
@@ -81,9 +84,11 @@ def choose_parts(
     averages = found[-1]
     if not averages:
         if wanted.use_ema and tables[-1].format in _FLAT:
+            part = tables[-1].rules.part
+            where = f" in '{shown(part)}'; --key may choose the EMA itself" if part else ""
             raise MismatchError(
                 f"{shown(tables[-1].path)}: has no running mean of its weights (an EMA) that "
-                "--use-ema could take"
+                f"--use-ema could take{where}"
             )
         return tables, [], []
     unique = {id(t.tensors): (t, own) for t, own in zip(tables, found, strict=True)}
@@ -108,10 +113,14 @@ def describe_refusal(table: Table, wanted: Tensors, averages: Iterable[Average])
         wanted: the options.
         averages: of the checkpoint; see `list_averages`.
     """
-    if wanted.use_ema or ALLOWED in wanted.allow:
+    if wanted.use_ema:
+        return _describe_doubt(table, averages)
+    if ALLOWED in wanted.allow:
         return ""
     for one in averages:
         if not one.pairs and any(is_wanted(name, wanted) for name in one.names):
+            if one.is_list and one.is_beside:
+                return f"{_describe_list(table, one)}; --allow {ALLOWED} averages it by itself"
             return (
                 f"{shown(table.path)}: '{shown(one.prefix)}*' is a running mean of the weights, "
                 "and the raw weights are missing; averaging running means counts old steps "
@@ -119,6 +128,40 @@ def describe_refusal(table: Table, wanted: Tensors, averages: Iterable[Average])
                 f"--allow {ALLOWED} to average the running means anyway"
             )
     return ""
+
+
+def _leave_out(averages: Iterable[Average], wanted: Tensors) -> list[Average]:
+    """Return the running means that are not excluded as a whole: those are carried as they are."""
+    excluding = replace(wanted, include_tensors=())
+    return [one for one in averages if any(is_wanted(name, excluding) for name in one.names)]
+
+
+def _describe_doubt(table: Table, averages: Iterable[Average]) -> str:
+    """Return why the running mean that is wanted is not known, "" if it is."""
+    owners: dict[str, Average] = {}
+    for one in averages:
+        if one.is_list and one.is_beside and not one.pairs:
+            return _describe_list(table, one)
+        for raw in one.pairs.values():
+            other = owners.setdefault(raw, one)
+            if other is not one:
+                first, second = (f"{shown(each.prefix)}*" for each in (other, one))
+                return (
+                    f"{shown(table.path)}: '{first}' and '{second}' are both running means of the "
+                    f"raw weights '{shown(str(one.raw))}*', and --use-ema takes one; leave the "
+                    f"other out with --exclude-tensors '{first}' or --exclude-tensors '{second}'"
+                )
+    return ""
+
+
+def _describe_list(table: Table, one: Average) -> str:
+    """Say that a list of running means fits no weights of its file, and what to do."""
+    return (
+        f"{shown(table.path)}: '{shown(one.prefix)}*' is a running mean of weights as a list "
+        f"without names, of {word_count(len(one.names), 'tensor')}; expected the number, order and "
+        "shapes of the weights of one part of the file, to pair them. --exclude-tensors "
+        f"'{shown(one.prefix)}*' carries it as it is in the newest checkpoint"
+    )
 
 
 def _describe_choice(one: Average, *, use_ema: bool) -> Problem:
@@ -137,6 +180,8 @@ def _describe_choice(one: Average, *, use_ema: bool) -> Problem:
             "the running mean of the newest checkpoint alone; --use-ema averages the running "
             "means"
         )
+    if one.is_list:
+        text += ". It is a list without names, whose order and shapes are those of the weights"
     if one.unpaired:
         count = word_count(len(one.unpaired), "tensor")
         text += f". {count} of its tensors have no raw weights and are averaged themselves "
@@ -230,7 +275,9 @@ class _Finder:
         marked = list(self._list_marked())
         for prefix, _ in marked:
             self.taken.update(self._below(prefix))
-        groups = self._group_by_word()
+        # ema-pytorch's module is called as its mean is, and holds the raw weights too.
+        online = [n for _, raws in marked for raw in raws if raw for n in self._below(raw)]
+        groups = self._group_by_word({*online})
         for names in groups.values():
             self.taken.update(names)
         for prefix, raws in marked:
@@ -282,13 +329,12 @@ class _Finder:
                 parent = re.sub(r"[^/.]+[/.]$", "", above)
                 yield above, (f"{parent}model.", parent)
 
-    def _group_by_word(self) -> dict[str, list[str]]:
-        """Return the tensors below each name that says running mean."""
+    def _group_by_word(self, raw: Container[str]) -> dict[str, list[str]]:
+        """Return the tensors below each name that says running mean, without those known as raw."""
         groups: dict[str, list[str]] = {}
         for name in self.tensors:
-            for part in _PART.finditer(name) if name not in self.taken else ():
-                word = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", part[0][:-1]).lower()
-                if len(word) < _LONGEST and _WORD.fullmatch(word):
+            for part in _PART.finditer(name) if name not in self.taken and name not in raw else ():
+                if names_running_mean(part[0][:-1]):
                     groups.setdefault(name[: part.end()], []).append(name)
                     break
         return groups
@@ -298,6 +344,8 @@ class _Finder:
         floats = [name for name in names if self.tensors[name].dtype in FLOATS]
         # LitEma's decay is a float beside the means.
         floats = [name for name in floats if name[len(prefix) :] != "decay"]
+        if floats and all(_NUMBERED.search(name) for name in floats):
+            return self._pair_list(prefix, floats)
         found = {raw: self._pair_with(floats, prefix, raw) for raw in raws}
         if not any(found.values()):
             found = {raw: self._pair_with(floats, prefix, raw) for raw in self._list_raws(prefix)}
@@ -306,6 +354,24 @@ class _Finder:
         if raw is None or 2 * len(pairs) < len(floats) or not pairs:
             return Average(prefix, None, {}, tuple(floats))
         return Average(prefix, raw, pairs, tuple(name for name in floats if name not in pairs))
+
+    def _pair_list(self, prefix: str, floats: Sequence[str]) -> Average:
+        """Return a running mean that is a list, with the weights of the part that it fits.
+
+        diffusers' EMAModel and torch_ema keep no names, and go by the order of
+        `model.parameters()`: that of a state dict without its buffers.
+        """
+        parts: dict[str, list[str]] = {}
+        for name, spec in self.tensors.items():
+            if name not in self.taken and spec.dtype in FLOATS and not _BUFFER.search(name):
+                parts.setdefault(name[: name.find("/") + 1], []).append(name)
+        floats = sorted(floats, key=lambda name: int(name[name.rfind("/") + 1 :]))
+        for raw, names in parts.items():
+            pairs = dict(zip(floats, names, strict=False))
+            fit = all(_fits(self.tensors[r], self.tensors[mean]) for mean, r in pairs.items())
+            if len(names) == len(floats) and fit:
+                return Average(prefix, raw, pairs, is_list=True, is_beside=True)
+        return Average(prefix, None, {}, tuple(floats), is_list=True, is_beside=bool(parts))
 
     def _list_raws(self, prefix: str) -> list[str]:
         """Return how names begin that end as those of a running mean, the nearest ones first."""

@@ -230,6 +230,8 @@ class _Walk:
     def find(self, value: Any, path: tuple[str, ...] = (), owner: Owner = "") -> Iterator[_Found]:
         """Yield all tensors."""
         owner = owner or beside.find_owner(path, value)
+        if owner == "run" and beside.is_running_mean(path, value):
+            owner = ""
         if isinstance(value, (Tensor, Stored)):
             yield _Found(path, owner, value)
         elif isinstance(value, (Pairs, Instance, list, tuple)) and id(value) not in self.seen:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from polyak_cli.formats.torch.pickles import Instance, Pairs
+from polyak_cli.formats.running_means import names_running_mean
+from polyak_cli.formats.torch.pickles import Instance, Pairs, Tensor
 
 #: Whose a value is: "" is the model's own, "run" is neither the model's nor an optimizer's.
 Owner = Literal["", "optimizer", "run"]
@@ -81,6 +82,24 @@ def find_owner(path: tuple[str, ...], value: Any) -> Owner:
     if isinstance(value, Pairs) and is_optimizer(value):
         return "optimizer"
     return "run" if len(path) == 1 and path[0] in _OF_THE_RUN else ""
+
+
+def is_running_mean(path: tuple[str, ...], value: Any) -> bool:
+    """Return whether what a run keeps of itself is a running mean of its model's weights.
+
+    fairseq keeps it in extra_state, and callbacks of Lightning in their states; the mean is as much
+    a part of the model there as it is beside its state dict.
+    """
+    return bool(path) and names_running_mean(path[-1]) and _holds_weights(value)
+
+
+def _holds_weights(value: Any) -> bool:
+    """Return whether a state dict is there, or in a dictionary there: scores are single numbers."""
+    inner = [one for _, one in value.items] if isinstance(value, Pairs) else []
+    for one in [*inner]:
+        inner += [item for _, item in one.items] if isinstance(one, Pairs) else []
+        inner += one if isinstance(one, list) else []
+    return any(isinstance(one, Tensor) and one.shape not in ((), (1,)) for one in inner)
 
 
 def is_optimizer(value: Pairs) -> bool:
