@@ -6,6 +6,7 @@ into the clone.  An installation must not fail for want of a compiler: numpy doe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import sys
@@ -67,7 +68,10 @@ def compile_kernel(root: Path, folder: Path) -> Path:
     except Exception as error:  # compilers fail in as many ways as there are compilers
         # The message may hold the whole command; what the compiler said is above it.
         raise KernelError(textwrap.shorten(str(error) or type(error).__name__, 150)) from None
-    return Path(command.get_ext_fullpath("_kernel"))
+    built = Path(command.get_ext_fullpath("_kernel"))
+    if not built.is_file():  # as with CC=true
+        raise KernelError("the C compiler reports success, and has made nothing")
+    return built
 
 
 def compile_in_place(root: Path) -> None:
@@ -81,10 +85,11 @@ def compile_in_place(root: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernel-") as folder:
             # Renamed and not overwritten: a running process may have the older one mapped.
             compile_kernel(root, Path(folder)).replace(target)
-    except KernelError:
-        target.unlink(missing_ok=True)
-        raise
-    except OSError as error:  # as in a clone that nobody may write into
+    except (KernelError, OSError) as error:  # OSError as in a clone that is mounted read-only
+        with contextlib.suppress(OSError):
+            target.unlink(missing_ok=True)
+        if isinstance(error, KernelError):
+            raise
         raise KernelError(f"it cannot be put beside its source: {error}") from None
 
 
