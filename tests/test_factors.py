@@ -18,8 +18,12 @@ from safetensors.numpy import load_file, save_file
 
 from polyak_cli import average, check, plan, verify
 from polyak_cli.averaging.belonging.factors import find_factors
-from polyak_cli.errors import MismatchError, UsageError
+from polyak_cli.engine import numpy_kernel
+from polyak_cli.errors import MismatchError, OutputError, UsageError
+from polyak_cli.storage import Bytes
+from polyak_cli.tensors import Float64
 from tests.contract import assert_same, naive
+from tests.kernels import needs_compiled, use_kernel
 from tests.oracle import Array, read_model, write_model
 
 Model = dict[str, Array]
@@ -93,6 +97,29 @@ def weigh(arrays: Sequence[Array]) -> Array:
 def norm(values: Array) -> float:
     """Return a Frobenius norm."""
     return float(np.sqrt(np.sum(values.astype(np.float64) ** 2)))
+
+
+@needs_compiled
+def test_a_mean_product_is_verified_by_the_other_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tensors are factors, so that only their writing asks a kernel to round.
+
+    A numpy kernel that is wrong in the last bit shows that it is the one that is asked.
+    """
+    use_kernel(monkeypatch, "compiled")
+    folder = write_run(tmp_path / "run", [PAIRS["PEFT"][0](e) for e in range(3)])
+    options: Any = {"coefficients": COEFFICIENTS, "lora": "exact", "verify": True}
+    assert average(folder, tmp_path / "right.safetensors", **options).verified_by == "numpy"
+    right = numpy_kernel.round_to
+
+    def round_wrongly(values: Float64, dtype: str, byteorder: str, out: Bytes) -> None:
+        right(values, dtype, byteorder, out)
+        out[0] ^= 1
+
+    monkeypatch.setattr(numpy_kernel, "round_to", round_wrongly)
+    with pytest.raises(OutputError, match="it is not what was written"):
+        average(folder, tmp_path / "o.safetensors", **options)
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -18,7 +18,7 @@ from polyak_cli.averaging.belonging.factors import Factors, Measured, Norm, Pair
 from polyak_cli.averaging.matching import Row, list_files, list_sources
 from polyak_cli.averaging.schemes import Mean
 from polyak_cli.engine.inputs import OpenInputs
-from polyak_cli.engine.kernel import is_finite, round_to, widen
+from polyak_cli.engine.kernel import Kernel, find_kernel
 from polyak_cli.engine.timing import Clock, Progress, Totals
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown, word_size
 from polyak_cli.formats import Skeleton
@@ -47,6 +47,7 @@ class Reader:
         max_memory: bytes for buffers.
         progress: called with the bytes of each piece that was read.
         divisor: what a sum over the checkpoints is divided by.
+        kernel: the name of the one that converts numbers; empty for the one in use.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class Reader:
         max_memory: int,
         progress: Progress = lambda _: None,
         divisor: float = 1.0,
+        kernel: str = "",
     ) -> None:
         self.tables = tables
         self.divisor = divisor
+        self.kernel = find_kernel(kernel)
         self.max_memory = max_memory
         self.progress = progress
         self.clock = Clock()
@@ -81,7 +84,7 @@ class Reader:
         self.inputs.read(source, start * width, raw, spec.name)
         values = np.empty(stop - start)
         with np.errstate(invalid="ignore"):
-            widen(raw, spec.dtype, spec.byteorder, values)
+            self.kernel.widen(raw, spec.dtype, spec.byteorder, values)
         self.clock.read(len(raw))
         self.progress(len(raw))
         return values
@@ -110,7 +113,7 @@ class Reader:
 
     def check_finite(self, spec: TensorSpec, k: int, values: Float64) -> None:
         """Refuse NaN and infinity, of which there is no decomposition."""
-        if not is_finite(np.ascontiguousarray(values).reshape(-1)):
+        if not self.kernel.is_finite(np.ascontiguousarray(values).reshape(-1)):
             raise MismatchError(
                 f"{shown(self.tables[k].path)}: tensor '{shown(spec.name)}' holds NaN or infinity; "
                 "expected finite numbers. Leave the checkpoint out with --exclude, or average the "
@@ -482,6 +485,7 @@ def write_products(
     skeleton: Skeleton,
     max_memory: int,
     progress: Progress,
+    kernel: str = "",
 ) -> Totals:
     """Write the factors of the mean product, where the means of the factors would be.
 
@@ -499,10 +503,10 @@ def write_products(
     """
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(
-            Reader(tables, mean.multipliers, max_memory, progress, mean.divisor)
+            Reader(tables, mean.multipliers, max_memory, progress, mean.divisor, kernel)
         )
         files = [stack.enter_context(_open_output(path)) for path in skeleton.files]
-        writer = _Writer(skeleton, files, reader.clock)
+        writer = _Writer(skeleton, files, reader.clock, reader.kernel)
         for pair in factors.pairs:
             left, right = _truncate(*_stack(reader, pair), pair.rank, reader.divisor)
             reader.clock.fold()
@@ -525,6 +529,7 @@ class _Writer(NamedTuple):
     skeleton: Skeleton
     files: Sequence[LocalOutput]
     clock: Clock
+    kernel: Kernel
 
     def write(self, spec: TensorSpec, start: int, values: Float64) -> None:
         """Write values of a tensor from element ``start`` on."""
@@ -532,10 +537,10 @@ class _Writer(NamedTuple):
         width = itemsize(place.dtype)
         flat = np.ascontiguousarray(values).reshape(-1)
         raw = np.empty(flat.size * width, np.uint8)
-        round_to(flat, place.dtype, place.byteorder, raw)
+        self.kernel.round_to(flat, place.dtype, place.byteorder, raw)
         stored = np.empty(flat.size)
-        widen(raw, place.dtype, place.byteorder, stored)
-        if not is_finite(stored):
+        self.kernel.widen(raw, place.dtype, place.byteorder, stored)
+        if not self.kernel.is_finite(stored):
             worst = flat[~np.isfinite(stored)][0]
             raise MismatchError(
                 f"the mean product's factor '{shown(spec.name)}' holds {worst:.6g}, which "

@@ -190,7 +190,7 @@ def _fold(
         for mean, skeleton in zip(scaled, skeletons, strict=True):
             bound = plan.settings.machine.max_memory
             made = products.write_products(
-                plan.factors, plan.tables, mean, skeleton, bound, progress
+                plan.factors, plan.tables, mean, skeleton, bound, progress, kernel
             )
             totals = totals.plus(made)
     # Checksums in an archive cover the folded bytes, so they are written last.
