@@ -14,6 +14,7 @@ from pathlib import Path
 
 from polyak_cli.checkpoints.listing import (
     KINDS_OF_MODEL,
+    WEIGHTS_SUFFIXES,
     Checkpoint,
     PassedOver,
     Pool,
@@ -266,7 +267,9 @@ def _build_selection(
     )
 
 
-def model_files(sources: StrPath | Sequence[StrPath]) -> tuple[list[Path], list[PassedOver]]:
+def model_files(
+    sources: StrPath | Sequence[StrPath], *, weights: bool = False
+) -> tuple[list[Path], list[PassedOver]]:
     """Find every whole model among the sources, to evaluate each by itself.
 
     Unlike `select`, this function does not assume that files in one place form a run: averages may
@@ -275,6 +278,7 @@ def model_files(sources: StrPath | Sequence[StrPath]) -> tuple[list[Path], list[
     Args:
         sources: directories (not searched recursively), patterns with ``* ? [``, and files, which
             are taken whatever their names.
+        weights: take files that hold weights only too, as there is an architecture for them.
 
     Returns:
         The files, source by source, and what was passed over. Files of a directory or a pattern are
@@ -286,16 +290,17 @@ def model_files(sources: StrPath | Sequence[StrPath]) -> tuple[list[Path], list[
     """
     found: list[Path] = []
     passed_over: list[PassedOver] = []
+    kinds = KINDS_OF_MODEL | ({one: one for one in WEIGHTS_SUFFIXES} if weights else {})
     for source in list_sources(sources):
         if os.path.lexists(source) and not Path(source).is_dir():
             found.append(Path(source))
             continue
         paths, _ = expand_source(source)
-        reasons = {path: find_objection(path, KINDS_OF_MODEL, "whole model") for path in paths}
+        reasons = {path: find_objection(path, kinds, "whole model") for path in paths}
         passed = [PassedOver(path, reason) for path, reason in reasons.items() if reason]
         models = [path for path, reason in reasons.items() if not reason]
         if not models:
-            raise CheckpointError(describe_nothing_found(source, passed, "model", KINDS_OF_MODEL))
+            raise CheckpointError(describe_nothing_found(source, passed, "model", kinds))
         found += sort_by_epoch_or_name(models)
         passed_over += passed
     return found, passed_over

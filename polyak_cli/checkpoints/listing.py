@@ -121,6 +121,9 @@ _SHARD_ENDING = re.compile(
     r"\.data-\d{5}-of-\d{5}|_\d{5,}\.weights\.h5|-\d{5}-of-\d{5}\.(?:safetensors|bin)"
 )
 
+#: Suffixes of Keras weights without an architecture.
+WEIGHTS_SUFFIXES = (".weights.h5", ".weights.json")
+
 #: The same for whole models: weights without an architecture do not count.
 KINDS_OF_MODEL = {".weights.h5": "", ".h5": ".h5", ".hdf5": ".h5", ".keras": ".keras"}
 

@@ -18,6 +18,7 @@ from polyak_cli.cli import rendering
 from polyak_cli.cli.lists import expand_lists
 from polyak_cli.cli.options import (
     ANSWER_IS_NO,
+    ARCHITECTURE,
     CHOOSING,
     DATA,
     DONE,
@@ -94,6 +95,7 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
         help="Which part of the data.  [default: test, where the data are split]",
     ),
     ROWS_AT_A_TIME,
+    ARCHITECTURE,
 )
 @under(
     "Deciding",
@@ -128,6 +130,7 @@ def evaluate(
     data: str,
     split: str | None,
     batch_size: int,
+    architecture: str | None,
     fail_under: tuple[tuple[str, float], ...],
     baseline: str | None,
     fail_if_worse: bool,
@@ -146,13 +149,12 @@ def evaluate(
     from polyak_cli.evaluation import data as datasets
     from polyak_cli.evaluation.quiet import redirect_prints
 
-    paths, passed_over = checkpoints.model_files(models)
+    paths, passed_over = checkpoints.model_files(models, weights=architecture is not None)
     with redirect_prints():
         dataset = datasets.load(data)
         rows = dataset.split(split)
-        scores, compared = _score_models(
-            paths, baseline, rows, batch_size=batch_size, trust_code=trust_code
-        )
+        options = {"batch_size": batch_size, "trust_code": trust_code, "model": architecture}
+        scores, compared = _score_models(paths, baseline, rows, **options)
     failures = [line for score in scores for line in _find_failed(score, fail_under)]
     if compared and fail_if_worse:
         failures += _find_worse(compared)

@@ -234,6 +234,13 @@ DATA = option(
     help="The data: blobs, FILE.npz with x and y, FILE.csv, or MODULE.py:FUNCTION that returns x "
     "and y.",
 )
+ARCHITECTURE = option(
+    "--model",
+    "architecture",
+    metavar="ARCH",
+    help="The model of files that hold weights only: a .keras or .h5 file, FILE.json or "
+    "MODULE.py:FUNCTION that returns it.",
+)
 ROWS_AT_A_TIME = option("--batch-size", type=int, default=256, metavar="N", help="Rows per batch.")
 TRUST_CODE = option(
     "--trust-code",

@@ -94,6 +94,7 @@ def compare(
     *,
     batch_size: int = 256,
     trust_code: bool = False,
+    model: _StrPath | None = None,
 ) -> Comparison:
     """Score model files and a baseline on the same rows, and compare them row by row.
 
@@ -103,6 +104,7 @@ def compare(
         rows: features and labels, as for `evaluate`; two rows or more.
         batch_size: rows at a time.
         trust_code: run the code that a file carries in a Lambda layer.
+        model: the architecture of files that hold weights only, as for `evaluate`.
 
     Raises:
         UsageError: the batch size is out of range, or there is only one row.
@@ -111,7 +113,7 @@ def compare(
         MismatchError: the rows do not fit a model.
         PolyakError: Keras is too old, or cannot load a model, or a model carries code.
     """
-    evaluator = Evaluator([rows], batch_size=batch_size, trust_code=trust_code)
+    evaluator = Evaluator([rows], batch_size=batch_size, trust_code=trust_code, model=model)
     # A single string is a sequence of strings, too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(path) for path in several]

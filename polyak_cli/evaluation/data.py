@@ -349,17 +349,28 @@ def _reword_read_errors(name: str) -> Iterator[None]:
 
 
 def _load_function(name: str, path: Path, function: str) -> Dataset:
+    returned = call_function(path, function, EXPECTED)
+    pairs, unused = sort_returned(f"{shown(path)}: {function}()", returned)
+    return _make_dataset(name, pairs, _note_unused(name, unused))
+
+
+def call_function(path: Path, function: str, expected: str) -> object:
+    """Return what a function in a file of the user returns; its errors become one line.
+
+    Raises:
+        UsageError: there is no such function.
+        PolyakError: there is no such file (``expected`` says what could be), or its code failed.
+    """
     if not path.is_file():
-        raise PolyakError(f"{shown(path)}: there is no such file; {EXPECTED}")
+        raise PolyakError(f"{shown(path)}: there is no such file; {expected}")
     with _reword_user_errors(path, "cannot be loaded"):
         module = _import_file(path)
     called = getattr(module, function, None)
     if not callable(called):
         raise UsageError(f"{shown(path)}: has no function '{shown(function)}'")
     with _reword_user_errors(path, f"{function}() failed"):
-        returned = called()
-    pairs, unused = sort_returned(f"{shown(path)}: {function}()", returned)
-    return _make_dataset(name, pairs, _note_unused(name, unused))
+        returned: object = called()
+    return returned
 
 
 def _import_file(path: Path) -> object:

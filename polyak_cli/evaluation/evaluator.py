@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.evaluation import data
+from polyak_cli.evaluation.architectures import Architecture
 from polyak_cli.evaluation.keras_files import (
     Description,
     collect_warnings,
@@ -104,6 +105,7 @@ def evaluate(
     *,
     batch_size: int = 256,
     trust_code: bool = False,
+    model: _StrPath | None = None,
 ) -> Iterator[Score]:
     """Score model files on the same rows, one after the other.
 
@@ -123,6 +125,9 @@ def evaluate(
             of ``--data blobs``.
         batch_size: rows at a time; changes the speed, and the results only by rounding.
         trust_code: run the code that a file carries in a Lambda layer.
+        model: the architecture of files that hold weights only: a whole model (``.keras`` or
+            ``.h5``), ``FILE.json`` of ``model.to_json()``, or ``MODULE.py:FUNCTION``, whose
+            function is run and returns the model.
 
     Returns:
         An iterator with a score for each file, in the order given.
@@ -135,7 +140,7 @@ def evaluate(
         PolyakError: Keras is too old, or cannot load a model, or the model carries code; the last
             two are raised when the iterator comes to it.
     """
-    evaluator = Evaluator([rows], batch_size=batch_size, trust_code=trust_code)
+    evaluator = Evaluator([rows], batch_size=batch_size, trust_code=trust_code, model=model)
     # A single string is a sequence of strings too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(path) for path in several]
@@ -154,7 +159,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, splits: Sequence[data.Split], *, batch_size: int = 256, trust_code: bool = False
+        self,
+        splits: Sequence[data.Split],
+        *,
+        batch_size: int = 256,
+        trust_code: bool = False,
+        model: _StrPath | None = None,
     ) -> None:
         """Keep the rows; no file is opened yet.
 
@@ -162,9 +172,10 @@ class Evaluator:
             splits: features and labels, as for `evaluate`.
             batch_size: rows at a time.
             trust_code: run the code that a file carries in a Lambda layer.
+            model: the architecture of weights files, as for `evaluate`.
 
         Raises:
-            UsageError: the batch size is out of range.
+            UsageError: the batch size is out of range, or ``model`` is none of these.
             MissingExtraError: Keras or its back end is not installed.
             PolyakError: Keras is too old.
         """
@@ -175,6 +186,7 @@ class Evaluator:
         self._splits = tuple(splits)
         self._batch_size = batch_size
         self._trust_code = trust_code
+        self._weights_of = Architecture(os.fspath(model), trust_code=trust_code) if model else None
         self._described: dict[Path, Description] = {}
         self._compiled: _CompiledModel | None = None
         self._reportable: list[_Reportable] = []
@@ -190,7 +202,8 @@ class Evaluator:
         """
         # Keras decides by the suffix first: a zip archive of another name is opened as HDF5.
         hdf5 = [path for path in paths if path.suffix != ".keras" or not is_zip(path)]
-        self._described.update(zip(hdf5, describe_hdf5_files(hdf5), strict=True))
+        weights_of = self._weights_of.description if self._weights_of else None
+        self._described.update(zip(hdf5, describe_hdf5_files(hdf5, weights_of), strict=True))
         for path in paths:
             if path not in self._described:
                 self._described[path] = describe_archive(path)
@@ -264,17 +277,7 @@ class Evaluator:
         earlier, self._compiled, self._reportable = self._compiled, None, []
         with silence_frameworks() as held_back, collect_warnings() as warned:
             with reword_keras_errors(path, f"cannot load it{name_writer(description)}", held_back):
-                # Assets, such as vocabularies, are state that load_weights does not replace.
-                if earlier and earlier.description == description and not description.assets:
-                    compiled = earlier
-                    compiled.model.load_weights(path)
-                    model = None
-                else:
-                    model = keras.saving.load_model(
-                        path, compile=False, safe_mode=not self._trust_code
-                    )
-            if model is not None:
-                compiled = _CompiledModel.compile(keras, path, model, description, self._splits)
+                compiled = self._load(keras, path, description, earlier)
             results = []
             for part in compiled.parts:
                 with reword_keras_errors(path, f"cannot score it on {part.source}", held_back):
@@ -283,6 +286,29 @@ class Evaluator:
         notes = (*compiled.notes, *warned)
         self.notes += [note for note in notes if note not in self.notes]
         return results, notes
+
+    def _load(
+        self, keras: Any, path: Path, description: Description, earlier: _CompiledModel | None
+    ) -> _CompiledModel:
+        """Load a file into the model used before where that is the same, else into a new one."""
+        bare = self._weights_of if description.weights else None
+        # Assets, such as vocabularies, are state that load_weights does not replace.  Weights files
+        # have none, so theirs are those of their architecture.
+        if earlier and earlier.description == description and (bare or not description.assets):
+            if bare:
+                bare.load_weights(earlier.model, path)
+            else:
+                earlier.model.load_weights(path)
+            return earlier
+        said = description
+        if bare:
+            model, training = bare.build(keras)
+            bare.load_weights(model, path)
+            said = description._replace(training=training)
+        else:
+            model = keras.saving.load_model(path, compile=False, safe_mode=not self._trust_code)
+        compiled = _CompiledModel.compile(keras, path, model, said, self._splits)
+        return replace(compiled, description=description)
 
 
 class _FittedSplit(NamedTuple):

@@ -23,6 +23,7 @@ from polyak_cli import formats
 from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, shown, word_size
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.format import Format
+from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX, is_variable
 from polyak_cli.storage.local import open_local
 from polyak_cli.tensors import Table
 
@@ -31,7 +32,8 @@ LEAST_KERAS = (3, 11, 3)
 #: Back ends on which Keras runs models; the first one installed is used.  JAX gives the same
 #: scores, but its threads can block the children that `processes` forks to inspect files.
 BACKENDS = ("tensorflow", "torch")
-_LONGEST_CONFIG = 64 << 20  # bytes of a config.json; a small zip may expand to gigabytes
+#: Bytes of a config.json; a small zip may expand to gigabytes.
+LONGEST_CONFIG = 64 << 20
 
 
 def require_keras(command: str, backends: Sequence[str] = BACKENDS) -> None:
@@ -87,30 +89,60 @@ def import_keras(command: str, backends: Sequence[str] = BACKENDS) -> Any:
     return keras
 
 
-def describe_hdf5_files(paths: Sequence[Path]) -> Iterator[Description]:
-    """Yield the description of each file; refuse files that Keras cannot or must not open."""
+def describe_hdf5_files(
+    paths: Sequence[Path], weights_of: Description | None = None
+) -> Iterator[Description]:
+    """Yield the description of each file; refuse files that Keras cannot or must not open.
+
+    Args:
+        paths: HDF5 files, and the indices of sharded weights.
+        weights_of: the description of weights without a model; such files are refused if None.
+    """
     tables = formats.scan(paths, jobs=4)
     for table in tables:
-        check_architecture(table)
-    for path, table, texts in zip(paths, tables, formats.read_descriptions(paths), strict=True):
+        check_architecture(table, bare=weights_of is not None)
+    models = [
+        path
+        for path, table in zip(paths, tables, strict=True)
+        if table.config or weights_of is None
+    ]
+    texts = dict(zip(models, formats.read_descriptions(models), strict=True))
+    for path, table in zip(paths, tables, strict=True):
+        if weights_of is not None and path not in texts:
+            check_weights_name(table)
+            if path.suffix != ".json":
+                check_suffix(path, find_format(table.format))
+            yield weights_of
+            continue
         check_suffix(path, find_format(table.format))
-        architecture, training, keras = texts
+        architecture, training, keras = texts[path]
         yield Description(architecture, _drop_optimizer(path, training), keras)
 
 
-def check_architecture(table: Table) -> None:
-    """Refuse a file from which Keras cannot build a model."""
+def check_architecture(table: Table, *, bare: bool = False) -> None:
+    """Refuse a file from which Keras cannot build a model, except ``bare`` weights."""
     form = find_format(table.format)
     if not form.keras_layout and form.key != "weights_json":
         raise FormatError(
             f"{shown(table.path)}: is {form.name}, which holds tensors without a model that Keras "
             "can run; evaluate it in the program that trained it"
         )
-    if not table.config:
+    if not table.config and not bare:
         raise FormatError(
             f"{shown(table.path)}: holds weights only, no architecture; expected a whole "
-            "model: save it with model.save()"
+            "model: save it with model.save(), or give polyak evaluate its --model"
         )
+
+
+def check_weights_name(table: Table) -> None:
+    """Refuse weights whose suffix makes Keras expect another format."""
+    numbered = any(is_variable(spec.location) for spec in table.tensors.values())
+    if not numbered or table.path.name.endswith((WEIGHTS_SUFFIX, ".json")):
+        return
+    raise FormatError(
+        f"{shown(table.path)}: holds weights that Keras opens only with the suffix "
+        f"{WEIGHTS_SUFFIX}; rename it"
+    )
 
 
 def check_suffix(path: Path, form: Format) -> None:
@@ -154,6 +186,8 @@ def reword_keras_errors(path: Path, what: str, held_back: Callable[[], str]) -> 
     """
     try:
         yield
+    except PolyakError:
+        raise
     except Exception as error:
         # Keras adds the name and the arguments of the failing layer before this phrase.
         text = str(error).rpartition("Exception encountered: ")[2]
@@ -184,6 +218,7 @@ class Description(NamedTuple):
     training: str  # JSON, without the optimizer
     keras: str  # the version that wrote it
     assets: bool = False  # whether it has vocabularies or other state besides tensors
+    weights: bool = False  # whether the file holds weights only, of the model of --model
 
 
 def _drop_optimizer(path: Path, text: str) -> str:
@@ -208,6 +243,12 @@ def name_writer(description: Description) -> str:
 def describe_archive(path: Path) -> Description:
     """Read the description of a .keras file."""
     text, assets = _read_config(path)
+    return describe_config(path, text, assets=assets)
+
+
+def describe_config(path: Path, text: bytes, *, assets: bool) -> Description:
+    """Return the description of a model in JSON, as Keras writes it into .keras files."""
+    _check_length(path, text)
     config = dict(parse_json_object(path, text, "config.json"))
     training = config.pop("compile_config", None)
     measuring = _drop_optimizer(path, json.dumps(training)) if training else ""
@@ -223,18 +264,21 @@ def _read_config(path: Path) -> tuple[bytes, bool]:
             zipfile.ZipFile(stream) as archive,
             archive.open("config.json") as member,
         ):
-            config = member.read(_LONGEST_CONFIG + 1)
+            config = member.read(LONGEST_CONFIG + 1)
             assets = any(name.startswith("assets/") for name in archive.namelist())
     except (KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise FormatError(
             f"{shown(path)}: is damaged or not a Keras model: {shown(error)}"
         ) from None
-    if len(config) > _LONGEST_CONFIG:
+    return config, assets
+
+
+def _check_length(path: Path, config: bytes) -> None:
+    if len(config) > LONGEST_CONFIG:
         raise FormatError(
-            f"{shown(path)}: its config.json is longer than {word_size(_LONGEST_CONFIG)}; the "
+            f"{shown(path)}: its config.json is longer than {word_size(LONGEST_CONFIG)}; the "
             "file is damaged or hostile"
         )
-    return config, assets
 
 
 def parse_json_object(path: Path, text: str | bytes, what: str) -> Mapping[str, Any]:

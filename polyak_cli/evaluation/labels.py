@@ -39,7 +39,8 @@ def _list_names(model: Any, which: str) -> list[str]:
     names = [str(name) for name in getattr(model, "output_names", None) or []]
     if not names and len(tensors) == 1 and getattr(model, "layers", None):
         names = [str(model.layers[-1].name)]  # Sequential
-    return names if len(names) == len(tensors) else [""]
+    # A subclass that was built by its build() alone has neither.
+    return names if names and len(names) == len(tensors) else [""]
 
 
 def _find_dict(model: Any, which: str) -> Mapping[Any, Any] | None:
