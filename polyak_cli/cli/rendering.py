@@ -304,22 +304,26 @@ def _tabulate_tensors(tensors: Sequence[Inspected], verbose: bool) -> Table:
     from polyak_cli.examining.inspection import describe_storage
 
     header = ["tensor", "dtype", "shape", "bytes"]
-    spare = ["stored", "bytes", "fate", "dtype", "shape"]
+    spare = ["stored", "bytes", "fate", "dtype", "role", "shape"]
+    has_roles = len({tensor.role for tensor in tensors}) > 1
+    if has_roles:
+        header += ["role"]
     if verbose:
         header += ["stored", "fate"]
     measured = any(tensor.statistics for tensor in tensors)
     if measured:
         header += ["norm", "minimum", "maximum", "not finite"]
         spare += ["norm", "minimum", "maximum"]
-    names = name_tensors(spec.name for spec, _, _ in tensors)
+    names = name_tensors(tensor.spec.name for tensor in tensors)
     rows = []
-    for spec, fate, statistics in tensors:
+    for spec, fate, statistics, role in tensors:
         shape = "x".join(map(str, spec.shape)) or "scalar"
         row = [
             shown(spec.name if verbose else names[spec.name]),
             spec.dtype,
             shape,
             str(spec.nbytes),
+            *([role] if has_roles else []),
         ]
         if verbose:
             row += [describe_storage(spec), fate]

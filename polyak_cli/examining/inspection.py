@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli import formats
+from polyak_cli.averaging.belonging.averages import list_averages
 from polyak_cli.averaging.belonging.quantised import find_quantised
 from polyak_cli.averaging.belonging.states import is_of_the_run
 from polyak_cli.checkpoints import find_file
@@ -46,6 +47,7 @@ class Inspected(NamedTuple):
     spec: TensorSpec
     fate: str  # in an average without options: averaged, carried, dropped or refused
     statistics: Statistics | None
+    role: str  # weights, ema, optimizer or other
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ class Inspection:
         tensors: each tensor.  ``spec`` has its name, shape and dtype; ``fate`` says what becomes of
             it in an average without options: averaged, carried, dropped or refused; ``statistics``
             are norm, minimum, maximum and the number of values that are not finite, None unless
-            they were asked for.
+            they were asked for; ``role`` says what it is: weights, ema (a running mean of weights),
+            optimizer, or other (of the training run).
     """
 
     table: Table
@@ -94,7 +97,7 @@ class Inspection:
 
 def _encode(tensor: Inspected) -> dict[str, Any]:
     """Return one tensor as JSON types."""
-    spec, fate, statistics = tensor
+    spec, fate, statistics, role = tensor
     return {
         "name": spec.name,
         "dtype": spec.dtype,
@@ -102,6 +105,7 @@ def _encode(tensor: Inspected) -> dict[str, Any]:
         "bytes": spec.nbytes,
         "stored": describe_storage(spec),
         "fate": fate,
+        "role": role,
         **(statistics.data() if statistics else {}),
     }
 
@@ -129,11 +133,35 @@ def inspect(paths: Sequence[Path], *, statistics: bool = False) -> Iterator[Insp
         specs = [*table.tensors.values(), *table.others.values()]
         found = _measure(table, specs) if statistics else {}
         refused = {name for one in find_quantised([*table.tensors.values()]) for name in one.parts}
-        yield Inspection(
-            table,
-            find_format(table.format).name,
-            tuple(Inspected(s, _decide_fate(table, s, refused), found.get(s.name)) for s in specs),
-        )
+        means = _list_means(table)
+        tensors = [
+            Inspected(
+                spec,
+                _decide_fate(table, spec, refused),
+                found.get(spec.name),
+                _find_role(table, spec, means),
+            )
+            for spec in specs
+        ]
+        yield Inspection(table, find_format(table.format).name, tuple(tensors))
+
+
+def _list_means(table: Table) -> set[str]:
+    """Return the names of all tensors that are running means, with the counters among them."""
+    (averages,) = list_averages([table])
+    means = {name for one in averages for name in one.names} | {*table.keras.ema_slots}
+    # An average without a prefix has its tensors between the weights (TensorFlow's shadows).
+    prefixes = tuple(one.prefix for one in averages if one.prefix)
+    return means | {name for name in table.tensors if prefixes and name.startswith(prefixes)}
+
+
+def _find_role(table: Table, spec: TensorSpec, means: Collection[str]) -> str:
+    """Return what a tensor is to the training program."""
+    if spec.name in means:
+        return "ema"
+    if spec.name in table.optimizer:
+        return "optimizer"
+    return "other" if spec.name in table.others or is_of_the_run(spec) else "weights"
 
 
 def _decide_fate(table: Table, spec: TensorSpec, refused: Collection[str]) -> str:

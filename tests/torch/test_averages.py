@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from polyak_cli import average, check, plan, verify
+from polyak_cli import average, check, inspect, plan, verify
 from polyak_cli.errors import MismatchError
+from tests.command import polyak
 
 State = dict[str, Any]
 
@@ -392,6 +393,42 @@ def test_a_part_holds_no_running_mean_of_itself(tmp_path: Path) -> None:
     values = [state["extra_state/ema/0.weight"] for state in states]
     assert torch.equal(found["extra_state/ema/0.weight"], middle(values, torch.float32))
     assert torch.equal(found["model/0.weight"], states[1]["model/0.weight"])
+
+
+#: What writes it -> what is said of it.
+WRITERS: dict[str, tuple[Callable[[int], State], str]] = {
+    "lightning": (lightning, "PyTorch Lightning 2.5.2"),
+    "mmengine": (
+        lambda seed: mmengine(seed) | {"meta": {"mmengine_version": "0.10"}},
+        "mmengine 0.10",
+    ),
+    "timm": (lambda seed: timm(seed) | {"arch": "vit", "optimizer": {}}, "timm"),
+    "fairseq": (lambda seed: fairseq(seed) | {"optimizer_history": []}, "fairseq"),
+    "unknown": (yolo, ""),
+    "numbers": (lambda seed: yolo(seed) | {"ds_version": 3, "meta": [1]}, ""),
+}
+
+
+@pytest.mark.parametrize("library", WRITERS)
+def test_inspect_tells_what_each_tensor_is_and_what_wrote_the_file(
+    tmp_path: Path, library: str
+) -> None:
+    """Raw weights, running means with their counters, optimizer; the trainer and its version."""
+    make, trainer = WRITERS[library]
+    _, raw, mean = BOTH["yolo" if library in ("unknown", "numbers") else library]
+    write_run(tmp_path / "run", make)
+    (found,) = inspect([tmp_path / "run" / "m_0.pt"])
+    assert found.table.about.get("trainer", "") == trainer
+    roles = {one.spec.name: one.role for one in found.tensors}
+    expected = {name: "weights" for name in roles if name.startswith(raw)}
+    expected |= {name: "ema" for name in roles if name.startswith(mean)}
+    expected |= {name: "optimizer" for name in roles if name.startswith("last_optimizer_state")}
+    assert {name: role for name, role in roles.items() if name in expected} == expected
+    assert {"weights", "ema"} <= {*expected.values()}
+    result = polyak("inspect", tmp_path / "run" / "m_0.pt", cwd=tmp_path)
+    (line,) = (line for line in result.stdout.splitlines() if f"{mean}0.weight" in line)
+    assert line.split()[-1] == "ema"
+    assert f", trainer {trainer}" in result.stdout or not trainer
 
 
 ALONE: dict[str, Callable[[int], State]] = {

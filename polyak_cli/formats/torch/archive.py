@@ -67,11 +67,15 @@ def _find_records(members: Sequence[zips.Member]) -> dict[str, zips.Member]:
     return records
 
 
-def _read_record(file: InputFile, records: Mapping[str, zips.Member]) -> dict[str, str]:
-    """Return this tool's record, if it wrote the archive."""
-    if PROVENANCE not in records:
-        return {}
-    return {"provenance": zips.read_whole(file, records[PROVENANCE]).decode(errors="replace")}
+def _describe_origin(
+    file: InputFile, records: Mapping[str, zips.Member], root: Any
+) -> dict[str, str]:
+    """Return the program that trained the model, and this tool's record if it wrote the archive."""
+    trainer = beside.find_trainer(root)
+    about = {"trainer": trainer} if trainer else {}
+    if PROVENANCE in records:
+        about["provenance"] = zips.read_whole(file, records[PROVENANCE]).decode(errors="replace")
+    return about
 
 
 def _read_byteorder(file: InputFile, records: Mapping[str, zips.Member]) -> str:
@@ -403,7 +407,7 @@ class TorchZip(Format):
                 optimizer=frozenset(table.optimizer),
                 config="",
                 is_polyak_output=PROVENANCE in records,
-                about=_read_record(file, records) if request.with_optimizer else {},
+                about=_describe_origin(file, records, root) if request.with_optimizer else {},
                 rules=OutputRules(
                     cautions=_note_objects([*unknown]), is_fixed=True, part=request.key
                 ),

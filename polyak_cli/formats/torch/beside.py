@@ -60,6 +60,16 @@ SLOTS = {
     "slow_param",
     "square_avg",
 }
+#: Where programs write their version, and the keys of those that write none.
+_VERSIONS = {
+    "pytorch-lightning_version": "PyTorch Lightning",
+    "mmengine_version": "mmengine",
+    "ds_version": "DeepSpeed",
+}
+_KEYS = {
+    "timm": {"arch", "epoch", "optimizer", "state_dict", "version"},
+    "fairseq": {"extra_state", "model", "optimizer_history"},
+}
 _OPTIMIZER_KEYS = {"state", "param_groups"}
 #: torch.amp.GradScaler's, and those of torch.optim.lr_scheduler, which has others besides.
 _SCALER_KEYS = {"growth_factor", "backoff_factor", "growth_interval"}
@@ -82,6 +92,26 @@ def find_owner(path: tuple[str, ...], value: Any) -> Owner:
     if isinstance(value, Pairs) and is_optimizer(value):
         return "optimizer"
     return "run" if len(path) == 1 and path[0] in _OF_THE_RUN else ""
+
+
+def find_trainer(root: Any) -> str:
+    """Return the program that wrote a checkpoint, with its version if it says so; "" if unknown.
+
+    Goes by keys that only one program writes: a version of its own, or a set of keys (timm's
+    CheckpointSaver, fairseq's Trainer).
+    """
+    values = _list_texts(root)
+    values |= {"mmengine_version": _list_texts(values.get("meta")).get("mmengine_version")}
+    for key, name in _VERSIONS.items():
+        if isinstance(values.get(key), str):
+            return f"{name} {values[key]}"
+    return next((name for name, keys in _KEYS.items() if keys <= values.keys()), "")
+
+
+def _list_texts(value: Any) -> dict[str, Any]:
+    """Return what a dictionary has under texts; nothing if it is none."""
+    pairs = value.items if isinstance(value, Pairs) else []
+    return {key: item for key, item in pairs if isinstance(key, str)}
 
 
 def is_running_mean(path: tuple[str, ...], value: Any) -> bool:
