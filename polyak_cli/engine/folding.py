@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,7 @@ class Worker:
     """Folds batches of one job one after the other, with open files and buffers that it keeps."""
 
     def __init__(self, job: FoldJob, tuning: Tuning = TUNING, team: Team | None = None) -> None:
+        _check_subnormals()
         self.job = job
         self.tuning = tuning
         self.kernel = find_kernel(job.kernel)
@@ -366,6 +368,19 @@ class Worker:
         source = slab.tensor.sources[k]
         file = source.find_file((slab.start + place) * itemsize(source.dtype))
         return shown(self.job.inputs[file].path)
+
+
+def _check_subnormals() -> None:
+    """Refuse to compute where the processor takes subnormal numbers for 0.
+
+    A thread inherits that from the one that starts it, and a forked process from its parent.
+    """
+    if sys.float_info.min / 2 == 0.0:
+        raise PolyakError(
+            "subnormal numbers are 0 in this process, which would change the average; switch that "
+            "off before, as with torch.set_flush_denormal(False), or run polyak average in a "
+            "process of its own"
+        )
 
 
 def _check_fits(name: str, dtype: str, values: Float64, stored: Float64) -> None:
