@@ -392,9 +392,9 @@ def distance_lines(found: Distances) -> Iterator[Line]:
         rows.append([shown(name), _word_epoch(row.epoch), step, f"{row.to_average:.3e}", odd])
     header = ("checkpoint", "epoch", "to previous", "to average", "")
     yield Table(header, rows, spare=("epoch", "to previous"))
+    yield "to previous: the distance to the row above; to average: to that of all rows;"
     yield (
-        "to previous: the distance to the row above; to average: to the average of all rows; both "
-        f"as shares of that average's norm, over {word_count(found.tensors, 'float tensor')}"
+        f"both as shares of that average's norm, over {word_count(found.tensors, 'float tensor')}"
     )
     if any(row.outlier for row in found.checkpoints):
         yield "far from the others: over 3 times as far from the average as the middle one"

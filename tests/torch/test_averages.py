@@ -395,6 +395,27 @@ def test_a_part_holds_no_running_mean_of_itself(tmp_path: Path) -> None:
     assert torch.equal(found["model/0.weight"], states[1]["model/0.weight"])
 
 
+def test_the_ema_folders_of_diffusers_are_named_by_a_glob(tmp_path: Path) -> None:
+    """EMAModel.save_pretrained's folder, by checkpoint-N's step; the model beside is not read."""
+    weights = {}
+    for step in (500, 1000, 1500):
+        torch.manual_seed(step)
+        for name in ("unet", "unet_ema"):
+            folder = tmp_path / "run" / f"checkpoint-{step}" / name
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps({"optimization_step": step}))
+            weights[step, name] = torch.randn(3, 3)
+            file = folder / "diffusion_pytorch_model.safetensors"
+            save_file({"conv_in.weight": weights[step, name]}, file, {"format": "pt"})
+    pattern = str(tmp_path / "run" / "checkpoint-*" / "unet_ema")
+    average([pattern], tmp_path / "final", last=2)
+    found = load_file(tmp_path / "final" / "diffusion_pytorch_model.safetensors")
+    expected = middle([weights[1000, "unet_ema"], weights[1500, "unet_ema"]], torch.float32)
+    assert torch.equal(found["conv_in.weight"], expected)
+    copied = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert copied == {"optimization_step": 1500}
+
+
 #: What writes it -> what is said of it.
 WRITERS: dict[str, tuple[Callable[[int], State], str]] = {
     "lightning": (lightning, "PyTorch Lightning 2.5.2"),
