@@ -217,7 +217,7 @@ clean:
 .venv-torch/.ready: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv-torch
 	$(TORCH)/python -m pip install --quiet --upgrade pip
-	$(TORCH)/python -m pip install --quiet --editable . --group torch
+	$(TORCH)/python -m pip install --quiet --editable '.[plot]' --group torch
 	@touch $@
 
 .venv-hf/.ready: $(BUILT_FROM)
