@@ -47,6 +47,7 @@ from polyak_cli.checkpoints.suspicions import find_overwritten
 from polyak_cli.errors import CheckpointError, UsageError, shown
 
 __all__ = [
+    "WEIGHTS_SUFFIXES",
     "Checkpoint",
     "PassedOver",
     "Problem",

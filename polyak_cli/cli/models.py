@@ -354,6 +354,7 @@ def recalibrate(
         help="Recompute BatchNorm's statistics of every average; DATA as in polyak recalibrate.",
     ),
     ROWS_AT_A_TIME,
+    ARCHITECTURE,
     TRUST_CODE,
 )
 @under(
@@ -378,6 +379,7 @@ def sweep(
     output: str,
     data: str,
     schemes: str,
+    architecture: str | None,
     write_best: str | None,
     force: bool,
     show_all: bool,
@@ -417,6 +419,7 @@ def sweep(
             sources,
             rows,
             chosen=schemes,
+            model=architecture,
             scratch=folder.resolve().parent,
             write_best=best,
             force=force,

@@ -38,13 +38,14 @@ def write_winner(found: Sweep, recalibrated_on: str | None, best: Path | None) -
     """
     # Not above: that module and `models`, which imports this one, would import each other.
     from polyak_cli.cli.averaging import average
+    from polyak_cli.pipeline.sweeping import choose_suffix
 
     sources, options = found.recipe
     if options.get("recalibrate"):  # rows; the command names them
         options = {**options, "recalibrate": recalibrated_on}
     several = [sources] if isinstance(sources, (str, os.PathLike)) else sources
-    # The suffix of a whole model says which format Keras reads.
-    output = best or f"best{found.plan.checkpoints[-1].path.suffix}"
+    # By the suffix Keras chooses the format.
+    output = best or f"best{choose_suffix(found.plan)}"
     return write_command(average, several, options, output)
 
 

@@ -21,6 +21,7 @@ from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import planning, records, writing
 from polyak_cli.averaging.notebook import write_html
 from polyak_cli.averaging.schemes import Mean, make_mean
+from polyak_cli.checkpoints import WEIGHTS_SUFFIXES
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.evaluation import data, recalibration
 from polyak_cli.evaluation.candidates import (
@@ -216,6 +217,7 @@ def sweep(
     scratch: Path | None = None,
     batch_size: int = 256,
     trust_code: bool = False,
+    model: str | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     **options: Any,
 ) -> Sweep:
@@ -238,6 +240,7 @@ def sweep(
         scratch: the folder for temporary averages.
         batch_size: rows that Keras scores at a time.
         trust_code: run code that a model file contains.
+        model: the architecture of checkpoints that hold weights only, as for `evaluator.evaluate`.
         progress: called with the number of scored candidates, and with the number of all.
         **options: options of `planning.plan`.
 
@@ -254,7 +257,9 @@ def sweep(
         plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
     )
     splits = _divide_rows(rows, select_on, seed)
-    evaluator = Evaluator([*splits.values()], batch_size=batch_size, trust_code=trust_code)
+    evaluator = Evaluator(
+        [*splits.values()], batch_size=batch_size, trust_code=trust_code, model=model
+    )
     # A hidden folder, which searches for checkpoints do not enter.
     with tempfile.TemporaryDirectory(prefix=".polyak-sweep-", dir=scratch) as folder:
         scorer = _CandidateScorer(plan, evaluator, tuple(splits), Path(folder), batch)
@@ -283,6 +288,13 @@ def sweep(
         digests=tuple(records.hash_files(table.files) for table in plan.tables),
         notes=(*plan.notes, *rows.notes, *dict.fromkeys((*scorer.notes, *evaluator.notes))),
     )
+
+
+def choose_suffix(plan: planning.Plan) -> str:
+    """Return the suffix of an average, by which Keras chooses the format of a file."""
+    path = plan.checkpoints[-1].path
+    # The average of sharded weights is one file.
+    return WEIGHTS_SUFFIXES[0] if path.name.endswith(WEIGHTS_SUFFIXES) else path.suffix
 
 
 def _check_arguments(batch: int, search: Sequence[str]) -> None:
@@ -392,8 +404,7 @@ class _CandidateScorer:
                 yield coefficients, self._score_file(path)
             else:
                 several.append(coefficients)
-        # Keras chooses the format of a file by its suffix.
-        suffix = "".join(self.plan.checkpoints[-1].path.suffixes[-1:])
+        suffix = choose_suffix(self.plan)
         for first in range(0, len(several), self.batch):
             part = several[first : first + self.batch]
             paths = [self.folder / f"{k}{suffix}" for k in range(len(part))]

@@ -16,6 +16,7 @@ from polyak_cli import average
 from polyak_cli.checkpoints import model_files
 from polyak_cli.errors import PolyakError
 from polyak_cli.evaluation import comparison, data, evaluator
+from polyak_cli.pipeline import sweeping
 from tests.command import polyak
 
 RANDOM = np.random.default_rng(11)
@@ -71,7 +72,7 @@ def save_run(folder: Path, make: Callable[[], Any] = network) -> tuple[Any, list
     for epoch in (1, 2, 3):
         for weight in model.trainable_variables:
             weight.assign_add(RANDOM.normal(size=weight.shape))
-        paths.append(folder / f"run_{epoch}.weights.h5")
+        paths.append(folder / f"epoch_{epoch}.weights.h5")
         model.save_weights(paths[-1])
     return model, paths
 
@@ -268,3 +269,62 @@ def test_weights_in_a_folder_are_found_only_with_an_architecture(tmp_path: Path)
     network().save(tmp_path / "whole_9.keras")
     assert model_files(tmp_path)[0] == [tmp_path / "whole_9.keras"]
     assert model_files(tmp_path, weights=True)[0] == [*paths, tmp_path / "whole_9.keras"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_sweep_scores_averages_of_weights(tmp_path: Path, sharded: bool) -> None:
+    """Each candidate's loss is Keras's own, with the mean that numpy computes."""
+    network().save(tmp_path / "arch.keras")
+    run = tmp_path / "run"
+    run.mkdir()
+    model, paths = save_run(run)
+    kept = []
+    for epoch, path in enumerate(paths):
+        model.load_weights(path)
+        kept.append(model.get_weights())
+        if sharded:
+            path.unlink()
+            model.save_weights(run / f"shards_{epoch}.weights.json", max_shard_size=1e-3)
+    dataset = data.Dataset("rows", {"train": SPLIT, "test": data.Split("test", ROWS + 1, CLASSES)})
+    best = tmp_path / "best.weights.h5"
+    found = sweeping.sweep(
+        str(run),
+        dataset,
+        windows="3",
+        chosen="equal",
+        select_on="train",
+        write_best=best,
+        model=str(tmp_path / "arch.keras"),
+    )
+    model.compile(None, "sparse_categorical_crossentropy")
+    for row in found.rows:
+        if row.candidate.kind == "ensemble":
+            continue
+        shares = row.candidate.coefficients
+        model.set_weights(
+            [
+                sum(c * w for c, w in zip(shares, own, strict=True))
+                for own in zip(*kept, strict=True)
+            ]
+        )
+        loss = model.evaluate(ROWS + 1, CLASSES, 256, 0, return_dict=True)["loss"]
+        assert row.scores["reporting"].loss == pytest.approx(loss, rel=1e-5)
+    fresh = network()
+    fresh.compile(None, "sparse_categorical_crossentropy")
+    fresh.load_weights(best)
+    loss = fresh.evaluate(ROWS + 1, CLASSES, 256, 0, return_dict=True)["loss"]
+    assert found.winner.scores["reporting"].loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_command_of_a_sweep_takes_weights(tmp_path: Path) -> None:
+    """The command that it prints writes a weights file."""
+    network().save(tmp_path / "arch.keras")
+    (tmp_path / "run").mkdir()
+    save_run(tmp_path / "run")
+    done = polyak(
+        *("sweep", "run", "--data", write_rows(tmp_path), "--model", "arch.keras"),
+        *("--schemes", "equal", "--windows", "3", "-o", "report", "--json"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["winner_command"].split()[-1].endswith(".weights.h5")
