@@ -196,7 +196,7 @@ def test_checkpoints_of_one_name_are_told_apart(
         (tmp_path / f"step-{epoch}").mkdir()
         np.savez(tmp_path / f"step-{epoch}" / "model.npz", **arrays)
     done = polyak("check", "step-8/model.npz", "step-9/model.npz", cwd=tmp_path)
-    assert "(step-8/model.npz and step-9/model.npz)" in done.stdout
+    assert "between step-8/model.npz and step-9/model.npz;" in done.stdout
 
 
 #: Two orthogonal directions of a matrix, both of norm 32 and without a zero.

@@ -895,6 +895,7 @@ def test_a_kernel_that_computes_other_bits_is_caught(
 ) -> None:
     """--verify computes with numpy what the compiled kernel has written, and names the way out."""
     monkeypatch.setattr(kernel, "_chosen", WrongKernel())
+    monkeypatch.setattr(kernel, "NAME", WrongKernel.NAME)
     with pytest.raises(OutputError, match=r"tensor 'dense.*use the other kernel with POLYAK_KER"):
         average(run / "ckpts", run / "wrong.h5", verify=True)
     assert not (run / "wrong.h5").exists()
