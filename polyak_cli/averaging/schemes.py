@@ -98,7 +98,7 @@ def make_mean(multipliers: Sequence[float]) -> Mean:
     Args:
         multipliers: as in `Mean`.
     """
-    # Huge numbers of one's own are scaled by a power of two until their sum is finite.
+    # The sum of huge custom coefficients would overflow; a power of two scales them exactly.
     large = max(multipliers) > 2.0**900
     own = tuple(math.ldexp(m, -200) if large else m for m in multipliers)
     return Mean(own, math.fsum(own))

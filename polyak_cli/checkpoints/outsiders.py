@@ -32,8 +32,8 @@ _ENOUGH = 2
 def pass_over_outsiders(pool: Pool) -> Pool:
     """Return the candidates without those that are called otherwise than an epoch of the run.
 
-    Files that were given one by one stay, and so do all where the run cannot be told apart: less
-    than two files whose names are alike but for a number.
+    Files that were given one by one stay.  All files stay where no run is recognised, which takes
+    two names that differ only in a number.
     """
     if pool.as_given or len(pool.paths) <= _ENOUGH:
         return pool

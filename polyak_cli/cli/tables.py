@@ -121,7 +121,7 @@ def _draw_with_rich(table: Table, width: int, stream: TextIO) -> Iterator[str]:
     )
     left = _find_left(table)
     for k, title in enumerate(table.header):
-        # Names that cannot be told apart when they are cut are folded.
+        # Two long names can be equal where a narrow terminal cuts them, so they are folded.
         drawn.add_column(
             Text(title), justify="left" if k in left else "right", overflow="fold", no_wrap=k > 0
         )

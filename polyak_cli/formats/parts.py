@@ -5,6 +5,7 @@ Knows neither which files there are nor how they store tensors: each has a forma
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +15,11 @@ from typing import Any, NamedTuple
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.formats.conversion import require_same
-from polyak_cli.formats.format import Draft, ScanRequest, SkeletonRequest
+from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, open_input
 from polyak_cli.storage.local import LocalOutput, copy_range, name_errors
-from polyak_cli.tensors import Asset, Extent, OutputRules, Placement, Table, TensorSpec
+from polyak_cli.tensors import FLOATS, Asset, Extent, OutputRules, Placement, Table, TensorSpec
 
 
 class Part(NamedTuple):
@@ -27,6 +28,46 @@ class Part(NamedTuple):
     name: str  # of the file that opens it, relative to the checkpoint's folder, with "/"
     prefix: str  # of its tensors' names in the whole
     table: Table  # of it alone
+
+
+class FormatOfParts(Format):
+    """A file that names others, each a checkpoint by itself; the output is a folder of the same."""
+
+    has_checksums = True
+    can_be_folder = True
+    dtypes = frozenset(FLOATS)
+
+    @abstractmethod
+    def scan_parts(self, request: ScanRequest, heartbeat: Heartbeat) -> list[Part]:
+        """Read the headers of all parts; see `Format.scan`."""
+
+    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
+        """See `Format.scan`."""
+        return _join_tables(self.key, request.path, self.scan_parts(request, heartbeat))
+
+    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
+        """See `Format.write_skeleton`; the file that names the parts is copied."""
+        found = self.scan_parts(request_scan(request.template), heartbeat)
+        _require_unchanged(found, request.template)
+        return _write_parts(found, request, heartbeat)
+
+    def finalize(self, output: str, draft: Draft) -> None:
+        """See `Format.finalize`."""
+        del output  # each part is a file of its own
+        for first, key, notes in draft.notes["parts"]:
+            find_format(key).finalize(draft.files[first], Draft({}, (), notes))
+
+    def check(self, path: str, heartbeat: Heartbeat) -> None:
+        """See `Format.check`."""
+        for part in self.scan_parts(ScanRequest(path, with_optimizer=False), heartbeat):
+            form = find_format(part.table.format)
+            if form.has_checksums:
+                form.check(str(part.table.path), heartbeat)
+
+
+def request_scan(table: Table) -> ScanRequest:
+    """Return the scan by which a table was made that lists everything."""
+    return ScanRequest(str(table.path), with_optimizer=True)
 
 
 def scan_part(
@@ -55,7 +96,7 @@ def scan_part(
     return Part(name, prefix, replace(table, files=files, format=form.key))
 
 
-def join_tables(key: str, path: str, parts: Sequence[Part]) -> Table:
+def _join_tables(key: str, path: str, parts: Sequence[Part]) -> Table:
     """Return the parts' tables as one, with the file that names the parts as the last of its files.
 
     Raises:
@@ -102,14 +143,14 @@ def _rename(spec: TensorSpec, prefix: str, number: int, first: int) -> TensorSpe
     )
 
 
-def require_unchanged(parts: Sequence[Part], template: Table) -> None:
+def _require_unchanged(parts: Sequence[Part], template: Table) -> None:
     """Refuse parts that are no more those that were scanned."""
     found = [file for part in parts for file in part.table.files]
     for (path, version), scanned in zip(found, template.files[:-1], strict=False):
         require_same(path, version, scanned.version)
 
 
-def write_parts(parts: Sequence[Part], request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
+def _write_parts(parts: Sequence[Part], request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
     """Write the parts into an output folder, with a copy of the file that names them.
 
     Raises:
@@ -157,21 +198,3 @@ def _write_part(part: Part, number: int, request: SkeletonRequest, heartbeat: He
         request._replace(template=table, output=output, averaged=own), heartbeat
     )
     return draft._replace(files=draft.files or [output])
-
-
-def finish_parts(draft: Draft) -> None:
-    """Finish each part, such as with its checksums.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    for first, key, notes in draft.notes["parts"]:
-        find_format(key).finalize(draft.files[first], Draft({}, (), notes))
-
-
-def check_parts(parts: Sequence[Part], heartbeat: Heartbeat) -> None:
-    """Compare the tensors of parts with their checksums; see `Format.check`."""
-    for part in parts:
-        form = find_format(part.table.format)
-        if form.has_checksums:
-            form.check(str(part.table.path), heartbeat)

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats import parts
 from polyak_cli.formats.catalogue import MODULES, choose_openers
-from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.parts import Part
+from polyak_cli.formats.format import ScanRequest
+from polyak_cli.formats.parts import FormatOfParts, Part, scan_part
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import open_input
 from polyak_cli.storage.local import name_errors
-from polyak_cli.tensors import FLOATS, Table
 
 #: Bytes that the file may have, modules that it may name, and folders in the folder of a module.
 _LONGEST, _MOST_MODULES, _DEEPEST = 1 << 20, 100, 4
@@ -51,19 +49,6 @@ def _check_module(module: Any) -> str:
             f"names the folder '{shown(folder)}' for a module; expected one in the same folder"
         )
     return folder
-
-
-def _scan_modules(request: ScanRequest, heartbeat: Heartbeat) -> list[Part]:
-    """Read the headers of all modules that have weights."""
-    path = Path(request.path)
-    found = [
-        parts.scan_part(path.parent, name, prefix, request, heartbeat)
-        for folder in _read_modules(path)
-        for name, prefix in _find_weights(path.parent, folder)
-    ]
-    if not found:
-        raise FormatError(f"{shown(path)}: none of its modules has weights")
-    return found
 
 
 def _find_weights(root: Path, module: str) -> Iterator[tuple[str, str]]:
@@ -110,42 +95,30 @@ def _list_folder(folder: Path) -> tuple[set[str], list[str]]:
     return names, sorted(folders)
 
 
-class ModuleFolders(Format):
+class ModuleFolders(FormatOfParts):
     """`modules.json` and the folders of modules that it names."""
 
     key = "modules"
     name = "sentence-transformers"
     suffixes = ()
     recalculation = "load the average, and run texts through it in training mode, without a step"
-    has_checksums = True
-    can_be_folder = True
-    dtypes = frozenset(FLOATS)
 
-    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
-        """See `Format.scan`."""
-        return parts.join_tables(self.key, request.path, _scan_modules(request, heartbeat))
-
-    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
-        """See `Format.write_skeleton`; the output is a folder."""
-        scan = ScanRequest(str(request.template.path), with_optimizer=True)
-        found = _scan_modules(scan, heartbeat)
-        parts.require_unchanged(found, request.template)
-        return parts.write_parts(found, request, heartbeat)
-
-    def finalize(self, output: str, draft: Draft) -> None:
-        """See `Format.finalize`."""
-        del output  # each part is a file of its own
-        parts.finish_parts(draft)
-
-    def check(self, path: str, heartbeat: Heartbeat) -> None:
-        """See `Format.check`."""
-        found = _scan_modules(ScanRequest(path, with_optimizer=False), heartbeat)
-        parts.check_parts(found, heartbeat)
+    def scan_parts(self, request: ScanRequest, heartbeat: Heartbeat) -> list[Part]:
+        """Read the headers of all modules that have weights."""
+        path = Path(request.path)
+        found = [
+            scan_part(path.parent, name, prefix, request, heartbeat)
+            for folder in _read_modules(path)
+            for name, prefix in _find_weights(path.parent, folder)
+        ]
+        if not found:
+            raise FormatError(f"{shown(path)}: none of its modules has weights")
+        return found
 
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""
         try:
-            found = _scan_modules(ScanRequest(path, with_optimizer=False), heartbeat)
+            found = self.scan_parts(ScanRequest(path, with_optimizer=False), heartbeat)
         except FormatError:
             return False
         return any(part.table.is_polyak_output for part in found)

@@ -1,7 +1,8 @@
 """Shards of `torch.save` with an index, as Transformers wrote them before safetensors.
 
 `pytorch_model.bin.index.json` says which tensor is in which shard; each shard is a state dict of
-its own.  The output has the same shards, since each keeps a pickle of its own tensors.
+its own.  The output has the same shards, since each keeps a pickle of its own tensors.  The index
+is copied: types stay, and so do all sizes.
 """
 
 from __future__ import annotations
@@ -10,28 +11,15 @@ import json
 from pathlib import Path
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats import parts
 from polyak_cli.formats.catalogue import find_format
-from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.parts import Part
+from polyak_cli.formats.format import ScanRequest
+from polyak_cli.formats.parts import FormatOfParts, Part, request_scan, scan_part
 from polyak_cli.formats.sharding import Index, read_index
 from polyak_cli.formats.torch.archive import read_names
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.tensors import FLOATS, Table
+from polyak_cli.tensors import Table
 
 _SUFFIX = ".bin"
-
-
-def _scan_shards(request: ScanRequest, heartbeat: Heartbeat) -> list[Part]:
-    """Read the shards, which must hold the very tensors that the index says."""
-    path = Path(request.path)
-    index = read_index(request.path, _SUFFIX, json.loads)
-    found = []
-    for name in sorted(index.shards):
-        part = parts.scan_part(path.parent, name, "", request, heartbeat)
-        _check_names(path, name, index, heartbeat)
-        found.append(part)
-    return found
 
 
 def _check_names(path: Path, name: str, index: Index, heartbeat: Heartbeat) -> None:
@@ -50,46 +38,31 @@ def _check_names(path: Path, name: str, index: Index, heartbeat: Heartbeat) -> N
         )
 
 
-class TorchShards(Format):
+class TorchShards(FormatOfParts):
     """`pytorch_model.bin.index.json` and the shards that it names."""
 
     key = "torch_shards"
     name = "PyTorch in shards"
     suffixes = ()
     recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
-    has_checksums = True
     can_be_left = True
-    can_be_folder = True
     can_be_part = True
-    dtypes = frozenset(FLOATS)
 
-    def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
-        """See `Format.scan`."""
-        return parts.join_tables(self.key, request.path, _scan_shards(request, heartbeat))
-
-    def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
-        """See `Format.write_skeleton`; the output is a folder, where the shards keep their names.
-
-        The index is copied: types stay, and so do all sizes.
-        """
-        found = _scan_shards(_request_scan(request.template), heartbeat)
-        parts.require_unchanged(found, request.template)
-        return parts.write_parts(found, request, heartbeat)
-
-    def finalize(self, output: str, draft: Draft) -> None:
-        """See `Format.finalize`."""
-        del output  # each part is a file of its own
-        parts.finish_parts(draft)
-
-    def check(self, path: str, heartbeat: Heartbeat) -> None:
-        """See `Format.check`."""
-        found = _scan_shards(ScanRequest(path, with_optimizer=False), heartbeat)
-        parts.check_parts(found, heartbeat)
+    def scan_parts(self, request: ScanRequest, heartbeat: Heartbeat) -> list[Part]:
+        """Read the shards, which must hold the very tensors that the index says."""
+        path = Path(request.path)
+        index = read_index(request.path, _SUFFIX, json.loads)
+        found = []
+        for name in sorted(index.shards):
+            part = scan_part(path.parent, name, "", request, heartbeat)
+            _check_names(path, name, index, heartbeat)
+            found.append(part)
+        return found
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`: each shard must hold nothing but tensors."""
         said: dict[str, str] = {}
-        for part in _scan_shards(_request_scan(table), heartbeat):
+        for part in self.scan_parts(request_scan(table), heartbeat):
             said |= find_format(part.table.format).texts(part.table, heartbeat)
         return said
 
@@ -101,8 +74,3 @@ class TorchShards(Format):
             return find_format("torch_zip").is_polyak_output(str(shard), heartbeat)
         except FormatError:
             return False
-
-
-def _request_scan(table: Table) -> ScanRequest:
-    """Return the scan by which a table was made that lists everything."""
-    return ScanRequest(str(table.path), with_optimizer=True)
