@@ -130,7 +130,8 @@ def list_notes(
         stored.add("objects")
     if not drop_optimizer and tables[-1].optimizer:
         stored.add("optimizer")
-    notes += _note_types(averaged, stored_dtypes, is_fixed=tables[-1].rules.is_fixed)
+    is_fixed = tables[-1].rules.is_fixed and not find_format(tables[-1].format).retypes
+    notes += _note_types(averaged, stored_dtypes, is_fixed=is_fixed)
     notes += [text for key, text in tables[-1].rules.cautions.items() if key in stored]
     if tables[-1].rules.is_fixed and tables[-1].optimizer and not drop_optimizer:
         notes.append(

@@ -41,6 +41,7 @@ from polyak_cli.errors import (
     word_size,
 )
 from polyak_cli.formats import outputs
+from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.model_folders import FolderFiles
 from polyak_cli.storage import publishing
 from polyak_cli.tensors import Table, itemsize
@@ -436,10 +437,12 @@ def _choose_format(output: Path | None, template: Table, found: _Fates, settings
 
 def _check_types(template: Table, averaged: Sequence[Row], dtype: str | None) -> None:
     """Refuse another type where the files cannot have it."""
+    retypes = find_format(template.format).retypes
     for spec in (row[-1] for row in averaged if template.rules.is_fixed):
-        if dtype not in (None, spec.dtype):
+        if dtype not in (None, spec.dtype) and not {dtype, spec.dtype} <= retypes:
+            others = f" (all but {', '.join(sorted(retypes))})" if retypes else ""
             raise UsageError(
-                f"--dtype {dtype}: {shown(template.path)} keeps its types, and tensor "
+                f"--dtype {dtype}: {shown(template.path)} keeps its types{others}, and tensor "
                 f"'{shown(spec.name)}' is {spec.dtype}; leave out --dtype, or give the output a "
                 "name in .safetensors"
             )

@@ -69,6 +69,9 @@ class Format(ABC):
     has_checksums: ClassVar[bool] = False
     #: The float types that it can store.
     dtypes: ClassVar[frozenset[str]] = COMMON
+    #: The float types that it can store in place of one another although its files are fixed
+    #: otherwise (`OutputRules.is_fixed`).
+    retypes: ClassVar[frozenset[str]] = frozenset()
     #: A checkpoint of it may be one part of a larger one; its tensors lie in plain extents.
     can_be_part: ClassVar[bool] = False
     #: A checkpoint holds named parts, such as a model beside its EMA; `ScanRequest.key` chooses.

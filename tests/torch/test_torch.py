@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from polyak_cli import average, inspect, plan
-from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError
+from polyak_cli.errors import FormatError, MismatchError, OutputError
 from tests.contract import Contract, Tensors
 
 State = dict[str, Any]
@@ -33,7 +33,6 @@ class TestFlat(Contract):
     """A state dict by itself."""
 
     suffix = ".pt"
-    converts = False
 
     def write(self, path: Path, tensors: Tensors) -> None:
         """See `Contract.write`."""
@@ -308,14 +307,6 @@ def test_tensors_that_lie_differently_are_refused(tmp_path: Path) -> None:
         torch.save(other, paths[1])
         with pytest.raises(MismatchError, match=rf"{name}_1.*('x' has arrangement|no tensor 'y')"):
             average(paths, tmp_path / "o.pt")
-
-
-def test_another_type_is_refused_before_any_work(tmp_path: Path) -> None:
-    """The pickle is carried, and it tells the types."""
-    paths = write_pair(tmp_path, lambda: {"x": torch.randn(3)})
-    with pytest.raises(UsageError, match=r"--dtype float16: .*m_2.pt keeps .*'x' is float32"):
-        plan(paths, dtype="float16")
-    assert plan(paths, dtype="float32").averaged == ("x",)
 
 
 @pytest.mark.filterwarnings("ignore:.*(quantize|Sparse|deprecated).*")

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, OutputError, shown, word_rest
-from polyak_cli.formats import zips
+from polyak_cli.formats import conversion, zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.torch import beside, pickles, vocabularies
+from polyak_cli.formats.torch import beside, pickles, retyping, vocabularies
 from polyak_cli.formats.torch.beside import Owner
 from polyak_cli.formats.torch.pickles import SIZES, Instance, Pairs, Stored, Tensor, find_inside
 from polyak_cli.processes.sandbox import Heartbeat
@@ -34,6 +34,10 @@ from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, Te
 
 #: The member that holds this tool's record; PyTorch looks for members by name and ignores others.
 PROVENANCE = "polyak_provenance"
+#: The member by which PyTorch knows that it may compute where storages lie, as its own writer puts
+#: them, in place of looking for them.
+_VERSION = ".format_version"
+_ALIGNMENT = 64  # of storages, as torch.save has it
 _MAXIMUM_DEPTH = 64
 _MOST_KEYS = 10  # that an error names
 _STEP = 1 << 20
@@ -369,6 +373,41 @@ def _drop_record(archive: zipfile.ZipFile, name: str) -> None:
             archive.start_dir = old.header_offset  # where `zipfile` appends
 
 
+def _write_retyped(
+    request: SkeletonRequest, specs: Mapping[str, TensorSpec], heartbeat: Heartbeat
+) -> Draft:
+    """Write a skeleton in which averaged storages have other types, and so other sizes.
+
+    Args:
+        request: see `Format.write_skeleton`.
+        specs: location in the template -> its tensor.
+        heartbeat: see `Format`.
+    """
+    source = request.template.files[0]
+    wanted = {where.rpartition("/")[2]: to for where, to in request.averaged.items()}
+    placements = {}
+    with (
+        zips.open_archive(source.path) as (file, members, _),
+        zips.Archive(request.output) as archive,
+    ):
+        conversion.require_same(source.path, file.version, source.version)
+        for member in heartbeat.over(members):
+            folder, _, record = member.name.partition("/")
+            if record == "data.pkl":
+                content = retyping.retype(zips.read_whole(file, member), wanted, heartbeat)
+                archive.add(member.name, content)
+            elif member.name in request.averaged:
+                dtype, spec = request.averaged[member.name], specs[member.name]
+                nbytes = member.nbytes // SIZES[spec.dtype] * SIZES[dtype]
+                offset = archive.reserve(member.name, nbytes, _ALIGNMENT)
+                if nbytes:
+                    placements[member.name] = Placement(offset, dtype, spec.byteorder)
+            elif record not in (PROVENANCE, _VERSION):
+                archive.copy(file, member, heartbeat, _ALIGNMENT)
+        archive.add(f"{folder}/{PROVENANCE}", request.provenance.encode())
+        return Draft(placements, notes={"archive": archive.describe()})
+
+
 class TorchZip(Format):
     """The zip archives that `torch.save` writes."""
 
@@ -381,6 +420,7 @@ class TorchZip(Format):
     has_parts = True
     can_be_part = True
     dtypes = frozenset(FLOATS)
+    retypes = frozenset(retyping.TYPES)
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
@@ -417,6 +457,8 @@ class TorchZip(Format):
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
         specs = {spec.location: spec for spec in request.template.tensors.values()}
+        if any(specs[where].dtype != dtype for where, dtype in request.averaged.items()):
+            return _write_retyped(request, specs, heartbeat)
         with zips.open_archive(request.template.files[0].path) as (file, members, _):
             rooms = [m for m in members if m.name in request.averaged and m.nbytes]
             with LocalOutput(request.output) as target:
@@ -434,6 +476,9 @@ class TorchZip(Format):
 
     def finalize(self, output: str, draft: Draft) -> None:
         """See `Format.finalize`."""
+        if "archive" in draft.notes:
+            zips.finalize_archive(output, draft.notes["archive"])
+            return
         with (
             LocalOutput(output) as file,
             file.stream() as stream,

@@ -46,7 +46,8 @@ SIZES: Mapping[str, int] = {
 }
 _DIMENSIONS = 64  # as numpy has them
 _STEP = 1000  # opcodes between two signs of life
-_STORAGES = {
+#: The classes of storages -> their type.
+STORAGES = {
     "torch.DoubleStorage": "float64",
     "torch.FloatStorage": "float32",
     "torch.HalfStorage": "float16",
@@ -165,7 +166,7 @@ def read(
     with warnings.catch_warnings():
         # `pickletools` warns of texts whose escapes are none: those are refused below.
         warnings.simplefilter("ignore", DeprecationWarning)
-        for count, (opcode, argument) in enumerate(_opcodes(content)):
+        for count, (opcode, argument, _) in enumerate(list_opcodes(content)):
             if count % _STEP == 0:
                 heartbeat()
                 if count >= MOST:
@@ -208,8 +209,8 @@ def _list_parts(value: Pairs | Instance | list[Any] | tuple[Any, ...]) -> list[A
     return parts
 
 
-def _opcodes(content: bytes) -> Iterator[tuple[str, Any]]:
-    """Yield each opcode's name and argument."""
+def list_opcodes(content: bytes) -> Iterator[tuple[str, Any, int]]:
+    """Yield each opcode's name, its argument, and where it stands."""
     try:
         for opcode, argument, place in pickletools.genops(content):
             if opcode.name in ("GLOBAL", "INST"):
@@ -217,7 +218,7 @@ def _opcodes(content: bytes) -> Iterator[tuple[str, Any]]:
                 written = str(argument).replace(" ", "\n", 1).encode() + b"\n"
                 if not content.startswith(written, (place or 0) + 1):
                     _damaged(f"programs read the name '{shown(argument)}' differently")
-            yield opcode.name, argument
+            yield opcode.name, argument, place or 0
     except ValueError as error:  # what `genops` says of bytes that are no opcode
         _damaged(shown(error))
 
@@ -369,15 +370,15 @@ class _Machine:
     def stored(self) -> None:
         """Take a persistent id, by which `torch.save` names storages and nothing else."""
         match self.pop():
-            case ("storage", Name(full), str(key), str(), int(size)) if full in _STORAGES:
-                self.push(Stored(key, _STORAGES[full], _numbers((size,))[0]))
+            case ("storage", Name(full), str(key), str(), int(size)) if full in STORAGES:
+                self.push(Stored(key, STORAGES[full], _numbers((size,))[0]))
             case _:
                 _damaged("it has a persistent id that does not name a storage")
 
 
 def _is_known(full: str) -> bool:
     """Return whether a name is one that state dicts have."""
-    return full in _STORAGES or full in _NAMED or full in _PLAIN or full in _MADE
+    return full in STORAGES or full in _NAMED or full in _PLAIN or full in _MADE
 
 
 def _refuse_special(full: str) -> None:
