@@ -340,7 +340,7 @@ class OutlinedLayer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KerasFacts:
-    """What only Keras's files say of a model."""
+    """What Keras's files say of a model, and hardly any others."""
 
     layers: tuple[str, ...] = ()  # in their order, where loading goes by position
     statistics: frozenset[str] = frozenset()  # BatchNorm's, where their names do not tell

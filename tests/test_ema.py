@@ -51,7 +51,7 @@ def test_the_slots_are_averaged_in_place_of_the_tensors(tmp_path: Path) -> None:
         mean = (0.5 * slots[0][slot].astype("f8") + 0.5 * slots[1][slot].astype("f8")).astype("f4")
         assert found[f"model_weights/d/{path}"].tobytes() == mean.tobytes()
     assert found["model_weights/n/m/n/moving_mean"].tolist() == [0.5] * 4
-    assert any("1 float tensors have no EMA" in note for note in report.notes)
+    assert any("1 float tensor has no EMA" in note for note in report.notes)
     with h5py.File(tmp_path / "o.h5") as file:
         assert '"use_ema":true' in file.attrs["polyak_provenance"]
 

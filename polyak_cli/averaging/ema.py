@@ -1,7 +1,8 @@
 """Replace a model's tensors by the EMAs that the optimizer keeps of them.
 
-Keras keeps an EMA of each trained tensor in the optimizer's state (``use_ema=True``).  Tensors that
-are not trained, such as BatchNorm's statistics, have none and stay as they are.  Reads only tables.
+Keras keeps an EMA of each trained tensor in the optimizer's state (``use_ema=True``), and so does
+torchtitan.  Tensors that are not trained, such as BatchNorm's statistics, have none and stay as
+they are.  Reads only tables.
 """
 
 from __future__ import annotations

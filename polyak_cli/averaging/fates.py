@@ -172,9 +172,10 @@ def note_missing_emas(names: Sequence[str]) -> list[str]:
     """Return a note with the float tensors that have no EMA and are averaged themselves."""
     if not names:
         return []
+    have, its = ("has", "its") if len(names) == 1 else ("have", "their")
     return [
-        f"{len(names)} float tensors have no EMA, because they are not "
-        f"trained; their own values are averaged ({list_some(names)})"
+        f"{word_count(len(names), 'float tensor')} {have} no EMA ({list_some(names)}): {its} own "
+        "values are averaged. EMAs are kept of trained tensors, mostly of no others"
     ]
 
 

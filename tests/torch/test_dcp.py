@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from polyak_cli import average, check, diff, inspect, verify
-from polyak_cli.errors import FormatError, OutputError, PolyakError
+from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError
 from tests import dcp as dcp_by_hand
 from tests.contract import Contract, Tensors
 from tests.source import PACKAGE
@@ -34,6 +34,13 @@ def save(folder: Path, state: State) -> Path:
         warnings.simplefilter("ignore")
         dcp.save(state, checkpoint_id=folder, no_dist=True)
     return folder
+
+
+def load(folder: Path, state: State) -> None:
+    """Load a checkpoint into the tensors of a state dict, in this process alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
 
 
 def flatten(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -411,3 +418,94 @@ def test_checksums_may_be_missing(tmp_path: Path) -> None:
         torch.serialization.set_crc32_options(True)
     average([folder], tmp_path / "o.safetensors")
     assert_equal(load_file(tmp_path / "o.safetensors"), {"w": torch.arange(5.0)})
+
+
+def ema_run(folder: Path, *, nested: bool = False) -> list[State]:
+    """Save two checkpoints as torchtitan does with an EMA, an optimizer whose state is the mean."""
+    states = []
+    for step in (1, 2):
+        torch.manual_seed(step)
+        weights = {name: torch.randn(6, 3) for name in ("tok.weight", "layers.0.w")}
+        counter = {"bias_count": torch.randn(4)}  # a buffer, which has no EMA
+        slots = {f"state.{name}.exp_avg": torch.randn(6, 3) for name in weights}
+        means = {f"state.{name}.ema_params": torch.randn(6, 3) for name in weights}
+        steps = {f"state.{name}.step": torch.tensor(float(step)) for name in weights}
+        model = {**weights, **counter}
+        states.append(
+            {
+                **({"model": model} if nested else model),
+                "optimizer": {**slots, **steps},
+                "ema_optimizer": {**means, **steps, "param_groups.tok.weight.decay": 0.9},
+                "train_state": {"step": torch.tensor(step)},
+            }
+        )
+        save(folder / f"step-{step}", states[-1])
+    return states
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_ema_of_torchtitan_is_averaged_in_place_of_the_weights(
+    tmp_path: Path, nested: bool
+) -> None:
+    """It loads where the weights were, the optimizers are the newest's; safetensors has no EMA."""
+    states = ema_run(tmp_path / "run", nested=nested)
+    raws = [state["model"] if nested else state for state in states]
+    middle = {
+        name: (raws[0][name].double() + raws[1][name].double()).div(2).float()
+        for name in ("tok.weight", "layers.0.w", "bias_count")
+    }
+    kept = [state["ema_optimizer"] for state in states]
+    means = middle | {
+        name: (kept[0][key].double() + kept[1][key].double()).div(2).float()
+        for name in ("tok.weight", "layers.0.w")
+        for key in [f"state.{name}.ema_params"]
+    }
+    prefix = "model." if nested else ""
+    for use_ema, expected in ((False, middle), (True, means)):
+        output = tmp_path / f"final-{use_ema}"
+        report = average(tmp_path / "run", output, use_ema=use_ema)
+        blank = {
+            name: {key: torch.zeros_like(one) for key, one in part.items() if hasattr(one, "shape")}
+            if isinstance(part, dict)
+            else torch.zeros_like(part)
+            for name, part in states[-1].items()
+        }
+        load(output, blank)
+        assert_equal(blank["model"] if nested else {n: blank[n] for n in expected}, expected)
+        for name in ("optimizer", "ema_optimizer"):
+            newest = {k: v for k, v in states[-1][name].items() if hasattr(v, "shape")}
+            assert_equal(blank[name], newest)
+        missing = [note for note in report.notes if "has no EMA" in note]
+        assert len(missing) == use_ema
+        assert all(f"({prefix}bias_count): its own values" in note for note in missing)
+        assert verify(output, sources=[tmp_path / "run"]).problems == ()
+        flat = tmp_path / f"{use_ema}.safetensors"
+        average(tmp_path / "run", flat, use_ema=use_ema)
+        assert_equal(load_file(flat), {f"{prefix}{name}": one for name, one in expected.items()})
+    (seen,) = inspect([tmp_path / "run" / "step-1"])
+    roles = {one.spec.name: one.role for one in seen.tensors}
+    assert roles["ema_optimizer.state.tok.weight.ema_params"] == "ema"
+    assert roles["optimizer.state.tok.weight.exp_avg"] == "optimizer"
+    assert roles[f"{prefix}tok.weight"] == "weights"
+
+
+def test_an_ema_beside_the_model_is_paired_with_it(tmp_path: Path) -> None:
+    """Under a key of its own; without the option, the average of the raw weights is in both."""
+    states = []
+    for step in (1, 2):
+        torch.manual_seed(step)
+        states.append({key: {"w": torch.randn(3)} for key in ("model", "ema")})
+        save(tmp_path / "run" / f"step-{step}", states[-1])
+    for use_ema, key in ((False, "model"), (True, "ema")):
+        output = tmp_path / f"final-{use_ema}"
+        report = average(tmp_path / "run", output, use_ema=use_ema)
+        mean = (states[0][key]["w"].double() + states[1][key]["w"].double()).div(2).float()
+        assert_equal(read(output, tmp_path / "o.pt"), {"model.w": mean, "ema.w": mean})
+        assert any("'ema.*' is a running mean of the raw weights" in one for one in report.notes)
+
+
+def test_a_checkpoint_without_an_ema_is_named_as_such(tmp_path: Path) -> None:
+    """No word of Keras, whose optimizers keep EMAs too."""
+    folder = save(tmp_path / "step-1", {"model": {"w": torch.ones(3)}})
+    with pytest.raises(MismatchError, match=r"has no running mean of its weights \(an EMA\)"):
+        average([folder], tmp_path / "final", use_ema=True)

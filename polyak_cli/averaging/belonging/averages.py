@@ -21,7 +21,7 @@ from polyak_cli.tensors import FLOATS, Table, TensorSpec
 #: The kind of the suspicion, and the word of `allow` that goes on against the refusal.
 KIND, ALLOWED = "average", "averages"
 #: Formats in which nothing but names tells a running mean.
-_FLAT = ("torch_zip", "safetensors", "npz")
+_FLAT = ("torch_zip", "torch_dcp", "safetensors", "npz")
 _PART = re.compile(r"[^/.]+[/.]")
 #: What torch.save's lists give: a number in place of a name.
 _NUMBERED = re.compile(r"/\d+$")
@@ -83,7 +83,8 @@ def choose_parts(
             raise MismatchError(text)
     averages = found[-1]
     if not averages:
-        if wanted.use_ema and tables[-1].format in _FLAT:
+        # torchtitan keeps its EMA in an optimizer's state; see `ema`.
+        if wanted.use_ema and tables[-1].format in _FLAT and not tables[-1].keras.ema_slots:
             part = tables[-1].rules.part
             where = f" in '{shown(part)}'; --key may choose the EMA itself" if part else ""
             raise MismatchError(

@@ -33,6 +33,7 @@ from polyak_cli.tensors import (
     Extent,
     Grid,
     GridPart,
+    KerasFacts,
     OutputRules,
     Placement,
     Storage,
@@ -46,6 +47,8 @@ _EXTRA = re.compile(r"(.*\.)?_extra_state(/.*)?", re.DOTALL)
 _FLAT = re.compile(
     r"(.*\.)?(\w+_)?opt(im(izer)?)?s?\.(state|param_groups|distributed)\..*", re.DOTALL
 )
+#: An EMA that torchtitan keeps in the state of an optimizer of its own, beside the real one.
+_EMA = re.compile(r"\w*ema\w*\.state\.(.+)\.ema_params", re.DOTALL)
 _DEEPEST = 64
 
 Item = TensorItem | BytesItem
@@ -127,6 +130,18 @@ def _walk(
     owner = owner or beside.find_owner(path, Pairs([(key, None) for key in below]))
     for key, inner in below.items():
         yield from _walk(inner, (*path, key), owner)
+
+
+def _find_emas(items: _Items) -> dict[str, list[str]]:
+    """Return each EMA that an optimizer keeps, with the tensors of the model that it may be of."""
+    model = {item.name for item in items.model}
+    found = {}
+    for item in items.state:
+        match = _EMA.fullmatch(item.name)
+        if match and isinstance(item, TensorItem):
+            # Programs save the model by itself, or under a key.
+            found[item.name] = [name for name in (match[1], f"model.{match[1]}") if name in model]
+    return found
 
 
 def _list_places(items: _Items) -> Iterator[Stored]:
@@ -390,6 +405,7 @@ class DistributedCheckpoint(Format):
             config="",
             is_polyak_output=bool(record),
             about={"provenance": record} if record else {},
+            keras=KerasFacts(ema_slots=_find_emas(items)),
             rules=OutputRules(is_fixed=True),
         )
 
