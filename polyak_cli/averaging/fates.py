@@ -21,7 +21,7 @@ from polyak_cli.errors import (
     shown,
     word_count,
 )
-from polyak_cli.formats.catalogue import find_format
+from polyak_cli.formats.catalogue import OPENERS, find_format
 from polyak_cli.tensors import FLOATS, Table, is_carried
 
 
@@ -183,6 +183,11 @@ def note_files_beside(newest: Checkpoint, template: Table) -> list[str]:
     """Return a note on the files in a checkpoint's folder that are not written."""
     if newest.path == template.path:
         return []
+    if template.path.name not in OPENERS:
+        return [
+            f"only {shown(template.path.name)} is averaged: the average takes its place in a copy "
+            f"of {shown(newest.path)}"
+        ]
     return [
         "only the tensors are written: a program may also need config.json, the tokenizer and "
         f"the other files in {shown(newest.path)}, which an output without suffix, a folder, holds"

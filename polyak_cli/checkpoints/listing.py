@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from polyak_cli.checkpoints import dated
 from polyak_cli.checkpoints.names import split_words
 from polyak_cli.errors import CheckpointError, UsageError, shown, word_count, word_rest
 from polyak_cli.formats.catalogue import (
@@ -110,6 +111,9 @@ _SHARD = re.compile(r"(.+)_[0-9]{5,}\.weights\.h5")
 
 #: A shard of a sharded checkpoint of Transformers, which is named by its index.
 _PIECE = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)", re.IGNORECASE | re.DOTALL)
+
+#: A part of a checkpoint that DeepSpeed's ZeRO has divided among processes.
+_ZERO = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d.*")
 
 #: A folder of a module of sentence-transformers, such as 2_Dense.
 _MODULE = re.compile(r"\d{1,2}_\w+")
@@ -336,7 +340,8 @@ def expand_source(source: StrPath) -> tuple[list[Path], bool]:
     listed = [Path(text, name) for name in names]
     # A run's folder may hold its final model beside its checkpoints; then it is not one checkpoint.
     folder = Path(text)
-    is_one = not _OPENED.isdisjoint(names) and bool(_find_openers(folder))
+    may_be_one = not _OPENED.isdisjoint(names) or dated.is_dated(folder)
+    is_one = may_be_one and bool(_find_openers(folder))
     if is_one and not any(_is_another(path) for path in listed):
         return [folder if folder.name not in ("", "..") else folder.resolve()], False
     return listed, True
@@ -406,6 +411,8 @@ def _find_openers(path: Path) -> list[Path]:
     kind = _find_kind_by_suffix(path, _KINDS_OF_FILE)
     if kind not in ("", _LIGHTNING) or not path.is_dir():
         return []
+    if dated.is_dated(path):
+        return [path / dated.MODEL] if (path / dated.MODEL).is_file() else []
     there = [name for name in OPENERS if (path / name).is_file()]
     return [path / name for name in choose_openers(there)]
 
@@ -499,6 +506,8 @@ def find_objection(path: Path, kinds: Mapping[str, str], what: str) -> str | Non
         return "a data shard of a TensorFlow checkpoint whose .index is not here"
     if _PIECE.fullmatch(name):
         return "one shard of several, which belong to an index"
+    if _ZERO.fullmatch(name):
+        return "a part of a checkpoint of DeepSpeed's ZeRO"
     if is_training_state(name):
         return STATE
     if _is_module(path):
@@ -642,25 +651,29 @@ def describe_folders(
 ) -> str:
     """Return which folders in a folder without checkpoints hold some; nothing if none does."""
     folders = [one.path for one in passed if one.reason == _PLAIN_FOLDER][:_MOST_FOLDERS]
-    counts = {folder: _count_candidates(folder, what, kinds) for folder in folders}
-    found = [(folder, count) for folder, count in counts.items() if count]
+    names = {folder: _list_candidates(folder, what, kinds) for folder in folders}
+    found = [(folder, those) for folder, those in names.items() if those]
     if not found:
         return ""
     if len(found) == 1:
-        folder, count = found[0]
-        return f"{shown(folder)} holds {word_count(count, what)}; name that folder"
-    some = ", ".join(f"{shown(folder)} ({count})" for folder, count in found[:3])
-    return f"{some}{word_rest(len(found) - 3)} hold {what}s; name one of them"
+        folder, those = found[0]
+        return f"{shown(folder)} holds {word_count(len(those), what)}; name that folder"
+    some = ", ".join(f"{shown(folder)} ({len(those)})" for folder, those in found[:3])
+    text = f"{some}{word_rest(len(found) - 3)} hold {what}s"
+    if all(those == found[0][1] for _, those in found) and len(found[0][1]) == 1:
+        pattern = found[0][0].parent / "*" / found[0][1][0]
+        return f"{text}; name all of them with '{shown(pattern)}'"
+    return f"{text}; name one of them"
 
 
-def _count_candidates(folder: Path, what: str, kinds: Mapping[str, str]) -> int:
-    """Return how many names in a folder are those of checkpoints; none if it cannot be listed."""
+def _list_candidates(folder: Path, what: str, kinds: Mapping[str, str]) -> list[str]:
+    """Return the names in a folder that are those of checkpoints; none if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in itertools.islice(entries, _MOST_NAMES)]
     except OSError:
-        return 0
-    return sum(find_objection(folder / name, kinds, what) is None for name in names)
+        return []
+    return [name for name in names if find_objection(folder / name, kinds, what) is None]
 
 
 def _describe_foreign(source: Path, passed: Sequence[PassedOver]) -> str:

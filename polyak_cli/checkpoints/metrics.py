@@ -1,4 +1,4 @@
-"""Choose the best checkpoints by a metric: of their names, a CSV log, or a Trainer's state.
+"""Choose the best checkpoints by a metric: of their names, a CSV log, or a program's own file.
 
 Knows the log that Keras' CSVLogger writes.  Evaluates no model.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from polyak_cli.checkpoints import descriptions, trainer_states
 from polyak_cli.checkpoints.directions import guess_mode
 from polyak_cli.checkpoints.listing import Checkpoint, StrPath
 from polyak_cli.checkpoints.names import find_metric, is_unnamed_decimal, parse_name
 from polyak_cli.checkpoints.ordering import describe_epochs, require_epoch
-from polyak_cli.checkpoints.trainer_states import has_state, read_metrics
 from polyak_cli.errors import CheckpointError, UsageError, choose_verb, shown
 
 #: Suffixes that people give the file of Keras' CSVLogger.
@@ -84,8 +84,9 @@ def take_best(
 ) -> tuple[list[Checkpoint], list[str]]:
     """Return the best candidates, in the order given, and notes."""
     notes: list[str] = []
-    if wanted.log is None and _are_of_trainer(candidates, wanted.monitor):
-        found = read_metrics([one.path for one in candidates], wanted.asked, wanted.mode)
+    read = None if wanted.log else _find_reader(candidates[-1].path, wanted.monitor)
+    if read is not None:
+        found = read([one.path for one in candidates], wanted.asked, wanted.mode)
         metrics, notes = found.values, found.notes
         wanted = replace(wanted, monitor=found.monitor, better=found.better)
     elif wanted.log is None:
@@ -116,10 +117,15 @@ def _rank(metrics: Sequence[float], wanted: Wanted) -> list[int]:
     return sorted(ranked[: wanted.count])
 
 
-def _are_of_trainer(candidates: Sequence[Checkpoint], monitor: str) -> bool:
-    """Return whether the metric is looked for in a Trainer's states, and not in the names."""
-    newest = candidates[-1].path
-    return find_metric(parse_name(newest), monitor) is None and has_state(newest)
+def _find_reader(
+    newest: Path, monitor: str
+) -> Callable[[Sequence[Path], str | None, str | None], trainer_states.Measured] | None:
+    """Return what reads the metric where programs keep it; None to look in the names."""
+    if find_metric(parse_name(newest), monitor) is not None:
+        return None
+    if trainer_states.has_state(newest):
+        return trainer_states.read_metrics
+    return descriptions.read_metrics if descriptions.find_description(newest) else None
 
 
 def _read_metric_in_name(path: Path, monitor: str) -> float:

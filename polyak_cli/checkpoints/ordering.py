@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from polyak_cli.checkpoints.dated import order_by_date
 from polyak_cli.checkpoints.folders import find_names, list_paths_below, list_relative_paths
 from polyak_cli.checkpoints.listing import (
     Checkpoint,
@@ -64,6 +65,9 @@ def order_by_epoch(
     """
     if not pool.paths:
         return [], []
+    dated = None if pattern or as_given else order_by_date(pool.paths)
+    if dated is not None:
+        return [Checkpoint(path, epoch, None) for path, epoch in dated], []
     if pattern is not None:
         texts = _list_searched(pool.paths, pattern)
         pairs = zip(pool.paths, texts, strict=True)
@@ -116,6 +120,9 @@ def order_as_far_as_known(
     """Return all checkpoints, oldest first, and report those whose epoch is unknown."""
     epochs: Sequence[int | None]
     others: Collection[Path] = ()
+    dated = None if pattern or as_given else order_by_date(pool.paths)
+    if dated is not None:
+        return [Checkpoint(path, epoch, None) for path, epoch in dated]
     if pattern is not None:
         texts = _list_searched(pool.paths, pattern)
         pairs = zip(pool.paths, texts, strict=True)

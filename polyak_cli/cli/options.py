@@ -280,8 +280,9 @@ CHOOSING = under(
     option(
         "--monitor",
         metavar="METRIC",
-        help="The metric for --best, from the file names, from --log, or from a Trainer's "
-        "trainer_state.json.  [default: val_loss, or the Trainer's own]",
+        help="The metric for --best, from the file names, from --log, or from the program's own "
+        "files (trainer_state.json, wenet's and SpeechBrain's .yaml).  [default: val_loss, or the "
+        "program's own]",
     ),
     option(
         "--mode",

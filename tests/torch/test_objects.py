@@ -211,3 +211,11 @@ def test_a_module_without_tensors_is_carried(tmp_path: Path) -> None:
     paths = write_two(tmp_path, lambda k: {"w": torch.full((3,), float(k)), "loss": nn.MSELoss()})
     average(paths, tmp_path / "o.pt")
     assert isinstance(torch.load(tmp_path / "o.pt", weights_only=False)["loss"], nn.MSELoss)
+
+
+@pytest.mark.parametrize("state", [{"w": np.ones(3)}, [{"m": {"w": np.ones((2, 3), np.float32)}}]])
+def test_a_file_of_arrays_alone_is_named(tmp_path: Path, state: object) -> None:
+    """Arrays of numpy are carried beside tensors; without a tensor there is nothing to average."""
+    torch.save(state, tmp_path / "m_1.pt")
+    with pytest.raises(FormatError, match=r"m_1\.pt: holds arrays of numpy and no tensor.*savez"):
+        plan(tmp_path / "m_1.pt")

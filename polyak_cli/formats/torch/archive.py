@@ -39,6 +39,8 @@ PROVENANCE = "polyak_provenance"
 _VERSION = ".format_version"
 _ALIGNMENT = 64  # of storages, as torch.save has it
 _MAXIMUM_DEPTH = 64
+#: What makes an array of numpy, before version 2 and since.
+_ARRAYS = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
 _MOST_KEYS = 10  # that an error names
 _STEP = 1 << 20
 
@@ -129,6 +131,11 @@ class _Collected:
             (self.tensors if own else self.others).append(spec)
             if not own and several[0].owner == "optimizer":
                 self.optimizer.append(spec.name)
+        if not self.tensors and _has_arrays(root):
+            raise FormatError(
+                "holds arrays of numpy and no tensor of a model; save tensors in their place, made "
+                "with torch.from_numpy, or the arrays with numpy.savez"
+            )
 
     def list_all(self, root: Any) -> Iterator[_Found]:
         """Yield all tensors, those of the part first: what is there twice is entered once."""
@@ -261,6 +268,19 @@ def _list_items(value: Pairs | Instance | list[Any] | tuple[Any, ...]) -> Iterat
     elements = value.elements if isinstance(value, Instance) else value
     for number, item in enumerate(() if isinstance(elements, Pairs) else elements):
         yield str(number), item
+
+
+def _has_arrays(root: Any) -> bool:
+    """Return whether there is an array of numpy in the dictionaries of a pickle."""
+    waiting, seen = [root], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (Pairs, Instance, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, Instance) and value.of in _ARRAYS:
+                return True
+            waiting += [item for _, item in _list_items(value)]
+    return False
 
 
 def _refuse_hidden(found: _Found, holder: Instance) -> None:
