@@ -1,7 +1,7 @@
 """Find the checkpoints of a run, order them by epoch, and choose some of them.
 
-Knows directories, names, and the CSV log that Keras writes beside a run.  Does not know what is
-inside a checkpoint, and never opens one.
+Knows directories, names, and what programs write of a run beside it.  Does not know what is inside
+a checkpoint: where only that has the metric, `formats` reads it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from polyak_cli.checkpoints import descriptions, trainer_states
+from polyak_cli.checkpoints import descriptions, inner_metrics, trainer_states
 from polyak_cli.checkpoints.directions import guess_mode
 from polyak_cli.checkpoints.listing import Checkpoint, StrPath
 from polyak_cli.checkpoints.names import find_metric, is_unnamed_decimal, parse_name
@@ -84,7 +84,7 @@ def take_best(
 ) -> tuple[list[Checkpoint], list[str]]:
     """Return the best candidates, in the order given, and notes."""
     notes: list[str] = []
-    read = None if wanted.log else _find_reader(candidates[-1].path, wanted.monitor)
+    read = None if wanted.log else _find_reader(candidates[-1].path, wanted)
     if read is not None:
         found = read([one.path for one in candidates], wanted.asked, wanted.mode)
         metrics, notes = found.values, found.notes
@@ -118,14 +118,17 @@ def _rank(metrics: Sequence[float], wanted: Wanted) -> list[int]:
 
 
 def _find_reader(
-    newest: Path, monitor: str
+    newest: Path, wanted: Wanted
 ) -> Callable[[Sequence[Path], str | None, str | None], trainer_states.Measured] | None:
     """Return what reads the metric where programs keep it; None to look in the names."""
-    if find_metric(parse_name(newest), monitor) is not None:
+    if find_metric(parse_name(newest), wanted.monitor) is not None:
         return None
     if trainer_states.has_state(newest):
         return trainer_states.read_metrics
-    return descriptions.read_metrics if descriptions.find_description(newest) else None
+    if descriptions.find_description(newest):
+        return descriptions.read_metrics
+    # The only file that is opened, so it is the last resort.
+    return inner_metrics.read_metrics if inner_metrics.has_metric(newest, wanted.asked) else None
 
 
 def _read_metric_in_name(path: Path, monitor: str) -> float:

@@ -281,8 +281,8 @@ CHOOSING = under(
         "--monitor",
         metavar="METRIC",
         help="The metric for --best, from the file names, from --log, or from the program's own "
-        "files (trainer_state.json, wenet's and SpeechBrain's .yaml).  [default: val_loss, or the "
-        "program's own]",
+        "files (trainer_state.json, wenet's and SpeechBrain's .yaml, timm's checkpoints).  "
+        "[default: val_loss, or the program's own]",
     ),
     option(
         "--mode",

@@ -134,6 +134,23 @@ def _is_polyak_output(request: tuple[Format, str], heartbeat: Heartbeat) -> bool
     return form.is_polyak_output(path, heartbeat)
 
 
+def read_metrics(paths: Sequence[Path]) -> list[tuple[str, float] | None]:
+    """Return the metric that each checkpoint keeps of itself; see `Format.read_metric`.
+
+    Raises:
+        FormatError: a checkpoint is foreign, damaged or hostile.
+    """
+    names = [str(path) for path in paths]
+    requests = [(find_format(detect(path)), str(path)) for path in paths]
+    found = sandbox.run_all(_read_metric, requests, names)
+    return [(str(one[0]), float(one[1])) if one else None for one in found]
+
+
+def _read_metric(request: tuple[Format, str], heartbeat: Heartbeat) -> tuple[str, float] | None:
+    form, path = request
+    return form.read_metric(path, heartbeat)
+
+
 class Probed(NamedTuple):
     """A checkpoint that is whole."""
 

@@ -119,6 +119,18 @@ class Format(ABC):
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """Tell whether this tool wrote a file; a file that cannot be read it did not."""
 
+    def read_metric(self, path: str, heartbeat: Heartbeat) -> tuple[str, float] | None:
+        """Return name and value of the metric that a checkpoint keeps of itself.
+
+        The name is "" if only the value is there; None if neither is.
+
+        Raises:
+            FormatError: the file is damaged or hostile.
+        """
+        del path
+        heartbeat()
+        return None
+
     def check(self, path: str, heartbeat: Heartbeat) -> None:
         """Compare the tensors with their checksums; asked only where ``has_checksums``.
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-from polyak_cli import average, verify
+from polyak_cli import CheckpointError, UsageError, average, select, verify
 
 
 def test_a_run_of_speechbrain_is_averaged(tmp_path: Path) -> None:
@@ -36,3 +40,64 @@ def test_a_run_of_speechbrain_is_averaged(tmp_path: Path) -> None:
         assert torch.equal(value, mean.float()), name
     nn.ModuleDict({"enc": nn.Linear(3, 4), "dec": nn.Linear(4, 2)}).load_state_dict(found)
     assert verify(output, sources=[*run.iterdir()]).verified
+
+
+def write_timm(folder: Path, metrics: Sequence[float | None], **settings: Any) -> Path:
+    """Write checkpoints as timm's CheckpointSaver does, with the arguments of its script."""
+    folder.mkdir()
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    for epoch, metric in enumerate(metrics):
+        torch.manual_seed(epoch)
+        state = {
+            "epoch": epoch,
+            "arch": "resnet10t",
+            "state_dict": nn.Linear(3, 2).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "version": 2,
+            "args": Namespace(model="resnet10t", **settings),
+        }
+        state |= {} if metric is None else {"metric": metric}
+        torch.save(state, folder / f"checkpoint-{epoch}.pth.tar")
+    return folder
+
+
+def chosen(run: Path, **options: Any) -> list[tuple[int | None, float | None]]:
+    """Return epoch and metric of the chosen checkpoints."""
+    return [(one.epoch, one.metric) for one in select([run], **options).checkpoints]
+
+
+def test_the_metric_in_checkpoints_of_timm_counts(tmp_path: Path) -> None:
+    """By the name that its arguments give it; with the mode of that name, or one that is given."""
+    run = write_timm(tmp_path / "top1", [71.5, 73.25, 70.0, 72.0], eval_metric="top1")
+    assert chosen(run, best=2) == [(1, 73.25), (3, 72.0)]
+    assert chosen(run, best=1, monitor="top1") == [(1, 73.25)]
+    assert chosen(run, best=1, monitor="metric", mode="min") == [(2, 70.0)]
+    assert "top1 is that in each checkpoint (max is better)" in select([run], best=1).notes
+    run = write_timm(tmp_path / "loss", [0.5, 0.25, 0.75], eval_metric="loss")
+    assert chosen(run, best=1) == [(1, 0.25)]
+    output = tmp_path / "o.pth.tar"
+    average(run, output, best=2, key="state_dict")
+    found = torch.load(output, weights_only=False)["state_dict"]
+    models = [
+        torch.load(run / f"checkpoint-{k}.pth.tar", weights_only=False)["state_dict"]
+        for k in (0, 1)
+    ]
+    for name, value in found.items():
+        assert torch.equal(value, ((models[0][name].double() + models[1][name]) / 2).float())
+
+
+def test_a_metric_that_is_missing_or_not_understood_is_named(tmp_path: Path) -> None:
+    """Nothing is guessed: not the direction, and not the metric of another checkpoint."""
+    run = write_timm(tmp_path / "none", [0.5, None, 0.75], eval_metric="loss")
+    with pytest.raises(CheckpointError, match=r"checkpoint-1\.pth\.tar: has no metric, unlike"):
+        select([run], best=1)
+    run = write_timm(tmp_path / "unnamed", [0.5, 0.25])
+    with pytest.raises(UsageError, match=r"the metric in it is called nothing.*--mode max"):
+        select([run], best=1)
+    assert chosen(run, best=1, mode="max") == [(0, 0.5)]
+    with pytest.raises(CheckpointError, match=r"looked in its name for val_loss"):
+        select([run], best=1, monitor="val_loss")
+    (run / "checkpoint-1.pth.tar").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(CheckpointError, match=r"looked in its name"):
+        select([run], best=1)

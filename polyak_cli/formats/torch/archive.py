@@ -514,6 +514,12 @@ class TorchZip(Format):
             info.create_system = 3
             archive.writestr(info, draft.notes["provenance"])
 
+    def read_metric(self, path: str, heartbeat: Heartbeat) -> tuple[str, float] | None:
+        """See `Format.read_metric`."""
+        with zips.open_archive(path) as (file, members, _):
+            content = zips.read_whole(file, _find_records(members)["data.pkl"])
+            return beside.find_metric(pickles.read(content, heartbeat, unknown={}))
+
     def check(self, path: str, heartbeat: Heartbeat) -> None:
         """See `Format.check`."""
         zips.check(path, heartbeat)

@@ -108,6 +108,23 @@ def find_trainer(root: Any) -> str:
     return next((name for name, keys in _KEYS.items() if keys <= values.keys()), "")
 
 
+def find_metric(root: Any) -> tuple[str, float] | None:
+    """Return name and value of the metric in a checkpoint of timm; see `Format.read_metric`.
+
+    The name is among the arguments that its training script was started with.
+    """
+    values = _list_texts(root)
+    value = values.get("metric")
+    if find_trainer(root) != "timm" or isinstance(value, bool):
+        return None
+    if not isinstance(value, (int, float)):
+        return None
+    arguments = values.get("args")
+    said = _list_texts(arguments.state) if isinstance(arguments, Instance) else {}
+    name = said.get("eval_metric")
+    return (name if isinstance(name, str) else ""), float(value)
+
+
 def _list_texts(value: Any) -> dict[str, Any]:
     """Return what a dictionary has under texts; nothing if it is none."""
     pairs = value.items if isinstance(value, Pairs) else []
