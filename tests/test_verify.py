@@ -945,7 +945,7 @@ def recalibrated(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return batchnorm.Moments(before, {place: np.linspace(0, 1, 7) / 3}, 1, 1, ())
 
     monkeypatch.setattr(recalibration, "gather_moments", moments)
-    monkeypatch.setattr(recalibration, "check_model", lambda _: None)
+    monkeypatch.setattr(recalibration, "check_model", lambda *_, **__: None)
     rows = Split("rows", np.zeros((4, 3)), np.zeros(4))
     average(run / "ckpts", run / "final.h5", recalibrate=rows, verify=True, force=True)
     return run

@@ -260,6 +260,7 @@ def _find_failed(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[s
         metavar="N",
         help="Rows at a time, at most; best that of training, and not small.",
     ),
+    ARCHITECTURE,
     TRUST_CODE,
 )
 @under(
@@ -276,6 +277,7 @@ def recalibrate(
     data: str,
     split: str | None,
     batch_size: int,
+    architecture: str | None,
     trust_code: bool,
     output: str,
     force: bool,
@@ -295,7 +297,13 @@ def recalibrate(
         dataset = datasets.load(data)
         rows = dataset.split(split, default="train")
         report = recalibration.recalibrate(
-            model, output, rows, batch_size=batch_size, trust_code=trust_code, force=force
+            model,
+            output,
+            rows,
+            batch_size=batch_size,
+            trust_code=trust_code,
+            force=force,
+            architecture=architecture,
         )
     rendering.print_notes([*dataset.notes, *report.notes], quiet)
     rendering.print_result(

@@ -403,6 +403,11 @@ RECALIBRATING = under(
     ),
     option("--batch-size", type=int, metavar="N", help="The most rows per batch.  [default: 256]"),
     option(
+        "--model",
+        metavar="ARCH",
+        help="The model of checkpoints that hold weights only; ARCH as in polyak evaluate.",
+    ),
+    option(
         "--trust-code",
         is_flag=True,
         help="Run code that the model contains, such as a Lambda layer.",

@@ -112,7 +112,7 @@ class Architecture:
             )
         return model
 
-    def load_weights(self, model: Any, path: Path) -> None:
+    def load_weights(self, model: Any, table: Table) -> None:
         """Replace the tensors of a model that was built here by those of a weights file.
 
         Keras passes silently over what the model does not have, so all shapes are compared first.
@@ -121,7 +121,7 @@ class Architecture:
             MismatchError: the file has other tensors than the model.
             FormatError: the file is damaged.
         """
-        (table,) = formats.scan([path])
+        path = Path(table.files[0].path)
         if path.name.endswith((WEIGHTS_SUFFIX, ".weights.json")):
             self._shapes = self._shapes or _list_saved_shapes(model)
             _compare_shapes(self._source, self._shapes, table)

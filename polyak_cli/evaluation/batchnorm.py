@@ -27,10 +27,12 @@ from typing import Any
 
 from polyak_cli.errors import MismatchError, PolyakError, list_some, shown
 from polyak_cli.evaluation import data
+from polyak_cli.evaluation.architectures import Architecture
 from polyak_cli.evaluation.keras_files import (
     Description,
     check_model,
     check_suffix,
+    check_weights_name,
     collect_warnings,
     import_keras,
     name_writer,
@@ -39,6 +41,7 @@ from polyak_cli.evaluation.keras_files import (
 from polyak_cli.evaluation.labels import fit_features
 from polyak_cli.evaluation.quiet import silence_frameworks
 from polyak_cli.formats.catalogue import find_format
+from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.tensors import Float64, Table
 
 #: The newest Keras whose way of saving an archive `_trace_archive` was tested with.
@@ -65,7 +68,12 @@ class Moments:
 
 
 def gather_moments(
-    table: Table, rows: data.Split, *, batch_size: int, trust_code: bool = False
+    table: Table,
+    rows: data.Split,
+    *,
+    batch_size: int,
+    trust_code: bool = False,
+    architecture: str | None = None,
 ) -> Moments:
     """Run a model once over rows, and gather the statistics of its BatchNorm layers.
 
@@ -77,6 +85,7 @@ def gather_moments(
         rows: features, one array (rows, ...) for each input of the model.
         batch_size: the largest number of rows in a batch.
         trust_code: run the code that a file carries in a Lambda layer.
+        architecture: the model of a file that holds weights only, as for `Architecture`.
 
     Raises:
         MissingExtraError: Keras or its back end is not installed.
@@ -86,7 +95,7 @@ def gather_moments(
     """
     path = table.path
     with silence_frameworks() as held_back, collect_warnings() as warned:
-        keras, model, layers = _load_model(table, trust_code, held_back)
+        keras, model, layers = _load_model(table, trust_code, architecture, held_back)
         stored = locate_variables(model, table)
         recorders = [
             _BatchNormRecorder(layer, keras)
@@ -112,18 +121,27 @@ def gather_moments(
 
 
 def _load_model(
-    table: Table, trust_code: bool, held_back: Callable[[], str]
+    table: Table, trust_code: bool, architecture: str | None, held_back: Callable[[], str]
 ) -> tuple[Any, Any, list[Any]]:
     """Return keras, the model of a file, and its layers, those inside other layers included."""
-    check_model(table)
+    bare = None
+    if architecture is not None and not table.config:
+        bare = Architecture(architecture, trust_code=trust_code)
+    check_model(table, bare=bare is not None)
     path, opened = table.path, Path(table.files[0].path)
     form = find_format(table.format)
     if form.keras_layout == "layers":
         check_suffix(opened, form)
+    if bare:
+        check_weights_name(table)
     written = Description("", "", table.about.get("keras_version", ""))
     keras = import_keras("recalibrating BatchNorm")
     with reword_keras_errors(path, f"cannot load it{name_writer(written)}", held_back):
-        model = keras.saving.load_model(opened, compile=False, safe_mode=not trust_code)
+        if bare:
+            model, _ = bare.build(keras)
+            bare.load_weights(model, table)
+        else:
+            model = keras.saving.load_model(opened, compile=False, safe_mode=not trust_code)
         # model.layers lists the outermost only.  Keras has no public way to those inside.
         layers = list(model._flatten_layers())
     return keras, model, layers
@@ -207,10 +225,12 @@ def locate_variables(model: Any, table: Table) -> dict[int, list[str]]:
     """Return where a file stores each variable of a model: its `id` -> locations.
 
     The variables are visited as Keras does when it loads: by the order of layers and variables in
-    an .h5 file, by the tree of objects in a .keras archive.  Mismatches are left out.
+    an .h5 file, by the tree of objects in a .keras archive and in .weights.h5 files.  Mismatches
+    are left out.
     """
     found: dict[int, list[str]] = {}
-    if find_format(table.format).keras_layout == "layers":
+    is_tree = WEIGHTS_SUFFIX in table.rules.suffixes
+    if find_format(table.format).keras_layout == "layers" and not is_tree:
         variables = (
             variable
             for layer in model.layers
@@ -276,8 +296,8 @@ def _trace_archive(model: Any) -> list[tuple[Any, str]]:
 def _make_unknown_keras() -> PolyakError:
     version = importlib.metadata.version("keras")
     return PolyakError(
-        f"polyak cannot recalibrate .keras archives with Keras {shown(version)}, which saves "
-        "models in another way; save the model as .h5, or install Keras "
+        f"polyak cannot recalibrate .keras and .weights.h5 with Keras {shown(version)}, which "
+        "saves models in another way; save the model as .h5, or install Keras "
         f"{LATEST_TRACED[0]}.{LATEST_TRACED[1]}"
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from polyak_cli import formats
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.evaluation import data
 from polyak_cli.evaluation.architectures import Architecture
@@ -296,14 +297,14 @@ class Evaluator:
         # have none, so theirs are those of their architecture.
         if earlier and earlier.description == description and (bare or not description.assets):
             if bare:
-                bare.load_weights(earlier.model, path)
+                bare.load_weights(earlier.model, formats.scan([path])[0])
             else:
                 earlier.model.load_weights(path)
             return earlier
         said = description
         if bare:
             model, training = bare.build(keras)
-            bare.load_weights(model, path)
+            bare.load_weights(model, formats.scan([path])[0])
             said = description._replace(training=training)
         else:
             model = keras.saving.load_model(path, compile=False, safe_mode=not self._trust_code)

@@ -130,7 +130,7 @@ def check_architecture(table: Table, *, bare: bool = False) -> None:
     if not table.config and not bare:
         raise FormatError(
             f"{shown(table.path)}: holds weights only, no architecture; expected a whole "
-            "model: save it with model.save(), or give polyak evaluate its --model"
+            "model: save it with model.save(), or name its architecture with --model"
         )
 
 
@@ -292,8 +292,8 @@ def parse_json_object(path: Path, text: str | bytes, what: str) -> Mapping[str, 
     return parsed
 
 
-def check_model(table: Table) -> None:
-    """Refuse a model that Keras cannot run, as far as this is known without Keras.
+def check_model(table: Table, *, bare: bool = False) -> None:
+    """Refuse a model, except ``bare`` weights, that Keras cannot run, without importing Keras.
 
     Raises:
         MissingExtraError: Keras or its back end is not installed.
@@ -301,4 +301,4 @@ def check_model(table: Table) -> None:
         PolyakError: Keras is too old.
     """
     require_keras("recalibrating BatchNorm")
-    check_architecture(table)
+    check_architecture(table, bare=bare)

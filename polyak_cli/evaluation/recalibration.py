@@ -28,10 +28,12 @@ from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import Memory, TensorSource
 from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
 from polyak_cli.evaluation import data
+from polyak_cli.evaluation.architectures import Architecture
 from polyak_cli.evaluation.batchnorm import Moments, gather_moments
 from polyak_cli.evaluation.keras_files import check_model
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
+from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.storage import Bytes, publishing
 from polyak_cli.storage.local import LocalOutput
 from polyak_cli.tensors import FLOATS, Float64, Placement, Table, itemsize
@@ -93,6 +95,7 @@ def recalibrate(
     batch_size: int = BATCH_SIZE,
     trust_code: bool = False,
     force: bool = False,
+    architecture: _StrPath | None = None,
 ) -> Recalibration:
     """Gather the moving statistics of the BatchNorm layers again, in one pass over rows.
 
@@ -103,16 +106,18 @@ def recalibrate(
     >>> recalibrate("average.h5", "final.h5", rows).layers                # doctest: +SKIP
 
     Args:
-        model: a whole-model ``.h5``, ``.hdf5`` or ``.keras`` file.
+        model: a whole-model ``.h5``, ``.hdf5`` or ``.keras`` file, or with ``architecture`` one
+            that holds weights only.
         output: the file to write, in the model's format.
         rows: features; the labels are not used.
         batch_size: the largest number of rows in a batch; best the batch size of training.  In
             small batches the variance is too small, by the factor (n - 1) / n.
         trust_code: run the code that the file carries in a Lambda layer.
         force: replace an existing output.
+        architecture: the layers of a file that holds weights only, as ``model`` of `evaluate`.
 
     Raises:
-        UsageError: the batch size is out of range.
+        UsageError: the batch size is out of range, or the architecture is none.
         MissingExtraError: Keras or its back end is not installed.
         FormatError: the file is damaged or foreign, or holds weights without an architecture.
         MismatchError: the rows do not fit the model, it has no statistics to gather, or they are
@@ -122,17 +127,22 @@ def recalibrate(
     """
     path, target = Path(model), Path(output)
     (table,) = formats.scan([path], with_optimizer=True)
-    check_recalibration(table, target, rows, batch_size)
+    source = os.fspath(architecture) if architecture is not None else None
+    check_recalibration(table, target, rows, batch_size, source)
     outputs.check_output(target, [table], force=force)
     formats.check([table], jobs=1)
     # The output is a copy of the model, whose size the new statistics do not change.
     publishing.check_room(target, table.size)
     with publishing.publish(target, force=force) as hidden:
-        return rewrite(table, hidden, target, rows, batch_size, trust_code)
+        return rewrite(table, hidden, target, rows, batch_size, trust_code, source)
 
 
 def check_recalibration(
-    table: Table, output: Path | None, rows: data.Split, batch_size: int
+    table: Table,
+    output: Path | None,
+    rows: data.Split,
+    batch_size: int,
+    architecture: str | None = None,
 ) -> None:
     """Refuse a model, rows or output that cannot be recalibrated, before any work.
 
@@ -141,9 +151,10 @@ def check_recalibration(
         output: the file that will be written, if known.
         rows: features.
         batch_size: the largest number of rows in a batch.
+        architecture: of weights, as for `Architecture`.
 
     Raises:
-        UsageError: the batch size is out of range.
+        UsageError: the batch size is out of range, or the architecture is none.
         MismatchError: there is only one row, which has no variance.
         FormatError: the file is of a format that Keras does not open as a model.
         OutputError: the output would have such a format.
@@ -159,12 +170,15 @@ def check_recalibration(
             f"{rows.source}: is a single row, which has no variance; expected all training rows"
         )
     form = find_format(table.format)
-    if not form.keras_layout:
+    if not form.keras_layout and WEIGHTS_SUFFIX not in table.rules.suffixes:
         raise FormatError(
-            f"{shown(table.path)}: is {form.name}; only whole Keras models, .h5 or .keras, can be "
-            f"recalibrated, because polyak must run them: {form.recalculation}"
+            f"{shown(table.path)}: is {form.name}; only whole Keras models, .h5 or .keras, and "
+            "Keras weights with --model can be recalibrated, because polyak must run them: "
+            f"{form.recalculation}"
         )
-    check_model(table)
+    check_model(table, bare=architecture is not None)
+    if architecture is not None:
+        Architecture(architecture)  # refuses what is no architecture
     if outputs.choose_format(output, table) != table.format:
         raise OutputError(
             f"{shown(output)}: would not be a Keras model; give the output the same suffix as "
@@ -173,7 +187,13 @@ def check_recalibration(
 
 
 def rewrite(
-    table: Table, hidden: Path, output: Path, rows: data.Split, batch_size: int, trust_code: bool
+    table: Table,
+    hidden: Path,
+    output: Path,
+    rows: data.Split,
+    batch_size: int,
+    trust_code: bool,
+    architecture: str | None = None,
 ) -> Recalibration:
     """Write a model with new statistics under a hidden name, as `recalibrate` describes.
 
@@ -184,9 +204,12 @@ def rewrite(
         rows: features.
         batch_size: the largest number of rows in a batch.
         trust_code: run the code that the file carries in a Lambda layer.
+        architecture: of weights, as for `Architecture`.
     """
     begun = time.perf_counter()
-    found = gather_moments(table, rows, batch_size=batch_size, trust_code=trust_code)
+    found = gather_moments(
+        table, rows, batch_size=batch_size, trust_code=trust_code, architecture=architecture
+    )
     # Keras finds tensors by order, not by name.  If it loaded others than this tool found, new
     # statistics would be written to the wrong place.
     _check_loaded(table, found)

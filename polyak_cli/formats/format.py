@@ -59,8 +59,7 @@ class Format(ABC):
     #: How Keras finds the variables of a whole model in it: by the order of its layers ("layers"),
     #: or by the tree of its objects ("objects"); "" where Keras opens no whole model.
     keras_layout: ClassVar[Literal["", "layers", "objects"]] = ""
-    #: How its users compute BatchNorm's statistics again where `polyak recalibrate` cannot, since
-    #: the file holds no whole Keras model.
+    #: How its users compute BatchNorm's statistics again where the file holds no whole Keras model.
     recalculation: ClassVar[str] = (
         "load the average into the model, and run training data through it in training mode, "
         "without a step of the optimizer"

@@ -33,6 +33,7 @@ from polyak_cli.errors import (
     word_count,
     word_size,
 )
+from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.pipeline.advice import add_advice
 from polyak_cli.storage import publishing
 
@@ -53,12 +54,15 @@ class Options(averaging_options.Options, total=False):
             function `recalibrate`.
         batch_size: the largest number of these rows in a batch; 256.
         trust_code: to recalibrate, run the code that the model carries in a Lambda layer.
+        model: the architecture of checkpoints that hold weights only, to recalibrate their average;
+            as for `evaluate`.
     """
 
     on_unhealthy: Literal["fail", "skip"] | None
     recalibrate: Split | None
     batch_size: int | None
     trust_code: bool
+    model: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,12 @@ class Stages:
     recalibrate: Split | None = None
     batch_size: int = 256  # rows that a model is run on at a time
     trust_code: bool = False
+    model: str | os.PathLike[str] | None = None  # whose layers run the average of weights
+
+    @property
+    def architecture(self) -> str | None:
+        """Return the model as a text, which may name a file or a function."""
+        return None if self.model is None else os.fspath(self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +109,7 @@ def parse_options(options: Options) -> tuple[Settings, Stages]:
             "--on-unhealthy checks the model's own tensors, not the EMAs of --use-ema; leave out "
             "one of the two"
         )
-    for key in ("batch_size", "trust_code"):
+    for key in ("batch_size", "trust_code", "model"):
         if options.get(key) and stages.recalibrate is None:
             raise UsageError(
                 f"--{key.replace('_', '-')} belongs to --recalibrate, which is missing"
@@ -450,7 +460,8 @@ def _recalibrate(plan: Plan, output: Path, hidden: Path) -> Recalibration | None
     from polyak_cli.evaluation import recalibration
 
     # Keras goes by the suffix; what begins with the hidden name is removed whatever happens.
-    average = hidden.with_name(f"{hidden.name}.average{output.suffix}")
+    end = WEIGHTS_SUFFIX if output.name.endswith(WEIGHTS_SUFFIX) else output.suffix
+    average = hidden.with_name(f"{hidden.name}.average{end}")
     hidden.rename(average)
     hidden.touch()
     (table,) = formats.scan([average], with_optimizer=True)
@@ -461,6 +472,7 @@ def _recalibrate(plan: Plan, output: Path, hidden: Path) -> Recalibration | None
         rows,
         stages.batch_size,
         stages.trust_code,
+        stages.architecture,
     )
     average.unlink()
     return made
@@ -551,7 +563,9 @@ def _check_recalibration(template: Table, output: Path | None, stages: Stages) -
     if stages.recalibrate is not None:
         from polyak_cli.evaluation import recalibration
 
-        recalibration.check_recalibration(template, output, stages.recalibrate, stages.batch_size)
+        recalibration.check_recalibration(
+            template, output, stages.recalibrate, stages.batch_size, stages.architecture
+        )
 
 
 def check_replaceable(output: Path) -> None:

@@ -251,6 +251,7 @@ def sweep(
     _check_arguments(batch, search)
     if recalibrate is not None:
         options |= {"recalibrate": recalibrate, "batch_size": batch_size, "trust_code": trust_code}
+        options |= {"model": model}
     whole: Any = {**options, "force": force}
     plan = pipeline.make_plan(sources, write_best, whole, has_skip="on_unhealthy" in options)
     wanted = list_candidates(
@@ -269,9 +270,8 @@ def sweep(
         metric = _choose_metric(scored)
         for name in search:
             scored.append(SEARCHES[name](scorer.score, scored, metric))
-    competing = [row for row in scored if row.candidate.kind != "ensemble"]
     # Singles come first, so a single checkpoint wins over an average that is no better.
-    winner = find_best(competing, metric)
+    winner = find_best([row for row in scored if row.candidate.kind != "ensemble"], metric)
     recipe = _find_recipe(winner.candidate, plan, sources, {**options, "force": force})
     if write_best:
         own: Any = recipe.options
@@ -327,7 +327,7 @@ def _find_recipe(
     ]
     own = {key: value for key, value in options.items() if key not in _CHOOSING}
     if len(members) == 1:  # a single checkpoint was scored with its own statistics
-        for key in ("recalibrate", "batch_size", "trust_code"):
+        for key in ("recalibrate", "batch_size", "trust_code", "model"):
             own.pop(key, None)
     else:
         own["coefficients"] = [multiplier for _, multiplier in members]
@@ -420,9 +420,16 @@ class _CandidateScorer:
         rows = stages.recalibrate
         if rows is None:
             return path
-        made = path.with_name(f"recalibrated{path.suffix}")
-        size, trust = stages.batch_size, stages.trust_code
-        recalibration.recalibrate(path, made, rows, batch_size=size, trust_code=trust, force=True)
+        made = path.with_name(f"recalibrated{choose_suffix(self.plan)}")
+        recalibration.recalibrate(
+            path,
+            made,
+            rows,
+            batch_size=stages.batch_size,
+            trust_code=stages.trust_code,
+            force=True,
+            architecture=stages.model,
+        )
         return made
 
     def _score_file(self, path: Path) -> dict[str, RowScores]:

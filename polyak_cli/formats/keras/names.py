@@ -21,10 +21,7 @@ OPTIMIZER = "/optimizer_weights"
 DTYPE = b"dtype"
 WEIGHTS_SUFFIX = ".weights.h5"
 #: See `Format.recalculation`, of weights without their model.
-RECALCULATION = (
-    "load the average into the model with load_weights(), save that with model.save(), and run "
-    "`polyak recalibrate` on it"
-)
+RECALCULATION = "--recalibrate DATA --model ARCH"
 _EMA = "_average"
 #: Where tf_keras keeps EMAs; under mixed precision the optimizer's name is missing.
 _OLDER_EMA = re.compile(r"/optimizer_weights/(?:[^/]+/)?average/(.*)")
