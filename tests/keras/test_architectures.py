@@ -100,7 +100,14 @@ def from_module() -> Any:
     return names["make"]()
 
 
-@pytest.mark.parametrize("kind", ["keras", "h5", "json"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "keras",
+        pytest.param("h5", marks=pytest.mark.slow),
+        pytest.param("json", marks=pytest.mark.slow),
+    ],
+)
 def test_an_average_of_weights_is_scored_as_keras_scores_it(tmp_path: Path, kind: str) -> None:
     """The architecture gives layers and loss; every tensor is that of the weights file."""
     model, paths = save_run(tmp_path)
@@ -121,6 +128,7 @@ def test_an_average_of_weights_is_scored_as_keras_scores_it(tmp_path: Path, kind
     assert len({score.loss for score in found}) == 4
 
 
+@pytest.mark.slow
 def test_a_function_of_the_user_gives_a_model_of_his_own_class(tmp_path: Path) -> None:
     """A subclassed model has no description; its loss is that with which it was compiled."""
     model, paths = save_run(tmp_path, from_module)
@@ -169,6 +177,7 @@ def test_weights_of_keras_2_are_scored(tmp_path: Path) -> None:
     assert score.loss == pytest.approx(-np.log(right).mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_are_compared_with_a_whole_model(tmp_path: Path) -> None:
     """A whole model keeps its own layers beside --model, and equal tensors score equally."""
     model, paths = save_run(tmp_path)
@@ -271,7 +280,7 @@ def test_weights_in_a_folder_are_found_only_with_an_architecture(tmp_path: Path)
     assert model_files(tmp_path, weights=True)[0] == [*paths, tmp_path / "whole_9.keras"]
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_sweep_scores_averages_of_weights(tmp_path: Path, sharded: bool) -> None:
     """Each candidate's loss is Keras's own, with the mean that numpy computes."""
     network().save(tmp_path / "arch.keras")
@@ -316,6 +325,7 @@ def test_a_sweep_scores_averages_of_weights(tmp_path: Path, sharded: bool) -> No
     assert found.winner.scores["reporting"].loss == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_of_a_sweep_takes_weights(tmp_path: Path) -> None:
     """The command that it prints writes a weights file."""
     network().save(tmp_path / "arch.keras")
