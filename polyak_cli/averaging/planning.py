@@ -430,7 +430,11 @@ def _choose_format(output: Path | None, template: Table, found: _Fates, settings
     if chosen == template.format:
         _check_types(template, found.averaged, settings.tensors.dtype)
     outputs.check_conversion(
-        output, template, averaged=found.stored, drop_optimizer=found.drop_optimizer
+        output,
+        template,
+        averaged=found.stored,
+        drop_optimizer=found.drop_optimizer,
+        only_weights=settings.output.only_weights,
     )
     return chosen
 

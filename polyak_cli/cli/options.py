@@ -417,7 +417,8 @@ RECALIBRATING = under(
 ONLY_WEIGHTS = option(
     "--only-weights",
     is_flag=True,
-    help="Write nothing but the tensors into an output folder: no configuration, no tokenizer.",
+    help="Write nothing but the tensors, no configuration and no tokenizer: into an output folder, "
+    "or of .keras checkpoints into a .weights.h5.",
 )
 
 WRITING = under(

@@ -528,6 +528,7 @@ class _Verifier:
             raise FormatError(f"its record has options that are refused: {error}") from None
         # Sharded weights become a single HDF5 file, which is no conversion: their format writes it.
         is_converted = bool(find_format(self.table.format).conversion_suffix)
+        is_converted |= self.table.format == find_format(plan.output_format).inner
         output_format = self.table.format if is_converted else plan.output_format
         return replace(
             plan,

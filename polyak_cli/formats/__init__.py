@@ -297,6 +297,8 @@ def _write_one(request: tuple[str, SkeletonRequest], heartbeat: Heartbeat) -> di
 def _write_or_convert(key: str, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
     if key == request.template.format:
         return find_format(key).write_skeleton(request, heartbeat)
+    if key == find_format(request.template.format).inner:
+        return find_format(request.template.format).extract(request, heartbeat)
     texts = find_format(request.template.format).texts(request.template, heartbeat)
     return find_format(key).convert(request, texts, heartbeat)
 

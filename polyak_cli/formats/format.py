@@ -82,6 +82,9 @@ class Format(ABC):
     carries_all: ClassVar[bool] = False
     #: `texts` is there: its checkpoints can be converted to other formats.
     can_be_left: ClassVar[bool] = False
+    #: The format of a file inside it that holds all its tensors; `extract` is there.  The suffix of
+    #: an output that asks for it is that format's ``weights_suffix``.
+    inner: ClassVar[str] = ""
     #: The suffix that asks for conversion to it; "" where other formats cannot become it.
     conversion_suffix: ClassVar[str] = ""
 
@@ -152,6 +155,10 @@ class Format(ABC):
             OutputError: it says something that is not a text.
         """
         raise NotImplementedError(f"{self.key} cannot be left")
+
+    def extract(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
+        """Write a skeleton of the file inside alone; asked where there is an ``inner`` one."""
+        raise NotImplementedError(f"{self.key} has no file inside")
 
     def refuse_conversion(self, request: SkeletonRequest, texts: Mapping[str, str]) -> None:
         """Refuse what this format cannot hold; asked where it has a ``conversion_suffix``.

@@ -29,6 +29,8 @@ def _map_conversions() -> dict[str, str]:
 def choose_format(output: Path | None, template: Table) -> str:
     """Return the format of an output: the template's, unless its suffix is that of another."""
     form = find_format(template.format)
+    if output and form.inner and output.name.endswith(find_format(form.inner).weights_suffix):
+        return form.inner
     if output and not output.name.endswith(form.suffixes) and form.can_be_left:
         return _map_conversions().get(output.suffix, template.format)
     return template.format
@@ -43,13 +45,23 @@ def is_folder(output: Path, template: Table) -> bool:
     return is_named_so and (template.path.name in OPENERS or _is_sharded(template))
 
 
+def _takes_inner(output: Path | None, template: Table) -> bool:
+    """Tell whether an output is the file inside the template alone."""
+    return choose_format(output, template) == find_format(template.format).inner
+
+
 def _is_sharded(template: Table) -> bool:
     """Tell whether a checkpoint consists of files that a folder can hold under their names."""
     return find_format(template.format).can_be_folder and len(template.files) > 1
 
 
 def check_conversion(
-    output: Path | None, template: Table, *, averaged: Mapping[str, str], drop_optimizer: bool
+    output: Path | None,
+    template: Table,
+    *,
+    averaged: Mapping[str, str],
+    drop_optimizer: bool,
+    only_weights: bool = False,
 ) -> None:
     """Refuse, before any work, an output whose format cannot hold what is to be in it.
 
@@ -58,6 +70,7 @@ def check_conversion(
         template: the checkpoint that it will be like.
         averaged: location in the template -> dtype to store.
         drop_optimizer: leave its state out.
+        only_weights: leave out the configuration too, where the output can hold tensors only.
 
     Raises:
         OutputError: what would be lost.
@@ -70,6 +83,14 @@ def check_conversion(
             f"{shown(output or template.path)}: is {find_format(name).name}, which has no "
             f"type {dtype}; choose another --dtype, or safetensors for the output"
         )
+    if output and _takes_inner(output, template):
+        if not only_weights:
+            raise OutputError(
+                f"{shown(output)}: the configuration and the assets of {shown(template.path)} "
+                f"would be lost, because a {find_format(name).weights_suffix} holds tensors only; "
+                f"leave them out with --only-weights, or keep {find_format(template.format).name}"
+            )
+        return
     if not output or (name == template.format and not _is_merged(output, template)):
         return
     request = SkeletonRequest(template, "", averaged, drop_optimizer, "")
@@ -139,6 +160,8 @@ def _check_place(
     named = choose_format(output, tables[-1])
     form = find_format(named)
     suffixes = (named == tables[-1].format and tables[-1].rules.suffixes) or form.suffixes
+    if _takes_inner(output, tables[-1]):
+        suffixes = (form.weights_suffix,)
     if not folder_wanted and not suffixes:
         raise OutputError(
             f"{name}: the checkpoints are {form.name}, which is written to a folder; give the "
@@ -221,6 +244,7 @@ def _describe_alternatives(template: Table) -> str:
     others = (
         [end for end in _map_conversions() if end not in form.suffixes] if form.can_be_left else []
     )
+    others += [find_format(form.inner).weights_suffix] if form.inner else []
     return shards + (f", or {' or '.join(others)} to convert it" if others else "")
 
 

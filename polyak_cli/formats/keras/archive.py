@@ -237,6 +237,7 @@ class KerasArchive(Format):
     keras_layout = "objects"
     has_checksums = True
     can_be_left = True
+    inner = "hdf5"
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
@@ -293,6 +294,14 @@ class KerasArchive(Format):
                 for where, place in draft.placements.items()
             }
             return Draft(placements, notes={"archive": archive.describe()})
+
+    def extract(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
+        """See `Format.extract`: the weights file has the layout of a ``.weights.h5``."""
+        (template,) = request.template.files
+        with zips.open_archive(template.path) as (file, members, _):
+            _, weights = _find_parts(members)
+            with _open_weights(file, weights, heartbeat) as source:
+                return skeleton.merge(_place_in_member(request), [source], heartbeat)
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`: the configuration, and assets that are texts."""
