@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -213,4 +214,75 @@ def test_float8_is_not_written_where_it_is_unknown(tmp_path: Path) -> None:
 def test_a_suffix_that_is_none_of_these_is_refused(tmp_path: Path) -> None:
     """The checkpoints' own format is named."""
     write_run(tmp_path / "run")
-    refused(tmp_path, tmp_path / "run", "o.onnx", "are Keras HDF5.*or .safetensors or .npz to conv")
+    refused(
+        tmp_path,
+        tmp_path / "run",
+        "o.onnx",
+        "are Keras HDF5.*or .safetensors or .npz or .keras to conv",
+    )
+
+
+# --- a whole .h5 as .keras ------------------------------------------------------------------------
+
+
+def described(*kinds: object) -> str:
+    """Return the configuration of a Sequential with layers called a, b, ... of these classes."""
+    named = zip("abcdef", kinds, strict=False)
+    layers = [{"class_name": kind, "config": {"name": name}} for name, kind in named]
+    return json.dumps({"class_name": "Sequential", "config": {"name": "m", "layers": layers}})
+
+
+def test_tensors_of_an_archive_lie_in_the_tree_of_layers(tmp_path: Path) -> None:
+    """Averaged, converted and carried ones; read back with plain h5py, in any order of bytes."""
+    rng = np.random.default_rng(4)
+    held: dict[str, dict[str, Array]] = {
+        "a": {"m/a/kernel": rng.normal(3, size=(3, 4)).astype(">f4"), "m/a/bias": np.zeros(0)},
+        "b": {"m/b/mean": np.array(2, np.float32), "m/b/count": np.arange(5, dtype=">i4")},
+        "c": {"m/c/lstm_cell/kernel": rng.normal(size=(2, 2)).astype("<f8")},
+    }
+    config = described("Dense", "Normalization", "LSTM")
+    write_model(tmp_path / "m.h5", held, config=config)
+    average(tmp_path / "m.h5", tmp_path / "o.keras", dtype="float16")
+    with zipfile.ZipFile(tmp_path / "o.keras") as archive:
+        assert archive.testzip() is None
+        said = json.loads(archive.read("config.json"))
+        assert said["config"] == json.loads(config)["config"]
+        assert (said["module"], said["class_name"]) == ("keras", "Sequential")
+        assert json.loads(archive.read("metadata.json")) == {"keras_version": "3.15.1"}
+        with archive.open("model.weights.h5") as member, h5py.File(member) as file:
+            found = {f"{g}/{k}": file[f"layers/{g}/vars/{k}"][()] for g in ("dense",) for k in "01"}
+            found |= {k: file[f"layers/normalization/vars/{k}"][()] for k in "01"}
+            cell = file["layers/lstm/cell/vars/0"][()]
+    assert found["dense/0"].dtype == cell.dtype == np.float16
+    np.testing.assert_array_equal(found["dense/0"], held["a"]["m/a/kernel"].astype(np.float16))
+    np.testing.assert_array_equal(cell, held["c"]["m/c/lstm_cell/kernel"].astype(np.float16))
+    assert found["dense/1"].shape == (0,)
+    assert found["0"] == 2
+    assert found["1"].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[]", "not a JSON object"),
+        ("{", "damaged configuration"),
+        ('{"a":' * 900 + "0" + "}" * 900, "nested|is a None"),
+        ('{"class_name": "Sequential", "config": ' + "[" * 5000 + "]" * 5000 + "}", "damaged"),
+        ('{"class_name": ["Sequential"]}', "expected a Sequential"),
+        ('{"class_name": "Sequential"}', "'a' has tensors, but is no layer"),
+        (described("Dense", None), "layer 'b' of class None"),
+        (described("Dense", ["Dense"]), "layer 'b' of class"),
+        (described("Dense", "Own>Dense"), "layer 'b' of class Own>Dense"),
+        (described("Dense", "Bidirectional"), "layer 'b' of class Bidirectional"),
+        (described("Dense", "TimeDistributed"), "layer 'None' of class None"),
+        (described("Dense", "Sequential"), "layer 'b' of class Sequential"),
+    ],
+)
+def test_a_configuration_without_certain_places_is_refused(
+    tmp_path: Path, config: str, message: str
+) -> None:
+    """Damaged, hostile and unknown ones are one line each, and nothing is written."""
+    one = np.ones(3, np.float32)
+    held = {"a": {"m/a/kernel": one}, "b": {"m/b/kernel": one, "m/b/bias": one}}
+    write_model(tmp_path / "m.h5", held, config=config)
+    refused(tmp_path, tmp_path / "m.h5", "o.keras", message)

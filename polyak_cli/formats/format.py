@@ -87,6 +87,8 @@ class Format(ABC):
     inner: ClassVar[str] = ""
     #: The suffix that asks for conversion to it; "" where other formats cannot become it.
     conversion_suffix: ClassVar[str] = ""
+    #: The formats that become it; empty for all that can be left.
+    converts_from: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:

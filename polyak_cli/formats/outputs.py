@@ -19,11 +19,19 @@ from polyak_cli.tensors import Table
 
 
 @functools.cache
-def _map_conversions() -> dict[str, str]:
-    """Return suffix of an output -> the format to which checkpoints of others are converted."""
+def _map_conversions(source: str) -> dict[str, str]:
+    """Return suffix of an output -> the format to which checkpoints of the source's are converted.
+
+    Args:
+        source: the key of their format.
+    """
     # Reversed: safetensors comes before .npz, which has no bfloat16.
     forms = {entry.key: find_format(entry.key) for entry in reversed(FORMATS)}
-    return {form.conversion_suffix: key for key, form in forms.items() if form.conversion_suffix}
+    return {
+        form.conversion_suffix: key
+        for key, form in forms.items()
+        if form.conversion_suffix and source in (form.converts_from or forms)
+    }
 
 
 def choose_format(output: Path | None, template: Table) -> str:
@@ -32,7 +40,7 @@ def choose_format(output: Path | None, template: Table) -> str:
     if output and form.inner and output.name.endswith(find_format(form.inner).weights_suffix):
         return form.inner
     if output and not output.name.endswith(form.suffixes) and form.can_be_left:
-        return _map_conversions().get(output.suffix, template.format)
+        return _map_conversions(form.key).get(output.suffix, template.format)
     return template.format
 
 
@@ -242,7 +250,9 @@ def _describe_alternatives(template: Table) -> str:
         else ""
     )
     others = (
-        [end for end in _map_conversions() if end not in form.suffixes] if form.can_be_left else []
+        [end for end in _map_conversions(form.key) if end not in form.suffixes]
+        if form.can_be_left
+        else []
     )
     others += [find_format(form.inner).weights_suffix] if form.inner else []
     return shards + (f", or {' or '.join(others)} to convert it" if others else "")

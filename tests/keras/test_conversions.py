@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from keras import layers
 
 from polyak_cli import average, plan, verify
 from polyak_cli.errors import OutputError
 from tests.keras.test_keras_zip import ROWS, deflate, nested, sequential, train
-from tests.keras.test_opens import set_by_hand
+from tests.keras.test_opens import GENERATIONS, set_by_hand
 
 # --- .keras to .weights.h5 ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_weights_of_archives_predict_as_weights_set_by_hand(tmp_path: Path, packed: bool) -> None:
     """A fresh model loads them, with every bit of the mean; `verify` makes the same bytes."""
     (tmp_path / "run").mkdir()
@@ -71,3 +73,203 @@ def test_the_configuration_is_lost_only_on_demand(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "same.keras") as archive:
         assert "config.json" in archive.namelist()
     assert path.read_bytes() == before
+
+
+# --- .h5 to .keras --------------------------------------------------------------------------------
+
+SEQUENCES = np.random.default_rng(1).normal(size=(6, 5, 4)).astype("float32")
+IMAGES = np.random.default_rng(2).normal(size=(6, 8, 8, 3)).astype("float32")
+
+
+def recurrent() -> Any:
+    """Return a model of cells, wrappers, and models in models, one of them frozen."""
+    inner = [keras.Input((5, 4)), layers.Dense(3), layers.BatchNormalization(), layers.GRU(2)]
+    inner[-1].return_sequences = True
+    deep = keras.Sequential(inner, name="deep")
+    frozen = keras.Sequential(
+        [keras.Input((5, 2)), layers.BatchNormalization(), layers.Dense(2)], name="frozen"
+    )
+    frozen.trainable = False
+    steps = [
+        layers.LSTM(3, return_sequences=True, dropout=0.1),
+        layers.Bidirectional(layers.GRU(3, return_sequences=True)),
+        layers.TimeDistributed(layers.Dense(4)),
+        layers.TimeDistributed(keras.Sequential([keras.Input((4,)), layers.Dense(4)])),
+        layers.BatchNormalization(),
+        layers.Dropout(0.2),
+        keras.Sequential([keras.Input((5, 4)), deep, layers.BatchNormalization()], name="outer"),
+        frozen,
+        layers.SimpleRNN(3),
+        layers.Dense(3, "softmax"),
+        layers.Dense(3, "softmax"),
+    ]
+    return keras.Sequential([keras.Input((5, 4)), *steps])
+
+
+def convolutional() -> Any:
+    """Return a model of every plain kind of layer, some without bias or scale."""
+    steps = [
+        layers.Conv2D(4, 2, use_bias=False),
+        layers.BatchNormalization(scale=False),
+        layers.PReLU(),
+        layers.DepthwiseConv2D(2),
+        layers.SeparableConv2D(3, 2),
+        layers.Conv2DTranspose(4, 2),
+        layers.GroupNormalization(2),
+        layers.LayerNormalization(),
+        layers.RMSNormalization(),
+        layers.Reshape((-1, 4)),
+        layers.EinsumDense("abc,cd->abd", (None, 5), bias_axes="d"),
+        layers.Conv1D(3, 2),
+        layers.Conv1DTranspose(3, 2),
+        layers.GlobalAveragePooling1D(),
+        layers.Dense(3, "softmax"),
+    ]
+    return keras.Sequential([keras.Input((8, 8, 3)), *steps])
+
+
+def functional() -> Any:
+    """Return the functional model with shared layers and a Normalization."""
+    return nested()
+
+
+def embedding() -> Any:
+    """Return a functional model of two inputs, one of them whole numbers."""
+    first, second = keras.Input((4,), name="rows"), keras.Input((4,), name="codes")
+    found = layers.Embedding(9, 3)(second)
+    pooled = layers.GlobalAveragePooling1D()(found)
+    joined = layers.Concatenate()([layers.Dense(2)(first), pooled])
+    return keras.Model([first, second], layers.Dense(3, "softmax")(joined))
+
+
+MODELS: dict[Callable[[], Any], Any] = {
+    recurrent: SEQUENCES,
+    convolutional: IMAGES,
+    functional: ROWS,
+    embedding: [ROWS, np.abs(ROWS.round())],
+}
+
+
+def train_h5(folder: Path, model: Any, inputs: Any) -> list[Path]:
+    """Train a model, saving each epoch as .h5; return the checkpoints."""
+    loss = keras.losses.SparseCategoricalCrossentropy()
+    model.compile(keras.optimizers.Adam(0.003), loss, metrics=["accuracy"])
+    labels = np.arange(len(inputs[0] if isinstance(inputs, list) else inputs)) % 3
+    for epoch in range(2):
+        model.fit(inputs, labels, verbose=0)
+        model.save(folder / f"model_{epoch}.h5")
+    return sorted(folder.glob("*.h5"))
+
+
+def read_weights(path: Path) -> dict[str, tuple[str, bytes]]:
+    """Return type and bytes of each tensor in an archive but the optimizer's, by location."""
+    found: dict[str, tuple[str, bytes]] = {}
+
+    def note(where: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and not where.startswith("optimizer"):
+            found[where] = (str(item.dtype), item[()].tobytes())
+
+    with (
+        zipfile.ZipFile(path) as archive,
+        archive.open("model.weights.h5") as member,
+        h5py.File(member) as file,
+    ):
+        file.visititems(note)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(functional, embedding),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (recurrent, convolutional)),
+    ],
+)
+def test_a_whole_model_becomes_the_archive_that_keras_saves(
+    tmp_path: Path, make: Callable[[], Any]
+) -> None:
+    """Every tensor has Keras's own place for it; predictions and training are the same."""
+    inputs = MODELS[make]
+    (_, path) = train_h5(tmp_path, make(), inputs)
+    average(path, tmp_path / "ours.keras")
+    model = keras.saving.load_model(path)
+    model.save(tmp_path / "theirs.keras")
+    assert read_weights(tmp_path / "ours.keras") == read_weights(tmp_path / "theirs.keras")
+    opened = keras.saving.load_model(tmp_path / "ours.keras")
+    np.testing.assert_array_equal(
+        opened.predict(inputs, verbose=0), model.predict(inputs, verbose=0)
+    )
+    assert opened.optimizer.get_config() == model.optimizer.get_config()
+    assert opened.loss.get_config() == model.loss.get_config()
+    for ours, theirs in zip(opened.layers, model.layers, strict=True):
+        assert (ours.name, ours.trainable) == (theirs.name, theirs.trainable)
+    count = len(inputs[0] if isinstance(inputs, list) else inputs)
+    opened.fit(inputs, np.arange(count) % 3, verbose=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+def test_the_average_of_whole_models_is_written_as_an_archive(tmp_path: Path) -> None:
+    """Every bit is that of weights set by hand, and `verify` makes the same bytes."""
+    (tmp_path / "run").mkdir()
+    paths = train_h5(tmp_path / "run", recurrent(), SEQUENCES)
+    output = tmp_path / "mean.keras"
+    average(tmp_path / "run", output, verify=True)
+    expected = set_by_hand(keras, paths, (0.5, 0.5))
+    opened = keras.saving.load_model(output)
+    for ours, theirs in zip(opened.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert verify(output, sources=[tmp_path / "run"]).problems == ()
+    average(tmp_path / "run", tmp_path / "again.keras")
+    assert output.read_bytes() == (tmp_path / "again.keras").read_bytes()
+    average(output, tmp_path / "weights.weights.h5", only_weights=True)
+    opened.compile(None)
+    opened.load_weights(tmp_path / "weights.weights.h5")
+
+
+@pytest.mark.parametrize(
+    "generation", sorted(one.name for one in GENERATIONS.iterdir() if one.is_dir())
+)
+def test_each_generation_of_keras_is_converted_or_refused(tmp_path: Path, generation: str) -> None:
+    """Files of Keras 3 predict the same; those of Keras 2 are refused with the way out.
+
+    Keras 3.0 writes the variables of inner models without the names of their layers.
+    """
+    path = sorted((GENERATIONS / generation).glob("*.h5"))[-1]
+    with h5py.File(path) as file:
+        is_whole = "model_config" in file.attrs
+        version = str(file.attrs.get("keras_version", ""))
+    output = tmp_path / "o.keras"
+    if not is_whole or not version.startswith("3.") or version.startswith("3.0."):
+        expected = (
+            r"'nested' of class Sequential|was written by Keras .* save it as \.keras|weights"
+        )
+        with pytest.raises(OutputError, match=expected):
+            plan(path, output)
+        return
+    average(path, output)
+    model, opened = (keras.saving.load_model(one, compile=False) for one in (path, output))
+    for ours, theirs in zip(opened.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    rows = np.random.default_rng(0).normal(size=(8, *model.input_shape[1:]))
+    np.testing.assert_array_equal(opened.predict(rows, verbose=0), model.predict(rows, verbose=0))
+
+
+def test_what_has_no_certain_place_is_refused(tmp_path: Path) -> None:
+    """Layers of other kinds, of the user, and formats without a model are one line each."""
+    entry = keras.Input((5, 4))
+    attended = layers.MultiHeadAttention(2, 2, name="heads")(entry, entry)
+    keras.Model(entry, attended).save(tmp_path / "heads.h5")
+    with pytest.raises(OutputError, match=r"'heads' of class MultiHeadAttention.* or keep .h5$"):
+        plan(tmp_path / "heads.h5", tmp_path / "o.keras")
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
+    model.layers[0].enable_lora(2)
+    model.save(tmp_path / "lora.h5")
+    with pytest.raises(OutputError, match=r"'dense.*' of class Dense"):
+        plan(tmp_path / "lora.h5", tmp_path / "o.keras")
+    np.savez(tmp_path / "m.npz", a=ROWS)
+    with pytest.raises(OutputError, match=r"give the output that suffix.*, or \.safetensors to"):
+        plan(tmp_path / "m.npz", tmp_path / "o.keras")
+    with pytest.raises(OutputError, match=r"or \.safetensors or \.npz or \.keras to convert it$"):
+        plan(tmp_path / "lora.h5", tmp_path / "o.bin")

@@ -17,12 +17,12 @@ from itertools import accumulate
 from typing import Any
 
 from polyak_cli.errors import FormatError, OutputError, shown, word_size
-from polyak_cli.formats import zips
+from polyak_cli.formats import conversion, zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.hdf5 import keras_files, skeleton
+from polyak_cli.formats.hdf5 import keras_files, skeleton, weights_files
 from polyak_cli.formats.hdf5.chunks import Chunks
 from polyak_cli.formats.hdf5.windows import Window
-from polyak_cli.formats.keras import emas, vocabularies
+from polyak_cli.formats.keras import emas, from_models, vocabularies
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.keras.outline import label_groups
 from polyak_cli.processes.sandbox import Heartbeat
@@ -238,6 +238,8 @@ class KerasArchive(Format):
     has_checksums = True
     can_be_left = True
     inner = "hdf5"
+    conversion_suffix = ".keras"
+    converts_from = frozenset({"hdf5"})
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
@@ -318,6 +320,33 @@ class KerasArchive(Format):
                             f"its member '{shown(member.name)}' is not text and would be lost"
                         ) from None
         return said
+
+    def refuse_conversion(self, request: SkeletonRequest, texts: Mapping[str, str]) -> None:
+        """See `Format.refuse_conversion`."""
+        from_models.read_model(request.template, texts)
+
+    def convert(
+        self, request: SkeletonRequest, texts: Mapping[str, str], heartbeat: Heartbeat
+    ) -> Draft:
+        """See `Format.convert`: a whole model in HDF5 becomes an archive of the same model."""
+        model = from_models.read_model(request.template, texts)
+        with (
+            conversion.Carrier(request.template, heartbeat) as carrier,
+            zips.Archive(request.output) as archive,
+        ):
+            archive.add("metadata.json", model.metadata)
+            archive.add(CONFIG, model.config)
+            offset = archive.find_start(WEIGHTS, _ALIGNMENT)
+            target = Window(request.output, archive.file.fileno(), offset)
+            made = weights_files.build(request, model.places, target, heartbeat)
+            for name, start in made.carried.items():
+                carrier.carry(request.template.tensors[name], archive.file, offset + start)
+            archive.list_written(WEIGHTS, offset, target.size)
+            placements = {
+                where: place._replace(offset=offset + place.offset)
+                for where, place in made.placements.items()
+            }
+            return Draft(placements, notes={"archive": archive.describe()})
 
     def finalize(self, output: str, draft: Draft) -> None:
         """See `Format.finalize`."""

@@ -41,8 +41,8 @@ def read_outline(text: bytes) -> tuple[OutlinedLayer, ...]:
 def _list_layers(model: Any, depth: int) -> Iterator[OutlinedLayer]:
     if depth > _DEEPEST:
         return
-    for layer in _find_layers(model):
-        config = _read_part(layer, "config")
+    for layer in find_layers(model):
+        config = read_part(layer, "config")
         # Keras writes a custom layer without a configuration of its own under a null name there;
         # a Functional model keeps the name beside the configuration.
         name = layer.get("name") or config.get("name")
@@ -51,12 +51,12 @@ def _list_layers(model: Any, depth: int) -> Iterator[OutlinedLayer]:
         yield OutlinedLayer(depth, name if isinstance(name, str) else "", kind)
         yield from _list_layers(layer, depth + 1)
         # TimeDistributed and the like have one layer inside, which may be a model.
-        inner = _read_part(config, "layer")
-        if _find_layers(inner):
+        inner = read_part(config, "layer")
+        if find_layers(inner):
             yield from _list_layers(inner, depth + 1)
 
 
-def _find_layers(model: Any) -> list[dict[str, Any]]:
+def find_layers(model: Any) -> list[dict[str, Any]]:
     """Return the layers that a model's configuration lists; none for anything else."""
     config = model.get("config") if isinstance(model, dict) else None
     # Keras 2.0 to 2.2 wrote a Sequential as the list itself.
@@ -66,7 +66,7 @@ def _find_layers(model: Any) -> list[dict[str, Any]]:
     return [layer for layer in listed if isinstance(layer, dict)]
 
 
-def _read_part(said: Mapping[str, Any], key: str) -> dict[str, Any]:
+def read_part(said: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return an object in a configuration, or an empty one."""
     found = said.get(key)
     return found if isinstance(found, dict) else {}
@@ -95,14 +95,14 @@ def _label(model: Mapping[str, Any], path: str, depth: int) -> Iterator[tuple[st
     if depth > _DEEPEST:
         return
     counted: Counter[str] = Counter()
-    for layer in _find_layers(model):
+    for layer in find_layers(model):
         place = f"{path}/layers/{number_group(_name_class(layer), counted)}"
-        config = _read_part(layer, "config")
+        config = read_part(layer, "config")
         name = config.get("name") or layer.get("name")
         if isinstance(name, str):
             yield place, name
         yield from _label(layer, place, depth + 1)
-        yield from _label(_read_part(config, "layer"), f"{place}/layer", depth + 1)
+        yield from _label(read_part(config, "layer"), f"{place}/layer", depth + 1)
 
 
 def number_group(kind: str, counted: Counter[str]) -> str:
