@@ -19,7 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,12 @@ from polyak_cli.formats.format import ScanRequest
 from polyak_cli.processes import sandbox
 from polyak_cli.storage import File, Version
 from tests import dcp
-from tests.oracle import write_model
+from tests.oracle import Array, write_model
 from tests.test_keras_zip import members, write_archive
 from tests.test_safetensors import put
 from tests.test_tf_bundle import Bundle, mend
 from tests.test_torch_zip import archive, dictionary, tensor
-from tests.test_weights import write_weights
+from tests.test_weights import write_shards, write_weights
 
 SECONDS, MEMORY = 5.0, 300 << 20  # that one file may take
 BATCH = 400  # files that lie on the disk at a time
@@ -116,6 +116,22 @@ def safetensors(folder: Path) -> tuple[bytes, Mutate]:
     return put(folder / "x.safetensors", said, X.tobytes()).read_bytes(), mutated
 
 
+def safetensors_index(folder: Path) -> tuple[bytes, Mutate]:
+    """Indexes of two shards, which lie beside all mutations."""
+    weight_map = {}
+    for k in range(2):
+        said = {f"t{k}": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]}}
+        weight_map[f"t{k}"] = put(folder.parent / f"x-{k}.safetensors", said, X.tobytes()).name
+    index = {"metadata": {"total_size": 48}, "weight_map": weight_map}
+    return json.dumps(index).encode(), mutated
+
+
+def keras_index(folder: Path) -> tuple[bytes, Mutate]:
+    """The JSON of two shards of Keras, which lie beside all mutations."""
+    shards: list[Mapping[str, Array]] = [{"layers/d/vars/0": X}, {"layers/e/vars/0": X}]
+    return write_shards(folder.parent / "x.weights.json", shards).read_bytes(), mutated
+
+
 def torch_zip(folder: Path) -> tuple[bytes, Mutate]:
     """Archives: the pickle in a sound one, or the archive itself."""
     pickle = dictionary({"a": tensor("0", 6), "b": tensor("1", 6)})
@@ -190,9 +206,11 @@ def torch_dcp(folder: Path) -> tuple[bytes, Mutate]:
 TARGETS = {
     "hdf5": (".h5", hdf5),
     "weights": (".weights.h5", weights),
+    "weights_json": (".weights.json", keras_index),
     "keras_zip": (".keras", keras_zip),
     "npz": (".npz", npz),
     "safetensors": (".safetensors", safetensors),
+    "safetensors_index": (".safetensors.index.json", safetensors_index),
     "torch_zip": (".pt", torch_zip),
     "torch_dcp": (".metadata", torch_dcp),
     "torch_shards": (".bin.index.json", torch_shards),
@@ -234,7 +252,10 @@ def outcomes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 def attempt(path: Path) -> None:
     """Average what could be read; a refusal is as good as an average."""
     suffix = "".join(path.suffixes[-2:])
-    output = path.with_name(f"output{'' if suffix == '.metadata' else suffix}")
+    if suffix == ".weights.json":
+        suffix = ".weights.h5"
+    is_folder = suffix.endswith((".json", ".metadata"))
+    output = path.with_name("output" if is_folder else f"output{suffix}")
     try:
         average([path], output, force=True, jobs=1)
     except PolyakError as error:
@@ -261,6 +282,7 @@ def fuzz(name: str, count: int, seed: int, say: Callable[[str], None] = print) -
         folder = Path(place)
         (folder / "made").mkdir()
         content, mutate = make(folder / "made")
+        shared = {*folder.glob("*.*")}  # shards, for all mutations of an index
         for first in range(0, count, BATCH):
             paths = []
             for k in range(first, min(count, first + BATCH)):
@@ -276,7 +298,7 @@ def fuzz(name: str, count: int, seed: int, say: Callable[[str], None] = print) -
                 ends["read" if message == "read" else "ended" if crashed else "refused"] += 1
                 if message == "read" and ends["read"] % SHARE == 0:
                     attempt(path)
-            for path in folder.glob("*.*"):
+            for path in {*folder.glob("*.*")} - shared:
                 path.unlink()
     say(f"{name}: {dict(ends)}")
     return ends

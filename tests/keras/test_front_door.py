@@ -11,7 +11,7 @@ import pytest
 from tests.keras.test_evaluate import network
 from tests.test_front_door import run_row
 
-WEIGHTS = "Keras 3 `.weights.h5` files"
+WEIGHTS = "Keras 3 `.weights.h5` or `.weights.json` files"
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ WEIGHTS = "Keras 3 `.weights.h5` files"
         ("Keras `.h5` files, one an epoch", ".h5"),
         ("Keras 3 `.keras` files", ".keras"),
         (WEIGHTS, ".weights.h5"),
+        (WEIGHTS, ".weights.json"),
     ],
 )
 def test_a_row_of_keras_runs(tmp_path: Path, have: str, suffix: str) -> None:
@@ -33,7 +34,10 @@ def test_a_row_of_keras_runs(tmp_path: Path, have: str, suffix: str) -> None:
     for epoch in range(1, 11):
         model.set_weights([weight + 0.01 * epoch for weight in first])
         path = tmp_path / f"ckpts/model_{epoch:02}{suffix}"
-        model.save_weights(path) if have == WEIGHTS else model.save(path)
+        if suffix == ".weights.json":
+            model.save_weights(path, max_shard_size=1e-5)
+        else:
+            model.save_weights(path) if have == WEIGHTS else model.save(path)
     output = tmp_path / run_row(have, tmp_path)[-1]
     loaded: Any = network()
     if have == WEIGHTS:
