@@ -11,20 +11,21 @@ CORE := .venv-core/bin
 OLDEST := .venv-oldest/bin
 TORCH := .venv-torch/bin
 HF := .venv-hf/bin
+ORBAX := .venv-orbax/bin
 DEMO := .venv-demo/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
 # An editable install compiles the kernel, so it is made again when one of these changes.
 BUILT_FROM := pyproject.toml $(wildcard .build-hooks/*.py polyak_cli/engine/*.c)
 
-.PHONY: demo test soak quick core core-all oldest torch hf system coverage lint types smoke wheel sanitize compilers arm fuzz check mutants bench bench-peers digits clean
+.PHONY: demo test soak quick core core-all oldest torch hf orbax system coverage lint types smoke wheel sanitize compilers arm fuzz check mutants bench bench-peers digits clean
 
 # Plain numpy runs and trains both networks, so neither Keras nor TensorFlow is installed.
 demo: .venv-demo/.ready
 	@rm -rf .demo
 	@$(DEMO)/python -m tests.examples.demo
 
-test: .venv/.ready system core oldest torch hf
+test: .venv/.ready system core oldest torch hf orbax
 	$(BIN)/python -m pytest $(SPREAD) -m "not soak"
 
 soak: .venv/.ready system core-all fuzz
@@ -44,7 +45,7 @@ core: .venv-core/.ready
 
 core-all: .venv-core/.ready
 	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras \
-		--ignore=tests/torch --ignore=tests/hf
+		--ignore=tests/torch --ignore=tests/hf --ignore=tests/orbax
 
 # The oldest versions that pyproject allows: the same bytes, what numpy and h5py do, a few commands.
 oldest: .venv-oldest/.ready
@@ -59,6 +60,10 @@ torch: .venv-torch/.ready
 hf: .venv-hf/.ready
 	$(HF)/python -m pytest $(SPREAD) tests/hf
 
+# What Orbax and Keras on JAX write and load.
+orbax: .venv-orbax/.ready
+	$(ORBAX)/python -m pytest $(SPREAD) tests/orbax
+
 # What tests need of the system: Chromium, in which a report is opened; btrfs, which has quotas.
 system:
 	@{ command -v chromium && command -v chromedriver && command -v mkfs.btrfs; } > /dev/null || \
@@ -71,7 +76,7 @@ system:
 # tests of memory and of the size of files, where coverage itself takes memory and writes files, of
 # signals at random moments, which find it at work, and what does the same hundreds of times.
 coverage: export COVERAGE_FILE = $(CURDIR)/.coverage
-coverage: .venv/.ready .venv-torch/.ready .venv-hf/.ready
+coverage: .venv/.ready .venv-torch/.ready .venv-hf/.ready .venv-orbax/.ready
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(SPREAD) --ignore=tests/test_memory.py \
 		--ignore=tests/test_benchmarks.py \
@@ -79,6 +84,7 @@ coverage: .venv/.ready .venv-torch/.ready .venv-hf/.ready
 		-k "not hundreds and not a_signal_at_any and not a_limit_on_the_size_of_files"
 	$(TORCH)/python -m coverage run -m pytest tests/torch
 	$(HF)/python -m coverage run -m pytest tests/hf
+	$(ORBAX)/python -m coverage run -m pytest tests/orbax
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
@@ -175,7 +181,7 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-hf .venv-demo .venv-mutants mutants .demo .smoke .wheel .sanitize .arm .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-hf .venv-orbax .venv-demo .venv-mutants mutants .demo .smoke .wheel .sanitize .arm .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 
 # No retries: without a network, the demo says so at once.  Set as variables, they also hold for the
 # second pip, which gets the build's own needs.
@@ -224,6 +230,12 @@ clean:
 	$(PYTHON) -m venv .venv-hf
 	$(HF)/python -m pip install --quiet --upgrade pip
 	$(HF)/python -m pip install --quiet --editable . --group hf
+	@touch $@
+
+.venv-orbax/.ready: $(BUILT_FROM)
+	$(PYTHON) -m venv .venv-orbax
+	$(ORBAX)/python -m pip install --quiet --upgrade pip
+	$(ORBAX)/python -m pip install --quiet --editable '.[orbax]' --group orbax
 	@touch $@
 
 .venv-mutants/.ready: $(BUILT_FROM)

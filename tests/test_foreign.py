@@ -124,7 +124,6 @@ FOLDERS: dict[str, tuple[list[str], str, str]] = {
     "DCP": (["__0_0.distcp", "__1_0.distcp"], "(DCP)", "not saved completely"),
     "DCP by rank": (["__0.metadata", "__0_0.distcp"], "(DCP)", "use_collectives=True"),
     "Orbax": (["_CHECKPOINT_METADATA", "manifest.ocdbt", "d/a"], "Orbax", "orbax.checkpoint"),
-    "old Orbax": (["_METADATA", "_sharding", "d/a"], "Orbax", "orbax.checkpoint"),
     "Core ML": (["Manifest.json", "Data/weight.bin"], "Core ML", "average the checkpoints"),
 }
 

@@ -47,7 +47,8 @@ def test_averaging_needs_five_packages_and_the_rest_is_extra() -> None:
     assert extras["keras"] == ["keras>=3.11.3"]
     assert "keras>=3.11.3" in extras["tensorflow"]
     assert names(extras["plot"]) == {"matplotlib", "jinja2"}
-    assert extras["all"] == ["polyak[tensorflow,plot]"]
+    assert names(extras["orbax"]) == {"zstandard"}
+    assert extras["all"] == ["polyak[tensorflow,plot,orbax]"]
     assert PROJECT["requires-python"] == ">=3.11"
     assert PROJECT["license"] == "MIT"
     assert PROJECT["scripts"] == {"polyak": "polyak_cli.cli:main"}

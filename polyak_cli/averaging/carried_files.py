@@ -32,13 +32,14 @@ def plan_files(output: Path | None, template: Table, settings: Settings) -> Fold
     """
     if output is None or not outputs.is_folder(output, template):
         return None
-    weights = tuple(find_format(template.format).name_outputs(template))
+    form = find_format(template.format)
+    weights = tuple(form.name_outputs(template))
     if settings.output.only_weights:
         return FolderFiles(weights)
-    folder = template.path.parent
+    folder = form.find_root(template)
     held = {Path(file.path).relative_to(folder).as_posix() for file in template.files}
-    everything = find_format(template.format).carries_all
-    carried, left_out = list_files(folder, held, everything=everything)
+    found, left_out = list_files(folder, held, everything=form.carries_all)
+    carried = [one for one in found if not form.is_storage(one.name)]
     return FolderFiles(weights, tuple(carried), tuple(left_out))
 
 

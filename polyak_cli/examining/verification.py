@@ -180,14 +180,14 @@ def _is_folder_output(table: Table, record: Record) -> bool:
 
 def _find_record_beside(table: Table) -> Path:
     """Return where the record of an output folder lies."""
-    return table.path.parent / RECORD_NAME
+    return find_format(table.format).find_root(table) / RECORD_NAME
 
 
 def _find_folder(table: Table, record: Record) -> Path:
     """Return the folder that holds an average."""
     if not _is_folder_output(table, record):
         return table.path.parent
-    return table.path.absolute().parent.parent
+    return find_format(table.format).find_root(table).absolute().parent
 
 
 # --- where the inputs are -------------------------------------------------------------------------
@@ -639,7 +639,9 @@ class _Verifier:
         path = self.table.path
         written = Written(
             files=[Path(file.path) for file in self.table.files],
-            opened=Path("copy", path.name)
+            opened=Path(
+                "copy", path.relative_to(find_format(self.table.format).find_root(self.table))
+            )
             if _is_folder_output(self.table, self.record)
             else Path(path.name),
             record=self.record.text,
@@ -654,7 +656,7 @@ class _Verifier:
 
         Weights that were taken out of their folder have no copied files to compare.
         """
-        folder = self.table.path.parent
+        folder = find_format(self.table.format).find_root(self.table)
         if not self.record.weights or not _find_record_beside(self.table).exists():
             return
         for text in carried_files.find_changed(folder, self.record.carried):

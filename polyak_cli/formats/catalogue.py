@@ -100,6 +100,21 @@ FORMATS: tuple[Entry, ...] = (
         (".metadata", "model_and_optim/.metadata", "pytorch_model_fsdp_0/.metadata"),
     ),
     Entry(
+        "orbax",
+        "polyak_cli.formats.orbax.checkpoint:OrbaxCheckpoint",
+        detection.is_orbax_metadata,
+        {},
+        # As Keras, and `CheckpointManager` for one item and by custom, call the tree.
+        (
+            "_METADATA",
+            "pytree/_METADATA",
+            "default/_METADATA",
+            "state/_METADATA",
+            "items/_METADATA",
+            "params/_METADATA",
+        ),
+    ),
+    Entry(
         "torch_shards",
         "polyak_cli.formats.torch.shards:TorchShards",
         detection.is_torch_index,

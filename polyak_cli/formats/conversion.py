@@ -7,12 +7,14 @@ format.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from polyak_cli.errors import FormatError, OutputError, shown
 from polyak_cli.formats.format import SkeletonRequest
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.storage import InputFile, OutputFile, Version, open_input
+from polyak_cli.storage import Bytes, InputFile, Version, open_input
 from polyak_cli.tensors import Table, TensorSpec
 
 _STEP = 1 << 20
@@ -46,6 +48,13 @@ def require_same(path: str, found: Version, scanned: Version) -> None:
         raise FormatError(f"{shown(path)}: changed while it was read; is training still running?")
 
 
+class Sink(Protocol):
+    """What takes the bytes of a tensor; an `OutputFile` does."""
+
+    def write(self, offset: int, content: Bytes) -> None:
+        """Write all of the content at an offset."""
+
+
 class Carrier:
     """Copies carried tensors of a checkpoint piece by piece, little-endian."""
 
@@ -69,7 +78,7 @@ class Carrier:
             self.opened[number] = open_input(*self.table.files[number])
         return self.opened[number]
 
-    def carry(self, spec: TensorSpec, target: OutputFile, offset: int) -> None:
+    def carry(self, spec: TensorSpec, target: Sink, offset: int) -> None:
         """Copy a tensor to an offset of an output.
 
         Raises:

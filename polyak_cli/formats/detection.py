@@ -118,6 +118,11 @@ def is_dcp_metadata(opening: Opening) -> bool:
     return any(one in first for one in _DCP) or opening.file.name.endswith("/.metadata")
 
 
+def is_orbax_metadata(opening: Opening) -> bool:
+    """Tell whether a JSON file lists the arrays of an Orbax checkpoint; its name alone says so."""
+    return opening.file.name.endswith("/_METADATA") and opening.head.lstrip().startswith(b"{")
+
+
 def is_keras_index(opening: Opening) -> bool:
     """Tell whether a JSON file maps Keras's weights to shards.
 

@@ -44,9 +44,9 @@ SAVED_MODEL = Foreign(
     "variables/variables.index of a copy of the newest folder",
 )
 ORBAX = Foreign(
-    "an Orbax checkpoint",
-    "restore each with orbax.checkpoint and save its arrays with safetensors.flax.save_file or "
-    "numpy.savez",
+    "an Orbax checkpoint that has no _METADATA here",
+    "name the folder in it that has one, as in 'run/*/NAME'; if none has, restore it with "
+    "orbax.checkpoint and save it again",
 )
 #: Without the file `.metadata`, which is written last and says what lies in which part.
 DCP = Foreign(

@@ -114,6 +114,18 @@ class Format(ABC):
             OSError: the output cannot be written.
         """
 
+    def find_root(self, template: Table) -> Path:
+        """Return the folder of a checkpoint that is one, in which its opener need not lie."""
+        return template.path.parent
+
+    def is_storage(self, name: str) -> bool:
+        """Tell whether a file in a checkpoint's folder stores tensors, though none was found in it.
+
+        An output stores its own tensors in its own way, so such a file is not copied.
+        """
+        del name
+        return False
+
     def name_outputs(self, template: Table) -> list[str]:
         """Return the names of the files in an output folder, relative to it, in their order."""
         folder = template.path.parent

@@ -186,7 +186,7 @@ def _check_place(
         )
     _check_weights_suffix(output, tables[-1], suffixes)
     folder = output.resolve().parent
-    newest = tables[-1].path.parent.resolve()
+    newest = form.find_root(tables[-1]).resolve()
     if folder_wanted and newest in (folder, *folder.parents):
         # Its files are copied with the rest of that folder the next time.
         raise OutputError(

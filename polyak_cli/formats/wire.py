@@ -97,6 +97,10 @@ def _pack_storage(storage: Storage) -> list[Any]:
 
     if isinstance(storage, Chunks):
         return ["chunks", *storage.fields()]
+    from polyak_cli.formats.orbax.contents import Contents
+
+    if isinstance(storage, Contents):
+        return ["contents", *storage.fields()]
     raise TypeError(f"no codec for {type(storage).__name__}")
 
 
@@ -250,6 +254,8 @@ def _unpack_storage(files: Sequence[File], kind: str, *fields: Any) -> Storage:
         return _unpack_deflated(files, *fields)
     if kind == "chunks":
         return _unpack_chunks(files, *fields)
+    if kind == "contents":
+        return _unpack_contents(files, *fields)
     raise _NonsenseError(f"the storage {kind}")
 
 
@@ -322,6 +328,23 @@ def _unpack_chunks(
         if len(position) != len(chunks.shape):
             raise _NonsenseError(f"a chunk at {position}")
     return chunks
+
+
+def _unpack_contents(
+    files: Sequence[File],
+    shape: Sequence[int],
+    itemsize: int,
+    parts: Sequence[Any],
+    places: Sequence[Any],
+) -> Storage:
+    """Return a tensor in compressed chunks, each inside its file and the content of one part."""
+    from polyak_cli.formats.orbax.contents import Contents
+
+    grid = _unpack_grid(Extent, shape, itemsize, parts)
+    found = tuple(_unpack_extent(files, *place) for place in places)
+    if [part.extent[::2] for part in grid.parts] != [(0, k) for k in range(len(found))]:
+        raise _NonsenseError(f"{len(found)} chunks of {len(grid.parts)} parts")
+    return Contents(grid, found)
 
 
 def _unpack_extent(files: Sequence[File], offset: int, nbytes: int, file: int) -> Extent:

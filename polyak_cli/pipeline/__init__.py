@@ -431,7 +431,7 @@ def _verify(
 
     written = Written(
         files=files,
-        opened=Path(output.name, files[-1].name) if hidden.is_dir() else Path(output.name),
+        opened=Path(output.name, files[-1].relative_to(hidden) if hidden.is_dir() else ""),
         record=record,
         nbytes=plan.bytes_to_write,
         recalibrated=formats.scan([hidden], with_optimizer=True)[0] if own else None,
