@@ -146,6 +146,13 @@ EVERY = {
         "PyTorch distributed checkpoints (DCP)",
         "PyTorch distributed checkpoints (DCP)",
     ),
+    "orbax": Has(
+        "tests/orbax/test_orbax.py::TestDefault",
+        "tests/orbax/test_orbax.py::test_metadata_that_lie_are_refused",
+        ("orbax",),
+        "Orbax checkpoints of JAX",
+        "Orbax: folders with `_METADATA`",
+    ),
     "torch_shards": Has(
         "tests/torch/test_shards.py::TestShards",
         "tests/hf/test_bin.py::test_an_index_that_lies_is_refused",

@@ -161,7 +161,8 @@ def rebuild_error(message: dict[str, Any]) -> Exception | None:
         kind, text = message["error"]
         leaf = getattr(importlib.import_module("polyak_cli.errors"), kind, None)
         known = isinstance(leaf, type) and issubclass(leaf, PolyakError)
-        return leaf(text) if known and leaf else PolyakError(text)
+        # Its text is known already, from which a constructor of its own need not make it.
+        return leaf.__new__(leaf, text) if known and leaf else PolyakError(text)
     if "system" in message:
         return OSError(*message["system"])
     if "memory" in message:

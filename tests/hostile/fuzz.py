@@ -203,6 +203,27 @@ def torch_dcp(folder: Path) -> tuple[bytes, Mutate]:
     return describe("0.distcp"), mutate
 
 
+def orbax(folder: Path) -> tuple[bytes, Mutate]:
+    """Folders: the list of arrays beside a sound array, or a sound list beside an array's shape."""
+    numbers = itertools.count()
+    said = {"chunks": [6], "dtype": "<f4", "order": "C", "shape": [6], "zarr_format": 2}
+    shape = json.dumps(said | {"compressor": None, "filters": None}).encode()
+
+    def describe(name: str) -> bytes:
+        entry = {"key_metadata": [{"key": name}], "value_metadata": {"value_type": "jax.Array"}}
+        return json.dumps({"tree_metadata": {name: entry}, "use_ocdbt": False}).encode()
+
+    def mutate(rng: random.Random, _: bytes) -> bytes:
+        array = folder.parent / f"made/{next(numbers)}"
+        array.mkdir()
+        (array / "0").write_bytes(X.tobytes())
+        content, is_list = describe(f"made/{array.name}"), rng.random() < 0.5
+        (array / ".zarray").write_bytes(shape if is_list else mutated(rng, shape))
+        return mutated(rng, content) if is_list else content
+
+    return describe("x"), mutate
+
+
 TARGETS = {
     "hdf5": (".h5", hdf5),
     "weights": (".weights.h5", weights),
@@ -213,6 +234,7 @@ TARGETS = {
     "safetensors_index": (".safetensors.index.json", safetensors_index),
     "torch_zip": (".pt", torch_zip),
     "torch_dcp": (".metadata", torch_dcp),
+    "orbax": (".orbax", orbax),
     "torch_shards": (".bin.index.json", torch_shards),
     "modules": (".modules.json", modules),
     "tf_bundle": (".index", tf_bundle),
@@ -254,7 +276,7 @@ def attempt(path: Path) -> None:
     suffix = "".join(path.suffixes[-2:])
     if suffix == ".weights.json":
         suffix = ".weights.h5"
-    is_folder = suffix.endswith((".json", ".metadata"))
+    is_folder = suffix.endswith((".json", ".metadata", ".orbax"))
     output = path.with_name("output" if is_folder else f"output{suffix}")
     try:
         average([path], output, force=True, jobs=1)

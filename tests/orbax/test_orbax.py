@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import struct
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+import google_crc32c
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -18,7 +22,10 @@ from safetensors.numpy import load_file
 
 from polyak_cli import average, check, formats, inspect, verify
 from polyak_cli.errors import FormatError, OutputError, PolyakError
+from polyak_cli.formats.format import ScanRequest
 from polyak_cli.formats.orbax import ocdbt
+from polyak_cli.formats.orbax.checkpoint import OrbaxCheckpoint
+from polyak_cli.formats.tensorflow.sstables import encode_varint
 from polyak_cli.processes.sandbox import Heartbeat
 from tests.contract import Contract, Tensors, assert_same, naive
 from tests.oracle import Array
@@ -296,3 +303,77 @@ def test_a_bomb_is_refused_when_it_is_read(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=r"m_1.*'w'.*more than 20000 bytes"):
             average([tmp_path / "m_1"], tmp_path / output)
     assert check(tmp_path / "m_1").all_problems
+
+
+def wrap(magic: bytes, body: bytes) -> bytes:
+    """Return a block of a database: a head, an uncompressed body and a checksum that is right."""
+    whole = magic + struct.pack("<Q", 18 + len(body)) + b"\0\0" + body
+    return whole + struct.pack("<L", google_crc32c.value(whole))
+
+
+def unwrap(block: bytes) -> bytes:
+    """Return the body of a block that TensorStore compressed."""
+    return bytes(zstandard.ZstdDecompressor().decompressobj().decompress(block[14:-4]))
+
+
+def mutate(rng: random.Random, content: bytes) -> bytes:
+    """Return bytes with a few of them changed."""
+    data = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        data[rng.randrange(len(data))] = rng.choice((rng.randrange(256), 0, 1, 127, 255))
+    return bytes(data)
+
+
+def test_mutated_databases_give_one_line_or_values(tmp_path: Path) -> None:
+    """Thousands of damaged bodies with right checksums: values or a FormatError, nothing else."""
+    save(tmp_path / "m_1", {"params": {"w": np.ones(500, "f4"), "b": np.ones(5)}, "step": 7})
+    folder = tmp_path / "m_1"
+    table = formats.scan([folder / "_METADATA"])[0]
+    manifest, node = (Path(file.path) for file in table.files[:2])
+    bodies = unwrap(manifest.read_bytes()), unwrap(node.read_bytes())
+    # The node is not compressed now, so the manifest has to say its length.
+    length = 18 + len(bodies[1])
+    place = bodies[0].rindex(node.name.encode()) + len(node.name)
+    # Versions: one, of generation 1 and height 0; the file's number, the offset, the length.
+    assert bodies[0][place : place + 5] == bytes((1, 1, 0, 0, 0))
+    old = len(encode_varint(len(node.read_bytes())))
+    head = bodies[0][: place + 5] + encode_varint(length) + bodies[0][place + 5 + old :]
+    rng = random.Random(0)
+    outcomes = []
+    for spoilt in [None, *(k % 2 for k in range(3000))]:
+        first, second = (
+            mutate(rng, body) if spoilt == k else body for k, body in enumerate((head, bodies[1]))
+        )
+        manifest.write_bytes(wrap(b"\x0c\xdb\x3a\x2a", first))
+        node.write_bytes(wrap(b"\x0c\xdb\x20\xde", second))
+        try:
+            outcomes.append(ocdbt.read(folder, BEAT)[0])
+        except FormatError as error:
+            assert "\n" not in str(error)  # noqa: PT017 (either may be)
+            assert str(folder) in str(error)  # noqa: PT017
+    assert set(outcomes[0]) > {"params.w/.zarray", "params.w/0", "step/0"}
+    assert len(outcomes) < 2500
+
+
+def test_mutated_lists_give_one_line_or_tables(tmp_path: Path) -> None:
+    """Damaged `_METADATA` and `zarr.json`: a table or a FormatError, and nothing else."""
+    save(tmp_path / "m_1", {"w": np.ones(50, "f4")}, use_ocdbt=False, use_zarr3=True)
+    rng = random.Random(0)
+    for path in (tmp_path / "m_1/_METADATA", tmp_path / "m_1/w/zarr.json"):
+        whole = path.read_bytes()
+        for _ in range(400):
+            path.write_bytes(mutate(rng, whole))
+            try:
+                OrbaxCheckpoint().scan(ScanRequest(f"{tmp_path}/m_1/_METADATA", True), BEAT)
+            except FormatError as error:
+                assert "\n" not in str(error)  # noqa: PT017 (either may be)
+        path.write_bytes(whole)
+    OrbaxCheckpoint().scan(ScanRequest(f"{tmp_path}/m_1/_METADATA", True), BEAT)
+
+
+def test_the_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without zstandard a compressed checkpoint is refused with the command that installs it."""
+    save(tmp_path / "m_1", {"w": np.ones(5000, "f4")})
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(PolyakError, match=r"pip install 'polyak\[orbax\]'"):
+        average([tmp_path / "m_1"], tmp_path / "o")

@@ -90,9 +90,9 @@ def parse(name: str, raw: bytes) -> Array:
     try:
         said = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"its {name} is not JSON ({shown(error, 60)})") from None
+        raise FormatError(f"has a {name} that is not JSON ({shown(error, 60)})") from None
     if not isinstance(said, dict):
-        raise FormatError(f"its {name} is not a JSON object")
+        raise FormatError(f"has a {name} that is not a JSON object")
     array = _parse_v2(said) if name == V2 else _parse_v3(said)
     chunks = math.prod(array.counts)
     if chunks > _MOST_CHUNKS:
