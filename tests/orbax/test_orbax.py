@@ -325,7 +325,7 @@ def mutate(rng: random.Random, content: bytes) -> bytes:
 
 
 def test_mutated_databases_give_one_line_or_values(tmp_path: Path) -> None:
-    """Thousands of damaged bodies with right checksums: values or a FormatError, nothing else."""
+    """Hundreds of damaged bodies with right checksums: values or a FormatError, nothing else."""
     save(tmp_path / "m_1", {"params": {"w": np.ones(500, "f4"), "b": np.ones(5)}, "step": 7})
     folder = tmp_path / "m_1"
     table = formats.scan([folder / "_METADATA"])[0]
@@ -340,7 +340,7 @@ def test_mutated_databases_give_one_line_or_values(tmp_path: Path) -> None:
     head = bodies[0][: place + 5] + encode_varint(length) + bodies[0][place + 5 + old :]
     rng = random.Random(0)
     outcomes = []
-    for spoilt in [None, *(k % 2 for k in range(3000))]:
+    for spoilt in [None, *(k % 2 for k in range(800))]:
         first, second = (
             mutate(rng, body) if spoilt == k else body for k, body in enumerate((head, bodies[1]))
         )
@@ -352,7 +352,7 @@ def test_mutated_databases_give_one_line_or_values(tmp_path: Path) -> None:
             assert "\n" not in str(error)  # noqa: PT017 (either may be)
             assert str(folder) in str(error)  # noqa: PT017
     assert set(outcomes[0]) > {"params.w/.zarray", "params.w/0", "step/0"}
-    assert len(outcomes) < 2500
+    assert len(outcomes) < 700
 
 
 def test_mutated_lists_give_one_line_or_tables(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_mutated_lists_give_one_line_or_tables(tmp_path: Path) -> None:
     rng = random.Random(0)
     for path in (tmp_path / "m_1/_METADATA", tmp_path / "m_1/w/zarr.json"):
         whole = path.read_bytes()
-        for _ in range(400):
+        for _ in range(150):
             path.write_bytes(mutate(rng, whole))
             try:
                 OrbaxCheckpoint().scan(ScanRequest(f"{tmp_path}/m_1/_METADATA", True), BEAT)
