@@ -32,10 +32,29 @@ _PLAIN = frozenset(
         *("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
         *("SeparableConv1D", "SeparableConv2D"),
         *("BatchNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"),
+        # No Attention: Keras cannot open an .h5 with one, and takes its "dot" for a function.
+        "AdditiveAttention",
     }
 )
+#: Layers of several parts: the scope of a part's variables -> the attribute that holds the part.
+_PARTS: Mapping[object, Mapping[str, str]] = {
+    "MultiHeadAttention": {
+        "query": "query_dense",
+        "key": "key_dense",
+        "value": "value_dense",
+        "attention_output": "output_dense",
+    },
+    "GroupedQueryAttention": {
+        "query": "_query_dense",
+        "key": "_key_dense",
+        "value": "_value_dense",
+        "attention_output": "_output_dense",
+    },
+}
 #: Layers whose variables are those of the cell inside.
 _RECURRENT = frozenset({"LSTM", "GRU", "SimpleRNN", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"})
+#: Cells that hold all of their variables themselves.
+_CELLS = frozenset({"LSTMCell", "GRUCell", "SimpleRNNCell"})
 #: Models in one another.
 _DEEPEST = 32
 #: Parts of a training configuration -> where their classes are.
@@ -192,17 +211,22 @@ def _place_layer(
     is_plain = not config.get("lora_rank") and not policy.startswith("Quantized")
     if kind in _PLAIN and is_plain:
         yield from _number(variables, path)
+    elif kind in _PARTS and is_plain:
+        homes = {scope: f"{path}/{part}" for scope, part in _PARTS[kind].items()}
+        yield from _place_parts(layer, homes, variables)
     elif kind in _RECURRENT:
         yield from _number(variables, f"{path}/cell")
+    elif kind == "RNN":
+        yield from _place_cells(layer, f"{path}/cell", variables)
     elif kind == "TimeDistributed":
         yield from _place_layer(inner, f"{path}/layer", variables, depth + 1)
-    elif kind == "Bidirectional" and str(inner.get("class_name")) in _RECURRENT:
+    elif kind == "Bidirectional":
         backward = read_part(config, "backward_layer") or inner
         if len(variables) % 2 or backward.get("class_name") != inner.get("class_name"):
             raise _refuse(layer)
         half = len(variables) // 2
-        yield from _number(variables[:half], f"{path}/forward_layer/cell")
-        yield from _number(variables[half:], f"{path}/backward_layer/cell")
+        yield from _place_layer(inner, f"{path}/forward_layer", variables[:half], depth + 1)
+        yield from _place_layer(backward, f"{path}/backward_layer", variables[half:], depth + 1)
     elif kind in _MODELS:
         yield from _place_layers(layer, path, _part(layer, variables), depth + 1)
     else:
@@ -212,6 +236,52 @@ def _place_layer(
 def _number(variables: Sequence[_Variable], path: str) -> Iterator[tuple[str, str]]:
     for k, variable in enumerate(variables):
         yield variable.name, f"{path}/vars/{k}"
+
+
+def _place_cells(
+    layer: Mapping[str, Any], path: str, variables: Sequence[_Variable]
+) -> Iterator[tuple[str, str]]:
+    """Yield name and location of the tensors of one cell, or of several on one another."""
+    cell = read_part(read_part(layer, "config"), "cell")
+    stacked = read_part(cell, "config").get("cells")
+    is_stack = cell.get("class_name") == "StackedRNNCells" and isinstance(stacked, list)
+    cells = stacked if is_stack and stacked else [cell]
+    kinds = [str(one.get("class_name")) if isinstance(one, dict) else "" for one in cells]
+    if not _CELLS.issuperset(kinds):
+        raise _refuse(layer)
+    if not is_stack:
+        yield from _number(variables, path)
+        return
+    counted: Counter[str] = Counter()
+    homes = {
+        str(read_part(one, "config").get("name")): (
+            f"{path}/cells/{number_group(to_snake_case(kind), counted)}"
+        )
+        for one, kind in zip(cells, kinds, strict=True)
+    }
+    if len(homes) < len(cells):  # two of one name
+        raise _refuse(layer)
+    yield from _place_parts(layer, homes, variables)
+
+
+def _place_parts(
+    layer: Mapping[str, Any], homes: Mapping[str, str], variables: Sequence[_Variable]
+) -> Iterator[tuple[str, str]]:
+    """Yield name and location of the tensors of a layer whose parts hold them.
+
+    Args:
+        layer: for a refusal.
+        homes: the scope of a part's variables -> where the part is saved.
+        variables: of the layer; those of one part are in their order.
+    """
+    parts: dict[str, list[_Variable]] = {scope: [] for scope in homes}
+    for variable in variables:
+        scope = variable.path[-2] if len(variable.path) > 1 else ""
+        if scope not in parts:
+            raise _refuse(layer)
+        parts[scope].append(variable)
+    for scope, held in parts.items():
+        yield from _number(held, homes[scope])
 
 
 def _part(
