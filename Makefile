@@ -12,23 +12,24 @@ OLDEST := .venv-oldest/bin
 TORCH := .venv-torch/bin
 HF := .venv-hf/bin
 ORBAX := .venv-orbax/bin
+REMOTE := .venv-remote/bin
 DEMO := .venv-demo/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
 # An editable install compiles the kernel, so it is made again when one of these changes.
 BUILT_FROM := pyproject.toml $(wildcard .build-hooks/*.py polyak_cli/engine/*.c)
 
-.PHONY: demo test soak quick core core-all oldest torch hf orbax system coverage lint types smoke wheel sanitize compilers arm fuzz check mutants bench bench-peers digits clean
+.PHONY: demo test soak quick core core-all oldest torch hf orbax remote remote-all system coverage lint types smoke wheel sanitize compilers arm fuzz check mutants bench bench-peers digits clean
 
 # Plain numpy runs and trains both networks, so neither Keras nor TensorFlow is installed.
 demo: .venv-demo/.ready
 	@rm -rf .demo
 	@$(DEMO)/python -m tests.examples.demo
 
-test: .venv/.ready system core oldest torch hf orbax
+test: .venv/.ready system core oldest torch hf orbax remote
 	$(BIN)/python -m pytest $(SPREAD) -m "not soak"
 
-soak: .venv/.ready system core-all fuzz
+soak: .venv/.ready system core-all remote-all fuzz
 	$(BIN)/python -m pytest $(SPREAD) -m "soak"
 
 # Without the tests that start Keras.
@@ -64,19 +65,28 @@ hf: .venv-hf/.ready
 orbax: .venv-orbax/.ready
 	$(ORBAX)/python -m pytest $(SPREAD) tests/orbax
 
-# What tests need of the system: Chromium, in which a report is opened; btrfs, which has quotas.
+# Buckets and clusters: against servers that really run, on loopback.
+remote: .venv-remote/.ready system
+	$(REMOTE)/python -m pytest $(SPREAD) -m "not soak" tests/remote
+
+remote-all: .venv-remote/.ready system
+	$(REMOTE)/python -m pytest -m "soak" tests/remote
+
+# What tests need of the system: Chromium, in which a report is opened; btrfs, which has quotas; Open
+# MPI, under which several ranks run.
 system:
-	@{ command -v chromium && command -v chromedriver && command -v mkfs.btrfs; } > /dev/null || \
+	@{ command -v chromium && command -v chromedriver && command -v mkfs.btrfs && command -v mpirun; } \
+		> /dev/null || \
 		{ test "$$(id -u)" = 0 && timeout 600 apt-get update -q && DEBIAN_FRONTEND=noninteractive \
 			timeout 600 apt-get install -y -q --no-install-recommends \
-			chromium chromium-driver btrfs-progs; } \
-		|| echo "Install chromium, chromium-driver and btrfs-progs (Debian), or some tests are skipped"
+			chromium chromium-driver btrfs-progs openmpi-bin; } \
+		|| echo "Install chromium, chromium-driver, btrfs-progs and openmpi-bin (Debian), or some tests are skipped"
 
 # Lines and branches that tests reach, in started commands and forked children too.  Left out are
 # tests of memory and of the size of files, where coverage itself takes memory and writes files, of
 # signals at random moments, which find it at work, and what does the same hundreds of times.
 coverage: export COVERAGE_FILE = $(CURDIR)/.coverage
-coverage: .venv/.ready .venv-torch/.ready .venv-hf/.ready .venv-orbax/.ready
+coverage: .venv/.ready .venv-torch/.ready .venv-hf/.ready .venv-orbax/.ready .venv-remote/.ready
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(SPREAD) --ignore=tests/test_memory.py \
 		--ignore=tests/test_benchmarks.py \
@@ -85,6 +95,7 @@ coverage: .venv/.ready .venv-torch/.ready .venv-hf/.ready .venv-orbax/.ready
 	$(TORCH)/python -m coverage run -m pytest tests/torch
 	$(HF)/python -m coverage run -m pytest tests/hf
 	$(ORBAX)/python -m coverage run -m pytest tests/orbax
+	$(REMOTE)/python -m coverage run -m pytest tests/remote
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
@@ -181,7 +192,7 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-hf .venv-orbax .venv-demo .venv-mutants mutants .demo .smoke .wheel .sanitize .arm .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-hf .venv-orbax .venv-remote .venv-demo .venv-mutants mutants .demo .smoke .wheel .sanitize .arm .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 
 # No retries: without a network, the demo says so at once.  Set as variables, they also hold for the
 # second pip, which gets the build's own needs.
@@ -236,6 +247,15 @@ clean:
 	$(PYTHON) -m venv .venv-orbax
 	$(ORBAX)/python -m pip install --quiet --upgrade pip
 	$(ORBAX)/python -m pip install --quiet --editable '.[orbax]' --group orbax
+	@touch $@
+
+# Azurite is on npm; node and npm themselves come from PyPI.
+.venv-remote/.ready: $(BUILT_FROM)
+	$(PYTHON) -m venv .venv-remote
+	$(REMOTE)/python -m pip install --quiet --upgrade pip
+	$(REMOTE)/python -m pip install --quiet --editable '.[s3,dask,mpi]' --group remote
+	PATH="$(CURDIR)/$(REMOTE):$$PATH" timeout 300 npm install --silent --no-fund --no-audit \
+		--prefix .venv-remote/azurite azurite@3 || echo "npm cannot install Azurite: its tests are skipped"
 	@touch $@
 
 .venv-mutants/.ready: $(BUILT_FROM)

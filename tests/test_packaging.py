@@ -48,6 +48,10 @@ def test_averaging_needs_five_packages_and_the_rest_is_extra() -> None:
     assert "keras>=3.11.3" in extras["tensorflow"]
     assert names(extras["plot"]) == {"matplotlib", "jinja2"}
     assert names(extras["orbax"]) == {"zstandard"}
+    assert names(extras["remote"]) == {"obstore"}
+    assert names(extras["s3"]) == {"polyak[remote]", "boto3"}
+    assert names(extras["dask"]) == {"distributed"}
+    assert names(extras["mpi"]) == {"mpi4py"}
     assert extras["all"] == ["polyak[tensorflow,plot,orbax]"]
     assert PROJECT["requires-python"] == ">=3.11"
     assert PROJECT["license"] == "MIT"

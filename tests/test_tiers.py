@@ -45,6 +45,10 @@ def test_no_test_is_in_neither_tier() -> None:
     """One runs all that is not marked `soak`, the other all that is; nothing else is left out."""
     assert recipe("test") == ['$(BIN)/python -m pytest $(SPREAD) -m "not soak"']
     assert recipe("soak") == ['$(BIN)/python -m pytest $(SPREAD) -m "soak"']
+    assert recipe("remote") == ['$(REMOTE)/python -m pytest $(SPREAD) -m "not soak" tests/remote']
+    assert recipe("remote-all") == ['$(REMOTE)/python -m pytest -m "soak" tests/remote']
+    for tier, target in (("test", "remote"), ("soak", "remote-all")):
+        assert re.search(rf"^{tier}:.* {target}\b", MAKEFILE, re.MULTILINE)
 
 
 def test_ci_runs_both_tiers() -> None:
