@@ -18,6 +18,9 @@ from tests.test_torch_zip import PROTO, STOP, call, name, number, several, stora
 
 Array = npt.NDArray[Any]
 MODULE = "torch.distributed.checkpoint"
+#: The class that says where an item lies; OLMo-core has one of its own.
+STORED = f"{MODULE}.filesystem _StorageInfo"
+STORED_BY_OLMO = "olmo_core.distributed.checkpoint.filesystem _StorageInfo"
 #: numpy's type -> PyTorch's storage and type.
 TYPES = {
     "float16": ("torch HalfStorage", "torch float16"),
@@ -77,14 +80,20 @@ def plain_item() -> bytes:
 
 
 def place(
-    fqn: str, start: Sequence[int] | None, file: str, offset: int, length: int, **more: bytes
+    fqn: str,
+    start: Sequence[int] | None,
+    file: str,
+    offset: int,
+    length: int,
+    kind: str = STORED,
+    **more: bytes,
 ) -> tuple[bytes, bytes]:
     """Return the opcodes of where an item lies."""
     offsets = {} if start is None else {"offset": sizes(start)}
     return (
         attributes(f"{MODULE}.metadata MetadataIndex", fqn=text(fqn), index=b"N", **offsets),
         attributes(
-            f"{MODULE}.filesystem _StorageInfo",
+            kind,
             relative_path=text(file),
             offset=number(offset),
             length=number(length),
@@ -127,7 +136,10 @@ def archive(values: Array, pickle: bytes | None = None) -> bytes:
 
 
 def write(
-    folder: Path, tensors: Mapping[str, Sequence[Piece]], plain: Mapping[str, bytes] | None = None
+    folder: Path,
+    tensors: Mapping[str, Sequence[Piece]],
+    plain: Mapping[str, bytes] | None = None,
+    kind: str = STORED,
 ) -> Path:
     """Write a checkpoint whose tensors have the blocks given; return its `.metadata`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,12 +156,12 @@ def write(
         for one in pieces:
             content = archive(one.values)
             before = parts.get(one.file, b"")
-            places.append(place(key, one.start, one.file, len(before), len(content)))
+            places.append(place(key, one.start, one.file, len(before), len(content), kind))
             parts[one.file] = before + content
     for key, content in (plain or {}).items():
         items[key] = plain_item()
         before = parts.get("__0_0.distcp", b"")
-        places.append(place(key, None, "__0_0.distcp", len(before), len(content)))
+        places.append(place(key, None, "__0_0.distcp", len(before), len(content), kind))
         parts["__0_0.distcp"] = before + content
     for file, content in parts.items():
         (folder / file).write_bytes(content)

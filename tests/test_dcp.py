@@ -101,9 +101,10 @@ LAYOUTS = {
 def test_the_folders_of_a_program_are_found_and_ordered(tmp_path: Path, program: str) -> None:
     """By the step in their names; what else the program leaves is passed over with its reason."""
     pattern, inner = LAYOUTS[program]
+    kind = dcp.STORED_BY_OLMO if program == "OLMo-core" else dcp.STORED
     for step in (1000, 200, 30):
         folder = tmp_path / pattern.format(step)
-        dcp.write(folder / inner, {"x": split(step * X, (2, 1))})
+        dcp.write(folder / inner, {"x": split(step * X, (2, 1))}, kind=kind)
         for extra in ("common.pt", "metadata.json", "config.json", "meta.pt", ".metadata.json"):
             (folder / extra).write_text("{}")
         if inner:

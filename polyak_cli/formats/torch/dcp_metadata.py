@@ -27,7 +27,10 @@ _CHUNK = f"{_MODULE}.metadata.ChunkStorageMetadata"
 _SHARDS = "torch.distributed._shard.sharded_tensor.metadata"
 _PROPERTIES = {f"{home}.TensorProperties" for home in (f"{_MODULE}.metadata", _SHARDS)}
 _INDEX = f"{_MODULE}.metadata.MetadataIndex"
-_STORED = f"{_MODULE}.filesystem._StorageInfo"
+#: PyTorch's, and OLMo-core's own class with the same attributes.
+_STORED = {
+    f"{home}.filesystem._StorageInfo" for home in (_MODULE, "olmo_core.distributed.checkpoint")
+}
 _SIZE = "torch.Size"
 #: Megatron's own classes for the same things; the first is a `Metadata` with one more attribute.
 _MEGATRON = "megatron.core.dist_checkpointing.strategies"
@@ -41,7 +44,7 @@ _CLASSES = frozenset(
         _CHUNK,
         *_PROPERTIES,
         _INDEX,
-        _STORED,
+        *_STORED,
         _SIZE,
         f"{_MODULE}.metadata._MEM_FORMAT_ENCODING",
         f"{_SHARDS}.MEM_FORMAT_ENCODING",
@@ -186,7 +189,7 @@ def _read_places(value: Any, heartbeat: Heartbeat) -> _Places:
         if not isinstance(name, str):
             _refuse("the name of an item is not a string")
         start = None if offset is None else _read_sizes(offset)
-        place = _read_place(name, _read_attributes(info, {_STORED}))
+        place = _read_place(name, _read_attributes(info, _STORED))
         if places.setdefault((name, start), place) != place:
             _refuse(f"'{shown(name)}' lies in two places")
     return places
