@@ -336,15 +336,19 @@ def _unpack_contents(
     itemsize: int,
     parts: Sequence[Any],
     places: Sequence[Any],
+    compression: str,
+    fill: Sequence[int],
 ) -> Storage:
-    """Return a tensor in compressed chunks, each inside its file and the content of one part."""
+    """Return a tensor in chunks, each inside its file and the content of one part, or missing."""
     from polyak_cli.formats.orbax.contents import Contents
 
     grid = _unpack_grid(Extent, shape, itemsize, parts)
-    found = tuple(_unpack_extent(files, *place) for place in places)
+    found = tuple(_unpack_extent(files, *place) if place else None for place in places)
     if [part.extent[::2] for part in grid.parts] != [(0, k) for k in range(len(found))]:
         raise _NonsenseError(f"{len(found)} chunks of {len(grid.parts)} parts")
-    return Contents(grid, found)
+    if compression not in ("", "zstd", "gzip") or len(fill) != grid.itemsize:
+        raise _NonsenseError(f"chunks in {compression}, filled with {len(fill)} bytes")
+    return Contents(grid, found, compression, bytes(fill))
 
 
 def _unpack_extent(files: Sequence[File], offset: int, nbytes: int, file: int) -> Extent:

@@ -29,6 +29,10 @@ _HEAD = struct.Struct(">L")  # the magic; the length follows, little-endian
 _LENGTH = struct.Struct("<Q")
 _CRC = struct.Struct("<L")
 _PLAIN, _ZSTD = 0, 1
+_SINGLE, _NUMBERED = 0, 1
+_NUMBERS = re.compile(r"manifest\.[0-9a-f]{16}")
+#: Offset and length of the root of an empty tree.
+_ABSENT = (1 << 64) - 1
 #: Bytes of a path that the format allows.
 _LONGEST_PATH = 65535
 
@@ -105,7 +109,7 @@ class _Reader:
         self.heartbeat = heartbeat
         self.left = WHOLE
         self.last = b""  # the key that was read last
-        self.files: dict[str, None] = {MANIFEST: None}  # those that were opened, in their order
+        self.files: dict[str, None] = {}  # those that were opened, in their order
 
     def spend(self, nbytes: int) -> None:
         """Count decoded bytes; a node may be named by several parents, each time read again."""
@@ -156,18 +160,41 @@ class _Reader:
                 raise FormatError("names a data file by a path that is too long")
             self.spend(len(path))
             name = base + path.decode("utf-8", "surrogateescape")
-            # Anything else could lead to any file of the machine.
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) or ".." in name.split("/"):
+            # Anything else could lead to any file of the machine.  None is that of an empty tree.
+            if (name and not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name)) or ".." in name.split("/"):
                 raise FormatError(f"names the data file {shown(name, 60)}; expected one beside it")
             files.append((name[: len(base) + length], name))
         return files
 
-    def read_root(self, file: InputFile) -> _Place | None:
+    def read_root(self) -> _Place | None:
         """Return where the newest root lies; None if the database is empty."""
-        cursor = _Cursor(self.read_block(file, 0, file.size, MANIFEST_MAGIC))
-        cursor.take(16)  # the identity of the database
-        if cursor.number():
-            raise FormatError("keeps its versions in numbered files; expected one manifest")
+        identity, cursor = self.read_manifest(MANIFEST)
+        if cursor.number() == _NUMBERED:
+            # This one only has settings; each version has a manifest with its number in the name.
+            found = [path.name for path in self.folder.glob("manifest.*")]
+            name = max((name for name in found if _NUMBERS.fullmatch(name)), default="")
+            if not name:
+                return None
+            other, cursor = self.read_manifest(name)
+            kind = cursor.number()
+            if other != identity or kind != _SINGLE:
+                raise FormatError(
+                    f"{shown(self.folder / name)}: is no version of the database beside it; the "
+                    "files come from different saves"
+                )
+        with name_errors(str(self.folder / [*self.files][-1])):
+            return self.read_versions(cursor)
+
+    def read_manifest(self, name: str) -> tuple[bytes, _Cursor]:
+        """Return the identity of the database that a manifest has, and what follows it."""
+        self.files[name] = None
+        path = str(self.folder / name)
+        with open_input(path) as file, name_errors(path):
+            cursor = _Cursor(self.read_block(file, 0, file.size, MANIFEST_MAGIC))
+            return cursor.take(16), cursor
+
+    def read_versions(self, cursor: _Cursor) -> _Place | None:
+        """Return where the newest root lies by the part of a manifest that follows its kind."""
         cursor.numbers(2)  # limits for writing
         cursor.byte()  # how versions are grouped
         if cursor.number() == _ZSTD:
@@ -177,11 +204,9 @@ class _Reader:
         cursor.numbers(count)  # generations, the newest last
         heights = cursor.take(count)
         numbers, offsets, lengths = (cursor.numbers(count) for _ in range(3))
-        if not count:
+        if not count or offsets[-1] == lengths[-1] == _ABSENT:
             return None
-        if numbers[-1] >= len(files):
-            raise FormatError(f"names data file {numbers[-1]} of {len(files)}")
-        base, name = files[numbers[-1]]
+        base, name = _choose(files, numbers[-1])
         return _Place(base, name, offsets[-1], lengths[-1], heights[-1], b"")
 
     def read_node(self, place: _Place) -> Iterator[tuple[bytes, Value]]:
@@ -272,6 +297,8 @@ def _choose(files: Sequence[tuple[str, str]], number: int) -> tuple[str, str]:
     """Return the data file of a number."""
     if number >= len(files):
         raise FormatError(f"names data file {number} of {len(files)}")
+    if not files[number][1]:
+        raise FormatError("names no data file for something that is in one")
     return files[number]
 
 
@@ -289,9 +316,7 @@ def read(folder: Path, heartbeat: Heartbeat) -> tuple[dict[str, Value], list[str
         FormatError: it is damaged, hostile or of a later version; names the file.
     """
     reader = _Reader(folder, heartbeat)
-    path = str(folder / MANIFEST)
-    with open_input(path) as file, name_errors(path):
-        root = reader.read_root(file)
+    root = reader.read_root()
     entries = reader.read_node(root) if root and root.nbytes else ()
     found = {key.decode("utf-8", "surrogateescape"): value for key, value in entries}
     return found, list(reader.files)

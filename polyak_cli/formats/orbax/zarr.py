@@ -1,8 +1,8 @@
 """How an array is cut into chunks and stored, as `.zarray` (version 2) or `zarr.json` (3) says it.
 
-Reads what TensorStore writes for Orbax: regular chunks in C order, plain or compressed with zstd,
-in version 3 also in shards of several chunks.  Shapes are checked by the bytes that are there, and
-nothing is allocated for them.  Knows no file and no database.
+Reads what TensorStore writes for Orbax: regular chunks in C order, plain or compressed with zstd or
+gzip, in version 3 also in shards of several chunks.  Shapes are checked by the bytes that are
+there, and nothing is allocated for them.  Knows no file and no database.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from polyak_cli.errors import FormatError, shown
 
@@ -28,16 +30,20 @@ SIZES = {
     **dict.fromkeys(("float8_e4m3fn", "float8_e5m2"), 1),
     "bfloat16": 2,
 }
+#: Those of which numpy makes a value.
+_NUMPYS = {name for name in SIZES if not name.startswith(("bfloat", "float8"))}
 _DEEPEST = 32  # dimensions
 _LARGEST = 1 << 62
 _MOST_CHUNKS = 1 << 22
+#: Compressors of version 2 -> what reads them; all three of zlib's have heads that tell them apart.
+_COMPRESSORS = {"zstd": "zstd", "gzip": "gzip", "zlib": "gzip"}
 
 
 class Codec(NamedTuple):
     """How the elements of a chunk become bytes."""
 
     byteorder: str
-    is_compressed: bool
+    compression: str  # "zstd", "gzip", or "" for plain bytes
 
 
 class Array(NamedTuple):
@@ -50,6 +56,7 @@ class Array(NamedTuple):
     codec: Codec
     separator: str  # between the numbers in a chunk's key
     prefix: str  # of a chunk's key
+    fill: Any  # the value of elements whose chunk is not stored; see `encode_fill`
     #: Of the chunks inside of a shard; a shard's index is at its end, with a checksum.
     inner: tuple[int, ...] | None = None
 
@@ -67,6 +74,32 @@ class Array(NamedTuple):
                 yield start, numbers or "0"
             else:
                 yield start, f"{self.prefix}{self.separator}{numbers}" if numbers else self.prefix
+
+    def has(self, start: Sequence[int]) -> bool:
+        """Tell whether a chunk begins inside of the array."""
+        return all(k < n for k, n in zip(start, self.shape, strict=True))
+
+    def encode_fill(self) -> bytes:
+        """Return the bytes of an element whose chunk is not stored.
+
+        Raises:
+            FormatError: the metadata name a value that is not one of the type.
+        """
+        fill = self.fill
+        if fill is None or (fill == 0 and not str(fill).startswith("-")):  # as TensorStore has it
+            return bytes(self.itemsize)
+        try:
+            if self.dtype not in _NUMPYS or not isinstance(fill, (int, float, str)):
+                raise TypeError
+            swap: Any = self.codec.byteorder
+            code = np.dtype(self.dtype).newbyteorder(swap)
+            # JSON has no NaN and infinity, so they are texts.
+            return np.array(float(fill) if isinstance(fill, str) else fill).astype(code).tobytes()
+        except (TypeError, ValueError, OverflowError):
+            raise FormatError(
+                f"has the fill_value {shown(fill, 60)}; expected 0 or a number that numpy has as "
+                f"{self.dtype}"
+            ) from None
 
     def list_inner(self, start: Sequence[int]) -> Iterator[tuple[int, ...]]:
         """Yield where each chunk of a shard begins in the array; the shard's start is given."""
@@ -111,10 +144,11 @@ def _parse_v2(said: Mapping[str, Any]) -> Array:
     separator = said.get("dimension_separator", ".")
     _require(separator in (".", "/"), "dimension_separator", separator, "'.' or '/'")
     compressor = said.get("compressor")
-    is_zstd = isinstance(compressor, dict) and compressor.get("id") == "zstd"
-    _require(compressor is None or is_zstd, "compressor", compressor, "zstd or none")
-    codec = Codec(byteorder, is_zstd)
-    return Array(shape, chunk, dtype, SIZES[dtype], codec, separator, "")
+    kind = str(compressor.get("id")) if isinstance(compressor, dict) else ""
+    is_known = compressor is None or kind in _COMPRESSORS
+    _require(is_known, "compressor", compressor, "zstd, gzip, zlib or none")
+    codec = Codec(byteorder, _COMPRESSORS.get(kind, ""))
+    return Array(shape, chunk, dtype, SIZES[dtype], codec, separator, "", said.get("fill_value"))
 
 
 def _parse_type(code: Any) -> tuple[str, str]:
@@ -155,19 +189,21 @@ def _parse_v3(said: Mapping[str, Any]) -> Array:
         codecs = shard.get("codecs")
     codec = _parse_codecs(codecs)
     prefix = "c" if style == "default" else ""
-    return Array(shape, chunk, dtype, SIZES[dtype], codec, separator, prefix, inner)
+    fill = said.get("fill_value")
+    return Array(shape, chunk, dtype, SIZES[dtype], codec, separator, prefix, fill, inner)
 
 
 def _parse_codecs(codecs: Any) -> Codec:
     """Return what the codecs of version 3 amount to."""
     found = _objects(codecs)
     names = [codec.get("name") for codec in found]
-    _require(names in (["bytes"], ["bytes", "zstd"]), "codecs", names, "bytes, and zstd or nothing")
+    is_known = names[:1] == ["bytes"] and names[1:] in ([], ["zstd"], ["gzip"])
+    _require(is_known, "codecs", names, "bytes, and zstd, gzip or nothing")
     checksum = names[-1] == "zstd" and _configuration(found[-1]).get("checksum", False)
     _require(isinstance(checksum, bool), "checksum", checksum, "true or false")
     endian = _configuration(found[0]).get("endian", "little")
     _require(endian in ("little", "big"), "endian", endian, "'little' or 'big'")
-    return Codec("<" if endian == "little" else ">", names[-1] == "zstd")
+    return Codec("<" if endian == "little" else ">", str(names[1]) if names[1:] else "")
 
 
 def _parse_shapes(shape: Any, chunk: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
