@@ -19,7 +19,16 @@ from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonReques
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, open_input
 from polyak_cli.storage.local import LocalOutput, copy_range, name_errors
-from polyak_cli.tensors import FLOATS, Asset, Extent, OutputRules, Placement, Table, TensorSpec
+from polyak_cli.tensors import (
+    COMMON,
+    FLOATS,
+    Asset,
+    Extent,
+    OutputRules,
+    Placement,
+    Table,
+    TensorSpec,
+)
 
 
 class Part(NamedTuple):
@@ -36,6 +45,8 @@ class FormatOfParts(Format):
     has_checksums = True
     can_be_folder = True
     dtypes = frozenset(FLOATS)
+    #: Those that files of `torch.save` can have in place of one another; safetensors has all.
+    retypes = COMMON
 
     @abstractmethod
     def scan_parts(self, request: ScanRequest, heartbeat: Heartbeat) -> list[Part]:
@@ -46,10 +57,23 @@ class FormatOfParts(Format):
         return _join_tables(self.key, request.path, self.scan_parts(request, heartbeat))
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
-        """See `Format.write_skeleton`; the file that names the parts is copied."""
+        """See `Format.write_skeleton`."""
         found = self.scan_parts(request_scan(request.template), heartbeat)
         _require_unchanged(found, request.template)
-        return _write_parts(found, request, heartbeat)
+        draft = _write_parts(found, request, heartbeat)
+        return draft._replace(files=[*draft.files, self.write_index(request, heartbeat)])
+
+    def write_index(self, request: SkeletonRequest, heartbeat: Heartbeat) -> str:
+        """Write the file that names the parts into an output folder, and return its path."""
+        index = request.template.files[-1]
+        copy = str(Path(request.output, Path(index.path).name))
+        with (
+            open_input(*index) as source,
+            name_errors(index.path),
+            LocalOutput(copy, create=True) as to,
+        ):
+            copy_range(source, 0, to, 0, source.size, heartbeat)
+        return copy
 
     def finalize(self, output: str, draft: Draft) -> None:
         """See `Format.finalize`."""
@@ -151,7 +175,7 @@ def _require_unchanged(parts: Sequence[Part], template: Table) -> None:
 
 
 def _write_parts(parts: Sequence[Part], request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
-    """Write the parts into an output folder, with a copy of the file that names them.
+    """Write the parts into an output folder.
 
     Raises:
         FormatError: a part cannot be copied safely.
@@ -168,15 +192,7 @@ def _write_parts(parts: Sequence[Part], request: SkeletonRequest, heartbeat: Hea
         }
         notes.append([len(files), part.table.format, dict(draft.notes)])
         files += draft.files
-    index = request.template.files[-1]
-    copy = str(Path(request.output, Path(index.path).name))
-    with (
-        open_input(*index) as source,
-        name_errors(index.path),
-        LocalOutput(copy, create=True) as to,
-    ):
-        copy_range(source, 0, to, 0, source.size, heartbeat)
-    return Draft(placements, [*files, copy], {"parts": notes})
+    return Draft(placements, files, {"parts": notes})
 
 
 def _write_part(part: Part, number: int, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:

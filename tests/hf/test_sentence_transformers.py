@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from transformers import BertConfig, BertModel
 
 from polyak_cli import FormatError, average, check, diff, inspect, verify
 from polyak_cli.pipeline.watching import watch
-from tests.hf.models import RECORD, WORDS, assert_is_mean, make_tokenizer, save_run
+from tests.hf.models import RECORD, WORDS, assert_is_mean, make_tokenizer, mean, save_run
 
 
 def make_embedder(folder: Path) -> Any:
@@ -59,6 +60,25 @@ def test_all_modules_are_averaged(tmp_path: Path) -> None:
     for name in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "README.md"):
         assert (newest / name).read_bytes() == (final / name).read_bytes()
     assert verify(final).verified
+
+
+def test_modules_of_both_formats_get_another_type(tmp_path: Path) -> None:
+    """One in safetensors and one in PyTorch's own format: each tensor is the mean, rounded once."""
+
+    def save_both(model: Any, folder: Path, step: int) -> None:
+        save(model, folder, step)
+        dense = folder / "2_Dense"
+        torch.save(load_file(dense / "model.safetensors"), dense / "pytorch_model.bin")
+        (dense / "model.safetensors").unlink()
+
+    states = save_run(make_embedder(tmp_path / "base"), tmp_path / "run", save_both)
+    average(tmp_path / "run", tmp_path / "final", dtype="float16")
+    dense = torch.load(tmp_path / "final/2_Dense/pytorch_model.bin", weights_only=True)
+    for name, value in (dense | load_file(tmp_path / "final/model.safetensors")).items():
+        (key,) = [key for key in states[0] if key.endswith(name)]
+        assert value.dtype == torch.float16
+        assert (value.numpy() == mean(states)[key].astype("f2")).all(), name
+    SentenceTransformer(str(tmp_path / "final"), device="cpu").encode("one two")
 
 
 def test_the_other_commands_know_such_folders(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polyak_cli import PolyakError, average
+from polyak_cli import PolyakError, average, verify
 from tests.contract import Contract, Tensors
 
 INDEX = "pytorch_model.bin.index.json"
@@ -57,3 +57,36 @@ class TestShards(Contract):
                     average(paths, tmp_path / "o")
             file.write_bytes(whole)
         assert os.listdir(tmp_path) == ["run"]
+
+
+def test_shards_get_another_type(tmp_path: Path) -> None:
+    """Each shard's storages do, and the index has the new size of all; the rest of it stays."""
+    states = []
+    for k in (1, 2):
+        folder = tmp_path / f"run/checkpoint-{k}00"
+        folder.mkdir(parents=True)
+        torch.manual_seed(k)
+        shards = [
+            {"a": torch.randint(-99, 99, (3, 4)) / 8, "n": torch.tensor(k)},
+            {"b": torch.randint(-99, 99, (5,)) / 8, "c": torch.ones(2, dtype=torch.float16)},
+        ]
+        names = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+        for name, shard in zip(names, shards, strict=True):
+            torch.save(shard, folder / name)
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": 48 + 8 + 20 + 4, "x": [1]}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index))
+        states.append(shards[0] | shards[1])
+    average(tmp_path / "run", tmp_path / "o", dtype="bfloat16")
+    found: dict[str, torch.Tensor] = {}
+    for name in names:
+        found |= torch.load(tmp_path / "o" / name, weights_only=True)
+    assert list(found) == ["a", "n", "b", "c"]
+    for key in ("a", "b", "c"):
+        mean = (states[0][key].double() + states[1][key].double()) / 2
+        assert found[key].dtype == torch.bfloat16
+        assert torch.equal(found[key], mean.bfloat16())
+    assert found["n"] == 2
+    said = json.loads((tmp_path / "o" / INDEX).read_text())
+    assert said == index | {"metadata": {"total_size": 24 + 8 + 10 + 4, "x": [1]}}
+    assert verify(tmp_path / "o").verified

@@ -8,6 +8,7 @@ Python's own unpickler has no part in this: `pickletools` only cuts the bytes in
 
 from __future__ import annotations
 
+import contextlib
 import pickletools
 import re
 import warnings
@@ -163,9 +164,7 @@ def read(
         FormatError: it is damaged, too large, or names what no state dict needs.
     """
     machine = _Machine(classes, unknown)
-    with warnings.catch_warnings():
-        # `pickletools` warns of texts whose escapes are none: those are refused below.
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with without_warnings():
         for count, (opcode, argument, _) in enumerate(list_opcodes(content)):
             if count % _STEP == 0:
                 heartbeat()
@@ -209,8 +208,16 @@ def _list_parts(value: Pairs | Instance | list[Any] | tuple[Any, ...]) -> list[A
     return parts
 
 
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silence what `pickletools` says of texts whose escapes are none: their opcode is refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
 def list_opcodes(content: bytes) -> Iterator[tuple[str, Any, int]]:
-    """Yield each opcode's name, its argument, and where it stands."""
+    """Yield each opcode's name, its argument, and where it stands; see `without_warnings`."""
     try:
         for opcode, argument, place in pickletools.genops(content):
             if opcode.name in ("GLOBAL", "INST"):

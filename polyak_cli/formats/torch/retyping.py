@@ -53,8 +53,9 @@ def retype(content: bytes, wanted: Mapping[str, str], heartbeat: Heartbeat) -> b
         FormatError: a storage is named in a way that `torch.save` does not use.
     """
     editor = _Editor(wanted)
-    for name, argument, place in heartbeat.over(pickles.list_opcodes(content)):
-        editor.take(name, argument, place)
+    with pickles.without_warnings():
+        for name, argument, place in heartbeat.over(pickles.list_opcodes(content)):
+            editor.take(name, argument, place)
     missing = sorted(wanted.keys() - editor.found)
     if missing:
         raise FormatError(f"its pickle does not name the storage '{shown(missing[0])}'; {_WAY_OUT}")

@@ -2,7 +2,7 @@
 
 `pytorch_model.bin.index.json` says which tensor is in which shard; each shard is a state dict of
 its own.  The output has the same shards, since each keeps a pickle of its own tensors.  The index
-is copied: types stay, and so do all sizes.
+is copied, except the size of all tensors where these get another type.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from pathlib import Path
 
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats.catalogue import find_format
-from polyak_cli.formats.format import ScanRequest
+from polyak_cli.formats.format import ScanRequest, SkeletonRequest
 from polyak_cli.formats.parts import FormatOfParts, Part, request_scan, scan_part
 from polyak_cli.formats.sharding import Index, read_index
 from polyak_cli.formats.torch.archive import read_names
+from polyak_cli.formats.torch.pickles import SIZES
 from polyak_cli.processes.sandbox import Heartbeat
+from polyak_cli.storage.local import LocalOutput
 from polyak_cli.tensors import Table
 
 _SUFFIX = ".bin"
+#: What the index says of the bytes of all tensors.
+_SIZE = "total_size"
 
 
 def _check_names(path: Path, name: str, index: Index, heartbeat: Heartbeat) -> None:
@@ -58,6 +62,24 @@ class TorchShards(FormatOfParts):
             _check_names(path, name, index, heartbeat)
             found.append(part)
         return found
+
+    def write_index(self, request: SkeletonRequest, heartbeat: Heartbeat) -> str:
+        """See `FormatOfParts.write_index`."""
+        specs = {spec.location: spec for spec in request.template.tensors.values()}
+        grown = sum(
+            specs[where].size * (SIZES[dtype] - SIZES[specs[where].dtype])
+            for where, dtype in request.averaged.items()
+        )
+        source = request.template.files[-1]
+        content = read_index(source.path, _SUFFIX, json.loads).content
+        said = content.get("metadata")
+        if not grown or not isinstance(said, dict) or not isinstance(said.get(_SIZE), (int, float)):
+            return super().write_index(request, heartbeat)
+        target = str(Path(request.output, Path(source.path).name))
+        with LocalOutput(target, create=True) as file:
+            content = {**content, "metadata": said | {_SIZE: said[_SIZE] + grown}}
+            file.write(0, (json.dumps(content, indent=2) + "\n").encode())
+        return target
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`: each shard must hold nothing but tensors."""
