@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from tests.remote.proxy import Proxy
 from tests.remote.servers import (
     AzureContainer,
     NoServerError,
@@ -54,3 +55,10 @@ def container(azure: Server) -> Iterator[AzureContainer]:
     made = AzureContainer.create(azure)
     yield made
     made.remove()
+
+
+@pytest.fixture
+def proxy(s3: Server) -> Iterator[Proxy]:
+    """Yield a proxy before the S3 server, without faults yet."""
+    with Proxy(s3) as running:
+        yield running
