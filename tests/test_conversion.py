@@ -218,7 +218,7 @@ def test_a_suffix_that_is_none_of_these_is_refused(tmp_path: Path) -> None:
         tmp_path,
         tmp_path / "run",
         "o.onnx",
-        "are Keras HDF5.*or .safetensors or .npz or .keras to conv",
+        "are Keras HDF5.*or .npz or .keras or .weights.h5 to conv",
     )
 
 

@@ -73,6 +73,7 @@ class Plan:
         stages: the options of what happens before and after the average; not for users.
         recalibrate: the rows on which BatchNorm's statistics will be computed again, if they are.
         output_format: the key of the output's format.
+        is_extracted: the output has the tensors of whole models alone.
         stored_dtypes: location in the template -> the type to store, of each averaged tensor.
         drop_optimizer: the output leaves the optimizer's state out.
         files: what an output folder will hold; None if the output is no folder.
@@ -102,6 +103,7 @@ class Plan:
     recalibrate: Mapping[str, Any] | None
     stages: object = field(repr=False)
     output_format: str
+    is_extracted: bool
     stored_dtypes: Mapping[str, str] = field(repr=False)
     drop_optimizer: bool
     files: FolderFiles | None = field(repr=False)
@@ -241,7 +243,7 @@ def plan_average(
 
     Args:
         chosen: the checkpoints, oldest first.
-        output: the file or folder that would be written; None to leave it open.
+        output: the file or folder that would be written; None if it is open.
         settings: the options.
         around: what the stages around the average know.
 
@@ -250,8 +252,7 @@ def plan_average(
     """
     scheme = settings.weighting.resolve()
     mean = settings.weighting.compute(chosen.positions)
-    tables = _scan(chosen, settings)
-    template = tables[-1]
+    template = (tables := _scan(chosen, settings))[-1]
     _check_output(output, tables, chosen, settings)
     around.check_template(template, output)
     exports.refuse_unordered(tables)
@@ -279,6 +280,7 @@ def plan_average(
         recalibrate=around.recalibrate,
         stages=around.stages,
         output_format=_choose_format(output, template, found, settings),
+        is_extracted=outputs.takes_weights(output, template),
         stored_dtypes=found.stored,
         drop_optimizer=found.drop_optimizer,
         files=files,

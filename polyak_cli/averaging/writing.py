@@ -141,6 +141,7 @@ def _write_skeleton(plan: Plan, output: Path, record: str) -> formats.Skeleton:
         averaged=plan.stored_dtypes,
         drop_optimizer=plan.drop_optimizer,
         form=plan.output_format,
+        extract=plan.is_extracted,
         provenance=record,
     )
 

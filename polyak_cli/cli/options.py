@@ -418,7 +418,7 @@ ONLY_WEIGHTS = option(
     "--only-weights",
     is_flag=True,
     help="Write nothing but the tensors, no configuration and no tokenizer: into an output folder, "
-    "or of .keras checkpoints into a .weights.h5.",
+    "or of whole Keras models into a .weights.h5.",
 )
 
 WRITING = under(

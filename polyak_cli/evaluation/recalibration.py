@@ -179,7 +179,7 @@ def check_recalibration(
     check_model(table, bare=architecture is not None)
     if architecture is not None:
         Architecture(architecture)  # refuses what is no architecture
-    if outputs.choose_format(output, table) != table.format:
+    if outputs.choose_format(output, table) != table.format or outputs.takes_weights(output, table):
         raise OutputError(
             f"{shown(output)}: would not be a Keras model; give the output the same suffix as "
             f"{shown(table.path)}"

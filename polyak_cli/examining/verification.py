@@ -528,13 +528,15 @@ class _Verifier:
             raise FormatError(f"its record has options that are refused: {error}") from None
         # Sharded weights become a single HDF5 file, which is no conversion: their format writes it.
         is_converted = bool(find_format(self.table.format).conversion_suffix)
-        is_converted |= self.table.format == find_format(plan.output_format).inner
-        output_format = self.table.format if is_converted else plan.output_format
+        is_inner = self.table.format == find_format(plan.output_format).inner
+        is_extracted = is_inner and bool(plan.tables[-1].config) and not self.table.config
+        output_format = self.table.format if is_converted or is_extracted else plan.output_format
         return replace(
             plan,
             mean=self.record.mean,
             settings=settings,
             output_format=output_format,
+            is_extracted=is_extracted,
             # The record has what was done, and not what was asked for.
             drop_optimizer=settings.tensors.optimizer == "drop",
             stored_dtypes=map_stored_dtypes(

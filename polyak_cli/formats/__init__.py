@@ -240,6 +240,7 @@ def write_skeleton(
     drop_optimizer: bool,
     provenance: str,
     form: str = "",
+    extract: bool = False,
 ) -> Skeleton:
     """Write all of an output except its averaged tensors.
 
@@ -250,6 +251,7 @@ def write_skeleton(
         drop_optimizer: leave its state out.
         provenance: the record to write into it, as JSON.
         form: the key of its format, see `outputs.choose_format`; "" for the template's.
+        extract: write the tensors of a whole model alone; see `outputs.takes_weights`.
 
     Raises:
         FormatError: the template cannot be copied safely.
@@ -261,7 +263,7 @@ def write_skeleton(
         LocalOutput(str(output), create=True).close()
     request = SkeletonRequest(template, str(output), averaged, drop_optimizer, provenance)
     find_format(key)  # imported here, and not in the child
-    (outcome,) = sandbox.run_each(_write_one, [(key, request)], [str(template.path)])
+    (outcome,) = sandbox.run_each(_write_one, [(key, extract, request)], [str(template.path)])
     if isinstance(outcome, PolyakError):
         raise outcome
     if "unwritable" in outcome:
@@ -278,11 +280,14 @@ def write_skeleton(
     return Skeleton(files or [str(output)], placements, lambda: _finalize(key, str(output), draft))
 
 
-def _write_one(request: tuple[str, SkeletonRequest], heartbeat: Heartbeat) -> dict[str, Any]:
+def _write_one(request: tuple[str, bool, SkeletonRequest], heartbeat: Heartbeat) -> dict[str, Any]:
     """Write, in a child, a skeleton of its template's format or of another."""
-    key, wanted = request
+    key, extract, wanted = request
     try:
-        draft = _write_or_convert(key, wanted, heartbeat)
+        if extract:
+            draft = find_format(wanted.template.format).extract(wanted, heartbeat)
+        else:
+            draft = _write_or_convert(key, wanted, heartbeat)
     except OSError as error:  # one of the template's files is reported as any unreadable file
         if not error.errno or error.filename in {file.path for file in wanted.template.files}:
             raise
@@ -297,8 +302,6 @@ def _write_one(request: tuple[str, SkeletonRequest], heartbeat: Heartbeat) -> di
 def _write_or_convert(key: str, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
     if key == request.template.format:
         return find_format(key).write_skeleton(request, heartbeat)
-    if key == find_format(request.template.format).inner:
-        return find_format(request.template.format).extract(request, heartbeat)
     texts = find_format(request.template.format).texts(request.template, heartbeat)
     return find_format(key).convert(request, texts, heartbeat)
 

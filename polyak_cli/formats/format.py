@@ -82,8 +82,8 @@ class Format(ABC):
     carries_all: ClassVar[bool] = False
     #: `texts` is there: its checkpoints can be converted to other formats.
     can_be_left: ClassVar[bool] = False
-    #: The format of a file inside it that holds all its tensors; `extract` is there.  The suffix of
-    #: an output that asks for it is that format's ``weights_suffix``.
+    #: The format to which the tensors of a whole model can be written alone; `extract` is there.
+    #: The suffix of an output that asks for it is that format's ``weights_suffix``.
     inner: ClassVar[str] = ""
     #: The suffix that asks for conversion to it; "" where other formats cannot become it.
     conversion_suffix: ClassVar[str] = ""
@@ -171,8 +171,17 @@ class Format(ABC):
         raise NotImplementedError(f"{self.key} cannot be left")
 
     def extract(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
-        """Write a skeleton of the file inside alone; asked where there is an ``inner`` one."""
-        raise NotImplementedError(f"{self.key} has no file inside")
+        """Write a skeleton of a whole model's tensors alone; asked where ``inner`` is a format."""
+        raise NotImplementedError(f"{self.key} has no tensors alone")
+
+    def refuse_extraction(  # noqa: B027 - where the file inside is copied, nothing is in the way
+        self, request: SkeletonRequest, heartbeat: Heartbeat
+    ) -> None:
+        """Refuse a model whose tensors cannot be written alone.
+
+        Raises:
+            OutputError: says what and why, without the names of files.
+        """
 
     def refuse_conversion(self, request: SkeletonRequest, texts: Mapping[str, str]) -> None:
         """Refuse what this format cannot hold; asked where it has a ``conversion_suffix``.

@@ -37,7 +37,7 @@ def _map_conversions(source: str) -> dict[str, str]:
 def choose_format(output: Path | None, template: Table) -> str:
     """Return the format of an output: the template's, unless its suffix is that of another."""
     form = find_format(template.format)
-    if output and form.inner and output.name.endswith(find_format(form.inner).weights_suffix):
+    if takes_weights(output, template):
         return form.inner
     if output and not output.name.endswith(form.suffixes) and form.can_be_left:
         return _map_conversions(form.key).get(output.suffix, template.format)
@@ -53,9 +53,18 @@ def is_folder(output: Path, template: Table) -> bool:
     return is_named_so and (template.path.name in OPENERS or _is_sharded(template))
 
 
-def _takes_inner(output: Path | None, template: Table) -> bool:
-    """Tell whether an output is the file inside the template alone."""
-    return choose_format(output, template) == find_format(template.format).inner
+def takes_weights(output: Path | None, template: Table) -> bool:
+    """Tell by its suffix whether an output is to have a whole model's weights alone."""
+    suffix = _find_inner_suffix(template)
+    # An older whole model may itself be called so.
+    is_named_so = bool(output and suffix and output.name.endswith(suffix))
+    return is_named_so and not template.path.name.endswith(suffix)
+
+
+def _find_inner_suffix(template: Table) -> str:
+    """Return the suffix that asks for the weights of a whole model; "" where there is none."""
+    inner = find_format(template.format).inner
+    return find_format(inner).weights_suffix if inner and template.config else ""
 
 
 def _is_sharded(template: Table) -> bool:
@@ -91,18 +100,19 @@ def check_conversion(
             f"{shown(output or template.path)}: is {find_format(name).name}, which has no "
             f"type {dtype}; choose another --dtype, or safetensors for the output"
         )
-    if output and _takes_inner(output, template):
-        if not only_weights:
-            raise OutputError(
-                f"{shown(output)}: the configuration and the assets of {shown(template.path)} "
-                f"would be lost, because a {find_format(name).weights_suffix} holds tensors only; "
-                f"leave them out with --only-weights, or keep {find_format(template.format).name}"
-            )
-        return
-    if not output or (name == template.format and not _is_merged(output, template)):
+    extract = takes_weights(output, template)
+    if extract and not only_weights:
+        raise OutputError(
+            f"{shown(output)}: the configuration and the assets of {shown(template.path)} "
+            f"would be lost, because a {find_format(name).weights_suffix} holds tensors only; "
+            f"leave them out with --only-weights, or keep {find_format(template.format).name}"
+        )
+    is_same = name == template.format and not extract
+    if not output or (is_same and not _is_merged(output, template)):
         return
     request = SkeletonRequest(template, "", averaged, drop_optimizer, "")
-    (outcome,) = sandbox.run_each(_refuse_conversion, [(name, request)], [str(template.path)])
+    refuse = _refuse_extraction if extract else _refuse_conversion
+    (outcome,) = sandbox.run_each(refuse, [(name, request)], [str(template.path)])
     if isinstance(outcome, OutputError):
         raise OutputError(f"{shown(output)}: {shown(template.path)} {outcome}")
     if isinstance(outcome, PolyakError):
@@ -123,6 +133,12 @@ def _refuse_conversion(request: tuple[str, SkeletonRequest], heartbeat: Heartbea
     if name != layout.template.format:
         conversion.refuse_losses(layout)
         find_format(name).refuse_conversion(layout, texts)
+
+
+def _refuse_extraction(request: tuple[str, SkeletonRequest], heartbeat: Heartbeat) -> None:
+    """Refuse, in a child, a model whose weights cannot be written alone."""
+    _, layout = request
+    find_format(layout.template.format).refuse_extraction(layout, heartbeat)
 
 
 def check_output(
@@ -168,7 +184,7 @@ def _check_place(
     named = choose_format(output, tables[-1])
     form = find_format(named)
     suffixes = (named == tables[-1].format and tables[-1].rules.suffixes) or form.suffixes
-    if _takes_inner(output, tables[-1]):
+    if takes_weights(output, tables[-1]):
         suffixes = (form.weights_suffix,)
     if not folder_wanted and not suffixes:
         raise OutputError(
@@ -254,7 +270,8 @@ def _describe_alternatives(template: Table) -> str:
         if form.can_be_left
         else []
     )
-    others += [find_format(form.inner).weights_suffix] if form.inner else []
+    inner = _find_inner_suffix(template)
+    others += [inner] if inner else []
     return shards + (f", or {' or '.join(others)} to convert it" if others else "")
 
 

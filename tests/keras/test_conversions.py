@@ -252,6 +252,57 @@ def test_the_average_of_whole_models_is_written_as_an_archive(tmp_path: Path) ->
     opened.load_weights(tmp_path / "weights.weights.h5")
 
 
+# --- .h5 to .weights.h5 ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+@pytest.mark.parametrize(
+    "make",
+    [
+        embedding,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (attentive, recurrent, functional)),
+        pytest.param(convolutional, marks=pytest.mark.slow),
+    ],
+)
+def test_the_weights_of_whole_models_are_loaded_by_keras(
+    tmp_path: Path, make: Callable[[], Any]
+) -> None:
+    """A fresh model with the weights of an average predicts as one whose weights are set by hand.
+
+    `verify` makes the same bytes from the whole models.
+    """
+    (tmp_path / "run").mkdir()
+    paths = train_h5(tmp_path / "run", make(), MODELS[make])
+    output = tmp_path / "mean.weights.h5"
+    average(tmp_path / "run", output, only_weights=True, verify=True)
+    expected = set_by_hand(keras, paths, (0.5, 0.5))
+    fresh = make()
+    fresh.load_weights(output)
+    for ours, theirs in zip(fresh.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    rows = MODELS[make]
+    np.testing.assert_array_equal(fresh.predict(rows, verbose=0), expected.predict(rows, verbose=0))
+    assert verify(output, sources=[tmp_path / "run"]).problems == ()
+
+
+def test_what_a_weights_file_cannot_hold_is_named(tmp_path: Path) -> None:
+    """The configuration and the optimizer's state are left out on demand only."""
+    (_, path) = train_h5(tmp_path, embedding(), MODELS[embedding])
+    output = tmp_path / "o.weights.h5"
+    with pytest.raises(OutputError, match=r"configuration .* would be lost.* --only-weights"):
+        plan(path, output)
+    with pytest.raises(OutputError, match=r"optimizer state .* leave it out with --optimizer drop"):
+        plan(path, output, only_weights=True, optimizer="newest")
+    made = plan(path, output, only_weights=True)
+    assert made.dropped
+    assert all("optimizer" in name for name in made.dropped)
+    entry = keras.Input((4,))
+    normed = layers.SpectralNormalization(layers.Dense(2), name="normed")(entry)
+    keras.Model(entry, normed).save(tmp_path / "normed.h5")
+    with pytest.raises(OutputError, match=r"'normed' of class SpectralNorm.* model.save_weights"):
+        plan(tmp_path / "normed.h5", output, only_weights=True)
+
+
 @pytest.mark.parametrize(
     "generation", sorted(one.name for one in GENERATIONS.iterdir() if one.is_dir())
 )
@@ -296,5 +347,5 @@ def test_what_has_no_certain_place_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "m.npz", a=ROWS)
     with pytest.raises(OutputError, match=r"give the output that suffix.*, or \.safetensors to"):
         plan(tmp_path / "m.npz", tmp_path / "o.keras")
-    with pytest.raises(OutputError, match=r"or \.safetensors or \.npz or \.keras to convert it$"):
+    with pytest.raises(OutputError, match=r"or \.npz or \.keras or \.weights\.h5 to convert it$"):
         plan(tmp_path / "lora.h5", tmp_path / "o.bin")

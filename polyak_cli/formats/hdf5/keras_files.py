@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 from h5py import h5a, h5d, h5g, h5t
 
 from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.formats import conversion
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.hdf5 import skeleton
+from polyak_cli.formats.hdf5 import skeleton, weights_files
 from polyak_cli.formats.hdf5.datasets import Describer
 from polyak_cli.formats.hdf5.library import (
     Place,
@@ -38,12 +39,14 @@ from polyak_cli.formats.hdf5.library import (
     walk,
 )
 from polyak_cli.formats.hdf5.skeleton import PROVENANCE
+from polyak_cli.formats.hdf5.windows import Window
+from polyak_cli.formats.keras import from_models, vocabularies
 from polyak_cli.formats.keras import names as keras_names
-from polyak_cli.formats.keras import vocabularies
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
 from polyak_cli.formats.keras.outline import read_outline
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File
+from polyak_cli.storage.local import LocalOutput
 from polyak_cli.tensors import Asset, KerasFacts, OutputRules, Table, TensorSpec
 
 WHOLE_CAUTIONS = {
@@ -403,6 +406,7 @@ class KerasHdf5(Format):
     recalculation = keras_names.RECALCULATION
     weights_suffix = WEIGHTS_SUFFIX
     can_be_left = True
+    inner = "hdf5"
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`."""
@@ -454,6 +458,25 @@ class KerasHdf5(Format):
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
         return skeleton.write_skeleton(request, heartbeat)
+
+    def extract(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
+        """See `Format.extract`: each tensor where Keras looks for it in a ``.weights.h5``."""
+        template = request.template
+        places = from_models.place_tensors(template, self.texts(template, heartbeat))
+        with (
+            conversion.Carrier(template, heartbeat) as carrier,
+            LocalOutput(request.output) as output,
+        ):
+            target = Window(request.output, output.fileno(), 0)
+            made = weights_files.build(request, places, target, heartbeat)
+            for name, start in made.carried.items():
+                carrier.carry(template.tensors[name], output, start)
+        return Draft(made.placements)
+
+    def refuse_extraction(self, request: SkeletonRequest, heartbeat: Heartbeat) -> None:
+        """See `Format.refuse_extraction`."""
+        conversion.refuse_losses(request)
+        from_models.place_tensors(request.template, self.texts(request.template, heartbeat))
 
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""

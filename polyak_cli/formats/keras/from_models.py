@@ -1,6 +1,7 @@
-"""Turn the texts and names of a whole model in HDF5 into those of a `.keras` archive.
+"""Turn the texts and names of a whole model in HDF5 into those of Keras 3's own files.
 
-An `.h5` file lists the tensors of each layer in a row; an archive has them in a tree of objects.
+An `.h5` file lists the tensors of each layer in a row; a `.keras` and a `.weights.h5` have them in
+a tree of objects.
 For the layers of Keras that are known here, the tree follows from the configuration.  Any other
 layer with tensors is refused, since a tensor in a wrong place would go unseen.  Builds nothing and
 reads no file.
@@ -18,7 +19,10 @@ from polyak_cli.formats.keras.outline import find_layers, number_group, read_par
 from polyak_cli.tensors import Table
 
 #: What else can be done; ends a refusal.
-_WAY_OUT = "open it in Keras and save it as .keras with model.save(), or keep .h5"
+_WAY_OUT = (
+    "open it in Keras and save it as .keras with model.save(), or its tensors with "
+    "model.save_weights(), or keep .h5"
+)
 #: Classes of models -> what Keras 3 calls them in archives.
 _MODELS: Mapping[object, Mapping[str, str | None]] = {
     "Sequential": {"module": "keras", "registered_name": None},
@@ -94,32 +98,42 @@ def read_model(table: Table, texts: Mapping[str, str]) -> Model:
     for key in texts:
         if key not in _TEXTS:
             raise OutputError(f"'{shown(key)}' would be lost: a .keras has no place for it")
-    version = texts.get("keras_version", "")
-    if not version.startswith("3."):
-        raise OutputError(
-            f"was written by Keras {shown(version, 20) or '1'}, whose configuration is not that of "
-            f"a .keras of Keras 3; {_WAY_OUT}"
-        )
-    try:
-        return _read_model(table, texts)
-    except RecursionError:
-        raise OutputError("has a damaged configuration: it is nested without end") from None
-
-
-def _read_model(table: Table, texts: Mapping[str, str]) -> Model:
-    config = _parse(texts.get("model_config", ""))
-    if str(config.get("class_name")) not in _MODELS:
-        raise OutputError(
-            f"is a {shown(config.get('class_name'), 60)}, expected a Sequential or Functional "
-            f"model; {_WAY_OUT}"
-        )
-    places = dict(_place_layers(config, "", _list_held(table), 1))
+    places = place_tensors(table, texts)
+    config = _parse(texts["model_config"])
     # The layers in it are described in the older way, which Keras 3 reads in archives too.
     config |= _MODELS[config["class_name"]]
     if texts.get("training_config"):
         config["compile_config"] = _convert_training(_parse(texts["training_config"]))
     metadata = {"keras_version": texts["keras_version"]}
     return Model(json.dumps(config).encode(), json.dumps(metadata).encode(), places)
+
+
+def place_tensors(table: Table, texts: Mapping[str, str]) -> dict[str, str]:
+    """Return name of each tensor -> its location in a weights file of the same model.
+
+    Args:
+        table: of a whole ``.h5`` file.
+        texts: of it.
+
+    Raises:
+        OutputError: names the layer whose tensors have no certain place, and what to do.
+    """
+    version = texts.get("keras_version", "")
+    if not version.startswith("3."):
+        raise OutputError(
+            f"was written by Keras {shown(version, 20) or '1'}, whose configuration is not that of "
+            f"Keras 3; {_WAY_OUT}"
+        )
+    try:
+        config = _parse(texts.get("model_config", ""))
+        if str(config.get("class_name")) not in _MODELS:
+            raise OutputError(
+                f"is a {shown(config.get('class_name'), 60)}, expected a Sequential or Functional "
+                f"model; {_WAY_OUT}"
+            )
+        return dict(_place_layers(config, "", _list_held(table), 1))
+    except RecursionError:
+        raise OutputError("has a damaged configuration: it is nested without end") from None
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -220,7 +234,7 @@ def _place_layer(
         yield from _place_cells(layer, f"{path}/cell", variables)
     elif kind == "TimeDistributed":
         yield from _place_layer(inner, f"{path}/layer", variables, depth + 1)
-    elif kind == "Bidirectional":
+    elif kind == "Bidirectional" and str(inner.get("class_name")) in (*_RECURRENT, "RNN"):
         backward = read_part(config, "backward_layer") or inner
         if len(variables) % 2 or backward.get("class_name") != inner.get("class_name"):
             raise _refuse(layer)
