@@ -322,8 +322,16 @@ def test_megatron_keeps_more_in_its_metadata(tmp_path: Path) -> None:
         nd_orig_global_shape=several(number(6)),
     )
     key = "decoder.layers.self_attention._extra_state/shard_0_1"
+    planner = f"{dcp.MODULE}.planner"
+    written = dcp.attributes(
+        f"{planner} WriteItem",
+        type=call(f"{planner} WriteItemType", number(2)),
+        tensor_data=dcp.attributes(f"{planner} TensorWriteData", chunk=chunk((0, 0), X.shape)),
+    )
+    plans = b"](" + dcp.attributes(f"{planner} SavePlan", items=b"](" + written + b"e") + b"e"
     root = dcp.attributes(
         f"{strategies}.torch MCoreMetadata",
+        all_local_plans=plans,
         state_dict_metadata=dcp.pairs([(text("w"), ONE), (text(key), dcp.plain_item())]),
         storage_data=dcp.pairs(
             [place("w", (0, 0), PART, 0, LENGTH), place(key, None, PART, LENGTH, 5)]

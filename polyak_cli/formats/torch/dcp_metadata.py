@@ -50,7 +50,18 @@ _CLASSES = frozenset(
         f"{_SHARDS}.MEM_FORMAT_ENCODING",
         f"{_MODULE}.metadata.StorageMeta",
         f"{_MEGATRON}.resharding.TensorReformulationMetadata",
+        # What each process wrote, which Megatron keeps to plan the next save.
         f"{_MEGATRON}.torch.MCoreSavePlan",
+        *(
+            f"{_MODULE}.planner.{kind}"
+            for kind in (
+                "SavePlan",
+                "WriteItem",
+                "WriteItemType",
+                "TensorWriteData",
+                "BytesIOWriteData",
+            )
+        ),
         "torch.serialization._get_layout",
         # The folder that the checkpoint was saved to; Python 3.13 moved the classes.
         *(f"pathlib{home}.{kind}Path" for home in ("", "._local") for kind in ("Posix", "Windows")),
