@@ -123,7 +123,7 @@ FOLDERS: dict[str, tuple[list[str], str, str]] = {
     "SavedModel": (["saved_model.pb", "variables/x", "assets/y"], "SavedModel", "variables.index"),
     "DCP": (["__0_0.distcp", "__1_0.distcp"], "(DCP)", "not saved completely"),
     "DCP by rank": (["__0.metadata", "__0_0.distcp"], "(DCP)", "use_collectives=True"),
-    "Orbax": (["_CHECKPOINT_METADATA", "manifest.ocdbt", "d/a"], "Orbax", "orbax.checkpoint"),
+    "Orbax": (["manifest.ocdbt", "_sharding", "d/a"], "Orbax", "orbax.checkpoint"),
     "Core ML": (["Manifest.json", "Data/weight.bin"], "Core ML", "average the checkpoints"),
 }
 

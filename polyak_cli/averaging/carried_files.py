@@ -17,6 +17,7 @@ from polyak_cli.formats.model_folders import (
     OTHER_WEIGHTS,
     RECORD_NAME,
     FolderFiles,
+    LeftOut,
     list_files,
 )
 from polyak_cli.storage import File, open_input
@@ -39,7 +40,13 @@ def plan_files(output: Path | None, template: Table, settings: Settings) -> Fold
     folder = form.find_root(template)
     held = {Path(file.path).relative_to(folder).as_posix() for file in template.files}
     found, left_out = list_files(folder, held, everything=form.carries_all)
-    carried = [one for one in found if not form.is_storage(one.name)]
+    neighbours = form.list_neighbours(template)
+    left_out += (LeftOut(f"{name}/", reason) for name, reason in neighbours.items())
+    carried = [
+        one
+        for one in found
+        if not form.is_storage(one.name) and one.name.partition("/")[0] not in neighbours
+    ]
     return FolderFiles(weights, tuple(carried), tuple(left_out))
 
 

@@ -140,6 +140,11 @@ class Record:
     weights: tuple[str, ...] = ()
     carried: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def key(self) -> str:
+        """The part of each checkpoint that was averaged; "" where none was asked for."""
+        return str(self.options.get("key") or "")
+
 
 def read(written: str) -> Record:
     """Check the record of an output.

@@ -136,6 +136,9 @@ _UNFINISHED = split_words(
     "tmp temp part partial incomplete unfinished crdownload download swp swo lock"
 )
 
+#: How Orbax calls a folder until it is complete, and what it leaves when it is killed.
+_ORBAX_UNFINISHED = re.compile(r".*\.orbax-checkpoint-tmp(-\d+)?", re.DOTALL)
+
 #: Files of a folder without checkpoints that are looked into.
 _LOOKED_AT = 1000
 
@@ -351,6 +354,8 @@ def _is_another(path: Path) -> bool:
     """Return whether a path in a folder is a checkpoint besides the folder's own."""
     if path.name in _OPENED or _PIECE.fullmatch(path.name) or is_state_folder(path.name):
         return False
+    if (path / "_METADATA").is_file() and path.with_name("_CHECKPOINT_METADATA").is_file():
+        return False  # an item of a step
     # A model of several modules may hold other models, which have no number.
     has_modules = path.with_name(MODULES).is_file()
     if _is_module(path) or (has_modules and not re.search(r"\d", path.name)):
@@ -500,6 +505,8 @@ def find_objection(path: Path, kinds: Mapping[str, str], what: str) -> str | Non
         return "hidden"
     if name.endswith("~") or not _UNFINISHED.isdisjoint(re.split(r"[.]|(?<=^tmp)-", name)):
         return "unfinished, by its name"
+    if any(_ORBAX_UNFINISHED.fullmatch(part) for part in (name, path.parent.name)):
+        return "unfinished, by its name (of Orbax)"
     if name == "checkpoint" and path.is_file():
         return "TensorFlow's list of checkpoints"
     if _DATA.fullmatch(name):

@@ -224,8 +224,8 @@ STRIP_PREFIX = option(
 KEY = option(
     "--key",
     metavar="KEY",
-    help="Average this part of PyTorch checkpoints, such as state_dict or model/net.  The rest is "
-    "copied from the newest, or left out of an output of another format.",
+    help="Average this part of PyTorch or Orbax checkpoints, such as state_dict or model/net.  The "
+    "rest is copied from the newest, or left out of an output of another format.",
 )
 DATA = option(
     "--data",

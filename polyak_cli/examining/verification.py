@@ -235,6 +235,7 @@ class _Search:
         self.folders = folders
         self.is_wide = is_wide  # folders that nobody named were looked through
         self.own = own
+        self.key = record.key
         self.inputs = [_Input(one) for one in record.inputs]
         self._taken: set[Path] = set()  # two inputs never share a checkpoint
 
@@ -263,7 +264,7 @@ class _Search:
         """Take the first checkpoint of the name that is as recorded."""
         for path in self._list_paths(one.recorded):
             with contextlib.suppress(PolyakError, OSError):
-                files = _list_files(path, one.recorded.size)
+                files = _list_files(path, one.recorded.size, self.key)
                 if _is_recorded(files, one.recorded):
                     self._take(one, path, files)
                     one.is_recorded = True
@@ -273,7 +274,7 @@ class _Search:
         """Take the first checkpoint of the name that can be read and has the expected format."""
         for path in self._list_paths(one.recorded):
             try:
-                (table,) = formats.scan([find_file(path)])
+                (table,) = formats.scan([find_file(path)], key=self.key)
                 self._check_format(path, table.format)
             except PolyakError as error:
                 one.error = one.error or str(error)  # of the first folder, the likeliest
@@ -303,7 +304,7 @@ class _Search:
             with contextlib.suppress(PolyakError, OSError):
                 nbytes = path.stat().st_size
                 if nbytes in sizes or _is_folder(path):
-                    self._take_renamed(wanted, path, _list_files(path, nbytes))
+                    self._take_renamed(wanted, path, _list_files(path, nbytes, self.key))
 
     def _take_renamed(self, wanted: Sequence[_Input], path: Path, files: tuple[File, ...]) -> None:
         """Take a checkpoint of another name for the input whose digest it has, if there is one."""
@@ -381,7 +382,7 @@ def _is_part(path: Path, own: Table) -> bool:
     return False
 
 
-def _list_files(path: Path, nbytes: int) -> tuple[File, ...]:
+def _list_files(path: Path, nbytes: int, key: str) -> tuple[File, ...]:
     """Return the files of a checkpoint that may have ``nbytes`` bytes.
 
     Raises:
@@ -393,7 +394,7 @@ def _list_files(path: Path, nbytes: int) -> tuple[File, ...]:
     # The headers of a single file need not be read: its digest says whether it is the one.
     if stat.S_ISREG(status.st_mode) and opener == path and status.st_size == nbytes:
         return (File(str(path), Version.of(status)),)
-    (table,) = formats.scan([opener])
+    (table,) = formats.scan([opener], key=key)
     return table.files
 
 
@@ -420,9 +421,13 @@ def _find_folders_beside(record: Record, own: Table) -> tuple[list[Path], list[s
     if all(one.sampled or one.sha256 for one in record.inputs):
         return [*named, *_find_folders_further(record, own, beside, named)], []
     # Without digests, sizes are all there is: a folder of other sizes is not meant.
-    if all(_has_recorded(beside, one, own) for one in record.inputs):
+    if all(_has_recorded(beside, one, own, record.key) for one in record.inputs):
         return [], []
-    likely = [f for f in named if any(_has_recorded(f, one, own) for one in record.inputs)]
+    likely = [
+        folder
+        for folder in named
+        if any(_has_recorded(folder, one, own, record.key) for one in record.inputs)
+    ]
     if len(likely) < 2:
         return likely or named, []
     several = " and ".join(shown(folder) for folder in likely[:2])
@@ -445,17 +450,18 @@ def _find_folders_further(
         for folder in itertools.islice(further, _MOST_FOLDERS)
         if folder not in named
         and any(
-            os.path.exists(folder / one.path) and _has_recorded(folder, one, own)  # noqa: PTH110
+            os.path.exists(folder / one.path)  # noqa: PTH110 - see `_is_folder`
+            and _has_recorded(folder, one, own, record.key)
             for one in record.inputs
         )
     ]
 
 
-def _has_recorded(folder: Path, recorded: records.Input, own: Table) -> bool:
+def _has_recorded(folder: Path, recorded: records.Input, own: Table, key: str) -> bool:
     """Return whether a folder has an input, under its name and as recorded."""
     for path in _find_named(recorded, [folder], own):
         with contextlib.suppress(PolyakError, OSError):
-            if _is_recorded(_list_files(path, recorded.size), recorded):
+            if _is_recorded(_list_files(path, recorded.size, key), recorded):
                 return True
     return False
 
@@ -547,7 +553,7 @@ class _Verifier:
     def _explain(self, error: PolyakError) -> None:
         """Say why nothing can be recomputed, and which input is to blame."""
         found = [(one, one.path) for one in self.inputs if one.path]
-        outcomes = formats.probe([find_file(path) for _, path in found])
+        outcomes = formats.probe([find_file(path) for _, path in found], key=self.record.key)
         blamed = [
             one.make_problem(f"cannot be averaged: {outcome}")
             for (one, _), outcome in zip(found, outcomes, strict=True)

@@ -158,25 +158,31 @@ class Probed(NamedTuple):
     is_polyak_output: bool  # this tool wrote it
 
 
-def probe(paths: Sequence[Path], *, jobs: int = 1) -> list[Probed | PolyakError]:
+def probe(paths: Sequence[Path], *, jobs: int = 1, key: str = "") -> list[Probed | PolyakError]:
     """Try whether each file can be read as a checkpoint now, whatever the others are.
 
     Checksums are compared where a format has them; other values are not looked at.
+
+    Args:
+        paths: the files.
+        jobs: how many are tried at a time.
+        key: of the part of each checkpoint that is taken for the model.
 
     Returns:
         For each file what it consists of, or the error that says why not.
     """
     errors: dict[int, PolyakError] = {}
-    requests: dict[int, tuple[Format, str]] = {}
+    requests: dict[int, tuple[Format, ScanRequest]] = {}
     for number, path in enumerate(paths):
         try:
-            requests[number] = find_format(detect(path)), str(path)
+            request = ScanRequest(str(path), with_optimizer=False, key=key)
+            requests[number] = find_format(detect(path)), request
         except PolyakError as error:
             errors[number] = error
     outcomes = sandbox.run_each(
         _probe_one,
         [*requests.values()],
-        [path for _, path in requests.values()],
+        [request.path for _, request in requests.values()],
         max(1, min(jobs, len(requests))),
     )
     found = dict(zip(requests, outcomes, strict=True)) | errors
@@ -188,11 +194,12 @@ def probe(paths: Sequence[Path], *, jobs: int = 1) -> list[Probed | PolyakError]
     ]
 
 
-def _probe_one(request: tuple[Format, str], heartbeat: Heartbeat) -> dict[str, Any]:
+def _probe_one(wanted: tuple[Format, ScanRequest], heartbeat: Heartbeat) -> dict[str, Any]:
     """Probe a checkpoint, in a child."""
-    form, path = request
+    form, request = wanted
+    path = request.path
     version = _read_version(Path(path))
-    table = form.scan(ScanRequest(path, with_optimizer=False), heartbeat)
+    table = form.scan(request, heartbeat)
     if form.has_checksums:
         form.check(path, heartbeat)
     return {

@@ -43,6 +43,7 @@ class Entry(NamedTuple):
 _WITH_USER_BLOCK = "hdf5"
 #: A new format is one line here and one subclass of `format.Format`.  The first that recognises a
 #: file has it; `foreign` names the files that none recognises.
+_ORBAX = ("_METADATA", "_CHECKPOINT_METADATA")
 FORMATS: tuple[Entry, ...] = (
     Entry(
         "hdf5",
@@ -104,9 +105,9 @@ FORMATS: tuple[Entry, ...] = (
         "polyak_cli.formats.orbax.checkpoint:OrbaxCheckpoint",
         detection.is_orbax_metadata,
         {},
-        # As Keras, and `CheckpointManager` for one item and by custom, call the tree.
+        # A tree, and a step of several items; without the latter, as older versions call items.
         (
-            "_METADATA",
+            *_ORBAX,
             "pytree/_METADATA",
             "default/_METADATA",
             "state/_METADATA",
@@ -149,8 +150,9 @@ def choose_openers(names: Collection[str]) -> list[str]:
     Of the same weights in safetensors and in PyTorch's own format, the former are taken, as
     Transformers, PEFT and Diffusers do.
     """
-    if MODULES in names:
-        return [MODULES]
+    for name in (MODULES, *_ORBAX):
+        if name in names:
+            return [name]
     found = [name for name in OPENERS if name in names]
     safe = {_find_stem(name) for name in found if ".safetensors" in name}
     return [name for name in found if ".safetensors" in name or _find_stem(name) not in safe]

@@ -119,14 +119,14 @@ def is_dcp_metadata(opening: Opening) -> bool:
 
 
 def is_orbax_metadata(opening: Opening) -> bool:
-    """Tell whether a JSON file lists the arrays of an Orbax checkpoint.
+    """Tell whether a JSON file lists the arrays or the items of an Orbax checkpoint.
 
     One that is damaged has its name still; nothing else is called so.
     """
     if not opening.head.lstrip().startswith(b"{") or _LENGTH.match(opening.head):
         return False
     return b'"tree_metadata"' in opening.file.read(0, 512) or opening.file.name.endswith(
-        "/_METADATA"
+        ("/_METADATA", "/_CHECKPOINT_METADATA")
     )
 
 

@@ -118,6 +118,15 @@ class Format(ABC):
         """Return the folder of a checkpoint that is one, in which its opener need not lie."""
         return template.path.parent
 
+    def list_neighbours(self, template: Table) -> Mapping[str, str]:
+        """Return folders in a checkpoint's folder that are other checkpoints, and are not copied.
+
+        Returns:
+            The names of the folders, and why each is not copied; see `model_folders.LeftOut`.
+        """
+        del template
+        return {}
+
     def is_storage(self, name: str) -> bool:
         """Tell whether a file in a checkpoint's folder stores tensors, though none was found in it.
 

@@ -220,7 +220,8 @@ class _Watched:
             if before and not before.trouble and _are_unchanged(before.files):
                 seen[path] = before._replace(looks=before.looks + 1)
         to_try = [path for path in paths if path not in seen]
-        for path, outcome in zip(to_try, formats.probe(to_try), strict=True):
+        outcomes = formats.probe(to_try, key=self.options.get("key") or "")
+        for path, outcome in zip(to_try, outcomes, strict=True):
             if isinstance(outcome, PolyakError):
                 found = _Seen(_find_file(path), str(outcome), False, 0)
             else:

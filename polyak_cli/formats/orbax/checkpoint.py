@@ -6,17 +6,16 @@ is a chunk of an array (`zarr`), and mostly a whole array or the part of one dev
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli.errors import FormatError, shown, word_size
+from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats import conversion, zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.model_folders import RECORD_NAME
-from polyak_cli.formats.orbax import writing
+from polyak_cli.formats.model_folders import OTHER_WEIGHTS, RECORD_NAME, STATE
+from polyak_cli.formats.orbax import items, writing
 from polyak_cli.formats.orbax.values import (
     Leaf,
     Values,
@@ -35,10 +34,6 @@ from polyak_cli.tensors import (
     TensorSpec,
 )
 
-#: Under what programs keep optimizers and metrics: Keras; Flax's TrainState and MaxText; T5X; NNX.
-_STATE = re.compile(
-    r"optimizer(_variables|_states?)?|opt(_states?)?|metrics(_variables)?|param_states|tx"
-)
 #: What an array's value may be: what Orbax calls types of leaves, without their packages.
 _ARRAYS = {"jax.Array", "np.ndarray", "scalar"}
 #: Files of databases, which one database of an output replaces.
@@ -46,7 +41,6 @@ _STORAGE = re.compile(
     r"([^/]+/)?(ocdbt\.process_\d+/)?(manifest\.(ocdbt|[0-9a-f]{16})|d/[0-9a-f]{32})"
 )
 _STRINGS = "_strings.json"
-_ITEMS = "_CHECKPOINT_METADATA"
 
 
 class _Listed(NamedTuple):
@@ -69,31 +63,13 @@ class _Listed(NamedTuple):
 # --- the tree -------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> tuple[File, dict[str, Any]]:
-    """Return a file of one JSON object."""
-    with open_input(path) as file, name_errors(str(path)):
-        if file.size > zips.WHOLE:
-            raise FormatError(
-                f"has {word_size(file.size)}; expected at most {word_size(zips.WHOLE)}"
-            )
-        try:
-            said = json.loads(file.read(0, file.size))
-        except (ValueError, RecursionError) as error:
-            raise FormatError(
-                f"is not JSON ({shown(error, 60)}); it is truncated or damaged"
-            ) from None
-        if not isinstance(said, dict):
-            raise FormatError("is not a JSON object; it is damaged")
-        return File(str(path), file.version), said
-
-
 def _read_tree(path: str, heartbeat: Heartbeat) -> _Listed:
     """Read which arrays there are.
 
     Raises:
         FormatError: `_METADATA` is damaged, or lists something that is not read here.
     """
-    file, said = _read_json(Path(path))
+    file, said = items.read_json(Path(path))
     with name_errors(path):
         tree, uses_ocdbt = said.get("tree_metadata"), said.get("use_ocdbt")
         if not isinstance(tree, dict) or not isinstance(uses_ocdbt, bool | None):
@@ -139,26 +115,31 @@ def _open(listed: _Listed, heartbeat: Heartbeat) -> Values:
     return open_values(folder, listed.uses_ocdbt, is_sparse, heartbeat)
 
 
-def _is_state(path: Sequence[str]) -> bool:
-    """Tell whether an array continues a training, and is none of the model's."""
-    return any(_STATE.fullmatch(key) for key in path[:2])
+def _is_state(leaf: Leaf, part: Sequence[str]) -> bool:
+    """Tell whether an array continues a training, and is none of the part that was asked for."""
+    if part and leaf.path[: len(part)] == tuple(part):
+        return False
+    return any(map(items.is_state, leaf.path[:2]))
 
 
-def _find_root(path: str | Path) -> Path:
-    """Return the folder of a checkpoint, which may hold the tree's folder beside others.
+def _list_step(path: str) -> tuple[File, ...]:
+    """Return the file of the step whose item a tree is, if it is one."""
+    root = items.find_root(path)
+    if root == Path(path).parent:
+        return ()
+    with open_input(root / items.STEP) as file:
+        return (File(str(root / items.STEP), file.version),)
 
-    A `CheckpointManager` saves several items for a step, each in a folder of its own; the step's
-    folder has a file that lists them.
-    """
-    folder = Path(path).parent
-    is_item = (folder.parent / _ITEMS).is_file() and not (folder / _ITEMS).is_file()
-    return folder.parent if is_item else folder
+
+def _find_list(table: Table) -> File:
+    """Return the file that lists the arrays of a checkpoint."""
+    return next(file for file in table.files[:-3:-1] if Path(file.path).name != items.STEP)
 
 
 def _read_record(path: str) -> str:
     """Return the record of an average, which is a file in its folder; "" if there is none."""
     try:
-        with open_input(_find_root(path) / RECORD_NAME) as file:
+        with open_input(items.find_root(path) / RECORD_NAME) as file:
             return file.read(0, zips.WHOLE).decode(errors="replace").removesuffix("\n")
     except FormatError:
         return ""
@@ -177,42 +158,46 @@ class OrbaxCheckpoint(Format):
     can_be_folder = True
     carries_all = True
     can_be_left = True
+    has_parts = True
     dtypes = frozenset(FLOATS)
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
-        listed = _read_tree(request.path, heartbeat)
+        tree = items.find_tree(request.path, request.key)
+        listed = _read_tree(tree.path, heartbeat)
+        if text := items.find_missing(tree.part, [leaf.path for leaf in listed.arrays]):
+            raise FormatError(f"{shown(tree.path)}: {text}")
         values = _open(listed, heartbeat)
         tensors: dict[str, TensorSpec] = {}
         others: dict[str, TensorSpec] = {}
-        state = frozenset(leaf.name for leaf in listed.arrays if _is_state(leaf.path))
+        state = frozenset(leaf.name for leaf in listed.arrays if _is_state(leaf, tree.part))
         for leaf in heartbeat.over(listed.arrays):
             spec = describe(values, leaf, heartbeat)
             # All are looked at, so that the checkpoint's files are the same either way.
-            if leaf.name not in state:
+            if leaf.name not in state and leaf.path[: len(tree.part)] == tree.part:
                 tensors[leaf.name] = spec
             elif request.with_optimizer:
                 others[leaf.name] = spec
         if not tensors:
             raise FormatError(f"{shown(request.path)}: lists no array of a model")
-        refuse_shared(values, request.path)
+        refuse_shared(values, tree.path)
         record = _read_record(request.path)
         return Table(
             path=Path(request.path),
             format=self.key,
-            files=(*values.files, listed.file),
+            files=(*values.files, listed.file, *_list_step(tree.path)),
             tensors=tensors,
             others=others,
             optimizer=state,
             config="",
             is_polyak_output=bool(record),
             about={"provenance": record} if record else {},
-            rules=OutputRules(is_fixed=False),
+            rules=OutputRules(is_fixed=False, part=request.key),
         )
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`: strings of the tree, and the configuration of a Keras model."""
-        listed = _read_tree(table.files[-1].path, heartbeat)
+        listed = _read_tree(_find_list(table).path, heartbeat)
         folder = Path(listed.file.path).parent
         found = _read_strings(folder / _STRINGS) if listed.strings else {}
         try:
@@ -224,7 +209,7 @@ class OrbaxCheckpoint(Format):
 
     def find_root(self, template: Table) -> Path:
         """See `Format.find_root`."""
-        return _find_root(template.path)
+        return items.find_root(template.path)
 
     def is_storage(self, name: str) -> bool:
         """See `Format.is_storage`: of databases, what older versions and processes left."""
@@ -232,18 +217,29 @@ class OrbaxCheckpoint(Format):
 
     def name_outputs(self, template: Table) -> list[str]:
         """See `Format.name_outputs`; values lie in one file, whatever the template's lie in."""
-        folder = template.path.parent.relative_to(_find_root(template.path))
-        names = *writing.FILES, template.path.name
-        return [(folder / name).as_posix() for name in names]
+        root, tree = items.find_root(template.path), Path(_find_list(template).path)
+        folder = tree.parent.relative_to(root)
+        names = [(folder / name).as_posix() for name in (*writing.FILES, tree.name)]
+        return names if tree.parent == root else [*names, items.STEP]
+
+    def list_neighbours(self, template: Table) -> dict[str, str]:
+        """See `Format.list_neighbours`: other items of the step."""
+        tree = Path(_find_list(template).path)
+        root = items.find_root(template.path)
+        if tree.parent == root:
+            return {}
+        others = [name for name in items.list_items(root) if name != tree.parent.name]
+        return {name: STATE if items.is_state(name) else OTHER_WEIGHTS for name in others}
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""
         template = request.template
-        listed = _read_tree(template.files[-1].path, heartbeat)
+        scanned = _find_list(template)
+        listed = _read_tree(scanned.path, heartbeat)
         values = _open(listed, heartbeat)
-        conversion.require_same(listed.file.path, listed.file.version, template.files[-1].version)
+        conversion.require_same(listed.file.path, listed.file.version, scanned.version)
         paths = [str(Path(request.output, name)) for name in self.name_outputs(template)]
-        manifest_path, data_path, tree_path = paths
+        manifest_path, data_path, tree_path = paths[:3]
         specs = {**template.tensors, **template.others}
         layout, placements, kept = writing.Layout(), {}, set()
         Path(data_path).parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +264,12 @@ class OrbaxCheckpoint(Format):
             output.truncate(layout.end)
             output.write(layout.end, node)
         tree = writing.encode_tree(listed.content, listed.list_keys(kept))
-        for path, content in ((manifest_path, manifest), (tree_path, tree)):
+        contents = [(manifest_path, manifest), (tree_path, tree)]
+        if len(paths) > len(contents) + 1:
+            file, step = items.read_json(Path(template.files[-1].path))
+            conversion.require_same(file.path, file.version, template.files[-1].version)
+            contents.append((paths[-1], items.encode_items(step, self.list_neighbours(template))))
+        for path, content in contents:
             with LocalOutput(path, create=True) as output:
                 output.write(0, content)
         return Draft(placements, paths)
@@ -281,7 +282,7 @@ class OrbaxCheckpoint(Format):
 
 def _read_strings(path: Path) -> dict[str, str]:
     """Return the strings of a tree."""
-    _, said = _read_json(path)
+    _, said = items.read_json(path)
     if not all(isinstance(text, str) for text in said.values()):
         raise FormatError(f"{shown(path)}: does not map names to strings; it is damaged")
     return said
