@@ -126,6 +126,15 @@ def test_links_to_an_epoch_are_passed_over(tmp_path: Path) -> None:
     assert "are the same file" in refusal(tmp_path)
 
 
+def test_the_number_of_a_process_is_none_of_an_epoch(tmp_path: Path) -> None:
+    """Composer links to its newest checkpoint by latest-rank0.pt."""
+    make(tmp_path, "ep1-ba100-rank0.pt", "ep2-ba200-rank0.pt")
+    (tmp_path / "latest-rank0.pt").symlink_to("ep2-ba200-rank0.pt")
+    found = select([tmp_path])
+    assert names(found) == ["ep1-ba100-rank0.pt", "ep2-ba200-rank0.pt"]
+    assert reasons(found) == {"latest-rank0.pt": "a link to ep2-ba200-rank0.pt"}
+
+
 def test_a_link_out_of_the_folder_needs_a_number(tmp_path: Path) -> None:
     """Where it leads is no checkpoint of this folder."""
     (outside,) = make(tmp_path, "elsewhere.pth")

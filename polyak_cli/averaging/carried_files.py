@@ -14,6 +14,7 @@ from polyak_cli.errors import FormatError, list_some, shown
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.model_folders import (
+    OTHER_ADAPTER,
     OTHER_WEIGHTS,
     RECORD_NAME,
     FolderFiles,
@@ -52,12 +53,21 @@ def plan_files(output: Path | None, template: Table, settings: Settings) -> Fold
 
 def note_other_weights(files: FolderFiles | None) -> list[str]:
     """Return a note on what is not copied though a program may load it."""
-    found = [one.name for one in files.left_out if one.reason == OTHER_WEIGHTS] if files else []
-    if not found:
-        return []
-    return [
-        f"not copied, since other weights than the averaged ones may be in them: {list_some(found)}"
-    ]
+    left = files.left_out if files else ()
+    weights = [one.name for one in left if one.reason == OTHER_WEIGHTS]
+    adapters = [one.name for one in left if one.reason == OTHER_ADAPTER]
+    notes = []
+    if weights:
+        some = list_some(weights)
+        notes.append(
+            f"not copied, since other weights than the averaged ones may be in them: {some}"
+        )
+    if adapters:
+        notes.append(
+            f"not copied, since other adapters are averaged by themselves: {list_some(adapters)}; "
+            f"name their folders, as in 'RUN/*/{shown(adapters[0].rstrip('/'), 60)}'"
+        )
+    return notes
 
 
 def copy_files(files: FolderFiles, hidden: Path, record: str) -> list[Path]:

@@ -66,7 +66,7 @@ class Options(TypedDict, total=False):
         include_tensors: globs of names: average only these tensors.
         exclude_tensors: globs of names: copy these tensors from the newest checkpoint.
         match: pair tensors by "name" (the default), or by "order" in the model.
-        use_ema: average the EMAs that a Keras optimizer keeps, in place of the model's tensors.
+        use_ema: average the EMAs that the trainer keeps, in place of the model's tensors.
         allow_nonfinite: average NaN and infinity too.
         allow: what else to average although it is refused by default, such as "two-runs"; see the
             option ``--allow`` of `polyak average`.
@@ -313,6 +313,7 @@ def select(
     sources: Source | Sequence[Source],
     choice: Choice,
     *,
+    use_ema: bool = False,
     growing: bool = False,
     find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]] = formats.find_polyak_outputs,
 ) -> checkpoints.Selection:
@@ -334,6 +335,7 @@ def select(
         epoch_pattern=choice.epoch_pattern,
         order=choice.order,
         growing=growing,
+        use_ema=use_ema,
         find_polyak_outputs=find_polyak_outputs,
     )
 

@@ -110,6 +110,7 @@ def select(
     epoch_pattern: str | None = None,
     order: str | None = None,
     growing: bool = False,
+    use_ema: bool = False,
     find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]] = _find_none,
 ) -> Selection:
     r"""Find the checkpoints of a run and choose some of them.
@@ -119,7 +120,8 @@ def select(
 
     Args:
         sources: directories, patterns with ``* ? [``, and files. Directories are not searched
-            recursively, except that a folder may be one checkpoint, as Transformers saves them.
+            recursively, except that a folder may be one checkpoint, as Transformers saves them, or
+            a numbered folder may hold one, as with Diffusers.
             All are ordered by the epoch in their names, or in those of their folders if the names
             are equal.  Files whose names have no number keep the order given, oldest first.
         last: how many of the newest to take; never fewer.
@@ -140,6 +142,7 @@ def select(
             average among them is meant; "epoch" confirms that the order is that of their epochs.
         growing: the run is still training, so fewer checkpoints than asked for, or none yet, are no
             error.
+        use_ema: of folders that hold a model and its EMA, as Diffusers saves them, take the EMA.
         find_polyak_outputs: returns which of the given files are averages that this tool wrote.
             It is called only with regular files.  Averages in directories and patterns are passed
             over; given by themselves beside files that are none, they need ``order`` "given".
@@ -154,7 +157,7 @@ def select(
     pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
     as_given = order == "given"
     pool = find_candidates(
-        list_sources(sources), exclude, growing, find_polyak_outputs, refuse, as_given
+        list_sources(sources), exclude, growing, find_polyak_outputs, refuse, as_given, use_ema
     )
     if pattern is None:  # a pattern says itself which files have an epoch
         pool = pass_over_outsiders(pool)

@@ -59,7 +59,7 @@ def find_names(paths: Sequence[Path], way_out: str) -> list[Name]:
     ]
     varying = [level for level in levels if len({*level}) > 1]
     parsed = [[parse_name(Path(folder)) for folder in level] for level in varying]
-    numbered = [level for level in parsed if any(map(_has_epoch, level))]
+    numbered = [level for level in parsed if any(map(has_epoch, level))]
     if not numbered:
         return own
     if len(varying) > 1:
@@ -78,7 +78,7 @@ def find_names(paths: Sequence[Path], way_out: str) -> list[Name]:
     return [replace(name, path=path) for path, name in zip(paths, numbered[0], strict=True)]
 
 
-def _has_epoch(name: Name) -> bool:
+def has_epoch(name: Name) -> bool:
     """Return whether a folder's name has a number that may be an epoch or a step.
 
     Numbers of runs, seeds, folds and versions, and dates, tell runs apart and not epochs.

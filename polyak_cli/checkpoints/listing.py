@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from polyak_cli.checkpoints import dated
+from polyak_cli.checkpoints.inner_folders import find_inner
 from polyak_cli.checkpoints.names import split_words
 from polyak_cli.errors import CheckpointError, UsageError, shown, word_count, word_rest
 from polyak_cli.formats.catalogue import (
@@ -115,6 +116,9 @@ _PIECE = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)", re.IGNORECASE | re.
 #: A part of a checkpoint that DeepSpeed's ZeRO has divided among processes.
 _ZERO = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d.*")
 
+#: The process that wrote a file, in its name.
+_RANK = re.compile(r"rank_?\d+")
+
 #: A folder of a module of sentence-transformers, such as 2_Dense.
 _MODULE = re.compile(r"\d{1,2}_\w+")
 
@@ -187,8 +191,9 @@ def find_candidates(
     find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]],
     on_problem: Callable[[Problem], None],
     in_given_order: bool = False,
+    use_ema: bool = False,
 ) -> Pool:
-    """Find all candidates.
+    """Find all candidates; see `select`.
 
     Ambiguities are passed to ``on_problem``.  If it does not raise, the search continues.
     """
@@ -207,6 +212,7 @@ def find_candidates(
         if listed:
             if not kept:
                 kept, passed = _look_into(passed)
+            kept, passed = _open_numbered(source, kept, passed, use_ema=use_ema)
             kept, of_other_kinds = _separate_kinds(source, kept, on_problem)
             passed += of_other_kinds
         files, others = _read_identities(kept, on_problem)
@@ -469,6 +475,36 @@ def _look_into(passed: Sequence[PassedOver]) -> tuple[list[Path], list[PassedOve
     return found, [one for one in passed if one.path not in found]
 
 
+def _open_numbered(
+    source: StrPath, kept: list[Path], passed: list[PassedOver], *, use_ema: bool
+) -> tuple[list[Path], list[PassedOver]]:
+    """Return the models in numbered folders, where no checkpoint of the run's folder has a number.
+
+    What the run's folder holds besides is then the final model, which Diffusers saves there.
+
+    Raises:
+        CheckpointError: the numbered folders hold several models.
+    """
+    if any(re.search(r"\d", path.name) for path in kept):
+        return kept, passed
+    plain = [one.path for one in passed if one.reason == _PLAIN_FOLDER]
+    found = find_inner(plain, lambda folder: bool(_find_openers(folder)), use_ema=use_ema)
+    if found is None:
+        return kept, passed
+    if not found.chosen:
+        where = Path(source) / "*"
+        patterns = " or ".join(f"'{shown(where / name)}'" for name in found.names)
+        raise CheckpointError(
+            f"{shown(os.fspath(source))}: {word_count(len(found.folders), 'folder')} such as "
+            f"{shown(found.folders[-1].name, 60)} hold several models each; average one after the "
+            f"other: {patterns}"
+        )
+    left = [PassedOver(path, reason) for path, reason in found.left]
+    left += [PassedOver(path, "no checkpoint of the run, by its name") for path in kept]
+    others = [one for one in passed if one.path not in found.folders]
+    return [*found.chosen], [*others, *left]
+
+
 def _pass_over_links(
     files: Sequence[tuple[Path, tuple[int, int]]],
 ) -> tuple[list[tuple[Path, tuple[int, int]]], list[PassedOver]]:
@@ -476,11 +512,13 @@ def _pass_over_links(
 
     Some programs make symbolic links, and others, such as timm, hard ones.
     """
-    numbered = {identity: path for path, identity in files if re.search(r"\d", path.name)}
+    # Composer calls a link latest-rank0.pt, by the process that wrote the file.
+    is_numbered = {path: re.search(r"\d", _RANK.sub("", path.name)) for path, _ in files}
+    numbered = {identity: path for path, identity in files if is_numbered[path]}
     kept, passed = [], []
     for path, identity in files:
         other = numbered.get(identity, path)
-        if other == path or re.search(r"\d", path.name):
+        if other == path or is_numbered[path]:
             kept.append((path, identity))
         else:
             passed.append(PassedOver(path, f"a link to {shown(other.name, 60)}"))

@@ -44,7 +44,7 @@ class Role(Enum):
 
 
 #: Words for numbers that count as epochs do.  They are used if a name has no epoch.
-_COUNTERS = split_words("step steps iter iters iteration iterations update updates batch")
+_COUNTERS = split_words("step steps iter iters iteration iterations update updates batch ba")
 
 _MEASURES = BETTER["min"] | BETTER["max"]
 

@@ -83,6 +83,7 @@ FORMATS: tuple[Entry, ...] = (
             "adapter_model.safetensors",
             "diffusion_pytorch_model.safetensors",
             "diffusion_pytorch_model.safetensors.index.json",
+            "pytorch_lora_weights.safetensors",
         ),
     ),
     Entry(

@@ -35,6 +35,8 @@ _RESULTS = re.compile(
     r"\w+_results\.json|events\.out\.tfevents\..*|trainer_log\.jsonl|training_\w+\.png"
 )
 _RESULT_FOLDERS = re.compile(r"runs|logs|wandb|mlruns|tensorboard|lightning_logs")
+#: Weights of PEFT; an adapter that is not the default one has a folder in that of the default.
+_ADAPTER = re.compile(r"(.+/)adapter_model\.(safetensors|bin)", re.DOTALL)
 _CHECKPOINT_FOLDERS = re.compile(r"checkpoint-\d+")
 #: Weights in any form; `.pkl` and `.joblib` may be anything.
 _WEIGHTS = re.compile(
@@ -46,6 +48,7 @@ _WEIGHTS = re.compile(
 STATE, RESULTS = "training state", "results of the newest checkpoint"
 OTHER_WEIGHTS = "may hold weights, which are not averaged"
 HIDDEN, TOO_DEEP = "hidden", "too deep to belong to a model"
+OTHER_ADAPTER = "another adapter, which is averaged by itself"
 OWN_RECORD = "the record of the average that the newest checkpoint is"
 
 
@@ -133,7 +136,23 @@ def list_files(
             left_out.append(LeftOut(name, reason))
         else:
             carried.append(CarriedFile(name, File(str(folder / name), Version.of(status))))
-    return carried, sorted(left_out)
+    return _leave_out_adapters(carried, left_out)
+
+
+def _leave_out_adapters(
+    carried: list[CarriedFile], left_out: list[LeftOut]
+) -> tuple[list[CarriedFile], list[LeftOut]]:
+    """Return both lists with the folders of other adapters, whose weights are left out, as wholes.
+
+    A configuration without its weights is no adapter.
+    """
+    matches = [_ADAPTER.fullmatch(one.name) for one in left_out if one.reason == OTHER_WEIGHTS]
+    folders = tuple(dict.fromkeys(match[1] for match in matches if match))
+    if not folders:
+        return carried, sorted(left_out)
+    kept = [one for one in left_out if not one.name.startswith(folders)]
+    kept += [LeftOut(name, OTHER_ADAPTER) for name in folders]
+    return [one for one in carried if not one.name.startswith(folders)], sorted(kept)
 
 
 def _walk(

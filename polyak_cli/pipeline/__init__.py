@@ -273,7 +273,9 @@ def make_plan(
     """
     settings, stages = parse_options(options)
     chosen = (
-        sources if isinstance(sources, checkpoints.Selection) else select(sources, settings.choice)
+        sources
+        if isinstance(sources, checkpoints.Selection)
+        else select(sources, settings.choice, use_ema=settings.tensors.use_ema)
     )
     _check_order(chosen, settings)
     settings.weighting.compute(chosen.positions)  # refused before the values are examined

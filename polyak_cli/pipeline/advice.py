@@ -112,7 +112,9 @@ class _Search:
                 }
                 weighting.compute([*left.values()])
                 return [*left]
-            again = averaging_options.select(self.sources, choice)
+            again = averaging_options.select(
+                self.sources, choice, use_ema=self.settings.tensors.use_ema
+            )
             weighting.compute(again.positions)
             return [one.path for one in again.checkpoints]
         return []

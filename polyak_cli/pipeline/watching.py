@@ -188,10 +188,12 @@ class _Watched:
             )
             return passed
 
-        choice, own = pipeline.parse_options(self.options)[0].choice, self._exclude_output()
+        settings, own = pipeline.parse_options(self.options)[0], self._exclude_output()
+        choice = settings.choice
         selection = averaging_options.select(
             self.directory,
             replace(choice, exclude=(*choice.exclude, *own)),
+            use_ema=settings.tensors.use_ema,
             growing=True,
             find_polyak_outputs=sift,
         )

@@ -10,7 +10,7 @@ import pytest
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import load_file
 
-from polyak_cli import average, verify
+from polyak_cli import CheckpointError, average, verify
 from tests.hf.models import RECORD, assert_is_mean, make_llama, save_run
 from tests.hf.test_transformers import STATE, train
 
@@ -62,3 +62,31 @@ def test_a_run_of_the_trainer_with_an_adapter(tmp_path: Path) -> None:
     state = {name: value.numpy() for name, value in get_peft_model_state_dict(loaded).items()}
     assert state.keys() == found.keys()
     assert all(np.array_equal(state[name], found[name]) for name in found)
+
+
+def test_another_adapter_beside_the_default_one_is_averaged_by_itself(tmp_path: Path) -> None:
+    """PEFT saves it in a folder within the checkpoint's; no half of it is copied."""
+    model = make_adapted()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+    states = save_run(model, tmp_path / "run", lambda one, folder, _: one.save_pretrained(folder))
+    report = average(tmp_path / "run", tmp_path / "final")
+    assert any("other adapters are averaged by themselves: other/" in one for one in report.notes)
+    average(f"{tmp_path}/run/*/other", tmp_path / "final/other")
+    assert {path.name for path in (tmp_path / "final/other").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        RECORD,
+    }
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path / "final", adapter_name="default")
+    loaded.load_adapter(tmp_path / "final/other", "other")
+    assert_is_mean(loaded, states)
+
+
+def test_adapters_without_a_default_one_need_a_pattern(tmp_path: Path) -> None:
+    """Each has a folder of its own in every checkpoint."""
+    model = get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["v_proj"]))
+    save_run(model, tmp_path / "run", lambda one, folder, _: one.save_pretrained(folder))
+    with pytest.raises(CheckpointError, match=r"several models each.*/\*/a' or '.*/\*/b'"):
+        average(tmp_path / "run", tmp_path / "final")
+    average(f"{tmp_path}/run/*/a", tmp_path / "final")

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from tests.test_front_door import KERNEL, run_row
 
-LIGHTNING = "Lightning `.ckpt` files"
+LIGHTNING = "Lightning `.ckpt` files, SpeechBrain folders"
 
 
 def save(path: Path, shift: float, *, lightning: bool = False) -> None:
     """Save a state dict, bare or as a Lightning checkpoint holds it."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     state: Any = {"net.weight": torch.from_numpy(KERNEL + np_float(shift))}
     if lightning:
         state = {
@@ -49,6 +49,14 @@ def test_a_row_of_pytorch_runs(tmp_path: Path, have: str) -> None:
     loaded = torch.load(tmp_path / run_row(have, tmp_path)[-1], weights_only=True)
     state = loaded["state_dict"] if have == LIGHTNING else loaded
     assert torch.allclose(state["net.weight"], torch.from_numpy(KERNEL + 3), rtol=0, atol=1e-6)
+
+
+def test_the_row_of_speechbrain_runs(tmp_path: Path) -> None:
+    """Its folders lie in one, and PyTorch loads the mean of their model.ckpt."""
+    for day in range(1, 6):
+        save(tmp_path / "ckpts" / f"CKPT+2024-01-0{day}+00-00-00+00" / "model.ckpt", day)
+    found = torch.load(tmp_path / run_row(LIGHTNING, tmp_path)[-1], weights_only=True)
+    assert torch.allclose(found["net.weight"], torch.from_numpy(KERNEL + 3), rtol=0, atol=1e-6)
 
 
 def test_the_row_of_a_part_as_safetensors_runs(tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ def choose_parts(
             raise MismatchError(text)
     averages = found[-1]
     if not averages:
+        folders = {table.path.parent.name for table in tables}
+        if wanted.use_ema and all(map(names_running_mean, folders)):
+            some = ", ".join(f"'{shown(name, 60)}'" for name in sorted(folders))
+            text = f"the folders {some} hold running means of weights, which are averaged"
+            return tables, [Problem(KIND, f"{text} (--use-ema)")], []
         # torchtitan keeps its EMA in an optimizer's state; see `ema`.
         if wanted.use_ema and tables[-1].format in _FLAT and not tables[-1].keras.ema_slots:
             part = tables[-1].rules.part
