@@ -677,9 +677,9 @@ def test_waiting_takes_no_processor_time(folder: Path) -> None:
         tried = []
         real = formats.probe
 
-        def counted(paths: list[Path]) -> Any:
+        def counted(paths: list[Path], **options: Any) -> Any:
             tried.extend(paths)
-            return real(paths)
+            return real(paths, **options)
 
         patch.setattr(formats, "probe", counted)
         reports = watch(folder / "ckpts", folder / "o.h5", interval=7.0)

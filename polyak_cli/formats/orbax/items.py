@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ _STATE = re.compile(
     r"optimizer(_variables|_states?)?|opt(_states?)?|metrics(_variables)?|param_states|tx"
 )
 _MOST_NAMED = 10
+#: A folder of an item that describes its arrays further.
+_ARRAYS = "array_metadatas"
 
 
 class Tree(NamedTuple):
@@ -46,8 +48,17 @@ def find_root(path: str | Path) -> Path:
 
 
 def list_items(root: Path) -> list[str]:
-    """Return the items of a step that are trees of arrays."""
-    return sorted(path.parent.name for path in root.glob(f"*/{TREE}"))
+    """Return the items of a step that are trees of arrays.
+
+    Keras's `model_config` is a tree of strings, which has no folder for values.
+    """
+    found = (path.parent for path in root.glob(f"*/{TREE}"))
+    return sorted(item.name for item in found if any(_list_folders(item)))
+
+
+def _list_folders(item: Path) -> Iterator[Path]:
+    """Yield the folders of an item that may hold values."""
+    return (path for path in item.iterdir() if path.is_dir() and path.name != _ARRAYS)
 
 
 def find_tree(path: str, key: str) -> Tree:
