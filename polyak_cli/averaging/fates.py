@@ -125,7 +125,7 @@ def list_notes(
             f"{count} {choose_verb(len(statistics))} averaged; recompute them on training data "
             f"({_advise_recalculation(tables[-1])})"
         )
-    stored = {*stored_dtypes.values()}
+    stored = {*stored_dtypes.values(), "part"}
     if not (drop_optimizer and tables[-1].rules.part):  # a part is converted without what is beside
         stored.add("objects")
     if not drop_optimizer and tables[-1].optimizer:

@@ -22,6 +22,7 @@ from polyak_cli import average, check, inspect, plan, verify
 from polyak_cli.errors import MismatchError
 from tests.command import polyak
 
+HALF = [torch.float16, torch.float32]
 State = dict[str, Any]
 
 
@@ -393,6 +394,56 @@ def test_a_part_holds_no_running_mean_of_itself(tmp_path: Path) -> None:
     values = [state["extra_state/ema/0.weight"] for state in states]
     assert torch.equal(found["extra_state/ema/0.weight"], middle(values, torch.float32))
     assert torch.equal(found["model/0.weight"], states[1]["model/0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("make", "raw"), [(lightning, "current_model_state"), (mmengine, "ema_state_dict")]
+)
+def test_a_part_that_is_a_running_mean_in_disguise_is_called_one(
+    tmp_path: Path, make: Callable[[int], State], raw: str
+) -> None:
+    """Programs put it where the model is looked for; the note says where the model is."""
+    states = write_run(tmp_path / "run", make)
+    report = average(tmp_path / "run", tmp_path / "o.pt", key="state_dict")
+    assert any(
+        "'state_dict' is a running mean (EMA) of" in note and raw in note for note in report.notes
+    )
+    found = flatten(torch.load(tmp_path / "o.pt", weights_only=True))
+    expected = middle([state["state_dict/0.weight"] for state in states], torch.float32)
+    assert torch.equal(found["state_dict/0.weight"], expected)
+    report = average(tmp_path / "run", tmp_path / "raw.pt", key=raw)
+    assert not any("running mean" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_the_unrounded_mean_of_fairseq_is_taken(tmp_path: Path, use_ema: bool) -> None:
+    """With ema_fp32, it lies beside the mean in the model's type; the average is in all places."""
+
+    def make(seed: int) -> State:
+        net, mean = train(seed)
+        exact = mean.module.state_dict()
+        return {
+            "model": {name: value.half() for name, value in net.state_dict().items()},
+            "extra_state": {
+                "ema": {name: value.half() for name, value in exact.items()},
+                "ema_fp32_params": exact,
+            },
+            "optimizer_history": [],
+        }
+
+    states = write_run(tmp_path / "run", make)
+    report = average(tmp_path / "run", tmp_path / "o.pt", use_ema=use_ema)
+    found = flatten(torch.load(tmp_path / "o.pt", weights_only=True))
+    source = "extra_state/ema_fp32_params/" if use_ema else "model/"
+    means = [middle([state[source + "0.weight"] for state in states], dtype) for dtype in HALF]
+    assert not torch.equal(means[0].float(), means[1])
+    for place in ("model/", "extra_state/ema/", "extra_state/ema_fp32_params/"):
+        value = found[place + "0.weight"]
+        assert value.dtype == (torch.float32 if "fp32" in place else torch.float16)
+        assert torch.equal(value, means[HALF.index(value.dtype)]), place
+    said = "as 'extra_state/ema_fp32_params/*' has them in float32"
+    assert any(said in note for note in report.notes) == use_ema
+    assert verify(tmp_path / "o.pt", sources=[tmp_path / "run"]).verified
 
 
 def test_the_ema_folders_of_diffusers_are_named_by_a_glob(tmp_path: Path) -> None:

@@ -102,7 +102,10 @@ def choose_parts(
         key: {**t.tensors, **_exchange(t, own, use_ema=wanted.use_ema)}
         for key, (t, own) in unique.items()
     }
-    problems = [_describe_choice(one, use_ema=wanted.use_ema) for one in averages]
+    rounded = _find_rounded(averages)
+    problems = [
+        _describe_choice(one, rounded.get(one.prefix), use_ema=wanted.use_ema) for one in averages
+    ]
     missing: list[str] = []
     if wanted.use_ema:
         known = {name for one in averages for name in (*one.names, *one.pairs.values())}
@@ -111,7 +114,7 @@ def choose_parts(
     return [replace(t, tensors=merged[id(t.tensors)]) for t in tables], problems, missing
 
 
-def describe_refusal(table: Table, wanted: Tensors, averages: Iterable[Average]) -> str:
+def describe_refusal(table: Table, wanted: Tensors, averages: Sequence[Average]) -> str:
     """Return why a checkpoint must not be averaged as it is, "" if it may be.
 
     Args:
@@ -142,13 +145,14 @@ def _leave_out(averages: Iterable[Average], wanted: Tensors) -> list[Average]:
     return [one for one in averages if any(is_wanted(name, excluding) for name in one.names)]
 
 
-def _describe_doubt(table: Table, averages: Iterable[Average]) -> str:
+def _describe_doubt(table: Table, averages: Sequence[Average]) -> str:
     """Return why the running mean that is wanted is not known, "" if it is."""
     owners: dict[str, Average] = {}
+    rounded = _find_rounded(averages)
     for one in averages:
         if one.is_list and one.is_beside and not one.pairs:
             return _describe_list(table, one)
-        for raw in one.pairs.values():
+        for raw in one.pairs.values() if one.prefix not in rounded else ():
             other = owners.setdefault(raw, one)
             if other is not one:
                 first, second = (f"{shown(each.prefix)}*" for each in (other, one))
@@ -170,14 +174,21 @@ def _describe_list(table: Table, one: Average) -> str:
     )
 
 
-def _describe_choice(one: Average, *, use_ema: bool) -> Problem:
-    """Say which part is a running mean of which, and what is done about it."""
+def _describe_choice(one: Average, exact: Average | None, *, use_ema: bool) -> Problem:
+    """Say which part is a running mean of which, and what is done about it.
+
+    Args:
+        one: the running mean.
+        exact: the same in float32, if that is there.
+        use_ema: running means are averaged.
+    """
     prefix = f"'*{_SHADOW}'" if one.is_own else f"'{shown(one.prefix)}*'"
     if one.raw is None:
         return Problem(KIND, f"{prefix} is a running mean, and running means are averaged")
     text = f"{prefix} is a running mean of the raw weights '{shown(one.raw)}*': "
     if use_ema:
         text += "the running means are averaged (--use-ema) and written in both places"
+        text += f", as '{shown(exact.prefix)}*' has them in float32" if exact else ""
     elif one.is_own:
         text += "each is averaged by itself; --use-ema writes the running means in both places"
     else:
@@ -195,19 +206,32 @@ def _describe_choice(one: Average, *, use_ema: bool) -> Problem:
     return Problem(KIND, text)
 
 
-def _exchange(table: Table, averages: Iterable[Average], *, use_ema: bool) -> dict[str, TensorSpec]:
+def _find_rounded(averages: Sequence[Average]) -> dict[str, Average]:
+    """Return the prefixes of running means that stand in float32 too, with the latter.
+
+    fairseq saves its EMA as the model is, in float16, and with ema_fp32 also before rounding.
+    """
+    exact = {one.prefix: one for one in averages}
+    found = {one.prefix: exact.get(f"{one.prefix[:-1]}_fp32_params/") for one in averages}
+    return {prefix: one for prefix, one in found.items() if one}
+
+
+def _exchange(table: Table, averages: Sequence[Average], *, use_ema: bool) -> dict[str, TensorSpec]:
     """Return the tensors whose values are read from another's place."""
     changed: dict[str, TensorSpec] = {}
+    rounded = _find_rounded(averages)
+    exact = {raw: mean for one in rounded.values() for mean, raw in one.pairs.items()}
     for one in averages:
         for mean, raw in one.pairs.items() if use_ema or not one.is_own else ():
-            target, source = (raw, mean) if use_ema else (mean, raw)
+            source = exact.get(raw, mean) if use_ema else raw
             taken = table.tensors[source]
-            changed[target] = replace(
-                table.tensors[target],
-                storage=taken.storage,
-                byteorder=taken.byteorder,
-                dtype=taken.dtype,
-            )
+            for target in {mean, raw} - {source}:
+                changed[target] = replace(
+                    table.tensors[target],
+                    storage=taken.storage,
+                    byteorder=taken.byteorder,
+                    dtype=taken.dtype,
+                )
     return changed
 
 

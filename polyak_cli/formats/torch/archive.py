@@ -357,6 +357,17 @@ def _note_objects(names: Sequence[str]) -> dict[str, str]:
     }
 
 
+def _note_part(root: Any, part: str) -> dict[str, str]:
+    """Return what to say of the part that was chosen, if it is not what its name says."""
+    raw = beside.find_raw_part(root, part)
+    if not raw:
+        return {}
+    return {
+        "part": f"'{part}' is a running mean (EMA) of the weights in '{raw}': averaging running "
+        f"means counts old steps several times; --key {raw} averages the weights themselves"
+    }
+
+
 # --- writing --------------------------------------------------------------------------------------
 
 
@@ -469,7 +480,9 @@ class TorchZip(Format):
                 is_polyak_output=PROVENANCE in records,
                 about=_describe_origin(file, records, root) if request.with_optimizer else {},
                 rules=OutputRules(
-                    cautions=_note_objects([*unknown]), is_fixed=True, part=request.key
+                    cautions=_note_objects([*unknown]) | _note_part(root, request.key),
+                    is_fixed=True,
+                    part=request.key,
                 ),
                 assets=vocabularies.find_in_pickle(root),
             )

@@ -125,6 +125,20 @@ def find_metric(root: Any) -> tuple[str, float] | None:
     return (name if isinstance(name, str) else ""), float(value)
 
 
+def find_raw_part(root: Any, part: str) -> str:
+    """Return where the raw weights are, if a part is their running mean and named like a model's.
+
+    Lightning's WeightAveraging and mmengine's EMAHook put the running mean where programs look for
+    the model, and the raw weights beside it; see `averaging.belonging.averages`.
+    """
+    values = _list_texts(root)
+    if part != "state_dict":
+        return ""
+    if {"averaging_state", "current_model_state"} <= values.keys():
+        return "current_model_state"
+    return "ema_state_dict" if "steps" in _list_texts(values.get("ema_state_dict")) else ""
+
+
 def _list_texts(value: Any) -> dict[str, Any]:
     """Return what a dictionary has under texts; nothing if it is none."""
     pairs = value.items if isinstance(value, Pairs) else []
