@@ -42,6 +42,7 @@ from polyak_cli.errors import (
 )
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
+from polyak_cli.formats.format import OutputForm
 from polyak_cli.formats.model_folders import FolderFiles
 from polyak_cli.storage import publishing
 from polyak_cli.tensors import Table, itemsize
@@ -72,8 +73,7 @@ class Plan:
         settings: the options, parsed.
         stages: the options of what happens before and after the average; not for users.
         recalibrate: the rows on which BatchNorm's statistics will be computed again, if they are.
-        output_format: the key of the output's format.
-        is_extracted: the output has the tensors of whole models alone.
+        output_form: the format of the output, and how it is made of the newest checkpoint.
         stored_dtypes: location in the template -> the type to store, of each averaged tensor.
         drop_optimizer: the output leaves the optimizer's state out.
         files: what an output folder will hold; None if the output is no folder.
@@ -102,8 +102,7 @@ class Plan:
     settings: Settings
     recalibrate: Mapping[str, Any] | None
     stages: object = field(repr=False)
-    output_format: str
-    is_extracted: bool
+    output_form: OutputForm
     stored_dtypes: Mapping[str, str] = field(repr=False)
     drop_optimizer: bool
     files: FolderFiles | None = field(repr=False)
@@ -229,6 +228,7 @@ class Around(NamedTuple):
     suspicions: Sequence[Problem] | None = None
     recalibrate: Mapping[str, Any] | None = None  # what BatchNorm's statistics come from
     copies: int = 1  # of the output that lie on its disk at a time
+    architecture: Table | None = None  # the whole model to which tensors are to be added
     stages: object = None  # their own options, which are kept for them
     check_template: Callable[[Table, Path | None], None] = lambda _template, _output: None
 
@@ -279,8 +279,7 @@ def plan_average(
         settings=settings,
         recalibrate=around.recalibrate,
         stages=around.stages,
-        output_format=_choose_format(output, template, found, settings),
-        is_extracted=outputs.takes_weights(output, template),
+        output_form=_choose_form(output, template, found, settings, around.architecture),
         stored_dtypes=found.stored,
         drop_optimizer=found.drop_optimizer,
         files=files,
@@ -425,8 +424,14 @@ def _list_suspicions(chosen: checkpoints.Selection, around: Around) -> list[Prob
     return find_suspicions(chosen.checkpoints, chosen.run, chosen.thinned)
 
 
-def _choose_format(output: Path | None, template: Table, found: _Fates, settings: Settings) -> str:
-    """Return the key of the output's format; refuse what that format cannot hold."""
+def _choose_form(
+    output: Path | None,
+    template: Table,
+    found: _Fates,
+    settings: Settings,
+    architecture: Table | None,
+) -> OutputForm:
+    """Return the form of the output; refuse what its format cannot hold."""
     chosen = outputs.choose_format(output, template)
     # Only a conversion can store other types in place of fixed ones.
     if chosen == template.format:
@@ -437,8 +442,9 @@ def _choose_format(output: Path | None, template: Table, found: _Fates, settings
         averaged=found.stored,
         drop_optimizer=found.drop_optimizer,
         only_weights=settings.output.only_weights,
+        architecture=architecture,
     )
-    return chosen
+    return OutputForm(chosen, outputs.takes_weights(output, template), architecture)
 
 
 def _check_types(template: Table, averaged: Sequence[Row], dtype: str | None) -> None:

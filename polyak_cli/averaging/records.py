@@ -127,6 +127,7 @@ class Record:
         is_sealed: it has its own digest, and the digest is right.
         weights: of an output folder, the files with the tensors.
         carried: of an output folder, name of each file that was copied -> its SHA-256.
+        architecture: the digest of the configuration to which the tensors were added, if they were.
     """
 
     text: str
@@ -139,6 +140,7 @@ class Record:
     is_sealed: bool
     weights: tuple[str, ...] = ()
     carried: Mapping[str, str] = field(default_factory=dict)
+    architecture: str = ""
 
     @property
     def key(self) -> str:
@@ -182,6 +184,7 @@ def read(written: str) -> Record:
         recalibrated=recalibrated is not None,
         is_sealed=is_sealed,
         **_parse_files(record.get("files")),
+        architecture=_parse_architecture(record.get("model", {"config": ""})),
     )
 
 
@@ -300,6 +303,13 @@ def _parse_statistics(recalibrated: Mapping[str, Any]) -> dict[str, str] | None:
     if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
         raise _build_error("no digests of the statistics")
     return found
+
+
+def _parse_architecture(found: Any) -> str:
+    digest = found.get("config") if isinstance(found, dict) else None
+    if not isinstance(digest, str):
+        raise _build_error("no digest of the model's configuration")
+    return digest
 
 
 def _parse_files(found: Any) -> dict[str, Any]:
@@ -461,6 +471,7 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
         for one in plan.skipped
     ]
     suspected = [problem.kind for problem in plan.suspicions]
+    whole = plan.output_form.architecture
     return {
         "polyak": __version__,
         "scheme": plan.scheme,
@@ -469,6 +480,7 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
         "divisor": plan.mean.divisor,
         "inputs": inputs,
         **({"files": _describe_files(plan.files)} if plan.files else {}),
+        **({"model": {"name": whole.path.name, "config": whole.config}} if whole else {}),
         **({"skipped": skipped} if skipped else {}),
         **({"suspicions": suspected} if suspected else {}),
     }

@@ -52,7 +52,9 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
     compared, differing = _compare_carried(plan, inputs, progress)
     beside = carried_files.copy_files(plan.files, hidden, record) if plan.files else []
     # Only now: a file that was rewritten while it was read gives a mixture of two checkpoints.
-    check_unchanged([*inputs, *(one.file for one in (plan.files.carried if plan.files else ()))])
+    whole = plan.output_form.architecture
+    copied = [one.file for one in (plan.files.carried if plan.files else ())]
+    check_unchanged([*inputs, *copied, *(whole.files if whole else ())])
     notes = [*_judge_runs(plan, verdict), *constants.describe_constants(kept), *differing]
     weights = [*map(Path, skeleton.files)]
     return Written(totals.plus(compared), weights, beside, notes, verdict)
@@ -140,8 +142,7 @@ def _write_skeleton(plan: Plan, output: Path, record: str) -> formats.Skeleton:
         output,
         averaged=plan.stored_dtypes,
         drop_optimizer=plan.drop_optimizer,
-        form=plan.output_format,
-        extract=plan.is_extracted,
+        form=plan.output_form,
         provenance=record,
     )
 

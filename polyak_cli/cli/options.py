@@ -405,7 +405,8 @@ RECALIBRATING = under(
     option(
         "--model",
         metavar="ARCH",
-        help="The model of checkpoints that hold weights only; ARCH as in polyak evaluate.",
+        help="The model of checkpoints that hold weights only; ARCH as in polyak evaluate.  "
+        "Without --recalibrate, a .keras of the same model, which an output in .keras is like.",
     ),
     option(
         "--trust-code",

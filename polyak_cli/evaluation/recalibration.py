@@ -217,6 +217,8 @@ def rewrite(
     values = {names[location]: np.ravel(values) for location, values in found.after.items()}
     record = _make_record(table, found, rows, batch_size)
     record["recalibrated"]["statistics"] = hash_values(table, values)
+    if architecture is not None:  # without its folder, as the data
+        record["recalibrated"]["model"] = Path(architecture).name
     _write(table, values, hidden, records.encode(records.seal(record)))
     return Recalibration(
         model=table.path,

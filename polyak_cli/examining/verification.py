@@ -36,6 +36,7 @@ from polyak_cli.evaluation import recalibration
 from polyak_cli.examining.bitwise import Deviation
 from polyak_cli.examining.recompute import Written, compare_again
 from polyak_cli.formats.catalogue import detect, find_format
+from polyak_cli.formats.format import OutputForm
 from polyak_cli.formats.model_folders import RECORD_NAME
 from polyak_cli.storage import File, Version, open_input
 from polyak_cli.tensors import Table
@@ -494,6 +495,7 @@ class _Verifier:
         try:
             self._compare_inputs()
             gathered = self._compare_statistics()
+            self._compare_architecture()
             plan = self._make_plan()
             if plan:
                 self._compare_output(plan)
@@ -534,15 +536,20 @@ class _Verifier:
             raise FormatError(f"its record has options that are refused: {error}") from None
         # Sharded weights become a single HDF5 file, which is no conversion: their format writes it.
         is_converted = bool(find_format(self.table.format).conversion_suffix)
-        is_inner = self.table.format == find_format(plan.output_format).inner
-        is_extracted = is_inner and bool(plan.tables[-1].config) and not self.table.config
-        output_format = self.table.format if is_converted or is_extracted else plan.output_format
+        own, whole = plan.output_form.key, bool(plan.tables[-1].config)
+        is_inner = self.table.format == find_format(own).inner
+        is_extracted = is_inner and whole and not self.table.config
+        form = OutputForm(
+            self.table.format if is_converted or is_extracted else own,
+            is_extracted,
+            # The model is that of the output, whose configuration was compared with the record.
+            self.table if self.record.architecture else None,
+        )
         return replace(
             plan,
             mean=self.record.mean,
             settings=settings,
-            output_format=output_format,
-            is_extracted=is_extracted,
+            output_form=form,
             # The record has what was done, and not what was asked for.
             drop_optimizer=settings.tensors.optimizer == "drop",
             stored_dtypes=map_stored_dtypes(
@@ -622,6 +629,17 @@ class _Verifier:
                 text = f"tensor '{shown(name)}' is not as recalibrated: its SHA-256 differs"
                 self.problems.append(Discrepancy("tensor", name, text))
         return tuple(values)
+
+    def _compare_architecture(self) -> None:
+        """Compare the model to which weights were added with its recorded digest."""
+        if self.record.architecture:
+            self.notes.append(
+                "its tensors were added to a whole model, whose layers are compared with the "
+                "record; its training configuration and assets are not"
+            )
+            if self.record.architecture != self.table.config:
+                text = "the configuration of the model is not the recorded one"
+                self.problems.append(Discrepancy("metadata", self.table.path.name, text))
 
     def _compare_output(self, plan: Plan) -> None:
         """Average once more and compare; say what differs, and what was changed."""

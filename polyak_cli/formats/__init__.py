@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown
 from polyak_cli.formats import wire
 from polyak_cli.formats.catalogue import detect, find_format
-from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
+from polyak_cli.formats.format import Draft, Format, OutputForm, ScanRequest, SkeletonRequest
 from polyak_cli.processes import sandbox
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, Version
@@ -246,8 +246,7 @@ def write_skeleton(
     averaged: Mapping[str, str],
     drop_optimizer: bool,
     provenance: str,
-    form: str = "",
-    extract: bool = False,
+    form: OutputForm = OutputForm(),  # noqa: B008 - immutable
 ) -> Skeleton:
     """Write all of an output except its averaged tensors.
 
@@ -257,20 +256,20 @@ def write_skeleton(
         averaged: location in the template -> dtype to store.
         drop_optimizer: leave its state out.
         provenance: the record to write into it, as JSON.
-        form: the key of its format, see `outputs.choose_format`; "" for the template's.
-        extract: write the tensors of a whole model alone; see `outputs.takes_weights`.
+        form: of the output; by default the template's.
 
     Raises:
         FormatError: the template cannot be copied safely.
         OSError: it cannot be written; `publish` knows by what name to report it.
     """
-    key = form or template.format
+    key = form.key or template.format
     if output.is_dir() and len(template.files) == 1:
         output /= find_format(key).name_outputs(template)[0]
         LocalOutput(str(output), create=True).close()
-    request = SkeletonRequest(template, str(output), averaged, drop_optimizer, provenance)
+    whole = str(form.architecture.path) if form.architecture else ""
+    request = SkeletonRequest(template, str(output), averaged, drop_optimizer, provenance, whole)
     find_format(key)  # imported here, and not in the child
-    (outcome,) = sandbox.run_each(_write_one, [(key, extract, request)], [str(template.path)])
+    (outcome,) = sandbox.run_each(_write_one, [(key, form.extract, request)], [str(template.path)])
     if isinstance(outcome, PolyakError):
         raise outcome
     if "unwritable" in outcome:

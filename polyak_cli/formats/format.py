@@ -31,6 +31,15 @@ class SkeletonRequest(NamedTuple):
     averaged: Mapping[str, str]  # location in the template -> dtype to store
     drop_optimizer: bool
     provenance: str  # the record to write into it, as JSON
+    architecture: str = ""  # the path of a whole model to which the template's tensors are added
+
+
+class OutputForm(NamedTuple):
+    """How an output is made like its template."""
+
+    key: str = ""  # of its format; "" for the template's
+    extract: bool = False  # it has the tensors of a whole model alone
+    architecture: Table | None = None  # of the whole model to which it adds its tensors
 
 
 class Draft(NamedTuple):
@@ -87,6 +96,8 @@ class Format(ABC):
     inner: ClassVar[str] = ""
     #: The suffix that asks for conversion to it; "" where other formats cannot become it.
     conversion_suffix: ClassVar[str] = ""
+    #: It adds the tensors of a template without a model to a whole model of its own format.
+    completes: ClassVar[bool] = False
     #: The formats that become it; empty for all that can be left.
     converts_from: ClassVar[frozenset[str]] = frozenset()
 

@@ -10,9 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from polyak_cli.errors import OutputError, PolyakError, shown
+from polyak_cli.errors import MismatchError, OutputError, PolyakError, shown
 from polyak_cli.formats.catalogue import FORMATS, OPENERS, find_format
 from polyak_cli.formats.format import SkeletonRequest
+from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import publishing
 from polyak_cli.tensors import Table
@@ -79,6 +80,7 @@ def check_conversion(
     averaged: Mapping[str, str],
     drop_optimizer: bool,
     only_weights: bool = False,
+    architecture: Table | None = None,
 ) -> None:
     """Refuse, before any work, an output whose format cannot hold what is to be in it.
 
@@ -88,6 +90,7 @@ def check_conversion(
         averaged: location in the template -> dtype to store.
         drop_optimizer: leave its state out.
         only_weights: leave out the configuration too, where the output can hold tensors only.
+        architecture: the whole model to which a template without one adds its tensors.
 
     Raises:
         OutputError: what would be lost.
@@ -107,16 +110,51 @@ def check_conversion(
             f"would be lost, because a {find_format(name).weights_suffix} holds tensors only; "
             f"leave them out with --only-weights, or keep {find_format(template.format).name}"
         )
+    _check_architecture(output, template, name, architecture)
     is_same = name == template.format and not extract
     if not output or (is_same and not _is_merged(output, template)):
         return
-    request = SkeletonRequest(template, "", averaged, drop_optimizer, "")
+    whole = str(architecture.path) if architecture else ""
+    request = SkeletonRequest(template, "", averaged, drop_optimizer, "", whole)
     refuse = _refuse_extraction if extract else _refuse_conversion
     (outcome,) = sandbox.run_each(refuse, [(name, request)], [str(template.path)])
     if isinstance(outcome, OutputError):
         raise OutputError(f"{shown(output)}: {shown(template.path)} {outcome}")
     if isinstance(outcome, PolyakError):
         raise outcome
+
+
+def _check_architecture(
+    output: Path | None, template: Table, name: str, architecture: Table | None
+) -> None:
+    """Refuse a whole model to which the tensors of a template cannot be added."""
+    if architecture is None:
+        return
+    where, weights = shown(architecture.path), shown(template.path)
+    if template.rules.suffixes != (WEIGHTS_SUFFIX,) or not find_format(name).completes:
+        raise OutputError(
+            f"--model {where}: adds a whole model to weights of Keras 3 (.weights.h5, "
+            f".weights.json), and the checkpoints are {find_format(template.format).name}"
+            f"{' with a model' if template.config else ''}; leave it out for "
+            f"{shown(output or template.path)}"
+        )
+    if architecture.format != name:
+        raise OutputError(
+            f"--model {where}: is {find_format(architecture.format).name}; expected a "
+            f"{find_format(name).name} file of the same model, which model.save() writes"
+        )
+    wanted = {spec.location: spec.shape for spec in architecture.tensors.values()}
+    found = {spec.location: spec.shape for spec in template.tensors.values()}
+    for at in sorted(wanted.keys() | found.keys()):
+        if wanted.get(at) != found.get(at):
+            raise MismatchError(
+                f"{weights}: is of another model than {where}: '{shown(at[1:])}' is "
+                f"{_describe_shape(found.get(at))} here and {_describe_shape(wanted.get(at))} there"
+            )
+
+
+def _describe_shape(shape: Sequence[int] | None) -> str:
+    return "missing" if shape is None else f"of shape {tuple(shape)}"
 
 
 def _is_merged(output: Path, template: Table) -> bool:

@@ -55,7 +55,8 @@ class Options(averaging_options.Options, total=False):
         batch_size: the largest number of these rows in a batch; 256.
         trust_code: to recalibrate, run the code that the model carries in a Lambda layer.
         model: the architecture of checkpoints that hold weights only, to recalibrate their average;
-            as for `evaluate`.
+            as for `evaluate`.  Without ``recalibrate``, a ``.keras`` of the same model, which an
+            output in ``.keras`` is like.
     """
 
     on_unhealthy: Literal["fail", "skip"] | None
@@ -109,7 +110,7 @@ def parse_options(options: Options) -> tuple[Settings, Stages]:
             "--on-unhealthy checks the model's own tensors, not the EMAs of --use-ema; leave out "
             "one of the two"
         )
-    for key in ("batch_size", "trust_code", "model"):
+    for key in ("batch_size", "trust_code"):
         if options.get(key) and stages.recalibrate is None:
             raise UsageError(
                 f"--{key.replace('_', '-')} belongs to --recalibrate, which is missing"
@@ -291,6 +292,7 @@ def make_plan(
         healthy,
         has_skip and stages.on_unhealthy != "skip" and not settings.tensors.use_ema,
     )
+    target = Path(output) if output is not None else None
     rows = stages.recalibrate
     around = Around(
         skipped=skipped,
@@ -300,12 +302,12 @@ def make_plan(
         else {"data": rows.source, "rows": rows.rows, "batch_size": stages.batch_size},
         # The average stays until it is copied, and what is verified until it is compared.
         copies=1 + (rows is not None) + settings.output.verify,
+        architecture=_scan_architecture(stages, target),
         stages=planned,
         check_template=lambda template, target: _check_recalibration(template, target, stages),
     )
     if output is not None:
         checkpoints.refuse_url(os.fspath(output))
-    target = Path(output) if output is not None else None
     try:
         return plan_average(healthy, target, settings, around)
     except PolyakError as error:
@@ -558,6 +560,23 @@ def _check_order(chosen: checkpoints.Selection, settings: Settings) -> None:
             f"{shown(chosen.checkpoints[0].path)} by its epoch, but the files were given in "
             "another order: use --order epoch, or --order given if the first file is the oldest"
         )
+
+
+def _scan_architecture(stages: Stages, output: Path | None) -> Table | None:
+    """Return the table of the whole model to which an average of weights is added, if it is."""
+    if stages.architecture is None or stages.recalibrate is not None:
+        return None
+    if output is None or output.suffix != ".keras":
+        raise UsageError(
+            "--model belongs to --recalibrate, which is missing, or to an output in .keras"
+        )
+    path = Path(stages.architecture)
+    if not path.is_file():
+        raise UsageError(
+            f"--model {shown(path)}: there is no such file; for an output in .keras, expected a "
+            ".keras of the same model, which model.save() writes"
+        )
+    return formats.scan([path])[0]
 
 
 def _check_recalibration(template: Table, output: Path | None, stages: Stages) -> None:

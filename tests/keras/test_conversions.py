@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from keras import layers
 
 from polyak_cli import average, plan, verify
-from polyak_cli.errors import OutputError
+from polyak_cli.errors import MismatchError, OutputError, UsageError
 from tests.keras.test_keras_zip import ROWS, deflate, nested, sequential, train
 from tests.keras.test_opens import GENERATIONS, set_by_hand
 
@@ -349,3 +351,126 @@ def test_what_has_no_certain_place_is_refused(tmp_path: Path) -> None:
         plan(tmp_path / "m.npz", tmp_path / "o.keras")
     with pytest.raises(OutputError, match=r"or \.npz or \.keras or \.weights\.h5 to convert it$"):
         plan(tmp_path / "lora.h5", tmp_path / "o.bin")
+
+
+# --- .weights.h5 to .keras ------------------------------------------------------------------------
+
+
+class Subclassed(keras.Model):  # type: ignore[misc] # Keras has no types
+    """A model whose tensors lie under the names of its attributes."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.first = layers.Dense(5, "relu")
+        self.several = [layers.BatchNormalization(), layers.Dense(4)]
+        self.last = layers.Dense(3, "softmax")
+
+    def call(self, rows: Any) -> Any:
+        """Return the classes of rows."""
+        found = self.first(rows)
+        for layer in self.several:
+            found = layer(found)
+        return self.last(found)
+
+
+def subclassed() -> Any:
+    """Return a model of a class of the user, which was built by a call."""
+    model = Subclassed()
+    model(ROWS)
+    return model
+
+
+def train_weights(folder: Path, make: Callable[[], Any], suffix: str, **shards: Any) -> list[Path]:
+    """Train a model; save it as model.keras, and the weights of each epoch in ``run``."""
+    (folder / "run").mkdir()
+    model, inputs = make(), MODELS.get(make, ROWS)
+    model.compile(keras.optimizers.Adam(0.003), "sparse_categorical_crossentropy")
+    labels = np.arange(len(inputs[0] if isinstance(inputs, list) else inputs)) % 3
+    for epoch in range(2):
+        model.fit(inputs, labels, verbose=0)
+        model.save_weights(folder / f"run/m_{epoch}{suffix}", **shards)
+    model.fit(inputs, labels, verbose=0)
+    model.save(folder / "model.keras")
+    return sorted((folder / "run").glob(f"*{suffix}"))
+
+
+def set_weights_by_hand(model: Any, paths: list[Path]) -> None:
+    """Give a model the mean of weights files, with numpy alone."""
+    found = []
+    for path in paths:
+        model.load_weights(path)
+        found.append([np.asarray(one, np.float64) for one in model.get_weights()])
+    own = model.get_weights()
+    mean = [sum(row) / len(row) for row in zip(*found, strict=True)]
+    model.set_weights([m.astype(one.dtype) for m, one in zip(mean, own, strict=True)])
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+@pytest.mark.parametrize(
+    ("make", "suffix", "shards"),
+    [
+        (subclassed, ".weights.h5", {}),
+        pytest.param(attentive, ".weights.h5", {}, marks=pytest.mark.soak),
+        pytest.param(functional, ".weights.json", {"max_shard_size": 1e-6}, marks=pytest.mark.slow),
+    ],
+)
+def test_averages_of_weights_become_whole_models(
+    tmp_path: Path, make: Callable[[], Any], suffix: str, shards: dict[str, Any]
+) -> None:
+    """Keras opens the output, and it predicts as the model whose weights are set by hand."""
+    paths = train_weights(tmp_path, make, suffix, **shards)
+    output = tmp_path / "final.keras"
+    average(tmp_path / "run", output, model=tmp_path / "model.keras", verify=True)
+    own = {"Subclassed": Subclassed}
+    opened = keras.saving.load_model(output, custom_objects=own)
+    expected = keras.saving.load_model(tmp_path / "model.keras", custom_objects=own)
+    set_weights_by_hand(expected, paths)
+    for ours, theirs in zip(opened.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    rows = MODELS.get(make, ROWS)
+    np.testing.assert_array_equal(
+        opened.predict(rows, verbose=0), expected.predict(rows, verbose=0)
+    )
+    assert opened.loss == "sparse_categorical_crossentropy"
+    found = verify(output, sources=[tmp_path / "run"])
+    assert found.problems == ()
+    assert any("layers are compared with the record" in note for note in found.notes)
+
+
+def test_the_record_names_the_model_and_verify_sees_another(tmp_path: Path) -> None:
+    """A configuration that was changed afterwards is a problem of the metadata."""
+    train_weights(tmp_path, embedding, ".weights.h5")
+    output = tmp_path / "final.keras"
+    average(tmp_path / "run", output, model=tmp_path / "model.keras")
+    with zipfile.ZipFile(output) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with h5py.File(io.BytesIO(members["model.weights.h5"])) as file:
+        record = json.loads(file.attrs["polyak_provenance"])
+    assert record["model"]["name"] == "model.keras"
+    changed = members["config.json"].replace(b'"softmax"', b'"sigmoid"')
+    assert changed != members["config.json"]
+    with zipfile.ZipFile(output, "w") as archive:
+        for name, content in (members | {"config.json": changed}).items():
+            archive.writestr(name, content)
+    (problem, *_) = verify(output, sources=[tmp_path / "run"]).problems
+    assert "configuration of the model is not the recorded one" in problem.text
+
+
+def test_weights_are_added_to_their_own_model_only(tmp_path: Path) -> None:
+    """Other models, other kinds of files and outputs are one line each, before any work."""
+    paths = train_weights(tmp_path, embedding, ".weights.h5")
+    train(tmp_path, sequential())
+    output, model = tmp_path / "o.keras", tmp_path / "model.keras"
+    other = next(one for one in tmp_path.glob("*.keras") if one != model)
+    with pytest.raises(OutputError, match=r"without the model .* with --model"):
+        plan(paths, output)
+    with pytest.raises(MismatchError, match=r"is of another model than .*missing"):
+        plan(paths, output, model=other)
+    with pytest.raises(UsageError, match=r"there is no such file; .* a .keras of the same model"):
+        plan(paths, output, model="net.py:make")
+    with pytest.raises(OutputError, match=r"is Keras HDF5; expected a Keras .keras file"):
+        plan(paths, output, model=paths[0])
+    with pytest.raises(UsageError, match=r"or to an output in \.keras"):
+        plan(paths, tmp_path / "o.weights.h5", model=model)
+    with pytest.raises(OutputError, match=r"the checkpoints are Keras .keras with a model; leave"):
+        plan(other, output, model=model)

@@ -76,6 +76,7 @@ def test_the_statistics_are_the_moments_of_the_rows(run: Path, tmp_path: Path) -
     assert variance == pytest.approx(found.var(0), rel=1e-4)
     changed = set()
     with h5py.File(mean) as old, h5py.File(made) as new:
+        assert json.loads(new.attrs["polyak_provenance"])["recalibrated"]["model"] == "arch.keras"
 
         def compare(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset) and not np.array_equal(item[()], new[name][()]):

@@ -21,6 +21,7 @@ from polyak_cli.formats import conversion, zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.hdf5 import keras_files, skeleton, weights_files
 from polyak_cli.formats.hdf5.chunks import Chunks
+from polyak_cli.formats.hdf5.library import Place
 from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.formats.keras import emas, from_models, vocabularies
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
@@ -239,7 +240,8 @@ class KerasArchive(Format):
     can_be_left = True
     inner = "hdf5"
     conversion_suffix = ".keras"
-    converts_from = frozenset({"hdf5"})
+    converts_from = frozenset({"hdf5", "weights_json"})
+    completes = True
 
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
@@ -276,8 +278,21 @@ class KerasArchive(Format):
         would unpack the whole archive, in search of assets.
         """
         (template,) = request.template.files
+        return self._rebuild(template.path, _place_in_member(request), heartbeat)
+
+    def _rebuild(
+        self, whole: str, request: SkeletonRequest, heartbeat: Heartbeat, parts: Sequence[str] = ()
+    ) -> Draft:
+        """Write a skeleton like an archive.
+
+        Args:
+            whole: the archive.
+            request: for its weights file.
+            heartbeat: sent before every object.
+            parts: weights files that take the place of the one in the archive.
+        """
         with (
-            zips.open_archive(template.path) as (file, members, comment),
+            zips.open_archive(whole) as (file, members, comment),
             zips.Archive(request.output, comment) as archive,
         ):
             _, weights = _find_parts(members)
@@ -287,8 +302,11 @@ class KerasArchive(Format):
                     archive.copy(file, member, heartbeat)
             offset = archive.find_start(WEIGHTS, _ALIGNMENT)
             target = Window(request.output, archive.file.fileno(), offset)
-            with _open_weights(file, weights, heartbeat) as source:
-                draft = skeleton.merge(_place_in_member(request), [source], heartbeat, target)
+            with contextlib.ExitStack() as stack:
+                sources: list[Place] = [*parts]
+                if not parts:
+                    sources += [stack.enter_context(_open_weights(file, weights, heartbeat))]
+                draft = skeleton.merge(request, sources, heartbeat, target)
             archive.list_written(WEIGHTS, offset, target.size)
             # libhdf5 counted offsets from the beginning of its window.
             placements = {
@@ -323,12 +341,22 @@ class KerasArchive(Format):
 
     def refuse_conversion(self, request: SkeletonRequest, texts: Mapping[str, str]) -> None:
         """See `Format.refuse_conversion`."""
+        if request.architecture:
+            return  # its tensors were compared
         from_models.read_model(request.template, texts)
 
     def convert(
         self, request: SkeletonRequest, texts: Mapping[str, str], heartbeat: Heartbeat
     ) -> Draft:
-        """See `Format.convert`: a whole model in HDF5 becomes an archive of the same model."""
+        """See `Format.convert`: a whole model in HDF5 becomes an archive of the same model.
+
+        Weights become one with the model that the request names.
+        """
+        if request.architecture:
+            files = request.template.files
+            # The parts of sharded weights come after the file that lists them.
+            parts = [file.path for file in files[1:] or files]
+            return self._rebuild(request.architecture, request, heartbeat, parts)
         model = from_models.read_model(request.template, texts)
         with (
             conversion.Carrier(request.template, heartbeat) as carrier,

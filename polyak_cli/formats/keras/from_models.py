@@ -94,7 +94,10 @@ def read_model(table: Table, texts: Mapping[str, str]) -> Model:
         OutputError: says what cannot be converted, and what to do.
     """
     if not table.config:
-        raise OutputError(f"holds weights only, without the model that a .keras holds; {_WAY_OUT}")
+        raise OutputError(
+            "holds weights only, without the model that a .keras holds; name a .keras of the same "
+            "model with --model, or keep the suffix"
+        )
     for key in texts:
         if key not in _TEXTS:
             raise OutputError(f"'{shown(key)}' would be lost: a .keras has no place for it")
