@@ -73,6 +73,9 @@ HOMES = {
     "matplotlib": {"evaluation.plots"},
     "jinja2": {"evaluation.reports"},
     "google_crc32c": {"formats.checksums"},
+    "dask": {"engine.clusters"},
+    "distributed": {"engine.clusters"},
+    "mpi4py": {"engine.clusters"},
 }
 
 
@@ -155,7 +158,7 @@ OPENERS = {
 METHODS = {"read_text", "read_bytes", "write_text", "write_bytes"}
 #: Module -> why it may open files itself.
 EXCEPTIONS = {
-    "averaging.options": "/proc/self/status is the system's answer, and no file of bytes",
+    "engine.timing": "/proc/self/status is the system's answer, and no file of bytes",
     "checkpoints.metrics": "a CSV log is text that Python's csv module reads",
     "cli": "standard streams that were closed are opened on /dev/null",
     "cli.guide": "the pages of the guide are texts of the package",

@@ -37,9 +37,15 @@ WIDEST = 110
 EXTRAS = {
     r"polyak (evaluate|recalibrate|sweep|train)\b|--recalibrate\b": "tensorflow",
     r"--plot\b": "matplotlib",
+    r"--engine dask\b": "distributed",
+    r"--engine mpi\b": "mpi4py",
     r"^(?:from|import) polyak_cli\.callbacks": "keras",
     r"^(?:from|import) (keras|tensorflow|torch|safetensors|sklearn)\b": "",
 }
+
+
+#: Options of Dask and Slurm in the text.
+OTHERS = {"--no-dashboard", "--nodes", "--nthreads", "--ntasks", "--ntasks-per-node"}
 
 
 class Block(NamedTuple):
@@ -199,7 +205,7 @@ def test_every_option_the_text_names_exists() -> None:
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
-    assert named - known <= {"--help", "--version"}
+    assert named - known <= {"--help", "--version", *OTHERS}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyak_cli.engine import executors
-from polyak_cli.engine.executors import Executor, Forked, Futures, InProcess, Threads
+from polyak_cli.engine.clusters import Futures
+from polyak_cli.engine.executors import Executor, Forked, InProcess, Threads
 from polyak_cli.engine.folding import FoldJob
 from polyak_cli.engine.products import REACH, Products, Sampling
 from polyak_cli.engine.slabs import FoldTensor, Memory, TensorSource
@@ -131,7 +132,7 @@ def test_products_are_those_of_plain_numpy_whoever_folds(
         "in process": InProcess(),
         "forked": Forked(2),
         "threads": Threads(2),
-        "pool": Futures(pool, 3),
+        "pool": Futures(pool, 2, share_nbytes=1),
     }
     sampling = Sampling(step, length)
     found = fold(tmp_path, run, groups, sampling, coefficients, ways[kind], piece)

@@ -6,11 +6,9 @@ Knows no tensor and no file format.
 from __future__ import annotations
 
 import os
-import re
-import resource
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
 
@@ -19,7 +17,7 @@ import numpy as np
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import schemes
 from polyak_cli.engine.slabs import Memory
-from polyak_cli.errors import UsageError, shown
+from polyak_cli.errors import MissingExtraError, UsageError, shown
 from polyak_cli.tensors import FLOATS
 
 Source = str | os.PathLike[str]
@@ -34,6 +32,10 @@ ALLOWED: Mapping[str, str] = {
     "averages": "running means of the weights in checkpoints without the weights themselves",
     "other-assets": "checkpoints with different vocabularies, tokenizers or class names",
 }
+
+
+#: Name of an engine -> the package that it needs, which is that of its extra.
+ENGINES: Mapping[str, str] = {"here": "", "dask": "distributed", "mpi": "mpi4py"}
 
 
 class Options(TypedDict, total=False):
@@ -83,6 +85,10 @@ class Options(TypedDict, total=False):
             bit with the average computed once more.
         max_memory: bytes for buffers; 32 MiB.
         jobs: the number of threads or processes; by default that of the processors, at most 8.
+        engine: who reads and folds: "here" (the default), the workers of "dask", or the ranks of
+            "mpi"; max_memory is then that of each worker.
+        scheduler: the address of Dask's scheduler; by default DASK_SCHEDULER_ADDRESS, else Dask is
+            started on this machine, with ``jobs`` workers.
     """
 
     last: int | None
@@ -119,6 +125,8 @@ class Options(TypedDict, total=False):
     verify: bool
     max_memory: int | None
     jobs: int | None
+    engine: Literal["here", "dask", "mpi"]
+    scheduler: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +214,16 @@ class Machine:
     #: Bytes for the buffers of the engine; the interpreter with numpy and h5py comes on top.
     max_memory: int = 32 << 20
     jobs: int = field(default_factory=lambda: min(8, _count_processors()))
+    engine: Literal["here", "dask", "mpi"] = "here"
+    scheduler: str | None = None
 
     def share(self, averages: int = 1) -> Memory:
         """Divide the bound on buffers among the workers that fold."""
         return Memory.within(self.max_memory, self.jobs, averages)
+
+    def share_cluster(self) -> Memory:
+        """Return the bound on the buffers of one worker of a cluster."""
+        return Memory.within(self.max_memory, 1).align()
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +282,7 @@ def parse(options: Options) -> Settings:
     check_choice(options, "optimizer", ("drop", "newest"))
     check_choice(options, "match", ("name", "order"))
     check_choice(options, "lora", ("factors", "exact"))
+    check_choice(options, "engine", tuple(ENGINES))
     settings = Settings(**{name: fill(part, options) for name, part in PARTS.items()})
     for option, value, least in (
         ("jobs", settings.machine.jobs, 1),
@@ -275,9 +290,26 @@ def parse(options: Options) -> Settings:
     ):
         if value < least:
             raise UsageError(f"--{option} is {value}; expected at least {least}")
+    check_engine(settings.machine)
     # A scheme and parameters that contradict one another are refused before any file is read.
     settings.weighting.resolve()
     return settings
+
+
+def check_engine(machine: Machine) -> None:
+    """Refuse an engine whose package is missing, and a scheduler without its engine.
+
+    Raises:
+        MissingExtraError: names the extra.
+        UsageError: the options contradict one another.
+    """
+    if machine.scheduler and machine.engine != "dask":
+        raise UsageError(
+            "--scheduler is the address of a Dask scheduler; use it with --engine dask"
+        )
+    package = ENGINES[machine.engine]
+    if package and find_spec(package) is None:
+        raise MissingExtraError(f"--engine {machine.engine}", machine.engine)
 
 
 def fill(part: Callable[..., Part], options: Mapping[str, Any]) -> Part:
@@ -343,16 +375,3 @@ def select(
 def _count_processors() -> int:
     """Return the processors this process may use, which macOS does not report."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def measure_peak() -> int:
-    """Return the peak memory of the largest process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage's unit differs
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
-    try:
-        # Linux's getrusage also counts what the process was before exec: a large caller's size.
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return max(children, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    return max(children, int(found[1]) * 1024 if found else 0)

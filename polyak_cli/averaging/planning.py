@@ -26,10 +26,11 @@ from polyak_cli.averaging.fates import (
 )
 from polyak_cli.averaging.matching import Row, match
 from polyak_cli.averaging.notebook import write_html, write_text
-from polyak_cli.averaging.options import Machine, Settings, measure_peak
+from polyak_cli.averaging.options import Machine, Settings
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem
 from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.checkpoints.suspicions import find_suspicions
+from polyak_cli.engine.timing import measure_peak
 from polyak_cli.errors import (
     FormatError,
     MismatchError,

@@ -18,11 +18,11 @@ from polyak_cli.averaging import carried_files, products, records, schemes
 from polyak_cli.averaging.belonging import blame, constants, quantised, runs
 from polyak_cli.averaging.fates import describe_difference, is_compared, is_wanted
 from polyak_cli.averaging.matching import Row, list_files, list_sources
-from polyak_cli.averaging.options import Progress
+from polyak_cli.averaging.options import Machine, Progress
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.engine import executors, reading
 from polyak_cli.engine.constants import Constant
-from polyak_cli.engine.folding import FoldJob
+from polyak_cli.engine.folding import Done, FoldJob
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.slabs import FoldTensor
 from polyak_cli.engine.timing import Totals
@@ -183,9 +183,14 @@ def _fold(
         compared.sampling,
         kernel,
     )
-    memory = plan.settings.machine.share(len(skeletons))
     tensors = _Averaged(plan, skeletons, compared.groups)
-    totals, found, parts = executors.fold(tensors, work, memory, progress, flush=flush)
+    machine = plan.settings.machine
+    if machine.engine == "here":
+        memory = machine.share(len(skeletons))
+        done = executors.fold(tensors, work, memory, progress, flush=flush)
+    else:
+        done = _fold_on_cluster(machine, tensors, work, progress)
+    totals, found, parts = done
     kept = constants.merge_constants(parts)
     _refuse_diverged(plan, kept)
     if plan.settings.tensors.lora == "exact":
@@ -200,6 +205,23 @@ def _fold(
         skeleton.finalize()
     verdict = runs.judge(found, work.list_counted()) if found else runs.Verdict()
     return totals, kept, verdict
+
+
+def _fold_on_cluster(
+    machine: Machine, tensors: _Averaged, work: FoldJob, progress: Progress
+) -> Done:
+    """Fold on the workers of a cluster, which see the inputs and the hidden output by their paths.
+
+    Each worker flushes what it writes, and no two write neighbouring bytes: a network file system
+    need not show one machine at once what another one has written.
+    """
+    from polyak_cli.engine import clusters  # which only the few who ask for it have to load
+
+    publishing.sync_files([Path(path) for path in work.outputs])
+    ordered = replace(tensors, in_output_order=True)
+    with clusters.start(machine.engine, machine.scheduler, machine.jobs) as executor:
+        memory = machine.share_cluster()
+        return executors.fold(ordered, work, memory, progress, executor, flush=False)
 
 
 def _judge_runs(plan: Plan, verdict: runs.Verdict) -> list[str]:
@@ -230,9 +252,13 @@ class _Averaged:
     plan: Plan
     skeletons: Sequence[formats.Skeleton]
     groups: Sequence[int | None]  # of each averaged tensor; see `FoldTensor`
+    in_output_order: bool = False
 
     def __iter__(self) -> Iterator[FoldTensor]:
-        """Yield them in the order of their offsets in the template, which reads fastest."""
+        """Yield them in the order of their offsets in the template, which reads fastest.
+
+        With ``in_output_order``, it is the order of their offsets in the first output.
+        """
         # The engine numbers the files of all outputs in one row.
         firsts = [
             *itertools.accumulate((len(skeleton.files) for skeleton in self.skeletons), initial=0)
@@ -240,7 +266,8 @@ class _Averaged:
         exact = self.plan.settings.tensors.lora == "exact"
         apart = products.list_exact(self.plan.factors) if exact else ()
         grouped = zip(self.plan.averaged_rows, self.groups, strict=True)
-        for row, group in sorted(grouped, key=lambda pair: _find_place(pair[0])):
+        find = self._find_target if self.in_output_order else _find_place
+        for row, group in sorted(grouped, key=lambda pair: find(pair[0])):
             spec = row[-1]
             # An empty tensor is complete in the skeleton, and factors of products are made apart.
             if spec.size and spec.name not in apart:
@@ -251,6 +278,11 @@ class _Averaged:
                     for first, place in zip(firsts, places, strict=False)
                 ]
                 yield FoldTensor(spec.name, spec.size, sources, targets, group)
+
+    def _find_target(self, row: Row) -> tuple[int, int, int]:
+        """Return file and offset of a tensor in the first output, as a key to sort by."""
+        target = self.skeletons[0].placements[row[-1].location]
+        return target.file, target.offset, 0
 
 
 def _find_place(row: Row) -> tuple[int, int, int]:

@@ -164,6 +164,8 @@ def _leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # closed, or its reader is gone
             stream.flush()
+    if "mpi4py.MPI" in sys.modules:  # all ranks wait until each of them finalizes MPI
+        sys.exit(code)
     os._exit(code)
 
 

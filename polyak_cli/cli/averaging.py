@@ -19,6 +19,7 @@ from polyak_cli.cli.options import (
     AVERAGING,
     CHOOSING,
     DONE,
+    ENGINE,
     HASH,
     JSON,
     MACHINE,
@@ -57,6 +58,7 @@ from polyak_cli.errors import UsageError
 @RECALIBRATING
 @WRITING
 @MACHINE
+@ENGINE
 def average(
     sources: tuple[str, ...],
     output: str | None,
@@ -133,6 +135,7 @@ def average(
     option("-v", "--verbose", is_flag=True, help="Print each report in full."),
 )
 @MACHINE
+@ENGINE
 def watch(
     directory: str,
     output: str,
@@ -198,9 +201,8 @@ def watch(
     QUIET,
 )
 @MACHINE
-def verify(
-    file: str, sources: tuple[str, ...], as_json: bool, quiet: bool, **machine: int | None
-) -> int:
+@ENGINE
+def verify(file: str, sources: tuple[str, ...], as_json: bool, quiet: bool, **machine: Any) -> int:
     """Check that an average is, bit for bit, what the record in it says.
 
     The checkpoints that the record names are averaged again, into a hidden copy that is removed

@@ -460,3 +460,19 @@ MACHINE = under(
         help="How many threads or processes to use.  [default: one per processor, at most 8]",
     ),
 )
+
+ENGINE = under(
+    "Cluster",
+    option(
+        "--engine",
+        type=click.Choice(["here", "dask", "mpi"]),
+        default="here",
+        help="Who averages: this machine, the workers of Dask, or the ranks of MPI.",
+    ),
+    option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Of Dask's scheduler.  [default: DASK_SCHEDULER_ADDRESS, else --jobs workers are "
+        "started here]",
+    ),
+)

@@ -24,7 +24,7 @@ Data = Mapping[str, Any]
 #: How many models are shown without --all.
 MOST = 10
 #: Options that do not change what is averaged, and the output, which is written last.
-_LEFT_OUT = {"output", "force", "jobs", "max_memory"}
+_LEFT_OUT = {"output", "force", "jobs", "max_memory", "engine", "scheduler"}
 _LONGEST = 4000  # characters of a command that is shown
 
 

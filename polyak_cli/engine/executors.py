@@ -1,12 +1,11 @@
-"""Run the batches of a fold: in this process, on its threads, in forked ones, or on any pool.
+"""Run the batches of a fold: in this process, on its threads, or in forked ones.
 
 An executor decides where a batch is folded, and when.  It cannot change a byte, because batches do
-not overlap.  Knows nothing of what is done with a batch.
+not overlap.  `clusters` has another one.  Knows nothing of what is done with a batch.
 """
 
 from __future__ import annotations
 
-import concurrent.futures as futures
 import contextlib
 import itertools
 import json
@@ -20,15 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from polyak_cli.engine.constants import Constant
-from polyak_cli.engine.folding import (
-    Done,
-    FoldJob,
-    Team,
-    Worker,
-    fold_batch,
-    fold_known,
-    release_workers,
-)
+from polyak_cli.engine.folding import Done, FoldJob, Team, Worker
 from polyak_cli.engine.kernel import find_kernel
 from polyak_cli.engine.products import Products
 from polyak_cli.engine.slabs import (
@@ -88,7 +79,8 @@ def fold(
     """
     tuning = memory.tuning
     # Generators: of a table of 100,000 tensors, only the batches that are at work are in memory.
-    bundles = bundle_slabs(cut_slabs(tensors, memory.piece, memory.most), memory.piece, tuning)
+    slabs = cut_slabs(tensors, memory.piece, memory.most, aligned=memory.aligned)
+    bundles = bundle_slabs(slabs, memory.piece, tuning)
     batches = gather_batches(bundles, memory.piece * tuning.pieces_per_batch, tuning)
     executor = executor or choose_executor(job, memory)
     total = Totals()
@@ -134,11 +126,11 @@ class InProcess:
     def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
         """See `Executor.run`."""
         with Worker(job, self.tuning) as worker:
-            for batch in _prefetch(batches, worker.prefetch):
+            for batch in prefetch_next(batches, worker.prefetch):
                 yield worker.fold(batch)
 
 
-def _prefetch(batches: Iterable[Batch], prefetch: Callable[[Batch], None]) -> Iterator[Batch]:
+def prefetch_next(batches: Iterable[Batch], prefetch: Callable[[Batch], None]) -> Iterator[Batch]:
     """Yield each batch after prefetching the next one, which is fetched meanwhile."""
     waiting: Batch = []
     for batch in batches:
@@ -170,7 +162,7 @@ class Threads:
         def work() -> None:
             try:
                 with Worker(job, self.tuning, team) as worker:
-                    for batch in _prefetch(shared, worker.prefetch):
+                    for batch in prefetch_next(shared, worker.prefetch):
                         reports.put(worker.fold(batch))
                 reports.put(None)
             except BaseException as error:
@@ -289,66 +281,15 @@ def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Done]:
         selector.unregister(child.pipe)
         how = child.reap()
         if how:
-            raise _make_ended(how)
+            raise make_ended(how)
 
 
-def _make_ended(how: str) -> PolyakError:
+def make_ended(how: str) -> PolyakError:
     """Return the error of a worker that did not end by itself."""
     return PolyakError(
         f"a worker process was killed ({how}), perhaps because memory ran out; use fewer --jobs "
         "or less --max-memory"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Futures:
-    """Folds on a `concurrent.futures.Executor`: threads, spawned processes, or a cluster's workers.
-
-    The pool's processes need the package, and the same paths for inputs and outputs.  A process of
-    the pool keeps the files of its last job open until it gets another job or ends.
-    """
-
-    pool: futures.Executor
-    #: Batches that are submitted and not finished.  The pool needs a few, so that no worker waits;
-    #: all of them at once would be the whole table of tensors in memory.
-    window: int = 8
-
-    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
-        """See `Executor.run`."""
-        waiting: dict[Future[Done | None], Batch] = {}
-        # The first batches carry the job, which names all files.  A worker keeps it, so the others
-        # carry its name only; a worker that has not seen the job returns None.
-        sent = 0
-        try:
-            for batch in batches:
-                while len(waiting) >= self.window:
-                    yield from self._collect(job, waiting)
-                if sent < self.window:
-                    waiting[self.pool.submit(fold_batch, job, batch)] = batch
-                    sent += 1
-                else:
-                    waiting[self.pool.submit(fold_known, job.id, batch)] = batch
-            while waiting:
-                yield from self._collect(job, waiting)
-        except futures.BrokenExecutor as error:
-            raise _make_ended(type(error).__name__) from None
-        finally:
-            for future in waiting:
-                future.cancel()
-            # A batch that has begun cannot be cancelled, and it uses files that are closed next.
-            futures.wait(waiting)
-            release_workers(job.id)
-
-    def _collect(self, job: FoldJob, waiting: dict[Future[Done | None], Batch]) -> Iterator[Done]:
-        """Wait for some batches and yield what each took."""
-        done, _ = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
-        for future in done:
-            batch = waiting.pop(future)
-            result = future.result()
-            if result is None:
-                waiting[self.pool.submit(fold_batch, job, batch)] = batch
-            else:
-                yield result
 
 
 class _Flusher:

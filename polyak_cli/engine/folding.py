@@ -8,11 +8,9 @@ bytes do not depend on the division.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -394,36 +392,3 @@ def _check_fits(name: str, dtype: str, values: Float64, stored: Float64) -> None
                 f"the average of tensor '{shown(name)}' holds {values[unequal][0]:.6g}, which "
                 f"{dtype} cannot store; choose a wider --dtype"
             )
-
-
-#: Thread -> its worker.  A worker has buffers, so that two threads must not share one.
-_workers: dict[int, Worker] = {}
-
-
-def fold_batch(job: FoldJob, batch: Batch) -> Done:
-    """Fold one batch: the unit of work that any executor can run in any process.
-
-    The worker, with its open files and buffers, stays for the next batch of the same job.
-    """
-    known = fold_known(job.id, batch)
-    if known is not None:
-        return known
-    thread = threading.get_ident()
-    if thread in _workers:
-        _workers.pop(thread).close()
-    worker = _workers[thread] = Worker(job)
-    return worker.fold(batch)
-
-
-def fold_known(job_id: str, batch: Batch) -> Done | None:
-    """Fold a batch of a job that this thread has been given before; return None if it has not."""
-    worker = _workers.get(threading.get_ident())
-    return worker.fold(batch) if worker is not None and worker.job.id == job_id else None
-
-
-def release_workers(job_id: str) -> None:
-    """Close the files of a job's workers in this process; none of them may be at work."""
-    for thread, worker in [*_workers.items()]:
-        if worker.job.id == job_id:
-            with contextlib.suppress(KeyError):
-                _workers.pop(thread).close()

@@ -95,6 +95,7 @@ class Memory(NamedTuple):
     most: int  # elements at a time if the storage prefers larger reads
     element: int = FOLD_BYTES  # bytes that one element needs
     tuning: Tuning = TUNING
+    aligned: bool = False  # see `cut_slabs`
 
     @property
     def nbytes(self) -> int:
@@ -121,21 +122,39 @@ class Memory(NamedTuple):
         most = max(256, nbytes // (element * jobs))
         return cls(jobs, min(tuning.piece, most), most, element, tuning)
 
+    def align(self) -> Memory:
+        """Return what cuts outputs at places that workers on other machines can share well."""
+        return self._replace(piece=1 << (self.piece.bit_length() - 1), aligned=True)
 
-def cut_slabs(tensors: Iterable[FoldTensor], piece: int, most: int) -> Iterator[Slab]:
+
+def cut_slabs(
+    tensors: Iterable[FoldTensor], piece: int, most: int, *, aligned: bool = False
+) -> Iterator[Slab]:
     """Cut tensors into slabs that cover each exactly once.
 
     Args:
         tensors: the tensors to cut.
         piece: elements of a slab.
         most: elements of a slab if the storage prefers larger reads.
+        aligned: where a tensor is cut, its place in the output is a multiple of a slab's bytes, if
+            the storage does not prefer otherwise.
     """
     for tensor in tensors:
         # A chunk is decoded whole for any part of it, so slabs end where chunks do if that fits.
         best = max(s.storage.preferred_nbytes // itemsize(s.dtype) for s in tensor.sources)
         step = piece if best <= 1 else max(1, min(best * max(1, piece // best), most))
-        for start in range(0, tensor.size, step):
+        first = _find_first_cut(tensor.targets[0], step) if aligned and best <= 1 else step
+        if first < step:
+            yield Slab(tensor, 0, min(first, tensor.size))
+        for start in range(first % step, tensor.size, step):
             yield Slab(tensor, start, min(start + step, tensor.size))
+
+
+def _find_first_cut(target: Placement, step: int) -> int:
+    """Return the elements before the first multiple of a slab's bytes in an output."""
+    width = itemsize(target.dtype)
+    elements, rest = divmod(-target.offset % (step * width), width)
+    return step if rest else elements or step
 
 
 def bundle_slabs(slabs: Iterable[Slab], elements: int, tuning: Tuning = TUNING) -> Iterator[Bundle]:

@@ -1,12 +1,16 @@
-"""Count the bytes and seconds that a run spends on reading, folding and writing.
+"""Count the bytes and seconds that a run spends on reading, folding and writing, and its memory.
 
 Knows nothing of the work itself.
 """
 
 from __future__ import annotations
 
+import re
+import resource
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 #: Called with the bytes that a finished piece of work has read.
@@ -67,3 +71,16 @@ class Clock:
     def totals(self) -> Totals:
         """Return the counts so far."""
         return Totals(self.bytes_read, self.bytes_written, self.reading, self.folding, self.writing)
+
+
+def measure_peak() -> int:
+    """Return the peak memory of the largest process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage's unit differs
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    try:
+        # Linux's getrusage also counts what the process was before exec: a large caller's size.
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return max(children, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return max(children, int(found[1]) * 1024 if found else 0)

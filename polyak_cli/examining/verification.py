@@ -108,6 +108,8 @@ def verify(
     sources: Sequence[_StrPath] = (),
     max_memory: int | None = None,
     jobs: int | None = None,
+    engine: Literal["here", "dask", "mpi"] = "here",
+    scheduler: str | None = None,
 ) -> Verification:
     """Recompute an average from the record in it, and compare it bit for bit.
 
@@ -120,6 +122,8 @@ def verify(
             without them, the folders beside the average are searched too.
         max_memory: bytes for buffers; `averaging.MAX_MEMORY` if None.
         jobs: threads or processes; as many as there are processors, at most 8, if None.
+        engine: who averages again; see `polyak_cli.Options`.
+        scheduler: the address of Dask's; see `polyak_cli.Options`.
 
     Raises:
         UsageError: a source is no folder, or a number is out of range.
@@ -128,7 +132,12 @@ def verify(
             no average.
         OutputError: there is no room for a copy to compare with.
     """
-    machine: averaging_options.Options = {"max_memory": max_memory, "jobs": jobs}
+    machine: averaging_options.Options = {
+        "max_memory": max_memory,
+        "jobs": jobs,
+        "engine": engine,
+        "scheduler": scheduler,
+    }
     averaging_options.parse(machine)
     path = _find_opener(Path(output))
     for folder in map(Path, sources):

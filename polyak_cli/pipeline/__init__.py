@@ -19,10 +19,11 @@ from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging.belonging import blame, factors
 from polyak_cli.averaging.belonging.runs import Verdict
 from polyak_cli.averaging.notebook import write_html, write_text
-from polyak_cli.averaging.options import Progress, Settings, Source, measure_peak, select
+from polyak_cli.averaging.options import Progress, Settings, Source, select
 from polyak_cli.averaging.planning import Around, Plan, plan_average
 from polyak_cli.averaging.writing import write_average
 from polyak_cli.engine import kernel
+from polyak_cli.engine.timing import measure_peak
 from polyak_cli.errors import (
     CheckpointError,
     OutputError,

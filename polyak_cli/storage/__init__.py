@@ -35,6 +35,14 @@ class Version(NamedTuple):
         """Return the version that `os.stat` or `os.fstat` reports."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
+    def made_portable(self) -> Version:
+        """Return what other machines can compare: each has device and inode numbers of its own."""
+        return self._replace(device=-1, inode=-1)
+
+    def matches(self, found: Version) -> bool:
+        """Return whether a version that was found is this one, which may be portable."""
+        return self == (found.made_portable() if self.device == -1 else found)
+
 
 class File(NamedTuple):
     """One file of a checkpoint, as it was when its header was scanned."""

@@ -215,7 +215,7 @@ class LocalStore:
             if not stat.S_ISREG(status.st_mode):
                 raise FormatError(f"{shown(key)}: is not a regular file")
             found = Version.of(status)
-            if version not in (None, found):
+            if version is not None and not version.matches(found):
                 raise ChangedError(
                     f"{shown(key)}: changed while it was read; is training still running?"
                 )

@@ -250,6 +250,16 @@ def take_names(hidden: Path, final: Path) -> None:
         path.rename(name)
 
 
+def sync_files(paths: Sequence[Path]) -> None:
+    """Have the disk hold files, so that other machines see what was written.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    for path in paths:
+        _sync(path)
+
+
 def drop_cache(paths: Sequence[Path]) -> None:
     """Sync files and drop them from the page cache, so that they are next read from the disk.
 

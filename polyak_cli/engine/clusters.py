@@ -1,0 +1,471 @@
+"""Run the shares of a fold on workers: of a Dask cluster, of MPI, or of any pool of processes.
+
+Decides who folds a share and what is done when that fails.  It cannot change a byte, because a
+share is a pure function.  Knows nothing of what is done with a share.  Dask and mpi4py are imported
+here only, and a client lives only while a fold runs: this process forks before and after.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures as futures
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from polyak_cli import __version__
+from polyak_cli.engine import shares
+from polyak_cli.engine.executors import Executor, make_ended
+from polyak_cli.engine.folding import Done, FoldJob
+from polyak_cli.engine.shares import Reply
+from polyak_cli.engine.slabs import Batch
+from polyak_cli.errors import PolyakError, UsageError, shown
+from polyak_cli.processes.children import rebuild_error
+from polyak_cli.storage import Version
+
+#: The variable by which Dask's own tools name a scheduler.
+ADDRESS = "DASK_SCHEDULER_ADDRESS"
+
+#: Shares that a worker has at a time: one that it folds, and others that it need not wait for.
+_AHEAD = 3
+#: How often a share is sent again after an error that may pass.
+_RETRIES = 3
+#: Errors of an output that no other worker would not have.
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Shares for each worker, so that the last ones end at about the same time.
+_ROUNDS = 8
+#: Bytes that a share reads: what a scheduler does for a task is to be short beside it, and all of
+#: it is done again if its worker is lost.
+_LEAST, _MOST = 16 << 20, 1 << 30
+#: Seconds between two looks at what no future reports, such as a scheduler that is gone.
+_POLL = 1.0
+
+
+@contextlib.contextmanager
+def start(engine: str, scheduler: str | None, jobs: int) -> Iterator[Executor | None]:
+    """Yield what runs batches on an engine; None for "here", where the fold chooses by itself.
+
+    Args:
+        engine: "here", "dask" or "mpi".
+        scheduler: the address of Dask's; else that in the environment, else one is started here.
+        jobs: workers to start, where they are started here.
+
+    Raises:
+        PolyakError: there is no such scheduler, or there are no workers.
+    """
+    if engine == "dask":
+        with _start_dask(scheduler or os.environ.get(ADDRESS), jobs) as made:
+            yield made
+    elif engine == "mpi":
+        with _start_mpi() as made:
+            yield made
+    else:
+        yield None
+
+
+# --- any pool -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Futures:
+    """Folds on a `concurrent.futures.Executor`: threads, spawned processes, or MPI's ranks.
+
+    The pool's processes need the package, and the same paths for inputs and outputs.
+    """
+
+    pool: futures.Executor
+    workers: int = 1
+    #: Bytes that a share reads; by default it depends on how many there are, and on the workers.
+    share_nbytes: int | None = None
+
+    def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
+        """See `executors.Executor.run`."""
+        run = _Run(self, job)
+        try:
+            for share in shares.gather_shares(batches, self._choose_nbytes(job)):
+                while len(run.waiting) >= _AHEAD * self.count_workers():
+                    yield from run.collect()
+                run.send(_Sent(shares.pack(share)))
+            while run.waiting:
+                yield from run.collect()
+        except futures.BrokenExecutor as error:
+            raise make_ended(type(error).__name__) from None
+        finally:
+            self.stop(run.waiting)
+
+    def _choose_nbytes(self, job: FoldJob) -> int:
+        """Return how many bytes a share reads."""
+        if self.share_nbytes is not None:
+            return self.share_nbytes
+        whole = sum(file.version.size for file in job.inputs)
+        return min(max(whole // (_ROUNDS * self.count_workers()), _LEAST), _MOST)
+
+    def submit(self, avoid: str, *task: Any) -> Future[Reply]:
+        """Have a worker call `shares.fold_share`, if possible another one than ``avoid``."""
+        del avoid  # such a pool has no names for its workers
+        return self.pool.submit(shares.fold_share, *task)
+
+    def count_workers(self) -> int:
+        """Return how many workers there are now, at least one."""
+        return self.workers
+
+    def check(self) -> None:
+        """Refuse to wait for workers that are gone for good.
+
+        Raises:
+            PolyakError: says what is gone.
+        """
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Return the error to raise for one of the pool itself."""
+        return error
+
+    def stop(self, waiting: Iterable[Future[Reply]]) -> None:
+        """Cancel shares, and wait for those that have begun: no file of theirs is open then."""
+        for future in waiting:
+            future.cancel()
+        futures.wait(waiting)
+
+
+@dataclass(slots=True)
+class _Sent:
+    """A share that was sent."""
+
+    share: bytes
+    failures: int = 0
+    avoid: str = ""  # the worker that failed last
+
+
+@dataclass(slots=True)
+class _Run:
+    """The shares of one job that are at work."""
+
+    executor: Futures
+    job: FoldJob
+    waiting: dict[Future[Reply], _Sent] = field(default_factory=dict)
+    packed: bytes = b""
+    #: Shares that carried the job.  A worker keeps it, so that the others carry its name only.
+    introduced: int = 0
+
+    def send(self, sent: _Sent, *, whole: bool = False) -> None:
+        """Send a share; with its job if that is wanted, or if its worker can hardly have it yet."""
+        self.packed = self.packed or shares.pack(shares.make_portable(self.job))
+        if self.introduced < _AHEAD * self.executor.count_workers():
+            self.introduced += 1
+            whole = True
+        job = self.packed if whole else b""
+        task = __version__, self.job.id, job, sent.share
+        self.waiting[self.executor.submit(sent.avoid, *task)] = sent
+
+    def collect(self) -> Iterator[Done]:
+        """Wait for some shares, and yield what each took; send those again that may succeed then.
+
+        Raises:
+            Exception: of a share, as a fold in this process raises it.
+        """
+        done, _ = futures.wait(self.waiting, _POLL, futures.FIRST_COMPLETED)
+        if not done:
+            self.executor.check()
+        for future in done:
+            # Popped, so that a cluster can forget the result: it would be computed again if the
+            # worker that holds it were lost.
+            sent = self.waiting.pop(future)
+            try:
+                reply = future.result()
+            except (Exception, futures.CancelledError) as error:
+                raise self.executor.explain(error) from None
+            if "done" in reply:
+                yield shares.read_done(reply)
+            elif "unknown" in reply:
+                self.send(sent, whole=True)
+            else:
+                self._send_again(sent, reply)
+
+    def _send_again(self, sent: _Sent, reply: Reply) -> None:
+        """Send a share again after an error that may pass; raise any other."""
+        error = self._find_error(reply)
+        sent.failures += 1
+        # What is wrong with a file is wrong on every worker; a worker's own trouble is not.
+        may_pass = isinstance(error, (OSError, MemoryError)) and (
+            getattr(error, "errno", None) not in _LASTING
+        )
+        if may_pass and sent.failures <= _RETRIES:
+            sent.avoid = reply["worker"]
+            self.send(sent, whole=True)
+        else:
+            raise error
+
+    def _find_error(self, reply: Reply) -> Exception:
+        """Return the error that a worker reports."""
+        worker = shown(reply["worker"])
+        if "version" in reply:
+            return PolyakError(
+                f"worker {worker}: has polyak {shown(reply['version'], 40)}, expected "
+                f"{__version__}, as here; install the same version for all workers"
+            )
+        if reply.get("unseen") and self._is_here(reply["unseen"][0]):
+            path, how = reply["unseen"]
+            return PolyakError(
+                f"worker {worker}: does not see {shown(path)} as it is here: {shown(how, 80)}; "
+                "every worker must see the checkpoints and the output under the same paths"
+            )
+        error = rebuild_error(reply)
+        if isinstance(error, PolyakError):
+            return type(error)(self._shorten(str(error)))
+        return error or RuntimeError(f"a worker's answer is not understood: {reply}")
+
+    def _is_here(self, path: str) -> bool:
+        """Return whether a file of the job is still here as it was."""
+        for name, version in self.job.inputs:
+            if shares.make_absolute(name) == path:
+                with contextlib.suppress(OSError):
+                    return version.matches(Version.of(Path(path).stat()))
+                return False
+        return Path(path).exists()
+
+    def _shorten(self, text: str) -> str:
+        """Return a message in which files have the names that the user gave them."""
+        for path, _ in self.job.inputs:
+            text = text.replace(shown(shares.make_absolute(path)), shown(path))
+        return text
+
+
+# --- Dask -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _start_dask(address: str | None, jobs: int) -> Iterator[Executor]:
+    """Yield an executor on a Dask cluster; without an address, on one that is started here."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_silence())
+        where = address or stack.enter_context(_start_local(jobs))
+        dask = Dask(stack.enter_context(_connect(where)), where)
+        dask.wait_for_workers()
+        yield dask
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep Dask from logging what is no matter of the user's, or what an error says anyway."""
+    import distributed  # noqa: F401 (it sets the levels that are changed)
+
+    noisy = ("distributed", "tornado", "asyncio")
+    names = [*noisy, *(n for n in logging.root.manager.loggerDict if n.startswith(noisy))]
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def _start_local(jobs: int) -> Iterator[str]:
+    """Yield the address of a scheduler with workers on this machine, which only it can reach."""
+    import dask
+    import distributed
+
+    make: Any = distributed.LocalCluster
+    with (
+        tempfile.TemporaryDirectory(prefix="polyak-", ignore_cleanup_errors=True) as folder,
+        dask.config.set({"temporary-directory": folder}),  # where Dask would leave one of its own
+    ):
+        cluster = make(
+            n_workers=jobs,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL + 1,
+            preload=[__name__],
+            memory_limit=0,  # `--max-memory` bounds the buffers already
+        )
+        try:
+            yield cluster.scheduler_address
+        finally:
+            cluster.close(timeout=_timeout())
+
+
+@contextlib.contextmanager
+def _connect(address: str) -> Iterator[Any]:
+    """Yield a client of the scheduler at an address."""
+    import distributed
+
+    make: Any = distributed.Client
+    try:
+        # Not the default one, which Dask's other functions would use too.
+        client = make(address, set_as_default=False, name="polyak")
+    except (OSError, ValueError, TypeError) as error:
+        reason = shown(str(error).partition("\n")[0] or type(error).__name__)
+        raise PolyakError(
+            f"--scheduler {shown(address)}: cannot be reached: {reason}; start one with "
+            "`dask scheduler`, and name the address that it prints"
+        ) from None
+    try:
+        yield client
+    finally:
+        # A scheduler that is gone answers nothing.
+        with contextlib.suppress(OSError, futures.TimeoutError):
+            client.close(timeout=_timeout() if client.status == "running" else 1)
+
+
+def _timeout() -> float:
+    """Return for how many seconds Dask is to wait for a connection."""
+    import dask
+
+    text: str = dask.config.get("distributed.comm.timeouts.connect")
+    return float(dask.utils.parse_timedelta(text))
+
+
+#: What a worker evaluates.  A function that it cannot import would end the worker, which is the
+#: user's; here the error comes back.
+_CALL = f"__import__({__name__!r}, fromlist=['run_on_dask']).run_on_dask(*task)"
+
+
+def dask_setup(_worker: object) -> None:
+    """Prepare a worker that is started here; Dask calls it.  Ctrl-C is the coordinator's matter."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def run_on_dask(*task: Any) -> Reply:
+    """Fold a share on a Dask worker, and return its reply with the worker's address."""
+    from distributed import get_worker
+
+    return shares.fold_share(*task) | {"worker": get_worker().address}
+
+
+@dataclass(slots=True)
+class _Counted:
+    """How many workers there were when last looked at."""
+
+    workers: list[str] = field(default_factory=list)
+    at: float = -_POLL
+
+
+class Dask(Futures):
+    """Folds on the workers of a Dask cluster."""
+
+    def __init__(self, client: Any, address: str) -> None:
+        self.client = client
+        self.address = address
+        self.share_nbytes = None
+        self.seen = _Counted()
+
+    def wait_for_workers(self) -> None:
+        """Wait until there is a worker.
+
+        Raises:
+            PolyakError: there is none for the time that Dask waits for a connection.
+        """
+        end = time.monotonic() + _timeout()
+        while not self._list_workers():
+            self._refuse_lost()
+            if time.monotonic() > end:
+                raise PolyakError(
+                    f"the Dask scheduler {shown(self.address)} has no workers; start some with "
+                    f"`dask worker {shown(self.address)}`"
+                )
+            time.sleep(_POLL / 10)
+
+    def _list_workers(self) -> list[str]:
+        """Return the addresses of the workers, one for each thread, as of a second ago at most."""
+        if time.monotonic() - self.seen.at >= _POLL:
+            with contextlib.suppress(OSError, futures.CancelledError):
+                threads: Mapping[str, int] = self.client.nthreads()
+                self.seen.workers = [name for name, n in threads.items() for _ in range(n)]
+            self.seen.at = time.monotonic()
+        return self.seen.workers
+
+    def count_workers(self) -> int:
+        """See `Futures.count_workers`."""
+        return max(1, len(self._list_workers()))
+
+    def submit(self, avoid: str, *task: Any) -> Future[Reply]:
+        """See `Futures.submit`."""
+        others = sorted({*self._list_workers()} - {avoid}) if avoid else []
+        # Every task has a name of its own: a retry must not get the result of the first attempt.
+        options: dict[str, Any] = {"key": f"fold_share-{uuid.uuid4()}"}
+        if others:  # preferred, as long as there are any
+            options |= {"workers": others, "allow_other_workers": True}
+        executor = self.client.get_executor()
+        made: Future[Reply] = executor.submit(eval, _CALL, {"task": task}, **options)
+        return made
+
+    def check(self) -> None:
+        """See `Futures.check`."""
+        self._refuse_lost()
+        # Dask itself would wait for ever; a worker that was killed is mostly started again.
+        if not self._list_workers():
+            self.wait_for_workers()
+
+    def _refuse_lost(self) -> None:
+        if self.client.status != "running":
+            raise self._make_lost()
+
+    def _make_lost(self) -> PolyakError:
+        return PolyakError(
+            f"the Dask scheduler {shown(self.address)} is gone, or cannot be reached any more; "
+            "nothing was published, run the command again"
+        )
+
+    def explain(self, error: BaseException) -> BaseException:
+        """See `Futures.explain`."""
+        from distributed import KilledWorker
+
+        if isinstance(error, KilledWorker):
+            return PolyakError(
+                f"a share was given up after {error.allowed_failures + 1} workers had died with "
+                "it, perhaps because memory ran out; see their logs, or use less --max-memory"
+            )
+        if isinstance(error, (OSError, futures.CancelledError)):
+            return self._make_lost()
+        # A share returns its own errors, so that this one is of the machinery around it.
+        reason = " ".join(str(error).split())
+        return PolyakError(
+            f"the Dask cluster cannot run polyak: {type(error).__name__}: {shown(reason)}; install "
+            f"polyak {__version__} for its workers"
+        )
+
+    def stop(self, waiting: Iterable[Future[Reply]]) -> None:
+        """See `Futures.stop`; shares at work end by themselves, with files that nobody keeps."""
+        for future in waiting:
+            future.cancel()
+
+
+# --- MPI ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _start_mpi() -> Iterator[Executor]:
+    """Yield an executor on the ranks of MPI, all but this one.
+
+    Raises:
+        UsageError: mpi4py.futures did not start this process, and would have no workers.
+    """
+    # Importing more of mpi4py than the program that starts this one starts MPI.
+    core = sys.modules.get("mpi4py.futures._core")
+    if core is None or getattr(core, "SharedPool", True) is None:
+        raise UsageError(
+            "--engine mpi works on ranks that mpi4py.futures starts: mpiexec -n RANKS python -m "
+            "mpi4py.futures -m polyak_cli average ... --engine mpi"
+        )
+    from mpi4py import MPI
+    from mpi4py.futures import MPIPoolExecutor
+
+    # The module that runs here is a command, which workers need not load.
+    pool = MPIPoolExecutor(main=False)
+    try:
+        yield Futures(pool, max(1, MPI.COMM_WORLD.size - 1))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

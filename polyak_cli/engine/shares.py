@@ -1,0 +1,197 @@
+"""Fold a share of a job in any process that sees its files: the unit of work of a cluster.
+
+A share is a pure function of a job and of the bytes of its inputs.  It may be folded on any
+machine, in any order, and twice: then it writes the same bytes to the same places again.  Knows
+nothing of who sends shares, or of when.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polyak_cli import __version__
+from polyak_cli.engine.constants import Constant
+from polyak_cli.engine.executors import prefetch_next
+from polyak_cli.engine.folding import Done, FoldJob, Worker
+from polyak_cli.engine.products import Products
+from polyak_cli.engine.slabs import Batch, Slab, count_elements
+from polyak_cli.engine.timing import Totals, measure_peak
+from polyak_cli.processes.children import describe_error
+from polyak_cli.storage import File, Version
+from polyak_cli.tensors import itemsize
+
+#: Bytes of an output between whose multiples no two shares write.  Clients of a network file system
+#: may write whole pages, and lock or send larger blocks, of which each should have one writer.
+EDGE = 1 << 16
+
+#: Batches that are sent as one task.
+Share = Sequence[Batch]
+#: What a task returns: plain values, which the coordinator can read whatever the worker's version.
+Reply = dict[str, Any]
+
+
+# --- cutting --------------------------------------------------------------------------------------
+
+
+def gather_shares(batches: Iterable[Batch], nbytes: int) -> Iterator[Share]:
+    """Gather batches into shares.
+
+    Args:
+        batches: in the order of their places in the outputs.
+        nbytes: a share that reads so many is complete, if it ends where no block of `EDGE` bytes
+            has to be written by the next one too.
+    """
+    share: list[Batch] = []
+    total = 0
+    for batch in batches:
+        if total >= nbytes and _is_apart(share[-1][-1][-1], batch[0][0]):
+            yield share
+            share, total = [], 0
+        share.append(batch)
+        total += sum(
+            count_elements(bundle) * sum(itemsize(s.dtype) for s in bundle[0].tensor.sources)
+            for bundle in batch
+        )
+    if share:
+        yield share
+
+
+def _is_apart(last: Slab, following: Slab) -> bool:
+    """Return whether two slabs write no common block of an output."""
+    for before, after in zip(last.tensor.targets, following.tensor.targets, strict=True):
+        if before.file != after.file or before.grid or after.grid:
+            continue  # parts of a grid lie anywhere, so that no border is better than another
+        end = before.offset + last.stop * itemsize(before.dtype)
+        start = after.offset + following.start * itemsize(after.dtype)
+        if (end - 1) // EDGE >= start // EDGE:
+            return False
+    return True
+
+
+# --- sending --------------------------------------------------------------------------------------
+
+
+def make_absolute(path: str) -> str:
+    """Return a path that does not depend on the working folder."""
+    return str(Path(path).absolute())
+
+
+def make_portable(job: FoldJob) -> FoldJob:
+    """Return a job that processes with another working folder, on other machines, can fold."""
+    inputs = [File(make_absolute(path), version.made_portable()) for path, version in job.inputs]
+    portable = replace(job, inputs=inputs, outputs=[make_absolute(o) for o in job.outputs])
+    # `replace` makes a new name; the shares of one run have that of their job.
+    object.__setattr__(portable, "id", job.id)
+    return portable
+
+
+def pack(value: FoldJob | Share) -> bytes:
+    """Return the bytes to send.
+
+    A worker looks at them only after it has compared versions, so that it never meets classes that
+    it does not know.
+    """
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+
+
+# --- in the worker --------------------------------------------------------------------------------
+
+#: The last job of this process, by its name: a job of many checkpoints is larger than its shares,
+#: and is sent with the first of them only.
+_jobs: dict[str, FoldJob] = {}
+
+
+def fold_share(version: str, job_id: str, job: bytes, share: bytes) -> Reply:
+    """Fold a share into the outputs, and return what that took and found.
+
+    Args:
+        version: the coordinator's; another one may pack other classes.
+        job_id: of the job.
+        job: as `pack` makes it; empty if this process should have it already.
+        share: as `pack` makes it.
+
+    Returns:
+        One of "done", with what a `Done` has; "version", where it is another one; "unknown", where
+        the job has to be sent; or an error as `describe_error` has it, with "unseen" if this
+        machine does not see the files of the job.  All have the name of the "worker".
+    """
+    worker = f"{socket.gethostname()}:{os.getpid()}"
+    if version != __version__:
+        return {"worker": worker, "version": __version__}
+    known: FoldJob | None = None
+    try:
+        known = _find_job(job_id, job)
+        if known is None:
+            return {"worker": worker, "unknown": True}
+        return {"worker": worker, "done": _fold(known, _unpack(share))}
+    except Exception as error:
+        unseen = _find_unseen(known) if known else None
+        return {"worker": worker, "unseen": unseen, **describe_error(error)}
+
+
+def _unpack(packed: bytes) -> Any:
+    """Return what the coordinator packed; who may send tasks here may run anything anyway."""
+    return pickle.loads(packed)  # noqa: S301
+
+
+def _find_job(job_id: str, job: bytes) -> FoldJob | None:
+    """Return a job that was sent now or before."""
+    if job and job_id not in _jobs:
+        _jobs.clear()
+        _jobs[job_id] = _unpack(job)
+    return _jobs.get(job_id)
+
+
+def _fold(job: FoldJob, share: Share) -> Reply:
+    """Fold a share; nothing of it stays open."""
+    totals, products = Totals(), Products(len(job.list_counted()))
+    constants: list[Constant] = []
+    with Worker(job) as worker:
+        for batch in prefetch_next(share, worker.prefetch):
+            done = worker.fold(batch)
+            totals = totals.plus(done.totals)
+            products.add(done.products)
+            constants += done.constants
+        # Only now is the share done: the coordinator may read it on another machine, and this one
+        # may be switched off.  A descriptor reports the errors since it was opened, so that only
+        # those of the worker will do.
+        for output in worker.outputs:
+            output.sync()
+    return {
+        "totals": list(totals),
+        "products": products.pack() if products.sums else None,
+        "constants": [list(one) for one in constants],
+        "peak": measure_peak(),
+    }
+
+
+def _find_unseen(job: FoldJob) -> list[str] | None:
+    """Return a file of a job that is not here as it is at the coordinator's, and how it differs."""
+    for path in job.outputs:
+        if not Path(path).exists():
+            return [path, "no such file"]
+    for path, version in job.inputs:
+        try:
+            found = Version.of(Path(path).stat())
+        except OSError as error:
+            return [path, str(error.strerror)]
+        if not version.matches(found):
+            return [path, "another size or time of change"]
+    return None
+
+
+def read_done(reply: Reply) -> Done:
+    """Return what a worker's "done" says."""
+    found = reply["done"]
+    products = found["products"]
+    return Done(
+        Totals(*found["totals"]),
+        Products.unpack(products) if products else None,
+        [Constant(*one) for one in found["constants"]],
+    )
