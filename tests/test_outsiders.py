@@ -126,6 +126,24 @@ def test_links_to_an_epoch_are_passed_over(tmp_path: Path) -> None:
     assert "are the same file" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("stem", ["ckpt", "checkpoint"])
+def test_numbers_between_dots_are_epochs(tmp_path: Path, stem: str) -> None:
+    """ckpt.3.pt is one of a run, and ckpt.pt beside it is what the run is resumed from."""
+    make(tmp_path, *(f"{stem}.{epoch}.pt" for epoch in (1, 2, 3)), f"{stem}.pt")
+    found = select([tmp_path])
+    assert names(found) == [f"{stem}.{epoch}.pt" for epoch in (1, 2, 3)]
+    assert reasons(found) == {f"{stem}.pt": "the state that training resumes from, by its name"}
+
+
+def test_updates_of_fairseq_are_in_order(tmp_path: Path) -> None:
+    """Several checkpoints of one epoch are told apart by the number of updates."""
+    made = ["checkpoint_1_500.pt", "checkpoint_1_1000.pt", "checkpoint_2_1500.pt"]
+    make(tmp_path, *made, "checkpoint_best.pt", "checkpoint_last.pt")
+    found = select([tmp_path])
+    assert names(found) == made
+    assert [one.epoch for one in found.checkpoints] == [500, 1000, 1500]
+
+
 def test_the_number_of_a_process_is_none_of_an_epoch(tmp_path: Path) -> None:
     """Composer links to its newest checkpoint by latest-rank0.pt."""
     make(tmp_path, "ep1-ba100-rank0.pt", "ep2-ba200-rank0.pt")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -79,6 +79,9 @@ _LABEL_AFTER = re.compile(r"(?:epochs?|ep)(?![^\W\d_])", re.IGNORECASE)
 
 DATE = re.compile(r"(?:19|20)\d{6}")
 
+#: What fairseq saves within an epoch: the epoch, of which there may be several, and the update.
+_OF_FAIRSEQ = re.compile(r"checkpoint_\d+_\d+\.pt")
+
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_a-zA-Z]+")
 
 
@@ -110,8 +113,11 @@ def parse_name(path: Path) -> Name:
     numbers: list[_Number] = []
     pieces: list[str] = []
     end = 0
+    counts_updates = _OF_FAIRSEQ.fullmatch(path.name) is not None
     for start, text in _iterate_numerals(stem):
         number = _classify_number(stem, start, text)
+        if counts_updates and not numbers:
+            number = replace(number, role=Role.COUNTER)
         numbers.append(number)
         # A number that belongs to the run's name must be the same in all of its files.
         fixed = text if number.role is Role.FIXED else number.role.value

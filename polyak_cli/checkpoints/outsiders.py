@@ -56,7 +56,7 @@ def _list_outsiders(names: Sequence[Name]) -> Iterator[PassedOver]:
     for name, reason in zip(names, reasons, strict=True):
         if reason:
             yield PassedOver(name.path, reason)
-        elif _RESUMED.fullmatch(name.path.name):
+        elif _RESUMED.fullmatch(name.path.name) and not has_whole_number(name):
             yield PassedOver(name.path, "the state that training resumes from, by its name")
 
 
