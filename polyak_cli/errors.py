@@ -8,6 +8,8 @@ module may import it, and knows nothing of checkpoints.
 from __future__ import annotations
 
 import glob
+import os
+import re
 import shlex
 from typing import TYPE_CHECKING
 
@@ -63,16 +65,45 @@ class MissingExtraError(PolyakError):
 
 # ---- wording -------------------------------------------------------------------------------------
 
+#: User and password, and the query, of a URL: these may be secrets.
+_USER = re.compile(r"(\b[a-z]+://)[^/@\s]*@")
+_QUERY = re.compile(r"(\bhttps?://[^\s?]*)\?[^\s'\",;]*")
+#: Matches the folder of stand-ins of objects up to the scheme, where there is one.
+_stand_ins: re.Pattern[str] | None = None
+
+
+def show_urls_for(folder: str) -> None:
+    """Have every path below a folder shown as a URL; "" for no folder.
+
+    Args:
+        folder: has a folder for each scheme, and below that the rest of the URL.
+    """
+    global _stand_ins
+    _stand_ins = re.compile(rf"{re.escape(folder)}/([a-z0-9]+)/") if folder else None
+
+
+def redact(text: str) -> str:
+    """Return a text without the parts of URLs that may be secrets, and with URLs for stand-ins."""
+    if _stand_ins:
+        text = _stand_ins.sub(r"\1://", text)
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text)) if "://" in text else text
+
+
+def name_path(path: str | os.PathLike[str]) -> str:
+    """Return a path as data calls it: the URL of an object, without secrets, or the path."""
+    return redact(os.fspath(path))
+
 
 def shown(text: object, limit: int = 200) -> str:
     """Return untrusted text made safe for one line of a terminal.
 
     Control, bidirectional and unprintable characters and lone surrogates (bytes that are not
-    UTF-8) are escaped, and the middle of a long text is left out.
+    UTF-8) are escaped, secrets in URLs and the middle of a long text are left out, and the
+    stand-in of an object is shown as its URL.
     """
     escaped = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for c in str(text)
+        for c in redact(str(text))
     )
     if len(escaped) <= limit:
         return escaped

@@ -76,6 +76,9 @@ HOMES = {
     "dask": {"engine.clusters"},
     "distributed": {"engine.clusters"},
     "mpi4py": {"engine.clusters"},
+    # A process that has used it must not fork.
+    "obstore": {"storage.objects"},
+    "boto3": {"storage.objects"},
 }
 
 
@@ -241,6 +244,8 @@ HEAVY = {
     "jinja2",
     "google_crc32c",
     "decimal",
+    "obstore",
+    "boto3",
 }
 
 

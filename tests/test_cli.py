@@ -21,6 +21,7 @@ import sysconfig
 import termios
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -746,23 +747,38 @@ def test_of_many_files_that_were_passed_over_the_odd_ones_are_shown(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("average", "s3://b/run", "-o", "o.h5"),
         ("average", "ckpts", "-o", "s3://b/o.h5"),
         ("watch", "ckpts", "-o", "s3://b/o.h5"),
-        ("inspect", "s3://b/m.h5"),
         ("evaluate", "ckpts", "--data", "blobs", "--baseline", "s3://b/m.h5"),
     ],
     ids=" ".join,
 )
-def test_object_storage_is_refused_before_anything_is_done(
+def test_a_url_in_place_of_a_local_file_is_refused_before_anything_is_done(
     run_folder: Path, arguments: tuple[str, ...]
 ) -> None:
-    """In place of any path, a URL costs one line, exit 2, and no file; it is quoted as given."""
+    """Where only a path will do, a URL costs one line, exit 2, and no file; it is quoted."""
     done = polyak(*arguments, cwd=run_folder)
     assert (done.returncode, done.stdout) == (2, "")
     line = one_line(done.stderr)
     assert line.startswith("s3://b/")
-    assert "URLs and object storage are not supported yet" in line
+    assert f"'{arguments[-2]}'" in line or f"'{arguments[-2]}' /" in line
+    assert "must be a local file" in line
+    assert os.listdir(run_folder) == ["ckpts"]
+
+
+@pytest.mark.skipif(find_spec("obstore") is not None, reason="the extra is installed")
+@pytest.mark.parametrize(
+    "arguments",
+    [("average", "s3://b/run", "-o", "o.h5"), ("inspect", "az://b/m.h5"), ("check", "gs://b/r/")],
+    ids=" ".join,
+)
+def test_a_url_without_the_extra_names_the_extra(
+    run_folder: Path, arguments: tuple[str, ...]
+) -> None:
+    """What is missing and how it is installed is one line."""
+    done = polyak(*arguments, cwd=run_folder)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "needs packages that are missing: pip install 'polyak[remote]'" in one_line(done.stderr)
     assert os.listdir(run_folder) == ["ckpts"]
 
 

@@ -101,8 +101,8 @@ def test_a_row_of_the_table_runs(tmp_path: Path, have: str, write: Callable[[Pat
 
 
 def test_every_row_of_the_table_is_run_by_some_test() -> None:
-    """A row is in one of the five files that run them, by its first cell."""
-    folders = ("", "keras/", "torch/", "hf/", "orbax/")
+    """A row is in one of the six files that run them, by its first cell."""
+    folders = ("", "keras/", "torch/", "hf/", "orbax/", "remote/")
     files = [f"{folder}test_front_door.py" for folder in folders]
     text = "".join((ROOT / "tests" / name).read_text() for name in files)
     assert len(ROWS) >= 9

@@ -37,6 +37,7 @@ from polyak_cli.errors import (
     PolyakError,
     UsageError,
     list_some,
+    name_path,
     shown,
     word_count,
     word_size,
@@ -158,13 +159,13 @@ class Plan:
     def data(self) -> dict[str, Any]:
         """Return the plan as what JSON can hold."""
         return {
-            "output": str(self.output) if self.output else None,
+            "output": name_path(self.output) if self.output else None,
             "scheme": self.scheme,
             "parameters": dict(self.parameters),
             "effective_number": self.effective_number,
             "checkpoints": [
                 {
-                    "path": str(checkpoint.path),
+                    "path": name_path(checkpoint.path),
                     "name": name,
                     "epoch": checkpoint.epoch,
                     "metric": checkpoint.metric,
@@ -175,7 +176,7 @@ class Plan:
                     self.checkpoints, self.names, self.tables, self.coefficients, strict=True
                 )
             ],
-            "template": str(self.checkpoints[-1].path),
+            "template": name_path(self.checkpoints[-1].path),
             "tensors": {
                 fate: {"count": len(names), "names": list(names)}
                 for fate, names in (
@@ -190,7 +191,8 @@ class Plan:
             "memory": self.memory,
             "recalibrate": dict(self.recalibrate) if self.recalibrate else None,
             "passed_over": [
-                {"path": str(passed.path), "reason": passed.reason} for passed in self.passed_over
+                {"path": name_path(passed.path), "reason": passed.reason}
+                for passed in self.passed_over
             ],
             "skipped": [one.data() for one in self.skipped],
             "suspicions": [one.data() for one in self.suspicions],

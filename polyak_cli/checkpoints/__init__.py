@@ -22,6 +22,7 @@ from polyak_cli.checkpoints.listing import (
     StrPath,
     describe_folders,
     describe_nothing_found,
+    enter,
     expand_source,
     find_candidates,
     find_file,
@@ -53,6 +54,7 @@ __all__ = [
     "Problem",
     "Selection",
     "describe_folders",
+    "enter",
     "find_file",
     "make_natural_key",
     "model_files",
@@ -295,7 +297,7 @@ def model_files(
     found: list[Path] = []
     passed_over: list[PassedOver] = []
     kinds = KINDS_OF_MODEL | ({one: one for one in WEIGHTS_SUFFIXES} if weights else {})
-    for source in list_sources(sources):
+    for source in map(enter, list_sources(sources)):
         if os.path.lexists(source) and not Path(source).is_dir():
             found.append(Path(source))
             continue

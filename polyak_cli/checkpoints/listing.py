@@ -34,6 +34,7 @@ from polyak_cli.formats.catalogue import (
 )
 from polyak_cli.formats.foreign import EMPTY, JSON, NUMPY, ZIP, name_by_ending
 from polyak_cli.formats.model_folders import STATE, is_state_folder, is_training_state
+from polyak_cli.storage import mirrors
 
 StrPath = str | os.PathLike[str]
 
@@ -304,8 +305,28 @@ def list_sources(sources: StrPath | Sequence[StrPath]) -> Sequence[StrPath]:
     return sources
 
 
-def refuse_url(text: str) -> None:
-    """Refuse a URL, which must not become a path: ``Path`` would make ``s3:/bucket`` of it.
+def enter(source: StrPath) -> str:
+    """Return the local name of a source: what a URL names is listed, and read when it is needed.
+
+    Raises:
+        UsageError: it is a URL that is not supported, or one that `Path` has taken a slash from.
+        PolyakError: it cannot be listed.
+    """
+    text = os.fspath(source)
+    if _URL.match(text):
+        text = mirrors.enter(text)
+        mangled = _URL.match(text)
+        # A folder of such a name may be there.
+        if mangled and not os.path.lexists(mangled[0]):
+            raise UsageError(
+                f"{shown(text)}: is a URL with one slash, as pathlib.Path makes it; give URLs as "
+                f"texts, like {shown(mangled[0])}/{shown(text[mangled.end() :])}"
+            )
+    return text
+
+
+def refuse_url(text: str, what: str = "this") -> None:
+    """Refuse a URL, which must not become a path, where only a local file will do.
 
     Raises:
         UsageError: it is one.
@@ -314,8 +335,8 @@ def refuse_url(text: str) -> None:
     # A pathlib.Path has lost a slash already; such a folder may still be there.
     if scheme and (scheme[0].endswith("//") or not os.path.lexists(scheme[0])):
         raise UsageError(
-            f"{shown(text)}: URLs and object storage are not supported yet, only local files; copy "
-            "the files to a folder, or mount the storage as one"
+            f"{shown(text)}: {what} must be a local file; name a path, and copy the file to or "
+            "from the storage"
         )
 
 
@@ -327,7 +348,7 @@ def expand_source(source: StrPath) -> tuple[list[Path], bool]:
         raise CheckpointError(
             f"{shown(text)!r} is not a path: give a directory, a pattern or files"
         )
-    refuse_url(text)
+    text = enter(text)
     try:
         mode = os.stat(text).st_mode  # noqa: PTH116 - Path() would forget a trailing slash
     except OSError as error:

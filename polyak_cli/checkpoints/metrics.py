@@ -14,10 +14,11 @@ from pathlib import Path
 
 from polyak_cli.checkpoints import descriptions, inner_metrics, trainer_states
 from polyak_cli.checkpoints.directions import guess_mode
-from polyak_cli.checkpoints.listing import Checkpoint, StrPath
+from polyak_cli.checkpoints.listing import Checkpoint, StrPath, enter
 from polyak_cli.checkpoints.names import find_metric, is_unnamed_decimal, parse_name
 from polyak_cli.checkpoints.ordering import describe_epochs, require_epoch
 from polyak_cli.errors import CheckpointError, UsageError, choose_verb, shown
+from polyak_cli.storage import mirrors
 
 #: Suffixes that people give the file of Keras' CSVLogger.
 _LOG_SUFFIXES = (".csv", ".log")
@@ -285,6 +286,7 @@ def _read_log(path: StrPath, monitor: str) -> _Log:
     if "\0" in text:
         raise CheckpointError(f"{shown(text)!r} is not a path: --log must be a CSV file")
     try:
+        text = mirrors.fetch(enter(text))
         # Opening a pipe without a writer would block for ever.
         if not Path(text).is_file():
             what = "is not a regular file" if os.path.lexists(text) else "does not exist"

@@ -29,6 +29,7 @@ from polyak_cli.cli.options import (
     SOURCES,
     WRITING,
     Command,
+    Readable,
     option,
     scheme_options,
     under,
@@ -181,14 +182,14 @@ def watch(
     example="polyak verify final.h5 --source ckpts/",
     guide="verifying",
 )
-@click.argument("file", metavar="FILE", type=click.Path())
+@click.argument("file", metavar="FILE", type=Readable())
 @under(
     "Checkpoints",
     option(
         "--source",
         "sources",
         multiple=True,
-        type=click.Path(),
+        type=Readable(),
         callback=expand_lists,
         metavar="DIR",
         help="Look for them here first; may be given again; - reads names from standard input.  "

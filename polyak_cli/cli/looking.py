@@ -30,6 +30,7 @@ from polyak_cli.cli.options import (
     STRIP_PREFIX,
     TO,
     Command,
+    Readable,
     Size,
     option,
     under,
@@ -48,7 +49,7 @@ from polyak_cli.errors import UsageError, shown
     nargs=-1,
     required=True,
     metavar="FILE...",
-    type=click.Path(),
+    type=Readable(),
     callback=expand_lists,
 )
 @under(
@@ -97,7 +98,7 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool, verbose: bool) -
     nargs=-1,
     required=True,
     metavar="A B | DIR",
-    type=click.Path(),
+    type=Readable(),
     callback=expand_lists,
 )
 @under(

@@ -35,7 +35,7 @@ from polyak_cli.cli.options import (
     under,
 )
 from polyak_cli.cli.progress import show_progress
-from polyak_cli.errors import UsageError, shown
+from polyak_cli.errors import UsageError, name_path, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -170,7 +170,7 @@ def evaluate(
         "data": data,
         "rows": rows.rows,
         **rendering.models_data(scores, compared),
-        "passed_over": [{"path": str(one.path), "reason": one.reason} for one in passed_over],
+        "passed_over": [{"path": name_path(one.path), "reason": one.reason} for one in passed_over],
         "failures": failures,
     }
     rendering.print_result(
@@ -531,7 +531,7 @@ def train(
         "optimizer": report.optimizer,
         "learning_rate": report.learning_rate,
         "epochs": epochs,
-        "checkpoints": [str(path) for path in report.checkpoints],
+        "checkpoints": [name_path(path) for path in report.checkpoints],
         "log": str(report.log),
         "plot": plot,
         "last": last,

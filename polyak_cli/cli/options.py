@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from polyak_cli.cli.lists import expand_lists
-from polyak_cli.errors import shown
+from polyak_cli.errors import redact, shown
 
 #: Exit codes; besides these, 3 for what failed and 2 for wrong usage: see `polyak_cli.cli`.
 DONE, ANSWER_IS_NO = 0, 1
@@ -53,14 +53,15 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep the command line, to be written into a report, and parse it; refuse URLs."""
-        ctx.meta[self.LINE] = shlex.join([*ctx.command_path.split(), *args])
+        """Keep the command line, to be written into a report, and parse it; replace URLs."""
+        ctx.meta[self.LINE] = redact(shlex.join([*ctx.command_path.split(), *args]))
         rest = self._parse_args(ctx, args)
         for parameter in self.params:
-            if isinstance(parameter.type, click.Path):
-                value = ctx.params.get(parameter.name or "")
-                for path in value if isinstance(value, tuple) else (value,):
-                    _refuse_url(path)
+            name, value = parameter.name or "", ctx.params.get(parameter.name or "")
+            if isinstance(parameter.type, click.Path) and isinstance(value, tuple):
+                ctx.params[name] = tuple(_enter(parameter, path) for path in value)
+            elif isinstance(parameter.type, click.Path):
+                ctx.params[name] = _enter(parameter, value)
         return rest
 
     def _parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -85,12 +86,20 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
 
-def _refuse_url(path: object) -> None:
-    """Raise a UsageError for a URL; what is none is not looked at closely."""
-    if isinstance(path, str) and ":/" in path:
-        from polyak_cli.checkpoints import refuse_url  # imports numpy, which --help does not need
+class Readable(click.Path):
+    """The name of something that is read, which may be a URL; other paths must be local."""
 
-        refuse_url(path)
+
+def _enter(parameter: click.Parameter, path: Any) -> Any:
+    """Return the local name of what a URL names; what is none is not looked at closely."""
+    if not isinstance(path, str) or ":/" not in path:
+        return path
+    from polyak_cli import checkpoints  # imports numpy, which --help does not need
+
+    if isinstance(parameter.type, Readable):
+        return checkpoints.enter(path)
+    checkpoints.refuse_url(path, parameter.get_error_hint(click.get_current_context(silent=True)))
+    return path
 
 
 class Size(click.ParamType[Any]):
@@ -179,7 +188,7 @@ SOURCES = click.argument(
     nargs=-1,
     required=True,
     metavar="SOURCE...",
-    type=click.Path(),
+    type=Readable(),
     callback=expand_lists,
 )
 LAST = option("--last", type=int, metavar="N", help="Use only the N newest.  [default: all]")
@@ -291,7 +300,7 @@ CHOOSING = under(
     ),
     option(
         "--log",
-        type=click.Path(),
+        type=Readable(),
         metavar="CSV",
         help="The training log for --best, as Keras's CSVLogger writes it.",
     ),

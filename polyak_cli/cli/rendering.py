@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from polyak_cli.cli.names import name_tensors
 from polyak_cli.cli.tables import Table, Verbatim, lay_out
-from polyak_cli.errors import OutputError, shown, word_count, word_rest, word_size
+from polyak_cli.errors import OutputError, name_path, shown, word_count, word_rest, word_size
 
 if TYPE_CHECKING:
     from polyak_cli.averaging.belonging.runs import Verdict
@@ -462,7 +462,7 @@ def _word_runs(verdict: Verdict, names: Sequence[str]) -> str:
 
 def _score_data(score: Score) -> dict[str, Any]:
     return {
-        "path": str(score.path),
+        "path": name_path(score.path),
         "loss": score.loss,
         "loss_name": score.loss_words or None,
         "metrics": dict(score.metrics),

@@ -77,6 +77,8 @@ def fold(
         MismatchError: a value is not finite, or an average does not fit the stored type.
         OSError: an output cannot be written.
     """
+    if any(file.version.is_object for file in job.inputs):
+        memory = memory.for_objects(len(job.list_counted()))
     tuning = memory.tuning
     # Generators: of a table of 100,000 tensors, only the batches that are at work are in memory.
     slabs = cut_slabs(tensors, memory.piece, memory.most, aligned=memory.aligned)

@@ -163,15 +163,21 @@ class Worker:
         return Done(self.clock.totals(), found, self.constants)
 
     def prefetch(self, batch: Batch) -> None:
-        """Have the bytes of a batch fetched from the disk, if the last batch came from there."""
+        """Have the bytes of a batch fetched, if the last batch did not come from the page cache."""
         if self.clock.bytes_read >= self.tuning.cache_speed * self.clock.reading:
             return
+        wanted: dict[int, list[tuple[int, int]]] = {}  # input -> offset and length of each range
         for slab in itertools.chain.from_iterable(batch):
             for source, terms in zip(slab.tensor.sources, self.terms, strict=True):
                 width = itemsize(source.dtype)
                 start, stop = slab.start * width, slab.stop * width
                 if terms and stop - start >= self.tuning.prefetch_nbytes:
-                    self.inputs.prefetch(source, start, stop)
+                    for extent in source.storage.byte_ranges(start, stop):
+                        ranges = wanted.setdefault(source.file + extent.file, [])
+                        ranges.append((extent.offset, extent.nbytes))
+        # All ranges of a file at once: those that lie side by side become one request of a network.
+        for number, ranges in wanted.items():
+            self.inputs.prefetch(number, ranges)
 
     def _fold_bundle(self, bundle: Bundle) -> None:
         """Average the slabs of a bundle as if they were one."""

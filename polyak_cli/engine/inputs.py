@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import resource
 from collections.abc import Sequence
-from pathlib import Path
 
 from polyak_cli.engine.slabs import TensorSource
 from polyak_cli.errors import ChangedError, FormatError, shown
-from polyak_cli.storage import Bytes, File, InputFile, Version, open_input
+from polyak_cli.storage import Bytes, File, InputFile, open_input, read_version
 
 
 class OpenInputs:
@@ -58,17 +57,16 @@ class OpenInputs:
                     raise  # it names the file already, and concerns no tensor
                 path = self.inputs[files.last].path
                 where = f"{shown(path)}: tensor '{shown(name)}'"
-                if files.is_opening:
+                if files.is_opening or isinstance(error, ChangedError):
                     raise ChangedError(f"{where}: {_CHANGED}") from None
                 raise FormatError(f"{where}: {error}") from None
 
-    def prefetch(self, source: TensorSource, start: int, stop: int) -> None:
-        """Have bytes of a tensor fetched, if its file is one that stays open."""
+    def prefetch(self, number: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """Have ranges of an input fetched, each an offset and a length, if it stays open."""
         with contextlib.suppress(OSError, FormatError):  # the read that follows reports the error
-            for extent in source.storage.byte_ranges(start, stop):
-                file = self.keep(source.file + extent.file)
-                if file is not None:
-                    file.prefetch([(extent.offset, extent.nbytes)])
+            file = self.keep(number)
+            if file is not None:
+                file.prefetch(ranges)
 
     def keep(self, k: int) -> InputFile | None:
         """Return an input that is open for the whole run, if another may be open."""
@@ -111,12 +109,15 @@ class _CheckpointFiles:
 def check_unchanged(inputs: Sequence[File]) -> None:
     """Check again that every input is the file that was scanned.
 
+    Of an object every read has demanded the version that was listed, so that nothing is left to
+    check.
+
     Raises:
         FormatError: one was replaced, changed or removed since.
     """
     for path, version in inputs:
         with contextlib.suppress(OSError):
-            if Version.of(Path(path).stat()) == version:
+            if read_version(path) == version:
                 continue
         raise ChangedError(
             f"{shown(path)}: changed or vanished while it was read; is training still running?"

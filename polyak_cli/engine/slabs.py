@@ -6,7 +6,7 @@ Knows where every tensor lies and how much memory there is; reads and computes n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from polyak_cli.tensors import Extent, Placement, Storage, itemsize
@@ -36,6 +36,10 @@ class Tuning:
     prefetch_nbytes: int = 1 << 16
     #: Bytes a second that only the page cache delivers: then there is nothing to prefetch.
     cache_speed: float = 2e9
+    #: Bytes of objects that are in memory or on their way, and of the part of them that one batch
+    #: asks one checkpoint for at most.
+    ahead_nbytes: int = 128 << 20
+    request_nbytes: int = 16 << 20
     #: Bytes written between two flushes to the disk.
     flush_nbytes: int = 32 << 20
 
@@ -96,6 +100,23 @@ class Memory(NamedTuple):
     element: int = FOLD_BYTES  # bytes that one element needs
     tuning: Tuning = TUNING
     aligned: bool = False  # see `cut_slabs`
+
+    def for_objects(self, checkpoints: int) -> Memory:
+        """Return the same with batches that make large requests of a network.
+
+        Each worker has the ranges of two batches of every checkpoint in memory or on their way.
+        All together fit `Tuning.ahead_nbytes`, so that more checkpoints make smaller requests.
+        """
+        share = self.tuning.ahead_nbytes // (2 * self.jobs * max(1, checkpoints))
+        pieces = min(share, self.tuning.request_nbytes) // (self.piece * 4)
+        tuning = replace(
+            self.tuning,
+            pieces_per_batch=max(1, pieces),
+            slabs_per_batch=self.tuning.slabs_per_batch * 16,
+            prefetch_nbytes=0,
+            cache_speed=float("inf"),
+        )
+        return self._replace(tuning=tuning)
 
     @property
     def nbytes(self) -> int:

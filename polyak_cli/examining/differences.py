@@ -18,9 +18,9 @@ from polyak_cli import formats
 from polyak_cli.averaging.belonging import assets, runs
 from polyak_cli.averaging.matching import Row, match
 from polyak_cli.averaging.notebook import write_html
-from polyak_cli.checkpoints import Selection, find_file
+from polyak_cli.checkpoints import Selection, enter, find_file
 from polyak_cli.engine.products import Products
-from polyak_cli.errors import MismatchError, UsageError, shown, word_count
+from polyak_cli.errors import MismatchError, UsageError, name_path, shown, word_count
 from polyak_cli.examining.reductions import (
     PairSums,
     RunSums,
@@ -78,7 +78,7 @@ class Differences:
     def data(self) -> dict[str, Any]:
         """Return it as JSON types."""
         return {
-            "paths": [str(path) for path in self.paths],
+            "paths": [name_path(path) for path in self.paths],
             "equal": self.equal,
             "apart": list(self.mismatches),
             "tensors": [tensor._asdict() for tensor in self.tensors],
@@ -102,6 +102,7 @@ def diff(one: Path, other: Path, *, rtol: float = 0.0, atol: float = 0.0) -> Dif
     for option, value in (("rtol", rtol), ("atol", atol)):
         if not value >= 0:
             raise UsageError(f"--{option} is {value}; expected 0 or more")
+    one, other = (Path(enter(path)) for path in (one, other))
     tables = [formats.scan([find_file(path)])[0] for path in (one, other)]
     for table in tables:
         formats.check([table], jobs=1)
@@ -184,7 +185,7 @@ class Distance(NamedTuple):
     def data(self) -> dict[str, Any]:
         """Return it as JSON types."""
         return {
-            "path": str(self.path),
+            "path": name_path(self.path),
             "epoch": self.epoch,
             "to_previous": self.to_previous,
             "to_average": self.to_average,

@@ -44,6 +44,7 @@ from polyak_cli.errors import (
     MismatchError,
     PolyakError,
     UsageError,
+    name_path,
     quote_glob,
     shown,
     word_count,
@@ -91,7 +92,7 @@ class Checked(NamedTuple):
     def data(self) -> dict[str, Any]:
         """Return it as JSON types."""
         return self._asdict() | {
-            "path": str(self.path),
+            "path": name_path(self.path),
             "modified": format_time(self.modified),
             "problems": [problem.data() for problem in self.problems],
         }
@@ -140,7 +141,8 @@ class Health:
             "checkpoints": [one.data() for one in self.checkpoints],
             "problems": [problem.data() for problem in self.problems],
             "passed_over": [
-                {"path": str(passed.path), "reason": passed.reason} for passed in self.passed_over
+                {"path": name_path(passed.path), "reason": passed.reason}
+                for passed in self.passed_over
             ],
             "notes": list(self.notes),
             "runs": self.verdict.data([one.path for one in self.checkpoints]),

@@ -17,7 +17,8 @@ from polyak_cli import formats
 from polyak_cli.averaging.belonging.averages import list_averages
 from polyak_cli.averaging.belonging.quantised import find_quantised
 from polyak_cli.averaging.belonging.states import is_of_the_run
-from polyak_cli.checkpoints import find_file
+from polyak_cli.checkpoints import enter, find_file
+from polyak_cli.errors import name_path
 from polyak_cli.examining.reductions import ValueSums, reduce_each
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.tensors import FLOATS, Table, TensorSpec, is_carried, is_numeric
@@ -85,7 +86,7 @@ class Inspection:
         """Return it as JSON types."""
         about = {key: text for key, text in self.table.about.items() if key != "provenance"}
         return {
-            "path": str(self.table.path),
+            "path": name_path(self.table.path),
             "format": self.format,
             "size": self.table.size,
             "parameters": self.parameters,
@@ -129,6 +130,7 @@ def inspect(paths: Sequence[Path], *, statistics: bool = False) -> Iterator[Insp
         FormatError: a file is of no known format, damaged, hostile, or still being written.
     """
     for path in paths:
+        path = Path(enter(path))
         (table,) = formats.scan([find_file(path)])
         specs = [*table.tensors.values(), *table.others.values()]
         found = _measure(table, specs) if statistics else {}

@@ -22,7 +22,7 @@ from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging.fates import map_stored_dtypes
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.averaging.records import Record
-from polyak_cli.checkpoints import Checkpoint, Selection, find_file, make_natural_key
+from polyak_cli.checkpoints import Checkpoint, Selection, enter, find_file, make_natural_key
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.errors import (
     CheckpointError,
@@ -30,6 +30,7 @@ from polyak_cli.errors import (
     MismatchError,
     PolyakError,
     UsageError,
+    name_path,
     shown,
 )
 from polyak_cli.evaluation import recalibration
@@ -38,7 +39,7 @@ from polyak_cli.examining.recompute import Written, compare_again
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.formats.format import OutputForm
 from polyak_cli.formats.model_folders import RECORD_NAME
-from polyak_cli.storage import File, Version, open_input
+from polyak_cli.storage import File, open_input, read_version
 from polyak_cli.tensors import Table
 
 _StrPath = str | os.PathLike[str]
@@ -90,11 +91,11 @@ class Verification:
     def data(self) -> dict[str, Any]:
         """Return it as JSON types."""
         return {
-            "output": str(self.output),
+            "output": name_path(self.output),
             "verified": self.verified,
             "problems": [problem._asdict() for problem in self.problems],
             "inputs": [
-                {"name": name, "path": str(path) if path else None} for name, path in self.inputs
+                {"name": name, "path": path and name_path(path)} for name, path in self.inputs
             ],
             "bytes": self.nbytes,
             "unverified": list(self.unverified),
@@ -139,6 +140,7 @@ def verify(
         "scheduler": scheduler,
     }
     averaging_options.parse(machine)
+    output, sources = enter(output), [enter(source) for source in sources]
     path = _find_opener(Path(output))
     for folder in map(Path, sources):
         if not _is_folder(folder):
@@ -384,11 +386,7 @@ def _is_checkpoint(folder: Path) -> bool:
 def _is_part(path: Path, own: Table) -> bool:
     """Return whether a file is one of the average's."""
     with contextlib.suppress(PolyakError, OSError):
-        status = find_file(path).stat()
-        return any(
-            (status.st_dev, status.st_ino) == (identity.device, identity.inode)
-            for _, identity in own.files
-        )
+        return read_version(find_file(path)) in [version for _, version in own.files]
     return False
 
 
@@ -403,7 +401,7 @@ def _list_files(path: Path, nbytes: int, key: str) -> tuple[File, ...]:
     status = opener.stat()
     # The headers of a single file need not be read: its digest says whether it is the one.
     if stat.S_ISREG(status.st_mode) and opener == path and status.st_size == nbytes:
-        return (File(str(path), Version.of(status)),)
+        return (File(str(path), read_version(path, status)),)
     (table,) = formats.scan([opener], key=key)
     return table.files
 

@@ -20,7 +20,7 @@ from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.formats.format import Draft, Format, OutputForm, ScanRequest, SkeletonRequest
 from polyak_cli.processes import sandbox
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.storage import File, Version
+from polyak_cli.storage import File, Version, mirrors, read_version
 from polyak_cli.storage.local import LocalOutput
 from polyak_cli.tensors import Placement, Table
 
@@ -50,7 +50,10 @@ def scan(
     if not paths:
         return []
     files = [File(str(path), _read_version(path)) for path in paths]
+    mirrors.expect_alike(file.path for file in files)
     form = _find_common_format(paths)
+    if find_format(form).is_scattered:
+        mirrors.fetch_all([file.path for file in files], most=mirrors.WHOLE)
     if key and not find_format(form).has_parts:
         raise UsageError(
             f"--key {shown(key)}: {shown(paths[-1])} is a {find_format(form).name} file, which has "
@@ -101,7 +104,7 @@ def _scan_one(request: tuple[Format, ScanRequest], heartbeat: Heartbeat) -> dict
 
 def _read_version(path: Path) -> Version:
     try:
-        return Version.of(path.stat())
+        return read_version(path)
     except OSError as error:
         raise PolyakError(f"{shown(path)}: cannot be read: {error.strerror}") from None
 
@@ -122,6 +125,7 @@ def read_descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
 
 def find_polyak_outputs(paths: Sequence[Path], *, jobs: int = 1) -> Collection[Path]:
     """Return those of the files that this tool wrote."""
+    mirrors.expect_alike(map(str, paths))
     known = [(path, key) for path in paths if (key := _detect_or_none(path))]
     names = [str(path) for path, _ in known]
     requests = [(find_format(key), str(path)) for path, key in known]

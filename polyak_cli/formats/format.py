@@ -80,6 +80,8 @@ class Format(ABC):
     #: The float types that it can store in place of one another although its files are fixed
     #: otherwise (`OutputRules.is_fixed`).
     retypes: ClassVar[frozenset[str]] = frozenset()
+    #: Headers lie all over its files, so that an object of usual size is better fetched whole.
+    is_scattered: ClassVar[bool] = False
     #: A checkpoint of it may be one part of a larger one; its tensors lie in plain extents.
     can_be_part: ClassVar[bool] = False
     #: A checkpoint holds named parts, such as a model beside its EMA; `ScanRequest.key` chooses.

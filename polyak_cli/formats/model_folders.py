@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.storage import File, Version
+from polyak_cli.storage import File, read_version
 
 #: The file in an output folder that holds the record of the average.
 RECORD_NAME = "polyak_provenance.json"
@@ -135,7 +135,7 @@ def list_files(
         if reason:
             left_out.append(LeftOut(name, reason))
         else:
-            carried.append(CarriedFile(name, File(str(folder / name), Version.of(status))))
+            carried.append(CarriedFile(name, _name_file(folder / name, status)))
     return _leave_out_adapters(carried, left_out)
 
 
@@ -153,6 +153,10 @@ def _leave_out_adapters(
     kept = [one for one in left_out if not one.name.startswith(folders)]
     kept += [LeftOut(name, OTHER_ADAPTER) for name in folders]
     return [one for one in carried if not one.name.startswith(folders)], sorted(kept)
+
+
+def _name_file(path: Path, status: os.stat_result) -> File:
+    return File(str(path), read_version(path, status))
 
 
 def _walk(

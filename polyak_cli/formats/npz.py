@@ -163,6 +163,7 @@ class Npz(Format):
     """A zip archive with one `.npy` file a tensor."""
 
     key = "npz"
+    is_scattered = True
     name = "numpy .npz"
     suffixes = (".npz",)
     has_checksums = True

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polyak_cli.errors import FormatError
-from polyak_cli.storage import Bytes, File, InputFile
-from polyak_cli.storage.local import LocalInput, open_local
+from polyak_cli.storage import Bytes, File, InputFile, open_input
+from polyak_cli.storage.local import LocalInput
 from polyak_cli.tensors import Extent, Table
 
 #: Rows of [start, stop].
@@ -31,8 +31,9 @@ _OPEN = 32  # files that are open at a time
 def compare_skeletons(table: Table, files: Sequence[File]) -> list[bool]:
     """Return for each file whether it equals the one of ``table`` in every byte outside tensors.
 
-    Only headers are read, with one exception: tensors of at most a page (4,096 bytes) are read
-    along with the bytes around them, because jumping over them would cost more than reading them.
+    Only headers are read, with one exception: tensors of at most a page (4,096 bytes) of a local
+    file are read along with the bytes around them, because jumping over them would cost more than
+    reading them.
 
     A file that cannot be read, or is still being written, does not count as equal: a scan will say
     what is wrong with it.
@@ -43,7 +44,7 @@ def compare_skeletons(table: Table, files: Sequence[File]) -> list[bool]:
     if len(table.files) > 1:
         return [False] * len(files)
     extents = _merge_extents(table)
-    regions = _find_regions(extents, size)
+    regions = _find_regions(extents, size, 0 if template.version.is_object else _ALONG)
     found: set[int] = set()
     for first in range(0, len(candidates), _OPEN):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError, FormatError):
@@ -82,11 +83,12 @@ def _find_equal(
 
 
 @contextlib.contextmanager
-def _open_unlocked(file: File) -> Iterator[LocalInput]:
+def _open_unlocked(file: File) -> Iterator[InputFile]:
     """Open the file that was scanned, unless somebody holds it locked for writing."""
-    with open_local(*file) as opened:
-        # The lock by which libhdf5, too, finds out that a file is being written.
-        fcntl.flock(opened.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with open_input(*file) as opened:
+        if isinstance(opened, LocalInput):
+            # The lock by which libhdf5, too, finds out that a file is being written.
+            fcntl.flock(opened.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield opened
 
 
@@ -107,9 +109,9 @@ def _merge_extents(table: Table) -> Spans:
     return np.array(merged, np.int64).reshape(-1, 2)
 
 
-def _find_regions(extents: Spans, size: int) -> Spans:
-    """Return the parts of the file to compare, which leave out the tensors of over a page."""
-    large = extents[extents[:, 1] - extents[:, 0] > _ALONG]
+def _find_regions(extents: Spans, size: int, along: int) -> Spans:
+    """Return the parts of the file to compare, without the tensors of more than ``along`` bytes."""
+    large = extents[extents[:, 1] - extents[:, 0] > along]
     starts, stops = np.append(0, large[:, 1]), np.append(large[:, 0], size)
     bounds = zip(starts.tolist(), stops.tolist(), strict=True)
     cut = np.array([low for start, stop in bounds for low in range(start, stop, _STEP)], np.int64)
@@ -132,7 +134,12 @@ def _read(file: InputFile, block: Spans, buffer: Bytes) -> None:
     """Read regions of a file side by side."""
     done = 0
     for start, stop in block.tolist():
-        file.read_into(start, buffer[done : done + stop - start])
+        part = buffer[done : done + stop - start]
+        if isinstance(file, LocalInput):
+            file.read_into(start, part)
+        else:  # as a header, which the scan of an object has read already
+            content = file.read(start, len(part))
+            part[: len(content)] = np.frombuffer(content, np.uint8)
         done += stop - start
 
 

@@ -236,10 +236,12 @@ def _intern_shape(*shape: int) -> tuple[int, ...]:
 
 def unpack_files(packed: Iterable[Any]) -> tuple[File, ...]:
     """Return files that a child named, with the versions that it saw."""
-    return tuple(
-        File(_require_text(path), Version(*map(_require_count, version)))
-        for path, version in packed
-    )
+    files = []
+    for path, (*counts, mark) in packed:
+        device, inode, size, mtime_ns = map(_require_count, counts)
+        version = Version(device, inode, size, mtime_ns, _require_text(mark))
+        files.append(File(_require_text(path), version))
+    return tuple(files)
 
 
 def _unpack_storage(files: Sequence[File], kind: str, *fields: Any) -> Storage:

@@ -312,7 +312,7 @@ class _Reached(threading.local):
     """
 
     def __init__(self) -> None:
-        self.streams: dict[tuple[int, ...], _Stream] = {}
+        self.streams: dict[tuple[object, ...], _Stream] = {}
 
 
 _reached = _Reached()

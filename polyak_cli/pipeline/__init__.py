@@ -30,6 +30,7 @@ from polyak_cli.errors import (
     PolyakError,
     UsageError,
     choose_verb,
+    name_path,
     shown,
     word_count,
     word_size,
@@ -191,7 +192,7 @@ class Report:
     def data(self) -> dict[str, Any]:
         """Return the report, with its plan, as what JSON can hold."""
         return self.plan.data() | {
-            "output": str(self.output),
+            "output": name_path(self.output),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "seconds": self.seconds,

@@ -22,7 +22,7 @@ from polyak_cli.averaging import planning, records, writing
 from polyak_cli.averaging.notebook import write_html
 from polyak_cli.averaging.schemes import Mean, make_mean
 from polyak_cli.checkpoints import WEIGHTS_SUFFIXES
-from polyak_cli.errors import MismatchError, UsageError, shown
+from polyak_cli.errors import MismatchError, UsageError, name_path, shown
 from polyak_cli.evaluation import data, recalibration
 from polyak_cli.evaluation.candidates import (
     Candidate,
@@ -158,7 +158,7 @@ class Sweep:
             "rows": rows,
             "checkpoints": [
                 {
-                    "path": str(checkpoint.path),
+                    "path": name_path(checkpoint.path),
                     "epoch": checkpoint.epoch,
                     "size": table.size,
                     "sha256": digests,

@@ -34,7 +34,7 @@ from polyak_cli.errors import (
     word_count,
 )
 from polyak_cli.pipeline import Options, Report
-from polyak_cli.storage import File, Version
+from polyak_cli.storage import File, read_version
 
 INTERVAL = 2.0  # seconds
 #: Looks that find the same problem in an unchanged file before it is reported.
@@ -342,7 +342,7 @@ def _map_files(plan: Plan) -> dict[Path, _Files]:
 def _find_file(path: Path) -> _Files:
     """Return a file as it is now, nothing if it was deleted."""
     try:
-        return (File(str(path), Version.of(path.stat())),)
+        return (File(str(path), read_version(path)),)
     except OSError:
         return ()
 

@@ -1,7 +1,8 @@
 """Where bytes live: inputs are opened and read by range, outputs appear whole or not at all.
 
 Knows no format and no tensor.  Nothing else in the package opens a checkpoint or an output by its
-name.  Local files are the only store so far; the protocols say what another one has to offer.
+name.  There are two stores: the files of this machine, and the objects of buckets and web servers.
+Objects become paths at the door (see `mirrors`), so that only this package knows of URLs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import BinaryIO, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +23,20 @@ Bytes = npt.NDArray[np.uint8]
 class Version(NamedTuple):
     """What tells that a name still stands for the very bytes that were seen before.
 
-    Two versions of one name are equal if and only if its bytes were not replaced or changed.
+    Two versions of one name are equal if and only if its bytes were not replaced or changed.  Of an
+    object, ``mark`` is the ETag, and device and inode are 0.
     """
 
     device: int
     inode: int
     size: int
     mtime_ns: int
+    mark: str = ""
+
+    @property
+    def is_object(self) -> bool:
+        """Whether it is that of an object, which is read over a network."""
+        return not self.inode and not self.device
 
     @classmethod
     def of(cls, status: os.stat_result) -> Version:
@@ -83,6 +91,9 @@ class InputFile(Protocol):
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Have offset and length of each range fetched, without waiting for the bytes."""
+
+    def stream(self) -> BinaryIO:
+        """Return a file object on it, for libraries that seek and read."""
 
     def close(self) -> None:
         """Close it; a second call does nothing."""
@@ -159,13 +170,51 @@ class Store(Protocol):
 
 
 def resolve(name: str | os.PathLike[str]) -> tuple[Store, str]:
-    """Return the store of a name, and the key by which the store knows it."""
+    """Return the store of a name, and the key by which the store knows it.
+
+    A URL is opened by a network client of this process, which therefore must not fork afterwards:
+    only processes that were started for that resolve URLs.  All others go through `mirrors`.
+    """
+    from polyak_cli.storage import mirrors, urls
     from polyak_cli.storage.local import LocalStore
 
-    return LocalStore(), os.fspath(name)
+    key = os.fspath(name)
+    if mirrors.is_mirrored(key):
+        return mirrors.MirrorStore(), key
+    if urls.parse(key):
+        from polyak_cli.storage.objects import ObjectStore
+
+        return ObjectStore(), key
+    return LocalStore(), key
 
 
 def open_input(name: str | os.PathLike[str], version: Version | None = None) -> InputFile:
     """Open an input in the store that its name belongs to; see `Store.open`."""
     store, key = resolve(name)
     return store.open(key, version)
+
+
+def read_version(path: str | os.PathLike[str], status: os.stat_result | None = None) -> Version:
+    """Return the version that a name has now; of an object, the version that was listed.
+
+    Args:
+        path: the name.
+        status: of the file, where the system was asked already.
+
+    Raises:
+        OSError: there is none.
+    """
+    from polyak_cli.storage import mirrors
+
+    found = mirrors.find_version(os.fspath(path))
+    return found or Version.of(status or Path(path).stat())
+
+
+def locate(path: str) -> str:
+    """Return the name by which any process on any machine can open an input.
+
+    Of the stand-in of an object that is its URL; any other path stays as it is.
+    """
+    from polyak_cli.storage import mirrors
+
+    return mirrors.locate(path)

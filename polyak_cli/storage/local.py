@@ -119,7 +119,7 @@ class LocalInput(_Descriptor):
 
     def stream(self) -> BinaryIO:
         """See `storage.InputFile.stream`."""
-        return io.BufferedReader(_InputStream(self))
+        return io.BufferedReader(InputStream(self))
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """See `storage.InputFile.prefetch`."""
@@ -128,7 +128,7 @@ class LocalInput(_Descriptor):
                 os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
-class _InputStream(io.RawIOBase):
+class InputStream(io.RawIOBase):
     """A position in an input, for libraries that seek and read; it reads as `InputFile.read`."""
 
     def __init__(self, file: InputFile) -> None:
@@ -239,8 +239,16 @@ class LocalStore:
 
 
 def open_local(path: str | os.PathLike[str], version: Version | None = None) -> LocalInput:
-    """Open a file of this machine, where a library needs its descriptor; see `Store.open`."""
-    return LocalStore().open(os.fspath(path), version)
+    """Open a file of this machine, where a library needs its descriptor; see `Store.open`.
+
+    An object is fetched whole first.
+    """
+    from polyak_cli.storage import mirrors
+
+    name = os.fspath(path)
+    if mirrors.find_version(name):
+        return mirrors.open_whole(name, version)
+    return LocalStore().open(name, version)
 
 
 def copy_range(
@@ -300,4 +308,4 @@ def name_errors(name: str) -> Iterator[None]:
     try:
         yield
     except FormatError as error:
-        raise FormatError(f"{shown(name)}: {error}") from None
+        raise type(error)(f"{shown(name)}: {error}") from None

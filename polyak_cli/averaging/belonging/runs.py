@@ -19,7 +19,7 @@ from polyak_cli.averaging.matching import Row
 from polyak_cli.averaging.options import Choice
 from polyak_cli.checkpoints import Checkpoint
 from polyak_cli.engine.products import REACH, Products, Sampling
-from polyak_cli.errors import list_some, quote_glob, shown
+from polyak_cli.errors import list_some, name_path, quote_glob, shown
 from polyak_cli.tensors import FLOATS
 
 #: The kind of `options.ALLOWED` that averages all the same, and that of the problem in `check`.
@@ -121,8 +121,10 @@ class Verdict:
         return {
             "verdict": self.word,
             "least_cosine": None if self.least is None else round(self.least, 4),
-            "between": None if self.between is None else [str(paths[k]) for k in self.between],
-            "groups": [[str(paths[k]) for k in group] for group in self.groups],
+            "between": None
+            if self.between is None
+            else [name_path(paths[k]) for k in self.between],
+            "groups": [[name_path(paths[k]) for k in group] for group in self.groups],
         }
 
 

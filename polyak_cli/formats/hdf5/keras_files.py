@@ -399,6 +399,7 @@ class KerasHdf5(Format):
     """HDF5 files of every Keras generation."""
 
     key = "hdf5"
+    is_scattered = True
     name = "Keras HDF5"
     # What Keras opens as HDF5: it goes by the suffix, and is case-sensitive.
     suffixes = (".h5", ".hdf5")

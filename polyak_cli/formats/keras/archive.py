@@ -233,6 +233,7 @@ class KerasArchive(Format):
     """The `.keras` archives of Keras 3."""
 
     key = "keras_zip"
+    is_scattered = True
     name = "Keras .keras"
     suffixes = (".keras",)
     keras_layout = "objects"

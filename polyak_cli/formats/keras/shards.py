@@ -22,7 +22,7 @@ from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.sharding import read_index
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.storage import File, Version
+from polyak_cli.storage import File, Version, read_version
 from polyak_cli.tensors import Table, TensorSpec
 
 
@@ -38,7 +38,7 @@ def _check_shard(index: Path, shard: Path) -> Version:
         raise FormatError(
             f"{shown(index)}: its shard {shown(shard.name)} is a link or not a regular file"
         )
-    return Version.of(status)
+    return read_version(shard, status)
 
 
 def _check_groups(part: Weights, groups: list[str], path: Path, with_optimizer: bool) -> None:
@@ -64,6 +64,7 @@ class KerasShards(Format):
     """The `.weights.json` of Keras 3 and the shards that it names."""
 
     key = "weights_json"
+    is_scattered = True
     name = "sharded Keras weights"
     suffixes = (WEIGHTS_SUFFIX,)
     recalculation = keras_names.RECALCULATION
@@ -72,7 +73,7 @@ class KerasShards(Format):
     def scan(self, request: ScanRequest, heartbeat: Heartbeat) -> Table:
         """See `Format.scan`."""
         index = Path(request.path)
-        files = [File(request.path, Version.of(index.stat()))]
+        files = [File(request.path, read_version(index))]
         # Each shard is read as a weights file of its own, and what was found is put together.
         found = Weights([], [], {}, False, {})  # False: this tool writes no index
         for shard, groups in read_index(request.path, "", json.loads).shards.items():

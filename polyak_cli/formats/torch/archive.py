@@ -443,6 +443,7 @@ class TorchZip(Format):
     """The zip archives that `torch.save` writes."""
 
     key = "torch_zip"
+    is_scattered = True
     name = "PyTorch"
     suffixes = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
     recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"

@@ -46,6 +46,7 @@ class TorchShards(FormatOfParts):
     """`pytorch_model.bin.index.json` and the shards that it names."""
 
     key = "torch_shards"
+    is_scattered = True
     name = "PyTorch in shards"
     suffixes = ()
     recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"

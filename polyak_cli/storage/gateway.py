@@ -1,0 +1,636 @@
+"""The process that owns the network client, and the client by which others ask it for bytes.
+
+polyak forks, and obstore waits for ever in a forked child.  So the process that forks never imports
+it: it starts this one, which listens on a socket in a private folder.  Only the process that
+started it may list, or have anything written; its forked children may ask for bytes of objects that
+are listed already, and for nothing else.  It ends with the process that started it, however that
+ended, and removes the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from polyak_cli.errors import FormatError, PolyakError, shown
+from polyak_cli.storage import Bytes, Version, urls
+
+#: Bytes of a block of a stand-in.
+BLOCK = 1 << 16
+#: Objects below one prefix; more are hardly one run.
+MOST = 100_000
+#: Blocks of one GET that fills a stand-in.
+_RUN = 128
+#: Seconds between two looks whether the process that started this one is alive.
+_LOOK = 1.0
+#: Bytes of the path of a socket, on Linux and macOS.
+_LONGEST_PATH = 100
+_LENGTH = struct.Struct("<I")
+_SOCKET = "gateway"
+
+
+# --- the wire -------------------------------------------------------------------------------------
+
+
+def _send(connection: socket.socket, message: Any) -> None:
+    """Send a message of values that JSON can hold."""
+    body = json.dumps(message).encode()
+    connection.sendall(_LENGTH.pack(len(body)) + body)
+
+
+def _receive(connection: socket.socket) -> Any:
+    """Return the next message, or None at the end."""
+    head = _receive_exactly(connection, _LENGTH.size)
+    if head is None:
+        return None
+    body = _receive_exactly(connection, *_LENGTH.unpack(head))
+    return None if body is None else json.loads(body)
+
+
+def _receive_exactly(connection: socket.socket, nbytes: int) -> bytes | None:
+    buffer = bytearray(nbytes)
+    return bytes(buffer) if _fill(connection, memoryview(buffer)) else None
+
+
+def _fill(connection: socket.socket, view: memoryview) -> bool:
+    """Fill a buffer, and return whether the other end sent as much."""
+    while len(view):
+        count = connection.recv_into(view)
+        if not count:
+            return False
+        view = view[count:]
+    return True
+
+
+# --- the client -----------------------------------------------------------------------------------
+
+
+class Client:
+    """The gateway, as the process that started it and its forked children see it."""
+
+    def __init__(self) -> None:
+        """Start the process, with a private folder for stand-ins and its socket."""
+        self.owner = self.forked = os.getpid()
+        self.root = tempfile.mkdtemp(prefix="polyak-")
+        self.place = self.root
+        if len(os.fsencode(self.root)) + len(_SOCKET) + 1 > _LONGEST_PATH:
+            self.place = tempfile.mkdtemp(prefix="polyak-", dir="/tmp")
+        package = str(Path(__file__).parents[2])
+        known = os.environ.get("PYTHONPATH")
+        environment = os.environ | {"PYTHONPATH": f"{package}:{known}" if known else package}
+        try:
+            # -P: no module of the current folder is imported.
+            self.process = subprocess.Popen(  # noqa: S603 (this very package)
+                [sys.executable, "-P", "-m", __name__, self.root, self.place],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+            )
+            if not self.process.stdout or self.process.stdout.readline() != b"ready\n":
+                raise PolyakError("the process that reads from the network could not be started")
+        except OSError as error:
+            raise PolyakError(
+                f"the process that reads from the network cannot be started: {error.strerror}"
+            ) from None
+        finally:
+            if not hasattr(self, "process") or self.process.poll() is not None:
+                shutil.rmtree(self.root, ignore_errors=True)
+        self.idle: list[socket.socket] = []  # connections of this process that nobody uses now
+        self.lock = threading.Lock()
+
+    def close(self) -> None:
+        """End the process, which removes its folder; only the process that started it can."""
+        if self.owner != os.getpid() or self.process.stdin is None:
+            return
+        for connection in self.idle:
+            connection.close()
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout:
+            self.process.stdout.close()
+        for folder in (self.root, self.place):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def connect(self) -> socket.socket:
+        """Return a new connection, for one thread of one process at a time."""
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(f"{self.place}/{_SOCKET}")
+        except OSError as error:
+            connection.close()
+            raise PolyakError(
+                f"the process that reads from the network has ended ({error.strerror}); try again"
+            ) from None
+        return connection
+
+    def ask(self, op: str, **arguments: Any) -> Any:
+        """Return the answer to one request; several threads may ask at a time."""
+        if self.forked != os.getpid():  # connections are not shared with the parent
+            self.forked, self.idle, self.lock = os.getpid(), [], threading.Lock()
+        with self.lock:
+            connection = self.idle.pop() if self.idle else None
+        connection = connection or self.connect()
+        try:
+            value = ask(connection, op, **arguments)
+        except PolyakError:
+            self._keep(connection)
+            raise
+        except BaseException:  # an interrupt: the answer would be taken for that of another request
+            connection.close()
+            raise
+        self._keep(connection)
+        return value
+
+    def _keep(self, connection: socket.socket) -> None:
+        with self.lock:
+            self.idle.append(connection)
+
+
+def ask(connection: socket.socket, op: str, **arguments: Any) -> Any:
+    """Return the answer to one request.
+
+    Raises:
+        PolyakError: as the gateway raised it.
+    """
+    try:
+        _send(connection, {"op": op, **arguments})
+        answer = _receive(connection)
+    except OSError:
+        answer = None
+    if answer is None:
+        raise FormatError("cannot be read: the process that reads from the network has ended")
+    if "error" in answer:
+        raise _rebuild(*answer["error"])
+    return answer["value"]
+
+
+def _rebuild(kind: str, text: str) -> PolyakError:
+    from polyak_cli import errors
+
+    leaf = getattr(errors, kind, PolyakError)
+    made: PolyakError = PolyakError.__new__(leaf)  # MissingExtraError words its text itself
+    made.args = (text,)
+    return made
+
+
+class Stream:
+    """One object over a connection of its own: what is fetched ahead belongs to it."""
+
+    def __init__(self, client: Client, path: str, version: Version) -> None:
+        self.client = client
+        self.process = os.getpid()
+        self.connection: socket.socket | None = None
+        self.opened = path, list(version)
+
+    def _connect(self) -> socket.socket:
+        if self.connection is None or self.process != os.getpid():
+            self.process, self.connection = os.getpid(), self.client.connect()
+        return self.connection
+
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Have ranges fetched; see `objects.ObjectInput.prefetch`."""
+        path, version = self.opened
+        ask(self._connect(), "prefetch", path=path, version=version, ranges=ranges)
+
+    def read_into(self, offset: int, buffer: Bytes) -> None:
+        """Fill a buffer.
+
+        Raises:
+            FormatError: it cannot be read; the message lacks its name.
+        """
+        path, version = self.opened
+        connection = self._connect()
+        view = memoryview(buffer.data).cast("B")
+        ask(connection, "read", path=path, version=version, offset=offset, nbytes=len(view))
+        while len(view):
+            # Each piece comes behind its length, or an error in place of one.
+            piece = _receive(connection)
+            if piece is not None and "error" in piece:
+                raise _rebuild(*piece["error"])
+            if piece is None or not _fill(connection, view[: piece["nbytes"]]):
+                raise FormatError("cannot be read: the process that reads from the network ended")
+            view = view[piece["nbytes"] :]
+
+    def close(self) -> None:
+        """End the connection, and forget what was fetched ahead."""
+        if self.connection is not None and self.process == os.getpid():
+            self.connection.close()
+        self.connection = None
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+
+class _StandIn:
+    """A sparse file of an object's size, and which of its blocks hold the object's bytes."""
+
+    def __init__(self, path: str, url: urls.Url, version: Version) -> None:
+        from polyak_cli.storage.objects import ObjectInput
+
+        self.path = path
+        self.version = version
+        self.source = ObjectInput(url, version)
+        self.blocks = -(-version.size // BLOCK)
+        self.filled: dict[int, Future[None]] = {}
+        self.present = 0
+        self.lock = threading.Lock()
+        self.alike: Sequence[_StandIn] = ()
+
+    def fill(self, first: int, count: int) -> None:
+        """Have blocks in the file, and wait for them.
+
+        Raises:
+            FormatError: they cannot be read; the message lacks the URL.
+        """
+        last = min(first + count, self.blocks)
+        wanted = self._begin(first, last)
+        for other in self.alike:
+            if other is not self:
+                other._begin(first, min(last, other.blocks))
+        for future in dict.fromkeys(wanted):
+            future.result()
+
+    def _begin(self, first: int, last: int) -> list[Future[None]]:
+        """Begin to fetch the blocks that are neither there nor on their way."""
+        from polyak_cli.storage.objects import pool
+
+        with self.lock:
+            for number in range(first, last):  # what failed is tried again
+                future = self.filled.get(number)
+                if future and future.done() and future.exception():
+                    del self.filled[number]
+            missing = [number for number in range(first, last) if number not in self.filled]
+            for run in _list_runs(missing):
+                future = pool().submit(self._fetch, run)
+                self.filled |= dict.fromkeys(run, future)
+            return [self.filled[number] for number in range(first, last)]
+
+    def _fetch(self, run: range) -> None:
+        start, stop = run.start * BLOCK, min(run.stop * BLOCK, self.version.size)
+        content = self.source.fetch(start, stop)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            while len(content):
+                count = os.pwrite(descriptor, content, start)
+                content, start = content[count:], start + count
+        except OSError as error:
+            raise FormatError(
+                f"cannot be copied to {shown(Path(self.path).parent)}: {error.strerror}; make "
+                "room, or set TMPDIR to a folder on a disk with room"
+            ) from None
+        finally:
+            os.close(descriptor)
+        with self.lock:
+            self.present += len(run)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every byte is in the file."""
+        return self.present == self.blocks
+
+
+def _list_runs(numbers: Sequence[int]) -> Iterator[range]:
+    """Yield runs of consecutive numbers, none longer than a GET."""
+    k = 0
+    while k < len(numbers):
+        stop = k + 1
+        while stop < len(numbers) and stop - k < _RUN and numbers[stop] == numbers[stop - 1] + 1:
+            stop += 1
+        yield range(numbers[k], numbers[stop - 1] + 1)
+        k = stop
+
+
+class _Server:
+    """Answers requests, on a thread for each connection."""
+
+    def __init__(self, root: str, owner: int) -> None:
+        self.root = root
+        self.owner = owner
+        self.stand_ins: dict[str, _StandIn] = {}
+        self.lock = threading.Lock()
+
+    def serve(self, connection: socket.socket) -> None:
+        """Answer the requests of a connection until it ends."""
+        visit = _Visit(self, connection)
+        with connection, contextlib.suppress(OSError):
+            try:
+                while (message := _receive(connection)) is not None:
+                    visit.answer(message)
+            finally:
+                visit.close()
+
+    def enlist(self, url: str) -> dict[str, list[Any]]:
+        """List what a URL names and make stand-ins; return paths and versions, and what is gone."""
+        parsed = urls.parse(url)
+        if parsed is None:
+            raise FormatError(f"{shown(url)}: is not a URL")
+        try:
+            found, is_listed = _list(parsed)
+        except FormatError as error:
+            raise type(error)(f"{parsed}: {error}") from None
+        with self.lock:
+            made = [self._register(parsed, one) for one in found]
+            known = {path for path, _ in made}
+            home = f"{self.root}/{parsed.scheme}/{parsed.bucket}/"
+            gone = [
+                path
+                for path in self.stand_ins
+                if path not in known and path.startswith(home) and is_listed(path[len(home) :])
+            ]
+            for path in gone:
+                del self.stand_ins[path]
+                Path(path).unlink(missing_ok=True)
+                folder = Path(path).parent
+                with contextlib.suppress(OSError):  # a folder that is empty now is gone too
+                    while f"{folder}/" != home:
+                        folder.rmdir()
+                        folder = folder.parent
+            return {"made": made, "gone": gone}
+
+    def _register(self, url: urls.Url, one: Any) -> list[Any]:
+        """Make the stand-in of an object, or make it again for another version of it."""
+        path = f"{self.root}/{url.scheme}/{url.bucket}/{one.key}"
+        known = self.stand_ins.get(path)
+        if known is None or known.version != one.version:
+            _make_sparse(path, one, url._replace(key=one.key))
+            self.stand_ins[path] = _StandIn(path, url._replace(key=one.key), one.version)
+        return [path, list(one.version)]
+
+    def find(self, path: str, version: Sequence[Any] | None = None) -> _StandIn:
+        """Return a stand-in; refuse what was not listed, or another version."""
+        found = self.stand_ins.get(path)
+        if found is None:
+            raise FormatError("cannot be read: it is none of the objects that were listed")
+        if version is not None and found.version != Version(*version):
+            from polyak_cli.errors import ChangedError
+
+            raise ChangedError("changed while it was read; is training still running?")
+        return found
+
+
+class _Visit:
+    """One connection, with the objects that are read over it."""
+
+    def __init__(self, server: _Server, connection: socket.socket) -> None:
+        self.server = server
+        self.connection = connection
+        self.is_owner = _read_peer(connection) == server.owner
+        self.opened: dict[str, Any] = {}
+
+    def close(self) -> None:
+        """Forget what was fetched ahead."""
+        for source in self.opened.values():
+            source.close()
+
+    def answer(self, message: dict[str, Any]) -> None:
+        """Answer one request."""
+        op = message.pop("op")
+        try:
+            if op not in _OPS or (_OPS[op].owner_only and not self.is_owner):
+                raise PolyakError(f"the gateway refuses '{shown(op)}' to this process")
+            value = _OPS[op].work(self, **message)
+        except Exception as error:  # the other end raises it
+            _send(self.connection, {"error": _describe(error)})
+            return
+        if op != "read":
+            _send(self.connection, {"value": value})
+
+    def enlist(self, url: str) -> dict[str, list[Any]]:
+        """See `_Server.enlist`."""
+        return self.server.enlist(url)
+
+    def fill(self, path: str, version: Sequence[Any], first: int, count: int) -> None:
+        """Have blocks of an object in its stand-in."""
+        self.server.find(path, version).fill(first, count)
+
+    def fetch(self, paths: Sequence[str]) -> None:
+        """Have whole objects in their stand-ins."""
+        found = [self.server.find(path) for path in paths]
+        for one in found:
+            one._begin(0, one.blocks)
+        for one in found:
+            try:
+                one.fill(0, one.blocks)
+            except FormatError as error:
+                raise type(error)(f"{one.source.name}: {error}") from None
+
+    def pair(self, paths: Sequence[str]) -> None:
+        """Have the blocks of one of some objects, when they are asked for, fetched of all."""
+        found = [self.server.find(path) for path in paths]
+        for one in found:
+            one.alike = found
+
+    def is_whole(self, path: str) -> bool:
+        """Return whether a stand-in holds every byte."""
+        return self.server.find(path).is_whole
+
+    def prefetch(self, path: str, version: Sequence[Any], ranges: Sequence[Any]) -> None:
+        """Have ranges of an object fetched, for reads over this connection."""
+        self._open(path, version).prefetch([(start, nbytes) for start, nbytes in ranges])
+
+    def read(self, path: str, version: Sequence[Any], offset: int, nbytes: int) -> None:
+        """Send bytes of an object, each piece as it comes."""
+        pieces = self._open(path, version).pieces(offset, nbytes)
+        _send(self.connection, {"value": None})
+        try:
+            for piece in pieces:
+                _send(self.connection, {"nbytes": len(piece)})
+                self.connection.sendall(piece)
+        except PolyakError as error:
+            _send(self.connection, {"error": _describe(error)})
+
+    def count(self) -> list[int]:
+        """Return how many requests this process has made, and what they brought."""
+        from polyak_cli.storage.objects import requests_made
+
+        return list(requests_made())
+
+    def _open(self, path: str, version: Sequence[Any]) -> Any:
+        """Return an object that is read over this connection."""
+        if path not in self.opened:
+            from polyak_cli.storage.objects import ObjectInput
+
+            stand_in = self.server.find(path, version)
+            self.opened[path] = ObjectInput(stand_in.source.url, stand_in.version)
+        return self.opened[path]
+
+
+class _Op(NamedTuple):
+    """A kind of request."""
+
+    work: Callable[..., Any]
+    owner_only: bool = False  # forked children, which read untrusted headers, may not ask for it
+
+
+_OPS = {
+    "list": _Op(_Visit.enlist, owner_only=True),
+    "pair": _Op(_Visit.pair, owner_only=True),
+    "fetch": _Op(_Visit.fetch, owner_only=True),
+    "count": _Op(_Visit.count, owner_only=True),
+    "fill": _Op(_Visit.fill),
+    "is_whole": _Op(_Visit.is_whole),
+    "prefetch": _Op(_Visit.prefetch),
+    "read": _Op(_Visit.read),
+}
+
+
+def _describe(error: Exception) -> list[str]:
+    """Return an error as it is sent; a bug's text is for whoever repairs it."""
+    if isinstance(error, PolyakError):
+        return [type(error).__name__, str(error)]
+    import traceback
+
+    return [
+        "PolyakError",
+        f"the gateway failed: {shown(''.join(traceback.format_exception(error)), 2000)}",
+    ]
+
+
+def _read_peer(connection: socket.socket) -> int:
+    """Return the process at the other end, 0 where the system does not say."""
+    if hasattr(socket, "SO_PEERCRED"):
+        size = struct.calcsize("3i")
+        answer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        return int(struct.unpack("3i", answer)[0])
+    local, peer_pid = 0, 2  # SOL_LOCAL and LOCAL_PEERPID of macOS
+    return connection.getsockopt(local, peer_pid)
+
+
+def _list(url: urls.Url) -> tuple[list[Any], Callable[[str], bool]]:
+    """Return the objects that a URL names: itself with its neighbours, or those below it.
+
+    A file may belong to others beside it, such as an index to its shards, so these are listed too.
+
+    Returns:
+        The objects, and a function that tells whether a key would be among them.
+    """
+    from polyak_cli.storage import objects
+
+    if not url.has_listing:
+        one = objects.find(url)
+        return [one] if one else [], lambda key: key == url.key
+    magic = min([url.key.find(c) for c in "*?[" if c in url.key], default=len(url.key))
+    folder, _, name = url.key[:magic].rpartition("/")
+    below = f"{folder}/" if folder else ""
+    if magic < len(url.key) or not name:
+        found = objects.list_below(url._replace(key=folder), MOST)
+        is_listed: Callable[[str], bool] = lambda key: key.startswith(below)  # noqa: E731
+    else:
+        found, folders = _list_around(url, folder)
+        if url.key in folders:
+            found += objects.list_below(url, MOST)
+        is_listed = lambda key: (  # noqa: E731
+            key.startswith(f"{url.key}/") or key.rpartition("/")[0] == folder
+        )
+    if len(found) > MOST:
+        raise FormatError(f"holds more than {MOST:,} objects; name a folder with fewer")
+    return _refuse_unusual(found), is_listed
+
+
+def _list_around(url: urls.Url, folder: str) -> tuple[list[Any], list[str]]:
+    """List the folder of a name; where that is not allowed, the name must be an object."""
+    from polyak_cli.storage import objects
+
+    try:
+        return objects.list_beside(url._replace(key=folder))
+    except FormatError:
+        with contextlib.suppress(FormatError):
+            one = objects.find(url)
+            if one:
+                return [one], []
+        raise
+
+
+def _refuse_unusual(found: Sequence[Any]) -> list[Any]:
+    """Refuse keys that no path can have; leave out the empty objects by which folders are kept."""
+    unique = {one.key: one for one in found}
+    folders = {key[:k] for key in unique for k, c in enumerate(key) if c == "/"}
+    kept = []
+    for key, one in unique.items():
+        parts = key.split("/")
+        if key in folders:
+            if one.size:
+                raise FormatError(
+                    f"holds the object '{shown(key)}' and others below '{shown(key)}/', which "
+                    "files cannot; copy the checkpoints to another prefix"
+                )
+            continue
+        if {"", ".", ".."} & {*parts} or max(len(os.fsencode(part)) for part in parts) > 255:
+            raise FormatError(
+                f"holds the object '{shown(key)}', a name that no file can have; copy the "
+                "checkpoints to another prefix"
+            )
+        kept.append(one)
+    return kept
+
+
+def _make_sparse(path: str, one: Any, url: urls.Url) -> None:
+    """Make an empty file of an object's size and time."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        Path(path).unlink(missing_ok=True)  # who has an older version open keeps its bytes
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(descriptor, one.size)
+        finally:
+            os.close(descriptor)
+        os.utime(path, ns=(one.mtime_ns, one.mtime_ns))
+    except OSError as error:
+        raise PolyakError(
+            f"{url}: no stand-in can be made in TMPDIR: {error.strerror}; set TMPDIR to another "
+            "folder"
+        ) from None
+
+
+def main() -> None:
+    """Serve until the process that started this one has ended or says so."""
+    root, place = sys.argv[1:]
+    owner = os.getppid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # they are meant for the other process
+    server = _Server(root, owner)
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{place}/{_SOCKET}")
+            listener.listen(128)
+            threading.Thread(target=_accept, args=(listener, server), daemon=True).start()
+            os.write(1, b"ready\n")
+            # Forked children of the other process hold the pipe too, and may outlive it.
+            while os.getppid() == owner:
+                ready, _, _ = select.select([0], [], [], _LOOK)
+                if ready and not os.read(0, 1):
+                    break
+    finally:
+        for folder in (root, place):
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(0)  # without waiting for requests that are under way
+
+
+def _accept(listener: socket.socket, server: _Server) -> None:
+    while True:
+        connection, _ = listener.accept()
+        threading.Thread(target=server.serve, args=(connection,), daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Stand-ins: local paths for the objects that URLs name.
+
+A URL becomes a path at the door, in a private folder of sparse files that have the names, sizes and
+times of the objects.  All that works with paths then works with objects: listing, epochs in names,
+patterns, folders as checkpoints.  Headers are fetched into the sparse files block by block, when
+they are read; values come straight from the objects and are not kept.  The bytes come from the
+gateway, as this process may fork (see `gateway`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import os
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import BinaryIO, Self
+
+import numpy as np
+
+from polyak_cli.errors import (
+    ChangedError,
+    FormatError,
+    MissingExtraError,
+    name_path,
+    show_urls_for,
+    shown,
+    word_size,
+)
+from polyak_cli.storage import Bytes, Version, urls
+from polyak_cli.storage.gateway import BLOCK, Client, Stream
+from polyak_cli.storage.local import InputStream, LocalInput, LocalStore, name_errors
+
+#: Bytes that are fetched ahead of one who reads on and on and does not say so.
+_AHEAD = 4 << 20
+#: Bytes up to which an object is fetched whole where its header is scattered over it.
+WHOLE = 256 << 20
+
+
+class _Mirror:
+    """The gateway of this process and what was listed through it."""
+
+    def __init__(self) -> None:
+        self.client = Client()
+        self.versions: dict[str, Version] = {}
+        show_urls_for(self.client.root)
+
+    def list(self, url: urls.Url) -> None:
+        """Make stand-ins of what a URL names, and forget those of objects that are gone."""
+        answer = self.client.ask("list", url=url.whole)
+        for path in answer["gone"]:
+            self.versions.pop(path, None)
+        self.versions |= {path: Version(*version) for path, version in answer["made"]}
+
+
+_mirror: _Mirror | None = None
+_lock = threading.Lock()
+
+
+def enter(text: str) -> str:
+    """Return the local name of what a URL names; any other text stays as it is.
+
+    The URL may name an object, a folder, or be a pattern.  What it names is listed, again with each
+    call.  A name that no object has is returned too: nothing is there.
+
+    Raises:
+        UsageError: it is a URL that is not supported.
+        PolyakError: it cannot be listed; the message names it.
+    """
+    url = urls.parse(text)
+    if url is None:
+        return text
+    mirror = _open_mirror(url)
+    mirror.list(url)
+    return f"{mirror.client.root}/{url.scheme}/{url.bucket}/{url.key}".rstrip("/")
+
+
+def _open_mirror(url: urls.Url) -> _Mirror:
+    """Return the mirror of this process; the first call starts its gateway."""
+    global _mirror
+    from importlib.util import find_spec
+
+    with _lock:
+        if _mirror is None:
+            # Not imported here: this process forks.
+            if find_spec("obstore") is None:
+                raise MissingExtraError(f"{url.scheme}://", "remote")
+            _mirror = _Mirror()
+            atexit.register(close)
+        return _mirror
+
+
+def close() -> None:
+    """End the gateway and remove the stand-ins; nothing happens where there are none."""
+    global _mirror
+    if _mirror is not None and _mirror.client.owner == os.getpid():
+        _mirror.client.close()
+        _mirror = None
+        show_urls_for("")
+
+
+def is_mirrored(path: str) -> bool:
+    """Return whether a path is that of a stand-in, or of an output among them."""
+    return _mirror is not None and path.startswith(f"{_mirror.client.root}/")
+
+
+def find_version(path: str) -> Version | None:
+    """Return the version of the object that a path stands in for; None for any other path."""
+    return _mirror.versions.get(path) if _mirror is not None else None
+
+
+def locate(path: str) -> str:
+    """Return the URL of a stand-in, without its secrets; any other path stays as it is."""
+    return name_path(path) if is_mirrored(path) else path
+
+
+def fetch(path: str) -> str:
+    """Have the whole object in its stand-in, for libraries that open a path; return the path.
+
+    A path that is no stand-in is returned as it is.
+
+    Raises:
+        FormatError: it cannot be fetched; the message names the object.
+    """
+    fetch_all([path])
+    return path
+
+
+def fetch_all(paths: Sequence[str], most: int | None = None) -> None:
+    """Have objects in their stand-ins, all of them at a time; see `fetch`.
+
+    Args:
+        paths: what is no stand-in is passed over.
+        most: bytes of the largest object to fetch; None for any.
+    """
+    if _mirror is None:
+        return
+    wanted = [
+        path
+        for path in paths
+        if (version := _mirror.versions.get(path)) and (most is None or version.size <= most)
+    ]
+    nbytes = sum(_mirror.versions[path].size for path in wanted)
+    space = os.statvfs(_mirror.client.root)
+    if nbytes > space.f_bavail * space.f_frsize:
+        raise FormatError(
+            f"{shown(wanted[0])}: TMPDIR has no room for the {word_size(nbytes)} to fetch; set "
+            "TMPDIR to a folder on a disk with room"
+        )
+    if wanted:
+        _mirror.client.ask("fetch", paths=wanted)
+
+
+def expect_alike(paths: Iterable[str]) -> None:
+    """Have the same blocks of several objects fetched at a time, when those of one are read."""
+    if _mirror is not None:
+        wanted = [path for path in paths if path in _mirror.versions]
+        if len(wanted) > 1:
+            _mirror.client.ask("pair", paths=wanted)
+
+
+def open_whole(path: str, version: Version | None) -> LocalInput:
+    """Return the stand-in of an object, open, with all of the object's bytes.
+
+    Raises:
+        FormatError: it cannot be fetched, or is another version; the message names it.
+    """
+    with MirrorStore().open(path, version) as source:
+        if isinstance(source, MirroredInput):
+            with name_errors(path):
+                source.fill(0, source.size)
+        opened = LocalStore().open(path)
+        opened.version = source.version
+        return opened
+
+
+class MirroredInput:
+    """An object, read through its stand-in and the gateway; see `storage.InputFile`."""
+
+    def __init__(self, path: str, client: Client, version: Version, local: LocalInput) -> None:
+        self.name = path
+        self.version = version
+        self._client = client
+        self._local = local
+        self._stream = Stream(client, path, version)
+        self._known: set[int] = set()  # blocks that are in the file
+        self._is_whole: bool | None = None  # unknown until values are read
+        self._is_planned = False  # who reads says what comes next
+        self._ahead = 0  # up to where it was fetched for one who does not
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.version.size
+
+    def read_into(self, offset: int, buffer: Bytes) -> None:
+        """See `storage.InputFile.read_into`; values are not kept on the disk."""
+        nbytes = len(buffer)
+        if offset + nbytes > self.size:
+            missing = offset + nbytes - self.size
+            raise FormatError(f"the file ends {missing} bytes before the tensor does")
+        if self._ask_whole():
+            self._local.read_into(offset, buffer)
+            return
+        if not self._is_planned:
+            self._look_ahead(offset, offset + nbytes)
+        self._stream.read_into(offset, buffer)
+
+    def _look_ahead(self, offset: int, stop: int) -> None:
+        """Have what follows fetched, if the object is read from one offset to the next."""
+        is_next = 0 <= self._ahead - offset <= 2 * _AHEAD
+        if not is_next or stop > self._ahead - _AHEAD // 2:
+            start = self._ahead if is_next else offset
+            end = min(self.size, max(stop, start + _AHEAD))
+            self._stream.prefetch([(start, end - start)])
+            self._ahead = end
+
+    def _ask_whole(self) -> bool:
+        """Return whether every byte is in the file."""
+        if self._is_whole is None:
+            self._is_whole = bool(self._client.ask("is_whole", path=self.name))
+        return self._is_whole
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """See `storage.InputFile.read`.
+
+        What is read stays on the disk, as headers do, unless it was fetched ahead.
+        """
+        nbytes = max(0, min(nbytes, self.size - offset))
+        if self._is_planned and not self._is_whole and nbytes:
+            buffer = np.empty(nbytes, np.uint8)
+            self._stream.read_into(offset, buffer)
+            return buffer.tobytes()
+        self.fill(offset, nbytes)
+        return self._local.read(offset, nbytes)
+
+    def fill(self, offset: int, nbytes: int) -> None:
+        """Have bytes in the file."""
+        if self._is_whole or not nbytes:
+            return
+        first, last = offset // BLOCK, (offset + nbytes - 1) // BLOCK + 1
+        if not self._known.issuperset(range(first, last)):
+            known = list(self.version)
+            self._client.ask("fill", path=self.name, version=known, first=first, count=last - first)
+            self._known.update(range(first, last))
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """See `storage.InputFile.prefetch`."""
+        self._is_planned = True
+        if not self._ask_whole():
+            self._stream.prefetch(list(ranges))
+
+    def stream(self) -> BinaryIO:
+        """See `storage.InputFile.stream`."""
+        return io.BufferedReader(InputStream(self))
+
+    def close(self) -> None:
+        """See `storage.InputFile.close`."""
+        self._local.close()
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        """Return the open file."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+
+class MirrorStore:
+    """The objects that have stand-ins; see `storage.Store`."""
+
+    def open(self, key: str, version: Version | None = None) -> MirroredInput | LocalInput:
+        """See `storage.Store.open`.  What lies among the stand-ins and is none is a local file."""
+        found = find_version(key)
+        if found is None or _mirror is None:
+            return LocalStore().open(key, version)
+        if version not in (None, found):
+            raise ChangedError(
+                f"{shown(key)}: changed while it was read; is training still running?"
+            )
+        return MirroredInput(key, _mirror.client, found, LocalStore().open(key))
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """See `storage.Store.list`."""
+        return LocalStore().list(prefix)
+
+    def create(
+        self, key: str, *, force: bool, folder: Callable[[Path], Collection[str]] | None = None
+    ) -> AbstractContextManager[Path]:
+        """See `storage.Store.create`."""
+        return LocalStore().create(key, force=force, folder=folder)

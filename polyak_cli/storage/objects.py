@@ -1,0 +1,574 @@
+"""Objects of buckets and web servers: listed, and read by range; the only home of obstore.
+
+Every GET names the version that was listed, so that what is read is one version or an error.  A
+process that has used this module must not fork: obstore waits for ever in a forked child.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Self, TypeVar
+from urllib.parse import unquote
+
+from polyak_cli.errors import (
+    ChangedError,
+    FormatError,
+    MissingExtraError,
+    OutputError,
+    PolyakError,
+    redact,
+    shown,
+)
+from polyak_cli.storage import Bytes, Version, urls
+from polyak_cli.storage.local import InputStream
+from polyak_cli.storage.urls import Url
+
+#: Bytes of a GET that is made for a single reader, and of one that is made ahead.
+PART, LARGE_PART = 8 << 20, 16 << 20
+#: Bytes between two ranges up to which one GET for both is quicker than two.
+_GAP = 1 << 16
+#: GETs of this process at a time.
+_AT_A_TIME = 32
+#: Tries of a request, and the longest pause in seconds between two.
+_TRIES, _LONGEST_PAUSE = 7, 8.0
+#: Seconds that one request may take: 16 MiB at 140 kB/s.
+_TIMEOUT = "120s"
+_CHANGED = "changed while it was read; is training still running?"
+#: Statuses, as obstore words them, that another try does not change.
+_FINAL = re.compile(r"status code: (?:30\d|400|401|403|404|405|410|411|412|416|501)\b")
+
+Result = TypeVar("Result")
+
+
+class Listed(NamedTuple):
+    """One object, as a listing or the answer to a HEAD describes it."""
+
+    key: str
+    size: int
+    mtime_ns: int
+    mark: str  # the ETag; "" where the server has none
+
+    @property
+    def version(self) -> Version:
+        """The version that later reads have to find."""
+        return Version(0, 0, self.size, self.mtime_ns, self.mark)
+
+
+class Requests(NamedTuple):
+    """What this process has asked servers for."""
+
+    requests: int
+    retries: int
+    nbytes: int
+
+
+class _Counter:
+    """Counts requests; several threads make them."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.made = Requests(0, 0, 0)
+
+    def add(self, requests: int = 0, retries: int = 0, nbytes: int = 0) -> None:
+        """Count what one thread has done."""
+        with self.lock:
+            old = self.made
+            self.made = Requests(
+                old.requests + requests, old.retries + retries, old.nbytes + nbytes
+            )
+
+
+_counter = _Counter()
+
+
+def requests_made() -> Requests:
+    """Return what this process has asked servers for since it was started."""
+    return _counter.made
+
+
+@functools.cache
+def pool() -> ThreadPoolExecutor:
+    """Return the threads that make requests in this process."""
+    return ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="polyak-get")
+
+
+# --- connections ----------------------------------------------------------------------------------
+
+
+def connect(url: Url) -> Any:
+    """Return obstore's store of a bucket, container or web server, one for each in this process.
+
+    Credentials are found in the ways that are usual for the service.
+
+    Raises:
+        MissingExtraError: obstore is not installed, or boto3 where a profile needs it.
+        PolyakError: it cannot be connected to.
+    """
+    key = url._replace(key="")
+    if url.scheme in ("http", "https"):
+        return _connect(key)
+    return _connect(key._replace(user="", query=""))
+
+
+@functools.cache
+def _connect(url: Url) -> Any:
+    try:
+        from obstore import store
+    except ImportError:
+        raise MissingExtraError(f"{url.scheme}://", "remote") from None
+    retry = {"max_retries": 0}  # `_try` repeats requests, and counts them
+    options: Any = {"timeout": _TIMEOUT, "connect_timeout": "10s"}
+    try:
+        if url.scheme == "s3":
+            return _connect_s3(url.bucket, options, retry)
+        if url.scheme == "gs":
+            return store.GCSStore(url.bucket, client_options=options, retry_config=retry)
+        if url.scheme == "az":
+            endpoint = os.environ.get("AZURE_STORAGE_ENDPOINT", "") + os.environ.get(
+                "AZURE_ENDPOINT", ""
+            )
+            emulated = os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("true", "1")
+            options["allow_http"] = endpoint.startswith("http:") or emulated
+            return store.AzureStore(url.bucket, client_options=options, retry_config=retry)
+        options["allow_http"] = url.scheme == "http"
+        base = f"{url.scheme}://{url.user}{url.bucket}/{url.query}"
+        return store.HTTPStore.from_url(base, client_options=options, retry_config=retry)
+    except PolyakError:
+        raise
+    except Exception as error:  # obstore has an exception for each kind of bad configuration
+        first = redact(str(error)).partition("\n")[0]
+        raise PolyakError(f"{url}: cannot be connected to: {shown(first)}") from None
+
+
+def _connect_s3(bucket: str, options: Any, retry: Any) -> Any:
+    """Return the store of an S3 bucket.
+
+    obstore knows keys in the environment, web identities, containers and instances.  Profiles, and
+    logins by SSO, are boto3's.
+    """
+    from obstore import store
+
+    environment = os.environ
+    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL", "")
+    options["allow_http"] = endpoint.startswith("http:")
+    settings: Any = {"client_options": options, "retry_config": retry}
+    if endpoint:
+        settings |= {"endpoint": endpoint, "virtual_hosted_style_request": False}
+    region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+    by_profile = "AWS_PROFILE" in environment or (
+        not _has_s3_credentials() and _has_shared_credentials()
+    )
+    if by_profile:
+        try:
+            import boto3
+            from obstore.auth.boto3 import Boto3CredentialProvider
+        except ImportError:
+            raise MissingExtraError("a profile of ~/.aws", "s3") from None
+        session = boto3.Session()
+        settings["credential_provider"] = Boto3CredentialProvider(session)
+        region = region or session.region_name
+    if region:
+        settings["region"] = region
+    return store.S3Store(bucket, **settings)
+
+
+def _has_s3_credentials() -> bool:
+    """Return whether the environment says where obstore finds credentials of S3."""
+    known = (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        "AWS_SKIP_SIGNATURE",
+    )
+    return any(os.environ.get(name) for name in known)
+
+
+def _has_shared_credentials() -> bool:
+    """Return whether there is a file of profiles."""
+    named = os.environ.get("AWS_SHARED_CREDENTIALS_FILE"), os.environ.get("AWS_CONFIG_FILE")
+    usual = (Path.home() / ".aws" / name for name in ("credentials", "config"))
+    return any(Path(name).is_file() for name in named if name) or any(p.is_file() for p in usual)
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+def _try(ask: Callable[[], Result], url: Url) -> Result:
+    """Make a request, again after a pause where that may help.
+
+    Raises:
+        FormatError: it failed; the message lacks the URL.
+    """
+    for number in range(_TRIES):
+        _counter.add(requests=1, retries=1 if number else 0)
+        try:
+            return ask()
+        except PolyakError:
+            raise
+        except Exception as error:  # obstore's, which must not leave this module
+            if number + 1 == _TRIES or _is_final(error):
+                _explain(error, url)
+        time.sleep(min(_LONGEST_PAUSE, 0.1 * 2**number) * random.uniform(0.5, 1.5))  # noqa: S311
+    raise AssertionError  # the last try returns or raises
+
+
+def _is_final(error: Exception) -> bool:
+    """Return whether another try would fail as well."""
+    kind, text = type(error).__name__, str(error)
+    known = {
+        "FileNotFoundError",
+        "NotFoundError",
+        "PermissionDeniedError",
+        "UnauthenticatedError",
+        "PreconditionError",
+        "NotModifiedError",
+        "NotSupportedError",
+        "InvalidPathError",
+        "UnknownConfigurationKeyError",
+        "MemoryError",
+    }
+    return (
+        kind in known
+        or bool(_FINAL.search(text))
+        or "169.254.169.254" in text  # there is no such service: this is no instance of a cloud
+        or "metadata.google.internal" in text
+        or _is_whole(text)
+    )
+
+
+def _is_whole(text: str) -> bool:
+    """Return whether a server has sent a whole object in place of a range."""
+    return "non-partial" in text.lower() or "NotPartial" in text
+
+
+def _explain(error: Exception, url: Url) -> NoReturn:
+    """Raise what a failed request means to the user; see `_try`."""
+    kind, text = type(error).__name__, str(error)
+    where = urls.SCHEMES[url.scheme]
+    if kind in ("FileNotFoundError", "NotFoundError"):
+        raise FormatError("cannot be read: there is no such object (404)") from None
+    if kind == "PreconditionError":
+        raise ChangedError(_CHANGED) from None
+    if _is_whole(text):
+        raise FormatError(
+            "cannot be read: the server ignores ranges of bytes (it answers 200, not 206); copy "
+            "the file to a folder, or use a server that supports Range"
+        ) from None
+    if "169.254.169.254" in text or "metadata.google.internal" in text:
+        raise FormatError(
+            f"cannot be read: no credentials are found; {describe_credentials(url.scheme)}"
+        ) from None
+    status = re.search(r"status code: (\d+)([A-Za-z ]*)", text)
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    what = f"{status[1]}{f', {code[1]}' if code else status[2]}" if status else kind
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or what[:3] in ("401", "403"):
+        raise FormatError(
+            f"cannot be read: access is denied ({what}); {describe_credentials(url.scheme)}"
+        ) from None
+    if status and status[1] == "404":
+        raise FormatError(f"cannot be read: there is no such bucket or object ({what})") from None
+    often = "" if _is_final(error) else f"; tried {_TRIES} times"
+    if "error sending request" in text:
+        raise FormatError(f"cannot be read: the server cannot be reached{often}") from None
+    reason = f"{where} answers {what}" if status else _shorten(text)
+    raise FormatError(f"cannot be read: {reason}{often}") from None
+
+
+def _shorten(text: str) -> str:
+    """Return the reason in a message of obstore's, without its URL, headers and debug text."""
+    first = redact(text.partition("\n\nDebug source")[0].partition("\n")[0])
+    return shown(re.sub(r"Error performing \w+ \S+ in \S+ - ", "", first), 160)
+
+
+def describe_credentials(scheme: str) -> str:
+    """Return where credentials are looked for."""
+    known = {
+        "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE with polyak[s3]",
+        "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
+        "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or another of "
+        "AZURE_STORAGE_*",
+        "hf": "set HF_TOKEN",
+    }
+    return f"{known.get(scheme, 'check the URL')}, or check that they may read it"
+
+
+# --- listing --------------------------------------------------------------------------------------
+
+
+def list_below(url: Url, most: int) -> list[Listed]:
+    """Return all objects below a prefix, which is a folder's; at most one more than ``most``.
+
+    Raises:
+        FormatError: it cannot be listed; the message lacks the URL.
+    """
+    import obstore
+
+    store = connect(url)
+
+    def ask() -> list[Listed]:
+        found: list[Listed] = []
+        for page in obstore.list(store, url.key or None, chunk_size=1000):
+            found += map(_read_meta, page)
+            if len(found) > most:
+                break
+        return found
+
+    return _try(ask, url)
+
+
+def list_beside(url: Url) -> tuple[list[Listed], list[str]]:
+    """Return the objects and the folders directly below a prefix.
+
+    Raises:
+        FormatError: it cannot be listed; the message lacks the URL.
+    """
+    import obstore
+
+    store = connect(url)
+
+    def ask() -> tuple[list[Listed], list[str]]:
+        found = obstore.list_with_delimiter(store, url.key or None)
+        return [*map(_read_meta, found["objects"])], [*found["common_prefixes"]]
+
+    return _try(ask, url)
+
+
+def find(url: Url) -> Listed | None:
+    """Return one object, None where there is none of that name.
+
+    Raises:
+        FormatError: the server does not say; the message lacks the URL.
+    """
+    import obstore
+
+    store = connect(url)
+    try:
+        found = _try(lambda: obstore.head(store, _encode_key(url)), url)
+    except FormatError as error:
+        if "(404)" in str(error):
+            return None
+        raise
+    return _read_meta(found)._replace(key=url.key)
+
+
+def _read_meta(meta: Any) -> Listed:
+    return Listed(
+        meta["path"],
+        meta["size"],
+        int(meta["last_modified"].timestamp() * 1e6) * 1000,
+        meta["e_tag"] or "",
+    )
+
+
+def _encode_key(url: Url) -> str:
+    """Return the key of an object as obstore wants it: not encoded for a URL."""
+    return unquote(url.key) if url.scheme in ("http", "https") else url.key
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class _Part:
+    """Bytes of an object that are being fetched, or have been."""
+
+    def __init__(self, start: int, stop: int, content: Future[memoryview]) -> None:
+        self.start = start
+        self.stop = stop
+        self.content = content
+
+
+class ObjectInput:
+    """One version of an object; see `storage.InputFile`.  Not for several threads at a time.
+
+    What is fetched ahead is kept until it was read, and at most for the ranges of the last two
+    calls of `prefetch`; nothing else is kept.
+    """
+
+    def __init__(self, url: Url, version: Version) -> None:
+        self.url = url
+        self.name = str(url)
+        self.version = version
+        self._store = connect(url)
+        self._key = _encode_key(url)
+        self._ahead: list[list[_Part]] = []
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.version.size
+
+    def read_into(self, offset: int, buffer: Bytes) -> None:
+        """See `storage.InputFile.read_into`."""
+        if offset + len(buffer) > self.size:
+            missing = offset + len(buffer) - self.size
+            raise FormatError(f"the file ends {missing} bytes before the tensor does")
+        target, done = memoryview(buffer.data).cast("B"), 0
+        for piece in self.pieces(offset, len(buffer)):
+            target[done : done + len(piece)] = piece
+            done += len(piece)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """See `storage.InputFile.read`."""
+        return b"".join(self.pieces(offset, max(0, min(nbytes, self.size - offset))))
+
+    def stream(self) -> BinaryIO:
+        """See `storage.InputFile.stream`."""
+        return io.BufferedReader(InputStream(self))
+
+    def pieces(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """Yield bytes of the object in order, those that were fetched ahead first of all.
+
+        Raises:
+            FormatError: they cannot be read; the message lacks the URL.
+        """
+        stop = offset + nbytes
+        while offset < stop:
+            part = self._find(offset)
+            if part:
+                content = part.content.result()
+                end = min(stop, part.stop)
+                yield content[offset - part.start : end - part.start]
+                if end == part.stop:
+                    self._drop(part)
+                offset = end
+                continue
+            later = [one.start for parts in self._ahead for one in parts if one.start > offset]
+            end = min([stop, *later])
+            for part in self._cut(offset, end, PART):
+                yield part.content.result()
+            offset = end
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """See `storage.InputFile.prefetch`; to be called once for all that is read next."""
+        spans: list[list[int]] = []
+        for start, nbytes in sorted(ranges):
+            stop = min(start + nbytes, self.size)
+            if spans and start - spans[-1][1] <= _GAP:
+                spans[-1][1] = max(spans[-1][1], stop)
+            elif stop > start:
+                spans.append([start, stop])
+        parts = [part for start, stop in spans for part in self._cut(start, stop, LARGE_PART)]
+        for old in self._ahead[:-1]:
+            for part in old:
+                part.content.cancel()
+        self._ahead = [*self._ahead[-1:], parts]
+
+    def close(self) -> None:
+        """See `storage.InputFile.close`."""
+        for part in (one for parts in self._ahead for one in parts):
+            part.content.cancel()
+        self._ahead = []
+
+    def __enter__(self) -> Self:
+        """Return the open file."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def _find(self, offset: int) -> _Part | None:
+        """Return the part that was fetched ahead and holds a byte."""
+        for parts in self._ahead:
+            for part in parts:
+                if part.start <= offset < part.stop:
+                    return part
+        return None
+
+    def _drop(self, part: _Part) -> None:
+        self._ahead = [[one for one in parts if one is not part] for parts in self._ahead]
+
+    def _cut(self, start: int, stop: int, most: int) -> list[_Part]:
+        """Begin to fetch a range in parts of about equal size."""
+        count = -(-(stop - start) // most)
+        bounds = [start + (stop - start) * k // count for k in range(count + 1)] if count else []
+        return [
+            _Part(low, high, pool().submit(self.fetch, low, high))
+            for low, high in itertools.pairwise(bounds)
+        ]
+
+    def fetch(self, start: int, stop: int) -> memoryview:
+        """Return bytes of exactly the version that was opened, from one GET.
+
+        Raises:
+            FormatError: they cannot be read; the message lacks the URL.
+        """
+        import obstore
+
+        version = self.version
+        options: Any = {"range": (start, stop)}
+        if version.mark and not version.mark.startswith("W/"):  # which If-Match never equals
+            options["if_match"] = version.mark
+
+        def ask() -> memoryview:
+            reply = obstore.get(self._store, self._key, options=options)
+            self._check(_read_meta(reply.meta))
+            content = memoryview(reply.bytes())
+            if len(content) != stop - start:
+                raise OSError(f"{len(content)} bytes instead of {stop - start}")
+            _counter.add(nbytes=len(content))
+            return content
+
+        return _try(ask, self.url)
+
+    def _check(self, found: Listed) -> None:
+        """Refuse another version, which a server sends that knows no If-Match."""
+        version = self.version
+        if found.mark != version.mark or found.size != version.size:
+            raise ChangedError(_CHANGED)
+        # A listing knows fractions of a second, and the header of an answer does not.
+        if not version.mark and abs(found.mtime_ns - version.mtime_ns) >= 10**9:
+            raise ChangedError(_CHANGED)
+
+
+class ObjectStore:
+    """The objects that URLs name; see `storage.Store`.  Only for processes that do not fork."""
+
+    def open(self, key: str, version: Version | None = None) -> ObjectInput:
+        """See `storage.Store.open`; a version that is given is not looked for, but demanded."""
+        url = _require_url(key)
+        try:
+            if version is None:
+                found = find(url)
+                if found is None:
+                    raise FormatError("cannot be read: there is no such object (404)")
+                version = found.version
+            return ObjectInput(url, version)
+        except FormatError as error:
+            raise type(error)(f"{url}: {error}") from None
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """See `storage.Store.list`."""
+        url = _require_url(prefix)
+        objects, folders = list_beside(url)
+        names = sorted([one.key for one in objects] + folders)
+        yield from (str(url._replace(key=name)) for name in names)
+
+    def create(
+        self,
+        key: str,
+        *,
+        force: bool,  # noqa: ARG002 (the protocol's)
+        folder: Callable[[Path], Collection[str]] | None = None,  # noqa: ARG002 (the protocol's)
+    ) -> AbstractContextManager[Path]:
+        """Refuse: outputs are written under the name of a stand-in, and uploaded from there."""
+        raise OutputError(f"{shown(key)}: cannot be written from here")
+
+
+def _require_url(text: str) -> Url:
+    url = urls.parse(text)
+    if url is None:
+        raise FormatError(f"{shown(text)}: is not a URL")
+    return url

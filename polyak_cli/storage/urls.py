@@ -1,0 +1,95 @@
+"""What a URL is: its scheme, the bucket or host, and the key; never a path.
+
+`Path` would make ``s3:/bucket`` of ``s3://bucket``, so that URLs stay texts until they are parsed
+here.  Knows no network.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from polyak_cli.errors import UsageError, shown
+
+#: Scheme -> what it is, for messages.
+SCHEMES = {
+    "s3": "S3",
+    "gs": "Google Cloud Storage",
+    "az": "Azure",
+    "https": "a web server",
+    "http": "a web server",
+    "hf": "the Hugging Face Hub",
+}
+#: How a URL begins.  A pathlib.Path has lost a slash already.
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
+
+
+class Url(NamedTuple):
+    """One URL.
+
+    Attributes:
+        scheme: a key of `SCHEMES`.
+        bucket: the bucket, the container, or the host and port of a web server.
+        key: the rest, without a slash in front.
+        user: user and password of a web server, with ``@``; a secret.
+        query: the signature and the like of a web server, with ``?``; a secret.
+    """
+
+    scheme: str
+    bucket: str
+    key: str
+    user: str = ""
+    query: str = ""
+
+    def __str__(self) -> str:
+        """Return the URL without its secrets."""
+        return f"{self.scheme}://{self.bucket}/{self.key}"
+
+    @property
+    def whole(self) -> str:
+        """The URL with its secrets."""
+        return f"{self.scheme}://{self.user}{self.bucket}/{self.key}{self.query}"
+
+    @property
+    def has_listing(self) -> bool:
+        """Whether the names below it can be listed."""
+        return self.scheme not in ("http", "https")
+
+
+def parse(text: str) -> Url | None:
+    """Return the parts of a URL, or None for the name of a file.
+
+    Raises:
+        UsageError: it is a URL of a scheme that is not supported, or names no bucket.
+    """
+    found = _URL.match(text)
+    if not found or len(found[2]) < 2:
+        return None
+    scheme = found[1].lower()
+    if scheme not in SCHEMES:
+        raise UsageError(
+            f"{shown(text)}: {shown(scheme)}:// is not supported; expected a path or one of "
+            f"{', '.join(f'{one}://' for one in SCHEMES)}"
+        )
+    rest, query, user = text[found.end() :], "", ""
+    if scheme in ("http", "https"):
+        rest, _, query = rest.partition("?")
+        query = f"?{query}" if query else ""
+    bucket, _, key = rest.partition("/")
+    if "@" in bucket and scheme in ("http", "https"):
+        user, _, bucket = bucket.rpartition("@")
+        user += "@"
+    if scheme == "hf":
+        owner, (name, _, key) = bucket, key.partition("/")
+        bucket = f"{owner}/{name}"
+        if not owner or not name:
+            raise UsageError(f"{shown(text)}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+    if not bucket or set(bucket) & set("*?[\\\0"):
+        raise UsageError(f"{shown(text)}: expected the name of a bucket after {scheme}://")
+    return Url(scheme, bucket, key, user, query)
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text is a URL, of whatever scheme, rather than the name of a file."""
+    found = _URL.match(text)
+    return found is not None and len(found[2]) == 2
