@@ -538,3 +538,54 @@ def test_pieces_of_one_part_may_lie_anywhere(tmp_path: Path) -> None:
     assert found["a"].tobytes() == found["b"].tobytes() == X.tobytes()
     assert found["s"] == np.float32(2.5)
     assert found["n"].tolist() == [0, 1, 2]
+
+
+def write_with_state(folder: Path, **more: bytes) -> Path:
+    """Write a tensor behind an optimizer's, and one of which a process has no rows."""
+    slot, empty = X[:2], X[:0]
+    archives = [dcp.archive(one) for one in (slot, X, empty)]
+    starts = [sum(map(len, archives[:k])) for k in range(3)]
+    described = item("torch float32", X.shape, [chunk((0, 0), X.shape), chunk((6, 0), (0, 4))])
+    items = {"optim.w.exp_avg": item("torch float32", slot.shape, [chunk((0, 0), slot.shape)])}
+    names, offsets = ("optim.w.exp_avg", "w", "w"), ((0, 0), (0, 0), (6, 0))
+    places = [
+        place(name, offset, PART, start, len(content))
+        for name, offset, start, content in zip(names, offsets, starts, archives, strict=True)
+    ]
+    return lie(folder, metadata(items | {"w": described}, places, **more), b"".join(archives))
+
+
+def test_the_weights_alone_are_moved_to_the_beginning(tmp_path: Path) -> None:
+    """An empty block stays, since programs may look for it; OLMo-core's classes stay its own."""
+    folder = write_with_state(tmp_path / "step-1")
+    average([folder], tmp_path / "o", only_weights=True, verify=True)
+    kept = (folder / PART).read_bytes()[len(dcp.archive(X[:2])) :]
+    assert (tmp_path / "o" / PART).read_bytes() == kept
+    content = (tmp_path / "o/.metadata").read_bytes()
+    assert b"exp_avg" not in content
+    (found,), others = dcp_metadata.read(content, BEAT)
+    assert (found.name, found.shape, others) == ("w", X.shape, [])
+    average([tmp_path / "o"], tmp_path / "o.safetensors")
+    assert load_file(tmp_path / "o.safetensors")["w"].tobytes() == X.tobytes()
+    dcp.write(tmp_path / "step1", {"x": split(X, (2, 1))}, kind=dcp.STORED_BY_OLMO)
+    average([tmp_path / "step1"], tmp_path / "p", only_weights=True)
+    assert b"olmo_core.distributed" in (tmp_path / "p/.metadata").read_bytes()
+
+
+def test_weights_that_overlap_make_no_large_output(tmp_path: Path) -> None:
+    """Thousands of empty blocks could claim the same bytes."""
+    chunks = [chunk((0, 0), X.shape), *(chunk((6, k), (0, 4)) for k in range(3))]
+    places = [HERE, *(place("x", (6, k), PART, k, LENGTH - k) for k in range(3))]
+    content = metadata({"x": item("torch float32", X.shape, chunks)}, places)
+    folder = lie(tmp_path / "step-1", content)
+    with pytest.raises(FormatError, match=r"step-1/\.metadata: two items lie at offset"):
+        average([folder], tmp_path / "o", only_weights=True)
+    assert os.listdir(tmp_path) == ["step-1"]
+
+
+def test_metadata_that_cannot_be_written_again_are_refused(tmp_path: Path) -> None:
+    """The whole checkpoint is averaged without --only-weights."""
+    folder = write_with_state(tmp_path / "step-1", more=b"C\x01x")
+    with pytest.raises(FormatError, match=r"written again; leave out --only-weights"):
+        average([folder], tmp_path / "o", only_weights=True)
+    average([folder], tmp_path / "o")

@@ -25,13 +25,16 @@ from polyak_cli.formats.catalogue import OPENERS, find_format
 from polyak_cli.tensors import FLOATS, Table, is_carried
 
 
-def drops_optimizer(template: Table, optimizer: str, output_format: str) -> bool:
+def drops_optimizer(
+    template: Table, optimizer: str, output_format: str, *, only_weights: bool = False
+) -> bool:
     """Return whether an output of a format leaves the optimizer's state out.
 
     Files that are restored as a whole need every part that their index lists.
     """
     is_converted = output_format != template.format
-    return optimizer == "drop" and (is_converted or not template.rules.is_fixed)
+    is_trimmed = only_weights and find_format(template.format).can_be_trimmed
+    return optimizer == "drop" and (is_converted or is_trimmed or not template.rules.is_fixed)
 
 
 def map_stored_dtypes(
@@ -134,8 +137,10 @@ def list_notes(
     notes += _note_types(averaged, stored_dtypes, is_fixed=is_fixed)
     notes += [text for key, text in tables[-1].rules.cautions.items() if key in stored]
     if tables[-1].rules.is_fixed and tables[-1].optimizer and not drop_optimizer:
+        can_be_trimmed = find_format(tables[-1].format).can_be_trimmed
+        way = "--only-weights leaves it out" if can_be_trimmed else "this format cannot drop it"
         notes.append(
-            "the optimizer state is that of the newest checkpoint: this format cannot drop it, "
+            f"the optimizer state is that of the newest checkpoint: {way}, "
             "and it does not belong to averaged values"
         )
     # Strings have no storage to compare; their digests come with the header.

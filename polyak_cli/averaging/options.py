@@ -80,7 +80,8 @@ class Options(TypedDict, total=False):
         force: replace an existing output.
         hash: record the SHA-256 of each input; by default if all have 64 MB at most in all.
         only_weights: write nothing but the tensors into an output folder, no configuration and no
-            tokenizer; also a ``.weights.h5`` of whole Keras models.
+            tokenizer, and of a distributed checkpoint of PyTorch no optimizer state; also a
+            ``.weights.h5`` of whole Keras models.
         verify: before the output gets its name, read it back from the disk, and compare it bit for
             bit with the average computed once more.
         max_memory: bytes for buffers; 32 MiB.

@@ -355,7 +355,12 @@ def _sort_tensors(
     averaged, carried = decide_fates(rows, wanted, shown(template.path))
     # Refused now: later, a block that is too large would fail in the middle of a fold.
     _check_chunks(tables, rows, settings.machine)
-    drop = drops_optimizer(template, wanted.optimizer, outputs.choose_format(output, template))
+    drop = drops_optimizer(
+        template,
+        wanted.optimizer,
+        outputs.choose_format(output, template),
+        only_weights=settings.output.only_weights,
+    )
     whole = outputs.choose_format(output, template) == template.format
     beside = template.optimizer if whole or not template.rules.part else template.others.keys()
     dropped = [name for name in template.others if drop and name in beside]

@@ -427,8 +427,8 @@ RECALIBRATING = under(
 ONLY_WEIGHTS = option(
     "--only-weights",
     is_flag=True,
-    help="Write nothing but the tensors, no configuration and no tokenizer: into an output folder, "
-    "or of whole Keras models into a .weights.h5.",
+    help="Write nothing but the tensors, no configuration and no tokenizer: into an output folder "
+    "(of DCP without the optimizer's), or of whole Keras models into a .weights.h5.",
 )
 
 WRITING = under(

@@ -91,6 +91,9 @@ class Format(ABC):
     #: Such a folder continues a training as its template does: all files of the template's folder
     #: are copied, and not the model's alone.
     carries_all: ClassVar[bool] = False
+    #: An output leaves the optimizer's state out where its weights alone are asked for, although a
+    #: program that continues the training needs every part.
+    can_be_trimmed: ClassVar[bool] = False
     #: `texts` is there: its checkpoints can be converted to other formats.
     can_be_left: ClassVar[bool] = False
     #: The format to which the tensors of a whole model can be written alone; `extract` is there.

@@ -1,6 +1,7 @@
 """Save and load distributed checkpoints in several processes, as `torchrun` starts them.
 
-Run as ``python -m tests.torch.ranks save WORLD FOLDER STEP`` or ``load WORLD FOLDER FILE``.  The
+Run as ``python -m tests.torch.ranks save WORLD FOLDER STEP`` or ``load WORLD FOLDER FILE``, or with
+``weights`` in place of ``load`` where a checkpoint has no more.  The
 processes are forked from one that has imported PyTorch, and talk through gloo.
 """
 
@@ -104,6 +105,21 @@ def load(rank: int, world: int, port: int, folder: str, file: str) -> None:
     dist.destroy_process_group()
 
 
+def load_weights(rank: int, world: int, port: int, folder: str, file: str) -> None:
+    """Load the weights alone into a live model; save whole tensors to a file."""
+    start(rank, world, port)
+    model, _ = build(world)
+    state = {"model": model.state_dict(), "more": place_extras(world, 7)}
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    whole = {}
+    for name, value in (*model.state_dict().items(), *state["more"].items()):
+        whole[name] = value.full_tensor() if isinstance(value, DTensor) else value
+    if rank == 0:
+        torch.save(whole, file)
+    dist.destroy_process_group()
+
+
 def start(rank: int, world: int, port: int) -> None:
     """Join the group of processes."""
     warnings.simplefilter("ignore")
@@ -127,7 +143,8 @@ def main(action: str, world: str, folder: str, last: str) -> None:
         task: Any = save
         arguments_of_task: tuple[Any, ...] = (*arguments, int(last))
     else:
-        task, arguments_of_task = load, (*arguments, last)
+        task = load if action == "load" else load_weights
+        arguments_of_task = (*arguments, last)
     multiprocessing.start_processes(task, arguments_of_task, nprocs=int(world), start_method="fork")
 
 

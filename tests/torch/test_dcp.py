@@ -186,6 +186,30 @@ def test_an_average_loads_into_a_live_model(sharded: Path, tmp_path: Path, world
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_weights_alone_load_into_a_live_model(
+    sharded: Path, tmp_path: Path, world: int
+) -> None:
+    """Nothing of the optimizer is in the folder, and none of its bytes in the parts."""
+    whole, output = tmp_path / "whole", tmp_path / "final"
+    average(sharded, whole)
+    report = average(sharded, output, only_weights=True, verify=True)
+    assert {"step", "optim.state.0.weight.exp_avg"} <= {*report.plan.dropped}
+    assert not any("optimizer" in note for note in report.notes)
+    run_ranks("weights", world, output, tmp_path / "loaded.pt")
+    loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
+    expected = read(whole, tmp_path / "whole.pt")
+    own = {name: one for name, one in expected.items() if name.startswith(("model.", "more."))}
+    assert_equal(loaded, {name.partition(".")[2]: one for name, one in own.items()})
+    assert_equal(read(output, tmp_path / "final.pt"), own)
+    sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in (output, whole)]
+    assert sizes[0] < sizes[1] * 0.7
+    assert verify(output, sources=[sharded]).problems == ()
+    average([output], tmp_path / "again.safetensors")
+    assert_equal(load_file(tmp_path / "again.safetensors"), own)
+
+
+@pytest.mark.slow
 def test_one_division_differs_from_another_in_nothing(sharded: Path, tmp_path: Path) -> None:
     """What was loaded from eight parts and saved as one is equal, tensor by tensor."""
     dcp_to_torch_save(sharded / "step-8", tmp_path / "8.pt")

@@ -113,7 +113,7 @@ def read(content: bytes, heartbeat: Heartbeat) -> tuple[list[TensorItem], list[B
     Raises:
         FormatError: the metadata are damaged or hostile, or name what is not a file beside them.
     """
-    root = _read_attributes(_read_root(content, heartbeat), _ROOTS)
+    root = _read_attributes(read_root(content, heartbeat), _ROOTS)
     stored = _read_places(root.get("storage_data"), heartbeat)
     paths = _read_paths(root.get("planner_data"))
     tensors: list[TensorItem] = []
@@ -135,7 +135,12 @@ def read(content: bytes, heartbeat: Heartbeat) -> tuple[list[TensorItem], list[B
     return tensors, others
 
 
-def _read_root(content: bytes, heartbeat: Heartbeat) -> Any:
+def read_root(content: bytes, heartbeat: Heartbeat) -> Any:
+    """Return what the pickle of metadata holds, of which nothing is checked.
+
+    Raises:
+        FormatError: it is damaged, or names what no metadata need.
+    """
     try:
         return pickles.read(content, heartbeat, _CLASSES)
     except FormatError as error:

@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,14 @@ from polyak_cli.errors import FormatError, shown, word_size
 from polyak_cli.formats import conversion, zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.model_folders import RECORD_NAME
-from polyak_cli.formats.torch import beside, dcp_metadata
+from polyak_cli.formats.torch import beside, dcp_metadata, dcp_trimming
 from polyak_cli.formats.torch.beside import Owner
 from polyak_cli.formats.torch.dcp_metadata import Block, BytesItem, Stored, TensorItem
 from polyak_cli.formats.torch.dcp_parts import Piece, PieceReader
 from polyak_cli.formats.torch.pickles import SIZES, Pairs
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, InputFile, open_input
-from polyak_cli.storage.local import LocalOutput, copy_around, name_errors
+from polyak_cli.storage.local import LocalOutput, copy_around, copy_range, name_errors
 from polyak_cli.tensors import (
     FLOATS,
     Extent,
@@ -180,6 +180,13 @@ class _Parts:
             with open_input(path) as file:
                 self.files.append(File(path, file.version))
 
+    def restrict(self, names: Collection[str]) -> None:
+        """Forget all parts but these."""
+        kept = [(name, self.files[self.numbers[name]]) for name in self.names if name in names]
+        self.names = [name for name, _ in kept]
+        self.files = [file for _, file in kept]
+        self.numbers = {name: number for number, name in enumerate(self.names)}
+
     def read(self, tensors: Sequence[TensorItem]) -> dict[Stored, Piece]:
         """Read the archives of tensors, each part from its beginning to its end."""
         owners = {block.stored: item for item in tensors for block in item.blocks}
@@ -314,10 +321,28 @@ def _naming(file: InputFile | File, item: Item) -> Iterator[None]:
 # --- writing --------------------------------------------------------------------------------------
 
 
+def _move(piece: Piece, distance: int) -> Piece:
+    """Return a block that lies further on in its part."""
+    one, other = piece.crc_places
+    places = one + distance, other + distance
+    return piece._replace(offset=piece.offset + distance, crc_places=places)
+
+
 def _copy_parts(
-    parts: _Parts, pieces: Mapping[Stored, Piece], folder: Path, heartbeat: Heartbeat
+    parts: _Parts,
+    pieces: Mapping[Stored, Piece],
+    moves: Mapping[Stored, Stored],
+    folder: Path,
+    heartbeat: Heartbeat,
 ) -> tuple[list[str], list[list[Any]]]:
     """Copy the parts into a folder, except the values of blocks.
+
+    Args:
+        parts: of the template.
+        pieces: the blocks whose values are left out.
+        moves: where the items that are copied lie -> where they are to lie; none copies all.
+        folder: of the output.
+        heartbeat: called after each block.
 
     Returns:
         The files, and for each block the file, offset and bytes of its values and where their
@@ -325,26 +350,48 @@ def _copy_parts(
     """
     written, checksums = [], []
     for name in parts.names:
-        own = sorted(
-            (piece for place, piece in pieces.items() if place.file == name),
-            key=lambda piece: piece.offset,
-        )
         target = str(folder / name)
+        # The items of one part, each with the block in it if its values are left out.
+        own = sorted(place for place in moves or pieces if place.file == name)
         with (
             parts.open(name) as source,
             name_errors(source.name),
             LocalOutput(target, create=True) as output,
         ):
-            copy_around(source, output, ((one.offset, one.nbytes) for one in own), heartbeat)
-            for piece in heartbeat.over(own):
-                if len({source.read(place, 4) for place in piece.crc_places}) > 1:
-                    raise FormatError(
-                        f"the archive of the block at byte {piece.offset} has two different "
-                        "checksums"
-                    )
-                checksums.append([target, piece.offset, piece.nbytes, list(piece.crc_places)])
+            if moves:
+                for place in heartbeat.over(own):
+                    _copy_item(source, output, place, moves[place].offset, pieces.get(place))
+            else:
+                found = sorted((pieces[place] for place in own), key=lambda piece: piece.offset)
+                copy_around(source, output, ((one.offset, one.nbytes) for one in found), heartbeat)
+            for place in heartbeat.over(own):
+                if place in pieces:
+                    _check_crc(source, pieces[place])
+                    distance = moves[place].offset - place.offset if moves else 0
+                    moved = _move(pieces[place], distance)
+                    checksums.append([target, moved.offset, moved.nbytes, list(moved.crc_places)])
         written.append(target)
     return written, checksums
+
+
+def _check_crc(source: InputFile, piece: Piece) -> None:
+    """Refuse a block whose checksum stands in two places that differ."""
+    if len({source.read(place, 4) for place in piece.crc_places}) > 1:
+        raise FormatError(
+            f"the archive of the block at byte {piece.offset} has two different checksums"
+        )
+
+
+def _copy_item(
+    source: InputFile, output: LocalOutput, place: Stored, to: int, piece: Piece | None
+) -> None:
+    """Copy an item to an offset, except the values of a block."""
+    distance, done = to - place.offset, place.offset
+    if piece:
+        copy_range(source, done, output, to, piece.offset - done)
+        done = piece.offset + piece.nbytes
+    end = place.offset + place.nbytes
+    copy_range(source, done, output, done + distance, end - done)
 
 
 def _place(spec: TensorSpec) -> Placement:
@@ -375,6 +422,7 @@ class DistributedCheckpoint(Format):
     has_checksums = True
     can_be_folder = True
     carries_all = True
+    can_be_trimmed = True
     can_be_left = True
     dtypes = frozenset(FLOATS)
 
@@ -442,10 +490,24 @@ class DistributedCheckpoint(Format):
             conversion.require_same(found.path, found.version, file.version)
         averaged = [item for item in items.model if item.name in request.averaged]
         pieces = parts.read(averaged)
-        written, checksums = _copy_parts(parts, pieces, Path(request.output), heartbeat)
+        trimmed, moves = b"", dict[Stored, Stored]()
+        if request.drop_optimizer:
+            names = {one.name for one in items.model} | {one.name for one in items.kept}
+            with open_input(*scanned[-1]) as source, name_errors(source.name):
+                content = source.read(0, source.size)
+                files = {place.file for place in _list_places(items._replace(state=()))}
+                trimmed, moves = dcp_trimming.trim(content, names, files, heartbeat)
+            parts.restrict(files)
+        written, checksums = _copy_parts(parts, pieces, moves, Path(request.output), heartbeat)
         target = str(Path(request.output, Path(scanned[-1].path).name))
         with open_input(*scanned[-1]) as source, LocalOutput(target, create=True) as output:
-            copy_around(source, output, (), heartbeat)
+            if trimmed:
+                output.write(0, trimmed)
+            else:
+                copy_around(source, output, (), heartbeat)
+        pieces |= {
+            at: _move(pieces[at], to.offset - at.offset) for at, to in moves.items() if at in pieces
+        }
         placements = {}
         for item in heartbeat.over(averaged):
             spec = parts.describe(item, pieces)
