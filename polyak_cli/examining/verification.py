@@ -36,8 +36,8 @@ from polyak_cli.errors import (
 from polyak_cli.evaluation import recalibration
 from polyak_cli.examining.bitwise import Deviation
 from polyak_cli.examining.recompute import Written, compare_again
+from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import detect, find_format
-from polyak_cli.formats.format import OutputForm
 from polyak_cli.formats.model_folders import RECORD_NAME
 from polyak_cli.storage import File, open_input, read_version
 from polyak_cli.tensors import Table
@@ -541,22 +541,12 @@ class _Verifier:
             plan = planning.plan_average(selected, None, untyped)
         except UsageError as error:
             raise FormatError(f"its record has options that are refused: {error}") from None
-        # Sharded weights become a single HDF5 file, which is no conversion: their format writes it.
-        is_converted = bool(find_format(self.table.format).conversion_suffix)
-        own, whole = plan.output_form.key, bool(plan.tables[-1].config)
-        is_inner = self.table.format == find_format(own).inner
-        is_extracted = is_inner and whole and not self.table.config
-        form = OutputForm(
-            self.table.format if is_converted or is_extracted else own,
-            is_extracted,
-            # The model is that of the output, whose configuration was compared with the record.
-            self.table if self.record.architecture else None,
-        )
+        has_model = bool(self.record.architecture)
         return replace(
             plan,
             mean=self.record.mean,
             settings=settings,
-            output_form=form,
+            output_form=outputs.find_form(self.table, plan.tables[-1], completed=has_model),
             # The record has what was done, and not what was asked for.
             drop_optimizer=settings.tensors.optimizer == "drop",
             stored_dtypes=map_stored_dtypes(

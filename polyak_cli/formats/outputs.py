@@ -12,7 +12,7 @@ from pathlib import Path
 
 from polyak_cli.errors import MismatchError, OutputError, PolyakError, shown
 from polyak_cli.formats.catalogue import FORMATS, OPENERS, find_format
-from polyak_cli.formats.format import SkeletonRequest
+from polyak_cli.formats.format import OutputForm, SkeletonRequest
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import publishing
@@ -43,6 +43,23 @@ def choose_format(output: Path | None, template: Table) -> str:
     if output and not output.name.endswith(form.suffixes) and form.can_be_left:
         return _map_conversions(form.key).get(output.suffix, template.format)
     return template.format
+
+
+def find_form(output: Table, template: Table, *, completed: bool) -> OutputForm:
+    """Return the form in which an output that is there already was made of a template.
+
+    Args:
+        output: its table.
+        template: the checkpoint that it is like.
+        completed: the template's tensors were added to a whole model.
+    """
+    # Sharded weights become a single HDF5 file, which is no conversion: their format writes it.
+    is_converted = output.format in _map_conversions(template.format).values()
+    is_inner = output.format == find_format(template.format).inner
+    extract = is_inner and bool(template.config) and not output.config
+    key = output.format if is_converted or extract else template.format
+    # The model is in the output itself, whose configuration is compared with the record.
+    return OutputForm(key, extract, output if completed else None)
 
 
 def is_folder(output: Path, template: Table) -> bool:
