@@ -2,7 +2,7 @@
 #
 #   make quick   under 3 minutes    while working; no Keras, nothing that takes seconds
 #   make test    under 10 minutes   every promise at least once, in every environment
-#   make soak    some 6 minutes     what repeats, measures or mutates; all of `core` again
+#   make soak    some 10 minutes    what repeats, measures or mutates; all of `core` again
 #
 # `make test` and `make soak` together run every test; tests/test_tiers.py checks it.
 PYTHON ?= python3

@@ -96,9 +96,19 @@ def find_outputs(block: Block, folder: Path) -> list[Path]:
     return [file for path in outputs for file in (path.iterdir() if path.is_dir() else [path])]
 
 
+#: Pages that train or score for a quarter of a minute and more; README shows the same commands.
+LONG = ("tutorial", "worth", "training")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if find_blocks(page.read_text())], ids=lambda page: page.stem
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.soak if page.stem in LONG else ())
+        for page in PAGES
+        if find_blocks(page.read_text())
+    ],
+    ids=lambda page: page.stem,
 )
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
     """They run in order in one folder, each to its end, and write what they name.

@@ -65,7 +65,7 @@ def write_layer(path: Path, count: int, name: str, seed: int) -> np.ndarray:
     return values
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_hundred_thousand_tensors_in_one_layer(tmp_path: Path) -> None:
     """They are averaged, within the limits of time and memory of the reading child."""
     one, other = (write_layer(tmp_path / f"m_{k}.h5", 100_000, "kernel_{}", k) for k in (1, 2))

@@ -179,7 +179,10 @@ def test_memory_stays_below_the_limit_with_a_thousand_checkpoints(tmp_path: Path
     assert many - few <= 998 * 12_000  # 5 to 9 kB were measured, more with several threads
 
 
-@pytest.mark.parametrize("jobs", ["1", "8", "64"])
+@pytest.mark.parametrize(
+    "jobs",
+    [pytest.param("1", marks=pytest.mark.soak), "8", pytest.param("64", marks=pytest.mark.soak)],
+)
 def test_memory_stays_below_the_limit_with_any_number_of_threads(tmp_path: Path, jobs: str) -> None:
     """Threads share one bound."""
     assert average_large(tmp_path, 3, 2, 1 << 22, "--jobs", jobs) <= LIMIT
@@ -210,7 +213,7 @@ def test_a_smaller_bound_costs_less(tmp_path: Path) -> None:
     assert same_bits(read_model(tmp_path / "2.h5"), expected)
 
 
-@pytest.mark.parametrize("bound", ["1MiB", "32MiB"])
+@pytest.mark.parametrize("bound", ["1MiB", pytest.param("32MiB", marks=pytest.mark.soak)])
 def test_plain_tensors_stay_below_the_limit_with_any_bound(tmp_path: Path, bound: str) -> None:
     """Large or small, with the right bits, which are compared each time."""
     options = ("--max-memory", bound, "--jobs", "8")
@@ -288,7 +291,9 @@ def test_looking_inside_is_flat_too(tmp_path: Path, command: list[str]) -> None:
     assert abs(peaks[1] - peaks[0]) < FLAT * 4  # buffers are as large as tensors allow
 
 
-@pytest.mark.parametrize("counts", [(8, 1), (1, 8)], ids=["rows", "columns"])
+@pytest.mark.parametrize(
+    "counts", [(8, 1), pytest.param((1, 8), marks=pytest.mark.soak)], ids=["rows", "columns"]
+)
 def test_memory_is_the_same_for_parts_of_any_size(tmp_path: Path, counts: tuple[int, int]) -> None:
     """A tensor in eight parts is read where its bytes lie; no part is held in memory."""
     peaks = []

@@ -160,6 +160,7 @@ def test_the_short_name_has_the_same_objects(installed: Path) -> None:
     assert second == "module 'polyak' has no attribute 'averge'"
 
 
+@pytest.mark.soak
 def test_the_short_name_has_the_callbacks(installed: Path) -> None:
     """`polyak.callbacks` names the same classes, so that isinstance() and pickles agree."""
     pytest.importorskip("keras")
@@ -237,6 +238,7 @@ def test_one_wheel_with_the_kernel_serves_all_versions_of_python(
     assert use(installed)[0] == "compiled"
 
 
+@pytest.mark.soak
 def test_a_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     """It holds the C code and what compiles it, and the files of the wheel are the same."""
     packed, _ = build("sdist", tmp_path / "sdist")

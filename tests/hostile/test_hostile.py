@@ -277,7 +277,7 @@ def test_weights_of_a_layer_may_be_listed_in_another_order(tmp_path: Path) -> No
     assert found["model_weights/n/b"].tolist() == [0, 0, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_truncation_at_any_byte(tmp_path: Path) -> None:
     """A file that ends anywhere before its end is refused, by name."""
     whole = cases.plain(tmp_path / "whole.h5").read_bytes()

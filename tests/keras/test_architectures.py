@@ -280,7 +280,7 @@ def test_weights_in_a_folder_are_found_only_with_an_architecture(tmp_path: Path)
     assert model_files(tmp_path, weights=True)[0] == [*paths, tmp_path / "whole_9.keras"]
 
 
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_a_sweep_scores_averages_of_weights(tmp_path: Path, sharded: bool) -> None:
     """Each candidate's loss is Keras's own, with the mean that numpy computes."""
     network().save(tmp_path / "arch.keras")

@@ -114,7 +114,7 @@ def test_a_resumed_training_goes_on_from_its_checkpoints(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("begin", [0, 2])
+@pytest.mark.parametrize("begin", [pytest.param(0, marks=pytest.mark.soak), 2])
 def test_later_checkpoints_of_a_run_that_is_repeated_do_not_count(
     tmp_path: Path, begin: int
 ) -> None:

@@ -206,10 +206,8 @@ def read_weights(path: Path) -> dict[str, tuple[str, bytes]]:
     "make",
     [
         *(functional, embedding),
-        *(
-            pytest.param(one, marks=pytest.mark.slow)
-            for one in (attentive, recurrent, convolutional)
-        ),
+        pytest.param(attentive, marks=pytest.mark.slow),
+        *(pytest.param(one, marks=pytest.mark.soak) for one in (recurrent, convolutional)),
     ],
 )
 def test_a_whole_model_becomes_the_archive_that_keras_saves(
@@ -234,7 +232,7 @@ def test_a_whole_model_becomes_the_archive_that_keras_saves(
     opened.fit(inputs, np.arange(count) % 3, verbose=0)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
 def test_the_average_of_whole_models_is_written_as_an_archive(tmp_path: Path) -> None:
     """Every bit is that of weights set by hand, and `verify` makes the same bytes."""
@@ -262,8 +260,11 @@ def test_the_average_of_whole_models_is_written_as_an_archive(tmp_path: Path) ->
     "make",
     [
         embedding,
-        *(pytest.param(one, marks=pytest.mark.slow) for one in (attentive, recurrent, functional)),
-        pytest.param(convolutional, marks=pytest.mark.slow),
+        pytest.param(functional, marks=pytest.mark.slow),
+        *(
+            pytest.param(one, marks=pytest.mark.soak)
+            for one in (attentive, recurrent, convolutional)
+        ),
     ],
 )
 def test_the_weights_of_whole_models_are_loaded_by_keras(

@@ -161,7 +161,7 @@ def test_a_sweep_recalibrates_each_average_of_weights(run: Path, tmp_path: Path)
             assert row.scores["reporting"].loss == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_commands_take_an_architecture(run: Path, tmp_path: Path) -> None:
     """`average --recalibrate --model` and `recalibrate --model`; a sweep prints the first."""
     done = polyak(
