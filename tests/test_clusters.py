@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
+import json
 import pickle
 import random
 import subprocess
@@ -26,7 +27,8 @@ from hypothesis import strategies as st
 import polyak_cli
 from polyak_cli import average, errors, pipeline, verify
 from polyak_cli.averaging import options, records
-from polyak_cli.engine import clusters, executors, shares
+from polyak_cli.cli import rendering
+from polyak_cli.engine import clusters, executors, kernel, shares, slabs
 from polyak_cli.engine.clusters import Futures
 from polyak_cli.engine.executors import Executor
 from polyak_cli.engine.folding import FoldJob
@@ -44,6 +46,7 @@ from polyak_cli.errors import FormatError, MismatchError, MissingExtraError, Pol
 from polyak_cli.storage import File, Version
 from polyak_cli.tensors import Extent, Placement
 from tests.command import ROOT, SAMPLES, environment, one_line, polyak
+from tests.kernels import COMPILED, KERNELS, use_kernel
 from tests.oracle import naive_average, read_model, write_model
 from tests.test_determinism import FILES, SCHEMES, digest
 
@@ -281,13 +284,59 @@ def test_average_and_verify_give_their_fold_to_the_engine(
     """`--verify` and `polyak verify` average again on the engine, with whatever kernel."""
     paths = write_run(tmp_path / "run")
     asked = use_pool(monkeypatch, Pool(order=random.Random(0)), workers=3)
-    average(paths, tmp_path / "o.h5", engine="dask", verify=True)
+    report = average(paths, tmp_path / "o.h5", engine="dask", verify=True)
     assert len(asked) == 2
+    assert (report.engine, report.workers, report.requests, report.retries) == ("dask", 1, 0, 0)
+    assert report.kernel == kernel.NAME
     found = naive_average(paths, [1] * 3)
     for name, values in read_model(tmp_path / "o.h5").items():
         assert values.tobytes() == found[name].tobytes()
     assert verify(tmp_path / "o.h5", sources=[tmp_path / "run"], engine="dask").verified
     assert len(asked) == 3
+
+
+@pytest.mark.usefixtures("small")
+def test_the_record_does_not_name_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An average by a cluster is, record and all, the file that this machine writes."""
+    paths = write_run(tmp_path / "run")
+    here = average(paths, tmp_path / "here.h5")
+    use_pool(monkeypatch, Pool())
+    there = average(paths, tmp_path / "there.h5", engine="dask")
+    assert (tmp_path / "here.h5").read_bytes() == (tmp_path / "there.h5").read_bytes()
+    assert here.data().keys() == there.data().keys()
+    same = {"engine", "output", "seconds", "speed", "shares", "peak_memory", "workers", "memory"}
+    differing = {key for key, value in here.data().items() if value != there.data()[key]}
+    assert "engine" in differing <= same
+
+
+def test_a_report_counts_the_threads_that_folded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here too: at most as many as there are jobs."""
+    monkeypatch.setattr(slabs, "TUNING", Tuning(piece=1000, pieces_per_batch=1, fork_nbytes=0))
+    paths = write_run(tmp_path / "run")
+    assert average(paths, tmp_path / "o.h5", jobs=1).workers == 1
+    for name in ("numpy", *(["compiled"] if COMPILED else [])):
+        use_kernel(monkeypatch, name)
+        found = average(paths, tmp_path / "o.h5", jobs=3, force=True)
+        assert (found.engine, found.kernel) == ("here", name)
+        # Processes divide the work beforehand; a thread takes what others have left.
+        assert found.workers == 3 or (name == "compiled" and 1 <= found.workers < 3)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_printed_report_names_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's trouble that passed is counted."""
+    paths = write_run(tmp_path / "run")
+    use_pool(monkeypatch, Pool())
+    fail(monkeypatch, OSError(errno.EIO, "Input/output error"))
+    report = average(paths, tmp_path / "o.h5", engine="dask")
+    lines = [str(line) for line in rendering.report_lines(report, False)]
+    assert lines[1].startswith("dask: 1 worker (1 repetition) read 480 kB in ")
 
 
 # --- errors across the wire -----------------------------------------------------------------------
@@ -385,7 +434,9 @@ def test_what_may_pass_is_tried_four_times(
     tried = fail(monkeypatch, *[problem] * times)
     job = make_job(tmp_path, np.arange(9, dtype=np.float32))
     if times < 4:
-        executors.fold([tensor(9)], job, TINY, executor=Futures(Pool()))
+        done = executors.fold([tensor(9)], job, TINY, executor=Futures(Pool()))
+        assert done.totals.retries == times
+        assert done.totals.bytes_read == 36  # of the attempt that succeeded
         assert np.fromfile(tmp_path / "out", np.float32).tolist() == [*range(9)]
     else:
         with pytest.raises(type(problem)):
@@ -518,3 +569,81 @@ def test_who_does_not_ask_for_an_engine_loads_none(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout == "[]\n"
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+#: Folds tensors of 8 and of 64 pieces, for each type, and prints how many pages of memory the
+#: larger one needed more.  Dask's workers have such an allocator: it gives memory back at once.
+FAULTS = """
+import json, resource, sys
+from pathlib import Path
+import numpy as np
+from polyak_cli.engine import shares, numpy_kernel
+from polyak_cli.engine.folding import FoldJob
+from polyak_cli.engine.slabs import *
+from polyak_cli.storage import File, Version
+from polyak_cli.tensors import FLOATS, Extent, Placement, itemsize
+folder, allocating = Path(sys.argv[1]), sys.argv[2] == "allocating"
+if allocating:
+    convert = numpy_kernel._convert
+    def convert_and_copy(raw, dtype, byteorder, out):
+        convert(raw.copy(), dtype, byteorder, out)
+    numpy_kernel._convert = convert_and_copy
+def fold(dtype, pieces):
+    n = pieces << 16
+    width = itemsize(dtype)
+    files = []
+    for k in range(3):
+        path = folder / f"{k}.raw"
+        path.write_bytes(bytes(n * width))
+        files.append(File(str(path), Version.of(path.stat())))
+    out = folder / "out"
+    out.write_bytes(bytes(n * width))
+    job = FoldJob(files, [str(out)], np.full((1, 3), 1 / 3), [1.0], False)
+    sources = [TensorSource(Extent(0, n * width), dtype, "<", k) for k in range(3)]
+    tensor = FoldTensor("x", n, sources, [Placement(0, dtype, "<")])
+    share = [*gather_batches([[slab] for slab in cut_slabs([tensor], 1 << 16, 1 << 16)], 1 << 19)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    shares._fold(job, share)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+found = {}
+for dtype in FLOATS:
+    fold(dtype, 8)
+    fold(dtype, 8)
+    found[dtype] = fold(dtype, 64) - fold(dtype, 8)
+print(json.dumps(found))
+"""
+
+
+def count_faults(folder: Path, kernel: str, how: str = "") -> dict[str, int]:
+    """Return for each type how many pages 56 pieces more need, of three checkpoints each."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, str(folder), how],
+        env=environment(MALLOC_TRIM_THRESHOLD_="65536", POLYAK_KERNEL=kernel),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what Dask sets")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nothing_is_allocated_for_a_piece(tmp_path: Path, kernel: str) -> None:
+    """Folding more needs no more memory, not even for a moment, whatever the type.
+
+    Where the allocator gives memory back at once, as in Dask's workers, new arrays for each piece
+    take longer than the arithmetic.
+    """
+    found = count_faults(tmp_path, kernel)
+    assert len(found) == 6
+    assert max(found.values()) < 56  # less than a page for a piece; an array of it has 32 to 128
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what Dask sets")
+def test_an_array_for_each_piece_is_noticed(tmp_path: Path) -> None:
+    """The test above can fail."""
+    found = count_faults(tmp_path, "numpy", "allocating")
+    assert min(found["float32"], found["float64"]) > 56 * 3 * 32

@@ -25,7 +25,7 @@ from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.folding import Done, FoldJob
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.slabs import FoldTensor
-from polyak_cli.engine.timing import Totals
+from polyak_cli.engine.timing import Crew, Totals
 from polyak_cli.errors import MismatchError, shown
 from polyak_cli.storage import File, publishing
 from polyak_cli.tensors import Grid, Table
@@ -39,6 +39,7 @@ class Written(NamedTuple):
     beside: list[Path]  # others of an output folder
     notes: list[str]
     runs: runs.Verdict  # whether the checkpoints that count are of one run
+    crew: Crew
 
 
 def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> Written:
@@ -47,7 +48,7 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
         formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
     skeleton = _write_skeleton(plan, hidden, record)
     with blame.naming_inputs(plan.tables):
-        totals, kept, verdict = _fold(plan, [plan.mean], [skeleton], progress)
+        done, kept, verdict = _fold(plan, [plan.mean], [skeleton], progress)
     inputs = list_files(plan.tables)
     compared, differing = _compare_carried(plan, inputs, progress)
     beside = carried_files.copy_files(plan.files, hidden, record) if plan.files else []
@@ -57,7 +58,8 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
     check_unchanged([*inputs, *copied, *(whole.files if whole else ())])
     notes = [*_judge_runs(plan, verdict), *constants.describe_constants(kept), *differing]
     weights = [*map(Path, skeleton.files)]
-    return Written(totals.plus(compared), weights, beside, notes, verdict)
+    totals = done.totals.plus(compared)
+    return Written(totals, weights, beside, notes, verdict, done.crew)
 
 
 def write_again(plan: Plan, folder: Path, opened: Path, record: str, kernel: str = "") -> Table:
@@ -155,7 +157,7 @@ def _fold(
     *,
     flush: bool = True,
     kernel: str = "",
-) -> tuple[Totals, Mapping[str, Constant], runs.Verdict]:
+) -> tuple[Done, Mapping[str, Constant], runs.Verdict]:
     """Average the tensors into the outputs, by a mean each.
 
     Args:
@@ -190,8 +192,7 @@ def _fold(
         done = executors.fold(tensors, work, memory, progress, flush=flush)
     else:
         done = _fold_on_cluster(machine, tensors, work, progress)
-    totals, found, parts = done
-    kept = constants.merge_constants(parts)
+    kept = constants.merge_constants(done.constants)
     _refuse_diverged(plan, kept)
     if plan.settings.tensors.lora == "exact":
         for mean, skeleton in zip(scaled, skeletons, strict=True):
@@ -199,12 +200,13 @@ def _fold(
             made = products.write_products(
                 plan.factors, plan.tables, mean, skeleton, bound, progress, kernel
             )
-            totals = totals.plus(made)
+            done = done._replace(totals=done.totals.plus(made))
     # Checksums in an archive cover the folded bytes, so they are written last.
     for skeleton in skeletons:
         skeleton.finalize()
+    found = done.products
     verdict = runs.judge(found, work.list_counted()) if found else runs.Verdict()
-    return totals, kept, verdict
+    return done, kept, verdict
 
 
 def _fold_on_cluster(

@@ -242,10 +242,18 @@ def _word_cost(report: Report, verbose: bool) -> str:
     how = f" ({speed})" if report.seconds > _LONG else ""
     if verbose:
         how = f" ({speed}; {shares}; {report.kernel} kernel)"
+    by = "" if report.engine == "here" else f"{report.engine}: {_word_workers(report)} "
     return (
-        f"read {word_size(report.bytes_read)} in {report.seconds:.2f} s{how}, "
+        f"{by}read {word_size(report.bytes_read)} in {report.seconds:.2f} s{how}, "
         f"peak memory {word_size(report.peak_memory)}"
     )
+
+
+def _word_workers(report: Report) -> str:
+    """Return how many workers a cluster had, what they asked for, and what was done again."""
+    counts = {"request": report.requests, "repetition": report.retries}
+    made = ", ".join(word_count(count, what) for what, count in counts.items() if count)
+    return word_count(report.workers, "worker") + (f" ({made})" if made else "")
 
 
 def recalibration_lines(report: Recalibration) -> Iterator[str]:

@@ -185,7 +185,7 @@ class _Run:
             except (Exception, futures.CancelledError) as error:
                 raise self.executor.explain(error) from None
             if "done" in reply:
-                yield shares.read_done(reply)
+                yield shares.read_done(reply, retries=sent.failures)
             elif "unknown" in reply:
                 self.send(sent, whole=True)
             else:

@@ -32,7 +32,7 @@ from polyak_cli.engine.slabs import (
     cut_slabs,
     gather_batches,
 )
-from polyak_cli.engine.timing import Progress, Totals
+from polyak_cli.engine.timing import Crew, Progress, Totals
 from polyak_cli.errors import PolyakError
 from polyak_cli.processes.children import Child, Writer, rebuild_error
 from polyak_cli.storage import OutputFile
@@ -85,7 +85,7 @@ def fold(
     bundles = bundle_slabs(slabs, memory.piece, tuning)
     batches = gather_batches(bundles, memory.piece * tuning.pieces_per_batch, tuning)
     executor = executor or choose_executor(job, memory)
-    total = Totals()
+    total, crew = Totals(), Crew()
     products = Products(len(job.list_counted()))
     constants: list[Constant] = []
     with (
@@ -97,12 +97,12 @@ def fold(
         contextlib.closing(executor.run(job, batches)) as steps,
     ):
         for done in steps:
-            total = total.plus(done.totals)
+            total, crew = total.plus(done.totals), crew.plus(done.crew)
             products.add(done.products)
             constants += done.constants
             flusher.count(done.totals.bytes_written)
             progress(done.totals.bytes_read)
-    return Done(total, products if job.sampling else None, constants)
+    return Done(total, products if job.sampling else None, constants, crew)
 
 
 def choose_executor(job: FoldJob, memory: Memory) -> Executor:
@@ -162,10 +162,11 @@ class Threads:
         reports: queue.SimpleQueue[Done | BaseException | None] = queue.SimpleQueue()
 
         def work() -> None:
+            crew = Crew(frozenset([str(threading.get_ident())]))
             try:
                 with Worker(job, self.tuning, team) as worker:
                     for batch in prefetch_next(shared, worker.prefetch):
-                        reports.put(worker.fold(batch))
+                        reports.put(worker.fold(batch)._replace(crew=crew))
                 reports.put(None)
             except BaseException as error:
                 reports.put(error)
@@ -278,7 +279,8 @@ def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Done]:
             yield Done(products=Products.unpack(message["products"]))
         else:
             constants = [Constant(*one) for one in message["constants"]]
-            yield Done(Totals(*message["done"]), constants=constants)
+            crew = Crew(frozenset([str(child.pid)]))
+            yield Done(Totals(*message["done"]), constants=constants, crew=crew)
     if not has_more:
         selector.unregister(child.pipe)
         how = child.reap()

@@ -31,7 +31,7 @@ from polyak_cli.engine.slabs import (
     Tuning,
     count_elements,
 )
-from polyak_cli.engine.timing import Clock, Totals
+from polyak_cli.engine.timing import Clock, Crew, Totals
 from polyak_cli.errors import MismatchError, PolyakError, quote_glob, shown
 from polyak_cli.storage import Bytes, File
 from polyak_cli.storage.local import PAGE, LocalOutput, clashes, page_aligned
@@ -74,6 +74,7 @@ class Done(NamedTuple):
     totals: Totals = Totals()
     products: Products | None = None  # of the checkpoints that count
     constants: Sequence[Constant] = ()  # of slabs, in any order
+    crew: Crew = Crew()
 
 
 class Stopped(Exception):  # noqa: N818 - it is what a worker was asked for

@@ -19,9 +19,10 @@ from polyak_cli import __version__
 from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.executors import prefetch_next
 from polyak_cli.engine.folding import Done, FoldJob, Worker
+from polyak_cli.engine.kernel import find_kernel
 from polyak_cli.engine.products import Products
 from polyak_cli.engine.slabs import Batch, Slab, count_elements
-from polyak_cli.engine.timing import Totals, measure_peak
+from polyak_cli.engine.timing import Crew, Totals, measure_peak
 from polyak_cli.processes.children import describe_error
 from polyak_cli.storage import File, Version
 from polyak_cli.tensors import itemsize
@@ -167,6 +168,7 @@ def _fold(job: FoldJob, share: Share) -> Reply:
         "totals": list(totals),
         "products": products.pack() if products.sums else None,
         "constants": [list(one) for one in constants],
+        "kernel": find_kernel(job.kernel).NAME,
         "peak": measure_peak(),
     }
 
@@ -186,12 +188,13 @@ def _find_unseen(job: FoldJob) -> list[str] | None:
     return None
 
 
-def read_done(reply: Reply) -> Done:
-    """Return what a worker's "done" says."""
+def read_done(reply: Reply, retries: int = 0) -> Done:
+    """Return what a worker's "done" says of a share that was sent again so often."""
     found = reply["done"]
     products = found["products"]
     return Done(
-        Totals(*found["totals"]),
+        Totals(*found["totals"]).plus(Totals(retries=retries)),
         Products.unpack(products) if products else None,
         [Constant(*one) for one in found["constants"]],
+        Crew(frozenset([reply["worker"]]), frozenset([found["kernel"]]), found["peak"]),
     )

@@ -25,6 +25,8 @@ class Totals(NamedTuple):
     reading: float = 0.0
     folding: float = 0.0
     writing: float = 0.0
+    requests: int = 0  # to servers of objects
+    retries: int = 0  # of requests, and of work that was given to a worker again
 
     def plus(self, other: Totals) -> Totals:
         """Return the sum."""
@@ -34,7 +36,22 @@ class Totals(NamedTuple):
             self.reading + other.reading,
             self.folding + other.folding,
             self.writing + other.writing,
+            self.requests + other.requests,
+            self.retries + other.retries,
         )
+
+
+class Crew(NamedTuple):
+    """Who did a run.  Where nobody says, it is this process."""
+
+    names: frozenset[str] = frozenset()  # of the workers
+    kernels: frozenset[str] = frozenset()  # of other processes than this one and its children
+    peak: int = 0  # bytes of memory of the largest of these processes
+
+    def plus(self, other: Crew) -> Crew:
+        """Return both."""
+        peak = max(self.peak, other.peak)
+        return Crew(self.names | other.names, self.kernels | other.kernels, peak)
 
 
 class Clock:

@@ -136,8 +136,9 @@ class Report:
         bytes_written: the size of the output.
         seconds: wall-clock time from the first byte read to the finished output, without the
             recalibration, which has a time of its own.
-        peak_memory: bytes of memory that the largest process had.
-        kernel: what did the arithmetic: "compiled" or "numpy"; both give the same bytes.
+        peak_memory: bytes of memory that the largest process had, those of a cluster included.
+        kernel: what did the arithmetic: "compiled" or "numpy"; both give the same bytes.  A cluster
+            can have both: "compiled, numpy".
         shares: what share of the time went into "reading", "folding" and "writing"; the sum is 1.
         notes: the plan's, and those found while reading values.
         runs: whether the checkpoints are of one run, as far as their values tell.
@@ -146,6 +147,10 @@ class Report:
             again; None if that was not asked for.  A difference is an `OutputError`.
         verified_by: the kernel that computed it again: the other one where there are two; None if
             that was not asked for.
+        engine: who folded: "here", the workers of "dask", or the ranks of "mpi".
+        workers: how many threads or processes folded.
+        requests: how many they sent to servers of objects.
+        retries: how many requests, and shares of the work, were tried again.
     """
 
     output: Path
@@ -161,6 +166,10 @@ class Report:
     recalibrated: Recalibration | None = None
     verified: Literal[True] | None = None
     verified_by: str | None = None
+    engine: str = "here"
+    workers: int = 1
+    requests: int = 0
+    retries: int = 0
 
     @property
     def speed(self) -> float:
@@ -205,6 +214,10 @@ class Report:
             "recalibrated": self.recalibrated.data() if self.recalibrated else None,
             "verified": self.verified,
             "verified_by": self.verified_by,
+            "engine": self.engine,
+            "workers": self.workers,
+            "requests": self.requests,
+            "retries": self.retries,
         }
 
 
@@ -348,7 +361,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         record = records.encode(records.seal(records.make_record(plan)))
     with publishing.publish(output, force=force, folder=folder) as hidden:
         with _advising(plan):
-            totals, files, beside, notes, found = write_average(
+            totals, files, beside, notes, found, crew = write_average(
                 plan, hidden, record, progress or (lambda _: None)
             )
         recalibrated = _recalibrate(plan, output, hidden)
@@ -373,8 +386,8 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         bytes_read=totals.bytes_read,
         bytes_written=nbytes,
         seconds=time.perf_counter() - begun - (recalibrated.seconds if recalibrated else 0.0),
-        peak_memory=measure_peak(),
-        kernel=kernel.NAME,
+        peak_memory=max(measure_peak(), crew.peak),
+        kernel=", ".join(sorted(crew.kernels)) or kernel.NAME,
         shares={
             part: getattr(totals, part) / spent if spent else 0.0
             for part in ("reading", "folding", "writing")
@@ -384,6 +397,10 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         recalibrated=recalibrated,
         verified=True if verify else None,
         verified_by=kernel.name_other() if verify else None,
+        engine=plan.settings.machine.engine,
+        workers=max(1, len(crew.names)),
+        requests=totals.requests,
+        retries=totals.retries,
     )
 
 
