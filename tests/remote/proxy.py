@@ -96,8 +96,8 @@ class Fault:
     pause: float = 0.0
     rate: float | None = None
     without: frozenset[str] = frozenset()
-    before: Callable[[], None] | None = None
-    after: Callable[[], None] | None = None
+    before: Callable[[], object] | None = None
+    after: Callable[[], object] | None = None
     lost: bool = False
 
 

@@ -223,9 +223,11 @@ def tool(name: str, package: str) -> str:
 # ---- SeaweedFS -----------------------------------------------------------------------------------
 
 _KEYS = {"accessKey": "polyak", "secretKey": "polyaksecret"}
+#: A second pair of the same user, for tests in which the first one expires.
+LATER_KEYS = {"accessKey": "polyaklater", "secretKey": "polyaklatersecret"}
 _IDENTITY = {
     "name": "polyak",
-    "credentials": [_KEYS],
+    "credentials": [_KEYS, LATER_KEYS],
     "actions": ["Admin", "Read", "Write", "List", "Tagging"],
 }
 
