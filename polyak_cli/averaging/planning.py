@@ -47,7 +47,7 @@ from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.format import OutputForm
 from polyak_cli.formats.model_folders import FolderFiles
 from polyak_cli.storage import publishing
-from polyak_cli.tensors import Table, itemsize
+from polyak_cli.tensors import Extent, Grid, Inline, Table, itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -509,4 +509,11 @@ def _estimate_size(template: Table, found: _Fates) -> int:
         row[-1].size * (itemsize(found.stored[row[-1].location]) - itemsize(row[-1].dtype))
         for row in found.averaged
     )
-    return template.size + change - sum(template.others[n].nbytes for n in found.dropped_names)
+    # What is compressed, or not stored as it is a value often repeated, is written in full.
+    unpacked = sum(
+        spec.nbytes
+        for spec in (*template.tensors.values(), *template.others.values())
+        if not isinstance(spec.storage, (Extent, Grid, Inline))
+    )
+    dropped = sum(template.others[name].nbytes for name in found.dropped_names)
+    return max(template.size, unpacked) + change - dropped

@@ -305,9 +305,9 @@ def test_a_bomb_is_refused_when_it_is_read(tmp_path: Path) -> None:
     assert check(tmp_path / "m_1").all_problems
 
 
-def wrap(magic: bytes, body: bytes) -> bytes:
-    """Return a block of a database: a head, an uncompressed body and a checksum that is right."""
-    whole = magic + struct.pack("<Q", 18 + len(body)) + b"\0\0" + body
+def wrap(magic: bytes, body: bytes, compression: int = 0) -> bytes:
+    """Return a block of a database: a head, a body and a checksum that is right."""
+    whole = magic + struct.pack("<Q", 18 + len(body)) + bytes((0, compression)) + body
     return whole + struct.pack("<L", google_crc32c.value(whole))
 
 

@@ -31,6 +31,8 @@ _CRC = struct.Struct("<L")
 _PLAIN, _ZSTD = 0, 1
 _SINGLE, _NUMBERED = 0, 1
 _NUMBERS = re.compile(r"manifest\.[0-9a-f]{16}")
+#: What reading a block costs besides its bytes: a tree of tiny nodes must end too.
+_COST = 4096
 #: Offset and length of the root of an empty tree.
 _ABSENT = (1 << 64) - 1
 #: Bytes of a path that the format allows.
@@ -112,7 +114,10 @@ class _Reader:
         self.files: dict[str, None] = {}  # those that were opened, in their order
 
     def spend(self, nbytes: int) -> None:
-        """Count decoded bytes; a node may be named by several parents, each time read again."""
+        """Count decoded bytes, and for a block those that it costs to read it.
+
+        A node may be named by several parents, each time read again.
+        """
         self.left -= nbytes
         if self.left < 0:
             raise FormatError(f"its tree of keys has more than {word_size(WHOLE)}")
@@ -145,7 +150,7 @@ class _Reader:
         body = cursor.data[cursor.place :]
         if compression == _ZSTD:
             body = contents.decompress(body, self.left)
-        self.spend(len(body))
+        self.spend(_COST + len(body))
         return body
 
     def read_files(self, cursor: _Cursor, base: str) -> list[tuple[str, str]]:

@@ -26,6 +26,9 @@ from polyak_cli.tensors import Extent, Grid, GridPart, Inline, Storage, TensorSp
 
 #: Bytes up to which a tensor whose chunks stand in the database itself is read with its header.
 _SMALL = 1 << 20
+#: Bytes that a compressed byte can stand for: of zstd's blocks, those of one repeated byte are the
+#: densest, 128 KiB in 4 bytes; of zlib's, matches of 258 bytes in 2 bits.
+_MOST_GAINED = {"zstd": 1 << 15, "gzip": 1032}
 #: Chunks of a checkpoint that need not be stored: no more than these are believed.
 _MOST_MISSING = 1 << 16
 #: How the folders of the processes of a run begin.
@@ -261,6 +264,12 @@ def _store(values: Values, array: zarr.Array, pieces: Sequence[Piece]) -> Storag
     if not nbytes:
         return Extent(0, 0)
     fill = bytes(array.itemsize) if len(extents) == len(places) else array.encode_fill()
+    for size, place in zip(sizes, places, strict=True):
+        if place and size > place.nbytes * _MOST_GAINED.get(array.codec.compression, 1):
+            raise FormatError(
+                f"has {size} bytes in a chunk of {place.nbytes}, which is more than "
+                f"{array.codec.compression or 'plain bytes'} can hold; it is damaged or hostile"
+            )
     if array.codec.compression or len(extents) < len(places):
         inner = [Extent(0, size, number) for number, size in enumerate(sizes)]
         grid = Grid(array.shape, array.itemsize, _join(pieces, inner))

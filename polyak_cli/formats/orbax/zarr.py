@@ -7,7 +7,6 @@ there, and nothing is allocated for them.  Knows no file and no database.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -67,7 +66,7 @@ class Array(NamedTuple):
 
     def list_keys(self) -> Iterator[tuple[tuple[int, ...], str]]:
         """Yield where each chunk begins in the array, and its key."""
-        for position in itertools.product(*map(range, self.counts)):
+        for position in _list_positions(self.counts):
             start = tuple(p * c for p, c in zip(position, self.chunk, strict=True))
             numbers = self.separator.join(map(str, position))
             if not self.prefix:
@@ -104,9 +103,19 @@ class Array(NamedTuple):
     def list_inner(self, start: Sequence[int]) -> Iterator[tuple[int, ...]]:
         """Yield where each chunk of a shard begins in the array; the shard's start is given."""
         assert self.inner is not None  # noqa: S101 (only shards have them)
-        counts = (c // i for c, i in zip(self.chunk, self.inner, strict=True))
-        for position in itertools.product(*map(range, counts)):
+        counts = [c // i for c, i in zip(self.chunk, self.inner, strict=True)]
+        for position in _list_positions(counts):
             yield tuple(s + p * i for s, p, i in zip(start, position, self.inner, strict=True))
+
+
+def _list_positions(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield all positions in a grid, the last index first; `itertools.product` would list each."""
+    if not counts:
+        yield ()
+        return
+    for first in range(counts[0]):
+        for rest in _list_positions(counts[1:]):
+            yield (first, *rest)
 
 
 def parse(name: str, raw: bytes) -> Array:
