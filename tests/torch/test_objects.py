@@ -7,8 +7,10 @@ import collections
 import datetime
 import decimal
 import enum
+import os
 import pathlib
 import random
+import subprocess
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -99,6 +101,7 @@ BESIDE: dict[str, Callable[[], Any]] = {
     "class": lambda: nn.ReLU,
     "numpy types": lambda: (np.float32(0.5), np.dtype("f8"), np.int64),
     "random state": random.getstate,
+    "machine": lambda: (os.uname(), os.stat_result(range(10)), os.terminal_size((80, 24))),
     "keys": lambda: {Colour.RED: 1, Path("a"): 2, (1, 2): 3, b"x": 4},
 }
 
@@ -141,6 +144,7 @@ def test_numpy_arrays_and_generators_are_carried(tmp_path: Path) -> None:
             "objects": np.array([Path("a"), None]),
             "rng": np.random.get_state(),
             "generator": np.random.default_rng(k),
+            "git": subprocess.CompletedProcess(["git"], k, "f00"),
         },
     )
     report = average(paths, tmp_path / "o.pt")
@@ -150,6 +154,7 @@ def test_numpy_arrays_and_generators_are_carried(tmp_path: Path) -> None:
     assert (found["objects"] == newest["objects"]).all()
     assert (found["rng"][1] == newest["rng"][1]).all()
     assert found["generator"].random() == newest["generator"].random()
+    assert (found["git"].returncode, found["git"].stdout) == (2, "f00")
     assert any("carried unread" in note and "numpy" in note for note in report.notes)
 
 

@@ -83,6 +83,8 @@ _PLAIN = {
 #: What runs a program or code when it is called, and is no object that a program would save.  The
 #: list is a courtesy and no protection: nothing is called, whatever its name.
 _RUNS_CODE = re.compile(
+    # What a script saves of its machine is data: os.uname(), os.stat(), subprocess.run().
+    r"(?!(os|posix|nt)\.(\w+_result|terminal_size)$|subprocess\.(CompletedProcess|CalledProcessError)$)"
     r"(os|posix|nt|sys|pty|subprocess|importlib|runpy|shutil|ctypes|_?pickle|marshal|webbrowser)\..*"
     r"|torch\.((hub|serialization|jit|ops)\..*|load)"
     r"|builtins\.(eval|exec|compile|open|input|breakpoint)"
