@@ -124,6 +124,7 @@ FOLDERS: dict[str, tuple[list[str], str, str]] = {
     "DCP": (["__0_0.distcp", "__1_0.distcp"], "(DCP)", "not saved completely"),
     "DCP by rank": (["__0.metadata", "__0_0.distcp"], "(DCP)", "use_collectives=True"),
     "Orbax": (["manifest.ocdbt", "_sharding", "d/a"], "Orbax", "orbax.checkpoint"),
+    "Orbax 0.2": (["checkpoint", "params.dense.kernel/.zarray"], "Orbax", "save it again"),
     "Core ML": (["Manifest.json", "Data/weight.bin"], "Core ML", "average the checkpoints"),
 }
 

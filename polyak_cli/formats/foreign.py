@@ -48,6 +48,11 @@ ORBAX = Foreign(
     "name the folder in it that has one, as in 'run/*/NAME'; if none has, restore it with "
     "orbax.checkpoint and save it again",
 )
+#: Before version 0.3: one msgpack file for the tree, and a folder for each array.
+OLD_ORBAX = Foreign(
+    "an Orbax checkpoint from before version 0.3, without _METADATA",
+    "restore it with orbax.checkpoint and save it again with a newer version",
+)
 #: Without the file `.metadata`, which is written last and says what lies in which part.
 DCP = Foreign(
     "a distributed checkpoint of PyTorch (DCP) without its .metadata",
@@ -169,6 +174,12 @@ _FOLDERS: tuple[tuple[Callable[[Collection[str]], bool], Foreign], ...] = (
             }.isdisjoint(names)
         ),
         ORBAX,
+    ),
+    (
+        lambda names: (
+            "checkpoint" in names and _any(r"[\w.-]+\.(kernel|bias|scale|embedding)", names)
+        ),
+        OLD_ORBAX,
     ),
     (lambda names: _any(r"(bf16_|fp16_)?zero_pp_rank_.*", names), DEEPSPEED),
     (lambda names: {"Manifest.json", "Data"} <= set(names), COREML),

@@ -7,6 +7,7 @@ import random
 import shutil
 import struct
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ from polyak_cli.formats.tensorflow.sstables import encode_varint
 from polyak_cli.processes.sandbox import Heartbeat
 from tests.contract import Contract, Tensors, assert_same, naive
 from tests.oracle import Array
+from tests.test_guide import GUIDE
 
 BEAT = Heartbeat(lambda: None)
 
@@ -213,6 +215,43 @@ def test_keras_opens_the_average(tmp_path: Path) -> None:
         assert found.tobytes() == mean.tobytes()
     model.set_weights(means)
     assert np.array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+@pytest.mark.parametrize("kind", ["Sequential", "functional"])
+def test_the_recipe_of_the_guide_gives_a_keras_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A `.safetensors` becomes a `.keras` with the very weights, where Keras opens no folder."""
+    import keras
+
+    keras.utils.clear_session()
+    layers = [keras.layers.Dense(5), keras.layers.BatchNormalization(), keras.layers.Dropout(0.1)]
+    layers.append(keras.layers.Dense(2))
+    inputs = keras.Input((6,))
+    model: Any = keras.Sequential([inputs, *layers])
+    if kind == "functional":
+        outputs = inputs
+        for layer in layers:
+            outputs = layer(outputs)
+        model = keras.Model(inputs, outputs)
+    model.compile("adam", "mse")
+    x = np.random.default_rng(0).normal(size=(32, 6)).astype("f4")
+    weights: list[list[Array]] = []
+    save_steps = keras.callbacks.OrbaxCheckpoint(str(tmp_path / "run"), max_to_keep=None)
+    keep = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda *_: weights.append([np.asarray(w) for w in model.weights])
+    )
+    model.fit(x, x[:, :2], epochs=3, verbose=0, callbacks=[save_steps, keep])
+    monkeypatch.chdir(tmp_path)
+    average("run", "final.safetensors")
+    section = (GUIDE / "formats.md").read_text().partition("\n## Orbax")[2].partition("\n## ")[0]
+    exec(textwrap.dedent(section.partition("```text\n")[2].partition("  ```")[0]), {})
+    loaded = keras.saving.load_model("final.keras")
+    means = [
+        np.asarray(sum(np.float64(one[k]) for one in weights) / 3, "f4")
+        for k in range(len(weights[0]))
+    ]
+    assert [np.asarray(w).tobytes() for w in loaded.weights] == [mean.tobytes() for mean in means]
 
 
 def test_a_large_database_is_read_as_tensorstore_reads_it(tmp_path: Path) -> None:
