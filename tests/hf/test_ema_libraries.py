@@ -1,0 +1,100 @@
+"""Checkpoints with an EMA that its own library keeps: ema-pytorch and Ignite."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ema_pytorch import EMA
+from torch import nn
+
+from polyak_cli import average
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch calls its own torch.jit.script
+    from ignite.engine import Engine, Events
+    from ignite.handlers import Checkpoint, DiskSaver, EMAHandler
+
+State = dict[str, torch.Tensor]
+
+
+def make_net() -> Any:
+    """Return a model with statistics of BatchNorm, and a counter."""
+    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 2))
+
+
+def shift(net: Any) -> None:
+    """Move all parameters a little, as a step of training does."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+def assert_mean(found: State, states: Sequence[State]) -> None:
+    """Compare with the mean that PyTorch computes in float64; counters are the newest's."""
+    assert found.keys() == states[0].keys()
+    for name, value in found.items():
+        expected = states[-1][name]
+        if value.is_floating_point():
+            mean = sum((state[name].double() for state in states), torch.zeros(())) / len(states)
+            expected = mean.to(value.dtype)
+        assert torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_the_mean_of_ema_pytorch_loads_into_it(tmp_path: Path, use_ema: bool) -> None:
+    """The library's own state dict, beside the model's."""
+    torch.manual_seed(0)
+    (tmp_path / "run").mkdir()
+    net = make_net()
+    ema = EMA(net, beta=0.5, update_every=1, update_after_step=0)
+    states, means = [], []
+    for step in (1, 2):
+        shift(net)
+        ema.update()
+        shift(ema.ema_model)
+        states.append(copy.deepcopy(net.state_dict()))
+        means.append(copy.deepcopy(ema.ema_model.state_dict()))
+        torch.save(
+            {"model": net.state_dict(), "ema": ema.state_dict()}, tmp_path / f"run/ckpt.{step}.pt"
+        )
+    average(tmp_path / "run", tmp_path / "o.pt", use_ema=use_ema)
+    found = torch.load(tmp_path / "o.pt", weights_only=True)
+    ema.load_state_dict(found["ema"])
+    assert_mean(ema.ema_model.state_dict(), means if use_ema else states)
+    net.load_state_dict(found["model"])
+    assert_mean(net.state_dict(), means if use_ema else states)
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_ignite_goes_on_from_an_average(tmp_path: Path, use_ema: bool) -> None:
+    """Its checkpoints hold model, EMA, optimizer and the state of the trainer."""
+    torch.manual_seed(0)
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    trainer = Engine(lambda _, __: shift(net))
+    handler = EMAHandler(net, momentum=0.5)
+    handler.attach(trainer)
+    whole = {"model": net, "ema": handler.ema_model, "optimizer": optimizer, "trainer": trainer}
+    saver = DiskSaver(str(tmp_path / "run"))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(whole, saver, n_saved=None))
+    trainer.run([0, 1], max_epochs=3)
+    paths = sorted((tmp_path / "run").iterdir())
+    assert [path.name for path in paths] == [
+        "checkpoint_2.pt",
+        "checkpoint_4.pt",
+        "checkpoint_6.pt",
+    ]
+    average(tmp_path / "run", tmp_path / "o.pt", last=2, use_ema=use_ema)
+    saved = [torch.load(path, weights_only=True) for path in paths[-2:]]
+    assert not torch.equal(saved[0]["model"]["0.weight"], saved[0]["ema"]["0.weight"])
+    Checkpoint.load_objects(whole, torch.load(tmp_path / "o.pt", weights_only=True))
+    key = "ema" if use_ema else "model"
+    for one in (net, handler.ema_model):
+        assert_mean(one.state_dict(), [state[key] for state in saved])
+    trainer.run([0, 1], max_epochs=4)
