@@ -175,6 +175,7 @@ def probe(paths: Sequence[Path], *, jobs: int = 1, key: str = "") -> list[Probed
     Returns:
         For each file what it consists of, or the error that says why not.
     """
+    mirrors.expect_alike(map(str, paths))
     errors: dict[int, PolyakError] = {}
     requests: dict[int, tuple[Format, ScanRequest]] = {}
     for number, path in enumerate(paths):
@@ -183,6 +184,9 @@ def probe(paths: Sequence[Path], *, jobs: int = 1, key: str = "") -> list[Probed
             requests[number] = find_format(detect(path)), request
         except PolyakError as error:
             errors[number] = error
+    names = [request.path for form, request in requests.values() if form.is_scattered]
+    with contextlib.suppress(PolyakError):  # which the child meets again, and of which file
+        mirrors.fetch_all(names, most=mirrors.WHOLE)
     outcomes = sandbox.run_each(
         _probe_one,
         [*requests.values()],

@@ -25,14 +25,12 @@ import numpy as np
 
 from polyak_cli.errors import FormatError, shown, word_size
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.storage import Bytes, InputFile
+from polyak_cli.storage import Bytes, InputFile, open_input
 from polyak_cli.storage.local import (
-    LocalInput,
     LocalOutput,
     copy_range,
     make_read_error,
     name_errors,
-    open_local,
 )
 from polyak_cli.tensors import Extent, Files
 
@@ -62,18 +60,18 @@ class Member(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_archive(path: str) -> Iterator[tuple[LocalInput, list[Member], bytes]]:
+def open_archive(path: str) -> Iterator[tuple[InputFile, list[Member], bytes]]:
     """Yield an archive, open, with its members in the order of their bytes, and its comment.
 
     Raises:
         FormatError: the archive is damaged or means harm; names file and member.
     """
-    with open_local(path) as file, name_errors(path):
+    with open_input(path) as file, name_errors(path):
         members, comment = _list_members(file)
         yield file, members, comment
 
 
-def _list_members(file: LocalInput) -> tuple[list[Member], bytes]:
+def _list_members(file: InputFile) -> tuple[list[Member], bytes]:
     try:
         with file.stream() as stream, zipfile.ZipFile(stream) as archive:
             infos, comment = archive.infolist(), archive.comment

@@ -34,7 +34,7 @@ BLOCK = 1 << 16
 #: Objects below one prefix; more are hardly one run.
 MOST = 100_000
 #: Blocks of one GET that fills a stand-in.
-_RUN = 128
+_RUN = 64
 #: Seconds between two looks whether the process that started this one is alive.
 _LOOK = 1.0
 #: Bytes of the path of a socket, on Linux and macOS.
@@ -419,9 +419,11 @@ class _Visit:
         """See `_Server.enlist`."""
         return self.server.enlist(url)
 
-    def fill(self, path: str, version: Sequence[Any], first: int, count: int) -> None:
-        """Have blocks of an object in its stand-in."""
-        self.server.find(path, version).fill(first, count)
+    def fill(self, path: str, version: Sequence[Any], first: int, count: int) -> bool:
+        """Have blocks of an object in its stand-in; return whether all of its blocks are there."""
+        stand_in = self.server.find(path, version)
+        stand_in.fill(first, count)
+        return stand_in.is_whole
 
     def fetch(self, paths: Sequence[str]) -> None:
         """Have whole objects in their stand-ins."""
@@ -439,10 +441,6 @@ class _Visit:
         found = [self.server.find(path) for path in paths]
         for one in found:
             one.alike = found
-
-    def is_whole(self, path: str) -> bool:
-        """Return whether a stand-in holds every byte."""
-        return self.server.find(path).is_whole
 
     def prefetch(self, path: str, version: Sequence[Any], ranges: Sequence[Any]) -> None:
         """Have ranges of an object fetched, for reads over this connection."""
@@ -488,7 +486,6 @@ _OPS = {
     "fetch": _Op(_Visit.fetch, owner_only=True),
     "count": _Op(_Visit.count, owner_only=True),
     "fill": _Op(_Visit.fill),
-    "is_whole": _Op(_Visit.is_whole),
     "prefetch": _Op(_Visit.prefetch),
     "read": _Op(_Visit.read),
 }

@@ -33,6 +33,12 @@ from polyak_cli.storage import Bytes, Version, urls
 from polyak_cli.storage.gateway import BLOCK, Client, Stream
 from polyak_cli.storage.local import InputStream, LocalInput, LocalStore, name_errors
 
+#: Bytes up to which an object is fetched whole by the first read of it: one request is quicker.
+_SMALL = 4 << 20
+#: Bytes of a read above which it is no header's, and not kept.
+_LARGE = 1 << 20
+#: Blocks that are fetched at most because those before them were read.
+_MOST_BLOCKS = 64
 #: Bytes that are fetched ahead of one who reads on and on and does not say so.
 _AHEAD = 4 << 20
 #: Bytes up to which an object is fetched whole where its header is scattered over it.
@@ -186,9 +192,10 @@ class MirroredInput:
         self._local = local
         self._stream = Stream(client, path, version)
         self._known: set[int] = set()  # blocks that are in the file
-        self._is_whole: bool | None = None  # unknown until values are read
+        self._is_whole: bool | None = None  # unknown until something is read
         self._is_planned = False  # who reads says what comes next
         self._ahead = 0  # up to where it was fetched for one who does not
+        self._run = range(0)  # blocks that were fetched last
 
     @property
     def size(self) -> int:
@@ -218,33 +225,52 @@ class MirroredInput:
             self._ahead = end
 
     def _ask_whole(self) -> bool:
-        """Return whether every byte is in the file."""
-        if self._is_whole is None:
-            self._is_whole = bool(self._client.ask("is_whole", path=self.name))
-        return self._is_whole
+        """Return whether every byte is in the file; have it there if it is small."""
+        if self._is_whole is None and self.size <= _SMALL:
+            self._ask_blocks(range(-(-self.size // BLOCK)))
+        elif self._is_whole is None:
+            self._ask_blocks(range(0))
+        return bool(self._is_whole)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """See `storage.InputFile.read`.
 
-        What is read stays on the disk, as headers do, unless it was fetched ahead.
+        What is read stays on the disk, as headers do, unless it was fetched ahead or is large.
         """
         nbytes = max(0, min(nbytes, self.size - offset))
-        if self._is_planned and not self._is_whole and nbytes:
+        if (self._is_planned or nbytes >= _LARGE) and not self._ask_whole():
             buffer = np.empty(nbytes, np.uint8)
-            self._stream.read_into(offset, buffer)
+            self.read_into(offset, buffer)
             return buffer.tobytes()
         self.fill(offset, nbytes)
         return self._local.read(offset, nbytes)
 
     def fill(self, offset: int, nbytes: int) -> None:
         """Have bytes in the file."""
-        if self._is_whole or not nbytes:
+        if self._ask_whole() or not nbytes:
             return
-        first, last = offset // BLOCK, (offset + nbytes - 1) // BLOCK + 1
-        if not self._known.issuperset(range(first, last)):
-            known = list(self.version)
-            self._client.ask("fill", path=self.name, version=known, first=first, count=last - first)
-            self._known.update(range(first, last))
+        wanted = range(offset // BLOCK, (offset + nbytes - 1) // BLOCK + 1)
+        if self._known.issuperset(wanted):
+            return
+        # Who reads block after block gets more and more of them at a time.
+        ahead = 0
+        if wanted.start <= self._run.stop < wanted.stop + 1 and self._run:
+            ahead = min(2 * len(self._run), _MOST_BLOCKS)
+        last = -(-self.size // BLOCK)
+        run = range(wanted.start, min(last, max(wanted.stop, wanted.start + ahead)))
+        self._ask_blocks(run)
+        self._known.update(run)
+        self._run = run
+
+    def _ask_blocks(self, run: range) -> None:
+        """Have blocks in the file, and note whether all are there."""
+        self._is_whole = self._client.ask(
+            "fill",
+            path=self.name,
+            version=list(self.version),
+            first=run.start,
+            count=len(run),
+        )
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """See `storage.InputFile.prefetch`."""

@@ -5,6 +5,7 @@ Files are written by the formats' own libraries or by hand, as in the tests of t
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tests import (
     test_torch_zip,
     test_weights,
 )
-from tests.command import polyak
+from tests.command import POLYAK, environment, script
 from tests.contract import Contract
 from tests.remote.servers import S3Bucket
 
@@ -68,18 +69,31 @@ FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_format_is_averaged_to_the_same_bytes(
     bucket: S3Bucket, tmp_path: Path, name: str
 ) -> None:
-    """Every file of the output, with the record, equals that of a local average."""
+    """Every file of the output, with the record, equals that of a local average.
+
+    So it is where objects are as large as those that are read by blocks.
+    """
     write, suffix = FORMATS[name]
     write(tmp_path / "run")
     bucket.put_tree(tmp_path / "run", "some/run/")
     outputs = []
-    for place, source in (("here", "run"), ("there", f"{bucket.url}/some/run/")):
+    by_blocks = script("from polyak_cli.storage import mirrors as m\nm.WHOLE = m._SMALL = 0")
+    for place, source, command in (
+        ("here", "run", POLYAK),
+        ("there", f"{bucket.url}/some/run/", POLYAK),
+        ("blocks", f"{bucket.url}/some/run/", by_blocks),
+    ):
         (tmp_path / place).mkdir()
-        done = polyak(
-            "average", source, "-o", f"{place}/out{suffix}", cwd=tmp_path, environ=bucket.environ
+        done = subprocess.run(
+            [*command, "average", source, "-o", f"{place}/out{suffix}"],
+            cwd=tmp_path,
+            env=environment(**bucket.environ),
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0, done.stderr
         paths = sorted(path for path in (tmp_path / place).rglob("*") if path.is_file())
         outputs.append({path.relative_to(tmp_path / place): path.read_bytes() for path in paths})
     assert outputs[0]
-    assert outputs[0] == outputs[1]
+    assert outputs[0] == outputs[1] == outputs[2]

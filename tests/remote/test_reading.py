@@ -25,13 +25,14 @@ from tests.remote.servers import S3Bucket
 TENSORS = {"a/kernel": (300, 257), "a/bias": (257,), "b/scale": (3,)}
 
 
-def write_run(folder: Path, epochs: int = 4, seed: int = 0) -> Path:
+def write_run(folder: Path, epochs: int = 4, rows: int = 300) -> Path:
     """Write checkpoints of one run."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(seed)
-    values = {name: np.zeros(shape, "f4") for name, shape in TENSORS.items()}
+    draw = np.random.default_rng(0)
+    shapes = TENSORS | {"a/kernel": (rows, 257)}
+    values = {name: np.zeros(shape, "f4") for name, shape in shapes.items()}
     for epoch in range(1, epochs + 1):
-        for name, shape in TENSORS.items():
+        for name, shape in shapes.items():
             values[name] = values[name] + np.float32(0.01) * draw.standard_normal(shape).astype(
                 "f4"
             )
@@ -161,8 +162,12 @@ def test_names_that_no_file_can_have_are_refused(bucket: S3Bucket, run: Path) ->
     assert "holds the object 'run/epoch_01.safetensors' and others below" in line
 
 
-def test_a_changed_object_is_refused_and_nothing_is_written(bucket: S3Bucket, run: Path) -> None:
+def test_a_changed_object_is_refused_and_nothing_is_written(
+    bucket: S3Bucket, tmp_path: Path
+) -> None:
     """An object that was replaced after it was listed is named, and there is no output."""
+    run = write_run(tmp_path / "run", 2, 5000)  # more than is fetched whole
+    bucket.put_tree(run, "run/")
     code = """
 import sys, polyak_cli.averaging.writing as module
 original = module.write_average

@@ -20,8 +20,8 @@ from h5py import h5a, h5d, h5f, h5fd, h5g, h5i, h5l, h5o, h5p, h5s, h5t
 from polyak_cli.errors import FormatError, PolyakError, shown
 from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.storage import InputFile
-from polyak_cli.storage.local import LocalInput, make_read_error, name_errors, open_local
+from polyak_cli.storage import InputFile, mirrors, open_input
+from polyak_cli.storage.local import name_errors
 from polyak_cli.tensors import FLOATS
 
 #: A file, or a part of one.
@@ -60,17 +60,27 @@ def open_file(path: Place) -> Iterator[tuple[Any, int]]:
         FormatError: the file is damaged, or being written; names its path.
         OSError: another file, to which it is copied, cannot be written.
     """
-    size = _check_file(path)
-    with explain_errors(path, size):
-        name = NAMELESS if isinstance(path, Window) else os.fsencode(path)
-        file = h5f.open(name, h5f.ACC_RDONLY, fapl=make_access(path))
+    with _choose_place(path) as place, explain_errors(path, size := _check_file(place)):
+        name = NAMELESS if isinstance(place, Window) else os.fsencode(place)
+        file = h5f.open(name, h5f.ACC_RDONLY, fapl=make_access(place))
         try:
             yield h5o.open(file, b"/"), size
         except FormatError as error:
             raise FormatError(f"{shown(path)}: {error}") from None
         finally:
-            if isinstance(path, Window) and path.error:  # whatever else it led to
-                raise FormatError(f"{shown(path)}: {make_read_error(path.error)}")
+            failed = place.explain_error() if isinstance(place, Window) else None
+            if failed:  # whatever else it led to
+                raise type(failed)(f"{shown(path)}: {failed}")
+
+
+@contextlib.contextmanager
+def _choose_place(path: Place) -> Iterator[Place]:
+    """Yield the place itself, or of an object a window, which is read as it is asked for."""
+    if isinstance(path, Window) or not mirrors.is_mirrored(path):
+        yield path
+        return
+    with _open_regular(path) as file:
+        yield Window(path, file, 0, file.size)
 
 
 def make_access(path: Place) -> Any:
@@ -134,26 +144,26 @@ def _read_errno(error: Exception) -> int:
 def _check_file(path: Place) -> int:
     """Check, before libhdf5 opens it, that a file begins like HDF5; return its size."""
     if isinstance(path, Window):
-        _check_signature(LocalInput.borrow(path.name, path.descriptor), path.offset, path.size)
+        _check_signature(path.file, path.offset, path.size, path.name)
         return path.size
     # h5py itself would wait forever for the writer of a FIFO.
     with _open_regular(path) as file:
         if file.size == 0:
             raise FormatError(f"{shown(path)}: is empty (0 bytes); save it again or leave it out")
-        _check_signature(file, 0, file.size)
+        _check_signature(file, 0, file.size, path)
         return file.size
 
 
-def _open_regular(path: str) -> LocalInput:
+def _open_regular(path: str) -> InputFile:
     try:
-        return open_local(path)
+        return open_input(path)
     except FormatError as error:
         if not str(error).endswith(": is not a regular file"):
             raise
         raise FormatError(f"{error}; a checkpoint is a file or a folder of files") from None
 
 
-def _check_signature(file: InputFile, start: int, size: int) -> None:
+def _check_signature(file: InputFile, start: int, size: int, name: str) -> None:
     """Refuse a file that does not begin like HDF5."""
     offset = 0
     while offset < size:  # a user block may stand before the signature
@@ -163,9 +173,7 @@ def _check_signature(file: InputFile, start: int, size: int) -> None:
     head = _read_head(file, start, min(32, size))
     what = next((name for magic, name in FOREIGN.items() if head.startswith(magic)), None)
     begins = f"it is {what}" if what else f"it begins with {head[:8]!r}"
-    raise FormatError(
-        f"{shown(file.name)}: is not an HDF5 file ({begins}); expected a Keras .h5 file"
-    )
+    raise FormatError(f"{shown(name)}: is not an HDF5 file ({begins}); expected a Keras .h5 file")
 
 
 def _read_head(file: InputFile, offset: int, nbytes: int) -> bytes:

@@ -39,7 +39,8 @@ from polyak_cli.formats.hdf5.windows import Window
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.storage.local import LocalInput, LocalOutput, copy_range, name_errors, open_local
+from polyak_cli.storage import InputFile, open_input
+from polyak_cli.storage.local import LocalOutput, copy_range, name_errors
 from polyak_cli.tensors import FLOATS, Extent, Placement, Table, TensorSpec
 
 PROVENANCE = b"polyak_provenance"
@@ -298,12 +299,12 @@ def _copy_large(
 ) -> None:
     """Copy large carried tensors by offset: inside libhdf5 no heartbeat would be sent."""
     with contextlib.ExitStack() as stack:
-        source: LocalInput
+        source: InputFile
         target: LocalOutput
         if isinstance(template, Window):
-            source, begin = LocalInput.borrow(template.name, template.descriptor), template.offset
+            source, begin = template.file, template.offset
         else:
-            source, begin = stack.enter_context(open_local(template)), 0
+            source, begin = stack.enter_context(open_input(template)), 0
         if isinstance(output, Window):
             target, end = LocalOutput.borrow(output.name, output.descriptor), output.offset
         else:

@@ -10,6 +10,10 @@ import os
 
 import numpy as np
 
+from polyak_cli.errors import FormatError
+from polyak_cli.storage import InputFile
+from polyak_cli.storage.local import LocalInput, make_read_error
+
 
 class Window:
     """Bytes of an open file from an offset on, as h5py's driver for file-like objects wants them.
@@ -18,21 +22,22 @@ class Window:
     that cannot be read are zeros instead, and ``error`` keeps the first reason.
     """
 
-    def __init__(self, name: str, descriptor: int, offset: int, size: int = 0) -> None:
+    def __init__(self, name: str, file: InputFile | int, offset: int, size: int = 0) -> None:
         """Open a window.
 
         Args:
             name: what messages call it.
-            descriptor: of the file, which stays open meanwhile.
+            file: the file, which stays open meanwhile, or the descriptor of one to write to.
             offset: where the window begins in it.
             size: bytes of the window; it grows when it is written to.
         """
         self.name = name
-        self.descriptor = descriptor
+        self.descriptor = file if isinstance(file, int) else -1
+        self.file = LocalInput.borrow(name, file) if isinstance(file, int) else file
         self.offset = offset
         self.size = size
         self.position = 0
-        self.error: OSError | None = None
+        self.error: OSError | FormatError | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -52,14 +57,10 @@ class Window:
         inside = view[: max(0, self.size - self.position)]
         done = 0
         try:
-            while done < len(inside):
-                count = os.preadv(
-                    self.descriptor, [inside[done:]], self.offset + self.position + done
-                )
-                if not count:
-                    break  # the file was truncated after it was opened
-                done += count
-        except OSError as error:
+            content = self.file.read(self.offset + self.position, len(inside))
+            done = len(content)  # less than wanted: the file was truncated after it was opened
+            inside[:done] = content
+        except FormatError as error:
             self.error = self.error or error
         np.frombuffer(view, np.uint8)[done:] = 0  # in place: a damaged header may ask for gigabytes
         self.position += len(view)
@@ -83,6 +84,10 @@ class Window:
         """Set the size; the file itself is resized when it is finished."""
         self.size = size
         return size
+
+    def explain_error(self) -> FormatError | None:
+        """Return the first error as an input's, which lacks its name."""
+        return make_read_error(self.error) if isinstance(self.error, OSError) else self.error
 
     def flush(self) -> None:
         """Do nothing: no byte is buffered."""

@@ -28,7 +28,6 @@ from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.keras.outline import label_groups
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile
-from polyak_cli.storage.local import LocalInput
 from polyak_cli.tensors import Asset, Extent, Table, TensorSpec
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.weights.h5", "model.weights.npz"
@@ -163,10 +162,10 @@ def _digest_member(file: InputFile, member: zips.Member, heartbeat: Heartbeat) -
 
 
 @contextlib.contextmanager
-def _open_weights(file: LocalInput, member: zips.Member, heartbeat: Heartbeat) -> Iterator[Window]:
+def _open_weights(file: InputFile, member: zips.Member, heartbeat: Heartbeat) -> Iterator[Window]:
     """Yield the weights file, open for reading; inflating one has also checked it."""
     if member.method == zips.STORED:
-        yield Window(member.name, file.fileno(), member.offset, member.nbytes)
+        yield Window(member.name, file, member.offset, member.nbytes)
         return
     # libhdf5 seeks in its file, and a deflated member can be read forwards only.
     with contextlib.ExitStack() as stack:

@@ -25,7 +25,6 @@ from polyak_cli.formats.torch.pickles import SIZES, Instance, Pairs, Stored, Ten
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile
 from polyak_cli.storage.local import (
-    LocalInput,
     LocalOutput,
     copy_around,
     make_read_error,
@@ -371,7 +370,7 @@ def _note_part(root: Any, part: str) -> dict[str, str]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _find_checksums(file: LocalInput, rooms: Sequence[zips.Member]) -> list[list[Any]]:
+def _find_checksums(file: InputFile, rooms: Sequence[zips.Member]) -> list[list[Any]]:
     """Return name, offset and bytes of each averaged storage, and where its checksum stands.
 
     That is behind it where the writer did not know it before (bit 3, APPNOTE 4.3.9), with or
