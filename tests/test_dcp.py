@@ -344,8 +344,13 @@ def test_megatron_keeps_more_in_its_metadata(tmp_path: Path) -> None:
     assert report.plan.carried == (key,)
     assert (tmp_path / "final" / PART).read_bytes() == WHOLE + b"bytes"
     assert (tmp_path / "final" / "common.pt").read_bytes() == b"of Megatron"
-    with pytest.raises(PolyakError, match=r"_extra_state/shard_0_1', which is not part of the mod"):
+    with pytest.raises(PolyakError, match=r"_extra_state/shard_0_1', which .* --only-weights"):
         average([folder], tmp_path / "o.safetensors")
+    report = average([folder], tmp_path / "o.safetensors", only_weights=True, verify=True)
+    assert report.plan.dropped == (key,)
+    assert load_file(tmp_path / "o.safetensors").keys() == {"w"}
+    average([folder], tmp_path / "weights", only_weights=True)
+    assert (tmp_path / "weights" / PART).read_bytes() == WHOLE + b"bytes"
 
 
 def test_metadata_of_older_releases_are_read(tmp_path: Path) -> None:

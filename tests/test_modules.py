@@ -141,6 +141,8 @@ def test_names_of_tensors_say_which_module_has_them(tmp_path: Path) -> None:
         ({"pytorch_model.bin", "model.safetensors.index.json"}, ["model.safetensors.index.json"]),
         ({"pytorch_model.bin.index.json"}, ["pytorch_model.bin.index.json"]),
         ({"adapter_model.bin", "adapter_model.safetensors"}, ["adapter_model.safetensors"]),
+        ({"model.safetensors", "pytorch_model_fsdp.bin"}, ["model.safetensors"]),
+        ({"pytorch_model_fsdp.bin", "optimizer.bin"}, ["pytorch_model_fsdp.bin"]),
         ({"model.safetensors", "modules.json"}, ["modules.json"]),
         (
             {"adapter_model.bin", "model.safetensors"},

@@ -362,7 +362,8 @@ def _sort_tensors(
         only_weights=settings.output.only_weights,
     )
     whole = outputs.choose_format(output, template) == template.format
-    beside = template.optimizer if whole or not template.rules.part else template.others.keys()
+    takes_tensors = template.rules.part or settings.output.only_weights
+    beside = template.optimizer if whole or not takes_tensors else template.others.keys()
     dropped = [name for name in template.others if drop and name in beside]
     others = (name for name in template.others if name not in dropped)
     return _Fates(

@@ -91,7 +91,12 @@ FORMATS: tuple[Entry, ...] = (
         "polyak_cli.formats.torch.archive:TorchZip",
         detection.is_torch_zip,
         {".pt": ".pt", ".pth": ".pth", ".bin": ".bin", ".ckpt": ".ckpt", ".pth.tar": ".pth.tar"},
-        ("pytorch_model.bin", "adapter_model.bin", "diffusion_pytorch_model.bin"),
+        (
+            "pytorch_model.bin",
+            "pytorch_model_fsdp.bin",  # of Accelerate, with FULL_STATE_DICT
+            "adapter_model.bin",
+            "diffusion_pytorch_model.bin",
+        ),
     ),
     Entry(
         "torch_dcp",
@@ -161,7 +166,7 @@ def choose_openers(names: Collection[str]) -> list[str]:
 
 def _find_stem(name: str) -> str:
     """Return what two forms of the same weights have in common."""
-    return name.partition(".")[0].removeprefix("pytorch_")
+    return name.partition(".")[0].removeprefix("pytorch_").removesuffix("_fsdp")
 
 
 @functools.cache

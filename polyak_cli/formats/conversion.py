@@ -33,8 +33,12 @@ def refuse_losses(request: SkeletonRequest) -> None:
                 "optimizer state cannot be converted to another format; leave it out with "
                 "--optimizer drop"
             )
-        if name not in template.optimizer and not template.rules.part:
-            raise OutputError(f"'{shown(name)}', which is not part of the model, would be lost")
+        is_optional = template.rules.part or request.only_weights
+        if name not in template.optimizer and not is_optional:
+            raise OutputError(
+                f"'{shown(name)}', which is not part of the model, would be lost; leave it out "
+                "with --only-weights"
+            )
     for spec in template.tensors.values():
         if spec.storage is None:
             raise OutputError(f"tensor '{shown(spec.name)}' holds strings, which would be lost")

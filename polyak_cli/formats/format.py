@@ -32,6 +32,7 @@ class SkeletonRequest(NamedTuple):
     drop_optimizer: bool
     provenance: str  # the record to write into it, as JSON
     architecture: str = ""  # the path of a whole model to which the template's tensors are added
+    only_weights: bool = False  # what is neither the model's nor its optimizer's may be left out
 
 
 class OutputForm(NamedTuple):

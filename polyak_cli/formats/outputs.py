@@ -132,7 +132,7 @@ def check_conversion(
     if not output or (is_same and not _is_merged(output, template)):
         return
     whole = str(architecture.path) if architecture else ""
-    request = SkeletonRequest(template, "", averaged, drop_optimizer, "", whole)
+    request = SkeletonRequest(template, "", averaged, drop_optimizer, "", whole, only_weights)
     refuse = _refuse_extraction if extract else _refuse_conversion
     (outcome,) = sandbox.run_each(refuse, [(name, request)], [str(template.path)])
     if isinstance(outcome, OutputError):

@@ -90,3 +90,21 @@ def test_shards_get_another_type(tmp_path: Path) -> None:
     said = json.loads((tmp_path / "o" / INDEX).read_text())
     assert said == index | {"metadata": {"total_size": 24 + 8 + 10 + 4, "x": [1]}}
     assert verify(tmp_path / "o").verified
+
+
+def test_a_full_state_dict_of_fsdp_is_found(tmp_path: Path) -> None:
+    """As Accelerate's `save_state` leaves it, with the state of the training beside it."""
+    for step in (500, 1000):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        torch.save({"w": torch.full((3,), float(step))}, folder / "pytorch_model_fsdp.bin")
+        torch.save({"state": {}, "param_groups": []}, folder / "optimizer.bin")
+        (folder / "random_states_0.pkl").write_bytes(b"state")
+    report = average(tmp_path / "run", tmp_path / "final")
+    assert [one.epoch for one in report.plan.checkpoints] == [500, 1000]
+    assert sorted(os.listdir(tmp_path / "final")) == [
+        "polyak_provenance.json",
+        "pytorch_model_fsdp.bin",
+    ]
+    found = torch.load(tmp_path / "final/pytorch_model_fsdp.bin", weights_only=True)
+    assert found["w"].tolist() == [750.0] * 3
