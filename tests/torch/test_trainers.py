@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from polyak_cli import CheckpointError, UsageError, average, select, verify
+from polyak_cli import CheckpointError, FormatError, UsageError, average, select, verify
 
 
 def test_a_run_of_speechbrain_is_averaged(tmp_path: Path) -> None:
@@ -101,3 +102,31 @@ def test_a_metric_that_is_missing_or_not_understood_is_named(tmp_path: Path) -> 
     (run / "checkpoint-1.pth.tar").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(CheckpointError, match=r"looked in its name"):
         select([run], best=1)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"module": None, "param_shapes": [], "optimizer": None},
+        {"optimizer_state_dict": {"zero_stage": 3, "fp32_flat_groups": [torch.ones(9)]}},
+    ],
+    ids=["model", "optimizer"],
+)
+def test_a_part_of_deepspeed_says_how_it_becomes_whole(tmp_path: Path, state: Any) -> None:
+    """Where a part is named by itself; folders say so too."""
+    path = tmp_path / "zero_pp_rank_0_mp_rank_00_states.pt"
+    torch.save(state | {"ds_version": "0.18.0", "ds_config": {}}, path)
+    with pytest.raises(FormatError, match=r"part of a checkpoint of DeepSpeed.*zero_to_fp32\.py"):
+        average([path], tmp_path / "o.pt")
+
+
+def test_a_model_of_deepspeed_without_zero_is_averaged(tmp_path: Path) -> None:
+    """Its weights are whole then, and --key makes them safetensors."""
+    for step in (100, 200):
+        folder = tmp_path / f"run/global_step{step}"
+        folder.mkdir(parents=True)
+        state = {"module": {"w": torch.full((3,), step / 100)}, "ds_version": "0.18.0"}
+        torch.save(state | {"args": Namespace(lr=0.1)}, folder / "mp_rank_00_model_states.pt")
+    pattern = f"{tmp_path}/run/*/mp_rank_00_model_states.pt"
+    average(pattern, tmp_path / "o.safetensors", key="module")
+    assert load_file(tmp_path / "o.safetensors")["w"].tolist() == [1.5] * 3

@@ -130,6 +130,11 @@ class _Collected:
             (self.tensors if own else self.others).append(spec)
             if not own and several[0].owner == "optimizer":
                 self.optimizer.append(spec.name)
+        if not self.tensors and beside.find_trainer(root).startswith("DeepSpeed"):
+            raise FormatError(
+                "is a part of a checkpoint of DeepSpeed's ZeRO, without a tensor of the model; "
+                "convert its folder to one file with the zero_to_fp32.py beside it"
+            )
         if not self.tensors and _has_arrays(root):
             raise FormatError(
                 "holds arrays of numpy and no tensor of a model; save tensors in their place, made "
