@@ -454,3 +454,37 @@ def test_hostile_records_name_no_file_outside(tmp_path: Path) -> None:
             records.read(text)
         (tmp_path / "final" / RECORD).write_text(text + "\n")
         assert records.list_owned(tmp_path / "final") == frozenset()
+
+
+def test_weights_of_lora_open_a_folder(tmp_path: Path) -> None:
+    """Scripts of Diffusers save pytorch_lora_weights.safetensors and the training's state."""
+    name = "pytorch_lora_weights.safetensors"
+    for k in (1, 2):
+        folder = tmp_path / f"run/checkpoint-{k}00"
+        folder.mkdir(parents=True)
+        save_file({"unet.to_q.weight": np.full((2, 2), k, np.float32)}, folder / name)
+        (folder / "optimizer.bin").write_bytes(b"x")
+    save_file({"unet.to_q.weight": np.full((2, 2), 9, np.float32)}, tmp_path / "run" / name)
+    average(tmp_path / "run", tmp_path / "final")
+    assert {path.name for path in (tmp_path / "final").iterdir()} == {name, RECORD}
+    assert (load_file(tmp_path / "final" / name)["unet.to_q.weight"] == 1.5).all()
+
+
+def test_folders_of_models_in_numbered_folders(tmp_path: Path) -> None:
+    """One model and its EMA are enough to choose; a folder that lacks it is passed over."""
+    for step in (100, 200, 300):
+        for k, name in enumerate(("net", "net_ema")):
+            folder = tmp_path / f"run/checkpoint-{step}/{name}"
+            folder.mkdir(parents=True)
+            value = np.full(3, step + k, np.float32)
+            save_file({"w": value}, folder / "model.safetensors")
+    (tmp_path / "run/checkpoint-100/net_ema/model.safetensors").unlink()
+    (tmp_path / "run/seed1/net").mkdir(parents=True)
+    for use_ema, expected in ((False, 200), (True, 251)):
+        output = tmp_path / f"final_{use_ema}"
+        report = average(tmp_path / "run", output, use_ema=use_ema)
+        assert (load_file(output / "model.safetensors")["w"] == expected).all()
+    reasons = {str(one.path.relative_to(tmp_path)): one.reason for one in report.plan.passed_over}
+    assert reasons["run/checkpoint-100"] == "holds no net_ema"
+    assert reasons["run/checkpoint-200/net"] == "the model whose EMA is averaged"
+    assert reasons["run/seed1"] == "a directory"
