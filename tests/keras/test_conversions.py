@@ -69,8 +69,8 @@ def test_the_configuration_is_lost_only_on_demand(tmp_path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(OutputError, match=r"configuration and the assets.* --only-weights, or kee"):
         plan(path, tmp_path / "o.weights.h5")
-    with pytest.raises(OutputError, match=r"or \.safetensors or \.npz or \.weights\.h5 to convert"):
-        plan(path, tmp_path / "o.h5", only_weights=True)
+    with pytest.raises(OutputError, match=r"or \.npz or \.h5 or \.weights\.h5 to convert it$"):
+        plan(path, tmp_path / "o.bin", only_weights=True)
     average(path, tmp_path / "same.keras", only_weights=True)
     with zipfile.ZipFile(tmp_path / "same.keras") as archive:
         assert "config.json" in archive.namelist()
@@ -475,3 +475,118 @@ def test_weights_are_added_to_their_own_model_only(tmp_path: Path) -> None:
         plan(paths, tmp_path / "o.weights.h5", model=model)
     with pytest.raises(OutputError, match=r"the checkpoints are Keras .keras with a model; leave"):
         plan(other, output, model=model)
+
+
+# --- .keras to .h5 --------------------------------------------------------------------------------
+
+
+def partly_frozen() -> Any:
+    """Return a Sequential of models that are frozen as a whole, in part, and not at all."""
+    start = keras.Input((4,))
+    steps = layers.BatchNormalization()(layers.Dense(4, "relu", trainable=False)(start))
+    steps = layers.LayerNormalization()(steps)
+    part = keras.Model(start, layers.Dense(4)(steps), name="part")
+    begin = keras.Input((4,))
+    steps = layers.BatchNormalization()(layers.Dense(4)(begin))
+    whole = keras.Model(begin, layers.Dense(4)(steps), name="whole")
+    whole.trainable = False
+    inside = [layers.Dense(3), layers.BatchNormalization(trainable=False), layers.Dense(4)]
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            part,
+            whole,
+            keras.Sequential([keras.Input((4,)), whole_again(), *inside], name="outer"),
+            layers.BatchNormalization(trainable=False),
+            layers.Dense(3, "softmax"),
+        ]
+    )
+
+
+def whole_again() -> Any:
+    """Return a frozen model that becomes a layer of another."""
+    start = keras.Input((4,))
+    model = keras.Model(start, layers.BatchNormalization()(layers.Dense(4)(start)), name="again")
+    model.trainable = False
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+@pytest.mark.parametrize(
+    "make",
+    [
+        functional,
+        partly_frozen,
+        *(
+            pytest.param(one, marks=pytest.mark.soak)
+            for one in (embedding, attentive, recurrent, convolutional)
+        ),
+    ],
+)
+def test_archives_become_whole_models_in_hdf5(tmp_path: Path, make: Callable[[], Any]) -> None:
+    """Keras opens the output: the mean that is set by hand, the predictions and the training."""
+    inputs = MODELS.get(make, ROWS)
+    (tmp_path / "run").mkdir()
+    loss = keras.losses.SparseCategoricalCrossentropy()
+    model = make()
+    model.compile(keras.optimizers.Adam(0.003), loss, metrics=["accuracy"])
+    labels = np.arange(len(inputs[0] if isinstance(inputs, list) else inputs)) % 3
+    for epoch in range(2):
+        # Frozen layers differ too, so that an exchange of two would be seen.
+        model.set_weights([one + 0.01 * k for k, one in enumerate(model.get_weights())])
+        model.fit(inputs, labels, verbose=0)
+        model.save(tmp_path / f"run/m_{epoch}.keras")
+    paths = sorted((tmp_path / "run").glob("*.keras"))
+    output = tmp_path / "mean.h5"
+    average(tmp_path / "run", output, verify=True)
+    set_by_hand(keras, paths, (0.5, 0.5)).save(tmp_path / "expected.keras")
+    # Opened again, since a Normalization uses its mean only then.
+    expected = keras.saving.load_model(tmp_path / "expected.keras")
+    opened = keras.saving.load_model(output)
+    for ours, theirs in zip(opened.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(
+        opened.predict(inputs, verbose=0), expected.predict(inputs, verbose=0)
+    )
+    assert opened.optimizer.get_config() == model.optimizer.get_config()
+    assert opened.loss.get_config() == loss.get_config()
+    opened.fit(inputs, labels, verbose=0)
+    assert verify(output, sources=[tmp_path / "run"]).problems == ()
+    average(output, tmp_path / "back.keras")
+    average(tmp_path / "run", tmp_path / "same.keras")
+    assert read_weights(tmp_path / "back.keras") == read_weights(tmp_path / "same.keras")
+
+
+def test_what_an_h5_cannot_hold_is_named(tmp_path: Path) -> None:
+    """Assets, layers of other kinds or of the user, shared layers, bfloat16: one line each."""
+    entry = keras.Input((4,))
+
+    def refused(output: Any, message: str, **options: Any) -> None:
+        path = tmp_path / "m.keras"
+        keras.Model(entry, output).save(path)
+        with pytest.raises(OutputError, match=message):
+            plan(path, tmp_path / "o.h5", **options)
+
+    normed = layers.SpectralNormalization(layers.Dense(2), name="normed")(entry)
+    refused(normed, r"'normed' of class SpectralNorm.* or keep \.keras$")
+    shared = layers.Dense(4)
+    inner = keras.Sequential([keras.Input((4,)), shared], name="inner")
+    refused(inner(shared(entry)), r"'dense.*' of class Dense, for whose tensors the order")
+    start = keras.Input((4, 2))
+    frozen = layers.MultiHeadAttention(1, 2, trainable=False, name="heads")(start, start)
+    inner = keras.Model(start, frozen)
+    refused(inner(layers.RepeatVector(4)(layers.Dense(2)(entry))), r"'heads' of class MultiHead")
+    normalized = keras.Sequential([keras.Input((4,)), layers.Normalization(name="norm")])
+    refused(normalized(entry), r"'norm' of class Normalization")
+    refused(layers.Dense(2)(entry), r"is bfloat16, .* use --dtype float32", dtype="bfloat16")
+    words = keras.Input((1,), dtype="string")
+    lookup = layers.StringLookup()
+    lookup.adapt(["a", "b"])
+    found = layers.Embedding(5, 2)(lookup(words))
+    keras.Model(words, found).save(tmp_path / "words.keras")
+    with pytest.raises(OutputError, match=r"'assets/.*' would be lost: an \.h5 has no place"):
+        plan(tmp_path / "words.keras", tmp_path / "o.h5")
+    model = subclassed()
+    model.save(tmp_path / "own.keras")
+    with pytest.raises(OutputError, match=r"is a Subclassed, expected a Sequential or Functional"):
+        plan(tmp_path / "own.keras", tmp_path / "o.h5")

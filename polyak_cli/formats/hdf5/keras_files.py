@@ -40,7 +40,7 @@ from polyak_cli.formats.hdf5.library import (
 )
 from polyak_cli.formats.hdf5.skeleton import PROVENANCE
 from polyak_cli.formats.hdf5.windows import Window
-from polyak_cli.formats.keras import from_models, vocabularies
+from polyak_cli.formats.keras import from_models, to_models, vocabularies
 from polyak_cli.formats.keras import names as keras_names
 from polyak_cli.formats.keras.names import DTYPE, OPTIMIZER, WEIGHTS_SUFFIX
 from polyak_cli.formats.keras.outline import read_outline
@@ -395,6 +395,25 @@ def _check_saved_to_its_end(root: Any, home: Any) -> None:
             raise FormatError(f"tensor {name} is named but was not saved; {_UNFINISHED}")
 
 
+def _build(
+    request: SkeletonRequest,
+    places: Mapping[str, str],
+    heartbeat: Heartbeat,
+    said: Mapping[str, Mapping[str, str | Sequence[str]]],
+) -> Draft:
+    """Write a file with the tensors of another at places of its own; see `weights_files.build`."""
+    template = request.template
+    with (
+        conversion.Carrier(template, heartbeat) as carrier,
+        LocalOutput(request.output) as output,
+    ):
+        target = Window(request.output, output.fileno(), 0)
+        made = weights_files.build(request, places, target, heartbeat, said)
+        for name, start in made.carried.items():
+            carrier.carry(template.tensors[name], output, start)
+    return Draft(made.placements)
+
+
 class KerasHdf5(Format):
     """HDF5 files of every Keras generation."""
 
@@ -408,6 +427,8 @@ class KerasHdf5(Format):
     weights_suffix = WEIGHTS_SUFFIX
     can_be_left = True
     inner = "hdf5"
+    conversion_suffix = ".h5"
+    converts_from = frozenset({"keras_zip"})
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`."""
@@ -464,20 +485,41 @@ class KerasHdf5(Format):
         """See `Format.extract`: each tensor where Keras looks for it in a ``.weights.h5``."""
         template = request.template
         places = from_models.place_tensors(template, self.texts(template, heartbeat))
-        with (
-            conversion.Carrier(template, heartbeat) as carrier,
-            LocalOutput(request.output) as output,
-        ):
-            target = Window(request.output, output.fileno(), 0)
-            made = weights_files.build(request, places, target, heartbeat)
-            for name, start in made.carried.items():
-                carrier.carry(template.tensors[name], output, start)
-        return Draft(made.placements)
+        return _build(request, places, heartbeat, {})
 
     def refuse_extraction(self, request: SkeletonRequest, heartbeat: Heartbeat) -> None:
         """See `Format.refuse_extraction`."""
         conversion.refuse_losses(request)
         from_models.place_tensors(request.template, self.texts(request.template, heartbeat))
+
+    def refuse_conversion(self, request: SkeletonRequest, texts: Mapping[str, str]) -> None:
+        """See `Format.refuse_conversion`."""
+        to_models.read_model(request.template, texts)
+        for spec in request.template.tensors.values():
+            if request.averaged.get(spec.location, spec.dtype) == "bfloat16":
+                raise OutputError(
+                    f"tensor '{shown(spec.name)}' is bfloat16, which Keras cannot load from an "
+                    ".h5; use --dtype float32, or keep .keras"
+                )
+
+    def convert(
+        self, request: SkeletonRequest, texts: Mapping[str, str], heartbeat: Heartbeat
+    ) -> Draft:
+        """See `Format.convert`: an archive becomes the same whole model in HDF5."""
+        model = to_models.read_model(request.template, texts)
+        base, last = "/model_weights", to_text(_OWN)
+        said: dict[str, dict[str, str | list[str]]] = {
+            "": {**model.texts},
+            base: {"layer_names": [*model.layers], "keras_version": model.texts["keras_version"]},
+            f"{base}/{last}": {"weight_names": []},
+        }
+        said |= {f"{base}/{name}": {"weight_names": [*own]} for name, own in model.layers.items()}
+        places = {
+            tensor: f"{base}/{layer}/{name}"
+            for layer, own in model.layers.items()
+            for name, tensor in own.items()
+        }
+        return _build(request, places, heartbeat, said)
 
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""

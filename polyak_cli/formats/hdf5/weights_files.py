@@ -1,4 +1,4 @@
-"""Create a weights file of Keras 3 from tensors that lie elsewhere, complete except for values.
+"""Create a file of Keras 3 from tensors that lie elsewhere, complete except for values.
 
 Makes groups and allocates datasets; the values are written by offset.  Does not know where Keras
 looks for a tensor.  Runs in a child of `processes.sandbox`.
@@ -6,11 +6,11 @@ looks for a tensor.  Runs in a child of `processes.sandbox`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from h5py import h5d, h5f, h5g, h5o, h5p, h5s, h5t
+from h5py import h5a, h5d, h5f, h5g, h5o, h5p, h5s, h5t
 
 from polyak_cli.formats.format import SkeletonRequest
 from polyak_cli.formats.hdf5.library import (
@@ -26,6 +26,9 @@ from polyak_cli.formats.keras.names import DTYPE
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.tensors import FLOATS, Placement
 
+#: Bytes of a list that fit into one attribute, with room for a part that is longer than others.
+_LONGEST_LIST = 50_000
+
 
 class Built(NamedTuple):
     """Where the values of a new weights file belong; offsets count from its beginning."""
@@ -35,15 +38,20 @@ class Built(NamedTuple):
 
 
 def build(
-    request: SkeletonRequest, places: Mapping[str, str], output: Window, heartbeat: Heartbeat
+    request: SkeletonRequest,
+    places: Mapping[str, str],
+    output: Window,
+    heartbeat: Heartbeat,
+    said: Mapping[str, Mapping[str, str | Sequence[str]]] | None = None,
 ) -> Built:
-    """Create a weights file.
+    """Create a weights file, or a whole model.
 
     Args:
         request: the output; its template has the tensors.
         places: name of each tensor -> its location in the file, such as ``/layers/dense/vars/0``.
         output: where to write.
         heartbeat: sent before every tensor.
+        said: path of a group -> its attributes, texts or lists of names; "" is the file itself.
 
     Raises:
         OSError: there is no room in the window.
@@ -67,6 +75,12 @@ def build(
                     placements[spec.location] = Placement(offset, wanted, "<")
                 else:
                     carried[name] = offset
+            for path, attributes in heartbeat.over((said or {}).items()):
+                for key, value in attributes.items():
+                    if isinstance(value, str):
+                        write_text(_make_group(groups, path), to_bytes(key), value)
+                    else:
+                        _write_names(_make_group(groups, path), key, value)
             write_text(groups[""], PROVENANCE, request.provenance)
         finally:
             made.close()
@@ -83,6 +97,18 @@ def _make_group(groups: dict[str, Any], path: str) -> Any:
         properties.set_obj_track_times(False)  # outputs do not depend on the time
         groups[path] = h5g.create(_make_group(groups, parent), to_bytes(last), gcpl=properties)
     return groups[path]
+
+
+def _write_names(group: Any, key: str, names: Sequence[str]) -> None:
+    """Write a list of names, in several parts where it is too long for one, as Keras does."""
+    listed = np.array([to_bytes(name) for name in names], "S")
+    parts = np.array_split(listed, 1 + listed.nbytes // _LONGEST_LIST)
+    for k, part in enumerate(parts):
+        named = to_bytes(f"{key}{k}" if len(parts) > 1 else key)
+        space = h5s.create_simple(part.shape)
+        made = h5a.create(group, named, h5t.py_create(part.dtype), space)
+        if part.size:
+            made.write(np.ascontiguousarray(part))
 
 
 def _allocate(home: Any, name: bytes, dtype: str, shape: tuple[int, ...]) -> Any:

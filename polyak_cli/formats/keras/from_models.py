@@ -24,12 +24,12 @@ _WAY_OUT = (
     "model.save_weights(), or keep .h5"
 )
 #: Classes of models -> what Keras 3 calls them in archives.
-_MODELS: Mapping[object, Mapping[str, str | None]] = {
+MODELS: Mapping[object, Mapping[str, str | None]] = {
     "Sequential": {"module": "keras", "registered_name": None},
     "Functional": {"module": "keras.src.models.functional", "registered_name": "Functional"},
 }
 #: Layers that hold all of their variables themselves, in the order of an .h5 file.
-_PLAIN = frozenset(
+PLAIN = frozenset(
     {
         *("Dense", "EinsumDense", "Embedding", "PReLU", "Normalization"),
         *("Conv1D", "Conv2D", "Conv3D", "DepthwiseConv1D", "DepthwiseConv2D"),
@@ -41,7 +41,7 @@ _PLAIN = frozenset(
     }
 )
 #: Layers of several parts: the scope of a part's variables -> the attribute that holds the part.
-_PARTS: Mapping[object, Mapping[str, str]] = {
+PARTS: Mapping[object, Mapping[str, str]] = {
     "MultiHeadAttention": {
         "query": "query_dense",
         "key": "key_dense",
@@ -56,11 +56,13 @@ _PARTS: Mapping[object, Mapping[str, str]] = {
     },
 }
 #: Layers whose variables are those of the cell inside.
-_RECURRENT = frozenset({"LSTM", "GRU", "SimpleRNN", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"})
+RECURRENT = frozenset({"LSTM", "GRU", "SimpleRNN", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"})
+#: The name under which Keras exports a class -> that of the class itself.
+_EXPORTED = {"GroupQueryAttention": "GroupedQueryAttention"}
 #: Cells that hold all of their variables themselves.
-_CELLS = frozenset({"LSTMCell", "GRUCell", "SimpleRNNCell"})
+CELLS = frozenset({"LSTMCell", "GRUCell", "SimpleRNNCell"})
 #: Models in one another.
-_DEEPEST = 32
+DEEPEST = 32
 #: Parts of a training configuration -> where their classes are.
 _MODULES = {
     "loss": "keras.losses",
@@ -102,11 +104,11 @@ def read_model(table: Table, texts: Mapping[str, str]) -> Model:
         if key not in _TEXTS:
             raise OutputError(f"'{shown(key)}' would be lost: a .keras has no place for it")
     places = place_tensors(table, texts)
-    config = _parse(texts["model_config"])
+    config = parse(texts["model_config"])
     # The layers in it are described in the older way, which Keras 3 reads in archives too.
-    config |= _MODELS[config["class_name"]]
+    config |= MODELS[config["class_name"]]
     if texts.get("training_config"):
-        config["compile_config"] = _convert_training(_parse(texts["training_config"]))
+        config["compile_config"] = _convert_training(parse(texts["training_config"]))
     metadata = {"keras_version": texts["keras_version"]}
     return Model(json.dumps(config).encode(), json.dumps(metadata).encode(), places)
 
@@ -128,8 +130,8 @@ def place_tensors(table: Table, texts: Mapping[str, str]) -> dict[str, str]:
             f"Keras 3; {_WAY_OUT}"
         )
     try:
-        config = _parse(texts.get("model_config", ""))
-        if str(config.get("class_name")) not in _MODELS:
+        config = parse(texts.get("model_config", ""))
+        if str(config.get("class_name")) not in MODELS:
             raise OutputError(
                 f"is a {shown(config.get('class_name'), 60)}, expected a Sequential or Functional "
                 f"model; {_WAY_OUT}"
@@ -139,7 +141,30 @@ def place_tensors(table: Table, texts: Mapping[str, str]) -> dict[str, str]:
         raise OutputError("has a damaged configuration: it is nested without end") from None
 
 
-def _parse(text: str) -> dict[str, Any]:
+def find_kind(layer: Mapping[str, Any]) -> str:
+    """Return the class of a layer; "" for one that is not of Keras, whatever it is called."""
+    module = layer.get("module", "keras")
+    is_own = isinstance(module, str) and module.partition(".")[0] == "keras"
+    name = str(layer.get("class_name"))
+    return _EXPORTED.get(name, name) if is_own else ""
+
+
+def name_class(layer: Mapping[str, Any]) -> str:
+    """Return the class of a layer by which Keras names its group, whosever class it is."""
+    name = str(layer.get("class_name")).rpartition(">")[2]
+    return _EXPORTED.get(name, name) if find_kind(layer) else name
+
+
+def is_plain(layer: Mapping[str, Any]) -> bool:
+    """Tell whether a layer has no more variables than its class says."""
+    config = read_part(layer, "config")
+    policy = str(read_part(config, "dtype").get("class_name"))
+    # Both add variables, which are saved in an order of their own.
+    return not config.get("lora_rank") and not policy.startswith("Quantized")
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Return a configuration; refuse what is no JSON object."""
     try:
         said = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -199,13 +224,12 @@ def _place_layers(
     model: Mapping[str, Any], path: str, held: Mapping[str, Sequence[_Variable]], depth: int
 ) -> Iterator[tuple[str, str]]:
     """Yield name and location of the tensors of a model, whose layers are numbered by class."""
-    if depth > _DEEPEST:
-        raise OutputError(f"has more than {_DEEPEST} models in one another")
+    if depth > DEEPEST:
+        raise OutputError(f"has more than {DEEPEST} models in one another")
     counted: Counter[str] = Counter()
     left = dict(held)
     for layer in find_layers(model):
-        kind = str(layer.get("class_name")).rpartition(">")[2]
-        group = f"{path}/layers/{number_group(to_snake_case(kind), counted)}"
+        group = f"{path}/layers/{number_group(to_snake_case(name_class(layer)), counted)}"
         # A Functional model keeps the name of a layer beside its configuration, too.
         variables = left.pop(str(read_part(layer, "config").get("name")), ())
         if variables:
@@ -221,30 +245,27 @@ def _place_layer(
     layer: Mapping[str, Any], path: str, variables: Sequence[_Variable], depth: int
 ) -> Iterator[tuple[str, str]]:
     """Yield name and location of the tensors of one layer."""
-    kind, config = str(layer.get("class_name")), read_part(layer, "config")
+    kind, config = find_kind(layer), read_part(layer, "config")
     inner = read_part(config, "layer")
-    policy = str(read_part(config, "dtype").get("class_name"))
-    # Both add variables, which are saved in an order of their own.
-    is_plain = not config.get("lora_rank") and not policy.startswith("Quantized")
-    if kind in _PLAIN and is_plain:
+    if kind in PLAIN and is_plain(layer):
         yield from _number(variables, path)
-    elif kind in _PARTS and is_plain:
-        homes = {scope: f"{path}/{part}" for scope, part in _PARTS[kind].items()}
+    elif kind in PARTS and is_plain(layer):
+        homes = {scope: f"{path}/{part}" for scope, part in PARTS[kind].items()}
         yield from _place_parts(layer, homes, variables)
-    elif kind in _RECURRENT:
+    elif kind in RECURRENT:
         yield from _number(variables, f"{path}/cell")
     elif kind == "RNN":
         yield from _place_cells(layer, f"{path}/cell", variables)
     elif kind == "TimeDistributed":
         yield from _place_layer(inner, f"{path}/layer", variables, depth + 1)
-    elif kind == "Bidirectional" and str(inner.get("class_name")) in (*_RECURRENT, "RNN"):
+    elif kind == "Bidirectional" and str(inner.get("class_name")) in (*RECURRENT, "RNN"):
         backward = read_part(config, "backward_layer") or inner
         if len(variables) % 2 or backward.get("class_name") != inner.get("class_name"):
             raise _refuse(layer)
         half = len(variables) // 2
         yield from _place_layer(inner, f"{path}/forward_layer", variables[:half], depth + 1)
         yield from _place_layer(backward, f"{path}/backward_layer", variables[half:], depth + 1)
-    elif kind in _MODELS:
+    elif kind in MODELS:
         yield from _place_layers(layer, path, _part(layer, variables), depth + 1)
     else:
         raise _refuse(layer)
@@ -264,7 +285,7 @@ def _place_cells(
     is_stack = cell.get("class_name") == "StackedRNNCells" and isinstance(stacked, list)
     cells = stacked if is_stack and stacked else [cell]
     kinds = [str(one.get("class_name")) if isinstance(one, dict) else "" for one in cells]
-    if not _CELLS.issuperset(kinds):
+    if not CELLS.issuperset(kinds):
         raise _refuse(layer)
     if not is_stack:
         yield from _number(variables, path)
