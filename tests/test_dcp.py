@@ -303,6 +303,32 @@ def test_bombs_cost_little(tmp_path: Path, bomb: bytes) -> None:
     assert load_file(tmp_path / "o.safetensors")["x"].tobytes() == X.tobytes()
 
 
+@pytest.mark.parametrize("bomb", PLAIN_BOMBS.values(), ids=PLAIN_BOMBS)
+def test_bombs_are_not_written_again(tmp_path: Path, bomb: bytes) -> None:
+    """What one byte fetches from the memo is bounded where metadata are written for the weights."""
+    folder = lie(tmp_path / "step-1", metadata({"x": ONE}, [HERE], more=bomb))
+    try:
+        average([folder], tmp_path / "o", only_weights=True)
+    except FormatError as error:
+        assert "step-1/.metadata: its metadata hold what" in str(error)  # noqa: PT017
+        assert os.listdir(tmp_path) == ["step-1"]
+    else:
+        sizes = [path.stat().st_size for path in tmp_path.glob("*/.metadata")]
+        assert max(sizes) <= 16 * min(sizes)
+
+
+def test_keys_that_cannot_be_hashed_are_left_out(tmp_path: Path) -> None:
+    """A dictionary of a pickle may have a list for a key."""
+    path = several(text("x"))
+    folder = lie(
+        tmp_path / "step-1",
+        metadata({"x": ONE}, [HERE], planner_data=dcp.pairs([(text("x"), path), (b"]", b"N")])),
+    )
+    average([folder], tmp_path / "o", only_weights=True)
+    average([tmp_path / "o"], tmp_path / "o.safetensors")
+    assert load_file(tmp_path / "o.safetensors")["x"].tobytes() == X.tobytes()
+
+
 def test_a_path_of_many_keys_is_refused(tmp_path: Path) -> None:
     """The dictionaries around an item are at most 64 deep."""
     path = several(*[text("a")] * 65)

@@ -284,6 +284,11 @@ def attempt(path: Path) -> None:
             average([path], output, force=True, jobs=1, dtype=dtype)
         except PolyakError as error:
             check(path, str(error))
+    if suffix == ".metadata":  # which are written again without the optimizer's items
+        try:
+            average([path], output, force=True, jobs=1, only_weights=True)
+        except PolyakError as error:
+            check(path, str(error))
 
 
 def check(path: Path, message: str) -> None:

@@ -22,6 +22,9 @@ _PLANS = "all_local_plans"
 _BY_NAME = ("state_dict_metadata", "planner_data", "mcore_data")
 #: From here on a number needs an opcode with its length.
 _INT = 1 << 31
+#: Values in values, and bytes for each byte that was read: what is fetched from the memo again and
+#: again is written as often.
+_DEEPEST, _GROWTH = 32, 16
 
 
 def trim(
@@ -44,34 +47,40 @@ def trim(
     root = read_root(content, heartbeat)
     kept: list[tuple[Any, Any]] = []
     moves: dict[Stored, Stored] = {}
-    for key, value in root.state.items:
+    for key, value in _read_attributes(root).items():
         if key == "storage_data":
             found = [(pair, _read_place(pair[1])) for pair in value.items if _is_of(pair, names)]
             found = [(pair, place) for pair, place in found if place.file in files]
             moves = _pack(place for _, place in found)
             value = Pairs([_move(pair, moves[place]) for pair, place in heartbeat.over(found)])
         elif key in _BY_NAME and isinstance(value, Pairs):
-            value = Pairs([pair for pair in value.items if pair[0] in names])
+            value = Pairs([(k, v) for k, v in value.items if isinstance(k, str) and k in names])
         if key != _PLANS:
             kept.append((key, value))
-    written = Instance(root.of, root.arguments, Pairs(kept))
-    return b"".join((b"\x80\x02", *_Writer(heartbeat).write(written), b".")), moves
+    writer = _Writer(heartbeat, _GROWTH * len(content))
+    written = writer.write(Instance(root.of, root.arguments, Pairs(kept)))
+    return b"".join((b"\x80\x02", *written, b".")), moves
+
+
+def _read_attributes(value: Instance) -> dict[str, Any]:
+    """Return the attributes of an object; a stranger's other keys need not be hashable."""
+    return {key: item for key, item in value.state.items if isinstance(key, str)}
 
 
 def _is_of(pair: tuple[Any, Any], names: Collection[str]) -> bool:
     """Tell whether a place is that of one of the items, or of one of their blocks."""
-    return dict(pair[0].state.items)["fqn"] in names
+    return _read_attributes(pair[0])["fqn"] in names
 
 
 def _read_place(info: Instance) -> Stored:
-    said = dict(info.state.items)
+    said = _read_attributes(info)
     return Stored(said["relative_path"], said["offset"], said["length"])
 
 
 def _move(pair: tuple[Any, Any], to: Stored) -> tuple[Any, Any]:
     """Return a place that lies elsewhere in its part."""
     index, info = pair
-    said = dict(info.state.items) | {"offset": to.offset}
+    said = _read_attributes(info) | {"offset": to.offset}
     return index, Instance(info.of, info.arguments, Pairs([*said.items()]))
 
 
@@ -95,57 +104,72 @@ def _pack(places: Iterable[Stored]) -> dict[Stored, Stored]:
     return moves
 
 
+def _refuse() -> FormatError:
+    return FormatError("its metadata hold what cannot be written again; leave out --only-weights")
+
+
 class _Writer:
     """Turns inert values into the opcodes of protocol 2."""
 
-    def __init__(self, heartbeat: Heartbeat) -> None:
+    def __init__(self, heartbeat: Heartbeat, budget: int) -> None:
         self.heartbeat = heartbeat
+        self.budget = budget  # bytes that may still be written
         self.known: dict[str, bytes] = {}  # name of a class -> the opcode that fetches it
 
-    def write(self, value: Any) -> Iterator[bytes]:
+    def write(self, value: Any, depth: int = 0) -> Iterator[bytes]:
         """Yield the opcodes that push a value; classes are only named.
 
         Raises:
-            FormatError: there are no opcodes for it here.
+            FormatError: there are no opcodes for it here, or far more than there were.
         """
+        self.budget -= 1
+        if depth > _DEEPEST or self.budget < 0:
+            raise _refuse()
         match value:
             case None | False | True:
                 yield {None: b"N", False: b"\x89", True: b"\x88"}[value]
             case int():
-                yield _write_number(value)
+                yield self._count(_write_number(value))
             case str():
                 text = value.encode("utf-8", "surrogatepass")
-                yield b"X" + struct.pack("<L", len(text)) + text
+                yield self._count(b"X" + struct.pack("<L", len(text)) + text)
             case tuple():
-                yield from self._write_all(b"(", value, b"t")
+                yield from self._write_all(b"(", value, b"t", depth)
             case list():
-                yield from self._write_all(b"](", value, b"e")
+                yield from self._write_all(b"](", value, b"e", depth)
             case Pairs(items):
-                yield from self._write_all(b"}(", (one for pair in items for one in pair), b"u")
+                flat = (one for pair in items for one in pair)
+                yield from self._write_all(b"}(", flat, b"u", depth)
             case Name(full):
-                yield self._name(full)
+                yield self._count(self._name(full))
             case Instance(of, arguments, state, (), ()):
-                yield from self._write_object(of, arguments, state)
+                yield from self._write_object(of, arguments, state, depth)
             case _:
-                raise FormatError(
-                    "its metadata hold what cannot be written again; leave out --only-weights"
-                )
+                raise _refuse()
 
-    def _write_all(self, before: bytes, values: Any, after: bytes) -> Iterator[bytes]:
+    def _count(self, opcodes: bytes) -> bytes:
+        self.budget -= len(opcodes)
+        return opcodes
+
+    def _write_all(
+        self, before: bytes, values: Iterable[Any], after: bytes, depth: int
+    ) -> Iterator[bytes]:
         yield before
         for value in self.heartbeat.over(values):
-            yield from self.write(value)
+            yield from self.write(value, depth + 1)
         yield after
 
-    def _write_object(self, of: str, arguments: tuple[Any, ...], state: Any) -> Iterator[bytes]:
+    def _write_object(
+        self, of: str, arguments: tuple[Any, ...], state: Any, depth: int
+    ) -> Iterator[bytes]:
         """Yield what makes an object: dataclasses get attributes only, all others arguments."""
-        yield self._name(of)
+        yield self._count(self._name(of))
         if arguments:
-            yield from self._write_all(b"(", arguments, b"tR")
+            yield from self._write_all(b"(", arguments, b"tR", depth)
         else:
             yield b")\x81"
         if state is not None:
-            yield from self.write(state)
+            yield from self.write(state, depth + 1)
             yield b"b"
 
     def _name(self, full: str) -> bytes:
