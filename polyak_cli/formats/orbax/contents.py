@@ -6,6 +6,7 @@ decompressed as far as it is asked for, and the place that was reached is kept. 
 
 from __future__ import annotations
 
+import random
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ _STEP, _READ = 1 << 20, 1 << 17
 _WINDOW = 8 << 20
 _TOO_EARLY = "a compressed chunk ends too early"
 #: Decompressors that are kept: of a tensor in a few chunks, one each for every checkpoint.
-_KEPT = 64
+_KEPT = 32
 
 
 def _new_decompressor() -> zstandard.ZstdDecompressor:
@@ -171,7 +172,9 @@ class _Chunk:
         elif stream.take_some(1):
             raise FormatError(f"a compressed chunk has more than {self.size} bytes")
         while len(streams) > _KEPT:
-            del streams[next(iter(streams))]
+            # Any of them: the one that was used longest ago is the next to be asked for where all
+            # are read in turn.
+            del streams[random.choice([*streams])]  # noqa: S311 (nothing is secret)
 
 
 class _Plain:
@@ -209,7 +212,7 @@ class _Reopened:
 
 
 class _Reached(threading.local):
-    """Where reading stopped in chunks, the last used at the end; each thread has its own."""
+    """Where reading stopped in chunks; each thread has its own."""
 
     def __init__(self) -> None:
         self.streams: dict[tuple[Version, int], tuple[_Stream, _Reopened]] = {}
@@ -264,7 +267,13 @@ class Contents:
 
     @property
     def preferred_nbytes(self) -> int:
-        """See `tensors.Storage.preferred_nbytes`."""
+        """See `tensors.Storage.preferred_nbytes`.
+
+        Where more chunks are read in turn than decompressors are kept, as those of many
+        checkpoints or blocks of columns, each piece begins them again: the fewest pieces are best.
+        """
+        if self.compression:
+            return self.nbytes
         return self.grid.preferred_nbytes if len(self.places) > 1 else 1
 
     @property
