@@ -749,7 +749,7 @@ def test_of_many_files_that_were_passed_over_the_odd_ones_are_shown(
     [
         ("average", "ckpts", "-o", "s3://b/o.h5"),
         ("watch", "ckpts", "-o", "s3://b/o.h5"),
-        ("evaluate", "ckpts", "--data", "blobs", "--baseline", "s3://b/m.h5"),
+        ("recalibrate", "ckpts/m.h5", "--data", "blobs", "-o", "s3://b/m.h5"),
     ],
     ids=" ".join,
 )

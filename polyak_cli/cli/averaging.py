@@ -103,7 +103,7 @@ def average(
     example="polyak watch ckpts/ --last 10 --scheme exp -o latest.h5",
     guide="training",
 )
-@click.argument("directory", metavar="DIR", type=click.Path())
+@click.argument("directory", metavar="DIR", type=Readable())
 @under(
     "Watching",
     option(

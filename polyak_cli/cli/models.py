@@ -31,6 +31,7 @@ from polyak_cli.cli.options import (
     TRUST_CODE,
     Command,
     Gate,
+    Readable,
     option,
     under,
 )
@@ -83,7 +84,7 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     nargs=-1,
     required=True,
     metavar="MODEL...",
-    type=click.Path(),
+    type=Readable(),
     callback=expand_lists,
 )
 @under(
@@ -108,7 +109,7 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     ),
     option(
         "--baseline",
-        type=click.Path(),
+        type=Readable(),
         metavar="MODEL",
         help="Compare every model with this one, row by row: differences with 95 % intervals.",
     ),
@@ -244,7 +245,7 @@ def _find_failed(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[s
     example="polyak recalibrate average.h5 --data train.npz -o final.h5",
     guide="batchnorm",
 )
-@click.argument("model", metavar="MODEL", type=click.Path())
+@click.argument("model", metavar="MODEL", type=Readable())
 @under(
     "Data",
     DATA,

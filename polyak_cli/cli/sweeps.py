@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from polyak_cli.cli.tables import Table, Verbatim
-from polyak_cli.errors import shown, word_count
+from polyak_cli.errors import redact, shown, word_count
 from polyak_cli.evaluation import reports
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def _write_value(value: object) -> str:
 
 
 def _write_path(path: object) -> str:
-    return f"./{path}" if str(path).startswith("-") else str(path)
+    text = redact(str(path))
+    return f"./{text}" if text.startswith("-") else text
 
 
 def sweep_lines(

@@ -27,6 +27,7 @@ from polyak_cli.evaluation.keras_files import (
     reword_keras_errors,
 )
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
+from polyak_cli.storage import mirrors
 from polyak_cli.storage.local import open_local
 from polyak_cli.tensors import Table
 
@@ -125,7 +126,8 @@ class Architecture:
         if path.name.endswith((WEIGHTS_SUFFIX, ".weights.json")):
             self._shapes = self._shapes or _list_saved_shapes(model)
             _compare_shapes(self._source, self._shapes, table)
-        model.load_weights(path)
+        with mirrors.fetched([file.path for file in table.files]) as local:
+            model.load_weights(local)
 
 
 def _list_saved_shapes(model: Any) -> Counter[tuple[int, ...]]:

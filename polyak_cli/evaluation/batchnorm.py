@@ -42,6 +42,7 @@ from polyak_cli.evaluation.labels import fit_features
 from polyak_cli.evaluation.quiet import silence_frameworks
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
+from polyak_cli.storage import mirrors
 from polyak_cli.tensors import Float64, Table
 
 #: The newest Keras whose way of saving an archive `_trace_archive` was tested with.
@@ -109,7 +110,8 @@ def gather_moments(
         before = _locate_values(path, recorders, stored)
         with reword_keras_errors(path, f"cannot run it on {rows.source}", held_back):
             batches = _run_model(keras, model, recorders, rows, batch_size)
-    notes = (*_note_unchanged(path, recorders), *warned)
+    fetched = mirrors.describe_fetched(table.files[0].path)
+    notes = (*_note_unchanged(path, recorders), *warned, *fetched)
     chosen = [one for one in recorders if one.rows]
     after = {
         location: total / one.rows
@@ -141,7 +143,8 @@ def _load_model(
             model, _ = bare.build(keras)
             bare.load_weights(model, table)
         else:
-            model = keras.saving.load_model(opened, compile=False, safe_mode=not trust_code)
+            with mirrors.fetched([str(opened)]) as local:
+                model = keras.saving.load_model(local, compile=False, safe_mode=not trust_code)
         # model.layers lists the outermost only.  Keras has no public way to those inside.
         layers = list(model._flatten_layers())
     return keras, model, layers

@@ -16,6 +16,7 @@ from polyak_cli.averaging.notebook import write_html
 from polyak_cli.errors import shown
 from polyak_cli.evaluation import data, significance
 from polyak_cli.evaluation.evaluator import Evaluator, RowScores, Score
+from polyak_cli.storage import mirrors
 
 _StrPath = str | os.PathLike[str]
 
@@ -116,7 +117,8 @@ def compare(
     evaluator = Evaluator([rows], batch_size=batch_size, trust_code=trust_code, model=model)
     # A single string is a sequence of strings, too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    files = [Path(path) for path in several]
+    files = [Path(mirrors.enter(os.fspath(path))) for path in several]
+    baseline = mirrors.enter(os.fspath(baseline))
     # All at once, so that a bad file is refused before the first one is scored.
     evaluator.inspect_files([Path(baseline), *files])
     (theirs,) = evaluator.score_rows(Path(baseline))

@@ -44,6 +44,7 @@ from polyak_cli.evaluation.losses import (
     resolve_row_losses,
 )
 from polyak_cli.evaluation.quiet import silence_frameworks
+from polyak_cli.storage import mirrors
 
 _Result = TypeVar("_Result")
 _StrPath = str | os.PathLike[str]
@@ -144,7 +145,7 @@ def evaluate(
     evaluator = Evaluator([rows], batch_size=batch_size, trust_code=trust_code, model=model)
     # A single string is a sequence of strings too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    files = [Path(path) for path in several]
+    files = [Path(mirrors.enter(os.fspath(path))) for path in several]
     evaluator.inspect_files(files)
     return (score for path in files for score in evaluator.score(path))
 
@@ -268,7 +269,7 @@ class Evaluator:
         self, path: Path, measure: Callable[[_CompiledModel, _FittedSplit, int], _Result]
     ) -> tuple[list[_Result], tuple[str, ...]]:
         """Load a file and measure its model on each split; return the results and notes."""
-        path = Path(path)
+        path = Path(mirrors.enter(os.fspath(path)))
         if path not in self._described:
             self.inspect_files([path])
         description = self._described.pop(path)
@@ -284,7 +285,7 @@ class Evaluator:
                 with reword_keras_errors(path, f"cannot score it on {part.source}", held_back):
                     results.append(measure(compiled, part, self._batch_size))
         self._compiled = compiled
-        notes = (*compiled.notes, *warned)
+        notes = (*compiled.notes, *warned, *mirrors.describe_fetched(str(path)))
         self.notes += [note for note in notes if note not in self.notes]
         return results, notes
 
@@ -299,7 +300,8 @@ class Evaluator:
             if bare:
                 bare.load_weights(earlier.model, formats.scan([path])[0])
             else:
-                earlier.model.load_weights(path)
+                with mirrors.fetched([str(path)]) as local:
+                    earlier.model.load_weights(local)
             return earlier
         said = description
         if bare:
@@ -307,7 +309,10 @@ class Evaluator:
             bare.load_weights(model, formats.scan([path])[0])
             said = description._replace(training=training)
         else:
-            model = keras.saving.load_model(path, compile=False, safe_mode=not self._trust_code)
+            with mirrors.fetched([str(path)]) as local:
+                model = keras.saving.load_model(
+                    local, compile=False, safe_mode=not self._trust_code
+                )
         compiled = _CompiledModel.compile(keras, path, model, said, self._splits)
         return replace(compiled, description=description)
 

@@ -24,7 +24,7 @@ from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, shown
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.format import Format
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX, is_variable
-from polyak_cli.storage.local import open_local
+from polyak_cli.storage import open_input
 from polyak_cli.tensors import Table
 
 #: Older ones run the code of a Lambda layer in any .h5 file, safe mode or not: CVE-2025-9905.
@@ -259,7 +259,7 @@ def _read_config(path: Path) -> tuple[bytes, bool]:
     """Return config.json, and whether the archive has assets."""
     try:
         with (
-            open_local(path) as file,
+            open_input(path) as file,
             file.stream() as stream,
             zipfile.ZipFile(stream) as archive,
             archive.open("config.json") as member,

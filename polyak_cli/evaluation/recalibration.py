@@ -34,7 +34,7 @@ from polyak_cli.evaluation.keras_files import check_model
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
-from polyak_cli.storage import Bytes, publishing
+from polyak_cli.storage import Bytes, mirrors, publishing
 from polyak_cli.storage.local import LocalOutput
 from polyak_cli.tensors import FLOATS, Float64, Placement, Table, itemsize
 
@@ -125,7 +125,7 @@ def recalibrate(
         OutputError: the output exists already or cannot be written.
         PolyakError: Keras is too old, or cannot load or run the model, or the model carries code.
     """
-    path, target = Path(model), Path(output)
+    path, target = Path(mirrors.enter(os.fspath(model))), Path(output)
     (table,) = formats.scan([path], with_optimizer=True)
     source = os.fspath(architecture) if architecture is not None else None
     check_recalibration(table, target, rows, batch_size, source)

@@ -34,7 +34,7 @@ from polyak_cli.errors import (
     word_count,
 )
 from polyak_cli.pipeline import Options, Report
-from polyak_cli.storage import File, read_version
+from polyak_cli.storage import File, locate, mirrors, read_version
 
 INTERVAL = 2.0  # seconds
 #: Looks that find the same problem in an unchanged file before it is reported.
@@ -79,8 +79,7 @@ def watch(
     """
     if not (interval > 0 and math.isfinite(interval)):
         raise UsageError(f"--interval is {interval:g}; expected seconds above 0")
-    for path in (directory, output):
-        checkpoints.refuse_url(os.fspath(path))
+    checkpoints.refuse_url(os.fspath(output))
     pipeline.parse_options(options)
     if options.get("on_unhealthy"):
         raise UsageError(
@@ -89,7 +88,8 @@ def watch(
     if not options.get("force"):
         pipeline.check_replaceable(Path(output))
     options["force"] = True  # from now on: it is an average, or the user has said so
-    watched = _Watched(Path(directory), Path(output), options, on_note or (lambda _: None), once)
+    url = locate(os.fspath(directory))  # which the command line has entered already
+    watched = _Watched(url, Path(output), options, on_note or (lambda _: None), once)
     return _look_repeatedly(watched, interval, 2 if once else None)
 
 
@@ -125,7 +125,7 @@ class _Seen(NamedTuple):
 class _Watched:
     """A directory, and the state of its checkpoints and output."""
 
-    directory: Path
+    source: str  # a folder, or the URL of one, which is listed at each look
     output: Path
     options: Options
     on_note: Callable[[str], None]
@@ -134,6 +134,7 @@ class _Watched:
     published: bool = False
     seen: dict[Path, _Seen] = field(default_factory=dict)  # by the file that opens it
     held: dict[Path, _Files] | None = None  # the inputs of the output; None if not known yet
+    directory: Path = Path()  # the folder, or the one of stand-ins
 
     def look(self) -> Report | None:
         """Look once, and publish an average if there is a new one to be made.
@@ -162,6 +163,7 @@ class _Watched:
     # --- what is there ----------------------------------------------------------------------------
 
     def _list_names(self) -> set[str]:
+        self.directory = Path(mirrors.enter_folder(self.source))
         try:
             return set(os.listdir(self.directory))  # noqa: PTH208 (names are all that is compared)
         except OSError as error:

@@ -286,27 +286,54 @@ class _StandIn:
             return [self.filled[number] for number in range(first, last)]
 
     def _fetch(self, run: range) -> None:
-        start, stop = run.start * BLOCK, min(run.stop * BLOCK, self.version.size)
-        content = self.source.fetch(start, stop)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            while len(content):
-                count = os.pwrite(descriptor, content, start)
-                content, start = content[count:], start + count
-        except OSError as error:
-            raise FormatError(
-                f"cannot be copied to {shown(Path(self.path).parent)}: {error.strerror}; make "
-                "room, or set TMPDIR to a folder on a disk with room"
-            ) from None
-        finally:
-            os.close(descriptor)
+        _copy_part(self.source, run.start * BLOCK, run.stop * BLOCK, self.path)
         with self.lock:
             self.present += len(run)
+
+    def download(self, target: str) -> None:
+        """Copy the whole object to another file.
+
+        Raises:
+            FormatError: it cannot be read, or the file cannot be written.
+        """
+        from polyak_cli.storage.objects import pool
+
+        with open(target, "xb") as file:
+            file.truncate(self.version.size)
+        if self.is_whole:
+            shutil.copyfile(self.path, target)
+            return
+        step = _RUN * BLOCK
+        parts = [
+            pool().submit(_copy_part, self.source, start, start + step, target)
+            for start in range(0, self.version.size, step)
+        ]
+        for part in parts:
+            part.result()
 
     @property
     def is_whole(self) -> bool:
         """Whether every byte is in the file."""
         return self.present == self.blocks
+
+
+def _copy_part(source: Any, start: int, stop: int, path: str) -> None:
+    """Copy a part of an object to the same place of a file.
+
+    Raises:
+        FormatError: it cannot be read, or the file cannot be written.
+    """
+    content = source.fetch(start, min(stop, source.size))
+    try:
+        with open(path, "r+b", buffering=0) as file:
+            while len(content):
+                count = os.pwrite(file.fileno(), content, start)
+                content, start = content[count:], start + count
+    except OSError as error:
+        raise FormatError(
+            f"cannot be copied to TMPDIR: {error.strerror}; make room, or set TMPDIR to a folder "
+            "on a disk with room"
+        ) from None
 
 
 def _list_runs(numbers: Sequence[int]) -> Iterator[range]:
@@ -436,6 +463,14 @@ class _Visit:
             except FormatError as error:
                 raise type(error)(f"{one.source.name}: {error}") from None
 
+    def download(self, path: str, target: str) -> None:
+        """Copy a whole object to another file of the private folder."""
+        stand_in = self.server.find(path)
+        try:
+            stand_in.download(target)
+        except FormatError as error:
+            raise type(error)(f"{stand_in.source.name}: {error}") from None
+
     def pair(self, paths: Sequence[str]) -> None:
         """Have the blocks of one of some objects, when they are asked for, fetched of all."""
         found = [self.server.find(path) for path in paths]
@@ -484,6 +519,7 @@ _OPS = {
     "list": _Op(_Visit.enlist, owner_only=True),
     "pair": _Op(_Visit.pair, owner_only=True),
     "fetch": _Op(_Visit.fetch, owner_only=True),
+    "download": _Op(_Visit.download, owner_only=True),
     "count": _Op(_Visit.count, owner_only=True),
     "fill": _Op(_Visit.fill),
     "prefetch": _Op(_Visit.prefetch),

@@ -10,8 +10,10 @@ gateway, as this process may fork (see `gateway`).
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -83,6 +85,16 @@ def enter(text: str) -> str:
     return f"{mirror.client.root}/{url.scheme}/{url.bucket}/{url.key}".rstrip("/")
 
 
+def enter_folder(text: str) -> str:
+    """Return the local name of a folder, as `enter`, which is there even if it holds nothing."""
+    url = urls.parse(text)
+    if url is None:
+        return text
+    path = enter(str(url).rstrip("/") + "/")
+    Path(path).mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
 def _open_mirror(url: urls.Url) -> _Mirror:
     """Return the mirror of this process; the first call starts its gateway."""
     global _mirror
@@ -148,15 +160,47 @@ def fetch_all(paths: Sequence[str], most: int | None = None) -> None:
         for path in paths
         if (version := _mirror.versions.get(path)) and (most is None or version.size <= most)
     ]
-    nbytes = sum(_mirror.versions[path].size for path in wanted)
-    space = os.statvfs(_mirror.client.root)
+    if wanted:
+        _check_room(wanted, _mirror)
+        _mirror.client.ask("fetch", paths=wanted)
+
+
+@contextlib.contextmanager
+def fetched(paths: Sequence[str]) -> Iterator[Path]:
+    """Yield a local file for a library that opens one by its name; it is removed afterwards.
+
+    Args:
+        paths: the file, and others that the library looks for beside it.  Those that are no objects
+            are not copied.
+
+    Raises:
+        FormatError: an object cannot be fetched, or TMPDIR has no room; the message names it.
+    """
+    if _mirror is None or paths[0] not in _mirror.versions:
+        yield Path(paths[0])
+        return
+    _check_room(paths, _mirror)
+    with tempfile.TemporaryDirectory(prefix="copy-", dir=_mirror.client.root) as folder:
+        targets = [Path(folder, Path(path).name) for path in paths]
+        for path, target in zip(paths, targets, strict=True):
+            _mirror.client.ask("download", path=path, target=str(target))
+        yield targets[0]
+
+
+def describe_fetched(path: str) -> list[str]:
+    """Return a note that an object is fetched whole where it is used, none for a local file."""
+    version = find_version(path)
+    return [f"was fetched to TMPDIR, {word_size(version.size)}"] if version else []
+
+
+def _check_room(paths: Sequence[str], mirror: _Mirror) -> None:
+    nbytes = sum(mirror.versions[path].size for path in paths if path in mirror.versions)
+    space = os.statvfs(mirror.client.root)
     if nbytes > space.f_bavail * space.f_frsize:
         raise FormatError(
-            f"{shown(wanted[0])}: TMPDIR has no room for the {word_size(nbytes)} to fetch; set "
+            f"{shown(paths[0])}: TMPDIR has no room for the {word_size(nbytes)} to fetch; set "
             "TMPDIR to a folder on a disk with room"
         )
-    if wanted:
-        _mirror.client.ask("fetch", paths=wanted)
 
 
 def expect_alike(paths: Iterable[str]) -> None:

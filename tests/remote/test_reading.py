@@ -349,3 +349,73 @@ print(len({open(name, "rb").read() for name in names}))
         f"2 {bucket.url}/run/epoch_04.safetensors",
         "1",
     ], done.stderr
+
+
+def test_a_bucket_is_watched(bucket: S3Bucket, run: Path, tmp_path: Path) -> None:
+    """The average is current after an object was added, and one was replaced; none is local."""
+    names = sorted(path.name for path in run.iterdir())
+    for name in names[2:]:
+        bucket.delete(f"run/{name}")
+    command = [*POLYAK, "watch", f"{bucket.url}/run/", "-o", "w.safetensors", "--interval", "0.2"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(**bucket.environ | {"PYTHONUNBUFFERED": "1"}),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        assert "2 checkpoints" in process.stdout.readline()
+        bucket.put(f"run/{names[2]}", (run / names[2]).read_bytes())
+        assert "3 checkpoints" in process.stdout.readline()
+        bucket.put(f"run/{names[0]}", (run / names[3]).read_bytes())
+        assert "checkpoints" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+    (run / names[0]).write_bytes((run / names[3]).read_bytes())
+    (run / names[3]).unlink()
+    expect(bucket, tmp_path, "average", run, "-o", "l.safetensors")
+    assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "l.safetensors").read_bytes()
+
+
+def test_watching_begins_before_there_is_an_object(bucket: S3Bucket, tmp_path: Path) -> None:
+    """A folder of a bucket is there although it holds nothing yet."""
+    done = polyak("watch", f"{bucket.url}/none/", "-o", "w.h5", "--once", "--interval", "0.1",
+                  cwd=tmp_path, environ=bucket.environ)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"{bucket.url}/none: no complete checkpoint is here yet" in done.stderr
+
+
+def test_an_average_is_verified_against_a_bucket(bucket: S3Bucket, run: Path) -> None:
+    """The average may lie there too; a checkpoint that differs is named by its URL."""
+    expect(bucket, run.parent, "average", f"{bucket.url}/run/", "-o", "v.safetensors")
+    found = expect(bucket, run.parent, "verify", "v.safetensors", "--source", f"{bucket.url}/run/")
+    assert "verified" in found
+    bucket.put("run/v.safetensors", (run.parent / "v.safetensors").read_bytes())
+    assert "verified" in expect(bucket, run.parent, "verify", f"{bucket.url}/run/v.safetensors")
+    bucket.put("run/epoch_02.safetensors", (run / "epoch_01.safetensors").read_bytes())
+    done = polyak("verify", "v.safetensors", "--source", f"{bucket.url}/run/", cwd=run.parent,
+                  environ=bucket.environ)  # fmt: skip
+    assert done.returncode == 1
+    assert "epoch_02.safetensors" in done.stdout
+
+
+def test_a_library_is_given_a_copy_that_is_removed(bucket: S3Bucket, run: Path) -> None:
+    """Keras opens files by their names: objects are fetched for it, one at a time."""
+    code = """
+import sys
+from pathlib import Path
+from polyak_cli.storage import mirrors
+for epoch in (1, 2):
+    path = mirrors.enter(f"{sys.argv[1]}epoch_0{epoch}.safetensors")
+    with mirrors.fetched([path]) as local:
+        here = Path(sys.argv[2], local.name).read_bytes()
+        print(local.read_bytes() == here, str(local) != path, *mirrors.describe_fetched(path))
+    print(local.exists(), len(list(Path(mirrors._mirror.client.root).glob("copy-*"))))
+with mirrors.fetched([sys.argv[2]]) as local:
+    print(str(local) == sys.argv[2], mirrors.describe_fetched(sys.argv[2]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"{bucket.url}/run/", run],
+        env=environment(**bucket.environ), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    size = (run / "epoch_01.safetensors").stat().st_size / 1000
+    fetched = [f"True True was fetched to TMPDIR, {size:.3g} kB", "False 0"]
+    assert done.stdout.splitlines() == [*fetched, *fetched, "True []"], done.stderr
