@@ -43,8 +43,8 @@ from polyak_cli.engine.slabs import (
     gather_batches,
 )
 from polyak_cli.errors import FormatError, MismatchError, MissingExtraError, PolyakError, UsageError
-from polyak_cli.storage import File, Version
-from polyak_cli.tensors import Extent, Placement
+from polyak_cli.storage import File, Version, mirrors
+from polyak_cli.tensors import FLOATS, Extent, Placement, itemsize
 from tests.command import ROOT, SAMPLES, environment, one_line, polyak
 from tests.kernels import COMPILED, KERNELS, use_kernel
 from tests.oracle import naive_average, read_model, write_model
@@ -151,7 +151,7 @@ def places(batches: Iterable[Batch]) -> Iterator[tuple[int, int]]:
 def test_no_block_of_an_output_belongs_to_two_shares(
     tensors: list[tuple[int, int]], nbytes: int, bound: int
 ) -> None:
-    """All is written once, and blocks of 64 KiB have one writer, whatever lies between tensors."""
+    """All is written once, and blocks of 32 KiB have one writer, whatever lies between tensors."""
     memory = Memory.within(bound, 1).align()
     end, made = 8, []
     for size, gap in tensors:
@@ -173,7 +173,7 @@ def test_no_block_of_an_output_belongs_to_two_shares(
     owners: dict[int, int] = {}
     for number, share in enumerate(cut):
         for start, stop in places(share):
-            for block in range(start >> 16, (stop - 1 >> 16) + 1):
+            for block in range(start >> 15, (stop - 1 >> 15) + 1):
                 assert owners.setdefault(block, number) == number
 
 
@@ -188,6 +188,18 @@ def test_a_large_tensor_is_cut_into_shares_that_read_as_much_as_is_wanted() -> N
     ]
     assert sum(read) == 3 * (40 << 20)
     assert all(20 << 20 <= nbytes <= 27 << 20 for nbytes in read[:-1])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_even_the_tightest_bound_on_memory_leaves_places_to_cut(dtype: str) -> None:
+    """Slabs are never so small that all shares would be one, whatever the type."""
+    memory = Memory.within(1 << 20, 1).align()
+    width = itemsize(dtype)
+    sources = [TensorSource(Extent(1000, width << 24), dtype, "<", 0)]
+    one = FoldTensor("x", 1 << 24, sources, [Placement(8 * 125, dtype, "<")])
+    slabs = cut_slabs([one], memory.piece, memory.most, aligned=True)
+    batches = gather_batches(bundle_slabs(slabs, memory.piece), memory.piece * 8)
+    assert len(list(shares.gather_shares(batches, 1 << 20))) > 12
 
 
 def test_files_of_an_output_may_end_anywhere() -> None:
@@ -523,6 +535,19 @@ def test_a_checkpoint_that_changed_is_no_fault_of_the_worker(tmp_path: Path) -> 
         executors.fold([tensor(9)], job, TINY, executor=Futures(Pool()))
 
 
+def test_a_url_with_a_secret_is_not_sent_to_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is known to this process alone; workers find credentials of their own."""
+    paths = write_run(tmp_path / "run")
+    use_pool(monkeypatch, Pool())
+    monkeypatch.setattr(mirrors, "is_secret", lambda path: "model_1" in path)
+    message = "model_1.h5: its URL has a password or a signature, which is not sent to the workers"
+    with pytest.raises(UsageError, match=message):
+        average(paths, tmp_path / "o.h5", engine="dask")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 # --- options --------------------------------------------------------------------------------------
 
 
@@ -582,7 +607,7 @@ import numpy as np
 from polyak_cli.engine import shares, numpy_kernel
 from polyak_cli.engine.folding import FoldJob
 from polyak_cli.engine.slabs import *
-from polyak_cli.storage import File, Version
+from polyak_cli.storage import File, Version, mirrors
 from polyak_cli.tensors import FLOATS, Extent, Placement, itemsize
 folder, allocating = Path(sys.argv[1]), sys.argv[2] == "allocating"
 if allocating:

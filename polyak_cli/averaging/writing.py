@@ -26,8 +26,8 @@ from polyak_cli.engine.folding import Done, FoldJob
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.slabs import FoldTensor
 from polyak_cli.engine.timing import Crew, Totals
-from polyak_cli.errors import MismatchError, shown
-from polyak_cli.storage import File, publishing
+from polyak_cli.errors import MismatchError, UsageError, shown
+from polyak_cli.storage import File, can_locate, publishing
 from polyak_cli.tensors import Grid, Table
 
 
@@ -219,11 +219,19 @@ def _fold_on_cluster(
     """
     from polyak_cli.engine import clusters  # which only the few who ask for it have to load
 
+    for path, _ in work.inputs:
+        if not can_locate([path]):
+            raise UsageError(
+                f"{shown(path)}: its URL has a password or a signature, which is not sent to the "
+                f"workers of --engine {machine.engine}; use --engine here, or a URL without, and "
+                "credentials that each worker finds"
+            )
     publishing.sync_files([Path(path) for path in work.outputs])
     ordered = replace(tensors, in_output_order=True)
     with clusters.start(machine.engine, machine.scheduler, machine.jobs) as executor:
         memory = machine.share_cluster()
-        return executors.fold(ordered, work, memory, progress, executor, flush=False)
+        shared = replace(work, flush=True)
+        return executors.fold(ordered, shared, memory, progress, executor, flush=False)
 
 
 def _judge_runs(plan: Plan, verdict: runs.Verdict) -> list[str]:

@@ -463,9 +463,14 @@ def _start_mpi() -> Iterator[Executor]:
     from mpi4py import MPI
     from mpi4py.futures import MPIPoolExecutor
 
+    workers = MPI.COMM_WORLD.size - 1
+    if workers < 1:
+        raise UsageError(
+            "--engine mpi has one rank, and the first one folds nothing; start two or more"
+        )
     # The module that runs here is a command, which workers need not load.
     pool = MPIPoolExecutor(main=False)
     try:
-        yield Futures(pool, max(1, MPI.COMM_WORLD.size - 1))
+        yield Futures(pool, workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -35,7 +35,7 @@ from polyak_cli.engine.slabs import (
 from polyak_cli.engine.timing import Crew, Progress, Totals
 from polyak_cli.errors import PolyakError
 from polyak_cli.processes.children import Child, Writer, rebuild_error
-from polyak_cli.storage import OutputFile
+from polyak_cli.storage import OutputFile, can_locate
 from polyak_cli.storage.local import LocalOutput
 
 
@@ -78,7 +78,7 @@ def fold(
         OSError: an output cannot be written.
     """
     if any(file.version.is_object for file in job.inputs):
-        memory = memory.for_objects(len(job.list_counted()))
+        memory = memory.for_objects(len(job.list_counted())).align()
     tuning = memory.tuning
     # Generators: of a table of 100,000 tensors, only the batches that are at work are in memory.
     slabs = cut_slabs(tensors, memory.piece, memory.most, aligned=memory.aligned)
@@ -106,9 +106,16 @@ def fold(
 
 
 def choose_executor(job: FoldJob, memory: Memory) -> Executor:
-    """Return the fastest executor for local files."""
+    """Return the fastest executor of this machine."""
     # Starting a process and its share of the page tables takes longer than averaging a few MB.
     nbytes = sum(file.version.size for file in job.inputs)
+    is_remote = any(file.version.is_object for file in job.inputs)
+    # Processes that are started take as long as reading some 100 MB through the gateway.
+    is_large = nbytes >= 2 * memory.tuning.fork_nbytes
+    if is_remote and is_large and can_locate(file.path for file in job.inputs):
+        from polyak_cli.engine.spawned import Spawned  # which only remote inputs need
+
+        return Spawned(memory.jobs)
     if memory.jobs == 1 or nbytes < memory.tuning.fork_nbytes:
         return InProcess(memory.tuning)
     # Threads would share a limit of address space, of which the allocator reserves some for each.

@@ -52,6 +52,7 @@ class FoldJob:
     allow_nonfinite: bool
     sampling: Sampling | None = None  # of what inner products are taken, if they are wanted
     kernel: str = ""  # its name; empty for the one that a worker's process has chosen
+    flush: bool = False  # what a share has written is on the disk when it is done
     #: A process keeps its worker for all batches of the job with this name.
     id: str = field(init=False, default_factory=lambda: os.urandom(8).hex())
 

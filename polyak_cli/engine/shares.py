@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +23,17 @@ from polyak_cli.engine.executors import prefetch_next
 from polyak_cli.engine.folding import Done, FoldJob, Worker
 from polyak_cli.engine.kernel import find_kernel
 from polyak_cli.engine.products import Products
-from polyak_cli.engine.slabs import Batch, Slab, count_elements
+from polyak_cli.engine.slabs import TUNING, Batch, Slab, count_elements
 from polyak_cli.engine.timing import Crew, Totals, measure_peak
 from polyak_cli.processes.children import describe_error
-from polyak_cli.storage import File, Version
+from polyak_cli.storage import File, Version, locate
 from polyak_cli.tensors import itemsize
 
 #: Bytes of an output between whose multiples no two shares write.  Clients of a network file system
-#: may write whole pages, and lock or send larger blocks, of which each should have one writer.
-EDGE = 1 << 16
+#: may write whole pages, and lock or send larger blocks, of which each should have one writer.  Not
+#: more than a slab's bytes are under the tightest bound on memory, so that every cut is at such a
+#: multiple.
+EDGE = 1 << 15
 
 #: Batches that are sent as one task.
 Share = Sequence[Batch]
@@ -83,9 +87,16 @@ def make_absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
+def _make_portable(file: File) -> File:
+    """Return an input as any machine can open it: by its URL, or by its absolute path."""
+    if file.version.is_object:
+        return file._replace(path=locate(file.path))
+    return File(make_absolute(file.path), file.version.made_portable())
+
+
 def make_portable(job: FoldJob) -> FoldJob:
     """Return a job that processes with another working folder, on other machines, can fold."""
-    inputs = [File(make_absolute(path), version.made_portable()) for path, version in job.inputs]
+    inputs = [_make_portable(one) for one in job.inputs]
     portable = replace(job, inputs=inputs, outputs=[make_absolute(o) for o in job.outputs])
     # `replace` makes a new name; the shares of one run have that of their job.
     object.__setattr__(portable, "id", job.id)
@@ -136,6 +147,27 @@ def fold_share(version: str, job_id: str, job: bytes, share: bytes) -> Reply:
         return {"worker": worker, "unseen": unseen, **describe_error(error)}
 
 
+class _Requests:
+    """The requests of this process that no share has reported yet."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.reported = 0, 0
+
+    def take(self) -> tuple[int, int]:
+        """Return how many there were, and how many of them were tried again."""
+        objects = sys.modules.get("polyak_cli.storage.objects")
+        if objects is None:  # nothing was asked of any server
+            return 0, 0
+        with self.lock:
+            made = objects.requests_made()
+            before, self.reported = self.reported, (made.requests, made.retries)
+            return self.reported[0] - before[0], self.reported[1] - before[1]
+
+
+_requests = _Requests()
+
+
 def _unpack(packed: bytes) -> Any:
     """Return what the coordinator packed; who may send tasks here may run anything anyway."""
     return pickle.loads(packed)  # noqa: S301
@@ -153,19 +185,21 @@ def _fold(job: FoldJob, share: Share) -> Reply:
     """Fold a share; nothing of it stays open."""
     totals, products = Totals(), Products(len(job.list_counted()))
     constants: list[Constant] = []
-    with Worker(job) as worker:
+    is_remote = any(file.version.is_object for file in job.inputs)
+    with Worker(job, TUNING.for_objects() if is_remote else TUNING) as worker:
         for batch in prefetch_next(share, worker.prefetch):
             done = worker.fold(batch)
             totals = totals.plus(done.totals)
             products.add(done.products)
             constants += done.constants
-        # Only now is the share done: the coordinator may read it on another machine, and this one
+        # Only then is the share done: the coordinator may read it on another machine, and this one
         # may be switched off.  A descriptor reports the errors since it was opened, so that only
         # those of the worker will do.
-        for output in worker.outputs:
+        for output in worker.outputs if job.flush else ():
             output.sync()
+    requests, retries = _requests.take()
     return {
-        "totals": list(totals),
+        "totals": list(totals.plus(Totals(requests=requests, retries=retries))),
         "products": products.pack() if products.sums else None,
         "constants": [list(one) for one in constants],
         "kernel": find_kernel(job.kernel).NAME,
@@ -179,6 +213,8 @@ def _find_unseen(job: FoldJob) -> list[str] | None:
         if not Path(path).exists():
             return [path, "no such file"]
     for path, version in job.inputs:
+        if version.is_object:
+            continue  # which is the same from everywhere
         try:
             found = Version.of(Path(path).stat())
         except OSError as error:

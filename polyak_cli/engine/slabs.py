@@ -43,6 +43,10 @@ class Tuning:
     #: Bytes written between two flushes to the disk.
     flush_nbytes: int = 32 << 20
 
+    def for_objects(self) -> Tuning:
+        """Return the same for inputs on a network: whatever is read next is fetched ahead."""
+        return replace(self, prefetch_nbytes=0, cache_speed=float("inf"))
+
 
 TUNING = Tuning()
 
@@ -110,11 +114,9 @@ class Memory(NamedTuple):
         share = self.tuning.ahead_nbytes // (2 * self.jobs * max(1, checkpoints))
         pieces = min(share, self.tuning.request_nbytes) // (self.piece * 4)
         tuning = replace(
-            self.tuning,
+            self.tuning.for_objects(),
             pieces_per_batch=max(1, pieces),
             slabs_per_batch=self.tuning.slabs_per_batch * 16,
-            prefetch_nbytes=0,
-            cache_speed=float("inf"),
         )
         return self._replace(tuning=tuning)
 

@@ -37,7 +37,7 @@ from polyak_cli.errors import (
 )
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.pipeline.advice import add_advice
-from polyak_cli.storage import publishing
+from polyak_cli.storage import mirrors, publishing
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
     from polyak_cli.evaluation.data import Split
@@ -149,7 +149,7 @@ class Report:
             that was not asked for.
         engine: who folded: "here", the workers of "dask", or the ranks of "mpi".
         workers: how many threads or processes folded.
-        requests: how many they sent to servers of objects.
+        requests: how many were sent to servers of objects since the plan was made.
         retries: how many requests, and shares of the work, were tried again.
     """
 
@@ -353,7 +353,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     output = plan.output
     if output is None:
         raise UsageError("the plan has no output; name the file to write")
-    begun = time.perf_counter()
+    begun, asked = time.perf_counter(), mirrors.count_requests()
     plan = _measure_factors(plan)
     force, verify = plan.settings.output.force, plan.settings.output.verify
     folder = records.list_owned if plan.files else None
@@ -380,6 +380,9 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
             "which"
         )
     spent = totals.reading + totals.folding + totals.writing
+    requests, retries = (
+        now - old for now, old in zip(mirrors.count_requests(), asked, strict=True)
+    )
     return Report(
         output=output,
         plan=plan,
@@ -399,8 +402,8 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
         verified_by=kernel.name_other() if verify else None,
         engine=plan.settings.machine.engine,
         workers=max(1, len(crew.names)),
-        requests=totals.requests,
-        retries=totals.retries,
+        requests=totals.requests + requests,
+        retries=totals.retries + retries,
     )
 
 

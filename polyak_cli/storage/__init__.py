@@ -218,3 +218,13 @@ def locate(path: str) -> str:
     from polyak_cli.storage import mirrors
 
     return mirrors.locate(path)
+
+
+def can_locate(paths: Iterable[str]) -> bool:
+    """Return whether `locate` names inputs completely: not those whose URLs hold secrets.
+
+    These are known to this process alone, and are not sent to others.
+    """
+    from polyak_cli.storage import mirrors
+
+    return not any(map(mirrors.is_secret, paths))

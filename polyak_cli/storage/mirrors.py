@@ -53,6 +53,7 @@ class _Mirror:
     def __init__(self) -> None:
         self.client = Client()
         self.versions: dict[str, Version] = {}
+        self.secret: list[str] = []  # places whose URLs have secrets
         show_urls_for(self.client.root)
 
     def list(self, url: urls.Url) -> None:
@@ -82,7 +83,10 @@ def enter(text: str) -> str:
         return text
     mirror = _open_mirror(url)
     mirror.list(url)
-    return f"{mirror.client.root}/{url.scheme}/{url.bucket}/{url.key}".rstrip("/")
+    path = f"{mirror.client.root}/{url.scheme}/{url.bucket}/{url.key}".rstrip("/")
+    if url.user or url.query:
+        mirror.secret.append(path)
+    return path
 
 
 def enter_folder(text: str) -> str:
@@ -132,6 +136,19 @@ def find_version(path: str) -> Version | None:
 def locate(path: str) -> str:
     """Return the URL of a stand-in, without its secrets; any other path stays as it is."""
     return name_path(path) if is_mirrored(path) else path
+
+
+def count_requests() -> tuple[int, int]:
+    """Return how many requests the gateway has made, and how many of them were tried again."""
+    if _mirror is None:
+        return 0, 0
+    requests, retries, _ = _mirror.client.ask("count")
+    return requests, retries
+
+
+def is_secret(path: str) -> bool:
+    """Return whether the URL of a stand-in has a password or a signature, which `locate` lacks."""
+    return _mirror is not None and path.startswith(tuple(_mirror.secret))
 
 
 def fetch(path: str) -> str:

@@ -22,6 +22,7 @@ import polyak_cli
 from tests import test_guide
 from tests.command import POLYAK, ROOT, SAMPLES, environment, one_line, polyak, script, tree
 from tests.oracle import naive_average, read_model, write_model
+from tests.remote.servers import S3Bucket
 
 pytest.importorskip("distributed")
 
@@ -447,11 +448,11 @@ def mpi(folder: Path, ranks: int, *arguments: object) -> subprocess.CompletedPro
 
 
 @needs_mpi
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SOAK), pytest.param(2, marks=SOAK), 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=SOAK), 3])
 def test_the_ranks_of_mpi_write_the_same_bytes(
     tmp_path: Path, run: tuple[Path, bytes], ranks: int
 ) -> None:
-    """Alone, with one worker and with two, verified on the same ranks."""
+    """With one worker and with two, verified on the same ranks."""
     done = mpi(
         tmp_path, ranks, "average", run[0], "-o", "o.h5", "--engine", "mpi", "--verify", "-q"
     )
@@ -485,6 +486,11 @@ def test_mpi_without_workers_is_refused(tmp_path: Path) -> None:
     arguments = ["average", str(SAMPLES), "-o", "o.h5", "--engine", "mpi"]
     done = polyak(*arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr.strip()) == (2, expected)
+    alone = mpi(tmp_path, 1, *arguments)
+    assert alone.returncode == 2
+    assert alone.stderr.splitlines()[0] == (
+        "error: --engine mpi has one rank, and the first one folds nothing; start two or more"
+    )
     assert MPIEXEC
     launch = [MPIEXEC, "--oversubscribe", "--allow-run-as-root", "-n", "2", *POLYAK]
     started = subprocess.run(
@@ -497,4 +503,114 @@ def test_mpi_without_workers_is_refused(tmp_path: Path) -> None:
     )
     assert started.returncode == 2
     assert expected in started.stderr.splitlines()
+    assert tree(tmp_path) == {}
+
+
+# --- buckets --------------------------------------------------------------------------------------
+
+#: Makes processes of this machine read objects by themselves, however small these are.
+SPAWN = """
+from polyak_cli.engine import clusters, shares, slabs
+clusters._LEAST, shares.EDGE = 1, 1 << 12
+slabs.TUNING = slabs.Tuning(piece=1 << 12, pieces_per_batch=4, fork_nbytes=0,
+                            ahead_nbytes=3 << 20)
+"""
+ENGINES = ["spawned", "dask", pytest.param("mpi", marks=needs_mpi)]
+
+
+def average_bucket(
+    folder: Path, bucket: S3Bucket, engine: str, *more: str, code: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Average the run of a bucket to o.h5 of a folder, by workers that read it by themselves."""
+    launch = [sys.executable]
+    name = "here" if engine == "spawned" else engine
+    if engine == "mpi":
+        assert MPIEXEC
+        launch = [MPIEXEC, "--oversubscribe", "--allow-run-as-root", "-n", "3", sys.executable]
+        launch += ["-m", "mpi4py.futures"]
+    command = script(SPAWN + code, "average", f"{bucket.url}/run", "-o", "o.h5", "--engine", name)
+    return subprocess.run(
+        [*launch, *command[1:], "--jobs", "2", *more],
+        cwd=folder,
+        env=environment(TMPDIR=str(folder), **bucket.server.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_workers_read_objects_by_themselves(
+    tmp_path: Path, run: tuple[Path, bytes], bucket: S3Bucket, engine: str
+) -> None:
+    """The bytes are those of local files, and the coordinator has not loaded a network client.
+
+    It forks, and a forked child of a process that has used obstore waits for ever.
+    """
+    bucket.put_tree(run[0], "run/")
+    code = "import atexit, sys; atexit.register(lambda: print('obstore' in sys.modules))"
+    done = average_bucket(tmp_path, bucket, engine, "--json", code=code)
+    assert (done.returncode, done.stderr) == (0, "")
+    report, _, loaded = done.stdout.rpartition("}")
+    assert loaded.split() == ["False"]
+    found = json.loads(report + "}")
+    assert found["engine"] == ("here" if engine == "spawned" else engine)
+    assert found["workers"] == 2
+    assert found["retries"] == 0
+    assert 6 <= found["requests"] <= 80  # of 3 objects, in batches of 1 MiB and less
+    assert tree(tmp_path) == {"o.h5": run[1]}
+
+
+@pytest.mark.parametrize("engine", ["spawned", pytest.param("dask", marks=SOAK)])
+def test_an_object_that_is_overwritten_meanwhile_ends_the_run(
+    tmp_path: Path, run: tuple[Path, bytes], bucket: S3Bucket, engine: str
+) -> None:
+    """The worker that notices it says so, in the words of a run on local files."""
+    bucket.put_tree(run[0], "run/")
+    (tmp_path / "other").write_bytes((run[0] / "model_1.h5").read_bytes()[:-4] + b"\0\0\0\0")
+    code = f"""
+from polyak_cli.engine import executors
+fold = executors.fold
+def overwrite(*arguments, **options):
+    import subprocess
+    subprocess.run([{sys.executable!r}, "-c", '''if True:
+        from tests.remote.servers import *
+        from pathlib import Path
+        server = Server({bucket.server.endpoint!r}, {bucket.server.environ!r})
+        S3Bucket(server, {bucket.name!r}).put("run/model_1.h5", Path("other").read_bytes())
+    '''], check=True)
+    return fold(*arguments, **options)
+executors.fold = overwrite
+"""
+    done = average_bucket(tmp_path, bucket, engine, code=code)
+    assert done.returncode == 3
+    assert re.fullmatch(
+        rf"{bucket.url}/run/model_1.h5: tensor 'd/[kb]': the file changed while it "
+        "was read; is training still running\\?.*",
+        one_line(done.stderr),
+    )
+    assert set(tree(tmp_path)) == {"other"}
+
+
+def test_a_spawned_process_that_is_killed_is_one_line(
+    tmp_path: Path, run: tuple[Path, bytes], bucket: S3Bucket
+) -> None:
+    """As for a forked one; nothing is written."""
+    bucket.put_tree(run[0], "run/")
+    code = """
+import os, signal
+from polyak_cli.engine import spawned
+start = spawned._Pool._start
+def start_and_kill(pool):
+    start(pool)
+    os.kill(pool.processes[0].pid, signal.SIGKILL)
+spawned._Pool._start = start_and_kill
+"""
+    done = average_bucket(tmp_path, bucket, "spawned", code=code)
+    assert done.returncode == 3
+    assert one_line(done.stderr) == (
+        "a worker process was killed (SIGKILL), perhaps because memory ran out; use fewer --jobs "
+        "or less --max-memory"
+    )
     assert tree(tmp_path) == {}
