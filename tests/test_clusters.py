@@ -527,6 +527,16 @@ def test_a_worker_that_sees_other_files_says_so_in_one_line(
         executors.fold([tensor(9)], job, TINY, executor=Futures(pool))
 
 
+def test_a_worker_that_does_not_see_the_output_of_a_bucket_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name would be that of an object, which no worker looks for."""
+    job = make_job(tmp_path, np.ones(9, np.float32))
+    monkeypatch.setattr(mirrors, "is_mirrored", lambda path: path.endswith("out"))
+    with pytest.raises(PolyakError, match=r"set TMPDIR to a folder that all workers see$"):
+        executors.fold([tensor(9)], job, TINY, executor=Futures(Blind(tmp_path / "out", None)))
+
+
 def test_a_checkpoint_that_changed_is_no_fault_of_the_worker(tmp_path: Path) -> None:
     """If this machine sees the change too, the message is the usual one."""
     job = make_job(tmp_path, np.ones(9, np.float32))

@@ -31,7 +31,7 @@ from polyak_cli.engine.shares import Reply
 from polyak_cli.engine.slabs import Batch
 from polyak_cli.errors import PolyakError, UsageError, shown
 from polyak_cli.processes.children import rebuild_error
-from polyak_cli.storage import Version
+from polyak_cli.storage import Version, mirrors
 
 #: The variable by which Dask's own tools name a scheduler.
 ADDRESS = "DASK_SCHEDULER_ADDRESS"
@@ -215,6 +215,11 @@ class _Run:
             )
         if reply.get("unseen") and self._is_here(reply["unseen"][0]):
             path, how = reply["unseen"]
+            if mirrors.is_mirrored(path):
+                return PolyakError(
+                    f"worker {worker}: does not see the folder in which an output is made before "
+                    "it is sent to its bucket; set TMPDIR to a folder that all workers see"
+                )
             return PolyakError(
                 f"worker {worker}: does not see {shown(path)} as it is here: {shown(how, 80)}; "
                 "every worker must see the checkpoints and the output under the same paths"

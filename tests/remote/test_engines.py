@@ -614,3 +614,25 @@ spawned._Pool._start = start_and_kill
         "or less --max-memory"
     )
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ["spawned", "dask"])
+@pytest.mark.parametrize("count", [2, 60])
+def test_the_memory_of_a_worker_does_not_grow_with_the_checkpoints(
+    tmp_path: Path, bucket: S3Bucket, count: int, engine: str
+) -> None:
+    """It is at most 64 MiB, what Dask has itself, and twice the 16 MiB that are on their way.
+
+    Twice, because obstore joins the pieces in which an answer comes.
+    """
+    values = np.random.default_rng(0).standard_normal(120 << 18 >> (count == 60) * 4, np.float32)
+    for k in range(count):
+        write_model(tmp_path / "one.h5", {"d": {"k": values * np.float32(1 + k / 1000)}})
+        bucket.put(f"run/model_{k}.h5", (tmp_path / "one.h5").read_bytes())
+    code = "slabs.TUNING = slabs.Tuning(fork_nbytes=0, ahead_nbytes=16 << 20)"
+    done = average_bucket(tmp_path, bucket, engine, "--jobs", "1", "--json", "--no-hash", code=code)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["bytes_read"] == count * values.nbytes
+    assert found["peak_memory"] < (64 + 2 * 16 + (32 if engine == "dask" else 0)) << 20
