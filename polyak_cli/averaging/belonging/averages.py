@@ -84,7 +84,8 @@ def choose_parts(
     averages = found[-1]
     if not averages:
         folders = {table.path.parent.name for table in tables}
-        if wanted.use_ema and all(map(names_running_mean, folders)):
+        is_flat = tables[-1].format in _FLAT  # Keras says itself which of its tensors are EMAs
+        if wanted.use_ema and is_flat and all(map(names_running_mean, folders)):
             some = ", ".join(f"'{shown(name, 60)}'" for name in sorted(folders))
             text = f"the folders {some} hold running means of weights, which are averaged"
             return tables, [Problem(KIND, f"{text} (--use-ema)")], []
