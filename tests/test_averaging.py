@@ -624,7 +624,7 @@ def test_an_existing_output_is_replaced_only_by_force(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("o.keras", r"only as \.h5 or \.hdf5"),
+        ("o.pt", r"only as \.h5 or \.hdf5"),
         ("o.H5", r"only as \.h5 or \.hdf5"),
         ("nowhere/o.h5", "there is no folder"),
         ("folder.h5", "is a folder"),
