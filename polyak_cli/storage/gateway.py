@@ -366,13 +366,17 @@ class _Server:
             finally:
                 visit.close()
 
-    def enlist(self, url: str) -> dict[str, list[Any]]:
-        """List what a URL names and make stand-ins; return paths and versions, and what is gone."""
+    def enlist(self, url: str) -> dict[str, Any]:
+        """List what a URL names and make stand-ins.
+
+        Returns:
+            Paths and versions, what is gone, and the folder of the bucket's stand-ins.
+        """
         parsed = urls.parse(url)
         if parsed is None:
             raise FormatError(f"{shown(url)}: is not a URL")
         try:
-            found, is_listed = _list(parsed)
+            parsed, found, is_listed = _list(parsed)
         except FormatError as error:
             raise type(error)(f"{parsed}: {error}") from None
         with self.lock:
@@ -392,7 +396,7 @@ class _Server:
                     while f"{folder}/" != home:
                         folder.rmdir()
                         folder = folder.parent
-            return {"made": made, "gone": gone}
+            return {"made": made, "gone": gone, "home": home}
 
     def _register(self, url: urls.Url, one: Any) -> list[Any]:
         """Make the stand-in of an object, or make it again for another version of it."""
@@ -442,7 +446,7 @@ class _Visit:
         if op != "read":
             _send(self.connection, {"value": value})
 
-    def enlist(self, url: str) -> dict[str, list[Any]]:
+    def enlist(self, url: str) -> dict[str, Any]:
         """See `_Server.enlist`."""
         return self.server.enlist(url)
 
@@ -549,35 +553,44 @@ def _read_peer(connection: socket.socket) -> int:
     return connection.getsockopt(local, peer_pid)
 
 
-def _list(url: urls.Url) -> tuple[list[Any], Callable[[str], bool]]:
+def _list(url: urls.Url) -> tuple[urls.Url, list[Any], Callable[[str], bool]]:
     """Return the objects that a URL names: itself with its neighbours, or those below it.
 
     A file may belong to others beside it, such as an index to its shards, so these are listed too.
 
     Returns:
-        The objects, and a function that tells whether a key would be among them.
+        The URL, whose revision has become a commit, the objects, and a function that tells whether
+        a key would be among them.
     """
     from polyak_cli.storage import objects
 
+    if url.scheme == "hf":
+        url, mtime_ns = objects.pin(url)
+        found = objects.list_repository(url, mtime_ns, MOST)
+        return url, _refuse_unusual(_refuse_many(found)), lambda _: True
     if not url.has_listing:
         one = objects.find(url)
-        return [one] if one else [], lambda key: key == url.key
+        return url, [one] if one else [], lambda key: key == url.key
     magic = min([url.key.find(c) for c in "*?[" if c in url.key], default=len(url.key))
     folder, _, name = url.key[:magic].rpartition("/")
     below = f"{folder}/" if folder else ""
     if magic < len(url.key) or not name:
         found = objects.list_below(url._replace(key=folder), MOST)
-        is_listed: Callable[[str], bool] = lambda key: key.startswith(below)  # noqa: E731
-    else:
-        found, folders = _list_around(url, folder)
-        if url.key in folders:
-            found += objects.list_below(url, MOST)
-        is_listed = lambda key: (  # noqa: E731
-            key.startswith(f"{url.key}/") or key.rpartition("/")[0] == folder
-        )
+        return url, _refuse_unusual(_refuse_many(found)), lambda key: key.startswith(below)
+    found, folders = _list_around(url, folder)
+    if url.key in folders:
+        found += objects.list_below(url, MOST)
+    return (
+        url,
+        _refuse_unusual(_refuse_many(found)),
+        lambda key: key.startswith(f"{url.key}/") or key.rpartition("/")[0] == folder,
+    )
+
+
+def _refuse_many(found: list[Any]) -> list[Any]:
     if len(found) > MOST:
         raise FormatError(f"holds more than {MOST:,} objects; name a folder with fewer")
-    return _refuse_unusual(found), is_listed
+    return found
 
 
 def _list_around(url: urls.Url, folder: str) -> tuple[list[Any], list[str]]:

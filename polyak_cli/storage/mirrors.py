@@ -56,12 +56,17 @@ class _Mirror:
         self.secret: list[str] = []  # places whose URLs have secrets
         show_urls_for(self.client.root)
 
-    def list(self, url: urls.Url) -> None:
-        """Make stand-ins of what a URL names, and forget those of objects that are gone."""
+    def list(self, url: urls.Url) -> str:
+        """Make stand-ins of what a URL names, and forget those of objects that are gone.
+
+        Returns:
+            The folder of the stand-ins of its bucket, with a slash.
+        """
         answer = self.client.ask("list", url=url.whole)
         for path in answer["gone"]:
             self.versions.pop(path, None)
         self.versions |= {path: Version(*version) for path, version in answer["made"]}
+        return str(answer["home"])
 
 
 _mirror: _Mirror | None = None
@@ -82,8 +87,7 @@ def enter(text: str) -> str:
     if url is None:
         return text
     mirror = _open_mirror(url)
-    mirror.list(url)
-    path = f"{mirror.client.root}/{url.scheme}/{url.bucket}/{url.key}".rstrip("/")
+    path = f"{mirror.list(url)}{url.key}".rstrip("/")
     if url.user or url.query:
         mirror.secret.append(path)
     return path

@@ -6,6 +6,7 @@ process that has used this module must not fork: obstore waits for ever in a for
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import itertools
@@ -30,7 +31,7 @@ from polyak_cli.errors import (
     redact,
     shown,
 )
-from polyak_cli.storage import Bytes, Version, urls
+from polyak_cli.storage import Bytes, Version, hub, urls
 from polyak_cli.storage.local import InputStream
 from polyak_cli.storage.urls import Url
 
@@ -141,8 +142,15 @@ def _connect(url: Url) -> Any:
             emulated = os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("true", "1")
             options["allow_http"] = endpoint.startswith("http:") or emulated
             return store.AzureStore(url.bucket, client_options=options, retry_config=retry)
-        options["allow_http"] = url.scheme == "http"
-        base = f"{url.scheme}://{url.user}{url.bucket}/{url.query}"
+        base = f"{url.scheme}://{url.bucket}/{url.query}"
+        if url.user:
+            said = base64.b64encode(unquote(url.user[:-1]).encode()).decode()
+            options["default_headers"] = {"Authorization": f"Basic {said}"}
+        if url.scheme == "hf":
+            name, commit = hub.split_revision(url.bucket)
+            base = f"{hub.find_endpoint()}/{name}/resolve/{commit}/"
+            options["default_headers"] = hub.make_headers()
+        options["allow_http"] = base.startswith("http:")
         return store.HTTPStore.from_url(base, client_options=options, retry_config=retry)
     except PolyakError:
         raise
@@ -250,7 +258,8 @@ def _is_final(error: Exception) -> bool:
 
 def _is_whole(text: str) -> bool:
     """Return whether a server has sent a whole object in place of a range."""
-    return "non-partial" in text.lower() or "NotPartial" in text
+    said = ("non-partial", "NotPartial", "Range request not supported")
+    return any(one in text for one in said)
 
 
 def _explain(error: Exception, url: Url) -> NoReturn:
@@ -305,6 +314,32 @@ def describe_credentials(scheme: str) -> str:
 
 
 # --- listing --------------------------------------------------------------------------------------
+
+
+def pin(url: Url) -> tuple[Url, int]:
+    """Return the URL of what will be read: of a repository of the Hub, with its present commit.
+
+    Returns:
+        The URL, and the time in ns that its files have where each has none of its own.
+
+    Raises:
+        FormatError: there is no such repository or revision; the message lacks the URL.
+    """
+    return _try(lambda: hub.pin(url), url) if url.scheme == "hf" else (url, 0)
+
+
+def list_repository(url: Url, mtime_ns: int, most: int) -> list[Listed]:
+    """Return the files of a pinned repository of the Hub; at most one more than ``most``.
+
+    Raises:
+        FormatError: they cannot be listed; the message lacks the URL.
+    """
+
+    def ask() -> list[Listed]:
+        files = itertools.islice(hub.list_files(url), most + 1)
+        return [Listed(one.path, one.size, mtime_ns, one.mark) for one in files]
+
+    return _try(ask, url)
 
 
 def list_below(url: Url, most: int) -> list[Listed]:
@@ -364,11 +399,14 @@ def find(url: Url) -> Listed | None:
 
 
 def _read_meta(meta: Any) -> Listed:
+    mark = meta["e_tag"] or ""
+    if mark and not mark.endswith('"'):  # as Azure's listings have it; its other answers quote it
+        mark = f'"{mark}"'
     return Listed(
         meta["path"],
         meta["size"],
         int(meta["last_modified"].timestamp() * 1e6) * 1000,
-        meta["e_tag"] or "",
+        mark,
     )
 
 
@@ -509,7 +547,10 @@ class ObjectInput:
 
         version = self.version
         options: Any = {"range": (start, stop)}
-        if version.mark and not version.mark.startswith("W/"):  # which If-Match never equals
+        if (start, stop) == (0, self.size) and not self.url.has_conditions:
+            options = {}  # for a whole file, a web server needs no ranges
+        # A weak mark never equals If-Match, and a commit is a version already.
+        if version.mark and not version.mark.startswith("W/") and self.url.scheme != "hf":
             options["if_match"] = version.mark
 
         def ask() -> memoryview:
@@ -526,6 +567,8 @@ class ObjectInput:
     def _check(self, found: Listed) -> None:
         """Refuse another version, which a server sends that knows no If-Match."""
         version = self.version
+        if self.url.scheme == "hf":
+            found = found._replace(mark=version.mark)
         if found.mark != version.mark or found.size != version.size:
             raise ChangedError(_CHANGED)
         # A listing knows fractions of a second, and the header of an answer does not.

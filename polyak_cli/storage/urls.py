@@ -51,6 +51,11 @@ class Url(NamedTuple):
         return f"{self.scheme}://{self.user}{self.bucket}/{self.key}{self.query}"
 
     @property
+    def has_conditions(self) -> bool:
+        """Whether its server can be relied on to honour ranges and conditions."""
+        return self.scheme in ("s3", "gs", "az")
+
+    @property
     def has_listing(self) -> bool:
         """Whether the names below it can be listed."""
         return self.scheme not in ("http", "https")

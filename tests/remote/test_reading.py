@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.command import POLYAK, environment, polyak
-from tests.remote.servers import S3Bucket
+from tests.remote.servers import AzureContainer, S3Bucket
 
 TENSORS = {"a/kernel": (300, 257), "a/bias": (257,), "b/scale": (3,)}
 
@@ -419,3 +419,13 @@ with mirrors.fetched([sys.argv[2]]) as local:
     size = (run / "epoch_01.safetensors").stat().st_size / 1000
     fetched = [f"True True was fetched to TMPDIR, {size:.3g} kB", "False 0"]
     assert done.stdout.splitlines() == [*fetched, *fetched, "True []"], done.stderr
+
+
+def test_an_azure_container_is_averaged(container: AzureContainer, tmp_path: Path) -> None:
+    """az:// is read as s3:// is, to the same bytes."""
+    run = write_run(tmp_path / "run", 3)
+    container.put_tree(run, "a run/")
+    for source, output in ((run, "l.safetensors"), (f"{container.url}/a run/", "r.safetensors")):
+        done = polyak("average", source, "-o", output, cwd=tmp_path, environ=container.environ)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "l.safetensors").read_bytes() == (tmp_path / "r.safetensors").read_bytes()
