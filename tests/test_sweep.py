@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from polyak_cli.averaging import schemes
 from polyak_cli.errors import UsageError
 from polyak_cli.evaluation import candidates, soups
 from polyak_cli.evaluation.candidates import Candidate, ScoredCandidate
+from polyak_cli.pipeline.sweeping import sweep
 
 
 def test_schemes_are_read_with_their_parameters() -> None:
@@ -22,6 +24,13 @@ def test_schemes_are_read_with_their_parameters() -> None:
         ("exp", 2.0),
         ("ema", schemes.resolve("ema").parameters["decay"]),
     ]
+
+
+def test_a_sweep_on_a_cluster_is_refused() -> None:
+    """Its averages are files of this machine."""
+    rows: Any = None  # nothing is read
+    with pytest.raises(UsageError, match="engine is not for sweeps"):
+        sweep("nowhere", rows, engine="dask")
 
 
 @pytest.mark.parametrize("text", ["", "mean", "equal:2", "exp:x", "exp:-1", "ema:2", "equal,,exp"])

@@ -249,6 +249,8 @@ def sweep(
         PolyakError: as for `planning.plan` and `evaluator.Evaluator`.
     """
     _check_arguments(batch, search)
+    if options.get("engine", "here") != "here":
+        raise UsageError("engine is not for sweeps, which score their averages on this machine")
     if recalibrate is not None:
         options |= {"recalibrate": recalibrate, "batch_size": batch_size, "trust_code": trust_code}
         options |= {"model": model}
