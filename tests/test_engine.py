@@ -1374,3 +1374,15 @@ def test_without_a_thread_the_flush_is_left_to_the_end(
         flusher.count(100)
         flusher.count(100)
         assert flusher.flushing is None
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2, 60, 1000])
+@pytest.mark.parametrize("jobs", [1, 2, 8])
+def test_what_is_fetched_ahead_is_bounded_for_any_number_of_checkpoints(
+    checkpoints: int, jobs: int
+) -> None:
+    """Two batches a worker of all checkpoints fit the bound; for few of them requests are large."""
+    memory = Memory.within(256 << 20, jobs).for_objects(checkpoints)
+    batch = memory.piece * memory.tuning.pieces_per_batch * 4  # bytes of float32 of a checkpoint
+    assert 2 * memory.jobs * checkpoints * batch <= TUNING.ahead_nbytes
+    assert batch >= min(TUNING.request_nbytes, TUNING.ahead_nbytes // (4 * jobs * checkpoints))

@@ -112,13 +112,14 @@ class Memory(NamedTuple):
         All together fit `Tuning.ahead_nbytes`, so that more checkpoints make smaller requests.
         """
         share = self.tuning.ahead_nbytes // (2 * self.jobs * max(1, checkpoints))
-        pieces = min(share, self.tuning.request_nbytes) // (self.piece * 4)
+        piece = max(256, min(self.piece, share // 4))
+        pieces = min(share, self.tuning.request_nbytes) // (piece * 4)
         tuning = replace(
             self.tuning.for_objects(),
             pieces_per_batch=max(1, pieces),
             slabs_per_batch=self.tuning.slabs_per_batch * 16,
         )
-        return self._replace(tuning=tuning)
+        return self._replace(piece=piece, tuning=tuning)
 
     @property
     def nbytes(self) -> int:
