@@ -223,6 +223,24 @@ def test_a_repository_of_the_hub_is_averaged(web: Web, store: Web, run: Path) ->
     assert not [headers for _, _, headers in store.asked if "authorization" in headers]
 
 
+@pytest.mark.soak
+def test_workers_read_the_commit_that_was_planned(web: Web, store: Web, run: Path) -> None:
+    """A worker does not look for the revision again, which may be another commit by then."""
+    web.hub = Hub(web, store)
+    for path in run.iterdir():
+        store.files[f"run/{path.name}"] = path.read_bytes()
+    environ = {"HF_ENDPOINT": web.url, "HF_TOKEN": TOKEN}
+    written = []
+    for engine in ("here", "dask"):
+        output = f"{engine}.safetensors"
+        done = command(run.parent, "average", "hf://owner/name/run/", "-o", output, "-q",
+                       "--engine", engine, **environ)  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        written.append((run.parent / output).read_bytes())
+    assert written[0] == written[1]
+    assert [path for _, path, _ in web.asked].count("/api/models/owner/name/revision/main") == 2
+
+
 def test_what_the_hub_refuses_is_one_line(web: Web, store: Web, run: Path) -> None:
     """Without a token, and for a repository or a revision that is not there."""
     web.hub = Hub(web, store)
