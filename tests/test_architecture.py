@@ -77,8 +77,9 @@ HOMES = {
     "distributed": {"engine.clusters"},
     "mpi4py": {"engine.clusters"},
     # A process that has used it must not fork.
-    "obstore": {"storage.objects"},
-    "boto3": {"storage.objects"},
+    "obstore": {"storage.objects", "storage.blobs"},
+    "boto3": {"storage.objects", "storage.s3"},
+    "botocore": {"storage.objects", "storage.s3"},
 }
 
 

@@ -107,6 +107,7 @@ HEADINGS = {
     "inspect": ["Output", "Help"],
     "diff": ["Two files", "A run", "Output", "Help"],
     "train": ["Training", "Output", "Help"],
+    "uploads": ["Aborting", "Output", "Help"],
     "completion": ["Help"],
     "guide": ["Help"],
     "help": ["Help"],
@@ -747,7 +748,6 @@ def test_of_many_files_that_were_passed_over_the_odd_ones_are_shown(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("average", "ckpts", "-o", "s3://b/o.h5"),
         ("watch", "ckpts", "-o", "s3://b/o.h5"),
         ("recalibrate", "ckpts/m.h5", "--data", "blobs", "-o", "s3://b/m.h5"),
     ],

@@ -46,7 +46,7 @@ from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.format import OutputForm
 from polyak_cli.formats.model_folders import FolderFiles
-from polyak_cli.storage import publishing
+from polyak_cli.storage import mirrors, publishing
 from polyak_cli.tensors import Extent, Grid, Inline, Table, itemsize
 
 
@@ -292,9 +292,27 @@ def plan_average(
         averaged_rows=tuple(found.averaged),
         carried_rows=tuple(found.carried),
     )
-    if output:
+    if output and not sends_in_parts(made):
         publishing.check_room(output, around.copies * made.bytes_to_write)
     return made
+
+
+def sends_in_parts(plan: Plan) -> bool:
+    """Return whether an output goes to a store in parts while it is folded, never whole to a disk.
+
+    Not if anything reads it before it has its name: checksums of what is averaged, `--verify`,
+    `--recalibrate`, or the products of factors.
+    """
+    settings = plan.settings
+    return (
+        plan.output is not None
+        and mirrors.is_sent_in_parts(plan.output)
+        and not formats.has_late_checksums(plan.output_form.key)
+        and not settings.output.verify
+        and plan.recalibrate is None
+        and settings.tensors.lora != "exact"
+        and settings.machine.engine == "here"
+    )
 
 
 def _check_output(

@@ -19,7 +19,7 @@ from polyak_cli.averaging.belonging import blame, constants, quantised, runs
 from polyak_cli.averaging.fates import describe_difference, is_compared, is_wanted
 from polyak_cli.averaging.matching import Row, list_files, list_sources
 from polyak_cli.averaging.options import Machine, Progress
-from polyak_cli.averaging.planning import Plan
+from polyak_cli.averaging.planning import Plan, sends_in_parts
 from polyak_cli.engine import executors, reading
 from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.folding import Done, FoldJob
@@ -27,8 +27,8 @@ from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.slabs import FoldTensor
 from polyak_cli.engine.timing import Crew, Totals
 from polyak_cli.errors import MismatchError, UsageError, shown
-from polyak_cli.storage import File, can_locate, publishing
-from polyak_cli.tensors import Grid, Table
+from polyak_cli.storage import File, can_locate, mirrors, publishing
+from polyak_cli.tensors import Grid, Table, itemsize
 
 
 class Written(NamedTuple):
@@ -47,8 +47,9 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
     with blame.naming_inputs(plan.tables):
         formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
     skeleton = _write_skeleton(plan, hidden, record)
+    in_parts = _begin_parts(plan, skeleton)
     with blame.naming_inputs(plan.tables):
-        done, kept, verdict = _fold(plan, [plan.mean], [skeleton], progress)
+        done, kept, verdict = _fold(plan, [plan.mean], [skeleton], progress, in_parts=in_parts)
     inputs = list_files(plan.tables)
     compared, differing = _compare_carried(plan, inputs, progress)
     beside = carried_files.copy_files(plan.files, hidden, record) if plan.files else []
@@ -60,6 +61,36 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
     weights = [*map(Path, skeleton.files)]
     totals = done.totals.plus(compared)
     return Written(totals, weights, beside, notes, verdict, done.crew)
+
+
+def _begin_parts(plan: Plan, skeleton: formats.Skeleton) -> bool:
+    """Begin to send the output to a store while it is folded, if it can be; return whether it is.
+
+    No element may lie in two parts, which are cut at multiples of more than its size.
+    """
+    if not sends_in_parts(plan):
+        return False
+    spans: dict[int, list[tuple[int, int]]] = {k: [] for k in range(len(skeleton.files))}
+    for row in plan.averaged_rows:
+        place = skeleton.placements[row[-1].location]
+        width = itemsize(place.dtype)
+        if place.grid or place.offset % width:
+            return False
+        if row[-1].size:
+            spans[place.file].append((place.offset, row[-1].size * width))
+    return publishing.begin_parts(
+        {Path(file): _join(spans[k]) for k, file in enumerate(skeleton.files)}
+    )
+
+
+def _join(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return runs of bytes in order, those that touch as one."""
+    joined: list[tuple[int, int]] = []
+    for offset, nbytes in sorted(runs):
+        if joined and sum(joined[-1]) == offset:
+            offset, nbytes = joined[-1][0], joined.pop()[1] + nbytes
+        joined.append((offset, nbytes))
+    return joined
 
 
 def write_again(plan: Plan, folder: Path, opened: Path, record: str, kernel: str = "") -> Table:
@@ -157,6 +188,7 @@ def _fold(
     *,
     flush: bool = True,
     kernel: str = "",
+    in_parts: bool = False,
 ) -> tuple[Done, Mapping[str, Constant], runs.Verdict]:
     """Average the tensors into the outputs, by a mean each.
 
@@ -167,29 +199,29 @@ def _fold(
         progress: as of `executors.fold`.
         flush: whether the outputs are kept, so that the disk gets them meanwhile.
         kernel: the name of the one that computes; empty for the one in use.
+        in_parts: the outputs are sent to a store in parts.
 
     Returns:
         What it took, the constants that are not finite by tensor, and whether there is one run.
     """
     files = [file for skeleton in skeletons for file in skeleton.files]
-    nonfinite = plan.settings.tensors.allow_nonfinite
     compared = runs.choose_compared(plan.averaged_rows)
-    inputs = list_files(plan.tables)
     scaled = [mean.scale() for mean in means]
     work = FoldJob(
-        inputs,
+        list_files(plan.tables),
         files,
         np.array([mean.multipliers for mean in scaled]),
         [mean.divisor for mean in scaled],
-        nonfinite,
+        plan.settings.tensors.allow_nonfinite,
         compared.sampling,
         kernel,
+        parts=[mirrors.find_part(file) for file in files] if in_parts else (),
     )
-    tensors = _Averaged(plan, skeletons, compared.groups)
+    tensors = _Averaged(plan, skeletons, compared.groups, in_output_order=in_parts)
     machine = plan.settings.machine
     if machine.engine == "here":
         memory = machine.share(len(skeletons))
-        done = executors.fold(tensors, work, memory, progress, flush=flush)
+        done = executors.fold(tensors, work, memory, progress, flush=flush and not in_parts)
     else:
         done = _fold_on_cluster(machine, tensors, work, progress)
     kept = constants.merge_constants(done.constants)

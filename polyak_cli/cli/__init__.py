@@ -21,7 +21,7 @@ import click
 from polyak_cli import __version__
 from polyak_cli.cli.averaging import average, verify, watch
 from polyak_cli.cli.guide import guide, show_help
-from polyak_cli.cli.looking import check, diff, inspect
+from polyak_cli.cli.looking import check, diff, inspect, uploads
 from polyak_cli.cli.models import completion, evaluate, recalibrate, sweep, train
 from polyak_cli.cli.options import DONE, EXAMPLE
 from polyak_cli.cli.tables import lay_out
@@ -91,6 +91,7 @@ for _command in (
     show_help,
     sweep,
     train,
+    uploads,
     verify,
     watch,
 ):

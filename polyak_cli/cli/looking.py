@@ -32,6 +32,7 @@ from polyak_cli.cli.options import (
     Command,
     Readable,
     Size,
+    Writable,
     option,
     under,
 )
@@ -255,3 +256,35 @@ def check(
         found.data(), as_json, quiet, lambda: rendering.health_lines(found, verbose)
     )
     return DONE if found.healthy else ANSWER_IS_NO
+
+
+@click.command(
+    cls=Command,
+    short_help="List unfinished uploads, and abort them.",
+    example="polyak uploads s3://bucket/runs/ --abort",
+    guide="remote",
+)
+@click.argument("url", metavar="URL", type=Writable())
+@under(
+    "Aborting",
+    option("--abort", is_flag=True, help="Delete the uploads of runs that are dead."),
+    option(
+        "--idle",
+        type=float,
+        metavar="MINUTES",
+        help="A run is dead after so long without a sign of life.  [default: 15 on S3, else a day]",
+    ),
+)
+@under("Output", JSON, QUIET)
+def uploads(url: str, abort: bool, idle: float | None, as_json: bool, quiet: bool) -> None:
+    """List what runs of polyak left unfinished below a URL: s3://, gs:// or az://.
+
+    An upload that was neither completed nor aborted is invisible, and costs storage. polyak aborts
+    its own, unless it was killed together with its helper or lost the network. Uploads of other
+    programs are not listed and never aborted.
+    """
+    from polyak_cli.examining import unfinished
+
+    found = unfinished.uploads(url, abort=abort, idle_minutes=idle)
+    data = {"uploads": [one.data() for one in found]}
+    rendering.print_result(data, as_json, quiet, lambda: rendering.upload_lines(found))

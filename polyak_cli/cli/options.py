@@ -90,9 +90,13 @@ class Readable(click.Path):
     """The name of something that is read, which may be a URL; other paths must be local."""
 
 
+class Writable(click.Path):
+    """The name of something that is written, which may be a URL; its tool resolves it."""
+
+
 def _enter(parameter: click.Parameter, path: Any) -> Any:
     """Return the local name of what a URL names; what is none is not looked at closely."""
-    if not isinstance(path, str) or ":/" not in path:
+    if not isinstance(path, str) or ":/" not in path or isinstance(parameter.type, Writable):
         return path
     from polyak_cli import checkpoints  # imports numpy, which --help does not need
 
@@ -436,7 +440,7 @@ WRITING = under(
     option(
         "-o",
         "--output",
-        type=click.Path(),
+        type=Writable(),
         metavar="FILE",
         help="The file to write, or the folder, if the checkpoints are folders.",
     ),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from polyak_cli.examining.differences import Differences, Distances
     from polyak_cli.examining.health import Health
     from polyak_cli.examining.inspection import Inspected, Inspection
+    from polyak_cli.examining.unfinished import Unfinished
     from polyak_cli.examining.verification import Verification
     from polyak_cli.pipeline import Report
 
@@ -560,3 +561,30 @@ def training_lines(made: Mapping[str, Any]) -> Iterator[str]:
     yield f"kept {kept} and {shown(made['log'])}"
     if made["plot"]:
         yield f"drew {shown(made['plot'])}"
+
+
+def upload_lines(found: Sequence[Unfinished]) -> Iterator[Line]:
+    """Yield unfinished uploads, and how many were aborted."""
+    states = {(True, True): "aborted", (True, False): "dead", (False, False): "alive"}
+    rows = [
+        [
+            shown(one.url),
+            f"{one.begun:%Y-%m-%d %H:%M}",
+            f"{one.idle / 60:.0f} min",
+            word_size(one.nbytes),
+            states[one.is_dead, one.is_aborted],
+        ]
+        for one in found
+    ]
+    if rows:
+        header = ("upload", "begun (UTC)", "idle for", "size", "run")
+        yield Table(header, rows, spare=("begun (UTC)",), left=("run",))
+    dead = sum(one.is_dead and not one.is_aborted for one in found)
+    aborted = sum(one.is_aborted for one in found)
+    nbytes = sum(one.nbytes for one in found if one.is_aborted)
+    if aborted:
+        yield f"aborted {word_count(aborted, 'upload')} ({word_size(nbytes)})"
+    elif dead:
+        yield f"{word_count(dead, 'upload')} of dead runs; delete with --abort"
+    else:
+        yield "no uploads of dead runs"

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.folding import Done, FoldJob, Team, Worker
@@ -31,6 +31,7 @@ from polyak_cli.engine.slabs import (
     bundle_slabs,
     cut_slabs,
     gather_batches,
+    gather_parts,
 )
 from polyak_cli.engine.timing import Crew, Progress, Totals
 from polyak_cli.errors import PolyakError
@@ -39,11 +40,19 @@ from polyak_cli.storage import OutputFile, can_locate
 from polyak_cli.storage.local import LocalOutput
 
 
+def _list_batches(job: FoldJob, batches: Any) -> Iterator[Batch]:
+    """Yield batches one by one, also those of shares."""
+    return itertools.chain.from_iterable(batches) if job.parts else iter(batches)
+
+
 class Executor(Protocol):
     """A way to run the batches of a job."""
 
     def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
         """Fold all batches, and yield what they took and found, in any order.
+
+        Where the job has parts there are shares in place of batches, and each is folded by one
+        worker.
 
         Closing the generator before its end stops the work.
 
@@ -82,8 +91,12 @@ def fold(
     tuning = memory.tuning
     # Generators: of a table of 100,000 tensors, only the batches that are at work are in memory.
     slabs = cut_slabs(tensors, memory.piece, memory.most, aligned=memory.aligned)
-    bundles = bundle_slabs(slabs, memory.piece, tuning)
-    batches = gather_batches(bundles, memory.piece * tuning.pieces_per_batch, tuning)
+    batches: Any  # shares where the job has parts
+    if job.parts:
+        batches = gather_parts(slabs, job.parts, memory)
+    else:
+        bundles = bundle_slabs(slabs, memory.piece, tuning)
+        batches = gather_batches(bundles, memory.piece * tuning.pieces_per_batch, tuning)
     executor = executor or choose_executor(job, memory)
     total, crew = Totals(), Crew()
     products = Products(len(job.list_counted()))
@@ -135,8 +148,9 @@ class InProcess:
     def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
         """See `Executor.run`."""
         with Worker(job, self.tuning) as worker:
-            for batch in prefetch_next(batches, worker.prefetch):
+            for batch in prefetch_next(_list_batches(job, batches), worker.prefetch):
                 yield worker.fold(batch)
+            worker.finish()
 
 
 def prefetch_next(batches: Iterable[Batch], prefetch: Callable[[Batch], None]) -> Iterator[Batch]:
@@ -172,8 +186,9 @@ class Threads:
             crew = Crew(frozenset([str(threading.get_ident())]))
             try:
                 with Worker(job, self.tuning, team) as worker:
-                    for batch in prefetch_next(shared, worker.prefetch):
+                    for batch in prefetch_next(_list_batches(job, shared), worker.prefetch):
                         reports.put(worker.fold(batch)._replace(crew=crew))
+                    worker.finish()
                 reports.put(None)
             except BaseException as error:
                 reports.put(error)
@@ -199,12 +214,12 @@ class Threads:
                 thread.join()
 
 
-def _share(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Return an iterator that several threads may use: each batch is given to one of them."""
+def _share(batches: Iterable[Any]) -> Iterator[Any]:
+    """Return an iterator that several threads may use: each item is given to one of them."""
     lock = threading.Lock()
     source = iter(batches)  # mostly a generator, which two threads must not run at a time
 
-    def take() -> Batch | None:
+    def take() -> Any:
         with lock:
             return next(source, None)
 
@@ -261,7 +276,7 @@ class Forked:
         """Return the work of the k-th process."""
 
         def fold_share(writer: Writer) -> None:
-            share = itertools.islice(batches, k, None, self.jobs)
+            share: Any = itertools.islice(batches, k, None, self.jobs)
             # A batch has few samples, and all of them together hardly more products: one message
             # for all is less than one for each.
             products = Products(len(job.list_counted()))

@@ -33,8 +33,9 @@ from polyak_cli.engine.slabs import (
 )
 from polyak_cli.engine.timing import Clock, Crew, Totals
 from polyak_cli.errors import MismatchError, PolyakError, quote_glob, shown
-from polyak_cli.storage import Bytes, File
+from polyak_cli.storage import Bytes, File, mirrors
 from polyak_cli.storage.local import PAGE, LocalOutput, clashes, page_aligned
+from polyak_cli.storage.parts import PartOutput
 from polyak_cli.tensors import Extent, Float64, itemsize
 
 #: Bytes by which a buffer is moved where the system would copy slowly; see `clashes`.
@@ -53,6 +54,9 @@ class FoldJob:
     sampling: Sampling | None = None  # of what inner products are taken, if they are wanted
     kernel: str = ""  # its name; empty for the one that a worker's process has chosen
     flush: bool = False  # what a share has written is on the disk when it is done
+    #: Where outputs are sent to a store while they are written: of each, the bytes of a part, or 0
+    #: for one that is a file.  Whoever folds a part folds all of it.
+    parts: Sequence[int] = ()
     #: A process keeps its worker for all batches of the job with this name.
     id: str = field(init=False, default_factory=lambda: os.urandom(8).hex())
 
@@ -111,10 +115,10 @@ class Worker:
         self.layout = b"", b""  # of the small tensors that were read last; see `_pick`
         self.picked = np.empty(0, np.int64)
         self._allocate(0)
-        self.outputs: list[LocalOutput] = []
+        self.outputs: list[LocalOutput | PartOutput] = []
         try:
             for path in job.outputs:
-                self.outputs.append(LocalOutput(path))
+                self.outputs.append(mirrors.open_output(path) if job.parts else LocalOutput(path))
         except BaseException:
             self.close()
             raise
@@ -163,6 +167,12 @@ class Worker:
                 self._fold_bundle(bundle)
         found = self.sampler.take_products() if self.sampler else None
         return Done(self.clock.totals(), found, self.constants)
+
+    def finish(self) -> None:
+        """Send the last part of each output that is sent in parts; its batches are complete."""
+        for output in self.outputs:
+            if isinstance(output, PartOutput):
+                output.sync()
 
     def prefetch(self, batch: Batch) -> None:
         """Have the bytes of a batch fetched, if the last batch did not come from the page cache."""

@@ -5,6 +5,7 @@ Knows where every tensor lies and how much memory there is; reads and computes n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -88,6 +89,8 @@ class Slab(NamedTuple):
 Bundle = Sequence[Slab]
 #: Bundles that are folded between two reports: the unit of work that is sent to another process.
 Batch = Sequence[Bundle]
+#: Batches that one process folds one after the other, such as all of a part of an output.
+Share = Sequence[Batch]
 
 
 def count_elements(bundle: Bundle) -> int:
@@ -256,3 +259,39 @@ def gather_batches(
             batch, total, length = [], 0, 0
     if batch:
         yield batch
+
+
+def _cut_at_parts(slab: Slab, parts: Sequence[int]) -> Iterator[Slab]:
+    """Cut a slab where a part of its output ends; its elements begin at multiples of their size."""
+    target = slab.tensor.targets[0]
+    part, width, start = parts[target.file], itemsize(target.dtype), slab.start
+    while part:
+        border = (target.offset + start * width) // part * part + part
+        stop = (border - target.offset) // width
+        if stop >= slab.stop:
+            break
+        yield slab._replace(start=start, stop=stop)
+        start = stop
+    yield slab._replace(start=start)
+
+
+def gather_parts(slabs: Iterable[Slab], parts: Sequence[int], memory: Memory) -> Iterator[Share]:
+    """Gather the batches that are folded into each part of the outputs.
+
+    Args:
+        slabs: in the order of their places in the outputs.
+        parts: as of `FoldJob`.
+        memory: pieces of a batch.
+    """
+
+    def find_part(slab: Slab) -> tuple[int, int]:
+        target = slab.tensor.targets[0]
+        offset = target.offset + slab.start * itemsize(target.dtype)
+        part = parts[target.file]
+        return target.file, offset // part if part else 0
+
+    tuning = memory.tuning
+    cut = itertools.chain.from_iterable(_cut_at_parts(slab, parts) for slab in slabs)
+    for _, group in itertools.groupby(cut, find_part):
+        bundles = bundle_slabs(group, memory.piece, tuning)
+        yield [*gather_batches(bundles, memory.piece * tuning.pieces_per_batch, tuning)]

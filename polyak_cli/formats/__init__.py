@@ -247,6 +247,15 @@ class Skeleton(NamedTuple):
     finalize: Callable[[], None]  # to be called when they are written
 
 
+def has_late_checksums(key: str) -> bool:
+    """Return whether an output of a format is finished only when its tensors are written.
+
+    Args:
+        key: of the format.
+    """
+    return type(find_format(key)).finalize is not Format.finalize
+
+
 def write_skeleton(
     template: Table,
     output: Path,

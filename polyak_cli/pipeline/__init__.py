@@ -321,8 +321,7 @@ def make_plan(
         stages=planned,
         check_template=lambda template, target: _check_recalibration(template, target, stages),
     )
-    if output is not None:
-        checkpoints.refuse_url(os.fspath(output))
+    target = Path(mirrors.enter_output(os.fspath(output))) if output is not None else None
     try:
         return plan_average(healthy, target, settings, around)
     except PolyakError as error:
@@ -359,7 +358,10 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     folder = records.list_owned if plan.files else None
     with _advising(plan), blame.naming_inputs(plan.tables):
         record = records.encode(records.seal(records.make_record(plan)))
-    with publishing.publish(output, force=force, folder=folder) as hidden:
+    opener = plan.files.weights[-1] if plan.files else ""
+    with publishing.publish(
+        output, force=force, folder=folder, opener=opener, verify=verify
+    ) as hidden:
         with _advising(plan):
             totals, files, beside, notes, found, crew = write_average(
                 plan, hidden, record, progress or (lambda _: None)
@@ -374,7 +376,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
             _verify(plan, output, hidden, files, record, own=recalibrated is not None)
         written = hidden.stat().st_ino
     # Another run may have published under this name meanwhile; its bytes were not compared.
-    if verify and output.stat().st_ino != written:
+    if verify and publishing.is_replaced(output, written):
         raise OutputError(
             f"{shown(output)}: another program has written this file in the meantime; find out "
             "which"

@@ -10,7 +10,6 @@ ended, and removes the folder.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import shutil
@@ -21,13 +20,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli.errors import FormatError, PolyakError, shown
+from polyak_cli.errors import FormatError, OutputError, PolyakError, shown
 from polyak_cli.storage import Bytes, Version, urls
+from polyak_cli.storage.messages import ask, describe_error, fill, rebuild_error, receive, send
+from polyak_cli.storage.sending import Sender
 
 #: Bytes of a block of a stand-in.
 BLOCK = 1 << 16
@@ -39,41 +40,7 @@ _RUN = 64
 _LOOK = 1.0
 #: Bytes of the path of a socket, on Linux and macOS.
 _LONGEST_PATH = 100
-_LENGTH = struct.Struct("<I")
 _SOCKET = "gateway"
-
-
-# --- the wire -------------------------------------------------------------------------------------
-
-
-def _send(connection: socket.socket, message: Any) -> None:
-    """Send a message of values that JSON can hold."""
-    body = json.dumps(message).encode()
-    connection.sendall(_LENGTH.pack(len(body)) + body)
-
-
-def _receive(connection: socket.socket) -> Any:
-    """Return the next message, or None at the end."""
-    head = _receive_exactly(connection, _LENGTH.size)
-    if head is None:
-        return None
-    body = _receive_exactly(connection, *_LENGTH.unpack(head))
-    return None if body is None else json.loads(body)
-
-
-def _receive_exactly(connection: socket.socket, nbytes: int) -> bytes | None:
-    buffer = bytearray(nbytes)
-    return bytes(buffer) if _fill(connection, memoryview(buffer)) else None
-
-
-def _fill(connection: socket.socket, view: memoryview) -> bool:
-    """Fill a buffer, and return whether the other end sent as much."""
-    while len(view):
-        count = connection.recv_into(view)
-        if not count:
-            return False
-        view = view[count:]
-    return True
 
 
 # --- the client -----------------------------------------------------------------------------------
@@ -166,33 +133,6 @@ class Client:
             self.idle.append(connection)
 
 
-def ask(connection: socket.socket, op: str, **arguments: Any) -> Any:
-    """Return the answer to one request.
-
-    Raises:
-        PolyakError: as the gateway raised it.
-    """
-    try:
-        _send(connection, {"op": op, **arguments})
-        answer = _receive(connection)
-    except OSError:
-        answer = None
-    if answer is None:
-        raise FormatError("cannot be read: the process that reads from the network has ended")
-    if "error" in answer:
-        raise _rebuild(*answer["error"])
-    return answer["value"]
-
-
-def _rebuild(kind: str, text: str) -> PolyakError:
-    from polyak_cli import errors
-
-    leaf = getattr(errors, kind, PolyakError)
-    made: PolyakError = PolyakError.__new__(leaf)  # MissingExtraError words its text itself
-    made.args = (text,)
-    return made
-
-
 class Stream:
     """One object over a connection of its own: what is fetched ahead belongs to it."""
 
@@ -224,10 +164,10 @@ class Stream:
         ask(connection, "read", path=path, version=version, offset=offset, nbytes=len(view))
         while len(view):
             # Each piece comes behind its length, or an error in place of one.
-            piece = _receive(connection)
+            piece = receive(connection)
             if piece is not None and "error" in piece:
-                raise _rebuild(*piece["error"])
-            if piece is None or not _fill(connection, view[: piece["nbytes"]]):
+                raise rebuild_error(*piece["error"])
+            if piece is None or not fill(connection, view[: piece["nbytes"]]):
                 raise FormatError("cannot be read: the process that reads from the network ended")
             view = view[piece["nbytes"] :]
 
@@ -353,6 +293,7 @@ class _Server:
     def __init__(self, root: str, owner: int) -> None:
         self.root = root
         self.owner = owner
+        self.sender = Sender()
         self.stand_ins: dict[str, _StandIn] = {}
         self.lock = threading.Lock()
 
@@ -361,7 +302,7 @@ class _Server:
         visit = _Visit(self, connection)
         with connection, contextlib.suppress(OSError):
             try:
-                while (message := _receive(connection)) is not None:
+                while (message := receive(connection)) is not None:
                     visit.answer(message)
             finally:
                 visit.close()
@@ -441,10 +382,10 @@ class _Visit:
                 raise PolyakError(f"the gateway refuses '{shown(op)}' to this process")
             value = _OPS[op].work(self, **message)
         except Exception as error:  # the other end raises it
-            _send(self.connection, {"error": _describe(error)})
+            send(self.connection, {"error": describe_error(error)})
             return
-        if op != "read":
-            _send(self.connection, {"value": value})
+        if op not in ("read", "part"):
+            send(self.connection, {"value": value})
 
     def enlist(self, url: str) -> dict[str, Any]:
         """See `_Server.enlist`."""
@@ -488,13 +429,77 @@ class _Visit:
     def read(self, path: str, version: Sequence[Any], offset: int, nbytes: int) -> None:
         """Send bytes of an object, each piece as it comes."""
         pieces = self._open(path, version).pieces(offset, nbytes)
-        _send(self.connection, {"value": None})
+        send(self.connection, {"value": None})
         try:
             for piece in pieces:
-                _send(self.connection, {"nbytes": len(piece)})
+                send(self.connection, {"nbytes": len(piece)})
                 self.connection.sendall(piece)
         except PolyakError as error:
-            _send(self.connection, {"error": _describe(error)})
+            send(self.connection, {"error": describe_error(error)})
+
+    def prepare(self, url: str, force: bool) -> None:
+        """See `uploads.prepare`."""
+        from polyak_cli.storage import uploads
+
+        uploads.prepare(url, force=force)
+
+    def exists(self, url: str) -> bool:
+        """See `uploads.exists`."""
+        from polyak_cli.storage import uploads
+
+        return uploads.exists(url)
+
+    def forget(self, path: str) -> None:
+        """Delete a stand-in."""
+        with self.server.lock:
+            self.server.stand_ins.pop(path, None)
+            Path(path).unlink(missing_ok=True)
+
+    def begin(self, files: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """See `Sender.begin`."""
+        return self.server.sender.begin(files)
+
+    def part(self, path: str, token: str, number: int, nbytes: int) -> None:
+        """Take a part, which follows the request, to be sent."""
+        with self.server.sender.take(path, token, number) as take:
+            send(self.connection, {"value": None})
+            content = bytearray(nbytes)
+            if not fill(self.connection, memoryview(content)):
+                raise OutputError("the part ends too early")
+            take(content)
+        send(self.connection, {"value": None})
+
+    def send(self, receipts: Mapping[str, Mapping[str, str]], **request: Any) -> None:
+        """See `Sender.send`; stops when the other end does not want it any more."""
+        by_number = {
+            path: {int(number): receipt for number, receipt in found.items()}
+            for path, found in receipts.items()
+        }
+        self.server.sender.send(receipts=by_number, report=self._report, **request)
+
+    def abandon(self) -> None:
+        """See `Sender.abandon`."""
+        self.server.sender.abandon()
+
+    def _report(self, nbytes: int) -> None:
+        """Report bytes that were sent; raise where nobody waits for more."""
+        ready, _, _ = select.select([self.connection], [], [], 0)
+        if ready and not self.connection.recv(1):
+            raise OutputError("the upload was stopped")
+        if nbytes:
+            send(self.connection, {"sent": nbytes})
+
+    def find_orphans(self, url: str) -> list[Any]:
+        """See `uploads.find_orphans`."""
+        from polyak_cli.storage import uploads
+
+        return uploads.find_orphans(url)
+
+    def abort_orphan(self, orphan: Sequence[Any]) -> None:
+        """See `uploads.abort_orphan`."""
+        from polyak_cli.storage import uploads
+
+        uploads.abort_orphan(uploads.Orphan(*orphan))
 
     def count(self) -> list[int]:
         """Return how many requests this process has made, and what they brought."""
@@ -525,22 +530,20 @@ _OPS = {
     "fetch": _Op(_Visit.fetch, owner_only=True),
     "download": _Op(_Visit.download, owner_only=True),
     "count": _Op(_Visit.count, owner_only=True),
+    "prepare": _Op(_Visit.prepare, owner_only=True),
+    "exists": _Op(_Visit.exists, owner_only=True),
+    "forget": _Op(_Visit.forget, owner_only=True),
+    "begin": _Op(_Visit.begin, owner_only=True),
+    "send": _Op(_Visit.send, owner_only=True),
+    "abandon": _Op(_Visit.abandon, owner_only=True),
+    "find_orphans": _Op(_Visit.find_orphans, owner_only=True),
+    "abort_orphan": _Op(_Visit.abort_orphan, owner_only=True),
     "fill": _Op(_Visit.fill),
     "prefetch": _Op(_Visit.prefetch),
     "read": _Op(_Visit.read),
+    # Of an upload whose token the asking process has: those that read headers have none.
+    "part": _Op(_Visit.part),
 }
-
-
-def _describe(error: Exception) -> list[str]:
-    """Return an error as it is sent; a bug's text is for whoever repairs it."""
-    if isinstance(error, PolyakError):
-        return [type(error).__name__, str(error)]
-    import traceback
-
-    return [
-        "PolyakError",
-        f"the gateway failed: {shown(''.join(traceback.format_exception(error)), 2000)}",
-    ]
 
 
 def _read_peer(connection: socket.socket) -> int:
@@ -667,6 +670,7 @@ def main() -> None:
                 if ready and not os.read(0, 1):
                     break
     finally:
+        server.sender.end()
         for folder in (root, place):
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)  # without waiting for requests that are under way

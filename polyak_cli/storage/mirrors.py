@@ -13,12 +13,14 @@ import atexit
 import contextlib
 import io
 import os
+import socket
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -26,14 +28,19 @@ from polyak_cli.errors import (
     ChangedError,
     FormatError,
     MissingExtraError,
+    OutputError,
+    PolyakError,
+    UsageError,
     name_path,
     show_urls_for,
     shown,
     word_size,
 )
-from polyak_cli.storage import Bytes, Version, urls
+from polyak_cli.storage import Bytes, Version, uploads, urls
 from polyak_cli.storage.gateway import BLOCK, Client, Stream
-from polyak_cli.storage.local import InputStream, LocalInput, LocalStore, name_errors
+from polyak_cli.storage.local import InputStream, LocalInput, LocalOutput, LocalStore, name_errors
+from polyak_cli.storage.messages import ask, receive, watch
+from polyak_cli.storage.parts import PartOutput
 
 #: Bytes up to which an object is fetched whole by the first read of it: one request is quicker.
 _SMALL = 4 << 20
@@ -43,6 +50,8 @@ _LARGE = 1 << 20
 _MOST_BLOCKS = 64
 #: Bytes that are fetched ahead of one who reads on and on and does not say so.
 _AHEAD = 4 << 20
+#: Schemes of stores that outputs can be written to.
+WRITABLE = ("s3", "gs", "az")
 #: Bytes up to which an object is fetched whole where its header is scattered over it.
 WHOLE = 256 << 20
 
@@ -54,6 +63,9 @@ class _Mirror:
         self.client = Client()
         self.versions: dict[str, Version] = {}
         self.secret: list[str] = []  # places whose URLs have secrets
+        #: Files that are sent in parts while they are written; and receipts of their parts.
+        self.begun: dict[str, uploads.Upload] = {}
+        self.receipts: dict[str, dict[int, str]] = {}
         show_urls_for(self.client.root)
 
     def list(self, url: urls.Url) -> str:
@@ -67,6 +79,11 @@ class _Mirror:
             self.versions.pop(path, None)
         self.versions |= {path: Version(*version) for path, version in answer["made"]}
         return str(answer["home"])
+
+    def forget(self, path: Path) -> None:
+        """Delete the stand-in of an empty object by which a store keeps a folder."""
+        self.client.ask("forget", path=str(path))
+        self.versions.pop(str(path), None)
 
 
 _mirror: _Mirror | None = None
@@ -103,11 +120,213 @@ def enter_folder(text: str) -> str:
     return path
 
 
+def enter_output(text: str) -> str:
+    """Return the local name of an output; of a URL, one in a folder that exists.
+
+    What has the name is listed, so that it is seen.
+
+    Raises:
+        UsageError: it is a URL that is not supported.
+        PolyakError: it cannot be written to, or not be listed.
+    """
+    if urls.parse(text) is None:
+        return text
+    url = _parse_output(text)
+    if not url.key.strip("/"):
+        raise OutputError(f"{shown(text)}: is a whole bucket; name an object or a folder in it")
+    path = Path(enter(str(url)))
+    mirror = _require()
+    if path.is_file() and not path.stat().st_size and not mirror.client.ask("exists", url=str(url)):
+        mirror.forget(path)
+    _make_folder(path.parent, mirror)
+    return str(path)
+
+
+def _make_folder(folder: Path, mirror: _Mirror) -> None:
+    """Make the folder of an output, where an empty object may stand for it.
+
+    Raises:
+        OutputError: an object has its name.
+    """
+    if folder.is_file():
+        if folder.stat().st_size:
+            raise OutputError(f"{shown(folder)}: is an object, not a folder; name another output")
+        mirror.forget(folder)
+    if not folder.is_dir():
+        _make_folder(folder.parent, mirror)
+        folder.mkdir(mode=0o700)
+
+
+def _parse_output(text: str) -> urls.Url:
+    """Return the parts of a URL that can be written to.
+
+    Raises:
+        UsageError: it is none.
+        MissingExtraError: a package is missing.
+    """
+    url = urls.parse(text)
+    if url is None or url.scheme not in WRITABLE:
+        known = ", ".join(f"{one}://" for one in WRITABLE)
+        raise UsageError(f"{shown(text)}: cannot be written to; expected one of {known}")
+    if url.scheme == "s3" and not find_spec("boto3"):
+        raise MissingExtraError("writing to s3://", "s3")
+    return url
+
+
+def begin(named: Mapping[Path, Path], written: Mapping[Path, Sequence[tuple[int, int]]]) -> bool:
+    """Begin to send files in parts while they are written, and return whether all can be.
+
+    What is not written by `open_output` is sent from the files at the end, by `send`.
+
+    Args:
+        named: path of each file, which has its size -> that of the stand-in that it will be.
+        written: path -> offset and length of each run of bytes that `open_output` will write.
+    """
+    if not all(map(is_sent_in_parts, named.values())):
+        return False
+    mirror = _require()
+    files = [
+        (str(path), locate(str(final)), size, written[path])
+        for path, final in named.items()
+        if (size := path.stat().st_size) > uploads.PART
+    ]
+    begun = mirror.client.ask("begin", files=files)
+    mirror.begun |= {path: uploads.Upload(*upload) for path, upload in begun.items()}
+    return True
+
+
+def is_sent_in_parts(output: Path) -> bool:
+    """Return whether an output can be sent in parts by several processes: to S3 only."""
+    return is_mirrored(str(output)) and locate(str(output)).startswith("s3://")
+
+
+def find_upload(path: str) -> uploads.Upload | None:
+    """Return the upload in parts that a file has become, if any."""
+    return _mirror.begun.get(path) if _mirror is not None else None
+
+
+class _Parts:
+    """The way of parts to the gateway, over a connection of their own."""
+
+    def __init__(self, client: Client, path: str, token: str) -> None:
+        self.client = client
+        self.file = path, token
+        self.process = os.getpid()
+        self.connection: socket.socket | None = None
+
+    def send(self, number: int, content: bytearray) -> str:
+        """Hand over a part; it is sent later, and the gateway keeps its receipt.
+
+        Raises:
+            PolyakError: an earlier part could not be sent.
+        """
+        if self.connection is None or self.process != os.getpid():
+            self.process, self.connection = os.getpid(), self.client.connect()
+        path, token = self.file
+        ask(self.connection, "part", path=path, token=token, number=number, nbytes=len(content))
+        try:
+            self.connection.sendall(content)
+            taken = receive(self.connection)
+        except OSError:
+            taken = None
+        if taken is None or "error" in taken:
+            raise OutputError("the process that writes to the network has ended")
+        return ""
+
+    def close(self) -> None:
+        """End the connection."""
+        if self.connection is not None and self.process == os.getpid():
+            self.connection.close()
+        self.connection = None
+
+
+def find_part(path: str) -> int:
+    """Return the bytes of a part of a file that is sent in parts; 0 of any other."""
+    upload = find_upload(path)
+    return upload.part if upload else 0
+
+
+def open_output(path: str) -> LocalOutput | PartOutput:
+    """Open a file that is there already, to be written by offset.
+
+    Of a file that is sent in parts, the bytes that are written go to the store and not to the disk.
+    """
+    upload = find_upload(path)
+    if upload is None or _mirror is None:
+        return LocalOutput(path)
+    parts = _Parts(_mirror.client, path, upload.token)
+    skeleton = LocalStore().open(path)
+
+    def fill(offset: int, nbytes: int) -> bytearray:
+        return bytearray(skeleton.read(offset, nbytes))
+
+    def close() -> None:
+        skeleton.close()
+        parts.close()
+
+    return PartOutput(path, skeleton.size, upload.part, fill, parts.send, close)
+
+
+def add_receipts(receipts: Mapping[str, Mapping[int, str]]) -> None:
+    """Keep the receipts of parts that other machines have sent, for `send`."""
+    for path, found in receipts.items():
+        _require().receipts.setdefault(path, {}).update(found)
+
+
+def abandon() -> None:
+    """Abort the uploads that were begun and not sent; nothing happens where there are none."""
+    if _mirror is not None and _mirror.begun:
+        _mirror.begun.clear()
+        _mirror.receipts.clear()
+        with contextlib.suppress(PolyakError):
+            _mirror.client.ask("abandon")
+
+
+def prepare(path: Path, *, force: bool) -> None:
+    """Refuse a store that may not be written, or would replace objects; see `uploads.prepare`."""
+    _require().client.ask("prepare", url=locate(str(path)), force=force)
+
+
+def send(
+    named: Mapping[Path, Path], *, force: bool, stale: Sequence[Path] = (), verify: bool = False
+) -> None:
+    """Send files to the objects that paths stand for; see `uploads.send_files`."""
+    files = [(str(path), locate(str(final))) for path, final in named.items()]
+    old = [locate(str(path)) for path in stale]
+    mirror = _require()
+    request: dict[str, Any] = {
+        "files": files,
+        "receipts": mirror.receipts,
+        "force": force,
+        "stale": old,
+        "verify": verify,
+    }
+    with mirror.client.connect() as connection:
+        watch(connection, "send", lambda _: None, **request)
+
+
+def find_orphans(url: str) -> list[uploads.Orphan]:
+    """Return what runs left in a store, or are at work on; see `uploads.find_orphans`."""
+    parsed = _parse_output(url)
+    found = _open_mirror(parsed).client.ask("find_orphans", url=str(parsed))
+    return [uploads.Orphan(*one) for one in found]
+
+
+def abort_orphan(orphan: uploads.Orphan) -> None:
+    """Delete what was left of a run."""
+    _require().client.ask("abort_orphan", orphan=orphan)
+
+
+def _require() -> _Mirror:
+    """Return the mirror in which a path lies."""
+    if _mirror is None:
+        raise PolyakError("the process that writes to the network has ended; try again")
+    return _mirror
+
+
 def _open_mirror(url: urls.Url) -> _Mirror:
     """Return the mirror of this process; the first call starts its gateway."""
     global _mirror
-    from importlib.util import find_spec
-
     with _lock:
         if _mirror is None:
             # Not imported here: this process forks.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from polyak_cli.errors import OutputError, shown, word_size
-from polyak_cli.storage import File
+from polyak_cli.storage import File, mirrors
 
 #: Returns the names of the files in a folder, relative to it, that may be replaced with it.
 ListOwned = Callable[[Path], Collection[str]]
@@ -89,7 +89,14 @@ def check_room(output: Path, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def publish(output: Path, *, force: bool, folder: ListOwned | None = None) -> Iterator[Path]:
+def publish(
+    output: Path,
+    *,
+    force: bool,
+    folder: ListOwned | None = None,
+    opener: str = "",
+    verify: bool = False,
+) -> Iterator[Path]:
     """Yield a hidden path beside ``output`` that takes its name when the block ends without error.
 
     The file is synced, renamed, and its folder synced.  After any exception, an interrupt too, the
@@ -102,16 +109,25 @@ def publish(output: Path, *, force: bool, folder: ListOwned | None = None) -> It
     of several files, the older first file stands beside new further files for an instant, and after
     a loss of power perhaps for good.
 
+    The stand-in of an object is hidden beside the other stand-ins, and is sent when the block ends.
+
     Args:
         output: the path.
         force: replace what has the name.
         folder: make a folder instead of a file, and replace an older one only if it holds nothing
             but the files that this returns.
+        opener: the file of a folder by which a reader finds the others.  Objects have no folders
+            that could be renamed: it gets its name last.
+        verify: read objects back after they were sent.
 
     Raises:
         OutputError: it cannot be written, or appeared meanwhile and ``force`` is not given.
     """
     try:
+        if mirrors.is_mirrored(str(output)):
+            with _publish_objects(output, folder, opener, force=force, verify=verify) as hidden:
+                yield hidden
+            return
         final = output.resolve()
         with (
             _publish_folder(final, folder, force=force)
@@ -121,6 +137,11 @@ def publish(output: Path, *, force: bool, folder: ListOwned | None = None) -> It
             yield hidden
     except OSError as error:
         raise OutputError(_explain_error(output, error)) from error
+
+
+def is_replaced(output: Path, inode: int) -> bool:
+    """Return whether a published output is another file by now; objects were compared already."""
+    return not mirrors.is_mirrored(str(output)) and output.stat().st_ino != inode
 
 
 @contextlib.contextmanager
@@ -203,6 +224,91 @@ def _link(hidden: Path, final: Path) -> None:
         if final.exists():
             raise FileExistsError(errno.EEXIST, "exists") from None
         hidden.replace(final)
+
+
+# --- objects --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _publish_objects(
+    output: Path, list_owned: ListOwned | None, opener: str, *, force: bool, verify: bool
+) -> Iterator[Path]:
+    """Yield a hidden path among the stand-ins, and send it when the block ends without error.
+
+    Raises:
+        OSError: the hidden file cannot be written.
+        OutputError: the store cannot be written, or the name was taken meanwhile.
+    """
+    mirrors.prepare(output, force=force)
+    hidden = _make_hidden_name(output)
+    _finals[hidden] = output
+    try:
+        if list_owned is None:
+            hidden.touch()
+        else:
+            hidden.mkdir()
+        yield hidden
+        if list_owned is None:
+            mirrors.send(_map_names(hidden, output), force=force, verify=verify)
+        else:
+            named = _map_objects(hidden, output, opener)
+            older = _list_older(output, list_owned, force=force)
+            stale = [path for path in older if path not in named.values()]
+            mirrors.send(named, force=force, stale=stale, verify=verify)
+    finally:
+        try:
+            mirrors.abandon()
+            _discard(hidden)
+        finally:  # a signal can interrupt the lines above; later signals are ignored by then
+            mirrors.abandon()
+            _discard(hidden)
+
+
+#: The hidden names of objects that are being written -> the stand-ins that they become.
+_finals: dict[Path, Path] = {}
+
+
+def begin_parts(written: Mapping[Path, Sequence[tuple[int, int]]]) -> bool:
+    """Begin to send files of a hidden output to a store while they are written.
+
+    Args:
+        written: each file of one output -> offset and length of each run of bytes that
+            `mirrors.open_output` will write; the others are there.
+
+    Returns:
+        Whether the store takes parts from several processes; if not, nothing has changed.
+    """
+    named = {}
+    for path in written:
+        hidden = next((one for one in (path, *path.parents) if one in _finals), None)
+        if hidden is None:
+            return False
+        named[path] = _finals[hidden] / path.relative_to(hidden)
+    return mirrors.begin(named, written)
+
+
+def _map_objects(hidden: Path, output: Path, opener: str) -> dict[Path, Path]:
+    """Return the final name of each file of a folder; the one that opens it comes last."""
+    files = [path for path in sorted(hidden.rglob("*")) if path.is_file()]
+    files.sort(key=lambda path: path.relative_to(hidden).as_posix() == opener)
+    return {path: output / path.relative_to(hidden) for path in files}
+
+
+def _list_older(output: Path, list_owned: ListOwned, *, force: bool) -> list[Path]:
+    """Return the stand-ins of an older output; refuse what came into its folder meanwhile."""
+    mirrors.enter(f"{mirrors.locate(str(output))}/")
+    if not output.is_dir():
+        return []
+    check_folder(output, [], list_owned, force=force)
+    return [output / name for name in list_owned(output)]
+
+
+def _discard(hidden: Path) -> None:
+    _finals.pop(hidden, None)
+    if hidden.is_dir():
+        shutil.rmtree(hidden, ignore_errors=True)
+    else:
+        _remove(hidden)
 
 
 # --- scratch copies -------------------------------------------------------------------------------
