@@ -562,6 +562,19 @@ def test_workers_read_objects_by_themselves(
     assert tree(tmp_path) == {"o.h5": run[1]}
 
 
+@pytest.mark.parametrize("engine", [pytest.param("spawned", marks=SOAK), "dask"])
+def test_from_the_bucket_into_the_bucket(
+    tmp_path: Path, run: tuple[Path, bytes], bucket: S3Bucket, engine: str
+) -> None:
+    """An output of a cluster is made in TMPDIR, which all workers see, and then sent."""
+    bucket.put_tree(run[0], "run/")
+    output = f"{bucket.url}/final.h5"
+    done = average_bucket(tmp_path, bucket, engine, "-o", output, "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert bucket.contents("final.h5") == run[1]
+    assert tree(tmp_path) == {}
+
+
 @pytest.mark.parametrize("engine", ["spawned", pytest.param("dask", marks=SOAK)])
 def test_an_object_that_is_overwritten_meanwhile_ends_the_run(
     tmp_path: Path, run: tuple[Path, bytes], bucket: S3Bucket, engine: str
