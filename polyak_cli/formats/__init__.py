@@ -126,10 +126,11 @@ def read_descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
 def find_polyak_outputs(paths: Sequence[Path], *, jobs: int = 1) -> Collection[Path]:
     """Return those of the files that this tool wrote."""
     mirrors.expect_alike(map(str, paths))
-    known = [(path, key) for path in paths if (key := _detect_or_none(path))]
-    names = [str(path) for path, _ in known]
-    requests = [(find_format(key), str(path)) for path, key in known]
-    outcomes = sandbox.run_each(_is_polyak_output, requests, names, jobs)
+    with mirrors.reading_heads():
+        known = [(path, key) for path in paths if (key := _detect_or_none(path))]
+        names = [str(path) for path, _ in known]
+        requests = [(find_format(key), str(path)) for path, key in known]
+        outcomes = [*sandbox.run_each(_is_polyak_output, requests, names, jobs)]
     return {path for (path, _), ours in zip(known, outcomes, strict=True) if ours is True}
 
 

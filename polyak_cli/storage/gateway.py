@@ -181,6 +181,14 @@ class Stream:
 # --- the process ----------------------------------------------------------------------------------
 
 
+class _Group:
+    """Stand-ins whose blocks are fetched together, and which blocks were asked for already."""
+
+    def __init__(self, members: Sequence[_StandIn]) -> None:
+        self.members = members
+        self.asked: set[tuple[int, int]] = set()
+
+
 class _StandIn:
     """A sparse file of an object's size, and which of its blocks hold the object's bytes."""
 
@@ -194,7 +202,7 @@ class _StandIn:
         self.filled: dict[int, Future[None]] = {}
         self.present = 0
         self.lock = threading.Lock()
-        self.alike: Sequence[_StandIn] = ()
+        self.alike = _Group(())
 
     def fill(self, first: int, count: int) -> None:
         """Have blocks in the file, and wait for them.
@@ -204,9 +212,11 @@ class _StandIn:
         """
         last = min(first + count, self.blocks)
         wanted = self._begin(first, last)
-        for other in self.alike:
-            if other is not self:
-                other._begin(first, min(last, other.blocks))
+        if (first, last) not in self.alike.asked:
+            self.alike.asked.add((first, last))
+            for other in self.alike.members:
+                if other is not self:
+                    other._begin(first, min(last, other.blocks))
         for future in dict.fromkeys(wanted):
             future.result()
 
@@ -419,8 +429,9 @@ class _Visit:
     def pair(self, paths: Sequence[str]) -> None:
         """Have the blocks of one of some objects, when they are asked for, fetched of all."""
         found = [self.server.find(path) for path in paths]
+        group = _Group(found)
         for one in found:
-            one.alike = found
+            one.alike = group
 
     def prefetch(self, path: str, version: Sequence[Any], ranges: Sequence[Any]) -> None:
         """Have ranges of an object fetched, for reads over this connection."""

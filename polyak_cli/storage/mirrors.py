@@ -87,6 +87,7 @@ class _Mirror:
 
 
 _mirror: _Mirror | None = None
+_heads_only = False  # see `reading_heads`
 _lock = threading.Lock()
 
 
@@ -443,6 +444,20 @@ def _check_room(paths: Sequence[str], mirror: _Mirror) -> None:
         )
 
 
+@contextlib.contextmanager
+def reading_heads() -> Iterator[None]:
+    """Have only the blocks fetched that are asked for, of small objects too.
+
+    For a look at the headers of many objects, of which few will be read.
+    """
+    global _heads_only
+    before, _heads_only = _heads_only, True
+    try:
+        yield
+    finally:
+        _heads_only = before
+
+
 def expect_alike(paths: Iterable[str]) -> None:
     """Have the same blocks of several objects fetched at a time, when those of one are read."""
     if _mirror is not None:
@@ -510,7 +525,7 @@ class MirroredInput:
 
     def _ask_whole(self) -> bool:
         """Return whether every byte is in the file; have it there if it is small."""
-        if self._is_whole is None and self.size <= _SMALL:
+        if self._is_whole is None and self.size <= _SMALL and not _heads_only:
             self._ask_blocks(range(-(-self.size // BLOCK)))
         elif self._is_whole is None:
             self._ask_blocks(range(0))

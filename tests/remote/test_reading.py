@@ -429,3 +429,33 @@ def test_an_azure_container_is_averaged(container: AzureContainer, tmp_path: Pat
         done = polyak("average", source, "-o", output, cwd=tmp_path, environ=container.environ)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "l.safetensors").read_bytes() == (tmp_path / "r.safetensors").read_bytes()
+
+
+@pytest.mark.soak
+def test_of_many_objects_only_headers_are_fetched(bucket: S3Bucket, tmp_path: Path) -> None:
+    """A thousand checkpoints are listed, looked at and chosen from with a request or two each."""
+    run = write_run(tmp_path / "run", 2, 600)
+    one, other = (path.read_bytes() for path in sorted(run.iterdir()))
+    for epoch in range(1000):
+        bucket.put(f"run/epoch_{epoch:04d}.safetensors", one if epoch < 999 else other)
+    code = """
+import atexit, sys
+from polyak_cli.storage import mirrors
+def report():
+    requests, retries, nbytes = mirrors._mirror.client.ask("count")
+    print(requests, nbytes, file=sys.stderr)
+atexit.register(report)  # before that which ends the gateway
+from polyak_cli.cli import main
+path = mirrors.enter(sys.argv[2])
+atexit.unregister(mirrors.close)
+main(sys.argv[1:])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "average", f"{bucket.url}/run/", "--last", "2", "-n", "--json"],
+        cwd=tmp_path, env=environment(**bucket.environ), capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    requests, nbytes = map(int, done.stderr.split()[-2:])
+    assert "epoch_0998.safetensors" in done.stdout
+    assert requests <= 1100
+    assert nbytes <= 1000 * (65 << 10) + 2 * len(one)
