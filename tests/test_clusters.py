@@ -655,7 +655,11 @@ def count_faults(folder: Path, kernel: str, how: str = "") -> dict[str, int]:
     """Return for each type how many pages 56 pieces more need, of three checkpoints each."""
     done = subprocess.run(
         [sys.executable, "-c", FAULTS, str(folder), how],
-        env=environment(MALLOC_TRIM_THRESHOLD_="65536", POLYAK_KERNEL=kernel),
+        # The first is Dask's.  With the second, no array of a piece fits into a hole of the heap,
+        # of which there are some after one import and none after another.
+        env=environment(
+            MALLOC_TRIM_THRESHOLD_="65536", MALLOC_MMAP_THRESHOLD_="32768", POLYAK_KERNEL=kernel
+        ),
         capture_output=True,
         text=True,
         check=True,
