@@ -248,9 +248,7 @@ def sweep(
         UsageError: windows, schemes, searches or splits are not valid.
         PolyakError: as for `planning.plan` and `evaluator.Evaluator`.
     """
-    _check_arguments(batch, search)
-    if options.get("engine", "here") != "here":
-        raise UsageError("engine is not for sweeps, which score their averages on this machine")
+    _check_arguments(batch, search, options.get("engine", "here"))
     if recalibrate is not None:
         options |= {"recalibrate": recalibrate, "batch_size": batch_size, "trust_code": trust_code}
         options |= {"model": model}
@@ -299,7 +297,9 @@ def choose_suffix(plan: planning.Plan) -> str:
     return WEIGHTS_SUFFIXES[0] if path.name.endswith(WEIGHTS_SUFFIXES) else path.suffix
 
 
-def _check_arguments(batch: int, search: Sequence[str]) -> None:
+def _check_arguments(batch: int, search: Sequence[str], engine: str) -> None:
+    if engine != "here":
+        raise UsageError("engine is not for sweeps, which score their averages on this machine")
     if batch < 1:
         raise UsageError(f"--batch {batch} is out of range; expected 1 or more")
     for name in search:

@@ -451,7 +451,7 @@ atexit.unregister(mirrors.close)
 main(sys.argv[1:])
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, "average", f"{bucket.url}/run/", "--last", "2", "-n", "--json"],
+        [sys.executable, "-c", code, "average", f"{bucket.url}/run/", "--last=2", "-n", "--json"],
         cwd=tmp_path, env=environment(**bucket.environ), capture_output=True, text=True, timeout=90,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
