@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # the names below once more, in the only form that type check
         MissingExtraError as MissingExtraError,
         OutputError as OutputError,
         PolyakError as PolyakError,
+        StoreError as StoreError,
         UsageError as UsageError,
     )
     from polyak_cli.evaluation.comparison import (
@@ -113,6 +114,7 @@ _NAMES = {
         "MissingExtraError",
         "OutputError",
         "PolyakError",
+        "StoreError",
         "UsageError",
     ),
     "evaluation.comparison": (

@@ -45,6 +45,13 @@ class ChangedError(FormatError):
     """A file was changed or replaced while it was read; try again when it is complete."""
 
 
+class StoreError(PolyakError):
+    """A store does not give what it holds: access is denied, or it is out of reach.
+
+    This says nothing about the file, so that a checkpoint is never left out because of it.
+    """
+
+
 class MismatchError(PolyakError):
     """Checkpoints do not belong to one model, or hold numbers that cannot be averaged."""
 

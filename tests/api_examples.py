@@ -376,6 +376,11 @@ training.csv: not named like a checkpoint
 >>> issubclass(ChangedError, FormatError)  # caught where damaged files are
 True
 """,
+    "StoreError": """
+>>> from polyak_cli import FormatError, StoreError
+>>> issubclass(StoreError, FormatError)  # a file of which nothing is known is not damaged
+False
+""",
     "CheckpointError": """
 >>> from polyak_cli import CheckpointError, plan
 >>> try:

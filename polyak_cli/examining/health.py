@@ -43,6 +43,7 @@ from polyak_cli.errors import (
     FormatError,
     MismatchError,
     PolyakError,
+    StoreError,
     UsageError,
     name_path,
     quote_glob,
@@ -305,6 +306,8 @@ def _scan_each(paths: Sequence[Path]) -> Sequence[Table | PolyakError]:
     """Scan files of one format, each alone if they cannot be scanned together."""
     try:
         return formats.scan(paths)
+    except StoreError:
+        raise
     except PolyakError as error:
         return [error] if len(paths) == 1 else [_scan_each([path])[0] for path in paths]
 

@@ -29,6 +29,7 @@ from polyak_cli.errors import (
     FormatError,
     MismatchError,
     PolyakError,
+    StoreError,
     UsageError,
     name_path,
     shown,
@@ -288,6 +289,8 @@ class _Search:
             try:
                 (table,) = formats.scan([find_file(path)], key=self.key)
                 self._check_format(path, table.format)
+            except StoreError:
+                raise
             except PolyakError as error:
                 one.error = one.error or str(error)  # of the first folder, the likeliest
             except OSError as error:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli.errors import FormatError, MismatchError, PolyakError, UsageError, shown
+from polyak_cli.errors import FormatError, MismatchError, PolyakError, StoreError, UsageError, shown
 from polyak_cli.formats import wire
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.formats.format import Draft, Format, OutputForm, ScanRequest, SkeletonRequest
@@ -175,6 +175,9 @@ def probe(paths: Sequence[Path], *, jobs: int = 1, key: str = "") -> list[Probed
 
     Returns:
         For each file what it consists of, or the error that says why not.
+
+    Raises:
+        StoreError: of the first file that its store does not give.
     """
     mirrors.expect_alike(map(str, paths))
     errors: dict[int, PolyakError] = {}
@@ -183,17 +186,24 @@ def probe(paths: Sequence[Path], *, jobs: int = 1, key: str = "") -> list[Probed
         try:
             request = ScanRequest(str(path), with_optimizer=False, key=key)
             requests[number] = find_format(detect(path)), request
+        except StoreError:
+            raise
         except PolyakError as error:
             errors[number] = error
     names = [request.path for form, request in requests.values() if form.is_scattered]
     with contextlib.suppress(PolyakError):  # which the child meets again, and of which file
         mirrors.fetch_all(names, most=mirrors.WHOLE)
-    outcomes = sandbox.run_each(
-        _probe_one,
-        [*requests.values()],
-        [request.path for _, request in requests.values()],
-        max(1, min(jobs, len(requests))),
-    )
+    outcomes = [
+        *sandbox.run_each(
+            _probe_one,
+            [*requests.values()],
+            [request.path for _, request in requests.values()],
+            max(1, min(jobs, len(requests))),
+        )
+    ]
+    for outcome in outcomes:
+        if isinstance(outcome, StoreError):
+            raise outcome
     found = dict(zip(requests, outcomes, strict=True)) | errors
     return [
         outcome

@@ -25,7 +25,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli.errors import FormatError, OutputError, PolyakError, shown
+from polyak_cli.errors import FormatError, OutputError, PolyakError, StoreError, shown
 from polyak_cli.storage import Bytes, Version, urls
 from polyak_cli.storage.messages import ask, describe_error, fill, rebuild_error, receive, send
 from polyak_cli.storage.sending import Sender
@@ -613,8 +613,8 @@ def _list_around(url: urls.Url, folder: str) -> tuple[list[Any], list[str]]:
 
     try:
         return objects.list_beside(url._replace(key=folder))
-    except FormatError:
-        with contextlib.suppress(FormatError):
+    except (FormatError, StoreError):
+        with contextlib.suppress(FormatError, StoreError):
             one = objects.find(url)
             if one:
                 return [one], []

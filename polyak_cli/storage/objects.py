@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Self, TypeVar
 from urllib.parse import unquote
@@ -28,6 +29,7 @@ from polyak_cli.errors import (
     MissingExtraError,
     OutputError,
     PolyakError,
+    StoreError,
     redact,
     shown,
 )
@@ -48,6 +50,9 @@ _TIMEOUT = "120s"
 _CHANGED = "changed while it was read; is training still running?"
 #: Statuses, as obstore words them, that another try does not change.
 _FINAL = re.compile(r"status code: (?:30\d|400|401|403|404|405|410|411|412|416|501)\b")
+
+#: What S3 says, with status 400, of credentials that were valid before.
+_EXPIRED = ("ExpiredToken", "TokenRefreshRequired", "InvalidToken")
 
 Result = TypeVar("Result")
 
@@ -184,7 +189,8 @@ def _connect_s3(bucket: str, options: Any, retry: Any) -> Any:
         except ImportError:
             raise MissingExtraError("a profile of ~/.aws", "s3") from None
         session = boto3.Session()
-        settings["credential_provider"] = Boto3CredentialProvider(session)
+        # Asked before each request: botocore keeps credentials itself, and knows when they end.
+        settings["credential_provider"] = Boto3CredentialProvider(session, ttl=timedelta(0))
         region = region or session.region_name
     if region:
         settings["region"] = region
@@ -217,7 +223,8 @@ def _try(ask: Callable[[], Result], url: Url) -> Result:
     """Make a request, again after a pause where that may help.
 
     Raises:
-        FormatError: it failed; the message lacks the URL.
+        FormatError: there is no such object, or it was changed; the message lacks the URL.
+        StoreError: it failed; the message has the URL.
     """
     for number in range(_TRIES):
         _counter.add(requests=1, retries=1 if number else 0)
@@ -270,29 +277,30 @@ def _explain(error: Exception, url: Url) -> NoReturn:
         raise FormatError("cannot be read: there is no such object (404)") from None
     if kind == "PreconditionError":
         raise ChangedError(_CHANGED) from None
-    if _is_whole(text):
-        raise FormatError(
-            "cannot be read: the server ignores ranges of bytes (it answers 200, not 206); copy "
-            "the file to a folder, or use a server that supports Range"
-        ) from None
-    if "169.254.169.254" in text or "metadata.google.internal" in text:
-        raise FormatError(
-            f"cannot be read: no credentials are found; {describe_credentials(url.scheme)}"
-        ) from None
     status = re.search(r"status code: (\d+)([A-Za-z ]*)", text)
     code = re.search(r"<Code>(\w+)</Code>", text)
     what = f"{status[1]}{f', {code[1]}' if code else status[2]}" if status else kind
-    if kind in ("PermissionDeniedError", "UnauthenticatedError") or what[:3] in ("401", "403"):
-        raise FormatError(
-            f"cannot be read: access is denied ({what}); {describe_credentials(url.scheme)}"
-        ) from None
     if status and status[1] == "404":
         raise FormatError(f"cannot be read: there is no such bucket or object ({what})") from None
     often = "" if _is_final(error) else f"; tried {_TRIES} times"
-    if "error sending request" in text:
-        raise FormatError(f"cannot be read: the server cannot be reached{often}") from None
-    reason = f"{where} answers {what}" if status else _shorten(text)
-    raise FormatError(f"cannot be read: {reason}{often}") from None
+    if _is_whole(text):
+        reason = (
+            "the server ignores ranges of bytes (it answers 200, not 206); copy the file to a "
+            "folder, or use a server that supports Range"
+        )
+    elif "169.254.169.254" in text or "metadata.google.internal" in text:
+        reason = f"no credentials are found; {describe_credentials(url.scheme)}"
+    elif (
+        kind in ("PermissionDeniedError", "UnauthenticatedError")
+        or what[:3] in ("401", "403")
+        or (code and code[1] in _EXPIRED)
+    ):
+        reason = f"access is denied ({what}); {describe_credentials(url.scheme)}"
+    elif "error sending request" in text:
+        reason = f"the server cannot be reached{often}"
+    else:
+        reason = f"{f'{where} answers {what}' if status else _shorten(text)}{often}"
+    raise StoreError(f"{url}: cannot be read: {reason}") from None
 
 
 def _shorten(text: str) -> str:
@@ -346,7 +354,8 @@ def list_below(url: Url, most: int) -> list[Listed]:
     """Return all objects below a prefix, which is a folder's; at most one more than ``most``.
 
     Raises:
-        FormatError: it cannot be listed; the message lacks the URL.
+        FormatError: there is no such bucket; the message lacks the URL.
+        StoreError: it cannot be listed.
     """
     import obstore
 
@@ -367,7 +376,8 @@ def list_beside(url: Url) -> tuple[list[Listed], list[str]]:
     """Return the objects and the folders directly below a prefix.
 
     Raises:
-        FormatError: it cannot be listed; the message lacks the URL.
+        FormatError: there is no such bucket; the message lacks the URL.
+        StoreError: it cannot be listed.
     """
     import obstore
 
@@ -384,7 +394,7 @@ def find(url: Url) -> Listed | None:
     """Return one object, None where there is none of that name.
 
     Raises:
-        FormatError: the server does not say; the message lacks the URL.
+        StoreError: the server does not say.
     """
     import obstore
 
@@ -469,7 +479,8 @@ class ObjectInput:
         """Yield bytes of the object in order, those that were fetched ahead first of all.
 
         Raises:
-            FormatError: they cannot be read; the message lacks the URL.
+            FormatError: the object is gone or changed; the message lacks the URL.
+            StoreError: they cannot be read.
         """
         stop = offset + nbytes
         while offset < stop:
@@ -541,7 +552,8 @@ class ObjectInput:
         """Return bytes of exactly the version that was opened, from one GET.
 
         Raises:
-            FormatError: they cannot be read; the message lacks the URL.
+            FormatError: the object is gone or changed; the message lacks the URL.
+            StoreError: they cannot be read.
         """
         import obstore
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from polyak_cli.errors import FormatError, OutputError, PolyakError, shown
+from polyak_cli.errors import FormatError, OutputError, PolyakError, StoreError, shown
 from polyak_cli.storage import blobs, s3
 from polyak_cli.storage.local import LocalStore
 from polyak_cli.storage.urls import Url, parse
@@ -408,7 +408,7 @@ def _compare(path: str, url: str, progress: Progress) -> None:
                 sent.prefetch([(offset, 2 * PART)])
                 same = file.read(offset, PART) == sent.read(offset, PART)
                 progress(0)
-    except FormatError as error:
+    except (FormatError, StoreError) as error:
         raise OutputError(f"it was written, but cannot be read back: {error}") from None
     if not same:
         raise OutputError(

@@ -147,7 +147,7 @@ def test_what_cannot_be_read_is_one_line(bucket: S3Bucket, run: Path) -> None:
     assert line.startswith("s3://polyak-no-such-bucket/run/: ")
     assert "404" in line
     line = refuse(bucket, run, "average", there, "-n", AWS_SECRET_ACCESS_KEY="wrong")
-    assert line.startswith(f"{there}: cannot be read: access is denied (403")
+    assert line.startswith(f"{bucket.url}/run: cannot be read: access is denied (403")
     assert "AWS_ACCESS_KEY_ID" in line
     line = refuse(bucket, run, "average", "ftp://host/run/", "-n")
     assert line.startswith("ftp://host/run/: ftp:// is not supported; expected a path or one of s3")

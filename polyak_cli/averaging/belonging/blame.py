@@ -17,6 +17,7 @@ from polyak_cli.errors import (
     FormatError,
     MismatchError,
     PolyakError,
+    StoreError,
     list_some,
     shown,
 )
@@ -89,6 +90,8 @@ def blame_format(paths: Sequence[Path], error: PolyakError) -> PolyakError:
     """
     try:
         keys = [detect(path) for path in paths]
+    except StoreError as unreachable:
+        return unreachable
     except PolyakError as foreign:  # it has no format that is known here; its own error says so
         return blame_unreadable(paths, foreign)
     # Newest first, as `group_alike` returns them.
@@ -102,6 +105,8 @@ def blame_format(paths: Sequence[Path], error: PolyakError) -> PolyakError:
     try:
         # A damaged or foreign file has no format; its own error says so.
         formats.scan([paths[odd]])
+    except StoreError as unreachable:
+        return unreachable
     except PolyakError as damaged:
         damaged.at_fault = (odd,)
         return damaged
@@ -126,7 +131,7 @@ def blame_unreadable(paths: Sequence[Path], error: PolyakError, key: str = "") -
         key: of the part that is read of each; see `formats.scan`.
     """
     culprit = find_named(error, [[str(path)] for path in paths])
-    if culprit is None:
+    if culprit is None or isinstance(error, StoreError):
         return error
     others = [path for k, path in enumerate(paths) if k != culprit]
     for path in others[::-1][:_TRIED]:
