@@ -16,6 +16,8 @@ from polyak_cli.storage.urls import Url
 #: Bytes of the parts in which obstore sends an object, and how many it has under way.
 CHUNK = 8 << 20
 CONCURRENCY = 4
+#: How often a request is repeated, with pauses that grow.
+_RETRIES = 6
 _MIDDLE, _SUFFIX = ".polyak-", ".partial"
 
 
@@ -38,7 +40,7 @@ def _connect(url: Url) -> Any:
     """Return the process's store of a bucket, which its threads share."""
     from polyak_cli.storage.objects import connect
 
-    return connect(url)
+    return connect(url, retries=_RETRIES)
 
 
 @contextlib.contextmanager

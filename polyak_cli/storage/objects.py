@@ -112,10 +112,14 @@ def pool() -> ThreadPoolExecutor:
 # --- connections ----------------------------------------------------------------------------------
 
 
-def connect(url: Url) -> Any:
+def connect(url: Url, *, retries: int = 0) -> Any:
     """Return obstore's store of a bucket, container or web server, one for each in this process.
 
     Credentials are found in the ways that are usual for the service.
+
+    Args:
+        url: in it.
+        retries: how often obstore repeats a request by itself, for what `_try` cannot repeat.
 
     Raises:
         MissingExtraError: obstore is not installed, or boto3 where a profile needs it.
@@ -123,17 +127,17 @@ def connect(url: Url) -> Any:
     """
     key = url._replace(key="")
     if url.scheme in ("http", "https"):
-        return _connect(key)
-    return _connect(key._replace(user="", query=""))
+        return _connect(key, retries)
+    return _connect(key._replace(user="", query=""), retries)
 
 
 @functools.cache
-def _connect(url: Url) -> Any:
+def _connect(url: Url, retries: int) -> Any:
     try:
         from obstore import store
     except ImportError:
         raise MissingExtraError(f"{url.scheme}://", "remote") from None
-    retry = {"max_retries": 0}  # `_try` repeats requests, and counts them
+    retry = {"max_retries": retries}  # mostly 0: `_try` repeats requests, and counts them
     options: Any = {"timeout": _TIMEOUT, "connect_timeout": "10s"}
     try:
         if url.scheme == "s3":

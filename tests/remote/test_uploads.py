@@ -24,7 +24,7 @@ from tests.remote.proxy import (
     Proxy,
     some,
 )
-from tests.remote.servers import FOREIGN, Bucket, S3Bucket
+from tests.remote.servers import FOREIGN, AzureContainer, Bucket, S3Bucket, Server
 
 MIB = 1 << 20
 #: An eighth of the smallest part that S3 allows, which the tests use to be quick.
@@ -436,3 +436,20 @@ def test_few_parts_are_in_memory(faulty: tuple[S3Bucket, Proxy], tmp_path: Path)
     path = write(tmp_path / "big", 100 * UNIT)
     uploads.send_files([(path, url(bucket, "x"))], force=False)
     assert proxy.traffic.most_open <= 5  # and the lease's
+
+
+def test_a_busy_azure_is_asked_again(
+    container: AzureContainer, azure: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that Azure is too busy for is repeated, and the bytes are right."""
+    monkeypatch.setattr(blobs, "CHUNK", 8 * UNIT)
+    path = write(tmp_path / "big", 17 * UNIT)
+    with Proxy(azure) as proxy:
+        proxy.rules.append(some(lambda n: n in (2, 4), SLOW_DOWN, lambda r: r.method == "PUT"))
+        for name, value in proxy.environ.items():
+            monkeypatch.setenv(name, value)
+        objects._connect.cache_clear()
+        uploads.send_files([(path, url(container, "x"))], force=False)
+        assert 503 in [status for _, status in proxy.traffic.log]
+    objects._connect.cache_clear()
+    assert container.tree() == {"x": Path(path).read_bytes()}
