@@ -19,7 +19,7 @@ SPREAD := -n 2 --dist loadfile
 # An editable install compiles the kernel, so it is made again when one of these changes.
 BUILT_FROM := pyproject.toml $(wildcard .build-hooks/*.py polyak_cli/engine/*.c)
 
-.PHONY: demo test soak quick core core-all oldest torch hf orbax remote remote-all system coverage lint types smoke wheel sanitize compilers arm fuzz check mutants bench bench-peers digits clean
+.PHONY: demo test soak quick core core-all oldest torch hf orbax remote remote-all system coverage lint types smoke wheel sanitize compilers arm fuzz check mutants bench bench-peers bench-remote digits clean
 
 # Plain numpy runs and trains both networks, so neither Keras nor TensorFlow is installed.
 demo: .venv-demo/.ready
@@ -184,6 +184,11 @@ bench: .venv/.ready
 # Where averaging pays: the tables of the README; results come to .digits/.
 digits: .venv/.ready
 	$(BIN)/python -m tests.examples.digits
+
+# Buckets and clusters: beside only reading every byte, with 1 to 8 workers behind a proxy that bounds
+# each connection, and what Dask's scheduler takes of a large average.
+bench-remote: .venv-remote/.ready
+	$(REMOTE)/python -m tests.remote.bench
 
 bench-peers:
 	$(PYTHON) -m venv .bench/peers/mergekit
