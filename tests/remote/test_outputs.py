@@ -262,14 +262,14 @@ def test_two_commands_to_one_name(bucket: S3Bucket, tmp_path: Path) -> None:
     """Of two commands at the same time one writes, and the other says that the name is taken."""
     processes = []
     for k in range(2):
-        write_run(tmp_path / f"run{k}", k + 1, kib=9 << 10)
+        write_run(tmp_path / f"run{k}", k + 2, kib=9 << 10)
         command = ["average", f"run{k}", "-o", f"{bucket.url}/out.safetensors"]
         processes.append(start(bucket, *command, cwd=tmp_path))
     errors = [process.communicate(timeout=120)[1] for process in processes]
     codes = [process.returncode for process in processes]
     assert sorted(codes) == [0, 3], errors
     loser = codes.index(3)
-    assert one_line(errors[loser]).endswith("already exists; use --force to replace it")
+    assert errors[loser].endswith("already exists; use --force to replace it\n")
     polyak("average", f"run{1 - loser}", "-o", "local.safetensors", cwd=tmp_path)
     assert bucket.contents("out.safetensors") == (tmp_path / "local.safetensors").read_bytes()
     assert bucket.uploads() == []
