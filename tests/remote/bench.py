@@ -154,7 +154,9 @@ def compare(folder: Path, bucket: S3Bucket, keys: Sequence[tuple[str, int]],
         contenders: dict[str, Any] = {
             "only reading": [[sys.executable, "-c", READ, bucket.name, one] for one in shares],
             "here, to the disk": [average(bucket, local, "--jobs", jobs)],
-            "here, to the bucket": [average(bucket, f"{bucket.url}/o1.safetensors", "--jobs", jobs)],
+            "here, to the bucket": [
+                average(bucket, f"{bucket.url}/o1.safetensors", "--jobs", jobs)
+            ],
             "dask, to the disk": [average(bucket, local, *dask)],
             "dask, to the bucket": [average(bucket, f"{bucket.url}/o2.safetensors", *dask)],
         }
