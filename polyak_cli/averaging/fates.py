@@ -193,6 +193,12 @@ def note_files_beside(newest: Checkpoint, template: Table) -> list[str]:
             f"only {shown(template.path.name)} is averaged: the average takes its place in a copy "
             f"of {shown(newest.path)}"
         ]
+    form = find_format(template.format)
+    if form.carries_all:
+        return [
+            f"only the tensors are written, and nothing else that is in {shown(newest.path)}; an "
+            f"output without suffix is a folder of {form.name}"
+        ]
     return [
         "only the tensors are written: a program may also need config.json, the tokenizer and "
         f"the other files in {shown(newest.path)}, which an output without suffix, a folder, holds"

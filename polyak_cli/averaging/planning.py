@@ -479,9 +479,13 @@ def _check_types(template: Table, averaged: Sequence[Row], dtype: str | None) ->
     retypes = find_format(template.format).retypes
     for spec in (row[-1] for row in averaged if template.rules.is_fixed):
         if dtype not in (None, spec.dtype) and not {dtype, spec.dtype} <= retypes:
-            others = f" (all but {', '.join(sorted(retypes))})" if retypes else ""
+            limit = (
+                f"can change types only between {', '.join(sorted(retypes))}"
+                if retypes
+                else "keeps its types"
+            )
             raise UsageError(
-                f"--dtype {dtype}: {shown(template.path)} keeps its types{others}, and tensor "
+                f"--dtype {dtype}: {shown(template.path)} {limit}, and tensor "
                 f"'{shown(spec.name)}' is {spec.dtype}; leave out --dtype, or give the output a "
                 "name in .safetensors"
             )

@@ -73,6 +73,7 @@ def average(
 
     SOURCE is a directory or a glob, whose checkpoints are ordered by the epoch in their names, or
     files one by one, oldest first. For - the names of files are read from standard input.
+    Each can be a URL, such as s3://bucket/run/: see polyak guide remote.
     """
     if not output and not dry_run:
         raise UsageError("--output is missing; name the file to write with -o, or use --dry-run")

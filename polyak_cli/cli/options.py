@@ -232,7 +232,8 @@ STRIP_PREFIX = option(
     "--strip-prefix",
     multiple=True,
     metavar="PREFIX",
-    help="Ignore this prefix of tensor names, such as module. of DDP; may be repeated.",
+    help="Ignore this prefix of tensor names, such as module. of DDP, when tensors are paired; the "
+    "output has the names of the newest checkpoint.  May be repeated.",
 )
 KEY = option(
     "--key",

@@ -233,8 +233,12 @@ def test_the_options_of_the_writer_change_nothing(tmp_path: Path, options: State
             warnings.simplefilter("ignore")
             dcp.save(state, storage_writer=writer, no_dist=True)
         models.append(state)
-    average(tmp_path / "run", tmp_path / "o.safetensors")
+    report = average(tmp_path / "run", tmp_path / "o.safetensors")
     assert_equal(load_file(tmp_path / "o.safetensors"), average_whole(models))
+    # Such a folder has neither a config.json nor a tokenizer that a note could speak of.
+    (note,) = (note for note in report.notes if "only the tensors are written" in note)
+    assert "without suffix is a folder of PyTorch DCP" in note
+    assert "config.json" not in note
 
 
 def test_every_type_is_read(tmp_path: Path) -> None:

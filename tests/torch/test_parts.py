@@ -140,6 +140,32 @@ def test_a_key_that_leads_to_no_state_dict_is_refused(
         plan(paths, tmp_path / "o.safetensors", key=key)
 
 
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        ({"epoch": 3, "model_state_dict": {"w": 0}}, "--key model_state_dict"),
+        ({"epoch": 3, "model": {"w": 0}, "ema": {"w": 1}}, "--key model or --key ema"),
+        ({"epoch": 3, "empty": {}, "deep": {"net": {"w": 0}}}, "with --key"),
+        ({"epoch": 3, "net": {"w": 0}, "random_state": {"cpu": 1}}, "--key net"),
+        ({"w": 0, 3: {"w": 1}}, "with --key"),
+    ],
+)
+def test_the_advice_on_a_key_names_those_that_hold_state_dicts(
+    tmp_path: Path, content: dict[Any, Any], advice: str
+) -> None:
+    """A key is advised if it leads to tensors of a model alone, and never one that is not there."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: fill(inner) for key, inner in value.items()}
+        return value if value == 3 else torch.full((2,), float(value))
+
+    torch.save(fill(content), tmp_path / "m_1.pt")
+    with pytest.raises(OutputError) as refusal:
+        plan([tmp_path / "m_1.pt"], tmp_path / "o.safetensors")
+    assert str(refusal.value).endswith(advice)
+
+
 def test_a_format_without_parts_has_no_key(tmp_path: Path) -> None:
     """The error names the file and the option that chooses tensors there."""
     from safetensors.torch import save_file

@@ -239,6 +239,18 @@ def _find_part(root: Any, keys: tuple[str, ...]) -> Any:
     return root
 
 
+def _suggest_keys(root: Pairs | Instance) -> str:
+    """Return which keys of a dictionary hold state dicts, for an error; "" if none does."""
+    found = []
+    for key, value in root.items:
+        if not (isinstance(key, str) and isinstance(value, (Pairs, Instance)) and value.items):
+            continue
+        tensors = all(isinstance(one, Tensor) for name, one in value.items if name != "__dict__")
+        if tensors and not beside.find_owner((key,), value):
+            found.append(f"--key {shown(key, 40)}")
+    return f", such as {' or '.join(found[:_MOST_KEYS])}" if found else ""
+
+
 class _Walk:
     """A walk through all that a pickle holds; what is there twice is entered once."""
 
@@ -560,7 +572,7 @@ class TorchZip(Format):
                 named = shown(key, 40) if isinstance(key, (str, int, float)) else "?"
                 raise OutputError(
                     f"has '{named}' beside or around its tensors, which would be lost; choose "
-                    "the state dict in it with --key, such as --key state_dict"
+                    f"the state dict in it with --key{_suggest_keys(root)}"
                 )
         return {"format": "pt"}
 
