@@ -221,9 +221,9 @@ def test_the_check_of_openings_can_fail() -> None:
 # --- what is loaded -------------------------------------------------------------------------------
 
 
-def loaded_by(code: str) -> set[str]:
-    """Return the top-level packages that a fresh interpreter has loaded after some code."""
-    script = f"{code}\nimport sys; print(' '.join({{m.partition('.')[0] for m in sys.modules}}))"
+def modules_loaded_by(code: str) -> set[str]:
+    """Return the modules that a fresh interpreter has loaded after some code."""
+    script = f"{code}\nimport sys; print(' '.join(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=unmeasured(),
@@ -232,6 +232,11 @@ def loaded_by(code: str) -> set[str]:
         check=True,
     )
     return set(done.stdout.splitlines()[-1].split())
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return the top-level packages that a fresh interpreter has loaded after some code."""
+    return {module.partition(".")[0] for module in modules_loaded_by(code)}
 
 
 HEAVY = {
@@ -280,3 +285,13 @@ def test_averaging_loads_no_framework(tmp_path: Path) -> None:
 def test_the_check_of_loaded_packages_can_fail() -> None:
     """A package that is imported is seen."""
     assert "decimal" in loaded_by("import decimal") & HEAVY
+
+
+def test_averaging_local_files_loads_nothing_of_the_network(tmp_path: Path) -> None:
+    """Who averages local files does not wait for modules that read or write buckets."""
+    samples, output = PACKAGE.parent / "sample_checkpoints", tmp_path / "final.h5"
+    code = f"from polyak_cli import average\naverage({str(samples)!r}, {str(output)!r})"
+    network = {"gateway", "mirrored", "messages", "objects", "uploads", "s3", "blobs", "sending"}
+    loaded = modules_loaded_by(code)
+    assert "polyak_cli.storage.mirrors" in loaded
+    assert not loaded & {f"polyak_cli.storage.{one}" for one in network}

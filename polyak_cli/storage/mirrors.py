@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import io
 import os
-import socket
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, Self
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from polyak_cli.errors import (
     ChangedError,
@@ -36,20 +32,14 @@ from polyak_cli.errors import (
     shown,
     word_size,
 )
-from polyak_cli.storage import Bytes, Version, uploads, urls
-from polyak_cli.storage.gateway import BLOCK, Client, Stream
-from polyak_cli.storage.local import InputStream, LocalInput, LocalOutput, LocalStore, name_errors
-from polyak_cli.storage.messages import ask, receive, watch
-from polyak_cli.storage.parts import PartOutput
+from polyak_cli.storage import Version, urls
+from polyak_cli.storage.local import LocalInput, LocalOutput, LocalStore, name_errors
 
-#: Bytes up to which an object is fetched whole by the first read of it: one request is quicker.
-_SMALL = 4 << 20
-#: Bytes of a read above which it is no header's, and not kept.
-_LARGE = 1 << 20
-#: Blocks that are fetched at most because those before them were read.
-_MOST_BLOCKS = 64
-#: Bytes that are fetched ahead of one who reads on and on and does not say so.
-_AHEAD = 4 << 20
+if TYPE_CHECKING:  # imported where a URL is named: who averages local files pays for none of it
+    from polyak_cli.storage import uploads
+    from polyak_cli.storage.mirrored import MirroredInput
+    from polyak_cli.storage.parts import PartOutput
+
 #: Schemes of stores that outputs can be written to.
 WRITABLE = ("s3", "gs", "az")
 #: Bytes up to which an object is fetched whole where its header is scattered over it.
@@ -60,6 +50,8 @@ class _Mirror:
     """The gateway of this process and what was listed through it."""
 
     def __init__(self) -> None:
+        from polyak_cli.storage.gateway import Client
+
         self.client = Client()
         self.versions: dict[str, Version] = {}
         self.secret: list[str] = []  # places whose URLs have secrets
@@ -185,6 +177,8 @@ def begin(named: Mapping[Path, Path], written: Mapping[Path, Sequence[tuple[int,
     """
     if not all(map(is_sent_in_parts, named.values())):
         return False
+    from polyak_cli.storage import uploads
+
     mirror = _require()
     files = [
         (str(path), locate(str(final)), size, written[path])
@@ -206,41 +200,6 @@ def find_upload(path: str) -> uploads.Upload | None:
     return _mirror.begun.get(path) if _mirror is not None else None
 
 
-class _Parts:
-    """The way of parts to the gateway, over a connection of their own."""
-
-    def __init__(self, client: Client, path: str, token: str) -> None:
-        self.client = client
-        self.file = path, token
-        self.process = os.getpid()
-        self.connection: socket.socket | None = None
-
-    def send(self, number: int, content: bytearray) -> str:
-        """Hand over a part; it is sent later, and the gateway keeps its receipt.
-
-        Raises:
-            PolyakError: an earlier part could not be sent.
-        """
-        if self.connection is None or self.process != os.getpid():
-            self.process, self.connection = os.getpid(), self.client.connect()
-        path, token = self.file
-        ask(self.connection, "part", path=path, token=token, number=number, nbytes=len(content))
-        try:
-            self.connection.sendall(content)
-            taken = receive(self.connection)
-        except OSError:
-            taken = None
-        if taken is None or "error" in taken:
-            raise OutputError("the process that writes to the network has ended")
-        return ""
-
-    def close(self) -> None:
-        """End the connection."""
-        if self.connection is not None and self.process == os.getpid():
-            self.connection.close()
-        self.connection = None
-
-
 def find_part(path: str) -> int:
     """Return the bytes of a part of a file that is sent in parts; 0 of any other."""
     upload = find_upload(path)
@@ -255,7 +214,10 @@ def open_output(path: str) -> LocalOutput | PartOutput:
     upload = find_upload(path)
     if upload is None or _mirror is None:
         return LocalOutput(path)
-    parts = _Parts(_mirror.client, path, upload.token)
+    from polyak_cli.storage.mirrored import Parts
+    from polyak_cli.storage.parts import PartOutput
+
+    parts = Parts(_mirror.client, path, upload.token)
     skeleton = LocalStore().open(path)
 
     def fill(offset: int, nbytes: int) -> bytearray:
@@ -292,6 +254,8 @@ def send(
     named: Mapping[Path, Path], *, force: bool, stale: Sequence[Path] = (), verify: bool = False
 ) -> None:
     """Send files to the objects that paths stand for; see `uploads.send_files`."""
+    from polyak_cli.storage.messages import watch
+
     files = [(str(path), locate(str(final))) for path, final in named.items()]
     old = [locate(str(path)) for path in stale]
     mirror = _require()
@@ -308,6 +272,8 @@ def send(
 
 def find_orphans(url: str) -> list[uploads.Orphan]:
     """Return what runs left in a store, or are at work on; see `uploads.find_orphans`."""
+    from polyak_cli.storage import uploads
+
     parsed = _parse_output(url)
     found = _open_mirror(parsed).client.ask("find_orphans", url=str(parsed))
     return [uploads.Orphan(*one) for one in found]
@@ -473,126 +439,12 @@ def open_whole(path: str, version: Version | None) -> LocalInput:
         FormatError: it cannot be fetched, or is another version; the message names it.
     """
     with MirrorStore().open(path, version) as source:
-        if isinstance(source, MirroredInput):
+        if not isinstance(source, LocalInput):
             with name_errors(path):
                 source.fill(0, source.size)
         opened = LocalStore().open(path)
         opened.version = source.version
         return opened
-
-
-class MirroredInput:
-    """An object, read through its stand-in and the gateway; see `storage.InputFile`."""
-
-    def __init__(self, path: str, client: Client, version: Version, local: LocalInput) -> None:
-        self.name = path
-        self.version = version
-        self._client = client
-        self._local = local
-        self._stream = Stream(client, path, version)
-        self._known: set[int] = set()  # blocks that are in the file
-        self._is_whole: bool | None = None  # unknown until something is read
-        self._is_planned = False  # who reads says what comes next
-        self._ahead = 0  # up to where it was fetched for one who does not
-        self._run = range(0)  # blocks that were fetched last
-
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return self.version.size
-
-    def read_into(self, offset: int, buffer: Bytes) -> None:
-        """See `storage.InputFile.read_into`; values are not kept on the disk."""
-        nbytes = len(buffer)
-        if offset + nbytes > self.size:
-            missing = offset + nbytes - self.size
-            raise FormatError(f"the file ends {missing} bytes before the tensor does")
-        if self._ask_whole():
-            self._local.read_into(offset, buffer)
-            return
-        if not self._is_planned:
-            self._look_ahead(offset, offset + nbytes)
-        self._stream.read_into(offset, buffer)
-
-    def _look_ahead(self, offset: int, stop: int) -> None:
-        """Have what follows fetched, if the object is read from one offset to the next."""
-        is_next = 0 <= self._ahead - offset <= 2 * _AHEAD
-        if not is_next or stop > self._ahead - _AHEAD // 2:
-            start = self._ahead if is_next else offset
-            end = min(self.size, max(stop, start + _AHEAD))
-            self._stream.prefetch([(start, end - start)])
-            self._ahead = end
-
-    def _ask_whole(self) -> bool:
-        """Return whether every byte is in the file; have it there if it is small."""
-        if self._is_whole is None and self.size <= _SMALL and not _heads_only:
-            self._ask_blocks(range(-(-self.size // BLOCK)))
-        elif self._is_whole is None:
-            self._ask_blocks(range(0))
-        return bool(self._is_whole)
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """See `storage.InputFile.read`.
-
-        What is read stays on the disk, as headers do, unless it was fetched ahead or is large.
-        """
-        nbytes = max(0, min(nbytes, self.size - offset))
-        if (self._is_planned or nbytes >= _LARGE) and not self._ask_whole():
-            buffer = np.empty(nbytes, np.uint8)
-            self.read_into(offset, buffer)
-            return buffer.tobytes()
-        self.fill(offset, nbytes)
-        return self._local.read(offset, nbytes)
-
-    def fill(self, offset: int, nbytes: int) -> None:
-        """Have bytes in the file."""
-        if self._ask_whole() or not nbytes:
-            return
-        wanted = range(offset // BLOCK, (offset + nbytes - 1) // BLOCK + 1)
-        if self._known.issuperset(wanted):
-            return
-        # Who reads block after block gets more and more of them at a time.
-        ahead = 0
-        if wanted.start <= self._run.stop < wanted.stop + 1 and self._run:
-            ahead = min(2 * len(self._run), _MOST_BLOCKS)
-        last = -(-self.size // BLOCK)
-        run = range(wanted.start, min(last, max(wanted.stop, wanted.start + ahead)))
-        self._ask_blocks(run)
-        self._known.update(run)
-        self._run = run
-
-    def _ask_blocks(self, run: range) -> None:
-        """Have blocks in the file, and note whether all are there."""
-        self._is_whole = self._client.ask(
-            "fill",
-            path=self.name,
-            version=list(self.version),
-            first=run.start,
-            count=len(run),
-        )
-
-    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """See `storage.InputFile.prefetch`."""
-        self._is_planned = True
-        if not self._ask_whole():
-            self._stream.prefetch(list(ranges))
-
-    def stream(self) -> BinaryIO:
-        """See `storage.InputFile.stream`."""
-        return io.BufferedReader(InputStream(self))
-
-    def close(self) -> None:
-        """See `storage.InputFile.close`."""
-        self._local.close()
-        self._stream.close()
-
-    def __enter__(self) -> Self:
-        """Return the open file."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
 
 
 class MirrorStore:
@@ -607,7 +459,10 @@ class MirrorStore:
             raise ChangedError(
                 f"{shown(key)}: changed while it was read; is training still running?"
             )
-        return MirroredInput(key, _mirror.client, found, LocalStore().open(key))
+        from polyak_cli.storage.mirrored import MirroredInput
+
+        local = LocalStore().open(key)
+        return MirroredInput(key, _mirror.client, found, local, lambda: _heads_only)
 
     def list(self, prefix: str) -> Iterator[str]:
         """See `storage.Store.list`."""

@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -90,7 +90,9 @@ class _Zstd:
 
     def __init__(self, source: Iterator[bytes]) -> None:
         self.source = _Source(source)
-        self.reader = _new_decompressor().stream_reader(self.source, read_size=_READ)
+        # The library only calls `read`; its stub asks for a whole file object.
+        taken = cast("IO[bytes]", self.source)
+        self.reader = _new_decompressor().stream_reader(taken, read_size=_READ)
 
     def read(self, most: int) -> bytes:
         """Return the next bytes, none only at the end."""
