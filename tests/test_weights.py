@@ -223,7 +223,7 @@ def test_the_output_must_be_named_as_keras_wants_it(tmp_path: Path) -> None:
 def test_a_whole_model_is_not_called_weights(tmp_path: Path) -> None:
     """`load_weights` refuses its layout under that name, unless an older Keras called it so."""
     whole = write_model(tmp_path / "m.h5", {"d": {"k": HALF}})
-    with pytest.raises(OutputError, match=r"o\.weights\.h5: .*m\.h5 is of Keras's older layout"):
+    with pytest.raises(OutputError, match=r"would be lost, because a \.weights\.h5 holds tensors"):
         average([whole], tmp_path / "o.weights.h5")
     average([whole.rename(tmp_path / "m.weights.h5")], tmp_path / "o.weights.h5")
     assert "model_weights/d/k" in read_model(tmp_path / "o.weights.h5")

@@ -291,7 +291,10 @@ def _start_local(jobs: int) -> Iterator[str]:
             n_workers=jobs,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address=None,
+            # Dask serves pages of itself even without its dashboard, and prints a warning where
+            # another cluster has the usual port: any free one will do.
+            dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},
             silence_logs=logging.CRITICAL + 1,
             preload=[__name__],
             memory_limit=0,  # `--max-memory` bounds the buffers already
