@@ -488,3 +488,26 @@ def test_folders_of_models_in_numbered_folders(tmp_path: Path) -> None:
     assert reasons["run/checkpoint-100"] == "holds no net_ema"
     assert reasons["run/checkpoint-200/net"] == "the model whose EMA is averaged"
     assert reasons["run/seed1"] == "a directory"
+
+
+@pytest.mark.parametrize("there", [(), ("config.json", "trainer_state.json")])
+def test_a_folder_of_an_interrupted_save_is_named(tmp_path: Path, there: tuple[str, ...]) -> None:
+    """The newest folder lacks its weights: the report says so, and not of a folder of logs."""
+    write_run(tmp_path / "run", 2, {})
+    (tmp_path / "run/logs1").mkdir()
+    fill(tmp_path / "run/checkpoint-1500", {"optimizer.pt": "", **dict.fromkeys(there, "{}")})
+    shown = polyak("average", "run", "-o", "final", cwd=tmp_path)
+    assert shown.stdout.count("passed over:") == 1
+    assert "checkpoint-1500 (named like the checkpoints, but holds no complete one)" in shown.stdout
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "text", ['{"weight_map": {"w": "mod', '{"metadata": {}}', '{"weight_map": [1]}']
+)
+def test_an_index_that_is_cut_off_is_called_damaged(tmp_path: Path, kind: str, text: str) -> None:
+    """Its name says what it was meant to be, where its content does not."""
+    index = tmp_path / f"{kind}.index.json"
+    index.write_text(text)
+    with pytest.raises(FormatError, match=r"index\.json: is damaged"):
+        plan(index, tmp_path / "final")

@@ -6,6 +6,7 @@ in `unet_ema`.  Knows paths; what a checkpoint is, the caller says.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from polyak_cli.checkpoints.names import parse_name
 
 #: How a folder with the EMA of the model beside it is called, after that one's name.
 _EMA = "_ema"
+#: Why a folder is passed over that `find_incomplete` finds.
+INCOMPLETE = "named like the checkpoints, but holds no complete one"
 #: Folders that are looked into.
 _MOST = 10_000
 
@@ -62,6 +65,27 @@ def find_inner(
         if wanted not in (one.name for one in inner):
             left.append((folder, f"holds no {wanted}"))
     return InnerFolders([*held], models, chosen, left)
+
+
+def find_incomplete(folders: Sequence[Path], checkpoints: Sequence[Path]) -> set[Path]:
+    """Return the folders that are called like the checkpoints, up to the number.
+
+    A save that was interrupted leaves such a folder: the newest of the run, without its weights.
+
+    Args:
+        folders: those that are no checkpoints.
+        checkpoints: files say nothing of folders' names.
+    """
+    if not folders:
+        return set()
+    # A model in a numbered folder, such as checkpoint-500/unet, has that folder's number.
+    names = [
+        path.name if re.search(r"\d", path.name) else path.parent.name
+        for path in checkpoints
+        if path.is_dir()
+    ]
+    forms = {re.sub(r"\d+", "0", name) for name in names if re.search(r"\d", name)}
+    return {folder for folder in folders if re.sub(r"\d+", "0", folder.name) in forms}
 
 
 def _list_folders(folder: Path) -> list[Path]:

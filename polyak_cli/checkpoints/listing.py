@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from polyak_cli.checkpoints import dated
-from polyak_cli.checkpoints.inner_folders import find_inner
+from polyak_cli.checkpoints.inner_folders import INCOMPLETE, find_incomplete, find_inner
 from polyak_cli.checkpoints.names import split_words
 from polyak_cli.errors import CheckpointError, UsageError, shown, word_count, word_rest
 from polyak_cli.formats.catalogue import (
@@ -214,8 +214,9 @@ def find_candidates(
             if not kept:
                 kept, passed = _look_into(passed)
             kept, passed = _open_numbered(source, kept, passed, use_ema=use_ema)
-            kept, of_other_kinds = _separate_kinds(source, kept, on_problem)
-            passed += of_other_kinds
+            kept, odd = _separate_kinds(source, kept, on_problem)
+            cut = find_incomplete([p.path for p in passed if p.reason == _PLAIN_FOLDER], kept)
+            passed = [PassedOver(p.path, INCOMPLETE) if p.path in cut else p for p in passed] + odd
         files, others = _read_identities(kept, on_problem)
         unusable += others
         given += [] if listed else [path for path, _ in files]

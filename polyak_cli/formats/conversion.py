@@ -43,7 +43,11 @@ def refuse_losses(request: SkeletonRequest) -> None:
         if spec.storage is None:
             raise OutputError(f"tensor '{shown(spec.name)}' holds strings, which would be lost")
         if spec.arrangement:
-            raise OutputError(f"tensor '{shown(spec.name)}' is stored in {spec.arrangement}")
+            raise OutputError(
+                f"tensor '{shown(spec.name)}' is stored in {spec.arrangement}, which another "
+                "format cannot keep; give the output the suffix of the checkpoints, and convert "
+                "the average with the program that loads it"
+            )
 
 
 def require_same(path: str, found: Version, scanned: Version) -> None:

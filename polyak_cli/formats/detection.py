@@ -141,14 +141,19 @@ def is_keras_index(opening: Opening) -> bool:
 
 def is_safetensors(opening: Opening) -> bool:
     """Tell whether a file is an index of safetensors shards, or begins with a header's length."""
-    if b'.safetensors"' in opening.weight_map:
+    if b'.safetensors"' in opening.weight_map or _is_called(opening, ".safetensors.index.json"):
         return True
     return _LENGTH.match(opening.head) is not None
 
 
 def is_torch_index(opening: Opening) -> bool:
     """Tell whether a JSON file maps tensors to shards of `torch.save`."""
-    return b'.bin"' in opening.weight_map
+    return b'.bin"' in opening.weight_map or _is_called(opening, ".bin.index.json")
+
+
+def _is_called(opening: Opening, ending: str) -> bool:
+    """Tell whether a file of JSON is named as an index: one cut off has its name still."""
+    return opening.head.lstrip().startswith((b"{", b"[")) and opening.file.name.endswith(ending)
 
 
 def is_list_of_modules(opening: Opening) -> bool:

@@ -234,7 +234,7 @@ def test_a_state_dict_becomes_safetensors(tmp_path: Path) -> None:
         ({"model": {"x": tied}, "epoch": 3}, "has 'model' beside or around its tensors"),
         ({"x": tied, 3: tied}, "has '3' beside"),
         ([tied], "is not a state dict"),
-        ({"x": tied, "y": tied}, "'x' is stored in 3 elements viewed as"),
+        ({"x": tied, "y": tied}, "'x' is stored in 3 elements viewed as .*; give the output"),
     ):
         torch.save(content, tmp_path / "odd.pt")
         with pytest.raises(OutputError, match=message):
@@ -319,7 +319,10 @@ def test_tensors_that_lie_differently_are_refused(tmp_path: Path) -> None:
             r"quantised tensor",
         ),
         (lambda: {"x": torch.randn(3, dtype=torch.complex64)}, r"'x' is of type complex64"),
-        (lambda: {"x": torch.randn(3, device="meta")}, r"not stored in plain form"),
+        (
+            lambda: {"x": torch.randn(3, device="meta")},
+            r"of the meta device, which has no values; save",
+        ),
         (lambda: network(), r"whole model.*torch.nn.modules.container.Sequential.*state_dict"),
         (lambda: torch.optim.Adam([torch.zeros(2)]).state_dict(), r"state of an optimizer"),
     ],

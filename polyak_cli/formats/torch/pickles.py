@@ -95,7 +95,9 @@ _OTHER_TENSORS = {
     "torch._utils._rebuild_qtensor": "a quantised tensor; average the checkpoints before that",
     "torch._utils._rebuild_sparse": "a sparse tensor; save tensor.to_dense()",
     "torch._utils._rebuild_nested": "a nested tensor; save its parts",
-    "torch._utils._rebuild_": "a tensor that is not stored in plain form",
+    "torch._utils._rebuild_meta": "a tensor of the meta device, which has no values; save the "
+    "model after its weights are loaded",
+    "torch._utils._rebuild_": "a tensor that is not stored in plain form; save a plain tensor",
     "torch.Q": "a quantised tensor; average the checkpoints before that",
 }
 
