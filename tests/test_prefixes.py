@@ -83,7 +83,10 @@ def test_the_error_names_the_option_that_pairs_them(
         for k in (1, 2):
             total = total + plain[k][theirs].astype(np.float64)
         assert result[name].tobytes() == (total / 3).astype(np.float32).tobytes()
-    assert any("paired without" in note for note in report.notes)
+    fewer = plan(sorted((tmp_path / "run").iterdir())[1:], strip_prefix=options)
+    for notes, count in ((report.notes, "2 checkpoints"), (fewer.notes, "1 checkpoint")):
+        text = f"the names of {count} are paired without the prefix"
+        assert any(note.startswith(text) for note in notes)
     assert verify(output, sources=[tmp_path / "run"]).problems == ()
 
 

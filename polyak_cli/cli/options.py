@@ -384,7 +384,7 @@ AVERAGING = under(
         "--use-ema",
         is_flag=True,
         help="Average the running means (EMA) of the weights, which Keras keeps in the "
-        "optimizer's state and PyTorch and TensorFlow beside the weights.",
+        "optimizer's state and PyTorch, Orbax and TensorFlow beside the weights.",
     ),
     option(
         "--allow-nonfinite",

@@ -55,9 +55,15 @@ def scan(
     if find_format(form).is_scattered:
         mirrors.fetch_all([file.path for file in files], most=mirrors.WHOLE)
     if key and not find_format(form).has_parts:
+        what_to_do = "choose tensors with --include-tensors"
+        if find_format(form).carries_all:
+            what_to_do = (
+                "leave --key out: the model is averaged anyway, and -o NAME.safetensors or "
+                "--only-weights writes it alone"
+            )
         raise UsageError(
             f"--key {shown(key)}: {shown(paths[-1])} is a {find_format(form).name} file, which has "
-            "no parts to choose from; choose tensors with --include-tensors"
+            f"no parts to choose from; {what_to_do}"
         )
     (template,) = _scan_all(form, files[-1:], 1, True, key)
     same = compare_skeletons(template, files[:-1])

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -13,10 +14,10 @@ from orbax.checkpoint import v1
 from safetensors.numpy import load_file
 
 from polyak_cli import average, plan, verify
-from polyak_cli.errors import FormatError
+from polyak_cli.errors import FormatError, MismatchError
 from tests.contract import Tensors, assert_same, naive
 from tests.oracle import Array
-from tests.orbax.test_orbax import save
+from tests.orbax.test_orbax import load, save, shard
 
 
 def make_models(count: int = 3, seed: int = 0) -> list[Tensors]:
@@ -180,3 +181,93 @@ def test_orbax_new_interface(tmp_path: Path) -> None:
     found = v1.load_checkpointables(tmp_path / "p")
     assert list(found) == ["model"]
     assert_same(as_numpy(found["model"]), naive(models, [1, 1, 1]))
+
+
+def save_emas(run: Path, *names: str) -> dict[str, list[Tensors]]:
+    """Save a run of which each tree has running means beside the weights, as JAX's trainers do."""
+    rng = np.random.default_rng(2)
+    base = rng.normal(5, size=(30, 20))
+    trees: dict[str, list[Tensors]] = {name: [] for name in ("params", *names)}
+    for k in range(3):
+        for models in trees.values():
+            values = base + rng.normal(scale=0.01, size=base.shape)
+            models.append({"kernel": values.astype("f4"), "bias": values[0].astype("f4")})
+        tree = {name: {"dense": dict(models[k])} for name, models in trees.items()}
+        statistics = {"dense": {"mean": base[0].astype("f4")}}
+        optimizer = {"mu": {"dense": dict(trees["params"][k])}}
+        save(run / f"{k}", {**tree, "batch_stats": statistics, "opt_state": optimizer, "step": k})
+    return trees
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_running_means_in_a_tree_are_recognised(tmp_path: Path, use_ema: bool) -> None:
+    """A note says so, and the average of the one that was asked for is in both places."""
+    trees = save_emas(tmp_path / "run", "ema_params")
+    report = average(tmp_path / "run", tmp_path / "o", use_ema=use_ema, verify=True)
+    said = "are averaged (--use-ema)" if use_ema else "the raw weights are averaged"
+    text = "'ema_params.*' is a running mean of the raw weights 'params.*': the "
+    assert any(note.startswith(text) and said in note for note in report.notes)
+    expected = naive(trees["ema_params" if use_ema else "params"], [1, 1, 1])
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(tmp_path / "o")
+    for part in ("params", "ema_params"):
+        assert_same(as_numpy(found[part]["dense"]), expected)
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_running_means_of_another_type_and_division(tmp_path: Path, use_ema: bool) -> None:
+    """Weights are bfloat16 on four devices, running means whole in float32; each keeps its type."""
+    rng = np.random.default_rng(3)
+    base = rng.normal(5, size=(64, 32))
+    trees = []
+    for k in range(3):
+        raw, mean = (base + rng.normal(scale=0.01, size=base.shape) for _ in "ab")
+        weights = jnp.asarray(raw, jnp.bfloat16)
+        trees.append({"params": {"w": weights}, "ema_params": {"w": mean.astype("f4")}})
+        save(tmp_path / f"run/{k}", {**trees[k], "params": {"w": shard(weights, "a", "b")}})
+    average(tmp_path / "run", tmp_path / "o", use_ema=use_ema, verify=True)
+    source = "ema_params" if use_ema else "params"
+    total = np.sum([np.asarray(tree[source]["w"]).astype("f8") for tree in trees], axis=0)
+    found = load(tmp_path / "o")
+    for part, dtype in (("params", jnp.bfloat16), ("ema_params", np.float32)):
+        assert found[part]["w"].tobytes() == (total / 3).astype(dtype).tobytes()
+
+
+def test_a_part_that_is_a_running_mean_is_one_for_use_ema(tmp_path: Path) -> None:
+    """--use-ema --key ema_params averages that part, and says so; the weights stay the newest's."""
+    trees = save_emas(tmp_path / "run", "ema_params")
+    report = average(tmp_path / "run", tmp_path / "o", use_ema=True, key="ema_params")
+    assert any("'ema_params' (--key) holds running means" in note for note in report.notes)
+    found = load(tmp_path / "o")
+    assert_same(found["ema_params"]["dense"], naive(trees["ema_params"], [1, 1, 1]))
+    assert_same(found["params"]["dense"], trees["params"][-1])
+
+
+def test_two_running_means_are_both_named(tmp_path: Path) -> None:
+    """Which one --use-ema shall take is not guessed; leaving one out decides it."""
+    trees = save_emas(tmp_path / "run", "ema_params", "params_ema")
+    named = r"'ema_params\.\*' and 'params_ema\.\*' are both running means .*--exclude-tensors"
+    with pytest.raises(MismatchError, match=named):
+        plan(tmp_path / "run", use_ema=True)
+    average(tmp_path / "run", tmp_path / "o", use_ema=True, exclude_tensors=["params_ema.*"])
+    found = load(tmp_path / "o")
+    assert_same(found["params"]["dense"], naive(trees["ema_params"], [1, 1, 1]))
+    assert_same(found["params_ema"]["dense"], trees["params_ema"][-1])
+
+
+@pytest.mark.parametrize(
+    ("parts", "key", "advice"),
+    [
+        (("params", "slow"), "", r"\(keys of its tree: params, slow\);.* with --key NAME, without"),
+        (("params", "ema"), "params", r"take in 'params' .* with --key ema, without --use-ema"),
+        (("params", "optimizer_variables"), "", r"Keras keeps its own in 'optimizer_variables'"),
+    ],
+    ids=["none", "another part", "Keras"],
+)
+def test_a_tree_without_running_means_names_key(
+    tmp_path: Path, parts: tuple[str, ...], key: str, advice: str
+) -> None:
+    """The error has the tree's keys, and says what to do; Keras is named where it is the writer."""
+    save(tmp_path / "m_1", {part: {"w": np.ones(9, "f4")} for part in parts})
+    with pytest.raises(MismatchError, match=rf"m_1.*has no running mean .*{advice}"):
+        plan([tmp_path / "m_1"], use_ema=True, key=key)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from polyak_cli import average, check, diff, inspect, verify
-from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError
+from polyak_cli import average, check, diff, inspect, plan, verify
+from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, UsageError
 from tests import dcp as dcp_by_hand
 from tests.contract import Contract, Tensors
 from tests.source import PACKAGE
@@ -537,3 +537,15 @@ def test_a_checkpoint_without_an_ema_is_named_as_such(tmp_path: Path) -> None:
     folder = save(tmp_path / "step-1", {"model": {"w": torch.ones(3)}})
     with pytest.raises(MismatchError, match=r"has no running mean of its weights \(an EMA\)"):
         average([folder], tmp_path / "final", use_ema=True)
+
+
+def test_a_key_is_refused_with_what_writes_the_model_alone(tmp_path: Path) -> None:
+    """DCP's model is known by itself; the options that the error names leave out the rest."""
+    folder = save(
+        tmp_path / "step-1", {"model": {"w": torch.ones(3)}, "optim": {"m": torch.ones(3)}}
+    )
+    advice = r"--key model: .*PyTorch DCP file.*-o NAME\.safetensors or --only-weights"
+    with pytest.raises(UsageError, match=advice):
+        plan([folder], key="model")
+    average([folder], tmp_path / "o.safetensors")
+    assert list(load_file(tmp_path / "o.safetensors")) == ["model.w"]

@@ -21,7 +21,7 @@ from polyak_cli.tensors import FLOATS, Table, TensorSpec
 #: The kind of the suspicion, and the word of `allow` that goes on against the refusal.
 KIND, ALLOWED = "average", "averages"
 #: Formats in which nothing but names tells a running mean.
-_FLAT = ("torch_zip", "torch_dcp", "safetensors", "npz")
+_FLAT = ("torch_zip", "torch_dcp", "safetensors", "npz", "orbax")
 _PART = re.compile(r"[^/.]+[/.]")
 #: What torch.save's lists give: a number in place of a name.
 _NUMBERED = re.compile(r"/\d+$")
@@ -83,20 +83,13 @@ def choose_parts(
             raise MismatchError(text)
     averages = found[-1]
     if not averages:
-        folders = {table.path.parent.name for table in tables}
-        is_flat = tables[-1].format in _FLAT  # Keras says itself which of its tensors are EMAs
-        if wanted.use_ema and is_flat and all(map(names_running_mean, folders)):
-            some = ", ".join(f"'{shown(name, 60)}'" for name in sorted(folders))
-            text = f"the folders {some} hold running means of weights, which are averaged"
-            return tables, [Problem(KIND, f"{text} (--use-ema)")], []
-        # torchtitan keeps its EMA in an optimizer's state; see `ema`.
-        if wanted.use_ema and tables[-1].format in _FLAT and not tables[-1].keras.ema_slots:
-            part = tables[-1].rules.part
-            where = f" in '{shown(part)}'; --key may choose the EMA itself" if part else ""
-            raise MismatchError(
-                f"{shown(tables[-1].path)}: has no running mean of its weights (an EMA) that "
-                f"--use-ema could take{where}"
-            )
+        if wanted.use_ema and tables[-1].format in _FLAT:  # Keras says itself which are EMAs
+            if said := _find_whole(tables):
+                text = f"{said} running means of weights, which are averaged (--use-ema)"
+                return tables, [Problem(KIND, text)], []
+            # torchtitan keeps its EMA in an optimizer's state; see `ema`.
+            if not tables[-1].keras.ema_slots:
+                raise MismatchError(_describe_none(tables[-1]))
         return tables, [], []
     unique = {id(t.tensors): (t, own) for t, own in zip(tables, found, strict=True)}
     merged = {
@@ -113,6 +106,39 @@ def choose_parts(
         specs = tables[-1].tensors.values()
         missing = [spec.name for spec in specs if spec.dtype in FLOATS and spec.name not in known]
     return [replace(t, tensors=merged[id(t.tensors)]) for t in tables], problems, missing
+
+
+def _find_whole(tables: Sequence[Table]) -> str:
+    """Return what says that all that is averaged are running means, "" if nothing does."""
+    part = tables[-1].rules.part
+    if part and names_running_mean(part.rpartition("/")[2]):
+        return f"'{shown(part)}' (--key) holds"
+    folders = {table.path.parent.name for table in tables}
+    if all(map(names_running_mean, folders)):
+        some = ", ".join(f"'{shown(name, 60)}'" for name in sorted(folders))
+        return f"the folders {some} hold"
+    return ""
+
+
+def _describe_none(table: Table) -> str:
+    """Say that a checkpoint has no running means to take, and where there may be some."""
+    part = table.rules.part
+    text = f"{shown(table.path)}: has no running mean of its weights (an EMA) that --use-ema could "
+    text += f"take in '{shown(part)}'" if part else "take"
+    if table.format != "orbax":
+        return f"{text}; --key may choose the EMA itself" if part else text
+    if any(name.startswith("optimizer_variables.") for name in table.optimizer):
+        return (
+            f"{text}: Keras keeps its own in 'optimizer_variables', which is read from .keras and "
+            ".h5 files only; save those, or leave --use-ema out"
+        )
+    keys = sorted({name.partition(".")[0] for name in {**table.tensors, **table.others}})
+    emas = [key for key in keys if names_running_mean(key)]
+    keys = [key for key in keys if key not in emas]
+    return (
+        f"{text} (keys of its tree: {list_some([*emas, *keys])}); average a key that is the EMA "
+        f"with --key {shown(emas[0], 40) if emas else 'NAME'}, without --use-ema"
+    )
 
 
 def describe_refusal(table: Table, wanted: Tensors, averages: Sequence[Average]) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from polyak_cli.errors import MismatchError, UsageError, choose_verb, list_some, shown, word_count
+from polyak_cli.errors import MismatchError, UsageError, list_some, shown, word_count
 from polyak_cli.tensors import Table, TensorSpec
 
 #: DistributedDataParallel, torch.compile, FSDP, DeepSpeed and Fabric, activation checkpointing.
@@ -52,7 +52,7 @@ def strip_tables(tables: Sequence[Table], prefixes: Sequence[str]) -> tuple[Sequ
             done[id(table.tensors)] = _rename(table, tables[-1], names, whole)
         renamed += table.tensors.keys() != done[id(table.tensors)].keys()
     note = (
-        f"the names of {word_count(renamed, 'checkpoint')} {choose_verb(renamed)} paired without "
+        f"the names of {word_count(renamed, 'checkpoint')} are paired without "
         f"the prefix {list_some(whole)}; the newest one's names are kept"
     )
     stripped = [replace(table, tensors=done[id(table.tensors)]) for table in tables]
