@@ -372,6 +372,8 @@ class Asset(NamedTuple):
 
     digest: str  # of its content: equal where the content means the same
     owner: str = ""  # the name of the layer that uses it, for messages
+    value: str = ""  # of a key in a configuration, in short; "" for other assets
+    is_noted: bool = False  # another one is said; whoever averages is not refused
 
 
 _NO_FACTS, _NO_RULES = KerasFacts(), OutputRules()

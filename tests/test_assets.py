@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,99 @@ def test_names_of_classes_in_a_configuration_are_compared(tmp_path: Path) -> Non
     one = {"model_type": "bert", "id2label": {"0": "cat", "1": "dog"}}
     other = {"model_type": "bert", "id2label": {"0": "dog", "1": "cat"}}
     assert_refused(write_run(tmp_path / "run", "config.json", [one, other]), "config.json/id2label")
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 8, "n_head": 4, "layer_norm_epsilon": 1e-5}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "rope_scaling": None, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "one", "other", "ours", "theirs"),
+    [
+        ("config.json", "n_head", GPT2, GPT2 | {"n_head": 2}, "4", "2"),
+        ("config.json", "n_head", {"n_head": 4}, {"n_head": 2}, "4", "2"),
+        ("config.json", "rope_theta", LLAMA, LLAMA | {"rope_theta": 5e5}, "10000", "500000"),
+        (
+            *("config.json", "rope_scaling", LLAMA),
+            *(LLAMA | {"rope_scaling": {"factor": 8.0}}, "null", "{...}"),
+        ),
+        (
+            *("config.json", "text_config.hidden_act"),
+            {"model_type": "x", "text_config": {"hidden_act": "gelu"}},
+            {"model_type": "x", "text_config": {"hidden_act": "relu"}},
+            *('"gelu"', '"relu"'),
+        ),
+        ("adapter_config.json", "use_dora", {"r": 2}, {"r": 2, "use_dora": True}, "false", "true"),
+        ("adapter_config.json", "peft_type", {"peft_type": "IA3"}, {"peft_type": "X"}, "IA3", "X"),
+    ],
+)
+def test_another_configuration_is_refused_with_both_values(
+    tmp_path: Path, name: str, key: str, one: Any, other: Any, ours: str, theirs: str
+) -> None:
+    """Tensors of 4 heads and of 2 have one shape; key, values and folders are in the message."""
+    run = write_run(tmp_path / "run", name, [one, other, other])
+    assert_refused(run, f"{name}/{key}")
+    with pytest.raises(MismatchError) as raised:
+        plan(run)
+    said = str(raised.value)
+    assert re.search(f"is {re.escape(ours)}|is .{ours}.,", said), said
+    assert re.search(rf"that of \S*checkpoint-[23]00\S* is .?{re.escape(theirs)}", said), said
+    assert len(plan(run, last=2).checkpoints) == 2
+    assert any("(--allow other-assets)" in n for n in plan(run, allow=["other-assets"]).notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("config.json", GPT2, GPT2 | {"transformers_version": "5.0.0", "use_cache": False}),
+        ("config.json", GPT2 | {"_name_or_path": "/a"}, GPT2 | {"_name_or_path": "/b"}),
+        ("config.json", GPT2 | {"attn_pdrop": 0.1}, GPT2 | {"attn_pdrop": 0}),
+        ("config.json", LLAMA, LLAMA | {"rope_theta": 10000}),
+        ("config.json", GPT2, GPT2 | {"n_inner": None, "pruned_heads": {}}),
+        ("adapter_config.json", {"r": 2}, {"r": 2, "use_dora": False, "peft_version": "0.18"}),
+        (
+            *("adapter_config.json", {"r": 2, "target_modules": ["q", "v"]}),
+            {"r": 2, "target_modules": ["v", "q"], "inference_mode": True, "lora_dropout": 0.1},
+        ),
+    ],
+)
+def test_keys_that_change_no_meaning_are_not_compared(
+    tmp_path: Path, name: str, one: Any, other: Any
+) -> None:
+    """Versions, paths, dropout, and what a newer library writes as its default say nothing."""
+    run = write_run(tmp_path / "run", name, [one, other])
+    assert not any(f"{name}/" in note for note in plan(run).notes)
+    assert check(run).healthy
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other", "key"),
+    [
+        ("config.json", GPT2 | {"pad_token_id": 0}, GPT2 | {"pad_token_id": 7}, "pad_token_id"),
+        ("config.json", {"epoch": 1}, {"epoch": 2}, "epoch"),
+        ("config.json", {"max_grad_norm": 1}, {"max_grad_norm": 2}, "max_grad_norm"),
+        ("config.json", GPT2, GPT2 | {"scale_attn_weights": True}, "scale_attn_weights"),
+        (
+            *("adapter_config.json", {"base_model_name_or_path": "/a"}),
+            *({"base_model_name_or_path": "org/a"}, "base_model_name_or_path"),
+        ),
+    ],
+)
+def test_keys_that_may_change_within_a_run_are_noted(
+    tmp_path: Path, name: str, one: Any, other: Any, key: str
+) -> None:
+    """Special tokens, the base model's path, unknown files and keys of newer versions."""
+    run = write_run(tmp_path / "run", name, [one, other])
+    for notes in (plan(run).notes, check(run).notes):
+        assert any(f"{name}/{key}" in note and "checkpoint-" in note for note in notes), notes
+    assert check(run).healthy
+
+
+def test_a_configuration_with_very_many_keys_is_compared_as_a_whole(tmp_path: Path) -> None:
+    """A hostile file does not make the answer of the child large."""
+    one = GPT2 | {f"k{n}": n for n in range(5000)}
+    run = write_run(tmp_path / "run", "config.json", [one, one | {"k4999": 0}])
+    assert_refused(run, "config.json")
 
 
 def test_a_tokenizer_that_only_some_checkpoints_have_is_said(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ ALLOWED: Mapping[str, str] = {
     "two-runs": "checkpoints whose values look like those of two runs",
     "scaled-integers": "integers that differ between checkpoints and seem to have a scale",
     "averages": "running means of the weights in checkpoints without the weights themselves",
-    "other-assets": "checkpoints with different vocabularies, tokenizers or class names",
+    "other-assets": "checkpoints with different vocabularies, tokenizers or model configurations",
 }
 
 

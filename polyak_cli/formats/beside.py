@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from polyak_cli.errors import FormatError, PolyakError
-from polyak_cli.formats import wire
-from polyak_cli.formats.vocabularies import digest_json, is_name_of_vocabulary
+from polyak_cli.formats import configurations, wire
+from polyak_cli.formats.vocabularies import digest_json
 from polyak_cli.processes import sandbox
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import open_input
@@ -35,8 +35,6 @@ _FILES = re.compile(
     r"\.(txt|json|csv)",
     re.IGNORECASE,
 )
-#: Transformers' configurations: only the lists of classes in them are compared.
-_CONFIGURATION = "config.json"
 #: Of tokenizer.json: how the last batch was cut and padded, which every call may change.
 _OF_A_BATCH = ("truncation", "padding")
 #: Bytes of a file that are digested; tokenizers have some 40 MB at most.  JSON takes several times
@@ -65,7 +63,7 @@ def read_assets_beside(folders: Sequence[Path]) -> list[Mapping[str, Asset]]:
         {
             name: asset
             for name, asset in found.items()
-            if name not in others and name != _CONFIGURATION
+            if name not in others and name not in configurations.NAMES
         }
         | meaning
         for found, others, meaning in zip(raw, differing, parsed, strict=True)
@@ -75,7 +73,7 @@ def read_assets_beside(folders: Sequence[Path]) -> list[Mapping[str, Asset]]:
 def _read_all(
     folders: Sequence[Path],
     names: Sequence[Sequence[str]],
-    read: Callable[[str, str, Heartbeat], dict[str, str]],
+    read: Callable[[str, str, Heartbeat], dict[str, Asset]],
 ) -> list[dict[str, Asset]]:
     """Return the digests of the named files of each folder, computed in a child."""
     if not any(names):
@@ -93,11 +91,11 @@ def _list_files(folder: Path) -> list[str]:
         names = os.listdir(folder)  # noqa: PTH208 - names alone are needed
     except OSError:
         return []
-    return sorted(name for name in names if name == _CONFIGURATION or _FILES.fullmatch(name))
+    return sorted(name for name in names if name in configurations.NAMES or _FILES.fullmatch(name))
 
 
 def _digest_files(
-    request: tuple[str, Sequence[str], Callable[[str, str, Heartbeat], dict[str, str]]],
+    request: tuple[str, Sequence[str], Callable[[str, str, Heartbeat], dict[str, Asset]]],
     heartbeat: Heartbeat,
 ) -> dict[str, Any]:
     """Return the assets of one folder, in a child."""
@@ -105,24 +103,24 @@ def _digest_files(
     found: dict[str, Any] = {}
     for name in heartbeat.over(names):
         try:
-            digests = read(os.path.join(folder, name), name, heartbeat)
+            assets = read(os.path.join(folder, name), name, heartbeat)
         except (FormatError, OSError):
             continue
-        found |= {key: list(Asset(digest)) for key, digest in digests.items()}
+        found |= {key: list(asset) for key, asset in assets.items()}
     return found
 
 
-def _digest_bytes(path: str, name: str, heartbeat: Heartbeat) -> dict[str, str]:
+def _digest_bytes(path: str, name: str, heartbeat: Heartbeat) -> dict[str, Asset]:
     """Return the digest of a file's size and bytes."""
     raw = hashlib.sha256()
     with open_input(path) as file:
         raw.update(b"%d\n" % file.size)
         for offset in heartbeat.over(range(0, min(file.size, _MOST), _STEP)):
             raw.update(file.read(offset, _STEP))
-    return {name: raw.hexdigest()}
+    return {name: Asset(raw.hexdigest())}
 
 
-def _digest_meaning(path: str, name: str, heartbeat: Heartbeat) -> dict[str, str]:
+def _digest_meaning(path: str, name: str, heartbeat: Heartbeat) -> dict[str, Asset]:
     """Return the digest of what a file means, or of each of its parts that have a meaning."""
     with open_input(path) as file:
         content = file.read(0, _PARSED + 1)
@@ -134,37 +132,28 @@ def _digest_meaning(path: str, name: str, heartbeat: Heartbeat) -> dict[str, str
             return reader(name, content)
         except (ValueError, RecursionError, MemoryError):
             pass  # what is damaged, or larger than it looks, is compared byte by byte
-    return {} if name == _CONFIGURATION else _digest_bytes(path, name, heartbeat)
+    return {} if name in configurations.NAMES else _digest_bytes(path, name, heartbeat)
 
 
-def _read_configuration(name: str, content: bytes) -> dict[str, str]:
-    said = json.loads(content)
-    return {
-        f"{name}/{key}": digest_json(value)
-        for key, value in (said.items() if isinstance(said, dict) else ())
-        if isinstance(value, (dict, list)) and value and is_name_of_vocabulary(key)
-    }
-
-
-def _read_json(name: str, content: bytes) -> dict[str, str]:
+def _read_json(name: str, content: bytes) -> dict[str, Asset]:
     """Digest JSON: neither spaces nor the order of keys have a meaning."""
     said = json.loads(content)
     if name.casefold() == "tokenizer.json" and isinstance(said, dict):
         said = {key: value for key, value in said.items() if key not in _OF_A_BATCH}
-    return {name: digest_json(said)}
+    return {name: Asset(digest_json(said))}
 
 
-def _read_lines(name: str, content: bytes) -> dict[str, str]:
+def _read_lines(name: str, content: bytes) -> dict[str, Asset]:
     """Digest lines: their endings, and a first line with a version, have no meaning."""
     lines = content.rstrip().splitlines()
     if name.casefold() == "merges.txt" and lines and lines[0].startswith(b"#version"):
         del lines[0]
-    return {name: hashlib.sha256(b"\n".join(lines)).hexdigest()}
+    return {name: Asset(hashlib.sha256(b"\n".join(lines)).hexdigest())}
 
 
 #: Pattern of a file's name -> what returns the digests of its content; the first that fits counts.
-_READERS: Mapping[str, Callable[[str, bytes], dict[str, str]]] = {
-    re.escape(_CONFIGURATION): _read_configuration,
+_READERS: Mapping[str, Callable[[str, bytes], dict[str, Asset]]] = {
+    "|".join(map(re.escape, configurations.NAMES)): configurations.read_configuration,
     r".*\.json": _read_json,
     r".*\.(txt|csv|tsv)": _read_lines,
 }

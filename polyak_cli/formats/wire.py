@@ -173,8 +173,10 @@ def unpack_assets(packed: Mapping[Any, Any], where: str) -> dict[str, Asset]:
 
 def _unpack_assets(packed: Mapping[Any, Any]) -> dict[str, Asset]:
     return {
-        _require_text(name): Asset(_require_text(digest), _require_text(owner))
-        for name, (digest, owner) in packed.items()
+        _require_text(name): Asset(
+            _require_text(digest), _require_text(owner), _require_text(value), noted is True
+        )
+        for name, (digest, owner, value, noted) in packed.items()
     }
 
 

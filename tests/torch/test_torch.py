@@ -416,3 +416,20 @@ def test_names_of_trainers_are_found(tmp_path: Path, name: str) -> None:
         torch.save({"w": torch.zeros(3)}, tmp_path / "run" / "model_best.pth.tar")
     average(tmp_path / "run", tmp_path / "o.pth.tar")
     assert load(tmp_path / "o.pth.tar")["w"].tolist() == [1.5] * 3
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0,), (2, 0, 3)])
+def test_tensors_without_elements_are_converted(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Whatever their strides, they are in every order at once; so are turned ones."""
+    state = {
+        "w": torch.ones(2),
+        "none": torch.empty(shape),
+        "turned": torch.empty(shape[::-1]).permute(*reversed(range(len(shape)))),
+    }
+    paths = write_pair(tmp_path, lambda: state)
+    average(paths, tmp_path / "o.safetensors")
+    found = load_file(tmp_path / "o.safetensors")
+    assert found["none"].shape == torch.Size(shape)
+    assert found["turned"].shape == torch.Size(shape)
+    average(paths, tmp_path / "o.pt", verify=True)
+    assert load(tmp_path / "o.pt")["none"].stride() == state["none"].stride()

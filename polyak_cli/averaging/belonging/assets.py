@@ -1,4 +1,4 @@
-"""Compare what gives tensors their meaning: vocabularies, tokenizers, names of classes.
+"""Compare what gives tensors their meaning: vocabularies, tokenizers, classes, configurations.
 
 An embedding's row 2 is the third word of a vocabulary.  Where two checkpoints have different ones,
 tensors of one name and one shape are not alike.  Does not know how formats keep such assets.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from polyak_cli.checkpoints import Problem
 from polyak_cli.errors import MismatchError, list_some, shown
@@ -17,6 +18,18 @@ from polyak_cli.tensors import Asset, Table
 
 #: The kind of the problem, and what `--allow` takes to average all the same.
 KIND, ALLOWED = "other assets", "other-assets"
+#: Values that many versions of a library leave out, for they mean the same as no value.
+_ABSENT = ("null", "false", '""')
+#: What another asset does to tensors, and another key of a configuration.
+_MEANING = "a row of a tensor may belong to another word or class"
+_MEANING_OF_KEYS = "a tensor of one name and shape may mean something else to the model"
+
+
+class _Other(NamedTuple):
+    """What is other in a checkpoint than in most."""
+
+    text: str  # a sentence
+    meaning: str  # what this does to tensors
 
 
 def refuse_other_assets(tables: Sequence[Table], allowed: Sequence[str]) -> list[str]:
@@ -32,13 +45,13 @@ def refuse_other_assets(tables: Sequence[Table], allowed: Sequence[str]) -> list
     found = _find_others(tables, assets)
     if found and ALLOWED not in allowed:
         raise MismatchError(
-            f"{found[max(found)]}, so a row of a tensor may belong to another word or class: "
+            f"{found[max(found)].text}, so {found[max(found)].meaning}: "
             f"{_advise(len(tables), found)}, and --allow {ALLOWED} averages anyway and copies the "
             "newest one's"
         )
     return [
-        f"{text}; the newest one's is copied (--allow {ALLOWED})" for text in found.values()
-    ] + _note_missing(tables, assets)
+        f"{one.text}; the newest one's is copied (--allow {ALLOWED})" for one in found.values()
+    ] + _list_notes(tables, assets)
 
 
 def _advise(count: int, others: Collection[int]) -> str:
@@ -58,8 +71,8 @@ def find_other_assets(tables: Sequence[Table]) -> tuple[dict[int, Problem], list
         return {}, []
     assets = _collect(tables)
     others = _find_others(tables, assets)
-    problems = {place: Problem(KIND, text) for place, text in others.items()}
-    return problems, _note_missing(tables, assets)
+    problems = {place: Problem(KIND, one.text) for place, one in others.items()}
+    return problems, _list_notes(tables, assets)
 
 
 def describe_differences(tables: Sequence[Table]) -> list[str]:
@@ -103,21 +116,60 @@ def _list_folders(table: Table) -> dict[Path, str]:
     }
 
 
-def _find_others(tables: Sequence[Table], assets: Sequence[Mapping[str, Asset]]) -> dict[int, str]:
+def _find_others(
+    tables: Sequence[Table], assets: Sequence[Mapping[str, Asset]]
+) -> dict[int, _Other]:
     """Return index and description of each checkpoint with another asset than most that have it."""
     usual = {name: _find_usual(assets, name) for name in set().union(*assets)}
-    others: dict[int, str] = {}
+    others: dict[int, _Other] = {}
     for k, found in enumerate(assets):
-        differing = [name for name in found if _differs(name, found, assets[usual[name]])]
+        differing = [
+            name
+            for name, asset in found.items()
+            if not asset.is_noted and _differs(name, found, assets[usual[name]])
+        ]
         if differing:
             # Of the copies that a layer and the layer inside it keep, the outer one is named.
             first, *more = sorted(differing, key=lambda name: (name.count("/"), name))
-            others[k] = (
-                f"{shown(tables[k].path)}: "
-                f"{_name(first, found)}{f' (and {len(more)} more)' if more else ''} differs from "
-                f"that of {shown(tables[usual[first]].path)}"
-            )
+            text = _describe(first, found, assets[usual[first]], tables[usual[first]].path, more)
+            meaning = _MEANING_OF_KEYS if found[first].value else _MEANING
+            others[k] = _Other(f"{shown(tables[k].path)}: {text}", meaning)
     return others
+
+
+def _describe(
+    name: str,
+    ours: Mapping[str, Asset],
+    theirs: Mapping[str, Asset],
+    path: Path,
+    more: Sequence[str] = (),
+) -> str:
+    """Return in what an asset differs from that of another checkpoint."""
+    some = f" (and {len(more)} more)" if more else ""
+    if not ours[name].value:
+        return f"{_name(name, ours)}{some} differs from that of {shown(path)}"
+    return (
+        f"{_name(name, ours)} is {shown(ours[name].value)}, but that of {shown(path)} is "
+        f"{shown(theirs[name].value)}{some}"
+    )
+
+
+def _list_notes(tables: Sequence[Table], assets: Sequence[Mapping[str, Asset]]) -> list[str]:
+    """Return notes on what differs and need not separate checkpoints, and on what some lack."""
+    noted: dict[str, tuple[int, int]] = {}
+    for name in dict.fromkeys(name for found in assets for name in found):
+        usual = _find_usual(assets, name)
+        for k, found in enumerate(assets):
+            if name in found and found[name].is_noted and _differs(name, found, assets[usual]):
+                noted.setdefault(name, (k, usual))
+    if not noted:
+        return _note_missing(tables, assets)
+    (name, (k, usual)), *more = noted.items()
+    text = _describe(name, assets[k], assets[usual], tables[usual].path, [n for n, _ in more])
+    return [
+        f"{shown(tables[k].path)}: {text}; use the average with the one that fits it",
+        *_note_missing(tables, assets),
+    ]
 
 
 def _find_usual(assets: Sequence[Mapping[str, Asset]], name: str) -> int:
@@ -139,7 +191,12 @@ def _name(name: str, assets: Mapping[str, Asset]) -> str:
 
 def _note_missing(tables: Sequence[Table], assets: Sequence[Mapping[str, Asset]]) -> list[str]:
     """Return a note where only some checkpoints have an asset: many programs save it once."""
-    names = dict.fromkeys(name for found in assets for name in found)
+    names = dict.fromkeys(
+        name
+        for found in assets
+        for name, asset in found.items()
+        if not asset.is_noted and asset.value not in _ABSENT
+    )
     some = [name for name in names if not all(name in found for found in assets)]
     if not some:
         return []

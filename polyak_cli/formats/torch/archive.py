@@ -339,7 +339,9 @@ def _check_inside(name: str, view: Tensor, size: int) -> None:
 
 
 def _is_plain(view: Tensor) -> bool:
-    """Tell whether a view of a whole storage is in C order."""
+    """Tell whether a view of a whole storage is in C order; without elements, any order is."""
+    if 0 in view.shape:
+        return True
     expected = 1
     for n, step in zip(reversed(view.shape), reversed(view.stride), strict=True):
         if n > 1 and step != expected:
