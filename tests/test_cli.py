@@ -470,9 +470,9 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], int, str]] = {
     "output is a folder": (_folder_as_output, [*AVERAGE, "--force"], 3, r"^out\.h5: is a folder"),
     "output of another format": (
         _good,
-        ["average", "run", "-o", "out.keras"],
+        ["average", "run", "-o", "out.pt"],
         3,
-        r"^out\.keras: .*\.h5 or \.hdf5",
+        r"^out\.pt: .*\.h5 or \.hdf5",
     ),
     "no folder for the output": (
         _good,

@@ -45,7 +45,13 @@ CHECKPOINTS = 10
 #: Bytes that a share writes: 6,035 parts are 810 GB.
 PART = 128 << 20
 #: What a share that is simulated has done.
-DONE = {"totals": list(Totals()), "products": None, "constants": [], "peak": 0}
+DONE = {
+    "totals": list(Totals()),
+    "products": None,
+    "constants": [],
+    "kernel": "compiled",
+    "peak": 0,
+}
 
 
 def make_batches(tensors: int) -> Iterator[Batch]:

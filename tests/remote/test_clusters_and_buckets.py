@@ -214,33 +214,3 @@ def test_a_server_that_one_worker_cannot_reach(
     assert code == 3, errors
     assert one_line(errors).startswith(f"{filled.url}/run/")
     assert_nothing(filled)
-
-
-def read_peak(pid: int) -> int:
-    """Return the most memory that a process has had, in bytes."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    return int(text.split("VmHWM:")[1].split()[0]) << 10
-
-
-@SOAK
-def test_memory_of_a_worker_does_not_grow_with_the_number_of_checkpoints(
-    bucket: S3Bucket, tmp_path: Path
-) -> None:
-    """Of 2 and of 60 checkpoints: at most 64 MiB more than a worker that has only begun."""
-    write_run(named("safetensors"), tmp_path / "run", 2, ROWS)
-    contents = [path.read_bytes() for path in sorted((tmp_path / "run").iterdir())]
-    for k in range(60):
-        bucket.put(f"run/model_{k}.safetensors", contents[k % 2])
-    peaks = []
-    for count in (2, 60):
-        home = tmp_path / str(count)
-        home.mkdir()
-        with cluster(home, environment(**bucket.environ), 1) as found:
-            pid = found.workers[0].pid
-            before = read_peak(pid)
-            command = average(bucket, "--engine", "dask", "--scheduler", found.address,
-                              "--last", count, "--force", "-q", "--no-hash")  # fmt: skip
-            code, _, errors = finish(start(command, tmp_path, bucket.environ))
-            assert code == 0, errors
-            peaks.append(read_peak(pid) - before)
-    assert peaks[1] - peaks[0] < 32 << 20, peaks
