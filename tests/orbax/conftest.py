@@ -10,10 +10,11 @@ import pytest
 
 if find_spec("orbax") is None:
     collect_ignore_glob = ["test_*.py"]
-
-# Before the libraries are imported: Keras on JAX, and as many devices as arrays are sharded over.
-os.environ["KERAS_BACKEND"] = "jax"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+else:
+    # Before the libraries are imported: Keras on JAX, and as many devices as arrays are sharded
+    # over.  Elsewhere this file is imported too, and other tests start Keras on its usual back end.
+    os.environ["KERAS_BACKEND"] = "jax"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

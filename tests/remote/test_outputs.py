@@ -28,6 +28,7 @@ from tests import (
 )
 from tests.command import POLYAK, Done, environment, one_line, polyak, script
 from tests.contract import content
+from tests.documented import find_undocumented, read_keys
 from tests.remote.proxy import Fault, Proxy, some
 from tests.remote.servers import Bucket, S3Bucket
 
@@ -375,7 +376,10 @@ def test_uploads_lists_and_aborts_what_a_dead_run_left(
     assert f"{bucket.url}/dir/out.safetensors" in listed
     assert "1 upload of dead runs; delete with --abort" in listed
     assert "foreign" not in listed
-    (one,) = json.loads(run("--idle", "0", "--abort", "--json").stdout)["uploads"]
+    result = json.loads(run("--idle", "0", "--abort", "--json").stdout)
+    page = read_keys("json")
+    assert find_undocumented(result, {**page[""], **page["`polyak uploads`"]}, set()) == []
+    (one,) = result["uploads"]
     assert one["aborted"] is True
     assert bucket.uploads() == ["dir/foreign"]
     assert run().stdout == "no uploads of dead runs\n"
