@@ -77,7 +77,11 @@ def test_a_format_is_averaged_to_the_same_bytes(
     write(tmp_path / "run")
     bucket.put_tree(tmp_path / "run", "some/run/")
     outputs = []
-    by_blocks = script("from polyak_cli.storage import mirrors as m\nm.WHOLE = m._SMALL = 0")
+    by_blocks = script(
+        "from polyak_cli.storage import mirrored, mirrors\n"
+        "assert mirrored._SMALL and mirrors.WHOLE\n"
+        "mirrored._SMALL = mirrors.WHOLE = 0"
+    )
     for place, source, command in (
         ("here", "run", POLYAK),
         ("there", f"{bucket.url}/some/run/", POLYAK),
