@@ -20,6 +20,7 @@ from polyak_cli import __version__, checkpoints, formats
 from polyak_cli.averaging.schemes import Mean, make_mean
 from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.errors import CheckpointError, FormatError, PolyakError, shown
+from polyak_cli.formats.folder_records import read_record
 from polyak_cli.formats.model_folders import RECORD_NAME, FolderFiles
 from polyak_cli.storage import File, open_input
 from polyak_cli.storage.local import name_errors
@@ -53,8 +54,6 @@ _YOUNGER_OPTIONS: Mapping[str, tuple[tuple[type, ...], Any]] = {
 _LISTS = ("include_tensors", "exclude_tensors", "allow", "strip_prefix")
 #: The longest file name that Linux and macOS allow, in bytes.
 _LONGEST = 255
-#: Bytes that the file with the record of an output folder may have.
-_LONGEST_RECORD = 64 << 20
 #: Inputs of at most this many bytes in all are hashed whole unasked: it takes no time then.
 HASHED = 64 << 20
 #: A sampled digest reads at most this many pieces of this many bytes: 3.93 MB.
@@ -513,9 +512,7 @@ def list_owned(folder: Path) -> frozenset[str]:
     They are relative to the folder, and are those of the record in it, whose digest must be right.
     """
     with contextlib.suppress(PolyakError):
-        with open_input(folder / RECORD_NAME) as file:
-            written = file.read(0, _LONGEST_RECORD).decode(errors="replace")
-        record = read(written.removesuffix("\n"))
+        record = read(read_record(folder))
         if record.is_sealed and record.weights:
             return frozenset((*record.weights, *record.carried, RECORD_NAME))
     return frozenset()

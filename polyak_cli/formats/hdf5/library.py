@@ -437,6 +437,18 @@ def _resize_caches(files: Sequence[Any], nbytes: int) -> None:
         file.set_mdc_config(_resize(file.get_mdc_config(), nbytes))
 
 
+def create_dataset(home: Any, name: bytes, datatype: Any, shape: tuple[int, ...]) -> Any:
+    """Return a new tensor in a group, with room for its values, which are written by offset."""
+    space = h5s.create_simple(shape) if shape else h5s.create(h5s.SCALAR)
+    properties = h5p.create(h5p.DATASET_CREATE)
+    properties.set_layout(h5d.CONTIGUOUS)
+    # Allocated now, so that there is an offset to write at, and not filled with zeros before.
+    properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)
+    return h5d.create(home, name, datatype, space, properties)
+
+
 def write_text(target: Any, key: bytes, text: str) -> None:
     """Create a text attribute, as h5py does."""
     datatype = h5t.TypeID.copy(h5t.C_S1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from h5py import h5a, h5d, h5f, h5g, h5o, h5p, h5s, h5t
+from h5py import h5a, h5d, h5f, h5g, h5o, h5t
 
 from polyak_cli.errors import FormatError
 from polyak_cli.formats.format import Draft, SkeletonRequest
@@ -24,6 +24,7 @@ from polyak_cli.formats.hdf5.library import (
     NAMELESS,
     Place,
     copy_attribute,
+    create_dataset,
     describe_type,
     explain_errors,
     make_access,
@@ -247,15 +248,7 @@ class _Copy:
             byteorder = "<"
             code = "V2" if wanted == "bfloat16" else byteorder + FLOATS[wanted]
             datatype = h5t.py_create(np.dtype(code))
-        shape = tuple(read_shape(source, path))
-        space = h5s.create_simple(shape) if shape else h5s.create(h5s.SCALAR)
-        properties = h5p.create(h5p.DATASET_CREATE)
-        properties.set_layout(h5d.CONTIGUOUS)
-        # Allocated now, so that there is an offset to write at, and not filled with zeros before.
-        properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-        properties.set_fill_time(h5d.FILL_TIME_NEVER)
-        properties.set_obj_track_times(False)
-        made = h5d.create(target, name, datatype, space, properties)
+        made = create_dataset(target, name, datatype, tuple(read_shape(source, path)))
         self.copy_attributes(source, made, path)
         if wanted and wanted != dtype and _is_weights(self.request.template):
             _note_dtype(made, wanted)

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from h5py import h5a, h5d, h5f, h5g, h5o, h5p, h5s, h5t
+from h5py import h5a, h5f, h5g, h5o, h5p, h5s, h5t
 
 from polyak_cli.formats.format import SkeletonRequest
 from polyak_cli.formats.hdf5.library import (
     NAMELESS,
+    create_dataset,
     explain_errors,
     make_access,
     to_bytes,
@@ -115,14 +116,7 @@ def _allocate(home: Any, name: bytes, dtype: str, shape: tuple[int, ...]) -> Any
     """Allocate a tensor without filling it."""
     code = "V2" if dtype == "bfloat16" else f"<{FLOATS[dtype]}" if dtype in FLOATS else dtype
     datatype = h5t.py_create(np.dtype(code), logical=True)
-    space = h5s.create_simple(shape) if shape else h5s.create(h5s.SCALAR)
-    properties = h5p.create(h5p.DATASET_CREATE)
-    properties.set_layout(h5d.CONTIGUOUS)
-    # Allocated now, so that there is an offset to write at, and not filled with zeros before.
-    properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-    properties.set_fill_time(h5d.FILL_TIME_NEVER)
-    properties.set_obj_track_times(False)
-    made = h5d.create(home, name, datatype, space, properties)
+    made = create_dataset(home, name, datatype, shape)
     if dtype == "bfloat16":
         write_text(made, DTYPE, dtype)
     return made

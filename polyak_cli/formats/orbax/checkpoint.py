@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, shown
-from polyak_cli.formats import conversion, zips
+from polyak_cli.formats import conversion
+from polyak_cli.formats.folder_records import read_record
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.model_folders import OTHER_WEIGHTS, RECORD_NAME, STATE
+from polyak_cli.formats.model_folders import OTHER_WEIGHTS, STATE
 from polyak_cli.formats.orbax import items, writing
 from polyak_cli.formats.orbax.values import (
     Leaf,
@@ -136,15 +137,6 @@ def _find_list(table: Table) -> File:
     return next(file for file in table.files[:-3:-1] if Path(file.path).name != items.STEP)
 
 
-def _read_record(path: str) -> str:
-    """Return the record of an average, which is a file in its folder; "" if there is none."""
-    try:
-        with open_input(items.find_root(path) / RECORD_NAME) as file:
-            return file.read(0, zips.WHOLE).decode(errors="replace").removesuffix("\n")
-    except FormatError:
-        return ""
-
-
 class OrbaxCheckpoint(Format):
     """The folders that `orbax.checkpoint` and Keras's `OrbaxCheckpoint` write."""
 
@@ -181,7 +173,7 @@ class OrbaxCheckpoint(Format):
         if not tensors:
             raise FormatError(f"{shown(request.path)}: lists no array of a model")
         refuse_shared(values, tree.path)
-        record = _read_record(request.path)
+        record = read_record(items.find_root(request.path))
         return Table(
             path=Path(request.path),
             format=self.key,
@@ -277,7 +269,7 @@ class OrbaxCheckpoint(Format):
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""
         heartbeat()
-        return bool(_read_record(path))
+        return bool(read_record(items.find_root(path)))
 
 
 def _read_strings(path: Path) -> dict[str, str]:

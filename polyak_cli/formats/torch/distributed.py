@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, shown, word_size
 from polyak_cli.formats import conversion, zips
+from polyak_cli.formats.folder_records import read_record
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.model_folders import RECORD_NAME
 from polyak_cli.formats.torch import beside, dcp_metadata, dcp_trimming
 from polyak_cli.formats.torch.beside import Owner
 from polyak_cli.formats.torch.dcp_metadata import Block, BytesItem, Stored, TensorItem
@@ -403,15 +403,6 @@ def _place(spec: TensorSpec) -> Placement:
     return Placement(spec.storage.offset, spec.dtype, spec.byteorder, spec.storage.file)
 
 
-def _read_record(path: str) -> str:
-    """Return the record of an average, which is a file beside its metadata; "" if there is none."""
-    try:
-        with open_input(Path(path).with_name(RECORD_NAME)) as file:
-            return file.read(0, zips.WHOLE).decode(errors="replace").removesuffix("\n")
-    except FormatError:
-        return ""
-
-
 class DistributedCheckpoint(Format):
     """The folders that `torch.distributed.checkpoint.save` writes."""
 
@@ -431,7 +422,7 @@ class DistributedCheckpoint(Format):
         items = _read_items(request.path, heartbeat)
         _refuse_other_items(items)
         parts = _Parts(items, heartbeat)
-        record = _read_record(request.path)
+        record = read_record(Path(request.path).parent)
         wanted = [*items.model]
         if request.with_optimizer:
             wanted += [item for item in items.state if isinstance(item, TensorItem)]
@@ -528,4 +519,4 @@ class DistributedCheckpoint(Format):
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""
         heartbeat()
-        return bool(_read_record(path))
+        return bool(read_record(Path(path).parent))
