@@ -14,7 +14,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,13 @@ from polyak_cli.engine.slabs import (
     gather_batches,
 )
 from polyak_cli.errors import FormatError, MismatchError, MissingExtraError, PolyakError, UsageError
-from polyak_cli.storage import File, Version, mirrors
+from polyak_cli.storage import mirrors
 from polyak_cli.tensors import FLOATS, Extent, Placement, itemsize
 from tests.command import ROOT, SAMPLES, environment, one_line, polyak
 from tests.kernels import COMPILED, KERNELS, use_kernel
 from tests.oracle import naive_average, read_model, write_model
 from tests.test_determinism import FILES, SCHEMES, digest
+from tests.test_engine import write_inputs
 
 
 class Pool(concurrent.futures.Executor):
@@ -94,16 +95,6 @@ class Pool(concurrent.futures.Executor):
         with self.lock:
             del self.waiting[k]
         future.set_result(result)
-
-
-def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
-    """Write raw files: the engine knows no format."""
-    inputs = []
-    for k, array in enumerate(arrays):
-        path = folder / f"{k}.raw"
-        path.write_bytes(array.tobytes())
-        inputs.append(File(str(path), Version.of(path.stat())))
-    return inputs
 
 
 def tensor(size: int, offset: int = 0, count: int = 1) -> FoldTensor:

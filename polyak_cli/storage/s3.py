@@ -213,35 +213,36 @@ def complete(
     Raises:
         OutputError: the name is taken and ``force`` is not given, among others.
     """
-    from botocore.exceptions import ClientError
-
     parts = [{"PartNumber": number, "ETag": receipts[number]} for number in sorted(receipts)]
-    with _explaining(url) as client:
-        try:
-            client.complete_multipart_upload(
-                Bucket=url.bucket,
-                Key=url.key,
-                UploadId=upload,
-                MultipartUpload={"Parts": parts},
-                **_condition(force=force),
-            )
-        except ClientError as error:
-            _pass_if_own(error, url, token)
+    with _explaining(url) as client, _passing_if_own(url, token):
+        client.complete_multipart_upload(
+            Bucket=url.bucket,
+            Key=url.key,
+            UploadId=upload,
+            MultipartUpload={"Parts": parts},
+            **_condition(force=force),
+        )
 
 
 def _condition(*, force: bool) -> dict[str, str]:
     return {} if force else {"IfNoneMatch": "*"}
 
 
-def _pass_if_own(error: ClientError, url: Url, token: str) -> None:
-    """Raise an error again, unless it answers a repetition of a request that had its effect.
+@contextlib.contextmanager
+def _passing_if_own(url: Url, token: str) -> Iterator[None]:
+    """Let an error pass if it answers a repetition of a request that had its effect.
 
     The client sends a request again where the answer was lost.  The object is there by then, and
     its upload is gone.
     """
-    found = find(url) if _find_code(error) in _ALREADY | _GONE else None
-    if not found or found.token != token:
-        raise error
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        found = find(url) if _find_code(error) in _ALREADY | _GONE else None
+        if not found or found.token != token:
+            raise
 
 
 def abort(url: Url, upload: str) -> None:
@@ -262,21 +263,16 @@ def abort(url: Url, upload: str) -> None:
 
 def put(url: Url, content: bytes | bytearray, token: str, *, force: bool) -> None:
     """Write a small object in one request; see `complete`."""
-    from botocore.exceptions import ClientError
-
-    with _explaining(url) as client:
-        try:
-            client.put_object(
-                Bucket=url.bucket,
-                Key=url.key,
-                Body=content,
-                ContentMD5=_hash(content),
-                ContentType="application/octet-stream",
-                Metadata={_WRITER: token},
-                **_condition(force=force),
-            )
-        except ClientError as error:
-            _pass_if_own(error, url, token)
+    with _explaining(url) as client, _passing_if_own(url, token):
+        client.put_object(
+            Bucket=url.bucket,
+            Key=url.key,
+            Body=content,
+            ContentMD5=_hash(content),
+            ContentType="application/octet-stream",
+            Metadata={_WRITER: token},
+            **_condition(force=force),
+        )
 
 
 def find(url: Url) -> Object | None:

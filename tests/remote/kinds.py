@@ -19,6 +19,7 @@ from tests import (
     test_torch_zip,
     test_weights,
 )
+from tests.command import polyak
 from tests.contract import Tensors
 
 
@@ -108,3 +109,11 @@ def write_run(kind: Kind, folder: Path, count: int = 3, rows: int = 33) -> Path:
     for epoch in range(1, count + 1):
         kind.write(folder / kind.checkpoint.format(epoch), draw_tensors(epoch, rows))
     return folder
+
+
+def write_run_and_average(home: Path, rows: int) -> Path:
+    """Write a run of safetensors to `run`, and its average, made from there, to `expected`."""
+    write_run(named("safetensors"), home / "run", 3, rows)
+    done = polyak("average", "run", "-o", "expected.safetensors", "-q", cwd=home)
+    assert done.returncode == 0, done.stderr
+    return home

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.command import POLYAK, environment, one_line, polyak, tree
+from tests.command import POLYAK, environment, one_line, tree
 from tests.remote.clusters import Cluster, cluster
-from tests.remote.kinds import named, write_run
+from tests.remote.kinds import write_run_and_average
 from tests.remote.proxy import RESET, SLOW_DOWN, Fault, Proxy, Request, every, some
 from tests.remote.servers import S3Bucket
 
@@ -27,11 +27,7 @@ ROWS = 80_000
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a run in `run` and its average, made from there, in `expected`."""
-    home = tmp_path_factory.mktemp("together")
-    write_run(named("safetensors"), home / "run", 3, ROWS)
-    done = polyak("average", "run", "-o", "expected.safetensors", "-q", cwd=home)
-    assert done.returncode == 0, done.stderr
-    return home
+    return write_run_and_average(tmp_path_factory.mktemp("together"), ROWS)
 
 
 @pytest.fixture

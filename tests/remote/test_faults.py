@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import Done, one_line, polyak, tree
-from tests.remote.kinds import named, write_run
+from tests.remote.kinds import write_run_and_average
 from tests.remote.proxy import (
     DENIED,
     EXPIRED,
@@ -32,11 +32,7 @@ ROWS = 9000  # 2.3 MB a checkpoint, so that values come by requests of their own
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a run in `run` and its average, made from there, in `expected`."""
-    home = tmp_path_factory.mktemp("faults")
-    write_run(named("safetensors"), home / "run", 3, ROWS)
-    done = polyak("average", "run", "-o", "expected.safetensors", "-q", cwd=home)
-    assert done.returncode == 0, done.stderr
-    return home
+    return write_run_and_average(tmp_path_factory.mktemp("faults"), ROWS)
 
 
 @pytest.fixture
