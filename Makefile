@@ -1,7 +1,7 @@
 # Two commands and no other preparation: `make demo`, `make test`.
 #
-#   make quick   under 3 minutes    while working; no Keras, nothing that takes seconds
-#   make test    under 10 minutes   every promise at least once, in every environment
+#   make quick   some 3 minutes     while working; no Keras, nothing that takes seconds
+#   make test    some 16 minutes   every promise at least once, in every environment
 #   make soak    some 10 minutes    what repeats, measures or mutates; all of `core` again
 #
 # `make test` and `make soak` together run every test; tests/test_tiers.py checks it.
