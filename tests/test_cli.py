@@ -33,7 +33,7 @@ import pytest
 import polyak_cli
 from polyak_cli import __version__
 from polyak_cli.averaging.options import Settings
-from polyak_cli.averaging.schemes import SCHEMES
+from polyak_cli.averaging.schemes import SCHEMES, Flag, Number, spell
 from polyak_cli.cli import cli
 from polyak_cli.cli.models import _find_failed
 from polyak_cli.errors import UsageError
@@ -141,15 +141,16 @@ def test_help_explains_every_option_and_shows_its_default(command: str) -> None:
             assert f"[default: {default}]" in record[1]
 
 
-@pytest.mark.parametrize("name", [name for name, s in SCHEMES.items() if s.parameter])
+@pytest.mark.parametrize("name", [name for name, s in SCHEMES.items() if s.parameters])
 def test_help_tells_each_scheme_s_parameter(name: str, tmp_path: Path) -> None:
     """The schemes' parameters and their defaults are those of the registry."""
-    parameter = SCHEMES[name].parameter
-    assert parameter
     text = " ".join(polyak("average", "--help", cwd=tmp_path).stdout.split())
-    assert re.search(
-        rf"--{parameter.name} FLOAT For {name}: .*?\[default: {parameter.default:g}\]", text
-    )
+    for one in SCHEMES[name].parameters:
+        found = f"For {name}: {one.meaning}."
+        if not isinstance(one, Flag) and one.default is not None:
+            shown = f"{one.default:g}" if isinstance(one, Number) else one.default
+            found += f" [default: {shown}]"
+        assert re.search(rf"{spell(one.name)} [^-].*?{re.escape(found)}", text), one.name
 
 
 def example_of(command: str) -> str:

@@ -81,8 +81,8 @@ def one_element(draw: st.DrawFn, dtype: str, count: int) -> list[int]:
 
 
 means = st.one_of(
-    st.integers(1, 60).map(lambda count: make_mean(SCHEMES["equal"].function([1.0] * count, 0.0))),
-    st.integers(1, 40).map(lambda count: make_mean(SCHEMES["linear"].function([1.0] * count, 0.0))),
+    st.integers(1, 60).map(lambda count: make_mean(SCHEMES["equal"].function([1.0] * count))),
+    st.integers(1, 40).map(lambda count: make_mean(SCHEMES["linear"].function([1.0] * count))),
     st.lists(st.integers(0, 9).map(float), min_size=1, max_size=20).filter(any).map(make_mean),
 )
 

@@ -158,14 +158,14 @@ def test_power_refuses_positions_that_do_not_rise(positions: list[float], found:
 
 def test_the_function_of_a_scheme_gives_its_multipliers() -> None:
     """They are what the documentation writes, at the edges of its cases too."""
-    assert SCHEMES["equal"].function(run_of(3), 0.0) == [1.0, 1.0, 1.0]
-    assert SCHEMES["linear"].function(run_of(4), 0.0) == [1.0, 2.0, 3.0, 4.0]
-    assert SCHEMES["exp"].function(run_of(2), 0.01) == [
+    assert SCHEMES["equal"].function(run_of(3)) == [1.0, 1.0, 1.0]
+    assert SCHEMES["linear"].function(run_of(4)) == [1.0, 2.0, 3.0, 4.0]
+    assert SCHEMES["exp"].function(run_of(2), alpha=0.01) == [
         rounded_exp(-1 / Fraction(0.01)),
         1.0,
     ]
-    assert SCHEMES["ema"].function(run_of(3), 0.5) == [0.25, 0.5, 1.0]
-    assert SCHEMES["power"].function([490.0], 0.1) == [1.0]
+    assert SCHEMES["ema"].function(run_of(3), decay=0.5) == [0.25, 0.5, 1.0]
+    assert SCHEMES["power"].function([490.0], sigma=0.1) == [1.0]
 
 
 @quietly
@@ -334,11 +334,14 @@ def test_custom_and_a_scheme_exclude_each_other() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: resolve("linear", alpha=2.0), "--alpha belongs to --scheme exp, not to linear"),
-        (lambda: resolve(None, sigma=0.1), "--sigma belongs to --scheme power, not to equal"),
-        (lambda: resolve("exp", decay=0.9), "--decay belongs to --scheme ema, not to exp"),
-        (lambda: resolve("ema", alpha=2.0, decay=0.9), "--alpha belongs to --scheme exp"),
-        (lambda: resolve(None, alpha=2.0, custom=[1.0]), "exp, not to --coefficients"),
+        (
+            lambda: resolve("linear", {"alpha": 2.0}),
+            "--alpha belongs to --scheme exp, not to linear",
+        ),
+        (lambda: resolve(None, {"sigma": 0.1}), "--sigma belongs to --scheme power, not to equal"),
+        (lambda: resolve("exp", {"decay": 0.9}), "--decay belongs to --scheme ema, not to exp"),
+        (lambda: resolve("ema", {"alpha": 2.0, "decay": 0.9}), "--alpha belongs to --scheme exp"),
+        (lambda: resolve(None, {"alpha": 2.0}, custom=[1.0]), "exp, not to --coefficients"),
     ],
 )
 def test_a_parameter_of_another_scheme_is_refused(call: Callable[[], object], message: str) -> None:
@@ -350,10 +353,10 @@ def test_a_parameter_of_another_scheme_is_refused(call: Callable[[], object], me
 @pytest.mark.parametrize(
     ("option", "call", "values"),
     [
-        ("alpha", lambda v: resolve("exp", alpha=v), [0.0, -1.0, math.inf, math.nan]),
-        ("decay", lambda v: resolve("ema", decay=v), [0.0, -0.5, 1.0000001, math.nan]),
-        ("sigma", lambda v: resolve("power", sigma=v), [0.0, -0.1, 0.3, math.inf, math.nan]),
-        ("sigma", lambda v: resolve("power", sigma=v), [1 / math.sqrt(12)]),
+        ("alpha", lambda v: resolve("exp", {"alpha": v}), [0.0, -1.0, math.inf, math.nan]),
+        ("decay", lambda v: resolve("ema", {"decay": v}), [0.0, -0.5, 1.0000001, math.nan]),
+        ("sigma", lambda v: resolve("power", {"sigma": v}), [0.0, -0.1, 0.3, math.inf, math.nan]),
+        ("sigma", lambda v: resolve("power", {"sigma": v}), [1 / math.sqrt(12)]),
     ],
 )
 def test_a_parameter_out_of_range_is_refused(
@@ -388,7 +391,7 @@ def test_the_parameter_really_used_can_be_reported() -> None:
     assert resolve("exp").parameters == {"alpha": 2.0}
     assert resolve("ema").parameters == {"decay": 0.9}
     assert resolve("power").parameters == {"sigma": 0.1}
-    assert resolve("power", sigma=0.2).parameters == {"sigma": 0.2}
+    assert resolve("power", {"sigma": 0.2}).parameters == {"sigma": 0.2}
     assert (resolve(None).name, resolve(None).parameters) == ("equal", {})
     assert resolve(None, custom=[1.0]).name == "custom"
     assert coefficients("exp", run_of(4)) == coefficients("exp", run_of(4), alpha=2.0)
@@ -399,8 +402,8 @@ def test_the_registry_describes_each_scheme() -> None:
     assert list(SCHEMES) == ["equal", "linear", "exp", "ema", "power"]
     for scheme in SCHEMES.values():
         assert scheme.summary
-        if scheme.parameter is not None:
-            assert scheme.parameter.allowed(scheme.parameter.default)
+        for one in scheme.parameters:
+            assert one.default is None or one.check(one.default) == one.default
 
 
 def test_the_effective_number_counts_equal_checkpoints() -> None:

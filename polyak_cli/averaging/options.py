@@ -164,13 +164,8 @@ class Weighting:
         Raises:
             UsageError: they contradict one another, or are out of range.
         """
-        return schemes.resolve(
-            self.scheme,
-            alpha=self.alpha,
-            decay=self.decay,
-            sigma=self.sigma,
-            custom=self.coefficients,
-        )
+        given = {name: getattr(self, name) for name in schemes.PARAMETERS}
+        return schemes.resolve(self.scheme, given, custom=self.coefficients)
 
     def compute(self, positions: Sequence[float]) -> schemes.Mean:
         """Return the mean of checkpoints at these positions, oldest first.

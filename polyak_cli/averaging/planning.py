@@ -89,7 +89,7 @@ class Plan:
     output: Path | None
     checkpoints: tuple[Checkpoint, ...]
     scheme: str
-    parameters: Mapping[str, float]
+    parameters: Mapping[str, schemes.Value]
     mean: schemes.Mean = field(repr=False)
     positions: tuple[float, ...]
     carried: tuple[str, ...]

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from polyak_cli.cli.lists import expand_lists
 from polyak_cli.errors import redact, shown
+
+if TYPE_CHECKING:  # its module imports numpy, which --help does not need
+    from polyak_cli.averaging.schemes import Parameter
 
 #: Exit codes; besides these, 3 for what failed and 2 for wrong usage: see `polyak_cli.cli`.
 DONE, ANSWER_IS_NO = 0, 1
@@ -322,9 +325,28 @@ CHOOSING = under(
 )
 
 
+def _declare_parameter(
+    name: str, owners: Mapping[str, Parameter]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the option of a parameter, which several schemes may take."""
+    from polyak_cli.averaging.schemes import Flag, Word, spell
+
+    texts = []
+    for scheme, one in owners.items():
+        unset = one.default is None or isinstance(one, Flag)
+        default = f"{one.default:g}" if isinstance(one.default, float) else one.default
+        texts.append(f"For {scheme}: {one.meaning}.{'' if unset else f'  [default: {default}]'}")
+    first = next(iter(owners.values()))
+    text = "  ".join(texts)
+    if isinstance(first, Flag):
+        return option(spell(name), is_flag=True, help=text)
+    kind = click.Choice(list(first.words)) if isinstance(first, Word) else float
+    return option(spell(name), type=kind, help=text)
+
+
 def scheme_options(function: Any) -> Any:
     """Add the scheme and its parameters, derived from the registry."""
-    from polyak_cli.averaging.schemes import SCHEMES
+    from polyak_cli.averaging.schemes import PARAMETERS, SCHEMES
 
     declared = [
         option(
@@ -333,15 +355,7 @@ def scheme_options(function: Any) -> Any:
             help="How coefficients depend on age.  [default: equal]",
         )
     ]
-    for name, scheme in SCHEMES.items():
-        if scheme.parameter:
-            declared.append(
-                option(
-                    f"--{scheme.parameter.name}",
-                    type=float,
-                    help=f"For {name}: {scheme.summary}.  [default: {scheme.parameter.default:g}]",
-                )
-            )
+    declared += [_declare_parameter(name, owners) for name, owners in PARAMETERS.items()]
     declared.append(
         option(
             "--coefficients",

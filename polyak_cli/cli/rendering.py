@@ -155,7 +155,11 @@ _COPY = "an average of one checkpoint is a copy of it"
 
 def _word_rule(plan: Plan) -> str:
     """Return the scheme and its parameters."""
-    return ", ".join([plan.scheme, *(f"{key} {value:g}" for key, value in plan.parameters.items())])
+    values = (
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in plan.parameters.items()
+    )
+    return ", ".join([plan.scheme, *values])
 
 
 def _word_epoch(epoch: int | None) -> str:

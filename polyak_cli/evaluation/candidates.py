@@ -30,7 +30,7 @@ class Candidate(NamedTuple):
 
     kind: str
     scheme: str
-    parameter: float | None
+    parameter: schemes.Value | None
     window: int
     mean: schemes.Mean
 
@@ -42,8 +42,9 @@ class Candidate(NamedTuple):
     @property
     def name(self) -> str:
         """Its scheme in the form of `--schemes`, or its kind."""
-        parameter = "" if self.parameter is None else f":{self.parameter:g}"
-        return f"{self.scheme or self.kind}{parameter}"
+        value = self.parameter
+        text = f"{value:g}" if isinstance(value, float) else value
+        return f"{self.scheme or self.kind}{'' if value is None else f':{text}'}"
 
 
 class ScoredCandidate(NamedTuple):
@@ -59,13 +60,13 @@ class ScoredCandidate(NamedTuple):
         return math.nan if found is None else found
 
 
-def parse_schemes(text: str) -> list[tuple[str, float | None]]:
+def parse_schemes(text: str) -> list[tuple[str, schemes.Value | None]]:
     """Read a list such as ``equal,exp:2``.
 
     Raises:
         UsageError: a scheme is unknown, or its parameter is out of range or not accepted.
     """
-    found = []
+    found: list[tuple[str, schemes.Value | None]] = []
     for part in text.split(","):
         name, _, number = part.strip().partition(":")
         if name not in schemes.SCHEMES:
@@ -73,26 +74,28 @@ def parse_schemes(text: str) -> list[tuple[str, float | None]]:
                 f"--schemes: unknown scheme {shown(name)!r}; choose from "
                 f"{', '.join(schemes.SCHEMES)}"
             )
-        parameter = schemes.SCHEMES[name].parameter
+        own = schemes.SCHEMES[name].parameters
+        if number and not own:
+            raise UsageError(f"--schemes: {name} takes no parameter; found {shown(part)!r}")
         try:
-            value = float(number) if number else parameter.default if parameter else None
+            given = (
+                float(number) if number and isinstance(own[0], schemes.Number) else number or None
+            )
         except ValueError:
             raise UsageError(
                 f"--schemes: {shown(part)!r} is not a scheme with a parameter; write it like exp:2"
             ) from None
-        if value is not None and not parameter:
-            raise UsageError(f"--schemes: {name} takes no parameter; found {shown(part)!r}")
-        # Only for its errors: the parameter may be out of range.
-        schemes.resolve(name, **make_parameter(name, value))
+        # Its errors too: the parameter may be out of range.
+        choice = schemes.resolve(name, make_parameter(name, given))
+        value = choice.parameters[own[0].name] if own else None
         if (name, value) not in found:
             found.append((name, value))
     return found
 
 
-def make_parameter(scheme: str, value: float | None) -> dict[str, Any]:
-    """Return the parameter of a scheme as an option of `schemes.resolve`."""
-    parameter = schemes.SCHEMES[scheme].parameter
-    return {parameter.name: value} if parameter else {}
+def make_parameter(scheme: str, value: schemes.Value | None) -> dict[str, Any]:
+    """Return the first parameter of a scheme as an option of `schemes.resolve`."""
+    return {one.name: value for one in schemes.SCHEMES[scheme].parameters[:1]}
 
 
 def parse_windows(text: str | None, count: int) -> list[int]:
@@ -118,7 +121,9 @@ def parse_windows(text: str | None, count: int) -> list[int]:
 
 
 def list_candidates(
-    positions: Sequence[float], windows: Sequence[int], chosen: Sequence[tuple[str, float | None]]
+    positions: Sequence[float],
+    windows: Sequence[int],
+    chosen: Sequence[tuple[str, schemes.Value | None]],
 ) -> list[Candidate]:
     """Return every single checkpoint, oldest first, and every window of every scheme.
 
@@ -134,7 +139,7 @@ def list_candidates(
     ]
     # By scheme first, so that tables and figures have the windows of a scheme in one piece.
     for (name, value), window in itertools.product(chosen, windows):
-        choice = schemes.resolve(name, **make_parameter(name, value))
+        choice = schemes.resolve(name, make_parameter(name, value))
         newest = schemes.compute_mean(choice, positions[count - window :])
         whole = schemes.make_mean((*(0.0,) * (count - window), *newest.multipliers))
         found.append(Candidate("average", name, value, window, whole))

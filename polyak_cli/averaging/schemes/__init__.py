@@ -1,0 +1,229 @@
+"""Compute how much each checkpoint counts: one small function for each scheme.
+
+A scheme gives multipliers, such as 1 for each of ten checkpoints.  An average is the sum of the
+multiplied checkpoints, divided once by the sum of the multipliers.  Coefficients, such as 0.1 each,
+are what people read: to multiply by them would round 1/10 before it is used.
+
+Knows only numbers: how many checkpoints there are, and how far into the run each was saved.  Does
+not know files, tensors or the command line, and needs no numpy.
+
+The coefficients are the same to the last bit on every machine.  ``+ - * /`` are exact to the bit
+wherever floats are IEEE 754, but the exp() and pow() of C libraries are not, so those two go
+through `decimal`, and sums through `math.fsum`.
+
+To add a scheme: a function beside its like, with its source, and a line in `SCHEMES`.  A new name
+of a parameter is an option too: see `polyak_cli.Options`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from polyak_cli.averaging.schemes.by_age import ema, equal, exp, linear
+from polyak_cli.averaging.schemes.by_position import gamma, power
+from polyak_cli.averaging.schemes.means import Mean, effective_number, make_mean
+from polyak_cli.averaging.schemes.parameters import (
+    Choice,
+    Flag,
+    Number,
+    Parameter,
+    Scheme,
+    Value,
+    Word,
+    spell,
+)
+from polyak_cli.errors import UsageError, shown, word_count
+
+__all__ = [
+    "PARAMETERS",
+    "SCHEMES",
+    "Choice",
+    "Flag",
+    "Mean",
+    "Number",
+    "Parameter",
+    "Scheme",
+    "Value",
+    "Word",
+    "coefficients",
+    "compute_mean",
+    "effective_number",
+    "gamma",
+    "make_mean",
+    "resolve",
+    "spell",
+]
+
+
+def coefficients(
+    scheme: str | None,
+    positions: Sequence[float],
+    *,
+    custom: Sequence[float] | None = None,
+    **parameters: Value | None,
+) -> tuple[float, ...]:
+    """Return the coefficient of each checkpoint.
+
+    Args:
+        scheme: a name in `SCHEMES`; None means equal, or ``custom`` if that is given.
+        positions: one number a checkpoint, oldest first: its distance from the start of the run, in
+            epochs. Only ``power`` looks at the values; they must rise then.
+        custom: custom coefficients, oldest first; they are normalised.
+        **parameters: those of the scheme, such as ``alpha`` of ``exp``; see `polyak_cli.Options`.
+
+    Returns:
+        float64, oldest first, each at least 0, with the sum 1 up to rounding.
+
+    Raises:
+        UsageError: the scheme is unknown, a parameter is out of range or not the scheme's, or the
+            numbers given do not fit the checkpoints.
+    """
+    choice = resolve(scheme, parameters, custom=custom)
+    return compute_mean(choice, positions, custom).coefficients
+
+
+def compute_mean(
+    choice: Choice, positions: Sequence[float], custom: Sequence[float] | None = None
+) -> Mean:
+    """Return the mean of a scheme.
+
+    Args:
+        choice: from `resolve`.
+        positions: as for `coefficients`.
+        custom: the multipliers themselves, oldest first, if the scheme is ``custom``.
+
+    Raises:
+        UsageError: the numbers given do not fit the checkpoints.
+    """
+    if not positions:
+        raise UsageError("there are no checkpoints; expected at least one")
+    if custom is not None:
+        return make_mean(_checked_custom(custom, len(positions)))
+    return make_mean(SCHEMES[choice.name].function(positions, **choice.parameters))
+
+
+def resolve(
+    scheme: str | None,
+    parameters: Mapping[str, Value | None] | None = None,
+    *,
+    custom: Sequence[float] | None = None,
+) -> Choice:
+    """Return the scheme and its parameters, with defaults filled in.
+
+    Args:
+        scheme: as for `coefficients`.
+        parameters: name -> value; None, and False of a flag, mean that it was not given.
+        custom: as for `coefficients`.
+
+    Raises:
+        TypeError: no scheme has such a parameter.
+        UsageError: as for `coefficients`, except what depends on the checkpoints.
+    """
+    given = {
+        name: value
+        for name, value in (parameters or {}).items()
+        if value is not None and value is not False
+    }
+    if unknown := given.keys() - PARAMETERS.keys():
+        raise TypeError(f"no scheme has a parameter {', '.join(sorted(unknown))}")
+    if custom is not None and scheme is not None:
+        raise UsageError(
+            f"--coefficients and --scheme {shown(scheme)} exclude each other: give one of them"
+        )
+    name = "custom" if custom is not None else scheme if scheme is not None else "equal"
+    if custom is None and name not in SCHEMES:
+        raise UsageError(f"unknown scheme {shown(name)!r}: choose one of {', '.join(SCHEMES)}")
+    own = () if custom is not None else SCHEMES[name].parameters
+    for option in given:
+        if option not in {one.name for one in own}:
+            raise UsageError(_describe_stray(option, name))
+    return Choice(name, {one.name: _fill(one, given.get(one.name), name) for one in own})
+
+
+def _fill(parameter: Parameter, given: Value | None, name: str) -> Value:
+    """Return a parameter's value, or its default."""
+    value = parameter.default if given is None else given
+    if value is None:
+        expected = parameter.range if isinstance(parameter, Number) else "a value"
+        raise UsageError(f"--scheme {name} needs {spell(parameter.name)}; expected {expected}")
+    return parameter.check(value)
+
+
+def _checked_custom(custom: Sequence[float], count: int) -> list[float]:
+    if len(custom) != count:
+        raise UsageError(
+            f"--coefficients has {word_count(len(custom), 'number')}; expected {count}, one for "
+            "each checkpoint, oldest first"
+        )
+    values = [float(value) for value in custom]
+    for place, value in enumerate(values, start=1):
+        if not (math.isfinite(value) and value >= 0.0):
+            raise UsageError(
+                f"--coefficients: number {place} is {value:g}; expected finite numbers of 0 or more"
+            )
+    if not any(values):
+        raise UsageError("--coefficients: all numbers are 0; expected at least one above 0")
+    return values
+
+
+def _describe_stray(option: str, name: str) -> str:
+    """Return the message for a parameter that is not the chosen scheme's."""
+    owners = " or ".join(PARAMETERS[option])
+    chosen = "to --coefficients" if name == "custom" else f"to {name}"
+    return f"{spell(option)} belongs to --scheme {owners}, not {chosen}"
+
+
+#: Every scheme by name; the command line's choices, defaults and help come from here.
+SCHEMES: Mapping[str, Scheme] = {
+    "equal": Scheme(equal, "the same for all"),
+    "linear": Scheme(linear, "falling linearly with age"),
+    "exp": Scheme(
+        exp,
+        "falling exponentially with age",
+        (
+            Number(
+                "alpha",
+                "falling by the factor e every ALPHA checkpoints",
+                2.0,
+                lambda a: 0.0 < a < math.inf,
+                "a finite number above 0",
+            ),
+        ),
+    ),
+    "ema": Scheme(
+        ema,
+        "the debiased exponential moving average",
+        (
+            Number(
+                "decay",
+                "falling by the factor DECAY with each checkpoint (debiased)",
+                0.9,
+                lambda d: 0.0 < d <= 1.0,
+                "a number above 0 and at most 1",
+            ),
+        ),
+    ),
+    "power": Scheme(
+        power,
+        "the power-function EMA of the whole run",
+        (
+            Number(
+                "sigma",
+                "power-function EMA of relative width SIGMA",
+                0.1,
+                lambda s: s > 0.0 and 12.0 * s * s < 1.0,
+                "a number above 0 and below 1/sqrt(12) = 0.288675, which would be the equal "
+                "average",
+            ),
+        ),
+    ),
+}
+
+#: Name of each parameter -> scheme that takes it -> its description there.
+PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
+    name: {
+        key: one for key, scheme in SCHEMES.items() for one in scheme.parameters if one.name == name
+    }
+    for name in dict.fromkeys(one.name for scheme in SCHEMES.values() for one in scheme.parameters)
+}
