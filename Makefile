@@ -16,6 +16,8 @@ REMOTE := .venv-remote/bin
 DEMO := .venv-demo/bin
 # Two processes, each with whole files of tests: Keras is set up once for a file.
 SPREAD := -n 2 --dist loadfile
+# Where this is set, each of the thousands of commands that tests start would compile the package.
+unexport PYTHONDONTWRITEBYTECODE
 # An editable install compiles the kernel, so it is made again when one of these changes.
 BUILT_FROM := pyproject.toml $(wildcard .build-hooks/*.py polyak_cli/engine/*.c)
 
@@ -55,7 +57,7 @@ oldest: .venv-oldest/.ready
 
 # What PyTorch writes and loads, in an environment of its own beside TensorFlow's.
 torch: .venv-torch/.ready
-	$(TORCH)/python -m pytest tests/torch
+	$(TORCH)/python -m pytest $(SPREAD) tests/torch
 
 # What Transformers, PEFT and sentence-transformers write and load, offline.
 hf: .venv-hf/.ready

@@ -532,28 +532,28 @@ class _Op(NamedTuple):
     """A kind of request."""
 
     work: Callable[..., Any]
-    owner_only: bool = False  # forked children, which read untrusted headers, may not ask for it
+    owner_only: bool = True  # forked children, which read untrusted headers, may not ask for it
 
 
 _OPS = {
-    "list": _Op(_Visit.enlist, owner_only=True),
-    "pair": _Op(_Visit.pair, owner_only=True),
-    "fetch": _Op(_Visit.fetch, owner_only=True),
-    "download": _Op(_Visit.download, owner_only=True),
-    "count": _Op(_Visit.count, owner_only=True),
-    "prepare": _Op(_Visit.prepare, owner_only=True),
-    "exists": _Op(_Visit.exists, owner_only=True),
-    "forget": _Op(_Visit.forget, owner_only=True),
-    "begin": _Op(_Visit.begin, owner_only=True),
-    "send": _Op(_Visit.send, owner_only=True),
-    "abandon": _Op(_Visit.abandon, owner_only=True),
-    "find_orphans": _Op(_Visit.find_orphans, owner_only=True),
-    "abort_orphan": _Op(_Visit.abort_orphan, owner_only=True),
-    "fill": _Op(_Visit.fill),
-    "prefetch": _Op(_Visit.prefetch),
-    "read": _Op(_Visit.read),
+    "list": _Op(_Visit.enlist),
+    "pair": _Op(_Visit.pair),
+    "fetch": _Op(_Visit.fetch),
+    "download": _Op(_Visit.download),
+    "count": _Op(_Visit.count),
+    "prepare": _Op(_Visit.prepare),
+    "exists": _Op(_Visit.exists),
+    "forget": _Op(_Visit.forget),
+    "begin": _Op(_Visit.begin),
+    "send": _Op(_Visit.send),
+    "abandon": _Op(_Visit.abandon),
+    "find_orphans": _Op(_Visit.find_orphans),
+    "abort_orphan": _Op(_Visit.abort_orphan),
+    "fill": _Op(_Visit.fill, owner_only=False),
+    "prefetch": _Op(_Visit.prefetch, owner_only=False),
+    "read": _Op(_Visit.read, owner_only=False),
     # Of an upload whose token the asking process has: those that read headers have none.
-    "part": _Op(_Visit.part),
+    "part": _Op(_Visit.part, owner_only=False),
 }
 
 
