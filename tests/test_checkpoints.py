@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from polyak_cli import checkpoints
 from polyak_cli.checkpoints import Selection, directions, metrics, model_files, ordering, select
+from polyak_cli.checkpoints import spacing as spacing_module
 from polyak_cli.errors import CheckpointError, PolyakError, UsageError
 
 quietly = settings(derandomize=True, deadline=None)
@@ -975,12 +977,21 @@ def test_the_run_of_a_survey_is_the_largest_and_then_the_longest(run: Path) -> N
         ({"every": 3, "last": 2}, [7, 10]),
         ({"to_epoch": 9, "every": 3, "last": 2}, [6, 9]),
         ({"exclude": ["model_10.h5"], "every": 3, "last": 2}, [6, 9]),
+        ({"min_spacing": 4}, [2, 6, 10]),
+        ({"min_spacing": 4, "last": 2}, [6, 10]),
+        ({"every": 3, "min_spacing": 4}, [4, 10]),
+        ({"min_spacing": 99}, [10]),
+        ({"target_count": 4}, [1, 4, 7, 10]),
+        ({"target_count": 1}, [10]),
+        ({"target_count": 10}, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        ({"last": 7, "target_count": 3}, [4, 7, 10]),
+        ({"growing": True, "target_count": 11}, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
     ],
 )
 def test_restrictions_apply_in_their_order(
     run: Path, options: Options, expected: list[int]
 ) -> None:
-    """First exclude, then from and to, then every (back from the newest), then last."""
+    """Exclude, from and to, every (back from the newest), min-spacing, last, target-count."""
     numbered(run, *range(1, 11))
     assert epochs(select([run], **options)) == expected
 
@@ -1000,6 +1011,10 @@ def test_restrictions_apply_in_their_order(
         ({"to_epoch": 0}, "--to 0: no checkpoint has such an epoch; found 3 checkpoints"),
         ({"from_epoch": 4}, "--from 4: no checkpoint has such an epoch; found 3 checkpoints"),
         ({"from_epoch": -5, "to_epoch": 0}, "--from -5 --to 0: no checkpoint"),
+        (
+            {"last": 2, "target_count": 3},
+            "--target-count 3, but there are only 2 checkpoints (epochs 2 to 3) to choose from",
+        ),
     ],
 )
 def test_fewer_than_asked_are_an_error(run: Path, options: Options, message: str) -> None:
@@ -1016,6 +1031,10 @@ def test_fewer_than_asked_are_an_error(run: Path, options: Options, message: str
         ({"last": 0}, "--last is 0; expected at least 1"),
         ({"every": 0}, "--every is 0"),
         ({"best": -1}, "--best is -1"),
+        ({"min_spacing": 0}, "--min-spacing is 0; expected at least 1"),
+        ({"target_count": 0}, "--target-count is 0; expected at least 1"),
+        ({"best_by": "lifespan"}, "--best-by belongs to --best N"),
+        ({"best": 1, "best_by": "age"}, "--best-by is age; expected one of value, lifespan"),
         ({"from_epoch": 3, "to_epoch": 2}, "--from 3 is after --to 2"),
         ({"monitor": "val_loss"}, "--monitor belongs to --best N"),
         ({"mode": "min"}, "--mode belongs to --best"),
@@ -1083,7 +1102,96 @@ def test_restrictions_equal_plain_list_arithmetic(
         assert [one.epoch for one in chosen] == expected[-(last or 0) :]
 
 
+# ---- spacing ---------------------------------------------------------------------------------
+
+
+def test_spacing_says_how_many_it_keeps_and_how_far_apart(run: Path) -> None:
+    """The note has the numbers, and those left out are gaps on purpose; nothing left, no note."""
+    numbered(run, 0, 64, 128, 130, 192, 256)
+    found = select([run], min_spacing=64)
+    assert epochs(found) == [0, 64, 128, 192, 256]
+    assert found.thinned
+    assert found.notes == (
+        "--min-spacing 64 keeps 5 of 6 checkpoints (epochs 0 to 256); the other is less than 64 "
+        "from the next newer one that is kept",
+    )
+    assert select([run], min_spacing=2).notes == ()
+    assert select([run], target_count=4).notes == (
+        "--target-count 4 keeps 4 of 6 checkpoints (epochs 0 to 256), 64 to 126 apart",
+    )
+
+
+def test_spacing_needs_epochs_in_their_order(run: Path) -> None:
+    """No distance can be told without an epoch, or between files that are not in order."""
+    paths = [*make(run, "first.h5"), *numbered(run, 2)]
+    assert "first.h5: --min-spacing needs the epoch" in refusal(*paths, min_spacing=2)
+    found = refusal(*numbered(run, 3, 1, 2), min_spacing=1, order="given")
+    assert "model_1.h5 (epoch 1) comes after" in found
+    assert "leave out --order given" in found
+    # So many of them can be taken all the same: then checkpoints are counted.
+    several = make(run, "a.h5", "b.h5", "c.h5")
+    assert names(select(several, target_count=2)) == ["a.h5", "c.h5"]
+
+
+@quietly
+@given(found=st.sets(st.integers(0, 60), min_size=1), spacing=st.integers(1, 30))
+def test_no_more_checkpoints_can_be_so_far_apart(found: set[int], spacing: int) -> None:
+    """The newest is kept, no two are nearer, and the best of all subsets is no larger."""
+    ordered = [checkpoints.Checkpoint(Path(f"{e}.h5"), e, None) for e in sorted(found)]
+    kept = [one.epoch or 0 for one in spacing_module.keep_apart(ordered, spacing)[0]]
+    assert kept[-1] == max(found)
+    assert all(b - a >= spacing for a, b in itertools.pairwise(kept))
+    # The most that fit from the oldest on, which a greedy choice from either end reaches.
+    most, last = 0, -math.inf
+    for epoch in sorted(found):
+        if epoch - last >= spacing:
+            most, last = most + 1, epoch
+    assert len(kept) == most
+
+
+@quietly
+@given(found=st.sets(st.integers(0, 40), min_size=1, max_size=9), data=st.data())
+def test_no_choice_of_so_many_is_more_evenly_spaced(found: set[int], data: st.DataObject) -> None:
+    """Of all choices with both ends, none has a smaller sum of squared gaps; ties go to newer."""
+    count = data.draw(st.integers(1, len(found)))
+    ordered = [checkpoints.Checkpoint(Path(f"{e}.h5"), e, None) for e in sorted(found)]
+    chosen, _ = spacing_module.take_evenly(ordered, ordered, count, growing=False)
+    own = tuple(one.epoch or 0 for one in chosen)
+
+    def rate(subset: tuple[int, ...]) -> tuple[int, list[int]]:
+        gaps = (b - a for a, b in itertools.pairwise(subset))
+        return sum(gap * gap for gap in gaps), [-epoch for epoch in subset]
+
+    ends = {max(found)} if count == 1 else {min(found), max(found)}
+    every = itertools.combinations(sorted(found), count)
+    assert own == min((one for one in every if ends <= {*one}), key=rate)
+
+
 # ---- the best, by name -----------------------------------------------------------------------
+
+
+def test_the_best_by_lifespan_are_those_that_stayed_the_best(run: Path) -> None:
+    """Values 5 3 4 4 2 1 1: 3 lasts 2 checkpoints, 1 lasts 1 (an equal one is no better)."""
+    values = [0.5, 0.3, 0.4, 0.4, 0.2, 0.1, 0.1]
+    paths = make(run, *(f"{k:02d}-{value:.2f}.h5" for k, value in enumerate(values, start=1)))
+    selection = select([run], best=2, best_by="lifespan")
+    assert epochs(selection) == [2, 6]
+    assert selection.notes[-1] == (
+        "--best-by lifespan keeps 2 of 7 checkpoints (epochs 1 to 7): for how many later ones the "
+        "val_loss of each stayed the best: 02-0.30.h5 for 2, 06-0.10.h5 for 1"
+    )
+    # Of those that lasted for none the best value counts, and of equal ones the newer.
+    assert epochs(select([run], best=3, best_by="lifespan")) == [2, 6, 7]
+    assert epochs(select([run], best=2, best_by="value")) == [6, 7]
+    assert epochs(select(paths[:4], best=1, best_by="lifespan", mode="max")) == [1]
+
+
+def test_a_checkpoint_without_a_score_neither_ends_a_lifespan_nor_has_one(run: Path) -> None:
+    """NaN is better than nothing that is known, so the best before it stays the best."""
+    make(run, "1.h5", "2.h5", "3.h5", "4.h5")
+    log = run / "training.csv"
+    log.write_text("epoch,val_loss\n0,nan\n1,0.5\n2,nan\n3,0.4\n")
+    assert epochs(select([run], best=1, best_by="lifespan", log=log, log_first=0)) == [2]
 
 
 def test_the_best_are_chosen_by_the_metric_in_the_names(run: Path) -> None:

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyak_cli import pipeline
 from polyak_cli.averaging import schemes
 from polyak_cli.errors import UsageError
 from polyak_cli.evaluation import candidates, soups
 from polyak_cli.evaluation.candidates import Candidate, ScoredCandidate
-from polyak_cli.pipeline.sweeping import sweep
+from polyak_cli.pipeline.sweeping import find_recipe, sweep
+from tests.command import SAMPLES
 
 
 def test_schemes_are_read_with_their_parameters() -> None:
@@ -31,6 +33,26 @@ def test_a_sweep_on_a_cluster_is_refused() -> None:
     rows: Any = None  # nothing is read
     with pytest.raises(UsageError, match="engine is not for sweeps"):
         sweep("nowhere", rows, engine="dask")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every": 2},
+        {"min_spacing": 2, "last": 4},
+        {"last": 8, "target_count": 4},
+        {"best": 4, "best_by": "lifespan", "log": SAMPLES / "training.csv", "log_first": 1},
+    ],
+)
+def test_the_winner_is_made_of_the_checkpoints_that_were_scored(options: dict[str, Any]) -> None:
+    """However they were chosen, the recipe averages the same files with the same coefficients."""
+    plan = pipeline.make_plan(SAMPLES, None, options)  # type: ignore[arg-type]
+    (winner,) = candidates.list_candidates(plan.positions, [3], [("exp", 2.0)])[-1:]
+    recipe = find_recipe(winner, plan, SAMPLES, options)
+    again = pipeline.plan(recipe.sources, **recipe.options)
+    assert again.checkpoints[-1].epoch is not None
+    assert [one.path for one in again.checkpoints] == [one.path for one in plan.checkpoints[-3:]]
+    assert again.coefficients == winner.coefficients[-3:]
 
 
 @pytest.mark.parametrize("text", ["", "mean", "equal:2", "exp:x", "exp:-1", "ema:2", "equal,,exp"])

@@ -48,8 +48,13 @@ class Options(TypedDict, total=False):
         from_epoch: the first epoch to use.
         to_epoch: the last epoch to use.
         every: use each n-th, counted back from the newest; 1.
+        min_spacing: use the newest, and before it those that are at least so many epochs or steps
+            apart, whichever the names have.
+        target_count: use so many, as evenly spaced as they can be; fewer are an error.
         exclude: globs of file names that are left out.
         best: how many of the best to use, by ``monitor``.
+        best_by: "value" (the default), or "lifespan": those that stayed the best for the most later
+            checkpoints.
         monitor: the metric of ``best``; "val_loss".
         mode: "min" or "max", whichever is better; by default found from the metric's name.
         log: a file of Keras's CSVLogger with the metric; by default it is in the file names.
@@ -96,8 +101,11 @@ class Options(TypedDict, total=False):
     from_epoch: int | None
     to_epoch: int | None
     every: int
+    min_spacing: int | None
+    target_count: int | None
     exclude: Sequence[str]
     best: int | None
+    best_by: Literal["value", "lifespan"] | None
     monitor: str | None
     mode: str | None
     log: Source | None
@@ -138,8 +146,11 @@ class Choice:
     from_epoch: int | None = None
     to_epoch: int | None = None
     every: int = 1
+    min_spacing: int | None = None
+    target_count: int | None = None
     exclude: tuple[str, ...] = ()
     best: int | None = None
+    best_by: str | None = None
     monitor: str | None = None
     mode: str | None = None
     log: Source | None = None
@@ -253,6 +264,13 @@ _LISTS = {
 }
 
 
+#: Options that are whole numbers.
+_WHOLE_NUMBERS = (
+    *("last", "from_epoch", "to_epoch", "every", "min_spacing", "target_count"),
+    *("best", "log_first", "jobs", "max_memory"),
+)
+
+
 def parse(options: Options) -> Settings:
     """Check options by themselves, before there is a checkpoint, and return them in parts.
 
@@ -271,8 +289,7 @@ def parse(options: Options) -> Settings:
             raise UsageError(f"{key} is a single string; expected a list of {what}")
     for kind in options.get("allow") or ():
         check_choice({"allow": kind}, "allow", tuple(ALLOWED))
-    numbers = ("last", "from_epoch", "to_epoch", "every", "best", "log_first", "jobs", "max_memory")
-    check_whole_numbers(options, numbers)
+    check_whole_numbers(options, _WHOLE_NUMBERS)
     check_choice(options, "dtype", tuple(FLOATS))
     check_choice(options, "order", ("epoch", "given"))
     check_choice(options, "optimizer", ("drop", "newest"))
@@ -354,8 +371,11 @@ def select(
         from_epoch=choice.from_epoch,
         to_epoch=choice.to_epoch,
         every=choice.every,
+        min_spacing=choice.min_spacing,
+        target_count=choice.target_count,
         exclude=choice.exclude,
         best=choice.best,
+        best_by=choice.best_by,
         monitor=choice.monitor,
         mode=choice.mode,
         log=choice.log,

@@ -44,6 +44,7 @@ from polyak_cli.checkpoints.ordering import (
     take_newest,
 )
 from polyak_cli.checkpoints.outsiders import pass_over_outsiders
+from polyak_cli.checkpoints.spacing import keep_apart, take_evenly
 from polyak_cli.checkpoints.suspicions import find_overwritten
 from polyak_cli.errors import CheckpointError, UsageError, shown
 
@@ -103,8 +104,11 @@ def select(
     from_epoch: int | None = None,
     to_epoch: int | None = None,
     every: int = 1,
+    min_spacing: int | None = None,
+    target_count: int | None = None,
     exclude: Sequence[str] = (),
     best: int | None = None,
+    best_by: str | None = None,
     monitor: str | None = None,
     mode: str | None = None,
     log: StrPath | None = None,
@@ -118,7 +122,7 @@ def select(
     r"""Find the checkpoints of a run and choose some of them.
 
     The restrictions apply in this order: ``exclude``, ``from_epoch`` and ``to_epoch``, ``every``,
-    ``last``, ``best``.
+    ``min_spacing``, ``last``, ``target_count``, ``best``.
 
     Args:
         sources: directories, patterns with ``* ? [``, and files. Directories are not searched
@@ -130,8 +134,14 @@ def select(
         from_epoch: the first epoch to take.
         to_epoch: the last epoch to take.
         every: take the newest, and each ``every``-th before it.
+        min_spacing: take the newest, and before it those that are at least so far apart, in epochs
+            or steps, whichever the names have.
+        target_count: how many to take, as evenly spaced as they can be, the newest and the oldest
+            among them; never fewer.
         exclude: patterns for file names or whole paths to leave out.
         best: how many to take by metric; ties go to the newer one. They stay in order of epoch.
+        best_by: ``value`` takes the best values; ``lifespan`` takes those that stayed the best of
+            the run for the most checkpoints.
         monitor: the metric for ``best``, ``val_loss`` by default.
         mode: ``min`` or ``max``, whichever is better; guessed from the metric's name by default.
         log: a CSV file of Keras' CSVLogger to read the metric from, instead of from the file names.
@@ -153,8 +163,10 @@ def select(
         UsageError: the arguments contradict one another or are out of range.
         CheckpointError: the checkpoints cannot be found, ordered or selected.
     """
-    _check_counts(last=last, every=every, best=best)
-    wanted = check_monitor(best, monitor, mode, log, log_first)
+    _check_counts(
+        last=last, every=every, best=best, min_spacing=min_spacing, target_count=target_count
+    )
+    wanted = check_monitor(best, monitor, mode, log, log_first, best_by)
     _check_bounds(from_epoch, to_epoch)
     pattern = None if epoch_pattern is None else _compile_pattern(epoch_pattern)
     as_given = order == "given"
@@ -169,11 +181,18 @@ def select(
         followed, restart_notes = _follow(ordered)
         notes += restart_notes
     spaced = restrict_epochs(followed, from_epoch, to_epoch, growing)[::-1][::every][::-1]
+    if min_spacing is not None and spaced:
+        spaced, spacing_notes = keep_apart(spaced, min_spacing)
+        notes += spacing_notes
     chosen = take_newest(spaced, last, len(ordered), growing)
+    if target_count is not None and chosen:
+        chosen, count_notes = take_evenly(chosen, ordered, target_count, growing)
+        notes += count_notes
     if wanted is not None and chosen:
         chosen, metric_notes = take_best(chosen, ordered, wanted, growing)
         notes += metric_notes
-    thinned = growing or every > 1 or best is not None or is_thinned(pool, exclude)
+    is_spaced = every > 1 or min_spacing is not None or target_count is not None
+    thinned = growing or is_spaced or best is not None or is_thinned(pool, exclude)
     selection = _build_selection(pool, chosen, ordered, notes, thinned)
     return replace(
         selection, rearranged=pool.as_given and [*pool.paths] != [one.path for one in ordered]
@@ -315,7 +334,7 @@ def model_files(
 def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
-            raise UsageError(f"--{name} is {count}; expected at least 1")
+            raise UsageError(f"--{name.replace('_', '-')} is {count}; expected at least 1")
 
 
 def _check_bounds(from_epoch: int | None, to_epoch: int | None) -> None:

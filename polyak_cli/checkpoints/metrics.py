@@ -17,11 +17,13 @@ from polyak_cli.checkpoints.directions import guess_mode
 from polyak_cli.checkpoints.listing import Checkpoint, StrPath, enter
 from polyak_cli.checkpoints.names import find_metric, is_unnamed_decimal, parse_name
 from polyak_cli.checkpoints.ordering import describe_epochs, require_epoch
-from polyak_cli.errors import CheckpointError, UsageError, choose_verb, shown
+from polyak_cli.errors import CheckpointError, UsageError, choose_verb, shown, word_rest
 from polyak_cli.storage import mirrors
 
 #: Suffixes that people give the file of Keras' CSVLogger.
 _LOG_SUFFIXES = (".csv", ".log")
+#: What ``--best`` can rank by; the first is the default.
+RANKINGS = ("value", "lifespan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class Wanted:
         log_first: what the log calls the epoch that file names call 1; None if it must be found.
         asked: the metric that the user named; None if that is left open.
         mode: what the user said of it; None likewise.
+        by: ``value`` of the metric, or ``lifespan``: for how many later checkpoints no better one
+            came.
     """
 
     count: int
@@ -45,6 +49,7 @@ class Wanted:
     log_first: int | None = None
     asked: str | None = None
     mode: str | None = None
+    by: str = "value"
 
 
 def check_monitor(
@@ -53,11 +58,14 @@ def check_monitor(
     mode: str | None,
     log: StrPath | None,
     log_first: int | None,
+    by: str | None = None,
 ) -> Wanted | None:
     """Return what is wanted, or None if nothing is chosen by metric."""
     if best is None:
-        given = {"monitor": monitor, "mode": mode, "log": log, "log-first": log_first}
-        for name, value in given.items():
+        for name, value in (
+            *(("best-by", by), ("monitor", monitor), ("mode", mode)),
+            *(("log", log), ("log-first", log_first)),
+        ):
             if value is not None:
                 raise UsageError(f"--{name} belongs to --best N, which is missing")
         return None
@@ -65,6 +73,8 @@ def check_monitor(
     monitor = "val_loss" if monitor is None else monitor
     if not monitor.strip():
         raise UsageError("--monitor is empty; expected the name of a metric, such as val_loss")
+    if by not in (None, *RANKINGS):
+        raise UsageError(f"--best-by is {shown(by)}; expected one of {', '.join(RANKINGS)}")
     if mode not in (None, "min", "max"):
         raise UsageError(f"--mode is {shown(mode)!r}; expected min or max")
     if log_first not in (None, 0, 1):
@@ -77,7 +87,7 @@ def check_monitor(
             f"--monitor {shown(monitor)}: its name does not say whether less or more is better: "
             "give --mode min or --mode max"
         )
-    return Wanted(best, monitor, better, log, log_first, asked, mode)
+    return Wanted(best, monitor, better, log, log_first, asked, mode, by or RANKINGS[0])
 
 
 def take_best(
@@ -107,15 +117,54 @@ def take_best(
             f"{describe_epochs([measured[index] for index in usable])} to choose from"
             f"{where if lost else ''}"
         )
-    return [measured[index] for index in _rank(metrics, wanted)], notes
+    chosen = _rank(metrics, wanted)
+    if wanted.by == "lifespan":
+        notes = [*notes, _describe_lifespans(measured, metrics, chosen, wanted)]
+    return [measured[index] for index in chosen], notes
 
 
 def _rank(metrics: Sequence[float], wanted: Wanted) -> list[int]:
     """Return the places of the best, in order; of equal metrics, the later is better."""
     usable = [index for index, metric in enumerate(metrics) if math.isfinite(metric)]
     sign = 1.0 if wanted.better == "min" else -1.0
-    ranked = sorted(usable, key=lambda index: (sign * metrics[index], -index))
+    spans = _measure_lifespans(metrics, wanted) if wanted.by == "lifespan" else [0] * len(metrics)
+    ranked = sorted(usable, key=lambda index: (-spans[index], sign * metrics[index], -index))
     return sorted(ranked[: wanted.count])
+
+
+def _measure_lifespans(metrics: Sequence[float], wanted: Wanted) -> list[int]:
+    """Return for how many later checkpoints each stayed the best; 0 if it never was.
+
+    A checkpoint is the best if it is better than all before it, until a better one comes.  sockeye
+    chooses so: a lucky score in a noisy validation is rarely one that lasts.
+    """
+    sign = 1.0 if wanted.better == "min" else -1.0
+    spans = [0] * len(metrics)
+    best: int | None = None
+    for index, metric in enumerate(metrics):
+        # NaN and infinity are no score, so none of them is ever the best.
+        is_better = best is None or sign * metric < sign * metrics[best]
+        if math.isfinite(metric) and is_better:
+            best = index
+        elif best is not None:
+            spans[best] += 1
+    return spans
+
+
+def _describe_lifespans(
+    candidates: Sequence[Checkpoint],
+    metrics: Sequence[float],
+    chosen: Sequence[int],
+    wanted: Wanted,
+    most: int = 10,
+) -> str:
+    spans = _measure_lifespans(metrics, wanted)
+    some = ", ".join(f"{shown(candidates[k].path.name)} for {spans[k]}" for k in chosen[:most])
+    return (
+        f"--best-by lifespan keeps {len(chosen)} of {describe_epochs(candidates)}: for how many "
+        f"later ones the {shown(wanted.monitor)} of each stayed the best: {some}"
+        f"{word_rest(len(chosen) - most)}"
+    )
 
 
 def _find_reader(

@@ -287,12 +287,31 @@ CHOOSING = under(
         default=1,
         help="Use every K-th, counted back from the newest; applied before --last.",
     ),
+    option(
+        "--min-spacing",
+        type=int,
+        metavar="STEPS",
+        help="Use the newest, and before it those that are at least STEPS epochs or steps apart, "
+        "as their names count; applied before --last.",
+    ),
+    option(
+        "--target-count",
+        type=int,
+        metavar="N",
+        help="Use N of them, as evenly spaced as they can be; applied after --last.",
+    ),
     EXCLUDE,
     option(
         "--best",
         type=int,
         metavar="N",
-        help="Use only the N best by --monitor; applied after --last.",
+        help="Use only the N best by --monitor; applied after --last and --target-count.",
+    ),
+    option(
+        "--best-by",
+        type=click.Choice(["value", "lifespan"]),
+        help="Whether --best takes the best values, or those that stayed the best for the most "
+        "later checkpoints (sockeye's lifespan).  [default: value]",
     ),
     option(
         "--monitor",

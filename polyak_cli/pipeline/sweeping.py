@@ -272,7 +272,7 @@ def sweep(
             scored.append(SEARCHES[name](scorer.score, scored, metric))
     # Singles come first, so a single checkpoint wins over an average that is no better.
     winner = find_best([row for row in scored if row.candidate.kind != "ensemble"], metric)
-    recipe = _find_recipe(winner.candidate, plan, sources, {**options, "force": force})
+    recipe = find_recipe(winner.candidate, plan, sources, {**options, "force": force})
     if write_best:
         own: Any = recipe.options
         pipeline.average(recipe.sources, write_best, **own)
@@ -309,16 +309,17 @@ def _check_arguments(batch: int, search: Sequence[str], engine: str) -> None:
             )
 
 
-def _find_recipe(
+def find_recipe(
     candidate: Candidate,
     plan: planning.Plan,
     sources: averaging_options.Source | Sequence[averaging_options.Source],
     options: Mapping[str, Any],
 ) -> Recipe:
     """Return how `average` makes a candidate, from the checkpoints with a coefficient in it."""
-    # --last counts checkpoints before --best chooses and unhealthy ones are skipped, so it would
-    # choose others.  Then the members are named one by one, with their coefficients.
-    if candidate.kind == "average" and options.get("best") is None and not plan.skipped:
+    # --last counts checkpoints before --target-count and --best choose and unhealthy ones are
+    # skipped, so it would choose others.  Then the members are named one by one, with coefficients.
+    counted = options.get("best") is None and options.get("target_count") is None
+    if candidate.kind == "average" and counted and not plan.skipped:
         parameters = make_parameter(candidate.scheme, candidate.parameter)
         chosen = {"last": candidate.window, "scheme": candidate.scheme, **parameters}
         return Recipe(sources, {**options, **chosen})
@@ -338,8 +339,8 @@ def _find_recipe(
 
 #: Options that choose checkpoints; the members of the winner are chosen already.
 _CHOOSING = {
-    *("last", "from_epoch", "to_epoch", "every", "exclude", "best", "monitor", "mode", "log"),
-    *("log_first", "on_unhealthy"),
+    *("last", "from_epoch", "to_epoch", "every", "min_spacing", "target_count", "exclude"),
+    *("best", "best_by", "monitor", "mode", "log", "log_first", "on_unhealthy"),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -267,7 +267,8 @@ def advise(
         return f"leave {shown(names[foreign])} out with --exclude {glob}, or average {allow}"
     ways = []
     count = sum(map(len, verdict.groups))
-    simple = choice.best is None and choice.every == 1
+    # Where these choose too, --last and --to would not count from the same checkpoints.
+    simple = choice == replace(choice, best=None, every=1, min_spacing=None, target_count=None)
     for group in verdict.groups:
         span = len(group) == group[-1] - group[0] + 1
         if not (len(group) > 1 and span and simple and len(verdict.groups) == 2):
