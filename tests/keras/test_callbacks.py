@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -135,6 +136,80 @@ def test_only_every_so_many_epochs_are_saved(tmp_path: Path) -> None:
     assert files(tmp_path / "c") == ["model_02.h5", "model_04.h5"]
 
 
+def test_steps_are_saved_when_keras_saves_them(tmp_path: Path) -> None:
+    """ModelCheckpoint with the same save_freq has the same values; the names order the steps."""
+    keras_names = str(tmp_path / "k/{epoch}-{batch}.weights.h5")
+    others = keras.callbacks.ModelCheckpoint(keras_names, save_freq=3, save_weights_only=True)
+    output = tmp_path / "latest.weights.h5"
+    callback = PolyakCheckpoint(tmp_path / "c", output, last=3, scheme="power", every_steps=3)
+    fit(callback, others, epochs=3, batch_size=8)
+    assert files(tmp_path / "c") == [f"model_step_{k:06d}.weights.h5" for k in (3, 6, 9, 12)]
+    same = ("1-3", "2-2", "3-1", "3-4")
+    for own, name in zip(files(tmp_path / "c"), same, strict=True):
+        paths = tmp_path / "c" / own, tmp_path / f"k/{name}.weights.h5"
+        for ours, theirs in zip(*map(weights, paths), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    average(tmp_path / "c", tmp_path / "reference.weights.h5", last=3, scheme="power")
+    assert output.read_bytes() == (tmp_path / "reference.weights.h5").read_bytes()
+    assert callback.report
+    assert [one.epoch for one in callback.report.plan.checkpoints] == [6, 9, 12]
+
+
+def weights(path: Path) -> list[Any]:
+    """Return the arrays of a file of weights, without the optimizer's."""
+    found: list[Any] = []
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, one: (
+                found.append(one[()])
+                if isinstance(one, h5py.Dataset) and not name.startswith("optimizer")
+                else None
+            )
+        )
+    assert len(found) == 4
+    return found
+
+
+def test_a_resumed_training_counts_its_steps_on(tmp_path: Path) -> None:
+    """From initial_epoch times the batches of an epoch; later steps are an older run's."""
+
+    def train(**options: Any) -> PolyakCheckpoint:
+        callback = PolyakCheckpoint(
+            tmp_path / "{step}-{loss:.1f}.h5", tmp_path / "latest.h5", last=2, save_freq=3, keep=3
+        )
+        fit(callback, batch_size=8, **options)
+        return callback
+
+    train(epochs=2)
+    steps = [int(name.partition("-")[0]) for name in files(tmp_path) if name != "latest.h5"]
+    assert sorted(steps) == [3, 6]
+    report = train(initial_epoch=1, epochs=3).report  # step 6 lies after the first epoch's 4
+    assert report
+    assert [one.epoch for one in report.plan.checkpoints] == [9, 12]
+    steps = [int(name.partition("-")[0]) for name in files(tmp_path) if name != "latest.h5"]
+    assert sorted({*steps}) == [6, 9, 12]
+
+
+def test_steps_that_run_in_one_go_are_saved_at_the_next_report(tmp_path: Path) -> None:
+    """Keras reports the last batch of an execution only, and the names tell the truth."""
+    trained = model()
+    trained.compile("sgd", trained.loss, steps_per_execution=2)
+    callback = PolyakCheckpoint(tmp_path / "c", tmp_path / "latest.h5", every_steps=3)
+    fit(callback, trained=trained, epochs=3, batch_size=8)
+    saved = [int(name[11:17]) for name in files(tmp_path / "c")]
+    assert saved == [4, 6, 10, 12]
+
+
+def test_steps_before_a_resumed_epoch_must_be_known(tmp_path: Path) -> None:
+    """A generator has no length, so nobody knows at which step epoch 2 begins."""
+    callback = PolyakCheckpoint(tmp_path / "c", tmp_path / "latest.h5", every_steps=3)
+    batches = ((ROWS[:8], LABELS[:8]) for _ in range(4))
+    with pytest.raises(UsageError, match="give steps_per_epoch to fit"):
+        model().fit(
+            batches, initial_epoch=1, epochs=2, shuffle=False, callbacks=[callback], verbose=0
+        )
+
+
 @pytest.mark.slow
 def test_older_checkpoints_are_deleted_when_asked(tmp_path: Path) -> None:
     """Those of this run only, and never one that is averaged."""
@@ -234,6 +309,15 @@ def test_a_metric_that_is_missing_is_named(tmp_path: Path) -> None:
         ("c/{epoch}", {}, "has no suffix"),
         ("c", {"last": 0}, "last is 0"),
         ("c", {"every": 0}, "every is 0"),
+        ("c", {"every_steps": 0}, "every_steps is 0"),
+        ("c", {"every": 2, "every_steps": 5}, "every is 2 epochs, but .* every 5 steps"),
+        ("c", {"save_freq": 5, "every_steps": 5}, "mean the same"),
+        ("c", {"save_freq": "batch"}, "save_freq is 'batch'; expected 'epoch' or a number"),
+        ("c", {"save_freq": True}, "save_freq is 'True'; expected 'epoch' or a number"),
+        ("c/{epoch}.h5", {"every_steps": 5}, r"has \{epoch\} in its name, but .* by step"),
+        ("c/{step}-{batch}.h5", {"every_steps": 5}, r"has \{batch\} in its name, but .* by step"),
+        ("c/{loss}.h5", {"every_steps": 5}, r"has no \{step\}"),
+        ("c/{step}.h5", {}, r"has \{step\} in its name, but .* by epoch"),
         ("c", {"last": 5, "keep": 4}, "keep is 4, but last is 5"),
         ("c", {"scheme": "best"}, "unknown scheme"),
         ("c", {"scheme": "equal", "alpha": 2.0}, "alpha"),
