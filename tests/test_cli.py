@@ -272,9 +272,9 @@ USAGE = {
         ["average", "ckpts", "--last", "2", "-o", "o.h5", "--coefficients", "0,0"],
         "--coefficients",
     ),
-    "coefficient negative": (
-        ["average", "ckpts", "--last", "2", "-o", "o.h5", "--coefficients", "2,-1"],
-        "-1",
+    "coefficients of the sum 0": (
+        ["average", "ckpts", "--last", "2", "-o", "o.h5", "--coefficients", "-2,2"],
+        "the sum is 0",
     ),
     "no size": (["average", "ckpts", "-o", "o.h5", "--max-memory", "lots"], "lots is not a size"),
     "infinite size": (["average", "ckpts", "-o", "o.h5", "--max-memory", "infGB"], "infGB"),
@@ -580,6 +580,7 @@ PLAN_KEYS = {
     "scheme": str,
     "parameters": dict,
     "effective_number": float,
+    "sum_of_absolutes": float,
     "checkpoints": list,
     "template": str,
     "tensors": dict,

@@ -313,14 +313,14 @@ def test_custom_numbers_must_fit_the_checkpoints(
 @pytest.mark.parametrize(
     ("numbers", "found"),
     [
-        ([1.0, -0.5], ": number 2 is -0.5; expected finite numbers of 0 or more"),
-        ([math.nan, 1.0], ": number 1 is nan; expected finite numbers of 0 or more"),
-        ([1.0, math.inf], ": number 2 is inf; expected finite numbers of 0 or more"),
-        ([0.0, 0.0], ": all numbers are 0; expected at least one above 0"),
+        ([math.nan, 1.0], ": number 1 is nan; expected finite numbers"),
+        ([1.0, math.inf], ": number 2 is inf; expected finite numbers"),
+        ([0.0, 0.0], ": all numbers are 0; expected at least one other number"),
+        ([0.5, -0.5], ": the sum is 0, by which they would be divided; expected another sum"),
     ],
 )
 def test_custom_numbers_that_cannot_be_used_are_refused(numbers: list[float], found: str) -> None:
-    """Negative, NaN, infinite, and nothing but zeros are errors that say which number it is."""
+    """NaN and infinity are errors that say which number it is; so are zeros, and a sum of 0."""
     with pytest.raises(UsageError, match=f"^--coefficients{found}$"):
         coefficients(None, run_of(2), custom=numbers)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -15,6 +16,7 @@ from polyak_cli.averaging.belonging import blame, layers, prefixes
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import TensorSource
 from polyak_cli.errors import MismatchError, shown
+from polyak_cli.formats.keras.names import sort_key
 from polyak_cli.storage import File
 from polyak_cli.tensors import COMMON, Storage, Table, TensorSpec
 
@@ -29,6 +31,9 @@ _STATISTICS = {
     "renorm_mean",
     "renorm_stddev",
 }
+
+#: Those of them that no model has below 0.
+_VARIANCES = {one for one in _STATISTICS if not one.endswith("_mean")}
 
 
 def match(tables: Sequence[Table], by: str) -> tuple[Row, ...]:
@@ -258,6 +263,19 @@ def find_last_part(name: str) -> str:
 def is_statistic(table: Table, name: str) -> bool:
     """Return whether a tensor is one of BatchNorm's moving statistics."""
     return find_last_part(name) in _STATISTICS or name in table.keras.statistics
+
+
+def list_variances(table: Table, names: Iterable[str]) -> frozenset[str]:
+    """Return BatchNorm's variances and deviations, which are never negative, among tensors."""
+    listed = [*names]
+    found = {name for name in listed if find_last_part(name) in _VARIANCES}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in listed:
+        if name in table.keras.statistics:
+            groups[name.rpartition("/")[0]].append(name)
+    for held in groups.values():  # mean, variance, and the same once more of renorm
+        found.update(sorted(held, key=sort_key)[1::2])
+    return frozenset(found)
 
 
 def list_files(tables: Sequence[Table]) -> list[File]:

@@ -65,7 +65,7 @@ class Options(TypedDict, total=False):
         alpha: the parameter of "exp": the age, in checkpoints, at which a weight falls to 1 / e.
         decay: the parameter of "ema": the factor of the weight for each checkpoint of age.
         sigma: the parameter of "power": the relative width, as a part of the run's length.
-        coefficients: weights in place of a scheme, one a checkpoint, oldest first.
+        coefficients: weights in place of a scheme, one a checkpoint, oldest first, of any sign.
         dtype: the float type to store, such as "float32" or "bfloat16"; by default that of the
             newest checkpoint.
         optimizer: "drop" (the default) leaves the optimizer's state out; "newest" copies that of

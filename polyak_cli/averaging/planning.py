@@ -134,6 +134,11 @@ class Plan:
         """How many equally counted checkpoints would steady the average as much: 1 / sum(c^2)."""
         return schemes.effective_number(self.coefficients)
 
+    @property
+    def sum_of_absolutes(self) -> float:
+        """The sum of the coefficients' absolute values: 1, or more if some are negative."""
+        return schemes.sum_absolutes(self.coefficients)
+
     def _describe(self) -> str:
         output = f" into {self.output}" if self.output else ""
         return (
@@ -163,6 +168,7 @@ class Plan:
             "scheme": self.scheme,
             "parameters": dict(self.parameters),
             "effective_number": self.effective_number,
+            "sum_of_absolutes": self.sum_of_absolutes,
             "checkpoints": [
                 {
                     "path": name_path(checkpoint.path),
@@ -259,7 +265,7 @@ def plan_average(
     _check_output(output, tables, chosen, settings)
     around.check_template(template, output)
     exports.refuse_unordered(tables)
-    found = _sort_tensors(tables, settings, mean.coefficients, output)
+    found = _sort_tensors(tables, settings, mean, output)
     asset_notes = assets.refuse_other_assets(tables, settings.tensors.allow)
     files = carried_files.plan_files(output, template, settings)
     suspicions = [*_list_suspicions(chosen, around), *found.averages]
@@ -352,6 +358,7 @@ class _Fates(NamedTuple):
     drop_optimizer: bool
     missing_emas: Sequence[str]
     prefix_note: str
+    sign_notes: Sequence[str]  # on coefficients below 0
     averages: Sequence[Problem]  # running means among the tensors, and what is done about them
     factors: Factors  # among the averaged
     is_exact: bool  # the mean products of the factors are written
@@ -360,7 +367,7 @@ class _Fates(NamedTuple):
 def _sort_tensors(
     tables: tuple[Table, ...],
     settings: Settings,
-    coefficients: Sequence[float],
+    mean: schemes.Mean,
     output: Path | None,
 ) -> _Fates:
     """Pair the tensors of all checkpoints, and decide the fate of each."""
@@ -394,7 +401,8 @@ def _sort_tensors(
         missing_emas=missing_emas,
         averages=found_averages,
         prefix_note=prefix_note,
-        factors=_find_factors(tables, averaged, coefficients, settings),
+        factors=_find_factors(tables, averaged, mean.coefficients, settings),
+        sign_notes=_note_signs(mean),
         is_exact=wanted.lora == "exact",
     )
 
@@ -415,6 +423,18 @@ def _find_factors(
     return found
 
 
+def _note_signs(mean: schemes.Mean) -> list[str]:
+    """Return what negative coefficients do."""
+    if not schemes.is_signed(mean.multipliers):
+        return []
+    total = schemes.sum_absolutes(mean.coefficients)
+    return [
+        f"warning: some coefficients are negative; the absolute values sum to {total:.4g}, so that "
+        "the average lies outside of its checkpoints, and their errors may grow by that factor: "
+        "compare it with the newest checkpoint on data"
+    ]
+
+
 def _collect_notes(
     chosen: checkpoints.Selection,
     tables: Sequence[Table],
@@ -425,6 +445,7 @@ def _collect_notes(
 ) -> Iterator[str]:
     """Yield what a user should know before the run."""
     yield from chosen.notes
+    yield from found.sign_notes
     yield from (problem.text for problem in suspicions)
     if files is None:
         yield from note_files_beside(chosen.checkpoints[-1], tables[-1])

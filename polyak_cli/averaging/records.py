@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from polyak_cli import __version__, checkpoints, formats
-from polyak_cli.averaging.schemes import Mean, make_mean
+from polyak_cli.averaging.schemes import Mean, make_mean, sum_absolutes
 from polyak_cli.checkpoints.folders import list_relative_paths
-from polyak_cli.errors import CheckpointError, FormatError, PolyakError, shown
+from polyak_cli.errors import CheckpointError, FormatError, PolyakError, UsageError, shown
 from polyak_cli.formats.folder_records import read_record
 from polyak_cli.formats.model_folders import RECORD_NAME, FolderFiles
 from polyak_cli.storage import File, open_input
@@ -58,7 +58,8 @@ _LONGEST = 255
 HASHED = 64 << 20
 #: A sampled digest reads at most this many pieces of this many bytes: 3.93 MB.
 SAMPLES, SAMPLE_BYTES = 64, 60 << 10
-#: How far the sum of the coefficients may be from 1: each was rounded once.
+#: How far the sum of the coefficients may be from 1, as a part of the sum of their absolute values:
+#: each was rounded once.
 _SUM = 1e-9
 
 
@@ -245,18 +246,21 @@ def _parse_input(found: Any) -> Input:
 
 def _is_share(found: Any) -> TypeGuard[float]:
     """Return whether a value is a number by which a checkpoint can count."""
-    return type(found) is float and math.isfinite(found) and found >= 0
+    return type(found) is float and math.isfinite(found)
 
 
 def _parse_mean(divisor: Any, inputs: Sequence[Input]) -> Mean:
     """Check multipliers, divisor and coefficients, and return the mean that was computed."""
     coefficients = tuple(each.coefficient for each in inputs)
-    if abs(math.fsum(coefficients) - 1) > _SUM:
+    if abs(math.fsum(coefficients) - 1) > _SUM * max(1.0, sum_absolutes(coefficients)):
         raise _build_error("coefficients whose sum is not 1")
     multipliers = tuple(each.multiplier for each in inputs)
     if divisor is None and multipliers == coefficients:
         return Mean(coefficients, 1.0)
-    mean = make_mean(multipliers)
+    try:
+        mean = make_mean(multipliers)
+    except UsageError as error:
+        raise _build_error(str(error)) from None
     # An integer is equal to its float, but was not written by polyak.
     if type(divisor) is not float or mean != (multipliers, divisor):
         raise _build_error(f"the divisor {shown(divisor, 40)}; expected the sum of the multipliers")

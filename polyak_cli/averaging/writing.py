@@ -17,7 +17,7 @@ from polyak_cli import formats
 from polyak_cli.averaging import carried_files, products, records, schemes
 from polyak_cli.averaging.belonging import blame, constants, quantised, runs
 from polyak_cli.averaging.fates import describe_difference, is_compared, is_wanted
-from polyak_cli.averaging.matching import Row, list_files, list_sources
+from polyak_cli.averaging.matching import Row, list_files, list_sources, list_variances
 from polyak_cli.averaging.options import Machine, Progress
 from polyak_cli.averaging.planning import Plan, sends_in_parts
 from polyak_cli.engine import executors, reading
@@ -49,7 +49,14 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
     skeleton = _write_skeleton(plan, hidden, record)
     in_parts = _begin_parts(plan, skeleton)
     with blame.naming_inputs(plan.tables):
-        done, kept, verdict = _fold(plan, [plan.mean], [skeleton], progress, in_parts=in_parts)
+        done, kept, verdict = _fold(
+            plan,
+            [plan.mean],
+            [skeleton],
+            progress,
+            in_parts=in_parts,
+            unsigned=_list_variances(plan),
+        )
     inputs = list_files(plan.tables)
     compared, differing = _compare_carried(plan, inputs, progress)
     beside = carried_files.copy_files(plan.files, hidden, record) if plan.files else []
@@ -61,6 +68,13 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
     weights = [*map(Path, skeleton.files)]
     totals = done.totals.plus(compared)
     return Written(totals, weights, beside, notes, verdict, done.crew)
+
+
+def _list_variances(plan: Plan) -> frozenset[str]:
+    """Return the averaged variances, unless they are computed over data afterwards."""
+    if plan.recalibrate:
+        return frozenset()
+    return list_variances(plan.tables[-1], (row[-1].name for row in plan.averaged_rows))
 
 
 def _begin_parts(plan: Plan, skeleton: formats.Skeleton) -> bool:
@@ -163,7 +177,8 @@ def write_several(
             (replace(custom, mean=mean) for mean in means), outputs, strict=True
         )
     ]
-    _, _, verdict = _fold(plan, means, skeletons, progress or (lambda _: None), flush=False)
+    count, unsigned = progress or (lambda _: None), _list_variances(plan)
+    _, _, verdict = _fold(plan, means, skeletons, count, flush=False, unsigned=unsigned)
     check_unchanged(list_files(plan.tables))
     return _judge_runs(plan, verdict)
 
@@ -189,6 +204,7 @@ def _fold(
     flush: bool = True,
     kernel: str = "",
     in_parts: bool = False,
+    unsigned: frozenset[str] = frozenset(),
 ) -> tuple[Done, Mapping[str, Constant], runs.Verdict]:
     """Average the tensors into the outputs, by a mean each.
 
@@ -200,6 +216,7 @@ def _fold(
         flush: whether the outputs are kept, so that the disk gets them meanwhile.
         kernel: the name of the one that computes; empty for the one in use.
         in_parts: the outputs are sent to a store in parts.
+        unsigned: names of the tensors that are refused if their average is negative.
 
     Returns:
         What it took, the constants that are not finite by tensor, and whether there is one run.
@@ -216,6 +233,7 @@ def _fold(
         compared.sampling,
         kernel,
         parts=[mirrors.find_part(file) for file in files] if in_parts else (),
+        unsigned=unsigned,
     )
     tensors = _Averaged(plan, skeletons, compared.groups, in_output_order=in_parts)
     machine = plan.settings.machine
@@ -228,10 +246,7 @@ def _fold(
     _refuse_diverged(plan, kept)
     if plan.settings.tensors.lora == "exact":
         for mean, skeleton in zip(scaled, skeletons, strict=True):
-            bound = plan.settings.machine.max_memory
-            made = products.write_products(
-                plan.factors, plan.tables, mean, skeleton, bound, progress, kernel
-            )
+            made = _write_products(plan, mean, skeleton, progress, kernel)
             done = done._replace(totals=done.totals.plus(made))
     # Checksums in an archive cover the folded bytes, so they are written last.
     for skeleton in skeletons:
@@ -239,6 +254,16 @@ def _fold(
     found = done.products
     verdict = runs.judge(found, work.list_counted()) if found else runs.Verdict()
     return done, kept, verdict
+
+
+def _write_products(
+    plan: Plan, mean: schemes.Mean, skeleton: formats.Skeleton, progress: Progress, kernel: str
+) -> Totals:
+    """Write the factors of mean products; see `products.write_products`."""
+    bound = plan.settings.machine.max_memory
+    return products.write_products(
+        plan.factors, plan.tables, mean, skeleton, bound, progress, kernel
+    )
 
 
 def _fold_on_cluster(

@@ -379,7 +379,8 @@ def scheme_options(function: Any) -> Any:
         option(
             "--coefficients",
             type=Numbers(),
-            help="Your own coefficients instead of a scheme, oldest first; they are normalised.",
+            help="Your own coefficients instead of a scheme, oldest first, of any sign; they are "
+            "normalised.",
         )
     )
     return under("Coefficients", *declared)(function)

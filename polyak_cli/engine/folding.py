@@ -57,12 +57,18 @@ class FoldJob:
     #: Where outputs are sent to a store while they are written: of each, the bytes of a part, or 0
     #: for one that is a file.  Whoever folds a part folds all of it.
     parts: Sequence[int] = ()
+    #: Names of the tensors whose averages are refused if they are negative.
+    unsigned: frozenset[str] = frozenset()
     #: A process keeps its worker for all batches of the job with this name.
     id: str = field(init=False, default_factory=lambda: os.urandom(8).hex())
 
     def list_counted(self) -> list[int]:
         """Return the numbers of the checkpoints that count in some average."""
         return [k for k, column in enumerate(self.coefficients.T) if column.any()]
+
+    def list_signed(self) -> list[bool]:
+        """Return for each average whether some checkpoint counts negatively in it."""
+        return [bool((row < 0).any()) for row in self.coefficients]
 
     def list_terms(self) -> list[list[tuple[int, float]]]:
         """Return for each checkpoint the averages it counts in, with its coefficients there."""
@@ -103,7 +109,7 @@ class Worker:
         self.tuning = tuning
         self.kernel = find_kernel(job.kernel)
         self.team = team or Team()
-        self.terms = job.list_terms()
+        self.terms, self.signed = job.list_terms(), job.list_signed()
         counted = len(job.list_counted())
         self.sampler = Sampler(counted, job.sampling) if job.sampling else None
         self.clock = Clock()
@@ -297,8 +303,12 @@ class Worker:
             values = self.sums[row][:count]
             raw = self._place_buffer(count * width, target.offset + first.start * width)
             self.kernel.round_to(values, target.dtype, target.byteorder, raw)
-            # Finite values of one type cannot have an average that the type cannot hold.
-            if dtypes != {target.dtype} and not self.job.allow_nonfinite:
+            if self.signed[row] and self.job.unsigned:
+                self._check_unsigned(bundle, values)
+            # Finite values of one type cannot have an average that the type cannot hold, unless it
+            # lies outside of them.
+            is_held = dtypes == {target.dtype} and not self.signed[row]
+            if not is_held and not self.job.allow_nonfinite:
                 stored = self.values[:count]
                 self.kernel.widen(raw, target.dtype, target.byteorder, stored)
                 _check_fits(first.tensor.name, target.dtype, values, stored)
@@ -311,6 +321,22 @@ class Worker:
                 tensor.targets[row].write(self.outputs, start * width, raw[written:end])
                 written = end
             self.clock.write(len(raw))
+
+    def _check_unsigned(self, bundle: Bundle, values: Float64) -> None:
+        """Refuse a negative average of values of which there are no negative ones."""
+        begin = 0
+        for tensor, start, stop in bundle:
+            part = values[begin : begin + stop - start]
+            begin += stop - start
+            if tensor.name in self.job.unsigned and (part < 0).any():
+                place = int(np.argmax(part < 0))
+                raise MismatchError(
+                    f"the average of tensor '{shown(tensor.name)}', a variance, is "
+                    f"{part[place]:.6g} (element {start + place}), because some coefficients are "
+                    "negative; expected 0 or more. Compute BatchNorm's statistics again with "
+                    "--recalibrate, or copy the newest one's with --exclude-tensors "
+                    f"{quote_glob(tensor.name)}"
+                )
 
     def _settle_nonfinite(self, bundle: Bundle, count: int, rows: Sequence[int]) -> None:
         """Put constants that are not finite into sums that are not finite; refuse all else."""

@@ -60,6 +60,12 @@ class ScoredCandidate(NamedTuple):
         return math.nan if found is None else found
 
 
+def find_single(coefficients: Sequence[float]) -> int | None:
+    """Return the place of the only checkpoint that counts; None if there are several."""
+    # Others of both signs can leave 1 for one of several.
+    return coefficients.index(1.0) if max(coefficients) == 1 and min(coefficients) >= 0 else None
+
+
 def parse_schemes(text: str) -> list[tuple[str, schemes.Value | None]]:
     """Read a list such as ``equal,exp:2``.
 

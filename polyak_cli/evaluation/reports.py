@@ -354,9 +354,14 @@ def _lay_out_row(row: Data, columns: Sequence[tuple[str, str]], is_newest: bool)
     width, height = 6, 18
     coefficients = row["coefficients"]
     largest = max(coefficients)
+    # From the zero line up, or down where a coefficient is negative.
+    unit = height / (largest - min(0.0, *coefficients))
     bars = [
         _Bar(
-            k * width, f"{height * (1 - c / largest):.2f}", width - 1, f"{height * c / largest:.2f}"
+            k * width,
+            f"{(largest - max(c, 0.0)) * unit:.2f}",
+            width - 1,
+            f"{abs(c) * unit:.2f}",
         )
         for k, c in enumerate(coefficients)
         if c

@@ -28,6 +28,7 @@ from polyak_cli.evaluation.candidates import (
     Candidate,
     ScoredCandidate,
     find_best,
+    find_single,
     fold_equal,
     list_candidates,
     make_parameter,
@@ -87,7 +88,7 @@ class Sweep:
 
         Otherwise as `significance.verdict` says it.
         """
-        if self.winner.candidate.coefficients[-1] == 1:
+        if find_single(self.winner.candidate.coefficients) == len(self.plan.checkpoints) - 1:
             return "newest"
         found = [gain.verdict for gain in self.gains["newest"] if gain.metric == self.metric]
         return found[0] if found else "not comparable"
@@ -402,9 +403,9 @@ class _CandidateScorer:
         """Score averages: single checkpoints directly from their file, the others in batches."""
         several = []
         for coefficients in wanted:
-            if max(coefficients) == 1:
-                path = self.plan.checkpoints[coefficients.index(1.0)].path
-                yield coefficients, self._score_file(path)
+            single = find_single(coefficients)
+            if single is not None:
+                yield coefficients, self._score_file(self.plan.checkpoints[single].path)
             else:
                 several.append(coefficients)
         suffix = choose_suffix(self.plan)

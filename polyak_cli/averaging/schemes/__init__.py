@@ -22,7 +22,13 @@ from collections.abc import Mapping, Sequence
 
 from polyak_cli.averaging.schemes.by_age import ema, equal, exp, linear
 from polyak_cli.averaging.schemes.by_position import gamma, power
-from polyak_cli.averaging.schemes.means import Mean, effective_number, make_mean
+from polyak_cli.averaging.schemes.means import (
+    Mean,
+    effective_number,
+    is_signed,
+    make_mean,
+    sum_absolutes,
+)
 from polyak_cli.averaging.schemes.parameters import (
     Choice,
     Flag,
@@ -50,9 +56,11 @@ __all__ = [
     "compute_mean",
     "effective_number",
     "gamma",
+    "is_signed",
     "make_mean",
     "resolve",
     "spell",
+    "sum_absolutes",
 ]
 
 
@@ -73,7 +81,8 @@ def coefficients(
         **parameters: those of the scheme, such as ``alpha`` of ``exp``; see `polyak_cli.Options`.
 
     Returns:
-        float64, oldest first, each at least 0, with the sum 1 up to rounding.
+        float64, oldest first, with the sum 1 up to rounding; some are negative only if ``custom``
+        has both signs.
 
     Raises:
         UsageError: the scheme is unknown, a parameter is out of range or not the scheme's, or the
@@ -158,12 +167,17 @@ def _checked_custom(custom: Sequence[float], count: int) -> list[float]:
         )
     values = [float(value) for value in custom]
     for place, value in enumerate(values, start=1):
-        if not (math.isfinite(value) and value >= 0.0):
+        if not math.isfinite(value):
             raise UsageError(
-                f"--coefficients: number {place} is {value:g}; expected finite numbers of 0 or more"
+                f"--coefficients: number {place} is {value:g}; expected finite numbers"
             )
     if not any(values):
-        raise UsageError("--coefficients: all numbers are 0; expected at least one above 0")
+        raise UsageError("--coefficients: all numbers are 0; expected at least one other number")
+    # A sum too large for float64 is not 0; any other is 0 only if it is so exactly.
+    if max(map(abs, values)) < 2.0**900 and not math.fsum(values):
+        raise UsageError(
+            "--coefficients: the sum is 0, by which they would be divided; expected another sum"
+        )
     return values
 
 
