@@ -126,6 +126,7 @@ SCHEMES: dict[str, Options] = {
     "equal": {"scheme": "equal"},
     "linear": {"scheme": "linear"},
     "exp": {"scheme": "exp", "alpha": 2},
+    "power": {"scheme": "power", "sigma": 0.1},
     # All bits of the sums, which rounding to float32 would hide.
     "wide": {"scheme": "exp", "alpha": 2, "dtype": "float64"},
     "signed": {"coefficients": [0, 0, 0, 0, -1, 0.5, -2, 1, 0.25, 4], "dtype": "float64"},
@@ -135,6 +136,7 @@ TENSORS = {
     "equal": "767467719856b7a48c20148d02eb63f835ff48be6417c8cafbc62440d9f1950e",
     "linear": "76e1c2218bb2f556f6c484b5e13ee58ad08819e9d08463cfc9a726f807c7fbe7",
     "exp": "2909cf95c5ea40b6bf0f5c6a639d11dc8376fef622963289904b147902e93a9f",
+    "power": "2bce494f55b5357d9e59fe9a35fa7dcc57c9a89a860af5368f8421cce73caca2",
     "wide": "7d4d003fcaedf3b8422f675b9d9be3046484f206ee449d1ac2c2d43e837f4c0c",
     "signed": "7efaa95f0eb6f386b87901f004e3c8b8e59d72bbce6effd5c3605fd1d259497b",
 }
@@ -144,6 +146,7 @@ FILES = {
         "equal": "d8350787e443528299c4ab9cd811448b89d8ded8fa61ab84dcca1a2e8ff3d1ff",
         "linear": "44ea70a3d74c25fa67ce3bb3aa9976a3970e32cdd1a69920c21e92c3eafabf0d",
         "exp": "1602549f1c26182cf3a8a70105608b291d0935fdcea74d9dd4be3319333e625c",
+        "power": "c2d4a4f862f63c9eeef728b2f28a497869d6f5be237a26c2fb728f644018981f",
         "wide": "01ac5569c99519dd7e9d71ac79770b435c0af2b6237593aa31b8a49ff73952bc",
         "signed": "75bc050834887c7fe8a5e81f56ae98e70f13081129d5bf01e82611e82c370b0b",
     },
@@ -151,6 +154,7 @@ FILES = {
         "equal": "2e7750204757d37b27f816f991e9c63e71afa3ba287de912cff5a8aa0fad0923",
         "linear": "77903bc84a881ea98755191e8132315b46946a6b9ae07693db9bf941ff4940b4",
         "exp": "fc6320e965c3ea8956d6afa6cc9652a9f2034102aebad599d0b3924385463935",
+        "power": "af788c51ba9725e27dd7a3a22195b11ff3e8b29a20c2f3f157c894b3e6edb287",
         "wide": "ef2729747a80741a4e18e5d1c8d7ccf20c3efee864cfe376809a61683e61f744",
         "signed": "32d463d4a9596b5f4c7ae98013c74bb2369dd1ba0912dda2103e6bb35cfc00d3",
     },

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from polyak_cli import Discrepancy, PolyakError, Split, Verification, average, inspect, verify
-from polyak_cli.averaging import records
+from polyak_cli.averaging import records, schemes
 from polyak_cli.engine import kernel, numpy_kernel
 from polyak_cli.engine.kernel import name_other
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, UsageError
@@ -129,6 +130,20 @@ def test_an_average_verifies(tmp_path: Path) -> None:
     assert data["problems"] == []
     assert [each["name"] for each in data["inputs"]] == [f"model_{k}.h5" for k in range(496, 500)]
     assert tree(tmp_path) == before
+
+
+def test_an_average_by_the_earlier_rule_of_its_scheme_verifies(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record has the multipliers, so another rule for the scheme's name changes nothing."""
+    with monkeypatch.context() as patch:
+        # Each interval's steps for the checkpoint at its end, as `power` was before.
+        old = replace(schemes.SCHEMES["power"], function=lambda _, **_sigma: [1.0, 7.0, 19.0])
+        patch.setitem(schemes.SCHEMES, "power", old)
+        average(run / "ckpts", run / "old.h5", scheme="power")
+    assert record_of(run / "old.h5")["scheme"] == "power"
+    assert [one["multiplier"] for one in record_of(run / "old.h5")["inputs"]] == [1.0, 7.0, 19.0]
+    assert verified(run, "old.h5").verified
 
 
 def test_the_folders_beside_an_average_are_searched(run: Path) -> None:

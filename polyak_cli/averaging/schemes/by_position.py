@@ -9,6 +9,9 @@ from itertools import pairwise
 from polyak_cli.averaging.schemes.decimals import make_context
 from polyak_cli.errors import UsageError
 
+#: Significant digits of `power`: the integrals of neighbours 1e-12 apart differ in few of them.
+_POWER_DIGITS = 80
+
 
 def gamma(sigma: float) -> float:
     """Return the exponent of the power-function EMA whose relative width is ``sigma``.
@@ -36,36 +39,64 @@ def gamma(sigma: float) -> float:
 
 
 def power(positions: Sequence[float], sigma: float) -> list[float]:
-    """(t_i^(g+1) - t_(i-1)^(g+1)) / t_N^(g+1), with g = gamma(sigma) and t the positions.
+    """The power-function EMA of every step, interpolated between checkpoints.
 
-    The power-function EMA of a whole run, where each checkpoint represents the steps since the one
-    before (Karras et al. 2024, as for `gamma`).  The oldest represents as many steps as the next
-    one, but none before step 0.
+    An EMA of every step counts the step t by the density (g+1) t^g / T^(g+1), with g = gamma(sigma)
+    and T the newest position (Karras et al. 2024, as for `gamma`).  Between two checkpoints the
+    weights of the model are not known; their best estimate, exact on a straight line and the
+    expected value of a random walk, lies on the line between the two.  So checkpoint i counts by
+    the integral of the density times a hat, which is 1 at t_i and falls to 0 at its neighbours.
+
+    Before the oldest checkpoint the estimate is that one.  It represents as many steps before it as
+    lie between it and the next one, but none before step 0: what is older is not averaged.
     """
-    _require_rising(positions)
+    require_rising(positions, "power")
     if len(positions) == 1:
         return [1.0]
-    start = max(0.0, positions[0] - (positions[1] - positions[0]))
-    context = make_context()
+    context = make_context(_POWER_DIGITS)
     exponent = context.add(context.create_decimal(gamma(sigma)), 1)
+    start = max(0.0, positions[0] - (positions[1] - positions[0]))
     end = context.create_decimal(positions[-1])
-    powers = [
-        context.power(context.divide(context.create_decimal(t), end), exponent)
-        for t in (start, *positions)
+    times = [context.divide(context.create_decimal(t), end) for t in (start, *positions)]
+    # With T = 1, the integral of the density up to t is t^(g+1), and that of t times the density
+    # is (g+1) / (g+2) t^(g+2).  The first factor is 1 - 1/(g+2), also where g is infinite.
+    masses = [context.power(t, exponent) for t in times]
+    ratio = context.subtract(1, context.divide(1, context.add(exponent, 1)))
+    moments = [
+        context.multiply(ratio, context.multiply(t, mass))
+        for t, mass in zip(times, masses, strict=True)
     ]
-    return [float(context.subtract(upper, lower)) for lower, upper in pairwise(powers)]
+    found = [context.subtract(masses[1], masses[0])]
+    for place in range(1, len(positions)):
+        left, right = times[place], times[place + 1]
+        mass = context.subtract(masses[place + 1], masses[place])
+        moment = context.subtract(moments[place + 1], moments[place])
+        # Of each step in between, (t - left) / (right - left) counts for the newer checkpoint.
+        newer = context.divide(
+            context.subtract(moment, context.multiply(left, mass)), context.subtract(right, left)
+        )
+        # Rounding alone can leave less than nothing, or more than there is.
+        newer = min(max(newer, context.create_decimal(0)), mass)
+        found[-1] = context.add(found[-1], context.subtract(mass, newer))
+        found.append(newer)
+    return [float(one) for one in found]
 
 
-def _require_rising(positions: Sequence[float]) -> None:
+def require_rising(positions: Sequence[float], scheme: str) -> None:
+    """Refuse positions that are not finite, above 0 and rising.
+
+    Raises:
+        UsageError: names the scheme and the position.
+    """
     for position in positions:
         if not (math.isfinite(position) and position > 0.0):
             raise UsageError(
-                f"--scheme power: a checkpoint has position {position:g}; expected finite "
+                f"--scheme {scheme}: a checkpoint has position {position:g}; expected finite "
                 "positions above 0"
             )
     for earlier, later in pairwise(positions):
         if not earlier < later:
             raise UsageError(
-                f"--scheme power: position {later:g} follows {earlier:g}; expected positions that "
-                "rise from the oldest checkpoint to the newest"
+                f"--scheme {scheme}: position {later:g} follows {earlier:g}; expected positions "
+                "that rise from the oldest checkpoint to the newest"
             )

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from decimal import Context
 
-#: Significant digits of exp() and pow(): float64 needs 17, the differences of `power` some more.
+#: Significant digits of exp() and pow(): float64 needs 17.
 _DIGITS = 40
 
 
-def make_context() -> Context:
+def make_context(digits: int = _DIGITS) -> Context:
     """Return a context of `decimal` that depends on nothing that the caller's program has set."""
     # Imported here because equal and linear, and --help, can do without its start-up time.
     # Its exponents reach so far that exp() and pow() underflow quietly instead of failing.
@@ -19,7 +19,7 @@ def make_context() -> Context:
 
     # What is not given here would come from the caller's decimal.DefaultContext.
     return Context(
-        prec=_DIGITS,
+        prec=digits,
         rounding=ROUND_HALF_EVEN,
         Emin=MIN_EMIN,
         Emax=MAX_EMAX,
