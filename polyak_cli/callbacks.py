@@ -1,4 +1,4 @@
-"""A Keras callback that saves checkpoints and keeps their average current.
+"""Keras callbacks that average: one saves checkpoints, the other keeps a mean in memory.
 
 >>> from polyak_cli.callbacks import PolyakCheckpoint                          # doctest: +SKIP
 >>> model.fit(x, y, callbacks=[PolyakCheckpoint("ckpts", "latest.h5")])        # doctest: +SKIP
@@ -9,5 +9,6 @@ package imports it.
 
 from polyak_cli.pipeline.callback import PolyakCheckpoint as PolyakCheckpoint
 from polyak_cli.pipeline.callback import Settings as Settings
+from polyak_cli.pipeline.swa import StochasticWeightAveraging as StochasticWeightAveraging
 
-__all__ = ["PolyakCheckpoint", "Settings"]
+__all__ = ["PolyakCheckpoint", "Settings", "StochasticWeightAveraging"]

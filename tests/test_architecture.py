@@ -68,7 +68,7 @@ HOMES = {
     "rich": {"cli"},
     "h5py": {"formats.hdf5"},
     # A callback is a subclass of Keras's; who trains imports it, and nothing of the package does.
-    "keras": {"evaluation", "pipeline.callback"},
+    "keras": {"evaluation", "pipeline.callback", "pipeline.swa"},
     "tensorflow": {"evaluation"},
     "matplotlib": {"evaluation.plots"},
     "jinja2": {"evaluation.reports"},

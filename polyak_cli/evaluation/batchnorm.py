@@ -14,18 +14,19 @@ Layers that normalise by their statistics in training, too, keep them: trainable
 with training=False by a layer or model of the user.  PyTorch's ``update_bn`` changes them.  To such
 layers the statistics are constants, and everything else was trained with them.
 
-This module only computes the statistics; `recalibration` writes them into a file.
+This module only computes the statistics; `recalibration` writes them into a file, and the callback
+of stochastic weight averaging into the model that was trained.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from polyak_cli.errors import MismatchError, PolyakError, list_some, shown
+from polyak_cli.errors import MismatchError, PolyakError, UsageError, list_some, shown
 from polyak_cli.evaluation import data
 from polyak_cli.evaluation.architectures import Architecture
 from polyak_cli.evaluation.keras_files import (
@@ -98,15 +99,8 @@ def gather_moments(
     with silence_frameworks() as held_back, collect_warnings() as warned:
         keras, model, layers = _load_model(table, trust_code, architecture, held_back)
         stored = locate_variables(model, table)
-        recorders = [
-            _BatchNormRecorder(layer, keras)
-            for layer in layers
-            if isinstance(layer, keras.layers.BatchNormalization)
-        ]
-        if not recorders:
-            raise MismatchError(f"{shown(path)}: has no BatchNorm layer; nothing to recalibrate")
-        features = fit_features(path, model, rows)
-        rows = replace(rows, features=tuple(features) if isinstance(features, list) else features)
+        recorders = _make_recorders(path, layers, keras)
+        rows = _fit_rows(path, model, rows)
         before = _locate_values(path, recorders, stored)
         with reword_keras_errors(path, f"cannot run it on {rows.source}", held_back):
             batches = _run_model(keras, model, recorders, rows, batch_size)
@@ -120,6 +114,81 @@ def gather_moments(
         for location in stored[id(statistic)]
     }
     return Moments({k: before[k] for k in after}, after, len(chosen), batches, notes)
+
+
+def gather_in_memory(
+    model: Any, rows: data.Split, *, batch_size: int
+) -> tuple[list[tuple[Any, Float64]], tuple[str, ...]]:
+    """Run a model that is in memory once over rows, as `gather_moments` does that of a file.
+
+    The model stays as it is.
+
+    Returns:
+        Each statistic, a variable of Keras, with its new value; and messages for the user.
+
+    Raises:
+        MismatchError: as for `gather_moments`.
+        PolyakError: Keras cannot run the model.
+    """
+    import keras
+
+    path = Path(model.name)
+    recorders = _make_recorders(path, model._flatten_layers(), keras)
+    rows = _fit_rows(path, model, rows)
+    try:
+        with reword_keras_errors(path, f"cannot run it on {rows.source}", lambda: ""):
+            _run_model(keras, model, recorders, rows, batch_size)
+    finally:
+        for one in recorders:
+            one.restore()
+    notes = tuple(_note_unchanged(path, recorders))
+    found = [
+        (statistic, total / one.rows)
+        for one in recorders
+        if one.rows
+        for total, statistic in zip(one.sums, one.statistics, strict=True)
+    ]
+    return found, notes
+
+
+def check_rows(rows: data.Split, batch_size: int) -> None:
+    """Refuse rows that have no variance.
+
+    Raises:
+        UsageError: the batch size is out of range.
+        MismatchError: there is only one row.
+    """
+    if batch_size < 2:
+        raise UsageError(
+            f"--batch-size {batch_size} is out of range; expected 2 or more: one row has no "
+            "variance"
+        )
+    if rows.rows < 2:
+        raise MismatchError(
+            f"{rows.source}: is a single row, which has no variance; expected all training rows"
+        )
+
+
+def _fit_rows(path: Path, model: Any, rows: data.Split) -> data.Split:
+    """Return rows in the structure that a model takes."""
+    features = fit_features(path, model, rows)
+    return replace(rows, features=tuple(features) if isinstance(features, list) else features)
+
+
+def _make_recorders(path: Path, layers: Iterable[Any], keras: Any) -> list[_BatchNormRecorder]:
+    """Return a recorder for each BatchNorm layer.
+
+    Raises:
+        MismatchError: there is none.
+    """
+    found = [
+        _BatchNormRecorder(layer, keras)
+        for layer in layers
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    if not found:
+        raise MismatchError(f"{shown(path)}: has no BatchNorm layer; nothing to recalibrate")
+    return found
 
 
 def _load_model(
@@ -153,10 +222,13 @@ def _load_model(
 class _BatchNormRecorder:
     """Replaces the call of a BatchNorm layer, and adds up the statistics of each batch."""
 
+    CHANGED = ("call", "momentum", "renorm")
+
     def __init__(self, layer: Any, keras: Any) -> None:
         self.layer = layer
         self.ops = keras.ops
         self.call = layer.call
+        self.own = {name: vars(layer)[name] for name in self.CHANGED if name in vars(layer)}
         self.statistics = (layer.moving_mean, layer.moving_variance)
         self.values = [self.ops.convert_to_numpy(statistic) for statistic in self.statistics]
         self.sums: list[Any] = [0.0, 0.0]
@@ -174,9 +246,21 @@ class _BatchNormRecorder:
         # Keras computes moving = moving * momentum + batch * (1 - momentum).
         self.layer.momentum = 0.0
         self.layer.renorm = False  # Ioffe, 2017: it mixes the moving statistics into the output
-        self.layer.moving_mean.assign(self.ops.zeros_like(self.layer.moving_mean))
-        self.layer.moving_variance.assign(self.ops.ones_like(self.layer.moving_variance))
+        # JAX 0.10 takes no variable of Keras for zeros_like().
+        mean, variance = self.statistics
+        mean.assign(self.ops.zeros(mean.shape, mean.dtype))
+        variance.assign(self.ops.ones(variance.shape, variance.dtype))
         self.layer.call = self.gather
+
+    def restore(self) -> None:
+        """Make the layer what it was before."""
+        for name in self.CHANGED:
+            if name in self.own:
+                setattr(self.layer, name, self.own[name])
+            elif name in vars(self.layer):  # the class's own is used again
+                delattr(self.layer, name)
+        for statistic, values in zip(self.statistics, self.values, strict=True):
+            statistic.assign(values)
 
     def gather(self, inputs: Any, training: bool | None = None, **more: Any) -> Any:
         """Normalise by the moments of the batch, and add them up."""

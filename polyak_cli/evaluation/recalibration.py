@@ -26,17 +26,17 @@ from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.kernel import round_to, widen
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import Memory, TensorSource
-from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
+from polyak_cli.errors import FormatError, MismatchError, OutputError, shown
 from polyak_cli.evaluation import data
 from polyak_cli.evaluation.architectures import Architecture
-from polyak_cli.evaluation.batchnorm import Moments, gather_moments
+from polyak_cli.evaluation.batchnorm import Moments, check_rows, gather_moments
 from polyak_cli.evaluation.keras_files import check_model
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.storage import Bytes, mirrors, publishing
 from polyak_cli.storage.local import LocalOutput
-from polyak_cli.tensors import FLOATS, Float64, Placement, Table, itemsize
+from polyak_cli.tensors import FLOATS, Float64, Table, itemsize
 
 BATCH_SIZE = 256
 _MEMORY = 32 << 20  # bytes of the buffers; statistics are a few numbers a channel
@@ -160,15 +160,7 @@ def check_recalibration(
         OutputError: the output would have such a format.
         PolyakError: Keras is missing or too old.
     """
-    if batch_size < 2:
-        raise UsageError(
-            f"--batch-size {batch_size} is out of range; expected 2 or more: one row has no "
-            "variance"
-        )
-    if rows.rows < 2:
-        raise MismatchError(
-            f"{rows.source}: is a single row, which has no variance; expected all training rows"
-        )
+    check_rows(rows, batch_size)
     form = find_format(table.format)
     if not form.keras_layout and WEIGHTS_SUFFIX not in table.rules.suffixes:
         raise FormatError(
@@ -395,28 +387,34 @@ def _write(table: Table, values: Mapping[str, Float64], hidden: Path, record: st
         for spec in specs:
             place = skeleton.placements[spec.location]
             where = f"{shown(table.path)}: the new values of '{shown(spec.name)}'"
-            raw = _round_values(values[spec.name], place, where)
+            raw = round_values(values[spec.name], place.dtype, place.byteorder, where)
             file.write(place.offset, raw)
     skeleton.finalize()
     # Last: the model may have been replaced while it was copied.
     check_unchanged(table.files)
 
 
-def _round_values(values: Float64, place: Placement, where: str) -> Bytes:
+def round_values(values: Float64, dtype: str, byteorder: str, where: str) -> Bytes:
     """Return values as they are stored.
+
+    Args:
+        values: one-dimensional.
+        dtype: of the stored ones.
+        byteorder: "<" or ">".
+        where: what they are, for messages.
 
     Raises:
         MismatchError: one is not finite after rounding; float16 ends at 65504.
     """
-    raw = np.empty(values.size * itemsize(place.dtype), np.uint8)
-    round_to(values, place.dtype, place.byteorder, raw)
+    raw = np.empty(values.size * itemsize(dtype), np.uint8)
+    round_to(values, dtype, byteorder, raw)
     stored = np.empty_like(values)
     with np.errstate(invalid="ignore"):
-        widen(raw, place.dtype, place.byteorder, stored)
+        widen(raw, dtype, byteorder, stored)
     if not np.isfinite(stored).all():
         worst = values[~np.isfinite(stored)][0]
         raise MismatchError(
-            f"{where} hold {worst:g}, expected finite numbers of type {place.dtype}; look for "
+            f"{where} hold {worst:g}, expected finite numbers of type {dtype}; look for "
             "non-finite numbers in the rows and in the model (polyak inspect --stats)"
         )
     return raw

@@ -2,5 +2,6 @@
 
 from polyak_cli.callbacks import PolyakCheckpoint as PolyakCheckpoint
 from polyak_cli.callbacks import Settings as Settings
+from polyak_cli.callbacks import StochasticWeightAveraging as StochasticWeightAveraging
 
-__all__ = ["PolyakCheckpoint", "Settings"]
+__all__ = ["PolyakCheckpoint", "Settings", "StochasticWeightAveraging"]

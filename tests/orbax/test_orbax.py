@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import struct
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -28,6 +30,7 @@ from polyak_cli.formats.orbax import ocdbt
 from polyak_cli.formats.orbax.checkpoint import OrbaxCheckpoint
 from polyak_cli.formats.tensorflow.sstables import encode_varint
 from polyak_cli.processes.sandbox import Heartbeat
+from tests.command import ROOT
 from tests.contract import Contract, Tensors, assert_same, naive
 from tests.oracle import Array
 from tests.test_guide import GUIDE
@@ -416,3 +419,16 @@ def test_the_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(PolyakError, match=r"pip install 'polyak\[orbax\]'"):
         average([tmp_path / "m_1"], tmp_path / "o")
+
+
+def test_weights_are_averaged_in_memory_on_jax(tmp_path: Path) -> None:
+    """JAX keeps the state of training outside of the model; the callback sees it all the same."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.swa", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "jax\n"), done.stderr

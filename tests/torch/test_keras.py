@@ -105,3 +105,9 @@ def test_training_the_sample_run_needs_tensorflow(tmp_path: Path) -> None:
     done = run("-m", "polyak_cli", "train", "--data=blobs", "-o", "run", cwd=tmp_path)
     assert done.returncode
     assert "pip install 'polyak[tensorflow]'" in done.stderr
+
+
+def test_weights_are_averaged_in_memory_on_pytorch(tmp_path: Path) -> None:
+    """As the files of the same steps are, and with new statistics of BatchNorm."""
+    done = run("-m", "tests.swa", str(tmp_path), backend="torch", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "torch\n"), done.stderr
