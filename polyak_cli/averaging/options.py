@@ -61,10 +61,12 @@ class Options(TypedDict, total=False):
         log_first: what the log calls the epoch that file names call 1: 0, as Keras counts, or 1.
         epoch_pattern: a regular expression that finds the epoch in a name.
         order: "given" keeps the order of files given one by one; "epoch" is the default.
-        scheme: "equal" (the default), "linear", "exp", "ema", "power".
+        scheme: "equal" (the default), "linear", "exp", "ema", "power", "decay".
         alpha: the parameter of "exp": the age, in checkpoints, at which a weight falls to 1 / e.
         decay: the parameter of "ema": the factor of the weight for each checkpoint of age.
         sigma: the parameter of "power": the relative width, as a part of the run's length.
+        shape: the parameter of "decay": of the decay that it replaces, "linear", "1-sqrt" or
+            "cosine".
         coefficients: weights in place of a scheme, one a checkpoint, oldest first, of any sign.
         dtype: the float type to store, such as "float32" or "bfloat16"; by default that of the
             newest checkpoint.
@@ -116,6 +118,7 @@ class Options(TypedDict, total=False):
     alpha: float | None
     decay: float | None
     sigma: float | None
+    shape: str | None
     coefficients: Sequence[float] | None
     dtype: str | None
     optimizer: Literal["drop", "newest"]
@@ -167,6 +170,7 @@ class Weighting:
     alpha: float | None = None
     decay: float | None = None
     sigma: float | None = None
+    shape: str | None = None
     coefficients: tuple[float, ...] | None = None
 
     def resolve(self) -> schemes.Choice:

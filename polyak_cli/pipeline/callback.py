@@ -33,6 +33,7 @@ class Settings(TypedDict, total=False):
     alpha: float | None
     decay: float | None
     sigma: float | None
+    shape: str | None
     dtype: str | None
     optimizer: Literal["drop", "newest"]
     match: Literal["name", "order"]

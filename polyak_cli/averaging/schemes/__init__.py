@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 
 from polyak_cli.averaging.schemes.by_age import ema, equal, exp, linear
 from polyak_cli.averaging.schemes.by_position import gamma, power
+from polyak_cli.averaging.schemes.decays import SHAPES, decay
 from polyak_cli.averaging.schemes.means import (
     Mean,
     effective_number,
@@ -76,7 +77,7 @@ def coefficients(
     Args:
         scheme: a name in `SCHEMES`; None means equal, or ``custom`` if that is given.
         positions: one number a checkpoint, oldest first: its distance from the start of the run, in
-            epochs. Only ``power`` looks at the values; they must rise then.
+            epochs. Only ``power`` and ``decay`` look at the values; they must rise then.
         custom: custom coefficients, oldest first; they are normalised.
         **parameters: those of the scheme, such as ``alpha`` of ``exp``; see `polyak_cli.Options`.
 
@@ -231,6 +232,11 @@ SCHEMES: Mapping[str, Scheme] = {
                 "average",
             ),
         ),
+    ),
+    "decay": Scheme(
+        decay,
+        "in place of a decay of the learning rate (WSM)",
+        (Word("shape", "SHAPE of the decay that the average replaces", "1-sqrt", SHAPES),),
     ),
 }
 
