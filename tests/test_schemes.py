@@ -203,6 +203,106 @@ def test_power_refuses_positions_that_do_not_rise(positions: list[float], found:
         coefficients("power", positions, sigma=0.1)
 
 
+def run_live(decays: Sequence[float], count: int) -> np.ndarray:
+    """Return the coefficients of a live EMA: each checkpoint folded into what there was.
+
+    The checkpoints are the unit vectors, so the average is its coefficients.
+    """
+    checkpoints = np.eye(count)
+    mean: np.ndarray = checkpoints[0]
+    for decay, checkpoint in zip(decays, checkpoints[1:], strict=True):
+        mean = decay * mean + (1 - decay) * checkpoint
+    return np.asarray(mean)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999, 1.0])
+def test_ema_from_the_first_is_the_recursion(decay: float) -> None:
+    """The oldest of ten counts decay^9: 0.387 at 0.9; with the ramps much less."""
+    found = coefficients("ema", run_of(10), decay=decay, from_first=True)
+    assert found == pytest.approx(run_live([decay] * 9, 10))
+    assert found[0] == pytest.approx(decay**9)
+    ramped = coefficients("ema", run_of(10), decay=decay, ramp="tfa")
+    assert ramped == pytest.approx(
+        run_live([min(decay, (1 + t) / (10 + t)) for t in range(1, 10)], 10)
+    )
+    ramped = coefficients("ema", run_of(10), decay=decay, ramp="ema-pytorch")
+    limits = [min(decay, 1 - (1 + t) ** (-2 / 3)) for t in range(1, 10)]
+    assert ramped == pytest.approx(run_live(limits, 10))
+
+
+@quietly
+@given(st.lists(st.integers(1, 10**4), min_size=1, max_size=30, unique=True), st.floats(0.1, 1e5))
+def test_half_lives_are_of_steps_whatever_the_spacing(steps: list[int], half_life: float) -> None:
+    """An update after d steps keeps 2^(-d / H); EDM2's ramp limits H to 0.09 t at step t."""
+    positions = [float(step) for step in sorted(steps)]
+    gaps = np.diff(positions)
+    live = coefficients("ema", positions, ema_half_life=half_life, from_first=True)
+    expected = run_live(list(2.0 ** -(gaps / half_life)), len(positions))
+    assert live == pytest.approx(expected, abs=1e-12)
+    limits = np.minimum(half_life, 0.09 * np.array(positions[1:]))
+    ramped = coefficients("ema", positions, ema_half_life=half_life, ramp="edm2")
+    assert ramped == pytest.approx(
+        run_live(list(2.0 ** -(gaps / limits)), len(positions)), abs=1e-12
+    )
+    # Debiased: the live EMA of what came after an update before the oldest, over its sum.
+    before = min([positions[0], *gaps[:1]])
+    started = run_live(list(2.0 ** -(np.array([before, *gaps]) / half_life)), len(positions) + 1)[
+        1:
+    ]
+    found = coefficients("ema", positions, ema_half_life=half_life)
+    assert found == pytest.approx(started / started.sum(), abs=1e-9)
+
+
+def test_a_half_life_is_a_decay_where_checkpoints_are_evenly_spaced() -> None:
+    """Every 5 epochs and a half-life of 20: each counts 2^(-1/4) of the next one."""
+    positions = [float(epoch) for epoch in range(5, 51, 5)]
+    assert coefficients("ema", positions, ema_half_life=20) == pytest.approx(
+        coefficients("ema", positions, decay=2**-0.25), rel=1e-15
+    )
+    halves = SCHEMES["ema"].function([10.0, 15.0, 20.0], ema_half_life=5.0)
+    assert halves == [0.25, 0.5, 1.0]
+
+
+@settings(quietly, max_examples=30)
+@given(counts, st.floats(5e-324, 1.7e308), st.sampled_from([None, "tfa", "ema-pytorch", "edm2"]))
+@example(10, 5e-324, None)
+@example(10, 1.7e308, None)
+@example(300, 1.7e308, "edm2")
+def test_ema_is_sound_for_any_half_life(count: int, half_life: float, ramp: str | None) -> None:
+    """However short or long: finite, at least 0, sum 1; debiased, it never rises with age."""
+    found = coefficients("ema", run_of(count), ema_half_life=half_life, ramp=ramp)
+    sound(found, falling=ramp is None)
+
+
+def test_power_by_a_half_life_is_that_of_its_sigma() -> None:
+    """The exponent g + 1 is T ln(2) / H; a half-life of more than T ln(2) is refused."""
+    positions = run_of(40)
+    exponent = 40 * math.log(2) / 4
+    sigma = math.sqrt(exponent / ((exponent + 1) ** 2 * (exponent + 2)))
+    assert coefficients("power", positions, ema_half_life=4) == pytest.approx(
+        coefficients("power", positions, sigma=sigma), rel=1e-10, abs=1e-25
+    )
+    coefficients("power", positions, ema_half_life=40 * math.log(2))
+    with pytest.raises(UsageError, match=r"^--ema-half-life is 28; expected at most 27\.7259, ln"):
+        coefficients("power", positions, ema_half_life=28)
+
+
+def test_power_is_the_default_ema_of_torchtitan() -> None:
+    """Its decay of update n is 2^(-1 / (0.05 n)), a half-life of 5 % of the run: sigma 0.0629."""
+    steps = 1000
+    live = np.zeros(steps)
+    live[0] = 1
+    for step in range(1, steps):  # its first two updates both count as number 1
+        decay = 2.0 ** (-1 / (0.05 * step))
+        live = live * decay
+        live[step] += 1 - decay
+    found = coefficients("power", run_of(steps), sigma=0.0629)
+    assert float(np.abs(live - found).sum()) < 0.02  # of all the weight, 2
+    assert gamma(0.0629) + 1 == pytest.approx(20 * math.log(2), rel=1e-3)
+    by_half_life = coefficients("power", run_of(steps), ema_half_life=0.05 * steps)
+    assert by_half_life == pytest.approx(found, rel=0.01, abs=1e-12)
+
+
 def test_the_function_of_a_scheme_gives_its_multipliers() -> None:
     """They are what the documentation writes, at the edges of its cases too."""
     assert SCHEMES["equal"].function(run_of(3)) == [1.0, 1.0, 1.0]
@@ -389,6 +489,28 @@ def test_custom_and_a_scheme_exclude_each_other() -> None:
         (lambda: resolve("exp", {"decay": 0.9}), "--decay belongs to --scheme ema, not to exp"),
         (lambda: resolve("ema", {"alpha": 2.0, "decay": 0.9}), "--alpha belongs to --scheme exp"),
         (lambda: resolve(None, {"alpha": 2.0}, custom=[1.0]), "exp, not to --coefficients"),
+        (
+            lambda: resolve("exp", {"ema_half_life": 2.0}),
+            "--ema-half-life belongs to --scheme ema or power, not to exp",
+        ),
+        (
+            lambda: resolve("ema", {"decay": 0.9, "ema_half_life": 2.0}),
+            "--ema-half-life and --decay exclude each other: give one of them",
+        ),
+        (
+            lambda: resolve("power", {"sigma": 0.1, "ema_half_life": 2.0}),
+            "--ema-half-life and --sigma exclude each other",
+        ),
+        (lambda: resolve("power", {"from_first": True}), "--from-first belongs to --scheme ema"),
+        (
+            lambda: coefficients("ema", [1.0, 2.0], ramp="edm2"),
+            "--ramp edm2 limits a half-life; give it with --ema-half-life",
+        ),
+        (lambda: resolve("ema", {"ramp": "timm"}), "expected one of tfa, ema-pytorch, edm2"),
+        (
+            lambda: coefficients("ema", [2.0, 1.0], ema_half_life=3),
+            "--scheme ema: position 1 follows 2",
+        ),
     ],
 )
 def test_a_parameter_of_another_scheme_is_refused(call: Callable[[], object], message: str) -> None:
@@ -438,6 +560,10 @@ def test_the_parameter_really_used_can_be_reported() -> None:
     assert resolve("exp").parameters == {"alpha": 2.0}
     assert resolve("ema").parameters == {"decay": 0.9}
     assert resolve("power").parameters == {"sigma": 0.1}
+    assert resolve("power", {"ema_half_life": 3}).parameters == {"ema_half_life": 3.0}
+    own: dict[str, schemes.Value] = {"ema_half_life": 3.0, "ramp": "tfa"}
+    assert resolve("ema", {**own, "from_first": False}).parameters == own
+    assert resolve("ema", {"from_first": True}).parameters == {"decay": 0.9, "from_first": True}
     assert resolve("power", {"sigma": 0.2}).parameters == {"sigma": 0.2}
     assert (resolve(None).name, resolve(None).parameters) == ("equal", {})
     assert resolve(None, custom=[1.0]).name == "custom"

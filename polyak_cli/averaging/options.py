@@ -67,6 +67,11 @@ class Options(TypedDict, total=False):
         sigma: the parameter of "power": the relative width, as a part of the run's length.
         shape: the parameter of "decay": of the decay that it replaces, "linear", "1-sqrt" or
             "cosine".
+        ema_half_life: "ema" and "power" in another way: the epochs or steps in which a weight falls
+            by half; for "power", at the end of the run.
+        from_first: "ema" starts from the oldest checkpoint, as in training, and is not debiased.
+        ramp: "ema" begins with smaller decays, as in TensorFlow Addons ("tfa"), "ema-pytorch" or
+            "edm2", and starts from the oldest checkpoint.
         coefficients: weights in place of a scheme, one a checkpoint, oldest first, of any sign.
         dtype: the float type to store, such as "float32" or "bfloat16"; by default that of the
             newest checkpoint.
@@ -119,6 +124,9 @@ class Options(TypedDict, total=False):
     decay: float | None
     sigma: float | None
     shape: str | None
+    ema_half_life: float | None
+    from_first: bool
+    ramp: Literal["tfa", "ema-pytorch", "edm2"] | None
     coefficients: Sequence[float] | None
     dtype: str | None
     optimizer: Literal["drop", "newest"]
@@ -171,6 +179,9 @@ class Weighting:
     decay: float | None = None
     sigma: float | None = None
     shape: str | None = None
+    ema_half_life: float | None = None
+    from_first: bool = False
+    ramp: str | None = None
     coefficients: tuple[float, ...] | None = None
 
     def resolve(self) -> schemes.Choice:

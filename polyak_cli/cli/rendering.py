@@ -157,11 +157,11 @@ _COPY = "an average of one checkpoint is a copy of it"
 
 def _word_rule(plan: Plan) -> str:
     """Return the scheme and its parameters."""
-    values = (
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in plan.parameters.items()
-    )
-    return ", ".join([plan.scheme, *values])
+    words = [plan.scheme]
+    for key, value in plan.parameters.items():
+        text = f"{value:g}" if isinstance(value, float) else "" if value is True else str(value)
+        words.append(f"{key.replace('_', '-')} {text}".rstrip())
+    return ", ".join(words)
 
 
 def _word_epoch(epoch: int | None) -> str:

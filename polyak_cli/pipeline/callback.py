@@ -34,6 +34,9 @@ class Settings(TypedDict, total=False):
     decay: float | None
     sigma: float | None
     shape: str | None
+    ema_half_life: float | None
+    from_first: bool
+    ramp: Literal["tfa", "ema-pytorch", "edm2"] | None
     dtype: str | None
     optimizer: Literal["drop", "newest"]
     match: Literal["name", "order"]

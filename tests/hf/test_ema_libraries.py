@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
 from torch import nn
 
@@ -69,6 +71,51 @@ def test_the_mean_of_ema_pytorch_loads_into_it(tmp_path: Path, use_ema: bool) ->
     assert_mean(ema.ema_model.state_dict(), means if use_ema else states)
     net.load_state_dict(found["model"])
     assert_mean(net.state_dict(), means if use_ema else states)
+
+
+def ema_of_ema_pytorch(net: Any, beta: float) -> tuple[Callable[[], None], Callable[[], State]]:
+    """Return what updates an EMA of ema-pytorch, in every step from the first on, and reads it."""
+    ema = EMA(net, beta=beta, update_every=1, update_after_step=0)
+    return ema.update, lambda: dict(ema.ema_model.named_parameters())
+
+
+def ema_of_diffusers(
+    net: Any, beta: float, warmup: bool
+) -> tuple[Callable[[], None], Callable[[], State]]:
+    """Return what updates an EMA of diffusers, and what reads it."""
+    names = [name for name, _ in net.named_parameters()]
+    ema = EMAModel(net.parameters(), decay=beta, use_ema_warmup=warmup)
+    return (
+        lambda: ema.step(net.parameters()),
+        lambda: dict(zip(names, ema.shadow_params, strict=True)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("ramp", "make"),
+    [
+        ("ema-pytorch", ema_of_ema_pytorch),
+        ("ema-pytorch", partial(ema_of_diffusers, warmup=True)),
+        ("tfa", partial(ema_of_diffusers, warmup=False)),
+    ],
+)
+@pytest.mark.parametrize("beta", [0.4, 0.9999])
+def test_a_ramp_gives_what_its_library_keeps(
+    tmp_path: Path, ramp: Any, make: Callable[..., Any], beta: float
+) -> None:
+    """Over the same checkpoints, whether the ramp has reached the decay or not."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3).double()
+    update, read = make(net, beta)
+    for step in range(1, 9):
+        shift(net)
+        update()
+        torch.save(net.state_dict(), tmp_path / f"step_{step}.pt")
+    average(tmp_path, tmp_path / "o.pt", scheme="ema", decay=beta, ramp=ramp)
+    found = torch.load(tmp_path / "o.pt", weights_only=True)
+    for name, value in read().items():
+        # Their factors are float32.
+        torch.testing.assert_close(found[name], value.detach(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("use_ema", [False, True])

@@ -217,6 +217,20 @@ def test_the_ema_of_the_optimizer_is_taken(tmp_path: Path, policy: str) -> None:
     assert_weights(opened, [np.asarray(value) for value in model.get_weights()])
 
 
+def test_ema_from_the_first_is_what_keras_keeps(tmp_path: Path) -> None:
+    """Its optimizer copies the weights after the first step, and folds in those that follow."""
+    variable = keras.Variable(np.zeros(50, np.float32))
+    optimizer = keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9)
+    random = np.random.default_rng(0)
+    for step in range(1, 6):
+        optimizer.apply([random.normal(size=50).astype(np.float32)], [variable])
+        np.savez(tmp_path / f"step_{step}.npz", w=np.asarray(variable))
+    average(tmp_path, tmp_path / "o.npz", scheme="ema", decay=0.9, from_first=True)
+    (slot,) = [one for one in optimizer.variables if one.path.endswith("_average")]
+    found = np.load(tmp_path / "o.npz")["w"]
+    np.testing.assert_allclose(found, np.asarray(slot), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_the_emas_of_checkpoints_are_averaged(tmp_path: Path) -> None:
     """Each trained tensor is the mean of its slots, each other that of itself."""

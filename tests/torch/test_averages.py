@@ -46,6 +46,23 @@ def train(seed: int) -> tuple[nn.Module, AveragedModel]:
     return net, mean
 
 
+def test_ema_from_the_first_is_what_torch_keeps(tmp_path: Path) -> None:
+    """AveragedModel copies the first checkpoint and folds in each that follows."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3).double()
+    mean = AveragedModel(net, avg_fn=get_ema_avg_fn(0.9))
+    for step in range(1, 6):
+        with torch.no_grad():
+            for value in net.parameters():
+                value.add_(torch.randn_like(value))
+        mean.update_parameters(net)
+        torch.save(net.state_dict(), tmp_path / f"step_{step}.pt")
+    average(tmp_path, tmp_path / "o.pt", scheme="ema", decay=0.9, from_first=True)
+    found = torch.load(tmp_path / "o.pt", weights_only=True)
+    for name, value in mean.module.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-13, atol=1e-14)
+
+
 def prefixed(prefix: str, state: State) -> State:
     """Return a state dict with longer names."""
     return {prefix + name: value for name, value in state.items()}

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from polyak_cli.averaging.schemes.by_age import ema, equal, exp, linear
+from polyak_cli.averaging.schemes.by_age import equal, exp, linear
 from polyak_cli.averaging.schemes.by_position import gamma, power
 from polyak_cli.averaging.schemes.decays import SHAPES, decay
 from polyak_cli.averaging.schemes.means import (
@@ -30,6 +30,7 @@ from polyak_cli.averaging.schemes.means import (
     make_mean,
     sum_absolutes,
 )
+from polyak_cli.averaging.schemes.moving import RAMPS, ema
 from polyak_cli.averaging.schemes.parameters import (
     Choice,
     Flag,
@@ -77,7 +78,7 @@ def coefficients(
     Args:
         scheme: a name in `SCHEMES`; None means equal, or ``custom`` if that is given.
         positions: one number a checkpoint, oldest first: its distance from the start of the run, in
-            epochs. Only ``power`` and ``decay`` look at the values; they must rise then.
+            epochs. Only ``power``, ``decay`` and half-lives look at them; they must rise then.
         custom: custom coefficients, oldest first; they are normalised.
         **parameters: those of the scheme, such as ``alpha`` of ``exp``; see `polyak_cli.Options`.
 
@@ -148,12 +149,37 @@ def resolve(
     for option in given:
         if option not in {one.name for one in own}:
             raise UsageError(_describe_stray(option, name))
-    return Choice(name, {one.name: _fill(one, given.get(one.name), name) for one in own})
+    replaced = _find_replaced(own, given)
+    values = {
+        one.name: _fill(one, given.get(one.name), name) for one in own if one.name not in replaced
+    }
+    # What is not given and has no default is left out, in the plan and in the record too.
+    return Choice(name, {key: v for key, v in values.items() if v is not None and v is not False})
 
 
-def _fill(parameter: Parameter, given: Value | None, name: str) -> Value:
-    """Return a parameter's value, or its default."""
+def _find_replaced(own: Sequence[Parameter], given: Mapping[str, Value]) -> set[str]:
+    """Return the parameters in whose place others are given.
+
+    Raises:
+        UsageError: both are given.
+    """
+    found = set()
+    for one in own:
+        if isinstance(one, Number) and one.instead_of and one.name in given:
+            if one.instead_of in given:
+                raise UsageError(
+                    f"{spell(one.name)} and {spell(one.instead_of)} exclude each other: give one "
+                    "of them"
+                )
+            found.add(one.instead_of)
+    return found
+
+
+def _fill(parameter: Parameter, given: Value | None, name: str) -> Value | None:
+    """Return a parameter's value, or its default; None where neither is needed."""
     value = parameter.default if given is None else given
+    if value is None and parameter.optional:
+        return None
     if value is None:
         expected = parameter.range if isinstance(parameter, Number) else "a value"
         raise UsageError(f"--scheme {name} needs {spell(parameter.name)}; expected {expected}")
@@ -189,6 +215,17 @@ def _describe_stray(option: str, name: str) -> str:
     return f"{spell(option)} belongs to --scheme {owners}, not {chosen}"
 
 
+def _declare_half_life(instead_of: str, meaning: str) -> Number:
+    return Number(
+        "ema_half_life",
+        meaning,
+        None,
+        lambda h: 0.0 < h < math.inf,
+        "a finite number above 0, of epochs or steps, whichever the names have",
+        instead_of=instead_of,
+    )
+
+
 #: Every scheme by name; the command line's choices, defaults and help come from here.
 SCHEMES: Mapping[str, Scheme] = {
     "equal": Scheme(equal, "the same for all"),
@@ -217,6 +254,18 @@ SCHEMES: Mapping[str, Scheme] = {
                 lambda d: 0.0 < d <= 1.0,
                 "a number above 0 and at most 1",
             ),
+            _declare_half_life("decay", "falling by half in as many epochs or steps"),
+            Flag(
+                "from_first",
+                "start from the oldest checkpoint, as an EMA in training does, not debiased",
+            ),
+            Word(
+                "ramp",
+                "smaller decays at first, as in TensorFlow Addons, ema-pytorch or EDM2; it starts "
+                "from the oldest too",
+                None,
+                tuple(RAMPS),
+            ),
         ),
     ),
     "power": Scheme(
@@ -231,6 +280,7 @@ SCHEMES: Mapping[str, Scheme] = {
                 "a number above 0 and below 1/sqrt(12) = 0.288675, which would be the equal "
                 "average",
             ),
+            _declare_half_life("sigma", "the same with this half-life at the end of the run"),
         ),
     ),
     "decay": Scheme(

@@ -29,19 +29,6 @@ def exp(positions: Sequence[float], alpha: float) -> list[float]:
     return [float(context.exp(context.divide(-age, width))) for age in _ages(len(positions))]
 
 
-def ema(positions: Sequence[float], decay: float) -> list[float]:
-    """decay^a for age a: the exponential moving average, debiased.
-
-    An average started from the oldest checkpoint would count that one far too much; dividing by the
-    sum of the powers, which normalising does, removes this bias (Kingma & Ba 2015, section 3).
-    Equals ``exp`` with alpha = -1 / ln(decay).
-    """
-    context = make_context()
-    factor = context.create_decimal(decay)
-    # 0^0 cannot come up: decay is more than 0.
-    return [float(context.power(factor, age)) for age in _ages(len(positions))]
-
-
 def _ages(count: int) -> range:
     """The ages of ``count`` checkpoints, oldest first: count - 1 down to 0."""
     return range(count - 1, -1, -1)

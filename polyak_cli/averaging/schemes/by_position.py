@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from polyak_cli.averaging.schemes.decimals import make_context
 from polyak_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from decimal import Context, Decimal
 
 #: Significant digits of `power`: the integrals of neighbours 1e-12 apart differ in few of them.
 _POWER_DIGITS = 80
@@ -38,7 +42,9 @@ def gamma(sigma: float) -> float:
         y = lower
 
 
-def power(positions: Sequence[float], sigma: float) -> list[float]:
+def power(
+    positions: Sequence[float], sigma: float | None = None, ema_half_life: float | None = None
+) -> list[float]:
     """The power-function EMA of every step, interpolated between checkpoints.
 
     An EMA of every step counts the step t by the density (g+1) t^g / T^(g+1), with g = gamma(sigma)
@@ -49,12 +55,22 @@ def power(positions: Sequence[float], sigma: float) -> list[float]:
 
     Before the oldest checkpoint the estimate is that one.  It represents as many steps before it as
     lie between it and the next one, but none before step 0: what is older is not averaged.
+
+    Args:
+        positions: as for all schemes; they must rise.
+        sigma: the relative width.
+        ema_half_life: in place of ``sigma``, the half-life at the end of the run.  There the EMA
+            multiplies what it has by (1 - 1/T)^(g+1) in one step, near 2^(-1/H) for
+            g + 1 = T ln(2) / H; so h = 0.05 T in every step is torchtitan's EMA.
+
+    Raises:
+        UsageError: the positions do not rise, or equal weights have a shorter half-life.
     """
     require_rising(positions, "power")
     if len(positions) == 1:
         return [1.0]
     context = make_context(_POWER_DIGITS)
-    exponent = context.add(context.create_decimal(gamma(sigma)), 1)
+    exponent = _find_exponent(context, positions[-1], sigma, ema_half_life)
     start = max(0.0, positions[0] - (positions[1] - positions[0]))
     end = context.create_decimal(positions[-1])
     times = [context.divide(context.create_decimal(t), end) for t in (start, *positions)]
@@ -80,6 +96,22 @@ def power(positions: Sequence[float], sigma: float) -> list[float]:
         found[-1] = context.add(found[-1], context.subtract(mass, newer))
         found.append(newer)
     return [float(one) for one in found]
+
+
+def _find_exponent(
+    context: Context, end: float, sigma: float | None, half_life: float | None
+) -> Decimal:
+    """Return g + 1, from the relative width or from the half-life at the end."""
+    if half_life is None:
+        return context.add(context.create_decimal(gamma(sigma or 0.0)), 1)
+    logarithm = context.multiply(context.create_decimal(end), context.ln(context.create_decimal(2)))
+    exponent = context.divide(logarithm, context.create_decimal(half_life))
+    if exponent < 1:
+        raise UsageError(
+            f"--ema-half-life is {half_life:g}; expected at most {float(logarithm):g}, ln(2) of "
+            f"the newest checkpoint's position, {end:g}, where every step counts alike"
+        )
+    return exponent
 
 
 def require_rising(positions: Sequence[float], scheme: str) -> None:

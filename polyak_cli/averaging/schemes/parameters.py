@@ -18,9 +18,10 @@ class Number:
     Attributes:
         name: as in Python; the option has hyphens for underscores.
         meaning: one line for the help text, with the name in capitals for the value.
-        default: if the option is not given; None if the scheme cannot do without it.
+        default: if the option is not given; None if there is none.
         allowed: whether a number is in range.
         range: what is in range, in words.
+        instead_of: the parameter that this one says in another way; "" if there is none.
     """
 
     name: str
@@ -28,6 +29,12 @@ class Number:
     default: float | None
     allowed: Callable[[float], bool]
     range: str
+    instead_of: str = ""
+
+    @property
+    def optional(self) -> bool:
+        """Whether the scheme can do without it."""
+        return self.default is not None or bool(self.instead_of)
 
     def check(self, given: object) -> float:
         """Return a value as the scheme takes it.
@@ -47,12 +54,16 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A parameter that is one of some words; attributes as those of `Number`."""
+    """A parameter that is one of some words; attributes as those of `Number`.
+
+    Without a default the scheme can do without it.
+    """
 
     name: str
     meaning: str
-    default: str
+    default: str | None
     words: tuple[str, ...]
+    optional = True
 
     def check(self, given: object) -> str:
         """Return a value as the scheme takes it.
@@ -73,6 +84,7 @@ class Flag:
     name: str
     meaning: str
     default: bool = False
+    optional = True
 
     def check(self, given: object) -> bool:
         """Return a value as the scheme takes it."""
