@@ -149,7 +149,7 @@ def test_no_block_of_an_output_belongs_to_two_shares(
         made.append(tensor(size, end + 4 * gap))
         end = end + 4 * gap + 4 * size
     slabs = cut_slabs(made, memory.piece, memory.most, aligned=memory.aligned)
-    batches = [*gather_batches(bundle_slabs(slabs, memory.piece), memory.piece * 8)]
+    batches = [*gather_batches(bundle_slabs(slabs, memory.piece), memory.batch_nbytes)]
     cut = [*shares.gather_shares(batches, nbytes)]
     assert [batch for share in cut for batch in share] == batches
     written = sorted(places(batches))
@@ -172,7 +172,7 @@ def test_a_large_tensor_is_cut_into_shares_that_read_as_much_as_is_wanted() -> N
     """A share is complete at the first good place behind the wanted size."""
     memory = Memory.within(32 << 20, 1).align()
     slabs = cut_slabs([tensor(10 << 20, 1000, 3)], memory.piece, memory.most, aligned=True)
-    batches = gather_batches(bundle_slabs(slabs, memory.piece), memory.piece * 8)
+    batches = gather_batches(bundle_slabs(slabs, memory.piece), memory.batch_nbytes)
     read = [
         3 * sum(stop - start for start, stop in places(share))
         for share in shares.gather_shares(batches, 20 << 20)
@@ -189,7 +189,7 @@ def test_even_the_tightest_bound_on_memory_leaves_places_to_cut(dtype: str) -> N
     sources = [TensorSource(Extent(1000, width << 24), dtype, "<", 0)]
     one = FoldTensor("x", 1 << 24, sources, [Placement(8 * 125, dtype, "<")])
     slabs = cut_slabs([one], memory.piece, memory.most, aligned=True)
-    batches = gather_batches(bundle_slabs(slabs, memory.piece), memory.piece * 8)
+    batches = gather_batches(bundle_slabs(slabs, memory.piece), memory.batch_nbytes)
     assert len(list(shares.gather_shares(batches, 1 << 20))) > 12
 
 

@@ -40,6 +40,7 @@ from polyak_cli.engine.slabs import (
     TensorSource,
     Tuning,
     bundle_slabs,
+    count_elements,
     cut_slabs,
     gather_batches,
 )
@@ -87,7 +88,7 @@ def test_bundles_and_batches_lose_no_slab(sizes: list[int], elements: int) -> No
     bundled = list(bundle_slabs(cut, elements))
     assert [slab for bundle in bundled for slab in bundle] == cut
     assert all(sum(s.stop - s.start for s in bundle) <= elements for bundle in bundled)
-    assert [one for batch in gather_batches(bundled, elements) for one in batch] == bundled
+    assert [one for batch in gather_batches(bundled, 4 * elements) for one in batch] == bundled
 
 
 def write_inputs(folder: Path, arrays: Sequence[np.ndarray]) -> list[File]:
@@ -713,13 +714,13 @@ def test_only_neighbouring_small_tensors_are_bundled() -> None:
     assert not bundled(at(0), at(16 * 100 - 39), elements=100)
 
 
-def test_batches_are_closed_by_elements_or_by_number() -> None:
-    """A batch is complete when it has enough elements, or enough small tensors."""
+def test_batches_are_closed_by_bytes_or_by_number() -> None:
+    """A batch has at most so many bytes of a checkpoint, or so many small tensors."""
     ones: list[Bundle] = [[Slab(tensor(1), 0, 1)] for _ in range(600)]
-    assert [len(batch) for batch in gather_batches(ones, 1000)] == [256, 256, 88]
-    assert [len(batch) for batch in gather_batches(ones[:11], 5)] == [5, 5, 1]
+    assert [len(batch) for batch in gather_batches(ones, 4000)] == [256, 256, 88]
+    assert [len(batch) for batch in gather_batches(ones[:11], 20)] == [5, 5, 1]
     pairs = [[*ones[0], *ones[0]]] * 150
-    assert [len(batch) for batch in gather_batches(pairs, 1000)] == [128, 22]
+    assert [len(batch) for batch in gather_batches(pairs, 4000)] == [128, 22]
 
 
 @pytest.mark.parametrize(
@@ -1383,6 +1384,13 @@ def test_what_is_fetched_ahead_is_bounded_for_any_number_of_checkpoints(
 ) -> None:
     """Two batches a worker of all checkpoints fit the bound; for few of them requests are large."""
     memory = Memory.within(256 << 20, jobs).for_objects(checkpoints)
-    batch = memory.piece * memory.tuning.pieces_per_batch * 4  # bytes of float32 of a checkpoint
-    assert 2 * memory.jobs * checkpoints * batch <= TUNING.ahead_nbytes
-    assert batch >= min(TUNING.request_nbytes, TUNING.ahead_nbytes // (4 * jobs * checkpoints))
+    ahead = min(TUNING.ahead_nbytes, TUNING.ahead_of_all_nbytes // jobs)
+    for dtype in ("float16", "float32", "float64"):
+        width = np.dtype(dtype).itemsize
+        sources = [TensorSource(Extent(0, width << 23), dtype, "<", 0)]
+        wide = FoldTensor("x", 1 << 23, sources, [Placement(0, dtype, "<")])
+        slabs = cut_slabs([wide], memory.piece, memory.most)
+        batches = [*gather_batches([[slab] for slab in slabs], memory.batch_nbytes)]
+        nbytes = [width * sum(map(count_elements, batch)) for batch in batches]
+        assert 2 * checkpoints * max(nbytes) <= ahead
+        assert nbytes[0] >= min(TUNING.request_nbytes, ahead // (4 * checkpoints))

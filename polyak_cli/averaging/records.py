@@ -58,6 +58,8 @@ _LONGEST = 255
 HASHED = 64 << 20
 #: A sampled digest reads at most this many pieces of this many bytes: 3.93 MB.
 SAMPLES, SAMPLE_BYTES = 64, 60 << 10
+#: Checkpoints on a network that are sampled at a time: their pieces are waited for, not hashed.
+_REMOTE = 8
 #: How far the sum of the coefficients may be from 1, as a part of the sum of their absolute values:
 #: each was rounded once.
 _SUM = 1e-9
@@ -379,6 +381,8 @@ def compute_sampled_digests(checkpoints: Sequence[Sequence[File]], jobs: int) ->
         FormatError: as `compute_sampled_digest`, of the first checkpoint that has an error.
     """
     nbytes = sum(file.version.size for files in checkpoints for file in files)
+    if any(file.version.is_object for files in checkpoints for file in files):
+        jobs = max(jobs, _REMOTE)
     if jobs > 1 and nbytes > HASHED:  # of fewer bytes, starting threads would take longer
         # Neither reading nor hashing holds the interpreter's lock.  Where a limit allows no more
         # threads, this one does the work.

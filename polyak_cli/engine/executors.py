@@ -96,7 +96,7 @@ def fold(
         batches = gather_parts(slabs, job.parts, memory)
     else:
         bundles = bundle_slabs(slabs, memory.piece, tuning)
-        batches = gather_batches(bundles, memory.piece * tuning.pieces_per_batch, tuning)
+        batches = gather_batches(bundles, memory.batch_nbytes, tuning)
     executor = executor or choose_executor(job, memory)
     total, crew = Totals(), Crew()
     products = Products(len(job.list_counted()))

@@ -37,9 +37,10 @@ class Tuning:
     prefetch_nbytes: int = 1 << 16
     #: Bytes a second that only the page cache delivers: then there is nothing to prefetch.
     cache_speed: float = 2e9
-    #: Bytes of objects that are in memory or on their way, and of the part of them that one batch
-    #: asks one checkpoint for at most.
-    ahead_nbytes: int = 128 << 20
+    #: Bytes of objects that are in memory or on their way: for one worker, and for all that this
+    #: machine starts; and of the part of them that one batch asks one checkpoint for, at most.
+    ahead_nbytes: int = 64 << 20
+    ahead_of_all_nbytes: int = 128 << 20
     request_nbytes: int = 16 << 20
     #: Bytes written between two flushes to the disk.
     flush_nbytes: int = 32 << 20
@@ -112,10 +113,11 @@ class Memory(NamedTuple):
         """Return the same with batches that make large requests of a network.
 
         Each worker has the ranges of two batches of every checkpoint in memory or on their way.
-        All together fit `Tuning.ahead_nbytes`, so that more checkpoints make smaller requests.
+        These fit `Tuning.ahead_nbytes`, so that more checkpoints make smaller requests.
         """
-        share = self.tuning.ahead_nbytes // (2 * self.jobs * max(1, checkpoints))
-        piece = max(256, min(self.piece, share // 4))
+        ahead = min(self.tuning.ahead_nbytes, self.tuning.ahead_of_all_nbytes // self.jobs)
+        share = ahead // (2 * max(1, checkpoints))
+        piece = max(256, min(self.piece, share // 8))  # of any type
         pieces = min(share, self.tuning.request_nbytes) // (piece * 4)
         tuning = replace(
             self.tuning.for_objects(),
@@ -123,6 +125,11 @@ class Memory(NamedTuple):
             slabs_per_batch=self.tuning.slabs_per_batch * 16,
         )
         return self._replace(piece=piece, tuning=tuning)
+
+    @property
+    def batch_nbytes(self) -> int:
+        """Bytes that a checkpoint of float32 has of the pieces of a batch."""
+        return self.piece * self.tuning.pieces_per_batch * 4
 
     @property
     def nbytes(self) -> int:
@@ -239,24 +246,26 @@ def _is_small(slab: Slab, tuning: Tuning) -> bool:
 
 
 def gather_batches(
-    bundles: Iterable[Bundle], elements: int, tuning: Tuning = TUNING
+    bundles: Iterable[Bundle], nbytes: int, tuning: Tuning = TUNING
 ) -> Iterator[Batch]:
     """Gather bundles into batches, because a report for each bundle would cost too much.
 
     Args:
         bundles: in the order in which they are folded.
-        elements: a batch is complete when it has so many.
-        tuning: how many slabs complete a batch that has fewer elements.
+        nbytes: what one checkpoint has of a batch, at most, if that is more than one bundle.
+        tuning: how many slabs complete a batch that has fewer bytes.
     """
     batch: list[Bundle] = []
     total = length = 0
     for bundle in bundles:
-        batch.append(bundle)
-        total += count_elements(bundle)
-        length += len(bundle)
-        if total >= elements or length >= tuning.slabs_per_batch:
+        width = max(itemsize(source.dtype) for source in bundle[0].tensor.sources)
+        count = count_elements(bundle) * width
+        if batch and (total + count > nbytes or length >= tuning.slabs_per_batch):
             yield batch
             batch, total, length = [], 0, 0
+        batch.append(bundle)
+        total += count
+        length += len(bundle)
     if batch:
         yield batch
 
@@ -294,4 +303,4 @@ def gather_parts(slabs: Iterable[Slab], parts: Sequence[int], memory: Memory) ->
     cut = itertools.chain.from_iterable(_cut_at_parts(slab, parts) for slab in slabs)
     for _, group in itertools.groupby(cut, find_part):
         bundles = bundle_slabs(group, memory.piece, tuning)
-        yield [*gather_batches(bundles, memory.piece * tuning.pieces_per_batch, tuning)]
+        yield [*gather_batches(bundles, memory.batch_nbytes, tuning)]

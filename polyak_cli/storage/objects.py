@@ -7,9 +7,12 @@ process that has used this module must not fork: obstore waits for ever in a for
 from __future__ import annotations
 
 import base64
+import contextlib
+import ctypes
 import functools
 import io
 import itertools
+import mmap
 import os
 import random
 import re
@@ -22,6 +25,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Self, TypeVar
 from urllib.parse import unquote
+
+import numpy as np
 
 from polyak_cli.errors import (
     ChangedError,
@@ -39,14 +44,19 @@ from polyak_cli.storage.urls import Url
 
 #: Bytes of a GET that is made for a single reader, and of one that is made ahead.
 PART, LARGE_PART = 8 << 20, 16 << 20
+#: Bytes of an answer that are copied at a time, at least.
+_PIECE = 1 << 18
 #: Bytes between two ranges up to which one GET for both is quicker than two.
 _GAP = 1 << 16
-#: GETs of this process at a time.
-_AT_A_TIME = 32
+#: GETs of this process at a time; and of those for more bytes than `_LARGE`, each of which needs
+#: some 1.2 MB besides its buffer.
+_AT_A_TIME, _LARGE_AT_A_TIME, _LARGE = 32, 12, 1 << 18
 #: Tries of a request, and the longest pause in seconds between two.
 _TRIES, _LONGEST_PAUSE = 7, 8.0
 #: Seconds that one request may take: 16 MiB at 140 kB/s.
 _TIMEOUT = "120s"
+#: What `mallopt` calls the number of heaps.
+_ARENA_MAX = -8
 _CHANGED = "changed while it was read; is training still running?"
 #: Statuses, as obstore words them, that another try does not change.
 _FINAL = re.compile(r"status code: (?:30\d|400|401|403|404|405|410|411|412|416|501)\b")
@@ -95,7 +105,40 @@ class _Counter:
             )
 
 
+class _Buffers:
+    """Buffers of this process, which are filled again when what was in them has been read.
+
+    The allocator would leave holes in the heap, a third more memory, and the system would clear
+    each buffer before it is filled.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.free: list[memoryview] = []
+
+    def take(self, nbytes: int) -> memoryview:
+        """Return the smallest free buffer that is long enough, or a new one."""
+        with self.lock:
+            fitting = [k for k, one in enumerate(self.free) if len(one) >= nbytes]
+            if fitting:
+                return self.free.pop(min(fitting, key=lambda k: len(self.free[k])))
+            self.free.clear()  # others than these are wanted now
+        return _map(nbytes)
+
+    def give(self, buffer: memoryview) -> None:
+        """Take back a buffer that nobody reads any more."""
+        with self.lock:
+            self.free.append(buffer)
+
+
+def _map(nbytes: int) -> memoryview:
+    """Return new memory, which the system has back as soon as nobody has it."""
+    return memoryview(mmap.mmap(-1, max(1, nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
 _counter = _Counter()
+_buffers = _Buffers()
+_large = threading.BoundedSemaphore(_LARGE_AT_A_TIME)
 
 
 def requests_made() -> Requests:
@@ -106,6 +149,9 @@ def requests_made() -> Requests:
 @functools.cache
 def pool() -> ThreadPoolExecutor:
     """Return the threads that make requests in this process."""
+    # glibc gives threads heaps of their own, whose holes are of no use to the others: 15 MiB.
+    with contextlib.suppress(OSError, AttributeError):  # there is another C library
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
     return ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="polyak-get")
 
 
@@ -432,13 +478,13 @@ def _encode_key(url: Url) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
-class _Part:
-    """Bytes of an object that are being fetched, or have been."""
+class _Part(NamedTuple):
+    """Bytes of an object that are being fetched, or have been, into a buffer at least as long."""
 
-    def __init__(self, start: int, stop: int, content: Future[memoryview]) -> None:
-        self.start = start
-        self.stop = stop
-        self.content = content
+    start: int
+    stop: int
+    buffer: memoryview
+    content: Future[memoryview]
 
 
 class ObjectInput:
@@ -473,7 +519,11 @@ class ObjectInput:
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """See `storage.InputFile.read`."""
-        return b"".join(self.pieces(offset, max(0, min(nbytes, self.size - offset))))
+        # Not joined from pieces: each is only there until the next one is asked for.
+        content = np.empty(max(0, min(nbytes, self.size - offset)), np.uint8)
+        if len(content):
+            self.read_into(offset, content)
+        return content.tobytes()
 
     def stream(self) -> BinaryIO:
         """See `storage.InputFile.stream`."""
@@ -481,6 +531,8 @@ class ObjectInput:
 
     def pieces(self, offset: int, nbytes: int) -> Iterator[memoryview]:
         """Yield bytes of the object in order, those that were fetched ahead first of all.
+
+        A piece is overwritten after the next one was asked for.
 
         Raises:
             FormatError: the object is gone or changed; the message lacks the URL.
@@ -494,13 +546,15 @@ class ObjectInput:
                 end = min(stop, part.stop)
                 yield content[offset - part.start : end - part.start]
                 if end == part.stop:
-                    self._drop(part)
+                    self._ahead = [[p for p in parts if p is not part] for parts in self._ahead]
+                    _buffers.give(part.buffer)
                 offset = end
                 continue
             later = [one.start for parts in self._ahead for one in parts if one.start > offset]
             end = min([stop, *later])
             for part in self._cut(offset, end, PART):
                 yield part.content.result()
+                _buffers.give(part.buffer)
             offset = end
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
@@ -540,20 +594,28 @@ class ObjectInput:
                     return part
         return None
 
-    def _drop(self, part: _Part) -> None:
-        self._ahead = [[one for one in parts if one is not part] for parts in self._ahead]
-
     def _cut(self, start: int, stop: int, most: int) -> list[_Part]:
         """Begin to fetch a range in parts of about equal size."""
         count = -(-(stop - start) // most)
         bounds = [start + (stop - start) * k // count for k in range(count + 1)] if count else []
-        return [
-            _Part(low, high, pool().submit(self.fetch, low, high))
-            for low, high in itertools.pairwise(bounds)
-        ]
+        parts = []
+        for low, high in itertools.pairwise(bounds):
+            buffer = _buffers.take(high - low)
+            content = pool().submit(self._fetch_into, buffer[: high - low], low, high)
+            parts.append(_Part(low, high, buffer, content))
+        return parts
 
     def fetch(self, start: int, stop: int) -> memoryview:
         """Return bytes of exactly the version that was opened, from one GET.
+
+        Raises:
+            FormatError: the object is gone or changed; the message lacks the URL.
+            StoreError: they cannot be read.
+        """
+        return self._fetch_into(_map(stop - start)[: stop - start], start, stop)
+
+    def _fetch_into(self, buffer: memoryview, start: int, stop: int) -> memoryview:
+        """Fill a buffer from one GET and return it; see `fetch`.
 
         Raises:
             FormatError: the object is gone or changed; the message lacks the URL.
@@ -572,13 +634,19 @@ class ObjectInput:
         def ask() -> memoryview:
             reply = obstore.get(self._store, self._key, options=options)
             self._check(_read_meta(reply.meta))
-            content = memoryview(reply.bytes())
-            if len(content) != stop - start:
-                raise OSError(f"{len(content)} bytes instead of {stop - start}")
-            _counter.add(nbytes=len(content))
-            return content
+            done = 0
+            # Piece by piece, as obstore would hold the pieces and what it joins of them.
+            for piece in reply.stream(min_chunk_size=_PIECE):
+                if done + len(piece) <= len(buffer):
+                    buffer[done : done + len(piece)] = memoryview(piece)
+                done += len(piece)
+            if done != len(buffer):
+                raise OSError(f"{done} bytes instead of {len(buffer)}")
+            _counter.add(nbytes=done)
+            return buffer
 
-        return _try(ask, self.url)
+        with _large if stop - start > _LARGE else contextlib.nullcontext():
+            return _try(ask, self.url)
 
     def _check(self, found: Listed) -> None:
         """Refuse another version, which a server sends that knows no If-Match."""

@@ -70,7 +70,7 @@ def make_batches(tensors: int) -> Iterator[Batch]:
         for k in range(tensors)
     ]  # fmt: skip
     slabs = cut_slabs(folded, memory.piece, memory.most, aligned=True)
-    return gather_batches(bundle_slabs(slabs, memory.piece), memory.piece * 8)
+    return gather_batches(bundle_slabs(slabs, memory.piece), memory.batch_nbytes)
 
 
 def make_job() -> FoldJob:

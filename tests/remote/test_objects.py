@@ -5,10 +5,12 @@ This process uses obstore, so that nothing here may fork; see `test_reading`.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from polyak_cli.storage import Store, mirrors, objects
@@ -89,6 +91,30 @@ def test_the_bytes_of_two_calls_are_kept_at_most(bucket: S3Bucket) -> None:
         for start in range(0, 1 << 20, 1 << 18):
             file.prefetch([(start, 1 << 18)])
         assert sum(part.stop - part.start for parts in file._ahead for part in parts) == 2 << 18
+
+
+def test_buffers_are_filled_again(bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading on and on takes the memory of two calls, of any size, and no byte is another's."""
+    made: list[memoryview] = []
+    allocate = objects._map
+
+    def count(nbytes: int) -> memoryview:
+        made.append(allocate(nbytes))
+        return made[-1]
+
+    monkeypatch.setattr(objects, "_map", count)
+    monkeypatch.setattr(objects, "_buffers", objects._Buffers())
+    content = np.random.default_rng(0).bytes(1 << 21)
+    bucket.put("a", content)
+    found = []
+    with objects.ObjectStore().open(f"{bucket.url}/a") as file:
+        ranges = [(start, 99_000 - start // 99) for start in range(0, 2_000_000, 99_000)]
+        file.prefetch(ranges[:1])
+        for this, following in itertools.zip_longest(ranges, ranges[1:]):
+            file.prefetch([following] if following else [])
+            found.append(file.read(*this))
+    assert found == [content[start : start + nbytes] for start, nbytes in ranges]
+    assert len(made) == 2
 
 
 def test_a_name_is_located_anywhere(bucket: S3Bucket) -> None:
