@@ -13,9 +13,11 @@ import pickle
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from polyak_cli.engine import clusters, executors, kernel, shares, slabs
 from polyak_cli.engine.clusters import Futures
 from polyak_cli.engine.executors import Executor
 from polyak_cli.engine.folding import FoldJob
+from polyak_cli.engine.sinks import Parcel
 from polyak_cli.engine.slabs import (
     Batch,
     FoldTensor,
@@ -43,7 +46,7 @@ from polyak_cli.engine.slabs import (
     gather_batches,
 )
 from polyak_cli.errors import FormatError, MismatchError, MissingExtraError, PolyakError, UsageError
-from polyak_cli.storage import mirrors
+from polyak_cli.storage import mirrors, uploads
 from polyak_cli.tensors import FLOATS, Extent, Placement, itemsize
 from tests.command import ROOT, SAMPLES, environment, one_line, polyak
 from tests.kernels import COMPILED, KERNELS, use_kernel
@@ -119,6 +122,62 @@ TINY = Memory(1, 10, 10, tuning=Tuning(pieces_per_batch=5))
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every batch a share, wherever it ends."""
     monkeypatch.setattr(shares, "EDGE", 1)
+
+
+# --- outputs that workers do not see --------------------------------------------------------------
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(1, 90), st.integers(0, 70)), min_size=1, max_size=8),
+    st.integers(0, 100),
+    st.sampled_from([0, 64, 256]),
+    st.integers(1, 2000),
+    st.integers(0, 9),
+)
+def test_parts_have_the_bytes_of_a_local_output(
+    sizes: list[tuple[int, int]], head: int, part: int, nbytes: int, seed: int
+) -> None:
+    """Sent in any order and twice, with the bytes between tensors; or given back (part 0)."""
+    drawn = np.random.default_rng(len(sizes))
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        tensors, offset = [], 4 * head
+        for size, gap in sizes:
+            tensors.append(tensor(size, offset, 2))
+            offset += 4 * (size + gap)
+        job = make_job(folder, *(drawn.random(offset // 4, np.float32) for _ in range(2)))
+        out = folder / "out"
+        out.write_bytes(skeleton := drawn.bytes(offset))
+        executors.fold(tensors, job, TINY)
+        expected = out.read_bytes()
+        out.write_bytes(skeleton)
+        sent: dict[int, bytes] = {}
+        upload = uploads.Upload("s3://bucket/o", "id", "token", part, offset)
+
+        def keep(_: object, number: int, content: bytearray) -> str:
+            sent[number] = bytes(content)
+            return f"receipt {number}"
+
+        receipts: dict[str, dict[int, str]] = {}
+        patch.setattr(uploads, "send_part", keep)
+        patch.setattr(mirrors, "is_mirrored", lambda path: path == str(out))
+        patch.setattr(mirrors, "locate", lambda _: "s3://bucket/o")
+        patch.setattr(mirrors, "find_upload", lambda _: upload if part else None)
+        patch.setattr(mirrors, "add_receipts", lambda found: [
+            receipts.setdefault(path, {}).update(one) for path, one in found.items()
+        ])  # fmt: skip
+        work = replace(job, parts=[part] if part else ())
+        executor = Futures(Pool(order=random.Random(seed)), share_nbytes=nbytes)
+        executors.fold(tensors, work, TINY, executor=executor, flush=False)
+        found = bytearray(out.read_bytes())
+        for number, content in sent.items():
+            found[(number - 1) * part : (number - 1) * part + len(content)] = content
+            assert len(content) == min(part, offset - (number - 1) * part)
+        assert found == expected
+        numbers = {number: f"receipt {number}" for number in sent}
+        assert receipts == ({str(out): numbers} if part else {})
+        assert bool(part) == (out.read_bytes() == skeleton)
 
 
 # --- cutting --------------------------------------------------------------------------------------
@@ -405,11 +464,11 @@ def fail(patch: pytest.MonkeyPatch, *problems: BaseException) -> list[int]:
     tried: list[int] = []
     fold = shares._fold
 
-    def failing(job: FoldJob, share: shares.Share) -> shares.Reply:
+    def failing(job: FoldJob, parcel: Parcel) -> shares.Reply:
         tried.append(len(tried))
         if len(tried) <= len(problems):
             raise problems[tried[-1]]
-        return fold(job, share)
+        return fold(job, parcel)
 
     patch.setattr(shares, "_fold", failing)
     return tried
@@ -518,16 +577,6 @@ def test_a_worker_that_sees_other_files_says_so_in_one_line(
         executors.fold([tensor(9)], job, TINY, executor=Futures(pool))
 
 
-def test_a_worker_that_does_not_see_the_output_of_a_bucket_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its name would be that of an object, which no worker looks for."""
-    job = make_job(tmp_path, np.ones(9, np.float32))
-    monkeypatch.setattr(mirrors, "is_mirrored", lambda path: path.endswith("out"))
-    with pytest.raises(PolyakError, match=r"set TMPDIR to a folder that all workers see$"):
-        executors.fold([tensor(9)], job, TINY, executor=Futures(Blind(tmp_path / "out", None)))
-
-
 def test_a_checkpoint_that_changed_is_no_fault_of_the_worker(tmp_path: Path) -> None:
     """If this machine sees the change too, the message is the usual one."""
     job = make_job(tmp_path, np.ones(9, np.float32))
@@ -607,6 +656,7 @@ from pathlib import Path
 import numpy as np
 from polyak_cli.engine import shares, numpy_kernel
 from polyak_cli.engine.folding import FoldJob
+from polyak_cli.engine.sinks import Parcel
 from polyak_cli.engine.slabs import *
 from polyak_cli.storage import File, Version, mirrors
 from polyak_cli.tensors import FLOATS, Extent, Placement, itemsize
@@ -631,7 +681,7 @@ def fold(dtype, pieces):
     tensor = FoldTensor("x", n, sources, [Placement(0, dtype, "<")])
     share = [*gather_batches([[slab] for slab in cut_slabs([tensor], 1 << 16, 1 << 16)], 1 << 19)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    shares._fold(job, share)
+    shares._fold(job, Parcel(share, {}))
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 found = {}
 for dtype in FLOATS:

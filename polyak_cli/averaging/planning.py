@@ -317,7 +317,6 @@ def sends_in_parts(plan: Plan) -> bool:
         and not settings.output.verify
         and plan.recalibrate is None
         and settings.tensors.lora != "exact"
-        and settings.machine.engine == "here"
     )
 
 

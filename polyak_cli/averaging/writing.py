@@ -269,10 +269,11 @@ def _write_products(
 def _fold_on_cluster(
     machine: Machine, tensors: _Averaged, work: FoldJob, progress: Progress
 ) -> Done:
-    """Fold on the workers of a cluster, which see the inputs and the hidden output by their paths.
+    """Fold on the workers of a cluster, which see the inputs, and a local output, by their paths.
 
     Each worker flushes what it writes, and no two write neighbouring bytes: a network file system
-    need not show one machine at once what another one has written.
+    need not show one machine at once what another one has written.  An output in a bucket is sent
+    by the workers, or given back by them; see `sinks`.
     """
     from polyak_cli.engine import clusters  # which only the few who ask for it have to load
 

@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from polyak_cli import __version__
-from polyak_cli.engine import shares
+from polyak_cli.engine import shares, sinks
 from polyak_cli.engine.executors import Executor, make_ended
 from polyak_cli.engine.folding import Done, FoldJob
 from polyak_cli.engine.shares import Reply
+from polyak_cli.engine.sinks import Parcel
 from polyak_cli.engine.slabs import Batch
 from polyak_cli.errors import PolyakError, UsageError, shown
 from polyak_cli.processes.children import rebuild_error
-from polyak_cli.storage import Version, mirrors
+from polyak_cli.storage import Version
 
 #: The variable by which Dask's own tools name a scheduler.
 ADDRESS = "DASK_SCHEDULER_ADDRESS"
@@ -92,10 +93,10 @@ class Futures:
         """See `executors.Executor.run`."""
         run = _Run(self, job)
         try:
-            for share in shares.gather_shares(batches, self._choose_nbytes(job)):
+            for parcel in run.list_parcels(batches, self._choose_nbytes(job)):
                 while len(run.waiting) >= _AHEAD * self.count_workers():
                     yield from run.collect()
-                run.send(_Sent(shares.pack(share)))
+                run.send(_Sent(shares.pack(parcel)))
             while run.waiting:
                 yield from run.collect()
         except futures.BrokenExecutor as error:
@@ -108,7 +109,10 @@ class Futures:
         if self.share_nbytes is not None:
             return self.share_nbytes
         whole = sum(file.version.size for file in job.inputs)
-        return min(max(whole // (_ROUNDS * self.count_workers()), _LEAST), _MOST)
+        most = _MOST
+        if None in sinks.find_sinks(job.outputs):
+            most = min(most, sinks.MOST_RETURNED * max(1, len(job.list_counted())))
+        return min(max(whole // (_ROUNDS * self.count_workers()), _LEAST), most)
 
     def submit(self, avoid: str, *task: Any) -> Future[Reply]:
         """Have a worker call `shares.fold_share`, if possible another one than ``avoid``."""
@@ -154,12 +158,22 @@ class _Run:
     job: FoldJob
     waiting: dict[Future[Reply], _Sent] = field(default_factory=dict)
     packed: bytes = b""
+    portable: FoldJob = field(init=False)
     #: Shares that carried the job.  A worker keeps it, so that the others carry its name only.
     introduced: int = 0
 
+    def __post_init__(self) -> None:
+        self.portable = shares.make_portable(self.job)
+
+    def list_parcels(self, batches: Iterable[Any], nbytes: int) -> Iterator[Parcel]:
+        """Yield what is to be sent, so that a share reads so many bytes, or few more."""
+        gather = shares.gather_runs if self.job.parts else shares.gather_shares
+        for share in gather(batches, nbytes):
+            yield sinks.make_parcel(share, self.job.outputs, self.portable.sinks)
+
     def send(self, sent: _Sent, *, whole: bool = False) -> None:
         """Send a share; with its job if that is wanted, or if its worker can hardly have it yet."""
-        self.packed = self.packed or shares.pack(shares.make_portable(self.job))
+        self.packed = self.packed or shares.pack(self.portable)
         if self.introduced < _AHEAD * self.executor.count_workers():
             self.introduced += 1
             whole = True
@@ -185,6 +199,7 @@ class _Run:
             except (Exception, futures.CancelledError) as error:
                 raise self.executor.explain(error) from None
             if "done" in reply:
+                sinks.accept(self.job, reply["done"])
                 yield shares.read_done(reply, retries=sent.failures)
             elif "unknown" in reply:
                 self.send(sent, whole=True)
@@ -215,11 +230,6 @@ class _Run:
             )
         if reply.get("unseen") and self._is_here(reply["unseen"][0]):
             path, how = reply["unseen"]
-            if mirrors.is_mirrored(path):
-                return PolyakError(
-                    f"worker {worker}: does not see the folder in which an output is made before "
-                    "it is sent to its bucket; set TMPDIR to a folder that all workers see"
-                )
             return PolyakError(
                 f"worker {worker}: does not see {shown(path)} as it is here: {shown(how, 80)}; "
                 "every worker must see the checkpoints and the output under the same paths"

@@ -125,8 +125,7 @@ def choose_executor(job: FoldJob, memory: Memory) -> Executor:
     is_remote = any(file.version.is_object for file in job.inputs)
     # Processes that are started take as long as reading some 100 MB through the gateway.
     is_large = nbytes >= 2 * memory.tuning.fork_nbytes
-    can_spawn = not job.parts and can_locate(file.path for file in job.inputs)
-    if is_remote and is_large and can_spawn:  # parts of an output are sent through the gateway
+    if is_remote and is_large and can_locate(file.path for file in job.inputs):
         from polyak_cli.engine.spawned import Spawned  # which only remote inputs need
 
         return Spawned(memory.jobs)

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +33,13 @@ from polyak_cli.engine.slabs import (
 )
 from polyak_cli.engine.timing import Clock, Crew, Totals
 from polyak_cli.errors import MismatchError, PolyakError, quote_glob, shown
-from polyak_cli.storage import Bytes, File, mirrors
+from polyak_cli.storage import Bytes, File, OutputFile, mirrors
 from polyak_cli.storage.local import PAGE, LocalOutput, clashes, page_aligned
 from polyak_cli.storage.parts import PartOutput
 from polyak_cli.tensors import Extent, Float64, itemsize
+
+if TYPE_CHECKING:  # of no use to who writes local files
+    from polyak_cli.storage.uploads import Upload
 
 #: Bytes by which a buffer is moved where the system would copy slowly; see `clashes`.
 _DODGE = PAGE // 2
@@ -59,6 +62,9 @@ class FoldJob:
     parts: Sequence[int] = ()
     #: Names of the tensors whose averages are refused if they are negative.
     unsigned: frozenset[str] = frozenset()
+    #: For workers that do not see the files of outputs: of each the upload to which they send parts
+    #: by themselves, or None where the folded bytes go back to the coordinator; see `sinks`.
+    sinks: Sequence[Upload | None] = ()
     #: A process keeps its worker for all batches of the job with this name.
     id: str = field(init=False, default_factory=lambda: os.urandom(8).hex())
 
@@ -103,7 +109,21 @@ class Team:
 class Worker:
     """Folds batches of one job one after the other, with open files and buffers that it keeps."""
 
-    def __init__(self, job: FoldJob, tuning: Tuning = TUNING, team: Team | None = None) -> None:
+    def __init__(
+        self,
+        job: FoldJob,
+        tuning: Tuning = TUNING,
+        team: Team | None = None,
+        outputs: Sequence[OutputFile] | None = None,
+    ) -> None:
+        """Open the outputs.
+
+        Args:
+            job: what is folded.
+            tuning: how.
+            team: the other workers of this process.
+            outputs: those of the job, open, to be closed with the worker.
+        """
         _check_subnormals()
         self.job = job
         self.tuning = tuning
@@ -121,9 +141,9 @@ class Worker:
         self.layout = b"", b""  # of the small tensors that were read last; see `_pick`
         self.picked = np.empty(0, np.int64)
         self._allocate(0)
-        self.outputs: list[LocalOutput | PartOutput] = []
+        self.outputs: list[OutputFile] = [*outputs] if outputs is not None else []
         try:
-            for path in job.outputs:
+            for path in job.outputs if outputs is None else ():
                 self.outputs.append(mirrors.open_output(path) if job.parts else LocalOutput(path))
         except BaseException:
             self.close()

@@ -12,18 +12,20 @@ import pickle
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from polyak_cli import __version__
+from polyak_cli.engine import sinks
 from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.executors import prefetch_next
 from polyak_cli.engine.folding import Done, FoldJob, Worker
 from polyak_cli.engine.kernel import find_kernel
 from polyak_cli.engine.products import Products
-from polyak_cli.engine.slabs import TUNING, Batch, Slab, count_elements
+from polyak_cli.engine.sinks import Parcel
+from polyak_cli.engine.slabs import TUNING, Batch, Share, Slab, count_elements
 from polyak_cli.engine.timing import Crew, Totals, measure_peak
 from polyak_cli.processes.children import describe_error
 from polyak_cli.storage import File, Version, locate
@@ -35,8 +37,6 @@ from polyak_cli.tensors import itemsize
 #: multiple.
 EDGE = 1 << 15
 
-#: Batches that are sent as one task.
-Share = Sequence[Batch]
 #: What a task returns: plain values, which the coordinator can read whatever the worker's version.
 Reply = dict[str, Any]
 
@@ -59,12 +59,31 @@ def gather_shares(batches: Iterable[Batch], nbytes: int) -> Iterator[Share]:
             yield share
             share, total = [], 0
         share.append(batch)
-        total += sum(
-            count_elements(bundle) * sum(itemsize(s.dtype) for s in bundle[0].tensor.sources)
-            for bundle in batch
-        )
+        total += _count_bytes(batch)
     if share:
         yield share
+
+
+def gather_runs(parts: Iterable[Share], nbytes: int) -> Iterator[Share]:
+    """Gather shares that are a part of an output each into ones that read so many bytes."""
+    run: list[Batch] = []
+    total = 0
+    for part in parts:
+        run += part
+        total += sum(map(_count_bytes, part))
+        if total >= nbytes:
+            yield run
+            run, total = [], 0
+    if run:
+        yield run
+
+
+def _count_bytes(batch: Batch) -> int:
+    """Return the bytes that a batch reads."""
+    return sum(
+        count_elements(bundle) * sum(itemsize(s.dtype) for s in bundle[0].tensor.sources)
+        for bundle in batch
+    )
 
 
 def _is_apart(last: Slab, following: Slab) -> bool:
@@ -96,14 +115,20 @@ def _make_portable(file: File) -> File:
 
 def make_portable(job: FoldJob) -> FoldJob:
     """Return a job that processes with another working folder, on other machines, can fold."""
-    inputs = [_make_portable(one) for one in job.inputs]
-    portable = replace(job, inputs=inputs, outputs=[make_absolute(o) for o in job.outputs])
+    found = sinks.find_sinks(job.outputs)
+    portable = replace(
+        job,
+        inputs=[_make_portable(one) for one in job.inputs],
+        # Where there are sinks, the outputs are files of this machine alone.
+        outputs=[locate(path) if found else make_absolute(path) for path in job.outputs],
+        sinks=found,
+    )
     # `replace` makes a new name; the shares of one run have that of their job.
     object.__setattr__(portable, "id", job.id)
     return portable
 
 
-def pack(value: FoldJob | Share) -> bytes:
+def pack(value: FoldJob | Parcel) -> bytes:
     """Return the bytes to send.
 
     A worker looks at them only after it has compared versions, so that it never meets classes that
@@ -126,7 +151,7 @@ def fold_share(version: str, job_id: str, job: bytes, share: bytes) -> Reply:
         version: the coordinator's; another one may pack other classes.
         job_id: of the job.
         job: as `pack` makes it; empty if this process should have it already.
-        share: as `pack` makes it.
+        share: a `Parcel`, as `pack` makes it.
 
     Returns:
         One of "done", with what a `Done` has; "version", where it is another one; "unknown", where
@@ -181,13 +206,15 @@ def _find_job(job_id: str, job: bytes) -> FoldJob | None:
     return _jobs.get(job_id)
 
 
-def _fold(job: FoldJob, share: Share) -> Reply:
+def _fold(job: FoldJob, parcel: Parcel) -> Reply:
     """Fold a share; nothing of it stays open."""
     totals, products = Totals(), Products(len(job.list_counted()))
     constants: list[Constant] = []
     is_remote = any(file.version.is_object for file in job.inputs)
-    with Worker(job, TUNING.for_objects() if is_remote else TUNING) as worker:
-        for batch in prefetch_next(share, worker.prefetch):
+    tuning = TUNING.for_objects() if is_remote else TUNING
+    outputs = sinks.open_outputs(job, parcel.literals)
+    with Worker(job, tuning, outputs=outputs) as worker:
+        for batch in prefetch_next(parcel.share, worker.prefetch):
             done = worker.fold(batch)
             totals = totals.plus(done.totals)
             products.add(done.products)
@@ -195,8 +222,10 @@ def _fold(job: FoldJob, share: Share) -> Reply:
         # Only then is the share done: the coordinator may read it on another machine, and this one
         # may be switched off.  A descriptor reports the errors since it was opened, so that only
         # those of the worker will do.
-        for output in worker.outputs if job.flush else ():
+        for output in outputs if job.flush else ():
             output.sync()
+        worker.finish()
+        delivered = sinks.deliver(outputs)
     requests, retries = _requests.take()
     return {
         "totals": list(totals.plus(Totals(requests=requests, retries=retries))),
@@ -204,12 +233,13 @@ def _fold(job: FoldJob, share: Share) -> Reply:
         "constants": [list(one) for one in constants],
         "kernel": find_kernel(job.kernel).NAME,
         "peak": measure_peak(),
+        **delivered,
     }
 
 
 def _find_unseen(job: FoldJob) -> list[str] | None:
     """Return a file of a job that is not here as it is at the coordinator's, and how it differs."""
-    for path in job.outputs:
+    for path in () if job.sinks else job.outputs:
         if not Path(path).exists():
             return [path, "no such file"]
     for path, version in job.inputs:

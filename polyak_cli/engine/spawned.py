@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures as futures
 import contextlib
-import json
 import os
 import pickle
 import queue
@@ -121,7 +120,7 @@ class _Pool(futures.Executor):
                 how = signal.Signals(-code).name if code < 0 else f"exit {code}"
                 future.set_exception(make_ended(how))
                 return
-            future.set_result(json.loads(reply))
+            future.set_result(pickle.loads(reply))  # noqa: S301 (from a process of our own)
 
     def submit(self, _call: Any, /, *arguments: Any, **_: Any) -> Future[Any]:
         """Have a process call `shares.fold_share`, which is all that it can."""
@@ -153,7 +152,7 @@ def main() -> None:
     os.dup2(2, 1)  # a library that prints must not print into the replies
     while (body := _read(sys.stdin.buffer)) is not None:
         task = pickle.loads(body)  # noqa: S301 (from the process that started this one)
-        _write(replies, json.dumps(shares.fold_share(*task)).encode())
+        _write(replies, pickle.dumps(shares.fold_share(*task)))
 
 
 if __name__ == "__main__":

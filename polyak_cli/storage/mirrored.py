@@ -160,7 +160,7 @@ class Parts:
         self.process = os.getpid()
         self.connection: socket.socket | None = None
 
-    def send(self, number: int, content: bytearray) -> str:
+    def send(self, number: int, content: bytearray) -> None:
         """Hand over a part; it is sent later, and the gateway keeps its receipt.
 
         Raises:
@@ -177,7 +177,6 @@ class Parts:
             taken = None
         if taken is None or "error" in taken:
             raise OutputError("the process that writes to the network has ended")
-        return ""
 
     def close(self) -> None:
         """End the connection."""

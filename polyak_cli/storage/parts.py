@@ -8,6 +8,8 @@ who makes an output passes how its parts are sent.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Semaphore
 from typing import Self
 
 import numpy as np
@@ -16,8 +18,8 @@ from polyak_cli.storage import Bytes
 
 #: Returns the bytes of a part that is not averaged, with anything in the places of the others.
 Fill = Callable[[int, int], bytearray]
-#: Sends a part, by its number from 1 on, and returns its receipt.
-Send = Callable[[int, bytearray], str]
+#: Sends a part, by its number from 1 on; it may still be on its way on return.
+Send = Callable[[int, bytearray], None]
 
 
 class PartOutput:
@@ -49,7 +51,6 @@ class PartOutput:
         self.name = name
         self.nbytes = nbytes
         self.part = part
-        self.receipts: dict[int, str] = {}
         self._fill = fill
         self._send = send
         self._close = close
@@ -79,7 +80,7 @@ class PartOutput:
         if self._number:
             number, content = self._number, self._content
             self._number, self._content = 0, bytearray()
-            self.receipts[number] = self._send(number, content)
+            self._send(number, content)
 
     def truncate(self, size: int) -> None:
         """Refuse another size: the parts are cut already."""
@@ -98,3 +99,44 @@ class PartOutput:
     def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
+
+
+class Outbox:
+    """Sends parts on threads of its own, while the next ones are made."""
+
+    def __init__(self, send: Callable[[int, bytearray], str], at_once: int) -> None:
+        """Send nothing yet.
+
+        Args:
+            send: sends a part, and returns its receipt.
+            at_once: parts that are in memory and on their way at most.
+        """
+        self._send = send
+        self._slots = Semaphore(at_once)
+        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="polyak-put")
+        self._sent: dict[int, Future[str]] = {}
+
+    def put(self, number: int, content: bytearray) -> None:
+        """Send a part when there is room.
+
+        Raises:
+            PolyakError: an earlier part could not be sent.
+        """
+        self._slots.acquire()
+        for future in [*self._sent.values()]:
+            if future.done():
+                future.result()
+        self._sent[number] = future = self._pool.submit(self._send, number, content)
+        future.add_done_callback(lambda _: self._slots.release())
+
+    def collect(self) -> dict[int, str]:
+        """Wait for all parts, and return their receipts by number.
+
+        Raises:
+            PolyakError: one could not be sent.
+        """
+        return {number: future.result() for number, future in self._sent.items()}
+
+    def close(self) -> None:
+        """Send nothing more; parts that are on their way arrive, or not."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from polyak_cli.errors import FormatError, OutputError, PolyakError, StoreError, shown
 from polyak_cli.storage import blobs, s3
 from polyak_cli.storage.local import LocalStore
+from polyak_cli.storage.parts import Outbox
 from polyak_cli.storage.urls import Url, parse
 
 #: Bytes of a part, where the object is not so large that its parts have to be larger.
@@ -48,6 +50,7 @@ class Upload(NamedTuple):
     id: str
     token: str  # recognises the object as this upload's
     part: int  # bytes of each part but the last
+    nbytes: int  # of all parts
 
 
 class Orphan(NamedTuple):
@@ -92,12 +95,18 @@ def begin(url: str, nbytes: int, *, part: int | None = None) -> Upload:
             if orphan.url == url and orphan.is_dead:
                 abort_orphan(orphan)
     token = os.urandom(8).hex()
-    return Upload(url, s3.begin(parsed, token), token, part or choose_part(nbytes))
+    return Upload(url, s3.begin(parsed, token), token, part or choose_part(nbytes), nbytes)
 
 
 def send_part(upload: Upload, number: int, content: bytes | bytearray) -> str:
     """Send a part, from 1 on, and return its receipt; a part may be sent again."""
     return s3.send_part(_parse(upload.url), upload.id, number, content)
+
+
+def make_outbox(upload: Upload) -> Outbox:
+    """Return what sends parts, several at a time if they are small."""
+    at_once = max(1, min(_MOST_AT_ONCE, _MEMORY // upload.part))
+    return Outbox(partial(send_part, upload), at_once)
 
 
 def complete(upload: Upload, receipts: Mapping[int, str], *, force: bool) -> None:
@@ -175,7 +184,7 @@ class _Object(Protocol):
         """Delete the object, if it is the one that this run has named."""
 
 
-_NOT_BEGUN = Upload("", "", "", PART)
+_NOT_BEGUN = Upload("", "", "", PART, 0)
 
 
 @dataclass

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.command import POLYAK, environment, one_line, tree
-from tests.remote.clusters import Cluster, cluster
-from tests.remote.kinds import write_run_and_average
+from tests.command import POLYAK, environment, one_line, polyak, tree
+from tests.remote.clusters import Cluster, cluster, make
+from tests.remote.kinds import named, write_run, write_run_and_average
 from tests.remote.proxy import RESET, SLOW_DOWN, Fault, Proxy, Request, every, some
 from tests.remote.servers import S3Bucket
 
@@ -39,9 +39,13 @@ def filled(bucket: S3Bucket, written: Path) -> S3Bucket:
 
 @pytest.fixture
 def two(proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Yield a cluster of two workers that reach the buckets through the proxy."""
-    environ = environment(**proxy.environ)
-    with cluster(tmp_path_factory.mktemp("cluster"), environ, 2) as found:
+    """Yield a cluster of two workers that reach the buckets through the proxy.
+
+    Their TMPDIR is not that of the command.
+    """
+    folder = tmp_path_factory.mktemp("cluster")
+    environ = environment(**proxy.environ, TMPDIR=str(make(folder / "temporary")))
+    with cluster(folder, environ, 2) as found:
         yield found
 
 
@@ -97,13 +101,21 @@ def at(number: int, happen: Callable[[], object]) -> Any:
 def test_dask_from_bucket_to_bucket(
     filled: S3Bucket, proxy: Proxy, two: Cluster, written: Path, tmp_path: Path
 ) -> None:
-    """Workers find credentials of their own; a tenth of all requests is to be repeated."""
+    """Workers find credentials of their own; a tenth of all requests is to be repeated.
+
+    The command reaches the bucket by another way: all parts with values are sent by the workers.
+    """
     proxy.rules = [every(10, SLOW_DOWN)]
-    environ = proxy.environ | {"DASK_SCHEDULER_ADDRESS": two.address}
+    environ = filled.environ | {"DASK_SCHEDULER_ADDRESS": two.address, "TMPDIR": str(tmp_path)}
     command = average(filled, "--engine", "dask", "--json")
     code, out, errors = finish(start(command, tmp_path, environ))
     assert code == 0, errors
     assert_written(filled, written)
+    numbers = {
+        int(request.query["partNumber"])
+        for request, status in proxy.traffic.log if request.kind == "PART" and status == 200
+    }  # fmt: skip
+    assert numbers == {1, 2, 3}
     assert proxy.environ["AWS_SECRET_ACCESS_KEY"] not in out + errors
     assert tree(tmp_path) == {}
 
@@ -112,13 +124,46 @@ def test_dask_from_bucket_to_bucket(
 def test_ranks_of_mpi_from_bucket_to_bucket(
     filled: S3Bucket, written: Path, tmp_path: Path
 ) -> None:
-    """Two ranks fold; rank 0 sends them their shares."""
-    ranks = [str(MPIEXEC), "--allow-run-as-root", "--oversubscribe", "-n", "3",
-             sys.executable, "-m", "mpi4py.futures", "-m"]  # fmt: skip
-    command = [*ranks, *average(filled, "--engine", "mpi", "-q")[2:]]
+    """Two ranks fold and send; rank 0 sends them their shares, and has a TMPDIR of its own."""
+    program = [sys.executable, "-m", "mpi4py.futures", "-m",
+               *average(filled, "--engine", "mpi", "-q")[2:]]  # fmt: skip
+    first, others = (f"TMPDIR={make(tmp_path / name)}" for name in ("first", "others"))
+    command = [str(MPIEXEC), "--allow-run-as-root", "--oversubscribe",
+               "-n", "1", "-x", first, *program, ":",
+               "-n", "2", "-x", others, *program]  # fmt: skip
     code, _, errors = finish(start(command, tmp_path, filled.environ))
     assert code == 0, errors
     assert_written(filled, written)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("bucket", "npz"),
+        pytest.param("bucket", "shards", marks=SOAK),
+        pytest.param("container", "shards", marks=SOAK),
+        pytest.param("container", "h5", marks=SOAK),
+    ],
+)
+def test_workers_of_dask_write_other_kinds(
+    request: pytest.FixtureRequest, two: Cluster, tmp_path: Path, place: str, name: str
+) -> None:
+    """Parts of shards are sent by the workers, and all else comes back to the command.
+
+    These are formats with checksums of what is folded, and all to Azure.
+    """
+    kind, there = named(name), request.getfixturevalue(place)
+    write_run(kind, tmp_path / "run", rows=ROWS if name == "shards" else ROWS // 4)
+    here = polyak("average", "run", "-o", kind.output, "-q", cwd=tmp_path)
+    assert here.returncode == 0, here.stderr
+    command = [*POLYAK, "average", f"{tmp_path}/run", "-o", f"{there.url}/{kind.output}",
+               "--engine", "dask", "--scheduler", two.address, "-q"]  # fmt: skip
+    code, _, errors = finish(start(command, tmp_path, there.environ | {"TMPDIR": str(tmp_path)}))
+    assert code == 0, errors
+    made = tmp_path / kind.output
+    files = [one for one in made.rglob("*") if one.is_file()] if made.is_dir() else [made]
+    expected = {one.relative_to(tmp_path).as_posix(): one.read_bytes() for one in files}
+    assert there.tree() == expected
 
 
 @pytest.mark.parametrize("number", [4, *(pytest.param(k, marks=SOAK) for k in (1, 2, 6, 9, 12))])

@@ -566,7 +566,7 @@ def test_workers_read_objects_by_themselves(
 def test_from_the_bucket_into_the_bucket(
     tmp_path: Path, run: tuple[Path, bytes], bucket: S3Bucket, engine: str
 ) -> None:
-    """An output of a cluster is made in TMPDIR, which all workers see, and then sent."""
+    """Workers send what they fold, and leave nothing behind."""
     bucket.put_tree(run[0], "run/")
     output = f"{bucket.url}/final.h5"
     done = average_bucket(tmp_path, bucket, engine, "-o", output, "-q")
