@@ -72,6 +72,7 @@ if TYPE_CHECKING:  # the names below once more, in the only form that type check
         diff as diff,
         distances as distances,
     )
+    from polyak_cli.examining.geometry import Geometry as Geometry, geometry as geometry
     from polyak_cli.examining.health import Checked as Checked, Health as Health, check as check
     from polyak_cli.examining.inspection import Inspection as Inspection, inspect as inspect
     from polyak_cli.examining.verification import (
@@ -153,6 +154,10 @@ _NAMES = {
         "Distances",
         "diff",
         "distances",
+    ),
+    "examining.geometry": (
+        "Geometry",
+        "geometry",
     ),
     "examining.health": (
         "Checked",

@@ -88,6 +88,12 @@ EXAMPLES: dict[str, str] = {
 >>> choose.rows, report.rows
 (50, 50)
 """,
+    "geometry": """
+>>> from polyak_cli import geometry
+>>> run = geometry("sample_checkpoints", last=5)
+>>> round(run.spread, 6), round(run.mean_cosine, 2), run.moved[0].name
+(5.6e-05, 0.5, 'dense/sequential/dense/kernel')
+""",
     "inspect": """
 >>> from pathlib import Path
 >>> from polyak_cli import inspect
@@ -259,6 +265,12 @@ model_499.h5 806 of 1000
 >>> accuracy, loss = model.gains
 >>> accuracy.metric, round(accuracy.paired.difference, 3), accuracy.verdict
 ('accuracy', -0.014, 'within noise')
+""",
+    "Geometry": """
+>>> from polyak_cli import geometry
+>>> run = geometry("sample_checkpoints", last=3)
+>>> [round(distance, 4) for distance in run.to_average([1, 1, 2])]
+[0.0464, 0.0178, 0.0276]
 """,
     "Health": """
 >>> from polyak_cli import check

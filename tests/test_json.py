@@ -43,6 +43,10 @@ COMMANDS: Mapping[str, list[str]] = {
     ],
     "`polyak diff A B`": ["diff bad/model_1.h5 bad/model_2.h5 --json"],
     "`polyak diff DIR`": ["diff two --last 2 --json"],
+    "`polyak geometry`": [
+        "geometry sample_checkpoints --scheme exp --json",
+        "geometry two --last 2 --json",
+    ],
     "`polyak check`": ["check bad --json", "check two --json"],
 }
 #: Keys of these commands that only Keras gives; see tests/keras/test_json.py.

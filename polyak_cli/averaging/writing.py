@@ -64,7 +64,7 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
     whole = plan.output_form.architecture
     copied = [one.file for one in (plan.files.carried if plan.files else ())]
     check_unchanged([*inputs, *copied, *(whole.files if whole else ())])
-    notes = [*_judge_runs(plan, verdict), *constants.describe_constants(kept), *differing]
+    notes = [*judge_runs(plan, verdict), *constants.describe_constants(kept), *differing]
     weights = [*map(Path, skeleton.files)]
     totals = done.totals.plus(compared)
     return Written(totals, weights, beside, notes, verdict, done.crew)
@@ -180,7 +180,7 @@ def write_several(
     count, unsigned = progress or (lambda _: None), _list_variances(plan)
     _, _, verdict = _fold(plan, means, skeletons, count, flush=False, unsigned=unsigned)
     check_unchanged(list_files(plan.tables))
-    return _judge_runs(plan, verdict)
+    return judge_runs(plan, verdict)
 
 
 def _write_skeleton(plan: Plan, output: Path, record: str) -> formats.Skeleton:
@@ -292,13 +292,22 @@ def _fold_on_cluster(
         return executors.fold(ordered, shared, memory, progress, executor, flush=False)
 
 
-def _judge_runs(plan: Plan, verdict: runs.Verdict) -> list[str]:
-    """Refuse checkpoints of more than one run, or return the note that they are averaged."""
+def judge_runs(plan: Plan, verdict: runs.Verdict, done: str = "averaged") -> list[str]:
+    """Refuse checkpoints of more than one run, or return the note that they are averaged.
+
+    Args:
+        plan: what was read.
+        verdict: whether there is one run.
+        done: what is done with the checkpoints.
+
+    Raises:
+        MismatchError: there are several runs, which the options do not allow.
+    """
     if not verdict.is_refused:
         return []
     text = runs.describe(verdict, plan.names)
     if runs.ALLOWED in plan.settings.tensors.allow:
-        return [f"{text}; averaged anyway"]
+        return [f"{text}; {done} anyway"]
     advice = runs.advise(verdict, plan.checkpoints, plan.names, plan.settings.choice)
     raise MismatchError(f"{text}; {advice}")
 
@@ -334,7 +343,7 @@ class _Averaged:
         exact = self.plan.settings.tensors.lora == "exact"
         apart = products.list_exact(self.plan.factors) if exact else ()
         grouped = zip(self.plan.averaged_rows, self.groups, strict=True)
-        find = self._find_target if self.in_output_order else _find_place
+        find = self._find_target if self.in_output_order else find_place
         for row, group in sorted(grouped, key=lambda pair: find(pair[0])):
             spec = row[-1]
             # An empty tensor is complete in the skeleton, and factors of products are made apart.
@@ -353,7 +362,7 @@ class _Averaged:
         return target.file, target.offset, 0
 
 
-def _find_place(row: Row) -> tuple[int, int, int]:
+def find_place(row: Row) -> tuple[int, int, int]:
     """Return file and offset of a tensor in the template, as a key to sort by."""
     storage = row[-1].storage
     if isinstance(storage, Grid):

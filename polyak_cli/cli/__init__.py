@@ -20,6 +20,7 @@ import click
 
 from polyak_cli import __version__
 from polyak_cli.cli.averaging import average, verify, watch
+from polyak_cli.cli.geometry import geometry
 from polyak_cli.cli.guide import guide, show_help
 from polyak_cli.cli.looking import check, diff, inspect, uploads
 from polyak_cli.cli.models import completion, evaluate, recalibrate, sweep, train
@@ -85,6 +86,7 @@ for _command in (
     completion,
     diff,
     evaluate,
+    geometry,
     guide,
     inspect,
     recalibrate,
@@ -136,7 +138,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     _open_standard_streams()
-    # Nothing here uses BLAS.  Its threads would cost memory and make a fork unsafe.
+    # Only inner products use BLAS, on threads of polyak's own.  Those of BLAS would cost memory and
+    # make a fork unsafe.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.unraisablehook = _ask_again
     try:  # around everything: a signal may come between any two steps

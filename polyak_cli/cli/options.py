@@ -386,6 +386,25 @@ def scheme_options(function: Any) -> Any:
     return under("Coefficients", *declared)(function)
 
 
+INCLUDE_TENSORS = option(
+    "--include-tensors",
+    multiple=True,
+    metavar="GLOB",
+    help="Average only these tensors and copy the others from the newest; may be repeated.",
+)
+EXCLUDE_TENSORS = option(
+    "--exclude-tensors",
+    multiple=True,
+    metavar="GLOB",
+    help="Copy these tensors from the newest; may be repeated.",
+)
+USE_EMA = option(
+    "--use-ema",
+    is_flag=True,
+    help="Average the running means (EMA) of the weights, which Keras keeps in the optimizer's "
+    "state and PyTorch, Orbax and TensorFlow beside the weights.",
+)
+
 AVERAGING = under(
     "Averaging",
     option(
@@ -401,25 +420,10 @@ AVERAGING = under(
         default="drop",
         help="Drop the optimizer's state, or keep that of the newest.",
     ),
-    option(
-        "--include-tensors",
-        multiple=True,
-        metavar="GLOB",
-        help="Average only these tensors and copy the others from the newest; may be repeated.",
-    ),
-    option(
-        "--exclude-tensors",
-        multiple=True,
-        metavar="GLOB",
-        help="Copy these tensors from the newest; may be repeated.",
-    ),
+    INCLUDE_TENSORS,
+    EXCLUDE_TENSORS,
     MATCH,
-    option(
-        "--use-ema",
-        is_flag=True,
-        help="Average the running means (EMA) of the weights, which Keras keeps in the "
-        "optimizer's state and PyTorch, Orbax and TensorFlow beside the weights.",
-    ),
+    USE_EMA,
     option(
         "--allow-nonfinite",
         is_flag=True,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from polyak_cli.evaluation.evaluator import Score
     from polyak_cli.evaluation.recalibration import Recalibration
     from polyak_cli.examining.differences import Differences, Distances
+    from polyak_cli.examining.geometry import Geometry
     from polyak_cli.examining.health import Health
     from polyak_cli.examining.inspection import Inspected, Inspection
     from polyak_cli.examining.unfinished import Unfinished
@@ -113,12 +114,12 @@ def print_text(text: str, stream: TextIO) -> None:
 def plan_lines(plan: Plan, verbose: bool) -> Iterator[Line]:
     """Yield the plan for a person; with ``verbose``, the fate of every tensor too."""
     count = len(plan.checkpoints)
-    yield f"{word_count(count, 'checkpoint')}, {_word_rule(plan)}, oldest first:"
+    yield f"{word_count(count, 'checkpoint')}, {word_rule(plan)}, oldest first:"
     rows = zip(plan.checkpoints, plan.names, plan.coefficients, strict=True)
     yield Table(
         ("checkpoint", "epoch", "coefficient"),
         [
-            (shown(name), _word_epoch(checkpoint.epoch), f"{coefficient:.6f}")
+            (shown(name), word_epoch(checkpoint.epoch), f"{coefficient:.6f}")
             for checkpoint, name, coefficient in rows
         ],
         spare=("epoch",),
@@ -155,16 +156,17 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[Line]:
 _COPY = "an average of one checkpoint is a copy of it"
 
 
-def _word_rule(plan: Plan) -> str:
+def word_rule(made: Plan | Geometry) -> str:
     """Return the scheme and its parameters."""
-    words = [plan.scheme]
-    for key, value in plan.parameters.items():
+    words = [made.scheme]
+    for key, value in made.parameters.items():
         text = f"{value:g}" if isinstance(value, float) else "" if value is True else str(value)
         words.append(f"{key.replace('_', '-')} {text}".rstrip())
     return ", ".join(words)
 
 
-def _word_epoch(epoch: int | None) -> str:
+def word_epoch(epoch: int | None) -> str:
+    """Return an epoch, or that there is none."""
     return "-" if epoch is None else str(epoch)
 
 
@@ -172,7 +174,7 @@ def _word_span(plan: Plan) -> str:
     """Return how many checkpoints there are, the oldest and the newest, and the rule."""
     names = [shown(name, 60) for name in plan.names]
     span = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
-    return f"{word_count(len(names), 'checkpoint')}, {span} ({_word_rule(plan)})"
+    return f"{word_count(len(names), 'checkpoint')}, {span} ({word_rule(plan)})"
 
 
 def _word_fates(plan: Plan) -> str:
@@ -404,7 +406,7 @@ def distance_lines(found: Distances) -> Iterator[Line]:
     for name, row in zip(names, found.checkpoints, strict=True):
         step = "-" if row.to_previous is None else f"{row.to_previous:.3e}"
         odd = "far from the others" if row.outlier else ""
-        rows.append([shown(name), _word_epoch(row.epoch), step, f"{row.to_average:.3e}", odd])
+        rows.append([shown(name), word_epoch(row.epoch), step, f"{row.to_average:.3e}", odd])
     header = ("checkpoint", "epoch", "to previous", "to average", "")
     yield Table(header, rows, spare=("epoch", "to previous"))
     yield "to previous: the distance to the row above; to average: to that of all rows;"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from polyak_cli.engine.constants import Constant
-from polyak_cli.engine.folding import Done, FoldJob, Team, Worker
+from polyak_cli.engine.folding import Done, FoldJob, Team
 from polyak_cli.engine.kernel import find_kernel
 from polyak_cli.engine.products import Products
 from polyak_cli.engine.slabs import (
@@ -147,7 +147,7 @@ class InProcess:
 
     def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
         """See `Executor.run`."""
-        with Worker(job, self.tuning) as worker:
+        with job.start_worker(self.tuning) as worker:
             for batch in prefetch_next(_list_batches(job, batches), worker.prefetch):
                 yield worker.fold(batch)
             worker.finish()
@@ -185,7 +185,7 @@ class Threads:
         def work() -> None:
             crew = Crew(frozenset([str(threading.get_ident())]))
             try:
-                with Worker(job, self.tuning, team) as worker:
+                with job.start_worker(self.tuning, team) as worker:
                     for batch in prefetch_next(_list_batches(job, shared), worker.prefetch):
                         reports.put(worker.fold(batch)._replace(crew=crew))
                     worker.finish()

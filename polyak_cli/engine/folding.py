@@ -21,6 +21,7 @@ import numpy.typing as npt
 from polyak_cli.engine.constants import Agreement, Constant, find_codes
 from polyak_cli.engine.inputs import OpenInputs
 from polyak_cli.engine.kernel import find_kernel, is_finite
+from polyak_cli.engine.pairs import PairSums
 from polyak_cli.engine.products import Products, Sampler, Sampling
 from polyak_cli.engine.slabs import (
     TUNING,
@@ -84,6 +85,10 @@ class FoldJob:
             [(row, float(c)) for row, c in enumerate(column) if c] for column in self.coefficients.T
         ]
 
+    def start_worker(self, tuning: Tuning, team: Team | None = None) -> Worker:
+        """Return who folds batches of the job, one after the other."""
+        return Worker(self, tuning, team)
+
 
 class Done(NamedTuple):
     """What folding a batch, or all of them, took and found."""
@@ -92,6 +97,7 @@ class Done(NamedTuple):
     products: Products | None = None  # of the checkpoints that count
     constants: Sequence[Constant] = ()  # of slabs, in any order
     crew: Crew = Crew()
+    pairs: PairSums | None = None  # of a `GramJob`
 
 
 class Stopped(Exception):  # noqa: N818 - it is what a worker was asked for

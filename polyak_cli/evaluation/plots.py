@@ -1,4 +1,4 @@
-"""Draw learning curves, the distances between checkpoints, and the scores of a sweep.
+"""Draw learning curves, the distances and the path of a run, and the scores of a sweep.
 
 Only this module imports matplotlib, inside its functions; no display is needed.  The same numbers
 give the same file: no dates, no random identifiers.  It does not know how the numbers were made.
@@ -129,6 +129,100 @@ def draw_distances(
         axes.set(xlabel="Checkpoint", ylabel="Relative distance")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
+
+
+def draw_run(found: Mapping[str, Any], path: Path, panel: str | None = None) -> None:
+    """Draw the path of a run in its first two components, and how its steps turn.
+
+    Args:
+        found: the result of `geometry.Geometry.data`.
+        path: the .png or .svg file; replaced if it exists.
+        panel: draw only "path" or "steps"; by default both.
+
+    Raises:
+        UsageError: another suffix.
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written.
+    """
+    panels = [panel] if panel else ["path", "steps"]
+    draw = {"path": _draw_path, "steps": _draw_steps}
+    about = " ".join(_describe_run(found, one) for one in panels)
+    titles = {"path": "Path of the run", "steps": "How steps turn"}
+    title = " and ".join(titles[one] for one in panels)
+    with _open_figure(path, title, about, (4.6, 4.4) if panel else (9.6, 4.2)) as figure:
+        for axes, one in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            draw[one](axes, found)
+
+
+def _describe_run(found: Mapping[str, Any], panel: str) -> str:
+    """Return in words what a panel of a run shows, for who cannot see it."""
+    rows = found["checkpoints"]
+    if panel == "steps":
+        known = [row["cosine"] for row in rows if row["cosine"] is not None]
+        if not known:
+            return "No step can be compared with the next."
+        return f"Cosine of each step with the next: {min(known):.3g} to {max(known):.3g}."
+    shares = [f"{share:.0%}" for share in found["components"][:2]]
+    return (
+        f"{len(rows)} checkpoints in their first two components, which hold {' and '.join(shares)} "
+        f"of the spread, from {shown(rows[0]['name'], 60)} to {shown(rows[-1]['name'], 60)}, and "
+        "their average."
+    )
+
+
+def _draw_path(axes: Any, found: Mapping[str, Any]) -> None:
+    """Draw the checkpoints in the plane in which they lie most apart, and their average."""
+    rows, shares = found["checkpoints"], [*found["components"], 0.0, 0.0]
+
+    def place(point: Sequence[float | None]) -> tuple[float, float]:
+        x, y = [*(math.nan if one is None else one for one in point), 0.0][:2]
+        return x, y
+
+    points = [place(row["place"]) for row in rows]
+    xs, ys = zip(*points, strict=True)
+    axes.plot(xs, ys, "o-", color=_TRAIN, lw=1.2, ms=4, label="checkpoint")
+    axes.plot(*points[-1], "s", color=_TEST, ms=7, label="newest", zorder=3)
+    mean = place(found["average"]["place"])
+    axes.plot(*mean, "*", mfc=_WINNER, mec=INK, mew=0.8, ms=15, ls="", label="average", zorder=4)
+    for row, point in ((rows[0], points[0]), (rows[-1], points[-1])):
+        name = shown(row["name"], 20) if row["epoch"] is None else str(row["epoch"])
+        axes.annotate(
+            name, point, xytext=(6, 6), textcoords="offset points", parse_math=False, fontsize=9
+        )
+    # A circle of distances is one only where both axes have one scale.
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.15)
+    axes.locator_params(nbins=5)
+    axes.set(
+        xlabel=f"First component ({shares[0]:.0%} of the spread)",
+        ylabel=f"Second component ({shares[1]:.0%})",
+    )
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_steps(axes: Any, found: Mapping[str, Any]) -> None:
+    """Draw the cosine of each step with the next over the epochs."""
+    rows = found["checkpoints"]
+    has_epochs = all(row["epoch"] is not None for row in rows)
+    places = [row["epoch"] if has_epochs else k for k, row in enumerate(rows)]
+    turns = [math.nan if row["cosine"] is None else row["cosine"] for row in rows]
+    axes.axhline(0, color=INK, lw=0.8)
+    axes.plot(places, turns, "o-", color=_TEST, lw=1.2, ms=4)
+    axes.set_xlim(*_widen(places[0], places[-1]))
+    axes.set_ylim(-1.05, 1.05)
+    axes.locator_params(axis="x", nbins=6, integer=True)
+    axes.set(
+        xlabel="Epoch" if has_epochs else "Checkpoint",
+        ylabel="Cosine of the step to it with the step from it",
+    )
+
+
+def _widen(low: float, high: float) -> tuple[float, float]:
+    """Return an interval with room on both sides; of given order it may run backwards."""
+    margin = 0.05 * abs(high - low) or 1.0
+    return min(low, high) - margin, max(low, high) + margin
 
 
 def draw_sweep(found: Mapping[str, Any], path: Path, metric: str | None = None) -> None:

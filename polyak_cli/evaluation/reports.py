@@ -1,7 +1,7 @@
-"""Write the results of a sweep as files: CSV, JSON, figures, and one HTML page.
+"""Write the results of a sweep as files, CSV, JSON, figures and one HTML page; and those of a run.
 
-The page needs no other file and fetches nothing.  This module knows the data that
-`sweeping.Sweep.data` returns; it does not know how the candidates were made or scored.
+A page needs no other file and fetches nothing.  This module knows the data that
+`sweeping.Sweep.data` and `geometry.Geometry.data` return; it does not know how they came about.
 """
 
 from __future__ import annotations
@@ -300,30 +300,19 @@ def render_page(found: Data, figures: Mapping[str, str]) -> str:
     Raises:
         MissingExtraError: jinja2 is not installed.
     """
-    check_jinja()
-    import jinja2
-    from markupsafe import Markup
-
-    # jinja2 opens the three files beside this module by itself; they are part of the package.
-    # Style and script are included as they are.  Everything else is escaped: labels, paths and
-    # notes hold names of files, which may be chosen by somebody else.
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
     columns = _list_columns(found)
     gain_titles, *gains = list_gains(found)
     titles = ["model", "kind", "window", "coefficients"]
     ensembles = [row for row in found["rows"] if not row["rank"]]
-    return environment.get_template("report.html.j2").render(
-        {name: found[name] for name in _NAMED},
+    return _render(
+        "report.html.j2",
+        **{name: found[name] for name in _NAMED},
         verdict=write_verdict(found),
         choice=write_choice(found),
         winner=found["winner"],
         gain_titles=gain_titles,
         gains=gains,
-        # Markup: matplotlib escaped the text in its own drawing.
-        figures=[Markup(_inline(*figure)) for figure in figures.items()],  # noqa: S704
+        figures=_inline_all(figures),
         titles=titles + [f"{metric} ({split})" for split, metric in columns],
         rows=[
             _lay_out_row(row, columns, row is find_newest(found))
@@ -331,6 +320,34 @@ def render_page(found: Data, figures: Mapping[str, str]) -> str:
         ],
         **found["splits"],
     )
+
+
+def _render(template: str, **content: Any) -> str:
+    """Return a page from a template of this folder.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    check_jinja()
+    import jinja2
+
+    # jinja2 opens the files beside this module by itself; they are part of the package.  Style and
+    # script are included as they are.  Everything else is escaped: labels, paths and notes hold
+    # names of files, which may be chosen by somebody else.
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    page: str = environment.get_template(template).render(content)
+    return page
+
+
+def _inline_all(figures: Mapping[str, str]) -> list[Any]:
+    """Return drawings for a page: name -> SVG."""
+    from markupsafe import Markup
+
+    # Markup: matplotlib escaped the text in its own drawing.
+    return [Markup(_inline(*figure)) for figure in figures.items()]  # noqa: S704
 
 
 #: What the page shows as it is.
@@ -386,3 +403,127 @@ def _make_cell(value: float | None) -> _Cell:
     if value is None or not math.isfinite(value):
         return _Cell("-", "")
     return _Cell(format_number(value), repr(value))
+
+
+# --- the geometry of a run ------------------------------------------------------------------------
+
+#: Tensors that the page of a run lists.
+_MOST_TENSORS = 200
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a path to which no picture or page of a run can be written, before any work.
+
+    Raises:
+        UsageError: the suffix is not .png, .svg or .html.
+        MissingExtraError: matplotlib or jinja2 is not installed.
+        OutputError: its folder does not exist.
+    """
+    if path.suffix.lower() != ".html":
+        if path.suffix.lower() not in plots.SUFFIXES:
+            expected = f"{', '.join(plots.SUFFIXES)} or .html"
+            raise UsageError(f"{shown(path)}: has an unknown suffix; expected {expected}")
+        plots.check_path(path)
+        return
+    check_jinja()
+    plots.check_path(path.with_suffix(".svg"))
+
+
+def write_picture(found: Data, path: Path) -> None:
+    """Write the geometry of a run as a picture or a page; replaces an older one.
+
+    Args:
+        found: the result of `Geometry.data`.
+        path: the .png, .svg or .html file.
+
+    Raises:
+        OutputError: the file cannot be written.
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    if path.suffix.lower() != ".html":
+        plots.draw_run(found, path)
+        return
+    try:
+        # Beside its final name, so that `replace` is a rename within one file system.
+        with tempfile.TemporaryDirectory(prefix=".polyak-page-", dir=path.parent) as hidden:
+            figures = {}
+            for panel in ("path", "steps"):
+                drawn = Path(hidden) / f"{panel}.svg"
+                plots.draw_run(found, drawn, panel)
+                figures[panel] = drawn.read_text()
+            page = Path(hidden) / "page.html"
+            page.write_text(render_run(found, figures))
+            page.replace(path)
+    except OSError as error:
+        raise OutputError(f"{shown(path)}: cannot be written: {error.strerror}") from error
+
+
+def render_run(found: Data, figures: Mapping[str, str]) -> str:
+    """Return the HTML page of a run.
+
+    Args:
+        found: the result of `Geometry.data`.
+        figures: name -> its drawing, as SVG.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    return _render(
+        "geometry.html.j2",
+        **{name: found[name] for name in ("scheme", "parameters", "elements", "notes")},
+        numbers=_list_numbers(found),
+        rows=_list_checkpoints(found),
+        tensors=_list_tensors(found)[: 1 + _MOST_TENSORS],
+        left=max(0, len(found["tensors"]) - _MOST_TENSORS),
+        figures=_inline_all(figures),
+        polyak=__version__,
+    )
+
+
+def _list_numbers(found: Data) -> list[tuple[str, str]]:
+    """Return what each number of the whole run is, and the number."""
+    counts = found["effective_number"]
+    first, second = [*found["components"], 0.0, 0.0][:2]
+    return [
+        ("Spread around the equal average, of its squared norm", _word_length(found["spread"])),
+        ("Mean cosine of each step with the next", _word_cosine(found["mean_cosine"])),
+        ("Along one direction, of the spread", f"{first:.0%}"),
+        ("Along the next", f"{second:.0%}"),
+        ("Effective number, if checkpoints were independent", f"{counts['independent']:.2f}"),
+        ("Effective number, as they are", _word_count(counts["correlated"])),
+        ("Correlation of neighbours", _word_cosine(counts["correlation"])),
+    ]
+
+
+def _list_checkpoints(found: Data) -> list[list[str]]:
+    """Return a table of the checkpoints, its titles first."""
+    titles = ["checkpoint", "epoch", "coefficient", "to previous", "cosine"]
+    table = [[*titles, "to newest", "to average"]]
+    for row in found["checkpoints"]:
+        epoch = "-" if row["epoch"] is None else str(row["epoch"])
+        step, *far = [_word_length(row[key]) for key in ("to_previous", "to_newest", "to_average")]
+        own = [row["name"], epoch, f"{row['coefficient']:.4f}", step]
+        table.append([*own, _word_cosine(row["cosine"]), *far])
+    return table
+
+
+def _list_tensors(found: Data) -> list[list[str]]:
+    """Return a table of the tensors, its titles first."""
+    table = [["tensor", "share of spread", "relative", "cosine", "numbers"]]
+    for one in found["tensors"]:
+        lengths = [f"{one['share']:.1%}", _word_length(one["relative"])]
+        turned = _word_cosine(one["cosine"])
+        table.append([one["name"] or "all tensors", *lengths, turned, f"{one['elements']:,}"])
+    return table
+
+
+def _word_length(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3e}"
+
+
+def _word_cosine(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
+
+
+def _word_count(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

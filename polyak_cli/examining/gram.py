@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,10 @@ class Gram:
         inner, along = np.ldexp(self.inner, shift), np.ldexp(self.along, shift)
         return Gram(inner, along, math.ldexp(self.square, shift), self.size, exponent)
 
+    def normalise(self) -> Gram:
+        """Return the products of the same vectors at a scale where no length overflows."""
+        return replace(self, exponent=0)
+
     def plus(self, other: Gram) -> Gram:
         """Return the products of both parts of the vectors together."""
         exponent = max(self.exponent, other.exponent)
@@ -85,7 +89,8 @@ def make_gram(vectors: Float64) -> Gram:
 
 def _root(gram: Gram, squares: Float64) -> Float64:
     """Return lengths from their squares; rounding may have left a square just below 0."""
-    lengths: Float64 = np.ldexp(np.sqrt(np.maximum(squares, 0.0)), gram.exponent)
+    with np.errstate(over="ignore"):  # a length itself may be infinite in float64
+        lengths: Float64 = np.ldexp(np.sqrt(np.maximum(squares, 0.0)), gram.exponent)
     return lengths
 
 
@@ -182,7 +187,7 @@ def lengths_of_steps(gram: Gram) -> Float64:
 def cosines_of_steps(gram: Gram) -> Float64:
     """Return the N-2 cosines of each step with the next; NaN where one of them has no length."""
     products = products_of_steps(gram)
-    lengths = np.ldexp(lengths_of_steps(gram), -gram.exponent)
+    lengths = lengths_of_steps(gram.normalise())
     with np.errstate(invalid="ignore", divide="ignore"):
         found = np.diag(products, 1) / (lengths[:-1] * lengths[1:])
     return np.clip(np.where(np.isfinite(found), found, np.nan), -1.0, 1.0)
@@ -213,7 +218,7 @@ def spread(gram: Gram) -> float | None:
     is zero and they differ.
     """
     equal = share_equally(gram.count)
-    lengths = np.ldexp(distances_to_average(gram, equal), -gram.exponent)
+    lengths = distances_to_average(gram.normalise(), equal)
     mean = gram.square + 2 * float(equal @ gram.along) + float(equal @ gram.inner @ equal)
     return _divide(float(np.mean(lengths**2)), mean)
 
@@ -243,7 +248,8 @@ def find_components(gram: Gram) -> Components:
     places *= np.where(places[-1] < 0, -1.0, 1.0)
     total = float(values.sum())
     shares = values / total if total > 0 else values
-    return Components(shares, np.ldexp(places, gram.exponent))
+    with np.errstate(over="ignore"):
+        return Components(shares, np.ldexp(places, gram.exponent))
 
 
 def place_average(components: Components, coefficients: Sequence[float] | Float64) -> Float64:
