@@ -44,8 +44,12 @@ EXTRAS = {
 }
 
 
-#: Options of Dask and Slurm in the text.
+#: Options of Dask and Slurm in the text, and of the tools on the page of recipes.
 OTHERS = {"--no-dashboard", "--nodes", "--nthreads", "--ntasks", "--ntasks-per-node"}
+OTHERS |= {"--checkpoint-upper-bound", "--inputs", "--num-epoch-checkpoints"}  # fairseq
+OTHERS |= {"--num-update-checkpoints"}
+OTHERS |= {"--input", "--no-sort", "--no-use-ema"}  # timm
+OTHERS |= {"--avg", "--epoch", "--use-averaged-model"}  # icefall
 
 
 class Block(NamedTuple):
@@ -97,7 +101,7 @@ def find_outputs(block: Block, folder: Path) -> list[Path]:
 
 
 #: Pages that train or score for a quarter of a minute and more; README shows the same commands.
-LONG = ("tutorial", "worth", "training")
+LONG = ("tutorial", "worth", "training", "recipes")
 
 
 @pytest.mark.slow
