@@ -1,4 +1,4 @@
-"""Checkpoints that pass one by one in memory: the mean is that of files, exactly."""
+"""Schemes over running means, by the numbers in names, and who cannot use them."""
 
 from __future__ import annotations
 
@@ -8,64 +8,77 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from safetensors.numpy import load_file, save_file
 
-from polyak_cli import average
-from polyak_cli.engine import running
-from polyak_cli.errors import MismatchError
-
-FLOATS: Any = st.floats(-1e6, 1e6, width=32).map(lambda x: x or 0.0)
-
-
-def run(states: list[Any], multipliers: list[float]) -> Any:
-    """Return the mean of some arrays."""
-    mean = running.begin(["t"], [states[0].dtype.name], [states[0].size])
-    for k, (state, multiplier) in enumerate(zip(states, multipliers, strict=True)):
-        mean.add(iter([state]), multiplier, f"step {k}")
-    assert mean.count == len(states)
-    assert mean.nbytes == 8 * states[0].size
-    (raw,) = mean.finish(sum(multipliers))
-    assert mean.nbytes == 0
-    return raw.view(states[0].dtype).reshape(states[0].shape)
+from polyak_cli import average, plan, verify, watch
+from polyak_cli.averaging.schemes import SCHEMES, coefficients
+from polyak_cli.errors import UsageError
+from polyak_cli.evaluation import candidates
 
 
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=FLOATS))
-def test_a_mean_is_within_one_rounding_of_the_exact_one(states: Any) -> None:
-    """Of float32, with newer ones counting more; the oracle adds up fractions."""
-    multipliers = [float(k + 1) for k in range(len(states))]
-    found = run(list(states), multipliers)
-    for column, mean in zip(states.T, found, strict=True):
-        terms = (Fraction(float(x)) * Fraction(m) for x, m in zip(column, multipliers, strict=True))
-        exact = sum(terms) / Fraction(sum(multipliers))
-        # float64 has 29 bits more, which no sum of six uses up but by cancellation.
-        assert abs(Fraction(float(mean)) - exact) <= Fraction(
-            float(np.spacing(np.abs(mean)))
-        ) / 2 + (Fraction(float(np.abs(column).max())) * Fraction(1, 1 << 48))
+def write_means(folder: Path, steps: list[int], run: np.ndarray) -> Path:
+    """Write the plain mean of the first rows of a run for each step."""
+    folder.mkdir()
+    for step in steps:
+        save_file({"w": run[:step].mean(0)}, folder / f"checkpoint-{step}.safetensors")
+    return folder
 
 
-@pytest.mark.parametrize("size", [0, 1, (1 << 16) - 1, (1 << 16) + 1])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_the_bits_are_those_of_files(size: int, dtype: str, tmp_path: Path) -> None:
-    """Whatever the type, and where a tensor is added in several blocks; -0.0 stays."""
-    rng = np.random.default_rng(size)
-    states = [(rng.normal(size=size) * 10.0**k).astype(dtype) for k in range(3)]
-    for state in states:
-        state[:1] = -0.0
-    for k, state in enumerate(states):
-        np.savez(tmp_path / f"m_{k}.npz", t=state, u=np.ones(1, "float32"))
-    average(tmp_path, tmp_path / "out.npz", scheme="linear", exclude=["out.npz"])
-    found = run(states, [1.0, 2.0, 3.0])
-    with np.load(tmp_path / "out.npz") as file:
-        assert found.tobytes() == file["t"].tobytes()
+@settings(derandomize=True, deadline=None)
+@given(st.integers(1, 10**7), st.integers(1, 10**7), st.integers(0, 3))
+def test_the_coefficients_are_the_exact_quotients(start: int, length: int, between: int) -> None:
+    """E / (e - s) and -s / (e - s), each rounded once; what lies between does not count."""
+    end = start + between + length
+    steps = [start, *range(start + 1, start + between + 1), end]
+    found = coefficients("window", steps)
+    assert found[-1] == float(Fraction(end, end - start))
+    assert found[0] == float(Fraction(-start, end - start))
+    assert found[1:-1] == (0.0,) * between
 
 
-def test_a_constant_infinity_stays_and_others_are_refused() -> None:
-    """A mask of -inf is no diverged training; infinity that comes or goes, and NaN, are."""
-    mask = np.array([-np.inf, 1.0], "float32")
-    np.testing.assert_array_equal(run([mask, mask, mask], [1.0] * 3), mask)
-    plain = np.array([2.0, 1.0], "float32")
-    for states in ([mask, plain], [plain, mask], [mask, -mask], [np.array([np.nan], "float32")]):
-        with pytest.raises(MismatchError, match=rf"'t' holds .* at step {len(states) - 1}"):
-            run(states, [1.0] * len(states))
+def test_two_running_means_give_the_mean_between(tmp_path: Path) -> None:
+    """Steps are the numbers in the names; files between are not read."""
+    run = np.random.default_rng(0).normal(5, size=(40, 3))
+    folder = write_means(tmp_path / "run", [8, 16, 40], run)
+    (folder / "checkpoint-16.safetensors").write_bytes(
+        (folder / "checkpoint-8.safetensors").read_bytes()
+    )
+    report = average(folder, tmp_path / "o.safetensors", scheme="window")
+    np.testing.assert_allclose(
+        load_file(tmp_path / "o.safetensors")["w"], run[8:].mean(0), rtol=1e-13
+    )
+    assert report.plan.mean.multipliers == (-8.0, 0.0, 40.0)
+    assert report.plan.settings.tensors.allow == ("averages",)
+    assert verify(tmp_path / "o.safetensors", sources=[folder]).verified
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["checkpoint-8"], "takes the running means of two files"),
+        (["a", "b"], "needs the step of each file, but .*a.safetensors has no number"),
+        (["checkpoint-8", "checkpoint-0"], "position 0"),
+    ],
+)
+def test_a_window_without_two_steps_is_refused(
+    tmp_path: Path, names: list[str], found: str
+) -> None:
+    """One line says what is missing."""
+    files = [tmp_path / f"{name}.safetensors" for name in names]
+    for k, file in enumerate(files):
+        save_file({"w": np.full(3, float(k))}, file)
+    with pytest.raises(UsageError, match=found):
+        plan(files, scheme="window", order="given")
+
+
+@pytest.mark.parametrize("scheme", [n for n, s in SCHEMES.items() if s.takes == "running means"])
+def test_what_averages_the_newest_of_a_run_refuses_them(tmp_path: Path, scheme: str) -> None:
+    """Watch and sweep say so, and name `polyak average`."""
+    expected = f"--scheme {scheme} takes running means that belong together"
+    options: Any = {"scheme": scheme}
+    with pytest.raises(UsageError, match=expected):
+        watch(tmp_path, tmp_path / "o.safetensors", **options)
+    with pytest.raises(UsageError, match=expected):
+        candidates.parse_schemes(scheme)

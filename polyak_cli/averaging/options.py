@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 import numpy as np
 
 from polyak_cli import checkpoints, formats
-from polyak_cli.averaging import schemes
+from polyak_cli.averaging import places, schemes
 from polyak_cli.engine.slabs import Memory
 from polyak_cli.errors import MissingExtraError, UsageError, shown
 from polyak_cli.tensors import FLOATS
@@ -61,7 +61,8 @@ class Options(TypedDict, total=False):
         log_first: what the log calls the epoch that file names call 1: 0, as Keras counts, or 1.
         epoch_pattern: a regular expression that finds the epoch in a name.
         order: "given" keeps the order of files given one by one; "epoch" is the default.
-        scheme: "equal" (the default), "linear", "exp", "ema", "power", "decay".
+        scheme: "equal" (the default), "linear", "exp", "ema", "power", "decay",
+            "window".
         alpha: the parameter of "exp": the age, in checkpoints, at which a weight falls to 1 / e.
         decay: the parameter of "ema": the factor of the weight for each checkpoint of age.
         sigma: the parameter of "power": the relative width, as a part of the run's length.
@@ -312,6 +313,10 @@ def parse(options: Options) -> Settings:
     check_choice(options, "lora", ("factors", "exact"))
     check_choice(options, "engine", tuple(ENGINES))
     settings = Settings(**{name: fill(part, options) for name, part in PARTS.items()})
+    if schemes.takes_running_means(settings.weighting.scheme):
+        # What is refused elsewhere is meant here; the record says so, for `verify`.
+        allow = tuple(dict.fromkeys((*settings.tensors.allow, "averages")))
+        settings = replace(settings, tensors=replace(settings.tensors, allow=allow))
     for option, value, least in (
         ("jobs", settings.machine.jobs, 1),
         ("max-memory", settings.machine.max_memory, 1 << 20),
@@ -374,13 +379,17 @@ def select(
     choice: Choice,
     *,
     use_ema: bool = False,
+    scheme: str | None = None,
     growing: bool = False,
     find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]] = formats.find_polyak_outputs,
 ) -> checkpoints.Selection:
-    """Choose checkpoints; see `checkpoints.select`."""
+    """Choose checkpoints; see `checkpoints.select`.
+
+    The positions are those that the scheme needs.
+    """
     # A text is a sequence too, of its letters.
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    return checkpoints.select(
+    chosen = checkpoints.select(
         listed,
         last=choice.last,
         from_epoch=choice.from_epoch,
@@ -401,6 +410,7 @@ def select(
         use_ema=use_ema,
         find_polyak_outputs=find_polyak_outputs,
     )
+    return places.place_running_means(chosen) if scheme == "window" else chosen
 
 
 def _count_processors() -> int:

@@ -135,6 +135,11 @@ class Plan:
         return schemes.effective_number(self.coefficients)
 
     @property
+    def averages_running_means(self) -> bool:
+        """Whether the scheme is for files that hold running means, and no weights of a step."""
+        return schemes.takes_running_means(self.scheme)
+
+    @property
     def sum_of_absolutes(self) -> float:
         """The sum of the coefficients' absolute values: 1, or more if some are negative."""
         return schemes.sum_absolutes(self.coefficients)
@@ -372,6 +377,9 @@ def _sort_tensors(
     """Pair the tensors of all checkpoints, and decide the fate of each."""
     template, wanted = tables[-1], settings.tensors
     stripped, prefix_note = prefixes.strip_tables(tables, wanted.strip_prefix)
+    scheme = settings.weighting.scheme
+    if scheme is not None and schemes.takes_running_means(scheme):
+        averages.refuse_raw_weights(stripped, wanted, scheme)
     taken, found_averages, missing_emas = averages.choose_parts(stripped, wanted)
     if wanted.use_ema and not found_averages:
         taken, missing_emas = ema.substitute_emas(stripped)
@@ -401,7 +409,7 @@ def _sort_tensors(
         averages=found_averages,
         prefix_note=prefix_note,
         factors=_find_factors(tables, averaged, mean.coefficients, settings),
-        sign_notes=_note_signs(mean),
+        sign_notes=_note_signs(mean, scheme),
         is_exact=wanted.lora == "exact",
     )
 
@@ -422,15 +430,17 @@ def _find_factors(
     return found
 
 
-def _note_signs(mean: schemes.Mean) -> list[str]:
+def _note_signs(mean: schemes.Mean, scheme: str | None) -> list[str]:
     """Return what negative coefficients do."""
     if not schemes.is_signed(mean.multipliers):
         return []
     total = schemes.sum_absolutes(mean.coefficients)
+    text = f"warning: some coefficients are negative; the absolute values sum to {total:.4g}, so "
+    if schemes.takes_running_means(scheme):
+        return [f"{text}that rounding errors of the running means may grow by that factor"]
     return [
-        f"warning: some coefficients are negative; the absolute values sum to {total:.4g}, so that "
-        "the average lies outside of its checkpoints, and their errors may grow by that factor: "
-        "compare it with the newest checkpoint on data"
+        f"{text}that the average lies outside of its checkpoints, and their errors may grow by "
+        "that factor: compare it with the newest checkpoint on data"
     ]
 
 

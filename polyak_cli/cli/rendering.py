@@ -126,7 +126,8 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[Line]:
     )
     if count == 1:
         yield _COPY
-    yield f"effective number of checkpoints: {plan.effective_number:.2f}"
+    if not plan.averages_running_means:  # which are no noise around one value
+        yield f"effective number of checkpoints: {plan.effective_number:.2f}"
     if min(plan.coefficients) < 0:
         yield f"sum of the absolute values of the coefficients: {plan.sum_of_absolutes:.4f}"
     if verbose:

@@ -80,6 +80,7 @@ def parse_schemes(text: str) -> list[tuple[str, schemes.Value | None]]:
                 f"--schemes: unknown scheme {shown(name)!r}; choose from "
                 f"{', '.join(schemes.SCHEMES)}"
             )
+        schemes.refuse_running_means(name, "a sweep")
         own = schemes.SCHEMES[name].parameters
         if number and not own:
             raise UsageError(f"--schemes: {name} takes no parameter; found {shown(part)!r}")

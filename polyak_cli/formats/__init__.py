@@ -162,6 +162,22 @@ def _read_metric(request: tuple[Format, str], heartbeat: Heartbeat) -> tuple[str
     return form.read_metric(path, heartbeat)
 
 
+def read_numbers(paths: Sequence[Path], key: str) -> list[float | None]:
+    """Return a number that each checkpoint keeps beside its tensors; see `Format.read_number`.
+
+    Raises:
+        FormatError: a checkpoint is foreign, damaged or hostile.
+    """
+    names = [str(path) for path in paths]
+    requests = [(find_format(detect(path)), str(path), key) for path in paths]
+    return [*sandbox.run_all(_read_number, requests, names)]
+
+
+def _read_number(request: tuple[Format, str, str], heartbeat: Heartbeat) -> float | None:
+    form, path, key = request
+    return form.read_number(path, key, heartbeat)
+
+
 class Probed(NamedTuple):
     """A checkpoint that is whole."""
 

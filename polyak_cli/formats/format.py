@@ -173,6 +173,16 @@ class Format(ABC):
         heartbeat()
         return None
 
+    def read_number(self, path: str, key: str, heartbeat: Heartbeat) -> float | None:
+        """Return a number that a checkpoint keeps under a key beside its tensors; None without one.
+
+        Raises:
+            FormatError: the file is damaged or hostile.
+        """
+        del path, key
+        heartbeat()
+        return None
+
     def check(self, path: str, heartbeat: Heartbeat) -> None:
         """Compare the tensors with their checksums; asked only where ``has_checksums``.
 

@@ -291,7 +291,12 @@ def make_plan(
     chosen = (
         sources
         if isinstance(sources, checkpoints.Selection)
-        else select(sources, settings.choice, use_ema=settings.tensors.use_ema)
+        else select(
+            sources,
+            settings.choice,
+            use_ema=settings.tensors.use_ema,
+            scheme=settings.weighting.scheme,
+        )
     )
     _check_order(chosen, settings)
     settings.weighting.compute(chosen.positions)  # refused before the values are examined

@@ -113,7 +113,10 @@ class _Search:
                 weighting.compute([*left.values()])
                 return [*left]
             again = averaging_options.select(
-                self.sources, choice, use_ema=self.settings.tensors.use_ema
+                self.sources,
+                choice,
+                use_ema=self.settings.tensors.use_ema,
+                scheme=weighting.scheme,
             )
             weighting.compute(again.positions)
             return [one.path for one in again.checkpoints]

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict, Unpack, cast
 
 from polyak_cli import pipeline
 from polyak_cli.averaging import options as averaging_options
+from polyak_cli.averaging import schemes
 from polyak_cli.errors import CheckpointError, MissingExtraError, UsageError, shown
 from polyak_cli.pipeline.steps import Steps
 
@@ -121,6 +122,7 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         self._steps = Steps()
         _check_numbers(last, every, self.every_steps, keep)
         pipeline.parse_options(self.options)
+        schemes.refuse_running_means(scheme, "PolyakCheckpoint")
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Refuse an output that could not be replaced, before an epoch is wasted."""

@@ -22,7 +22,7 @@ from typing import NamedTuple, Unpack
 
 from polyak_cli import checkpoints, formats, pipeline
 from polyak_cli.averaging import options as averaging_options
-from polyak_cli.averaging import records
+from polyak_cli.averaging import records, schemes
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.checkpoints import Selection
 from polyak_cli.errors import (
@@ -81,6 +81,7 @@ def watch(
         raise UsageError(f"--interval is {interval:g}; expected seconds above 0")
     checkpoints.refuse_url(os.fspath(output))
     pipeline.parse_options(options)
+    schemes.refuse_running_means(options.get("scheme"), "watch")
     if options.get("on_unhealthy"):
         raise UsageError(
             "on_unhealthy belongs to average; watch waits for files that it cannot read"

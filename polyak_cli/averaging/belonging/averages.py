@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from polyak_cli.averaging.fates import is_wanted
 from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import Problem
-from polyak_cli.errors import MismatchError, list_some, shown, word_count
+from polyak_cli.errors import MismatchError, UsageError, list_some, shown, word_count
 from polyak_cli.formats.running_means import names_running_mean
 from polyak_cli.tensors import FLOATS, Table, TensorSpec
 
@@ -164,6 +164,22 @@ def describe_refusal(table: Table, wanted: Tensors, averages: Sequence[Average])
                 f"--allow {ALLOWED} to average the running means anyway"
             )
     return ""
+
+
+def refuse_raw_weights(tables: Sequence[Table], wanted: Tensors, scheme: str) -> None:
+    """Refuse raw weights where a scheme is for running means, and both are there.
+
+    Raises:
+        UsageError: names both parts.
+    """
+    for table, averages in zip(tables, list_averages(tables), strict=True):
+        for one in _leave_out(averages, wanted):
+            if one.raw is not None and not wanted.use_ema:
+                raise UsageError(
+                    f"--scheme {scheme} is for running means, and {shown(table.path)} holds both: "
+                    f"'{shown(one.raw)}*' and their running mean '{shown(one.prefix)}*'; add "
+                    "--use-ema, which takes the running mean and writes the average in both places"
+                )
 
 
 def _leave_out(averages: Iterable[Average], wanted: Tensors) -> list[Average]:

@@ -41,6 +41,7 @@ from polyak_cli.averaging.schemes.parameters import (
     Word,
     spell,
 )
+from polyak_cli.averaging.schemes.running import window
 from polyak_cli.errors import UsageError, shown, word_count
 
 __all__ = [
@@ -60,9 +61,11 @@ __all__ = [
     "gamma",
     "is_signed",
     "make_mean",
+    "refuse_running_means",
     "resolve",
     "spell",
     "sum_absolutes",
+    "takes_running_means",
 ]
 
 
@@ -208,6 +211,28 @@ def _checked_custom(custom: Sequence[float], count: int) -> list[float]:
     return values
 
 
+def takes_running_means(scheme: str | None) -> bool:
+    """Return whether a scheme is for files that hold running means."""
+    return scheme is not None and scheme in SCHEMES and SCHEMES[scheme].takes == "running means"
+
+
+def refuse_running_means(scheme: str | None, where: str) -> None:
+    """Refuse a scheme of running means where any newest checkpoints are averaged.
+
+    Args:
+        scheme: a name in `SCHEMES`, or None.
+        where: what cannot use it.
+
+    Raises:
+        UsageError: names the scheme.
+    """
+    if takes_running_means(scheme):
+        raise UsageError(
+            f"--scheme {scheme} takes running means that belong together, and {where} averages "
+            "the newest checkpoints of a run; use it with polyak average"
+        )
+
+
 def _describe_stray(option: str, name: str) -> str:
     """Return the message for a parameter that is not the chosen scheme's."""
     owners = " or ".join(PARAMETERS[option])
@@ -287,6 +312,9 @@ SCHEMES: Mapping[str, Scheme] = {
         decay,
         "in place of a decay of the learning rate (WSM)",
         (Word("shape", "SHAPE of the decay that the average replaces", "1-sqrt", SHAPES),),
+    ),
+    "window": Scheme(
+        window, "the mean of a part of the run, from two running means", takes="running means"
     ),
 }
 

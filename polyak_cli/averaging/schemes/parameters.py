@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from polyak_cli.errors import UsageError, shown
 
@@ -102,11 +103,14 @@ class Scheme:
         function: ``function(positions, **parameters)`` returns the multipliers, oldest first.
         summary: what the rule is, in a few words.
         parameters: its options; the first is the one that `polyak sweep` writes as ``exp:2``.
+        takes: what the files hold: checkpoints of a run, of which any newest may be averaged, or
+            running means that belong together.
     """
 
     function: Callable[..., list[float]]
     summary: str
     parameters: tuple[Parameter, ...] = ()
+    takes: Literal["checkpoints", "running means"] = "checkpoints"
 
 
 @dataclass(frozen=True, slots=True)

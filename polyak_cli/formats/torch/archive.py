@@ -552,6 +552,12 @@ class TorchZip(Format):
             content = zips.read_whole(file, _find_records(members)["data.pkl"])
             return beside.find_metric(pickles.read(content, heartbeat, unknown={}))
 
+    def read_number(self, path: str, key: str, heartbeat: Heartbeat) -> float | None:
+        """See `Format.read_number`."""
+        with zips.open_archive(path) as (file, members, _):
+            content = zips.read_whole(file, _find_records(members)["data.pkl"])
+            return beside.find_number(pickles.read(content, heartbeat, unknown={}), key)
+
     def check(self, path: str, heartbeat: Heartbeat) -> None:
         """See `Format.check`."""
         zips.check(path, heartbeat)

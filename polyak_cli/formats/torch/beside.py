@@ -125,6 +125,14 @@ def find_metric(root: Any) -> tuple[str, float] | None:
     return (name if isinstance(name, str) else ""), float(value)
 
 
+def find_number(root: Any, key: str) -> float | None:
+    """Return a number at the top of a checkpoint's dictionary; see `Format.read_number`."""
+    value = _list_texts(root).get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value)
+
+
 def find_raw_part(root: Any, part: str) -> str:
     """Return where the raw weights are, if a part is their running mean and named like a model's.
 
