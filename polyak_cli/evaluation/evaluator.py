@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -317,12 +317,40 @@ class Evaluator:
         return replace(compiled, description=description)
 
 
-class _FittedSplit(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class _FittedSplit:
     """The rows of one split, in the form that a model expects."""
 
     source: str
     features: data.Arrays
     labels: data.Arrays
+    _fed: dict[int, Any] = field(default_factory=dict)  # by the size of a batch
+
+    def feed(self, keras: Any, batch_size: int) -> dict[str, Any]:
+        """Return the rows as Keras takes them, in batches.
+
+        From arrays Keras builds a pipeline each time, which takes longer than a small model does.
+        With TensorFlow it is built here, once for all models of a run.
+        """
+        arrays: Any = (self.features, self.labels)
+        if keras.backend.backend() != "tensorflow" or not all(map(_is_plain, arrays)):
+            return {"x": self.features, "y": self.labels, "batch_size": batch_size}
+        if batch_size not in self._fed:
+            import tensorflow
+
+            # Keras makes all floats of arrays these.
+            width = keras.backend.floatx()
+            given = tuple(a.astype(width, copy=False) if a.dtype.kind == "f" else a for a in arrays)
+            self._fed[batch_size] = tensorflow.data.Dataset.from_tensor_slices(given).batch(
+                batch_size
+            )
+        return {"x": self._fed[batch_size]}
+
+
+def _is_plain(arrays: data.Arrays) -> bool:
+    """Return whether this is one array of numbers, which every library reads alike."""
+    dtype = getattr(arrays, "dtype", None)
+    return dtype is not None and dtype.kind in "biuf"
 
 
 class _Reportable(NamedTuple):
@@ -398,9 +426,8 @@ class _CompiledModel:
         self, part: _FittedSplit, batch_size: int
     ) -> tuple[float | None, dict[str, float]]:
         """Return loss and metrics."""
-        result = self.model.evaluate(
-            part.features, part.labels, batch_size=batch_size, verbose=0, return_dict=True
-        )
+        rows = part.feed(self.row_wise.keras, batch_size)
+        result = self.model.evaluate(**rows, verbose=0, return_dict=True)
         # With return_dict the total loss has this name, penalties of regularizers included.
         metrics = {name: shorten_float32(value) for name, value in result.items()}
         loss = metrics.pop("loss", None)
@@ -413,7 +440,9 @@ class _CompiledModel:
     def score_rows(self, part: _FittedSplit, batch_size: int) -> tuple[RowScores, _Reportable]:
         """Return the scores of each row, as far as they agree with the totals of Keras."""
         loss, metrics = self.evaluate(part, batch_size)
-        predicted = self.model.predict(part.features, batch_size=batch_size, verbose=0)
+        rows = part.feed(self.row_wise.keras, batch_size)
+        rows.pop("y", None)
+        predicted = self.model.predict(**rows, verbose=0)
         outputs = self.row_wise.order_outputs(predicted)
         losses, correct = self.row_wise.compute(part.labels, outputs, batch_size)
         notes = []

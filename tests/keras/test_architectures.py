@@ -17,7 +17,7 @@ from polyak_cli.checkpoints import model_files
 from polyak_cli.errors import PolyakError
 from polyak_cli.evaluation import comparison, data, evaluator
 from polyak_cli.pipeline import sweeping
-from tests.command import polyak
+from tests.keras.commands import polyak
 
 RANDOM = np.random.default_rng(11)
 ROWS = RANDOM.normal(size=(40, 4)).astype(np.float32)

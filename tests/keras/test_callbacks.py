@@ -13,7 +13,7 @@ import pytest
 
 from polyak_cli import CheckpointError, MismatchError, OutputError, UsageError, average
 from polyak_cli.callbacks import PolyakCheckpoint
-from tests.command import polyak
+from tests.keras.commands import polyak
 
 ROWS = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 LABELS = np.arange(32) % 3

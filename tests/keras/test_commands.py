@@ -20,7 +20,8 @@ import pytest
 
 from polyak_cli import FormatError, Split, __version__, average, evaluate, plan, train
 from polyak_cli.evaluation import data
-from tests.command import SAMPLES, one_line, polyak, tree
+from tests.command import SAMPLES, one_line, tree
+from tests.keras.commands import polyak
 from tests.test_cli import example_of
 
 pytestmark = pytest.mark.slow

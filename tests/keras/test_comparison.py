@@ -27,7 +27,8 @@ from polyak_cli.errors import FormatError, UsageError
 from polyak_cli.evaluation import data, evaluator
 from polyak_cli.evaluation.comparison import compute_gains
 from polyak_cli.evaluation.significance import mcnemar, paired_difference, sign_flip
-from tests.command import Done, one_line, polyak
+from tests.command import Done, one_line
+from tests.keras.commands import polyak
 from tests.keras.test_evaluate import (
     CLASSES,
     ROWS,

@@ -121,6 +121,17 @@ def test_the_batch_size_changes_rounding_only() -> None:
         score(SAMPLE, rows, batch_size=0)
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f8", "i4", "?"])
+def test_rows_of_any_type_are_scored_as_keras_scores_arrays(dtype: str, tmp_path: Path) -> None:
+    """Floats of another width, integers and truth values, in batches of which the last is short."""
+    model = network(width=1, activation="linear")
+    path = saved(model, tmp_path / "m.keras", "mse", ["mae"])
+    rows, targets = (2 * ROWS).astype(dtype), ROWS.sum(1).astype(dtype)
+    loss, error = model.evaluate(rows, targets, batch_size=8, verbose=0)
+    found = score(path, split(rows, targets), batch_size=8)
+    assert (np.float32(found.loss), np.float32(found.metrics["mae"])) == (loss, error)
+
+
 def test_files_of_one_run_are_scored_each_by_its_own_weights(tmp_path: Path) -> None:
     """Sharing a model between files, or changing to another architecture, mixes nothing."""
     rows = data.load("blobs").split("test")

@@ -13,7 +13,7 @@ import pytest
 
 from polyak_cli import average
 from polyak_cli.errors import MismatchError
-from tests.command import polyak
+from tests.keras.commands import polyak
 from tests.keras.test_opens import set_by_hand
 
 ROWS = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")

@@ -12,7 +12,7 @@ import pytest
 from polyak_cli import compare, evaluate, recalibrate
 from polyak_cli.errors import MismatchError
 from polyak_cli.evaluation import data, evaluator
-from tests.command import polyak
+from tests.keras.commands import polyak
 from tests.keras.test_evaluate import network
 
 RANDOM = np.random.default_rng(11)

@@ -20,7 +20,8 @@ import pytest
 from polyak_cli import average, plan, recalibrate, verify
 from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, UsageError
 from polyak_cli.evaluation import batchnorm, data, recalibration
-from tests.command import SAMPLES, one_line, polyak, tree
+from tests.command import SAMPLES, one_line, tree
+from tests.keras.commands import polyak
 
 layers = keras.layers
 GENERATIONS = Path(__file__).parents[1] / "data" / "keras_generations"

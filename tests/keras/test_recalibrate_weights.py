@@ -17,7 +17,7 @@ from polyak_cli import average, recalibrate, verify
 from polyak_cli.errors import FormatError, MismatchError, UsageError
 from polyak_cli.evaluation import data
 from polyak_cli.pipeline import sweeping
-from tests.command import polyak
+from tests.keras.commands import polyak
 
 RANDOM = np.random.default_rng(17)
 ROWS = RANDOM.normal(2, 3, size=(60, 4)).astype(np.float32)

@@ -16,7 +16,8 @@ import pytest
 from polyak_cli import __version__, pipeline
 from polyak_cli.evaluation import data
 from polyak_cli.pipeline import sweeping
-from tests.command import polyak, script
+from tests.command import script
+from tests.keras.commands import polyak
 from tests.test_cli import EAGER, on_terminal
 
 pytestmark = pytest.mark.slow
