@@ -335,9 +335,10 @@ def recalibrate(
     ),
     option(
         "--search",
-        type=click.Choice(["greedy", "coefficients"]),
+        type=click.Choice(["greedy", "coefficients", "extrapolate"]),
         multiple=True,
-        help="Look for a soup too: add checkpoints while the score improves, or fit coefficients.",
+        help="Look for a soup too: add checkpoints while the score improves, or fit coefficients; "
+        "or score what lies beyond the averages, with negative coefficients.  May be repeated.",
     ),
     option(
         "--batch",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +21,10 @@ class Candidate(NamedTuple):
     """One way to combine the checkpoints.
 
     Attributes:
-        kind: "single", "average", "ensemble" (of predictions), or "soup" (found by a search).
+        kind: "single", "average", "ensemble" (of predictions), "soup" (found by a search), or
+            "extrapolation" (beyond the checkpoints, with negative coefficients).
         scheme: its name; "" if there is none.
-        parameter: the parameter of the scheme, or None.
+        parameter: the parameter of the scheme, or None; how far an extrapolation goes.
         window: the number of checkpoints in it; except for singles and soups, the newest.
         mean: of all checkpoints of the sweep; those that are not in it have the multiplier 0.
     """
@@ -151,6 +152,37 @@ def list_candidates(
         whole = schemes.make_mean((*(0.0,) * (count - window), *newest.multipliers))
         found.append(Candidate("average", name, value, window, whole))
     return found
+
+
+#: How far extrapolations go, in distances between the halves of a window.
+_REACHES = (0.25, 0.5, 1.0)
+
+
+def list_extrapolations(count: int, windows: Iterable[int]) -> list[Candidate]:
+    """Return B + x (B - A) for every window and some x.
+
+    A is the mean of the older half of the newest checkpoints in the window, and B that of the newer
+    half.  The difference of the means is the drift of the run, with less noise than a single step
+    has; where a run drifts, the weights go on in this direction (cf. BEMA and Extra-Merge).
+
+    Args:
+        count: of all checkpoints.
+        windows: numbers of newest checkpoints; of an odd one, the oldest is left out.
+    """
+    halves = sorted({window // 2 for window in windows} - {0})
+    return [
+        Candidate(
+            "extrapolation",
+            "extrapolate",
+            reach,
+            2 * half,
+            schemes.make_mean(
+                (*(0.0,) * (count - 2 * half), *(-reach,) * half, *(1.0 + reach,) * half)
+            ),
+        )
+        for reach in _REACHES
+        for half in halves
+    ]
 
 
 def rank(row: ScoredCandidate, metric: str) -> tuple[float, float]:

@@ -273,7 +273,7 @@ class _Series(NamedTuple):
         metric: accuracy or loss.
         rows: the number of rows that they were scored on.
         singles: the single checkpoints; the newest is at 1, where a window of 1 is.
-        lines: name of a scheme -> its windows.
+        lines: name of a scheme, or of an extrapolation -> its windows.
         ensembles: windows, too.
         soups: name -> its point, at the number of its members.
         winner: name -> its point, if it has the metric.
@@ -312,6 +312,9 @@ def _collect_series(found: Mapping[str, Any], metric: str) -> _Series:
             if one["kind"] == "average":
                 parameter = "" if one["parameter"] is None else f":{one['parameter']:g}"
                 series.lines.setdefault(one["scheme"] + parameter, []).append((place, score))
+            elif one["kind"] == "extrapolation":
+                name = f"extrapolated by {one['parameter']:g}"
+                series.lines.setdefault(name, []).append((place, score))
             elif one["kind"] == "soup":
                 series.soups[f"{one['scheme']} soup"] = (place, score)
             else:

@@ -1,4 +1,4 @@
-"""Search for soups: averages whose members or coefficients are chosen by their score.
+"""Search for soups, averages whose members or coefficients are chosen by their score, and beyond.
 
 This module scores candidates through the function that it is given; it opens no file.
 """
@@ -9,13 +9,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from polyak_cli.averaging.schemes import make_mean
-from polyak_cli.evaluation.candidates import Candidate, ScoredCandidate, find_best, rank
+from polyak_cli.evaluation.candidates import (
+    Candidate,
+    ScoredCandidate,
+    find_best,
+    list_extrapolations,
+    rank,
+)
 
 #: Makes and scores candidates, and yields a row for each, in order.
 Score = Callable[[Sequence[Candidate]], Iterable[ScoredCandidate]]
 
 
-def search_greedily(score: Score, rows: Sequence[ScoredCandidate], metric: str) -> ScoredCandidate:
+def search_greedily(
+    score: Score, rows: Sequence[ScoredCandidate], metric: str
+) -> list[ScoredCandidate]:
     """Add checkpoints, the best first, and keep one only if it strictly improves the score.
 
     This is recipe 1 of Wortsman et al., "Model soups", 2022.
@@ -30,19 +38,19 @@ def search_greedily(score: Score, rows: Sequence[ScoredCandidate], metric: str) 
         if rank(found, metric) < rank(best, metric):
             best, members = found, tried
     kept = best.candidate.mean
-    return ScoredCandidate(Candidate("soup", "greedy", None, len(members), kept), best.scores)
+    return [ScoredCandidate(Candidate("soup", "greedy", None, len(members), kept), best.scores)]
 
 
 def search_coefficients(
     score: Score, rows: Sequence[ScoredCandidate], metric: str
-) -> ScoredCandidate:
+) -> list[ScoredCandidate]:
     """Fit coefficients that are not negative and sum to 1, by pattern search.
 
     From the best candidate, it steps toward or away from one checkpoint, by half of the possible
     way, then by a quarter, and so on, while the score improves: Kolda, Lewis and Torczon,
     "Optimization by direct search", 2003.
     """
-    best = find_best([row for row in rows if row.candidate.kind != "ensemble"], metric)
+    best = find_best([row for row in rows if row.candidate.kind not in _OTHERS], metric)
     count = len(best.candidate.coefficients)
     step = 0.5
     while step > _FINEST:
@@ -59,7 +67,7 @@ def search_coefficients(
             step /= 2
     kept = best.candidate.mean
     window = sum(m > 0 for m in kept.multipliers)
-    return ScoredCandidate(Candidate("soup", "coefficients", None, window, kept), best.scores)
+    return [ScoredCandidate(Candidate("soup", "coefficients", None, window, kept), best.scores)]
 
 
 def step_coefficients(
@@ -80,7 +88,21 @@ def step_coefficients(
 _FINEST = 1 / 32  # finer steps fit the noise of the selection rows
 
 
-SEARCHES: Mapping[str, Callable[[Score, Sequence[ScoredCandidate], str], ScoredCandidate]] = {
+#: Kinds that are no model, or have coefficients below 0.
+_OTHERS = ("ensemble", "extrapolation")
+
+
+def extrapolate(
+    score: Score, rows: Sequence[ScoredCandidate], _metric: str
+) -> list[ScoredCandidate]:
+    """Score what lies beyond the averages of every window; see `list_extrapolations`."""
+    singles = sum(row.candidate.kind == "single" for row in rows)
+    windows = {row.candidate.window for row in rows if row.candidate.kind == "average"}
+    return [*score(list_extrapolations(singles, windows))]
+
+
+SEARCHES: Mapping[str, Callable[[Score, Sequence[ScoredCandidate], str], list[ScoredCandidate]]] = {
     "greedy": search_greedily,
     "coefficients": search_coefficients,
+    "extrapolate": extrapolate,
 }

@@ -20,9 +20,9 @@ from polyak_cli import __version__, pipeline
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import planning, records, writing
 from polyak_cli.averaging.notebook import write_html
-from polyak_cli.averaging.schemes import Mean, make_mean
+from polyak_cli.averaging.schemes import Mean, is_signed, make_mean
 from polyak_cli.checkpoints import WEIGHTS_SUFFIXES
-from polyak_cli.errors import MismatchError, UsageError, name_path, shown
+from polyak_cli.errors import MismatchError, UsageError, name_path, shown, word_count
 from polyak_cli.evaluation import data, recalibration
 from polyak_cli.evaluation.candidates import (
     Candidate,
@@ -62,7 +62,7 @@ class Sweep:
         data_name: the name of the data set, as it was given.
         splits: "selection" and "reporting" -> source of the rows, and their number.
         metric: used to choose the winner: accuracy where labels are classes, else loss.
-        rows: every candidate: singles, averages, ensembles, soups.
+        rows: every candidate: singles, averages, ensembles, soups, extrapolations.
         winner: the best on the selection rows; ensembles are not models and do not compete.
         recipe: how `average` makes the winner.
         gains: gains of the winner over the "newest" and the "best single" checkpoint.  The winner
@@ -120,6 +120,8 @@ class Sweep:
             return self.plan.names[candidate.coefficients.index(1.0)]
         if candidate.kind == "soup":
             return f"{candidate.name} soup of {candidate.window}"
+        if candidate.kind == "extrapolation":
+            return f"extrapolated by {candidate.parameter:g}, last {candidate.window}"
         return f"{candidate.name}, last {candidate.window}"
 
     def data(
@@ -233,7 +235,8 @@ def sweep(
         select_on: the share of the test rows to choose on; the others are reported on.  Or the
             name of another split to choose on; then all test rows are reported on.
         seed: seed of the random division.
-        search: soups to search for: "greedy", "coefficients".
+        search: soups to search for, "greedy" and "coefficients"; "extrapolate" scores what lies
+            beyond the averages, with negative coefficients.
         write_best: the file to write the winner to.
         force: replace an older one.
         recalibrate: rows on which the statistics of BatchNorm are gathered again for every
@@ -270,7 +273,7 @@ def sweep(
         # Only now: the results show whether labels are classes and whether there is a loss.
         metric = _choose_metric(scored)
         for name in search:
-            scored.append(SEARCHES[name](scorer.score, scored, metric))
+            scored += SEARCHES[name](scorer.score, scored, metric)
     # Singles come first, so a single checkpoint wins over an average that is no better.
     winner = find_best([row for row in scored if row.candidate.kind != "ensemble"], metric)
     recipe = find_recipe(winner.candidate, plan, sources, {**options, "force": force})
@@ -287,7 +290,7 @@ def sweep(
         recipe=recipe,
         gains=_compute_gains(winner, scored, metric),
         digests=tuple(records.hash_files(table.files) for table in plan.tables),
-        notes=(*plan.notes, *rows.notes, *dict.fromkeys((*scorer.notes, *evaluator.notes))),
+        notes=(*plan.notes, *rows.notes, *scorer.collect_notes()),
     )
 
 
@@ -371,7 +374,12 @@ def _divide_rows(rows: data.Dataset, select_on: str, seed: int) -> dict[str, dat
 
 @dataclass(slots=True)
 class _CandidateScorer:
-    """Makes and scores candidates."""
+    """Makes and scores candidates.
+
+    Attributes:
+        notes: what writing the averages has found.
+        refused: why averages with negative coefficients could not be written.
+    """
 
     plan: planning.Plan
     evaluator: Evaluator
@@ -379,13 +387,27 @@ class _CandidateScorer:
     folder: Path
     batch: int
     notes: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def collect_notes(self) -> list[str]:
+        """Return what a user should know of the candidates and their scores."""
+        notes = [*dict.fromkeys((*self.notes, *self.evaluator.notes))]
+        if self.refused:
+            count = word_count(len(self.refused), "candidate")
+            why = self.refused[0]
+            notes.append(f"{count} with negative coefficients could not be written, as {why}")
+        return notes
 
     def score(
         self,
         wanted: Sequence[Candidate],
         progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> Iterator[ScoredCandidate]:
-        """Yield the scores of each candidate, in order; equal coefficients are scored once."""
+        """Yield the scores of each candidate, in order; equal coefficients are scored once.
+
+        A candidate with negative coefficients that no file can hold is left out, and `refused` says
+        why.
+        """
         found: dict[tuple[float, ...], Mapping[str, RowScores]] = {}
         # Windows of 1 equal the newest checkpoint under every scheme.
         unique: dict[tuple[float, ...], Mean] = {}
@@ -395,7 +417,8 @@ class _CandidateScorer:
             found[coefficients] = scores
             progress(len(found), len(unique))
         for candidate in wanted:
-            yield ScoredCandidate(candidate, found[candidate.coefficients])
+            if candidate.coefficients in found:
+                yield ScoredCandidate(candidate, found[candidate.coefficients])
 
     def _score_means(
         self, wanted: Mapping[tuple[float, ...], Mean]
@@ -408,15 +431,32 @@ class _CandidateScorer:
                 yield coefficients, self._score_file(self.plan.checkpoints[single].path)
             else:
                 several.append(coefficients)
-        suffix = choose_suffix(self.plan)
         for first in range(0, len(several), self.batch):
             part = several[first : first + self.batch]
-            paths = [self.folder / f"{k}{suffix}" for k in range(len(part))]
-            means = [wanted[coefficients] for coefficients in part]
-            self.notes += writing.write_several(self.plan, means, paths)
-            for coefficients, path in zip(part, paths, strict=True):
-                yield coefficients, self._score_file(self._recalibrate(path))
-                path.unlink()  # at once, which frees the disk before the next is recalibrated
+            yield from self._score_batch({key: wanted[key] for key in part})
+
+    def _score_batch(
+        self, part: Mapping[tuple[float, ...], Mean]
+    ) -> Iterator[tuple[tuple[float, ...], Mapping[str, RowScores]]]:
+        """Score averages that are written together."""
+        suffix = choose_suffix(self.plan)
+        paths = [self.folder / f"{k}{suffix}" for k in range(len(part))]
+        try:
+            self.notes += writing.write_several(self.plan, [*part.values()], paths)
+        except MismatchError as error:
+            if not any(is_signed(mean.multipliers) for mean in part.values()):
+                raise
+            for path in paths:
+                path.unlink(missing_ok=True)
+            if len(part) == 1:
+                self.refused.append(str(error))
+            else:  # each by itself, as one that is refused must not take the others with it
+                for coefficients, mean in part.items():
+                    yield from self._score_batch({coefficients: mean})
+            return
+        for coefficients, path in zip(part, paths, strict=True):
+            yield coefficients, self._score_file(self._recalibrate(path))
+            path.unlink()  # at once, which frees the disk before the next is recalibrated
 
     def _recalibrate(self, path: Path) -> Path:
         """Gather the BatchNorm statistics of an average again, if the options say so."""

@@ -33,7 +33,7 @@ def found() -> sweeping.Sweep:
         last=4,
         chosen="equal,exp:2",
         batch=3,
-        search=["greedy", "coefficients"],
+        search=["greedy", "coefficients", "extrapolate"],
     )
 
 
@@ -153,6 +153,37 @@ def test_the_report_says_which_files_it_is_about(found: sweeping.Sweep) -> None:
             "size": path.stat().st_size,
             "sha256": (hashlib.sha256(path.read_bytes()).hexdigest(),),
         }
+
+
+def test_extrapolations_have_the_scores_of_their_own_models(
+    found: sweeping.Sweep, tmp_path: Path
+) -> None:
+    """Keras scores B + x (B - A), which numpy makes of its weights, as the sweep did."""
+    import keras
+
+    paths = [one.path for one in found.plan.checkpoints]
+    models = [keras.saving.load_model(path) for path in paths]
+    halves = data.halves(data.load("blobs").split())
+    rows = [row for row in found.rows if row.candidate.kind == "extrapolation"]
+    assert [found.label(row.candidate) for row in rows] == [
+        f"extrapolated by {reach}, last {window}"
+        for reach in ("0.25", "0.5", "1")
+        for window in (2, 4)
+    ]
+    for row in rows[1:4]:
+        half, reach = row.candidate.window // 2, float(row.candidate.parameter or 0)
+        made = []
+        for tensors in zip(*(model.get_weights() for model in models), strict=True):
+            older = np.mean(tensors[-2 * half : -half], axis=0, dtype=np.float64)
+            newer = np.mean(tensors[-half:], axis=0, dtype=np.float64)
+            made.append(newer + reach * (newer - older))
+        model = keras.saving.load_model(paths[-1])
+        model.set_weights(made)
+        model.save(tmp_path / "beyond.h5")
+        for name, part in zip(("selection", "reporting"), halves, strict=True):
+            loss, accuracy = scored(tmp_path / "beyond.h5", part)
+            assert row.value("loss", name) == pytest.approx(loss, rel=1e-5)
+            assert row.value("accuracy", name) == pytest.approx(accuracy, abs=1e-6)
 
 
 def test_average_repeats_a_soup_by_its_coefficients(found: sweeping.Sweep, tmp_path: Path) -> None:
