@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from polyak_cli import Geometry, geometry
 from polyak_cli.engine import grams
 from polyak_cli.engine.executors import InProcess, Threads
 from polyak_cli.engine.pairs import InOrder, PairSums, Products
+from polyak_cli.engine.slabs import TUNING, Memory
 from polyak_cli.errors import MismatchError, UsageError
 from polyak_cli.evaluation import reports
 from polyak_cli.examining import gram
@@ -194,6 +196,13 @@ def test_the_number_of_threads_changes_no_bit(
     write_run(tmp_path, make_run(4))
     for k, tensors in enumerate(make_run(2)):
         write_packed(tmp_path / f"q_{k}", tensors)
+    share = grams.share_memory
+    tuning = replace(TUNING, pieces_per_batch=1, slabs_per_batch=1)  # many batches, in any order
+
+    def cut(*arguments: int) -> Memory:
+        return share(*arguments)._replace(tuning=tuning)
+
+    monkeypatch.setattr(grams, "share_memory", cut)
     for pattern in ("m_*", "q_*"):
         made = []
         for jobs in (1, 2, 3, 8):

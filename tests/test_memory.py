@@ -267,9 +267,33 @@ def test_the_measuring_sees_what_is_used() -> None:
     assert 300 * MEGABYTE < peak < 350 * MEGABYTE
 
 
+#: Files of other values look like several runs.
+GEOMETRY = ["geometry", "--allow", "two-runs"]
+
+
+def test_memory_of_the_geometry_is_flat(tmp_path: Path) -> None:
+    """Models of 4 MB or of 67 MB, two of them or forty: at most 100 MB, the buffers included."""
+    peaks = []
+    for count, elements in ((2, 1 << 20), (2, 1 << 24), (40, 1 << 20)):
+        for k in range(count):
+            write_large(tmp_path / f"m_{k}.h5", 1, elements, k)
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, *POLYAK, *GEOMETRY, str(tmp_path)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        code, peak = json.loads(done.stderr.splitlines()[-1])
+        assert code == 0, done.stderr
+        peaks.append(peak)
+    assert max(peaks) < LIMIT
+    assert max(peaks) - min(peaks) < FLAT
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    "command", [["inspect", "--stats"], ["diff", "--atol", "9"], ["diff"], ["check"]]
+    "command", [["inspect", "--stats"], ["diff", "--atol", "9"], ["diff"], ["check"], GEOMETRY]
 )
 def test_looking_inside_is_flat_too(tmp_path: Path, command: list[str]) -> None:
     """Statistics, differences, distances and health of 4 MB and of 400 MB take the same memory."""

@@ -116,7 +116,7 @@ def take(
 ) -> Taken:
     """Take the inner products of all pairs of checkpoints, about the newest one.
 
-    The result is the same to the last bit whatever the number of workers.
+    The result is the same to the last bit whatever the number of workers, up to `_WORKERS`.
 
     Args:
         tensors: every source has the tensor's size; targets are not looked at.
@@ -130,9 +130,9 @@ def take(
     """
     count = len(job.list_counted())
     if any(file.version.is_object for file in job.inputs):
-        remote = memory.for_objects(count)
-        # A piece keeps its length, on which the last bits depend.
-        memory = remote._replace(piece=memory.piece)
+        # As for the most workers: where batches end decides how their sums are rounded.
+        remote = memory._replace(jobs=max(memory.jobs, _WORKERS)).for_objects(count)
+        memory = remote._replace(jobs=memory.jobs)
     samples, constants, total, order = Samples(count), list[Constant](), Totals(), InOrder()
     batches = _number(tensors, memory)
     executor = _choose_executor(job, memory)
