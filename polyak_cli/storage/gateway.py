@@ -323,11 +323,14 @@ class _Server:
         Returns:
             Paths and versions, what is gone, and the folder of the bucket's stand-ins.
         """
+        from polyak_cli.storage import objects
+
         parsed = urls.parse(url)
         if parsed is None:
             raise FormatError(f"{shown(url)}: is not a URL")
         try:
             parsed, found, is_listed = _list(parsed)
+            objects.require_conditions(parsed, found)
         except FormatError as error:
             raise type(error)(f"{parsed}: {error}") from None
         with self.lock:

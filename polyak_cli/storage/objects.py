@@ -446,16 +446,70 @@ def find(url: Url) -> Listed | None:
     Raises:
         StoreError: the server does not say.
     """
-    import obstore
-
     store = connect(url)
     try:
-        found = _try(lambda: obstore.head(store, _encode_key(url)), url)
+        found = _try(lambda: _describe(store, url), url)
     except FormatError as error:
         if "(404)" in str(error):
             return None
         raise
     return _read_meta(found)._replace(key=url.key)
+
+
+def _describe(store: Any, url: Url) -> Any:
+    """Return what a server says of an object."""
+    import obstore
+
+    key = _encode_key(url)
+    if url.scheme in ("http", "https"):
+        # The first byte and not a HEAD: of a presigned URL, the signature is that of a GET.
+        try:
+            return obstore.get(store, key, options={"range": (0, 1)}).meta
+        except Exception as error:  # see `_try`
+            if not _is_whole(str(error)) and "status code: 416" not in str(error):
+                raise
+        _counter.add(requests=1)  # of a file without bytes, or a server without ranges
+    return obstore.head(store, key)
+
+
+#: Buckets that were found to know conditions.
+_conditional: set[Url] = set()
+
+
+def require_conditions(url: Url, found: Iterable[Listed]) -> None:
+    """Refuse a store that ignores If-Match: once, it is asked for a version that no object has.
+
+    The ETag of every answer is compared too.  That it belongs to the bytes is only promised by a
+    store that knows conditions: another one may look up the ETag, and then read bytes of an object
+    that was replaced in between.  Of web servers no more than that comparison is expected.
+
+    Args:
+        url: in the store.
+        found: objects that are there.
+
+    Raises:
+        StoreError: it sends another version than the one asked for.
+    """
+    import obstore
+
+    one = next((one for one in found if one.size and one.mark), None)
+    place = url._replace(key="")
+    if not url.has_conditions or one is None or place in _conditional:
+        return
+    url = url._replace(key=one.key)
+    store, nobody = connect(url), '"00000000000000000000000000000000"'
+    options: Any = {"range": (0, 1), "if_match": nobody}
+    try:
+        _try(lambda: obstore.get(store, url.key, options=options), url)
+    except PolyakError as error:  # as it should be; others come again with the reads that follow
+        _conditional.update([place] if isinstance(error, ChangedError) else [])
+        return
+    raise StoreError(
+        f"{url}: cannot be read: the server ignores conditions (it answers 200 or 206 to the "
+        "If-Match of another version, not 412), so that objects which are replaced while they are "
+        "read might go unnoticed; copy the checkpoints to a folder, or use a server that supports "
+        "If-Match"
+    )
 
 
 def _read_meta(meta: Any) -> Listed:

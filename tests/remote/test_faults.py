@@ -92,8 +92,18 @@ def test_faults_that_pass_change_no_byte(
         (DENIED, lambda request: request.kind == "LIST", "access is denied (403"),
         (EXPIRED, lambda request: request.kind == "LIST", "ExpiredToken"),
         (NO_RANGES, lambda request: request.is_ranged, "ignores ranges"),
+        (NO_CONDITIONS, lambda _: True, "ignores conditions"),
     ],
-    ids=["403", "404", "expired", "ranges", "403-list", "expired-list", "ranges-header"],
+    ids=[
+        "403",
+        "404",
+        "expired",
+        "ranges",
+        "403-list",
+        "expired-list",
+        "ranges-header",
+        "conditions",
+    ],
 )
 def test_what_does_not_pass_is_one_line_and_no_output(
     proxy: Proxy, source: str, tmp_path: Path, fault: Fault, chosen: object, expected: str
@@ -173,6 +183,9 @@ def test_headers_and_values_are_few_requests(
     nbytes = sum(path.stat().st_size for path in (written / "run").iterdir())
     gets = proxy.traffic.requests["GET"] + proxy.traffic.requests["HEAD"]
     assert proxy.traffic.requests["LIST"] <= 2
+    assert [status for _, status in proxy.traffic.log].count(
+        412
+    ) == 1  # the one that asks whether conditions hold
     assert gets <= 3 * 5
     # Files of this size are hashed as well.
     assert nbytes <= proxy.traffic.received <= 2.1 * nbytes

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import pytest
 
 from tests.command import Done, one_line, polyak
-from tests.remote.servers import clean_environ
+from tests.remote.servers import S3Bucket, clean_environ
 from tests.remote.test_reading import write_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -171,6 +171,30 @@ def test_files_of_a_web_server_are_averaged(web: Web, run: Path) -> None:
     asked = [one for one in web.asked if one[0] == "GET"]
     assert all("signature=secret" in path for _, path, _ in asked)
     assert all("authorization" in headers for _, _, headers in asked)
+
+
+def test_presigned_urls_of_a_bucket_are_read(bucket: S3Bucket, run: Path) -> None:
+    """Their signatures hold for GETs only, and are neither shown nor recorded."""
+    bucket.put_tree(run, "run 1/")
+    urls = [
+        bucket.client.generate_presigned_url("get_object", {"Bucket": bucket.name, "Key": key})
+        for key in sorted(bucket.tree())
+    ]
+    done = command(run.parent, "average", *urls, "-o", "p.safetensors", "--json")
+    assert done.returncode == 0, done.stderr
+    here = command(run.parent, "average", "run", "-o", "h.safetensors", "-q")
+    assert (here.returncode, here.stderr) == (0, "")
+    written = [(run.parent / name).read_bytes() for name in ("p.safetensors", "h.safetensors")]
+    assert written[0] == written[1]
+    secrets = [value for url in urls for value in re.findall(r"=([^&]{16,})", url)]
+    assert len(secrets) >= 2
+    shown = (done.stdout + done.stderr).encode() + written[0]
+    assert [one for one in secrets if one.encode() in shown] == []
+    # A URL whose signature does not hold any more.
+    spoilt = re.sub("Signature=....", "Signature=0000", urls[0])
+    line = one_line(command(run.parent, "inspect", spoilt).stderr)
+    assert "access is denied (403" in line
+    assert "0000" not in line
 
 
 def test_a_server_without_ranges_is_refused(web: Web, run: Path) -> None:
