@@ -181,6 +181,9 @@ def test_any_other_average_needs_no_second_reading(tmp_path: Path) -> None:
     x, c = flatten(run), np.array([-1.0, 0.0, 0.5, 0.0, 2.0]).astype(np.longdouble)
     wanted = norm(x - (c / c.sum()) @ x).astype(float)
     np.testing.assert_allclose(found.to_average([-1, 0, 0.5, 0, 2]), wanted, rtol=1e-9)
+    write_run(tmp_path, run)
+    given = geometry(tmp_path, coefficients=[-1, 0, 0.5, 0, 2])
+    assert_geometry(given, x)
     for wrong in ([1.0] * 4, [1, -1, 0, 0, 0], [np.nan] * 5):
         with pytest.raises(UsageError, match="expected 5 finite numbers whose sum is not 0"):
             found.to_average(wrong)
@@ -437,12 +440,12 @@ def test_pictures_and_page_are_drawn_without_data(tmp_path: Path) -> None:
 def test_the_page_is_readable_in_a_browser(tmp_path: Path) -> None:
     """On a phone and a desktop, light and dark, with long names, markup, and two checkpoints."""
     pytest.importorskip("matplotlib")
-    for count in (2, 7):
-        folder = tmp_path / f"of{count}"
-        run = [{"<b>&" + "x" * 120: one["k"], "b": one["b"]} for one in make_run(count)]
-        write_run(folder, run)
-        page = tmp_path / f"{count}.html"
-        reports.write_picture(geometry(folder).data(), page)
-        assert "<b>" not in page.read_text()
-        with open_browser() as browser:
+    with open_browser() as browser:
+        for count in (2, 7):
+            folder = tmp_path / f"of{count}"
+            run = [{"<b>&" + "x" * 120: one["k"], "b": one["b"]} for one in make_run(count)]
+            write_run(folder, run)
+            page = tmp_path / f"{count}.html"
+            reports.write_picture(geometry(folder).data(), page)
+            assert "<b>" not in page.read_text()
             assert find_faults(browser, page) == []
