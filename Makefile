@@ -28,11 +28,14 @@ demo: .venv-demo/.ready
 	@rm -rf .demo
 	@$(DEMO)/python -m tests.examples.demo
 
+# Tests with Keras come apart: once it is imported, what forks takes twice as long.
 test: .venv/.ready system core oldest torch hf orbax remote
-	$(BIN)/python -m pytest $(SPREAD) -m "not soak"
+	$(BIN)/python -m pytest $(SPREAD) -m "not soak" --ignore=tests/keras
+	$(BIN)/python -m pytest $(SPREAD) -m "not soak" tests/keras
 
 soak: .venv/.ready system core-all remote-all fuzz
-	$(BIN)/python -m pytest $(SPREAD) -m "soak"
+	$(BIN)/python -m pytest $(SPREAD) -m "soak" --ignore=tests/keras
+	$(BIN)/python -m pytest $(SPREAD) -m "soak" tests/keras
 
 # Without the tests that start Keras.
 quick: .venv/.ready

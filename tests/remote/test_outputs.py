@@ -270,7 +270,7 @@ def test_two_commands_to_one_name(bucket: S3Bucket, tmp_path: Path) -> None:
     codes = [process.returncode for process in processes]
     assert sorted(codes) == [0, 3], errors
     loser = codes.index(3)
-    assert errors[loser].endswith("already exists; use --force to replace it\n")
+    assert one_line(errors[loser]).endswith("already exists; use --force to replace it")
     polyak("average", f"run{1 - loser}", "-o", "local.safetensors", cwd=tmp_path)
     assert bucket.contents("out.safetensors") == (tmp_path / "local.safetensors").read_bytes()
     assert bucket.uploads() == []
