@@ -11,8 +11,9 @@ from polyak_cli import formats
 from polyak_cli.checkpoints import Selection, find_file
 from polyak_cli.errors import UsageError, shown
 
-#: Where icefall keeps how many batches its ``model_avg`` is the mean of.
-_BATCHES = "batch_idx_train"
+#: Where icefall keeps how many batches it has trained, and every how many of them its ``model_avg``
+#: is updated: that is the mean of the batches up to the last update.
+_BATCHES, _PERIOD = "batch_idx_train", "average_period"
 
 
 def place_running_means(chosen: Selection) -> Selection:
@@ -24,9 +25,12 @@ def place_running_means(chosen: Selection) -> Selection:
         FormatError: a checkpoint is foreign, damaged or hostile.
         UsageError: a step is not known.
     """
-    found = formats.read_numbers([find_file(one.path) for one in chosen.checkpoints], _BATCHES)
+    files = [find_file(one.path) for one in chosen.checkpoints]
+    found = formats.read_numbers(files, _BATCHES)
     steps = [number for number in found if number is not None]
     if len(steps) == len(found):
+        periods = [period or 1.0 for period in formats.read_numbers(files, _PERIOD)]
+        steps = [step // period * period for step, period in zip(steps, periods, strict=True)]
         note = f"the steps of the running means are those in the files: '{_BATCHES}'"
         return replace(chosen, positions=tuple(steps), notes=(*chosen.notes, note))
     # Not the positions: epochs that are counted from 0 are moved there, and steps are not.

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from polyak_cli.averaging.schemes import make_mean
 from polyak_cli.cli import cli
@@ -147,7 +147,7 @@ def write_icefall(folder: Path) -> list[Array]:
             "model": {"w": torch.tensor(state)},
             "model_avg": {"w": torch.tensor(mean)},  # float64, as icefall keeps it
             "average_period": 200,
-            "batch_idx_train": 1000 * k,
+            "batch_idx_train": 1000 * k + 50,  # the mean is as old as its last update
         }
         torch.save(saved, folder / f"exp/epoch-{k}.pt")
     torch.save({"model": {"w": torch.zeros(SHAPE)}}, folder / "exp/best-valid-loss.pt")
@@ -174,6 +174,26 @@ def run_debiased_ema(states: Sequence[Array], decay: float = 0.9) -> Array:
     for state in states:
         mean = decay * mean + (1 - decay) * state
     return mean / (1 - decay ** len(states))
+
+
+def run_tfa(states: Sequence[Array]) -> Array:
+    """Run tfa's MovingAverage with dynamic_decay, on a model that begins with the first state.
+
+    Update n, counted from 0, keeps min(decay, (1 + n) / (10 + n)) of the average.
+    """
+    mean = states[0].astype(float)
+    for n, state in enumerate(states):
+        kept = min(0.9, (1 + n) / (10 + n))
+        mean = kept * mean + (1 - kept) * state
+    return mean
+
+
+def run_pma(states: Sequence[Array]) -> Array:
+    """PMA's EMA with alpha = 0.1: M_i = alpha W_i + (1 - alpha) M_(i-1), from the first model."""
+    mean = states[0].astype(float)
+    for state in states[1:]:
+        mean = 0.1 * state + 0.9 * mean
+    return mean
 
 
 def run_power(states: Sequence[Array], sigma: float = 0.1) -> Array:
@@ -254,11 +274,16 @@ CASES = {
     "--last 6 -o lawa.h5": Case(write_keras, lambda s: np.mean(s[-6:], axis=0, dtype=float)),
     "watch ckpts/ --last 6": Case(write_keras, lambda s: np.mean(s[-6:], axis=0, dtype=float)),
     "--scheme ema --decay 0.9 -o": Case(write_keras, run_debiased_ema),
+    "-o live_ema.h5": Case(
+        write_keras, lambda s: run_swa(s, multi_avg_fn=get_ema_multi_avg_fn(0.9)), SINGLE
+    ),
+    "--ramp tfa": Case(write_keras, run_tfa),
     "--sigma 0.1 -o power.h5": Case(write_steps, run_power, BETWEEN),
     "--sigma 0.0629 -o titan.h5": Case(write_steps, run_torchtitan, BETWEEN),
     "--scheme decay --shape 1-sqrt": Case(write_keras, lambda s: run_wsm(s[-4:])),
     "-o sma.h5": Case(write_keras, lambda s: np.mean(s, axis=0, dtype=float)),
     "-o wma.h5": Case(write_keras, lambda s: weigh(s, range(1, 11))),
+    "-o pma_ema.h5": Case(write_keras, run_pma),
     "-o soup.safetensors": Case(write_soup, lambda s: np.mean(s, axis=0, dtype=float)),
     "-o m.safetensors": Case(write_merge, lambda s: weigh(s, (1, 2, 1))),
     "--exclude 'checkpoint_*'": Case(write_fairseq, lambda s: add_in_float32(s[6:11]), SINGLE),
@@ -266,7 +291,7 @@ CASES = {
     "output/train/": Case(write_timm, take_best),
     "exp/4epoch.pth": Case(write_espnet, lambda s: add_in_float32([s[3], s[5], s[6]]), SINGLE),
     "exp/ --to 30": Case(write_icefall, lambda s: add_in_float32(s[21:30]), SINGLE),
-    "--coefficients=-21000,30000": Case(write_icefall, run_icefall),
+    "--scheme window --use-ema": Case(write_icefall, run_icefall),
 }
 
 
@@ -292,7 +317,8 @@ def test_a_command_gives_what_the_recipe_gives(
     states = write(tmp_path)
     monkeypatch.chdir(tmp_path)
     _, *arguments = expand(command)
-    cli.main(arguments, standalone_mode=False)
+    quick = ["--interval", "0.1"] if arguments[0] == "watch" else []  # it looks twice
+    cli.main([*arguments, *quick], standalone_mode=False)
     output = tmp_path / arguments[arguments.index("-o") + 1]
     found, wanted = read(output), expected(states)
     distance = np.linalg.norm(wanted - states[-1])

@@ -57,7 +57,7 @@ def expect(entered: list[State], start: int, end: int, name: str) -> torch.Tenso
 
 def use_icefall(start: dict[str, Any], end: dict[str, Any], name: str) -> torch.Tensor:
     """Return what average_checkpoints_with_averaged_model gives: (C_e + C_s (v / u)) u."""
-    begin, stop = start["batch_idx_train"], end["batch_idx_train"]
+    begin, stop = (one["batch_idx_train"] // PERIOD * PERIOD for one in (start, end))
     u = stop / (stop - begin)
     found: torch.Tensor = (end["model_avg"][name] + start["model_avg"][name] * ((1 - u) / u)) * u
     return found
@@ -66,14 +66,15 @@ def use_icefall(start: dict[str, Any], end: dict[str, Any], name: str) -> torch.
 @pytest.mark.parametrize("names", ["checkpoint-{}.pt", "epoch-{}.pt"])
 def test_a_window_is_the_mean_of_the_run_in_it(tmp_path: Path, names: str) -> None:
     """Of the weights themselves, and what icefall's own function gives, by steps in the files."""
-    # Epochs of unequal numbers of batches: their numbers would give other weights.
-    saved = {b: names.format(b if "check" in names else k) for k, b in enumerate((10, 30, 40), 1)}
+    # Epochs of unequal numbers of batches: their numbers would give other weights.  Batch 32 is two
+    # after the last update of the mean, which stands for the first 30.
+    saved = {b: names.format(b if "check" in names else k) for k, b in enumerate((10, 32, 40), 1)}
     entered = train(tmp_path / "exp", saved)
     report = average(tmp_path / "exp", tmp_path / "o.pt", scheme="window", use_ema=True, last=2)
     assert report.plan.mean.multipliers == (-30.0, 40.0)
     assert report.plan.coefficients == (-3.0, 4.0)
     average(tmp_path / "exp", tmp_path / "whole.pt", scheme="window", use_ema=True)
-    for output, start in (("o.pt", 30), ("whole.pt", 10)):
+    for output, start in (("o.pt", 32), ("whole.pt", 10)):
         found = torch.load(tmp_path / output, weights_only=False)
         older, newer = (
             torch.load(tmp_path / "exp" / saved[batch], weights_only=False) for batch in (start, 40)
@@ -102,3 +103,12 @@ def test_the_running_mean_has_to_be_asked_for(tmp_path: Path) -> None:
     assert "sum of the absolute values of the coefficients: 1.6667" in done.stdout
     assert "effective number" not in done.stdout
     assert "rounding errors of the running means may grow" in done.stderr
+
+
+@pytest.mark.parametrize("step", [10**400, float("nan"), float("inf"), True, "40"])
+def test_a_step_that_is_no_number_is_not_taken(tmp_path: Path, step: object) -> None:
+    """The number in the name counts then, as where there is no step in the file."""
+    for number, batch in ((10, 10), (40, step)):
+        made = {"model_avg": {"w": torch.ones(3)}, "batch_idx_train": batch, "average_period": step}
+        torch.save(made, tmp_path / f"checkpoint-{number}.pt")
+    assert plan(tmp_path, scheme="window", key="model_avg").mean.multipliers == (-10.0, 40.0)

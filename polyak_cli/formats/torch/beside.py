@@ -7,6 +7,7 @@ its structure, which is that of ``torch.optim``.  Does not know how tensors lie 
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, Literal
 
 from polyak_cli.formats.running_means import names_running_mean
@@ -126,11 +127,12 @@ def find_metric(root: Any) -> tuple[str, float] | None:
 
 
 def find_number(root: Any, key: str) -> float | None:
-    """Return a number at the top of a checkpoint's dictionary; see `Format.read_number`."""
+    """Return a finite number at the top of a checkpoint's dictionary; see `Format.read_number`."""
     value = _list_texts(root).get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    # An int of a pickle may be longer than any float.
+    return float(value) if abs(value) <= sys.float_info.max else None
 
 
 def find_raw_part(root: Any, part: str) -> str:
