@@ -332,11 +332,7 @@ class _FittedSplit:
         From arrays Keras builds a pipeline each time, which takes longer than a small model does.
         With TensorFlow it is built here, once for all models of a run.
         """
-<<<<<<< Updated upstream
         arrays: Any = (self.features, self.labels)
-=======
-        arrays = (self.features, self.labels)
->>>>>>> Stashed changes
         if keras.backend.backend() != "tensorflow" or not all(map(_is_plain, arrays)):
             return {"x": self.features, "y": self.labels, "batch_size": batch_size}
         if batch_size not in self._fed:
@@ -351,16 +347,10 @@ class _FittedSplit:
         return {"x": self._fed[batch_size]}
 
 
-<<<<<<< Updated upstream
 def _is_plain(arrays: data.Arrays) -> bool:
     """Return whether this is one array of numbers, which every library reads alike."""
     dtype = getattr(arrays, "dtype", None)
     return dtype is not None and dtype.kind in "biuf"
-=======
-def _is_plain(array: data.Arrays) -> bool:
-    """Return whether this is one array of numbers, which every library reads alike."""
-    return getattr(array, "dtype", None) is not None and array.dtype.kind in "biuf"
->>>>>>> Stashed changes
 
 
 class _Reportable(NamedTuple):
