@@ -170,6 +170,18 @@ def test_the_best_are_chosen_among_those_that_are_there(folder: Path) -> None:
     assert report.notes[0] == "there are fewer checkpoints than --best 4 so far; all are averaged"
 
 
+def test_spacing_and_even_choice_follow_the_newest(folder: Path) -> None:
+    """Both count from the newest that is there; a note says where fewer are there than wanted."""
+    (report,) = once(folder, min_spacing=2)
+    assert names(report) == ["model_1.h5", "model_3.h5"]
+    (report,) = once(folder, target_count=2, scheme="linear")
+    assert names(report) == ["model_1.h5", "model_3.h5"]
+    (report,) = once(folder, target_count=5, last=2)
+    assert names(report) == ["model_2.h5", "model_3.h5"]
+    note = "there are fewer checkpoints than --target-count 5 so far; all are averaged"
+    assert report.notes == (note,)
+
+
 def test_own_coefficients_wait_for_as_many_checkpoints(folder: Path) -> None:
     """They mean nothing for fewer."""
     options: dict[str, Any] = {"coefficients": (1.0, 1.0, 1.0, 3.0), "last": 4}

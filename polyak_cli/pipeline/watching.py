@@ -327,8 +327,13 @@ class _Watched:
 
     def _note_fewer(self, plan: Plan) -> list[str]:
         """Return a note if there are fewer checkpoints than asked for, which `average` refuses."""
-        last, best = self.options.get("last"), self.options.get("best")
-        option, wanted = ("last", last) if best is None else ("best", best)
+        # What chooses last says how many there should be.
+        given = (
+            ("best", self.options.get("best")),
+            ("target-count", self.options.get("target_count")),
+            ("last", self.options.get("last")),
+        )
+        option, wanted = next((one for one in given if one[1] is not None), ("last", 0))
         if len(plan.checkpoints) >= (wanted or 0):
             return []
         return [f"there are fewer checkpoints than --{option} {wanted} so far; all are averaged"]
