@@ -374,7 +374,7 @@ def test_a_greedy_soup_is_that_of_the_paper() -> None:
         Candidate("single", "", None, 1, make_mean([float(k == i) for i in range(7)]))
         for k in range(7)
     ]
-    found = search_greedily(score, score(singles), "loss")
+    (found,) = search_greedily(score, score(singles), "loss")
     members = [k for k, c in enumerate(found.candidate.coefficients) if c]
     assert members == sorted(soup)
     assert found.candidate.coefficients[members[0]] == pytest.approx(1 / len(soup))
