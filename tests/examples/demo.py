@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.examples.demo", description=__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--out", type=Path, default=Path(".demo"), help="where results go")
-    parser.add_argument("--picture", type=Path, help="folder for the README's picture and numbers")
+    parser.add_argument("--picture", type=Path, help="folder for the picture and its numbers")
     asked = parser.parse_args(arguments)
     asked.out.mkdir(parents=True, exist_ok=True)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.examples import digits
+from tests.examples.proof import digits_cnn
 
 RESULTS = Path(digits.__file__).parent / "results"
 
@@ -22,6 +23,25 @@ def test_the_guide_shows_the_results() -> None:
     for result in results:
         assert result["seeds"] == digits.SEEDS
         assert digits.table(result["regime"], result["rows"]) in page
+
+
+@pytest.mark.slow
+def test_a_copy_of_a_run_of_the_proof_goes_on_in_the_same_way(tmp_path: Path) -> None:
+    """Momentum and the order of the rows are copied, and files score as `evaluate` says."""
+    keras = pytest.importorskip("keras")
+    task = digits_cnn.Digits()
+    run = task.begin(0.1, 0.2, 0)
+    run.train_epoch(lambda _: 1.0)
+    copy = run.fork()
+    scores = []
+    for name, one in (("a", run), ("b", copy)):
+        one.train_epoch(lambda share: 1 - share)
+        one.save(tmp_path / f"{name}.keras")
+        scores.append(task.score(tmp_path / f"{name}.keras"))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    _, _, x, y = digits_cnn.load()
+    found = keras.models.load_model(tmp_path / "a.keras").evaluate(x, y, verbose=0)
+    assert scores[0] == pytest.approx({"loss": found[0], "accuracy": found[1]}, abs=1e-4)
 
 
 @pytest.mark.soak
