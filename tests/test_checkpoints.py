@@ -1186,6 +1186,24 @@ def test_the_best_by_lifespan_are_those_that_stayed_the_best(run: Path) -> None:
     assert epochs(select(paths[:4], best=1, best_by="lifespan", mode="max")) == [1]
 
 
+@quietly
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.data())
+def test_lifespans_are_those_of_their_definition(values: list[int], data: st.DataObject) -> None:
+    """The longest-lived are taken, then the best value, then the newer, as sorted by hand."""
+    count, mode = data.draw(st.integers(1, len(values))), data.draw(st.sampled_from(["min", "max"]))
+    better = int.__lt__ if mode == "min" else int.__gt__
+    ranked = []
+    for place, value in enumerate(values):
+        is_record = all(better(value, earlier) for earlier in values[:place])
+        later = values[place + 1 :]
+        beaten = next((k for k, other in enumerate(later) if better(other, value)), len(later))
+        lifespan = beaten if is_record else 0
+        ranked.append((-lifespan, value if mode == "min" else -value, -place))
+    expected = sorted(-key[2] for key in sorted(ranked)[:count])
+    wanted = metrics.Wanted(count, "loss", mode, by="lifespan")
+    assert metrics._rank([float(value) for value in values], wanted) == expected
+
+
 def test_a_checkpoint_without_a_score_neither_ends_a_lifespan_nor_has_one(run: Path) -> None:
     """NaN is better than nothing that is known, so the best before it stays the best."""
     make(run, "1.h5", "2.h5", "3.h5", "4.h5")

@@ -110,6 +110,17 @@ def test_the_verdict_is_one_sentence(verdict: str, sentence: str) -> None:
     assert text.count(".") == 1 + text.count(".h5")
 
 
+def test_what_lies_beyond_the_checkpoints_is_called_no_average() -> None:
+    """The best average is one; an extrapolation stands in the table, and has a line of its own."""
+    data = found()
+    data["winner"], data["rows"][0]["rank"] = data["rows"][0], 1
+    beyond = {"label": "extrapolated by 0.5, last 2", "kind": "extrapolation", "parameter": 0.5}
+    data["rows"][3] |= {**beyond, "scheme": "extrapolate", "rank": 3}
+    assert reports.write_choice(data).endswith("The best average: equal, last 3, 0.7500.")
+    assert "extrapolated by 0.5, last 2" in [row["label"] for row in reports.list_models(data)]
+    assert plots._collect_series(data, "accuracy").lines["extrapolated by 0.5"] == [(2, 0.8 / 3)]
+
+
 def test_a_sweep_of_one_checkpoint_says_so() -> None:
     """There is nothing to compare, and no table of gains."""
     data = found() | {"verdict": "newest", "gains": []}

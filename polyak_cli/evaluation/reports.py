@@ -197,7 +197,9 @@ def write_choice(found: Data) -> str:
         f"{shown(winner['label'], 60)}, {_choosing_score(winner, metric)}"
     )
     is_single = winner["kind"] == "single"
-    others = [row for row in models if (row["kind"] == "single") != is_single]
+    # What lies beyond the checkpoints is no average of them; it stands in the table.
+    kinds = ("average", "soup") if is_single else ("single",)
+    others = [row for row in models if row["kind"] in kinds]
     if not others:
         return f"{text}."
     kind = "average" if is_single else "single checkpoint"
