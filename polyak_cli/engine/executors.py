@@ -15,7 +15,7 @@ import selectors
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from polyak_cli.engine.constants import Constant
@@ -90,7 +90,10 @@ def fold(
         memory = memory.for_objects(len(job.list_counted())).align()
     tuning = memory.tuning
     # Generators: of a table of 100,000 tensors, only the batches that are at work are in memory.
-    slabs = cut_slabs(tensors, memory.piece, memory.most, aligned=memory.aligned)
+    # Slabs that are sent to other machines are several pieces each.
+    pieces = memory.tuning.pieces_per_batch if memory.aligned else 1
+    job = replace(job, piece=memory.piece)
+    slabs = cut_slabs(tensors, memory.piece, memory.most, aligned=memory.aligned, pieces=pieces)
     batches: Any  # shares where the job has parts
     if job.parts:
         batches = gather_parts(slabs, job.parts, memory)

@@ -31,6 +31,7 @@ from polyak_cli.engine.slabs import (
     TensorSource,
     Tuning,
     count_elements,
+    refine,
 )
 from polyak_cli.engine.timing import Clock, Crew, Totals
 from polyak_cli.errors import MismatchError, PolyakError, quote_glob, shown
@@ -57,6 +58,7 @@ class FoldJob:
     allow_nonfinite: bool
     sampling: Sampling | None = None  # of what inner products are taken, if they are wanted
     kernel: str = ""  # its name; empty for the one that a worker's process has chosen
+    piece: int = 0  # elements that are folded at a time where slabs are larger; 0: as these are
     flush: bool = False  # what a share has written is on the disk when it is done
     #: Where outputs are sent to a store while they are written: of each, the bytes of a part, or 0
     #: for one that is a file.  Whoever folds a part folds all of it.
@@ -196,7 +198,8 @@ class Worker:
         # Entered once a batch: entering it for each slab would take longer than a small one.
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             for bundle in batch:
-                self._fold_bundle(bundle)
+                for piece in refine(bundle, self.job.piece):
+                    self._fold_bundle(piece)
         found = self.sampler.take_products() if self.sampler else None
         return Done(self.clock.totals(), found, self.constants)
 

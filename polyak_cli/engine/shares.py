@@ -12,7 +12,7 @@ import pickle
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,13 @@ def pack(value: FoldJob | Parcel) -> bytes:
 _jobs: dict[str, FoldJob] = {}
 
 
-def fold_share(version: str, job_id: str, job: bytes, share: bytes) -> Reply:
+def fold_share(
+    version: str,
+    job_id: str,
+    job: bytes,
+    share: bytes,
+    on_folded: Callable[[], None] = lambda: None,
+) -> Reply:
     """Fold a share into the outputs, and return what that took and found.
 
     Args:
@@ -152,6 +158,8 @@ def fold_share(version: str, job_id: str, job: bytes, share: bytes) -> Reply:
         job_id: of the job.
         job: as `pack` makes it; empty if this process should have it already.
         share: a `Parcel`, as `pack` makes it.
+        on_folded: called when nothing is left but to wait until parts are sent: another share may
+            be folded meanwhile, on another thread.
 
     Returns:
         One of "done", with what a `Done` has; "version", where it is another one; "unknown", where
@@ -166,7 +174,7 @@ def fold_share(version: str, job_id: str, job: bytes, share: bytes) -> Reply:
         known = _find_job(job_id, job)
         if known is None:
             return {"worker": worker, "unknown": True}
-        return {"worker": worker, "done": _fold(known, _unpack(share))}
+        return {"worker": worker, "done": _fold(known, _unpack(share), on_folded)}
     except Exception as error:
         unseen = _find_unseen(known) if known else None
         return {"worker": worker, "unseen": unseen, **describe_error(error)}
@@ -206,7 +214,7 @@ def _find_job(job_id: str, job: bytes) -> FoldJob | None:
     return _jobs.get(job_id)
 
 
-def _fold(job: FoldJob, parcel: Parcel) -> Reply:
+def _fold(job: FoldJob, parcel: Parcel, on_folded: Callable[[], None] = lambda: None) -> Reply:
     """Fold a share; nothing of it stays open."""
     totals, products = Totals(), Products(len(job.list_counted()))
     constants: list[Constant] = []
@@ -225,7 +233,7 @@ def _fold(job: FoldJob, parcel: Parcel) -> Reply:
         for output in outputs if job.flush else ():
             output.sync()
         worker.finish()
-        delivered = sinks.deliver(outputs)
+    delivered = sinks.deliver(outputs, on_folded)
     requests, retries = _requests.take()
     return {
         "totals": list(totals.plus(Totals(requests=requests, retries=retries))),

@@ -162,7 +162,12 @@ class Memory(NamedTuple):
 
 
 def cut_slabs(
-    tensors: Iterable[FoldTensor], piece: int, most: int, *, aligned: bool = False
+    tensors: Iterable[FoldTensor],
+    piece: int,
+    most: int,
+    *,
+    aligned: bool = False,
+    pieces: int = 1,
 ) -> Iterator[Slab]:
     """Cut tensors into slabs that cover each exactly once.
 
@@ -172,16 +177,34 @@ def cut_slabs(
         most: elements of a slab if the storage prefers larger reads.
         aligned: where a tensor is cut, its place in the output is a multiple of a slab's bytes, if
             the storage does not prefer otherwise.
+        pieces: pieces of a slab, for who folds it piece by piece (see `refine`), if the storage
+            does not prefer otherwise.  Few slabs are quickly cut, and sent.
     """
     for tensor in tensors:
         # A chunk is decoded whole for any part of it, so slabs end where chunks do if that fits.
-        best = max(s.storage.preferred_nbytes // itemsize(s.dtype) for s in tensor.sources)
-        step = piece if best <= 1 else max(1, min(best * max(1, piece // best), most))
+        best = _count_preferred(tensor)
+        step = piece * pieces if best <= 1 else max(1, min(best * max(1, piece // best), most))
         first = _find_first_cut(tensor.targets[0], step) if aligned and best <= 1 else step
         if first < step:
             yield Slab(tensor, 0, min(first, tensor.size))
         for start in range(first % step, tensor.size, step):
             yield Slab(tensor, start, min(start + step, tensor.size))
+
+
+def _count_preferred(tensor: FoldTensor) -> int:
+    """Return the elements that the storage prefers to be read at a time."""
+    return max(s.storage.preferred_nbytes // itemsize(s.dtype) for s in tensor.sources)
+
+
+def refine(bundle: Bundle, piece: int) -> Iterable[Bundle]:
+    """Return the pieces of a slab that was cut to several; any other bundle stays whole."""
+    tensor, start, stop = bundle[0]
+    if len(bundle) > 1 or not piece or stop - start <= piece:
+        return [bundle]
+    if _count_preferred(tensor) > 1:
+        return [bundle]  # it was cut as its storage prefers
+    bounds = (*range(start, stop, piece), stop)
+    return ([Slab(tensor, low, high)] for low, high in itertools.pairwise(bounds))
 
 
 def _find_first_cut(target: Placement, step: int) -> int:

@@ -57,7 +57,8 @@ class Spawned:
     def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
         """See `executors.Executor.run`."""
         with contextlib.closing(_Pool(self.jobs)) as pool:
-            yield from _Shares(pool, self.jobs).run(job, batches)
+            # Few: a process is idle at the end of each, while its last parts are on their way.
+            yield from _Shares(pool, self.jobs, rounds=3).run(job, batches)
 
 
 class _Shares(Futures):

@@ -7,6 +7,7 @@ who makes an output passes how its parts are sent.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Semaphore
@@ -102,18 +103,20 @@ class PartOutput:
 
 
 class Outbox:
-    """Sends parts on threads of its own, while the next ones are made."""
+    """Sends parts of one output on other threads, while the next ones are made.
+
+    All outboxes of a process share these threads, so that few parts are in memory and on their way.
+    """
 
     def __init__(self, send: Callable[[int, bytearray], str], at_once: int) -> None:
         """Send nothing yet.
 
         Args:
             send: sends a part, and returns its receipt.
-            at_once: parts that are in memory and on their way at most.
+            at_once: parts that are on their way at most.
         """
         self._send = send
-        self._slots = Semaphore(at_once)
-        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="polyak-put")
+        self._pool, self._slots = _open_lines(at_once)
         self._sent: dict[int, Future[str]] = {}
 
     def put(self, number: int, content: bytearray) -> None:
@@ -123,11 +126,12 @@ class Outbox:
             PolyakError: an earlier part could not be sent.
         """
         self._slots.acquire()
-        for future in [*self._sent.values()]:
-            if future.done():
-                future.result()
-        self._sent[number] = future = self._pool.submit(self._send, number, content)
+        future = self._pool.submit(self._send, number, content)
         future.add_done_callback(lambda _: self._slots.release())
+        for other in [*self._sent.values()]:
+            if other.done():
+                other.result()
+        self._sent[number] = future
 
     def collect(self) -> dict[int, str]:
         """Wait for all parts, and return their receipts by number.
@@ -137,6 +141,8 @@ class Outbox:
         """
         return {number: future.result() for number, future in self._sent.items()}
 
-    def close(self) -> None:
-        """Send nothing more; parts that are on their way arrive, or not."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+
+@functools.cache
+def _open_lines(at_once: int) -> tuple[ThreadPoolExecutor, Semaphore]:
+    """Return the threads of this process that send so many parts at a time, and their number."""
+    return ThreadPoolExecutor(at_once, thread_name_prefix="polyak-put"), Semaphore(at_once)

@@ -104,8 +104,9 @@ def send_part(upload: Upload, number: int, content: bytes | bytearray) -> str:
 
 
 def make_outbox(upload: Upload) -> Outbox:
-    """Return what sends parts, several at a time if they are small."""
-    at_once = max(1, min(_MOST_AT_ONCE, _MEMORY // upload.part))
+    """Return what sends parts, more of them at a time if they are small."""
+    # One connection to a store is slower than a worker.
+    at_once = max(2, min(_MOST_AT_ONCE, _MEMORY // upload.part))
     return Outbox(partial(send_part, upload), at_once)
 
 

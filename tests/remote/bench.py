@@ -2,7 +2,9 @@
 
 `floor`: polyak beside only reading every byte from the same server, by the same client.
 `scaling`: a proxy bounds each connection, so that the way is the limit, and not this machine: 1, 2,
-4 and 8 workers of a Dask cluster average from the bucket to the bucket.
+4 and 8 workers of a Dask cluster average from the bucket to the bucket.  What counts is the time
+from the first request for values to the one that completes the upload; all before and after is
+start-up (Python, the cluster's client, listing, headers, digests), and given beside it.
 `scheduler`: see `tests.remote.simulation`.
 
 Tables go to the terminal, data to `.bench/remote.json`.
@@ -25,9 +27,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from polyak_cli.storage.uploads import PART
 from tests.command import POLYAK, ROOT, environment
 from tests.remote.clusters import Cluster, cluster, make, read_cpu
-from tests.remote.proxy import Proxy
+from tests.remote.proxy import Proxy, Request
 from tests.remote.servers import S3Bucket, seaweedfs
 from tests.remote.simulation import simulate
 
@@ -58,8 +61,8 @@ with concurrent.futures.ThreadPoolExecutor({_AT_A_TIME}) as pool:
 """
 
 
-def put_run(bucket: S3Bucket, files: int, nbytes: int) -> list[tuple[str, int]]:
-    """Put checkpoints of bfloat16's size into a bucket; return their keys and sizes."""
+def put_run(bucket: S3Bucket, files: int, nbytes: int, name: str) -> list[tuple[str, int]]:
+    """Put checkpoints of bfloat16's size into a folder of a bucket; return their keys and sizes."""
     draw = np.random.default_rng(0)
     shape = (nbytes // 2 // 16 // 1024, 1024)
     values = [draw.standard_normal(shape, np.float32).astype(np.float16) for _ in range(16)]
@@ -72,8 +75,8 @@ def put_run(bucket: S3Bucket, files: int, nbytes: int) -> list[tuple[str, int]]:
                 for n, one in enumerate(values)
             }
             save_file(tensors, path, {"format": "pt"})
-            bucket.client.upload_file(str(path), bucket.name, f"run/{path.name}")
-            kept.append((f"run/{path.name}", path.stat().st_size))
+            bucket.client.upload_file(str(path), bucket.name, f"{name}/{path.name}")
+            kept.append((f"{name}/{path.name}", path.stat().st_size))
             path.unlink()
     return kept
 
@@ -99,9 +102,9 @@ def measure(commands: Sequence[Sequence[str]], environ: Mapping[str, str]) -> Me
     return Measured(seconds=took, cpu=cpu, said=said)
 
 
-def average(bucket: S3Bucket, output: object, *options: object) -> list[str]:
+def average(bucket: S3Bucket, output: object, *options: object, run: str = "run") -> list[str]:
     """Return the command that averages the run of a bucket."""
-    return [*POLYAK, "average", f"{bucket.url}/run/", "-o", str(output), "--force", "--json",
+    return [*POLYAK, "average", f"{bucket.url}/{run}/", "-o", str(output), "--force", "--json",
             "--no-hash", *map(str, options)]  # fmt: skip
 
 
@@ -110,33 +113,53 @@ def read_all_cpu(found: Cluster) -> float:
     return sum(read_cpu(worker.pid) for worker in found.workers)
 
 
-def scale(folder: Path, bucket: S3Bucket, nbytes: int, asked: Any) -> list[dict[str, Any]]:
+class Watch:
+    """Notes when the first request for values came, and the one that completes the upload."""
+
+    def __init__(self) -> None:
+        self.first = self.last = 0.0
+
+    def __call__(self, request: Request) -> None:
+        """Look at a request; see `proxy.Rule`."""
+        low, _, high = request.headers.get("range", "").removeprefix("bytes=").partition("-")
+        if not self.first and high and int(high) - int(low) > MB:
+            self.first = time.monotonic()
+        if request.method == "POST" and "uploadId" in request.query:
+            self.last = time.monotonic()
+
+
+def scale(folder: Path, bucket: S3Bucket, asked: Any) -> list[dict[str, Any]]:
     """Measure 1, 2, 4 and 8 workers behind a proxy that bounds each connection."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    # As many whole parts for each of the workers, of which each is folded by one of them.
+    size = max(asked.workers) * asked.parts * PART - (1 << 20)
+    keys = put_run(bucket, asked.scaling_files, size, "scaling")
+    nbytes = sum(n for _, n in keys)
     with Proxy(bucket.server, asked.rate, asked.delay) as proxy:
         environ = bucket.environ | proxy.environ
         for workers in asked.workers:
             home = make(folder / f"cluster-{workers}")
             with cluster(home, environment(**environ), workers) as made:
                 command = average(bucket, f"{bucket.url}/o.safetensors", "--engine", "dask",
-                                  "--scheduler", made.address)  # fmt: skip
+                                  "--scheduler", made.address, run="scaling")  # fmt: skip
                 proxy.traffic.clear()
+                proxy.rules = [watch := Watch()]
                 cpu = read_all_cpu(made)
                 found = measure([command], environ)
-                report = json.loads(found["said"][0])
+                seconds = watch.last - watch.first
                 rows.append({
                     "workers": workers,
-                    "seconds": found["seconds"],
-                    "seconds of the fold": report["seconds"],
+                    "seconds": seconds,
+                    "MB/s": nbytes / seconds / MB,
+                    "of linear": 0.0,
+                    "seconds of start-up": found["seconds"] - seconds,
                     "CPU seconds a GB": (found["cpu"] + read_all_cpu(made) - cpu) / (nbytes / 1e9),
                     "requests": dict(proxy.traffic.requests),
                     "connections": proxy.traffic.most_open,
-                    "received": proxy.traffic.received,
                 })  # fmt: skip
-                first = rows[0]
-                row = rows[-1]
-                ideal = workers / first["workers"]
-                row["of linear"] = first["seconds of the fold"] / row["seconds of the fold"] / ideal
+                first, row = rows[0], rows[-1]
+                ideal = first["seconds"] * first["workers"] / workers
+                row["of linear"] = ideal / seconds
                 print(json.dumps(row), flush=True)
     return rows
 
@@ -183,7 +206,9 @@ def main() -> None:
     ask.add_argument("only", nargs="*", default=["floor", "scaling", "scheduler"])
     ask.add_argument("--files", type=int, default=10, help="checkpoints")
     ask.add_argument("--size", type=float, default=100.0, help="MB of a checkpoint")
-    ask.add_argument("--rate", type=float, default=0.6e6, help="bytes a second of a connection")
+    ask.add_argument("--scaling-files", type=int, default=2, help="checkpoints behind the bound")
+    ask.add_argument("--parts", type=int, default=8, help="parts for each of the most workers")
+    ask.add_argument("--rate", type=float, default=1.4e6, help="bytes a second of a connection")
     ask.add_argument("--delay", type=float, default=0.02, help="seconds before each answer")
     ask.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4, 8])
     ask.add_argument("--jobs", type=int, default=2, help="processes, without a bound")
@@ -197,11 +222,11 @@ def main() -> None:
         if {"floor", "scaling"} & {*asked.only}:
             (folder / "server").mkdir()
             bucket = S3Bucket.create(s.enter_context(seaweedfs(folder / "server")))
-            keys = put_run(bucket, asked.files, round(asked.size * MB))
             if "floor" in asked.only:
+                keys = put_run(bucket, asked.files, round(asked.size * MB), "run")
                 found["floor"] = compare(folder, bucket, keys, asked)
             if "scaling" in asked.only:
-                found["scaling"] = scale(folder, bucket, sum(n for _, n in keys), asked)
+                found["scaling"] = scale(folder, bucket, asked)
         if "scheduler" in asked.only:
             found["scheduler"] = [simulate(64, 0.0), simulate(64, asked.seconds)]
             print(json.dumps(found["scheduler"], indent=2))

@@ -18,22 +18,23 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
-from polyak_cli.engine import clusters, shares
+from polyak_cli.engine import clusters, sinks
 from polyak_cli.engine.folding import FoldJob
 from polyak_cli.engine.slabs import (
-    Batch,
     FoldTensor,
     Memory,
+    Share,
     TensorSource,
-    bundle_slabs,
     cut_slabs,
-    gather_batches,
+    gather_parts,
 )
 from polyak_cli.engine.timing import Totals
-from polyak_cli.storage import File, Version
+from polyak_cli.storage import File, Version, mirrors
+from polyak_cli.storage.uploads import Upload
 from polyak_cli.tensors import Extent, Placement
 from tests.command import environment
 from tests.remote.clusters import Cluster, cluster, has_said, make, read_cpu, wait_until
@@ -50,13 +51,15 @@ DONE = {
     "products": None,
     "constants": [],
     "kernel": "compiled",
+    "receipts": {0: {1: "0" * 34}},
+    "written": {},
     "peak": 0,
 }
 
 
-def make_batches(tensors: int) -> Iterator[Batch]:
-    """Yield the batches of a fold of so many tensors, as for an average of this size."""
-    memory = Memory.within(1 << 30, 1).align()
+def make_parts(tensors: int) -> Iterator[Share]:
+    """Yield the parts of an average of so many tensors of this size, as `executors.fold` does."""
+    memory = Memory.within(1 << 30, 1).for_objects(CHECKPOINTS).align()
     size = NUMBERS // TENSORS
     nbytes = 2 * size
     folded = [
@@ -69,18 +72,24 @@ def make_batches(tensors: int) -> Iterator[Batch]:
         )
         for k in range(tensors)
     ]  # fmt: skip
-    slabs = cut_slabs(folded, memory.piece, memory.most, aligned=True)
-    return gather_batches(bundle_slabs(slabs, memory.piece), memory.batch_nbytes)
+    slabs = cut_slabs(
+        folded,
+        memory.piece,
+        memory.most,
+        aligned=memory.aligned,
+        pieces=memory.tuning.pieces_per_batch,
+    )
+    return gather_parts(slabs, [PART], memory)
 
 
-def make_job() -> FoldJob:
+def make_job(output: str) -> FoldJob:
     """Return the job of ten checkpoints in a bucket."""
     inputs = [
         File(f"s3://bucket/run/step_{k}/model.safetensors", Version(0, 0, 2 * NUMBERS, 0))
         for k in range(CHECKPOINTS)
     ]
     coefficients = np.full((1, CHECKPOINTS), 1 / CHECKPOINTS)
-    return FoldJob(inputs, ["s3://bucket/o"], coefficients, [1.0], False)
+    return FoldJob(inputs, [output], coefficients, [1.0], False, parts=[PART])
 
 
 async def serve(address: str, count: int, seconds: float) -> None:
@@ -91,7 +100,7 @@ async def serve(address: str, count: int, seconds: float) -> None:
         time.sleep(seconds)
         return {"worker": distributed.get_worker().address, "done": DONE}
 
-    clusters.run_on_dask = sleep
+    vars(clusters)["run_on_dask"] = sleep  # `clusters` looks it up by its name
     start: Any = distributed.Worker
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(count):
@@ -118,18 +127,37 @@ def serving(folder: Path, workers: int, seconds: float) -> Iterator[Cluster]:
         yield found
 
 
+@contextlib.contextmanager
+def uploading(folder: Path) -> Iterator[str]:
+    """Yield the name of a file that counts as being sent in parts; of it only the size is there."""
+    path = folder / "o"
+    with path.open("xb") as file:
+        file.truncate(2 * NUMBERS)
+    upload = Upload("s3://bucket/o", "upload", "token", PART, 2 * NUMBERS)
+    with (
+        mock.patch.object(sinks, "find_sinks", return_value=[upload]),
+        mock.patch.object(mirrors, "add_receipts"),
+    ):
+        yield str(path)
+
+
 def simulate(workers: int, seconds: float, tensors: int = TENSORS) -> dict[str, Any]:
-    """Run all shares on a cluster, and return what that took."""
+    """Run all parts on a cluster, one a share, and return what that took."""
     begun = time.process_time()
-    count = sum(1 for _ in shares.gather_shares(make_batches(tensors), CHECKPOINTS * PART))
+    count = sum(1 for _ in make_parts(tensors))
     cutting = time.process_time() - begun
-    with tempfile.TemporaryDirectory() as name, serving(Path(name), workers, seconds) as made:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        uploading(Path(name)) as output,
+        serving(Path(name), workers, seconds) as made,
+    ):
         pid = made.scheduler.pid
         with clusters.start("dask", made.address, 0) as executor:
             assert isinstance(executor, clusters.Dask)
-            executor.share_nbytes = CHECKPOINTS * PART
+            executor.share_nbytes = 1
             cpu, own, start = read_cpu(pid), time.process_time(), time.monotonic()
-            done = sum(1 for _ in executor.run(make_job(), make_batches(tensors)))
+            parts: Any = make_parts(tensors)
+            done = sum(1 for _ in executor.run(make_job(output), parts))
             took = time.monotonic() - start
             assert done == count
             return {
@@ -140,7 +168,7 @@ def simulate(workers: int, seconds: float, tensors: int = TENSORS) -> dict[str, 
                 "seconds if nothing were in the way": count * seconds / workers,
                 "scheduler's CPU seconds": read_cpu(pid) - cpu,
                 "coordinator's CPU seconds": time.process_time() - own,
-                "CPU seconds of cutting into shares": cutting,
+                "CPU seconds of cutting into parts": cutting,
             }
 
 
