@@ -144,7 +144,7 @@ def scale(folder: Path, bucket: S3Bucket, asked: Any) -> list[dict[str, Any]]:
                                   "--scheduler", made.address, run="scaling")  # fmt: skip
                 proxy.traffic.clear()
                 proxy.rules = [watch := Watch()]
-                cpu = read_all_cpu(made)
+                cpu, own = read_all_cpu(made), time.process_time()
                 found = measure([command], environ)
                 seconds = watch.last - watch.first
                 rows.append({
@@ -154,6 +154,7 @@ def scale(folder: Path, bucket: S3Bucket, asked: Any) -> list[dict[str, Any]]:
                     "of linear": 0.0,
                     "seconds of start-up": found["seconds"] - seconds,
                     "CPU seconds a GB": (found["cpu"] + read_all_cpu(made) - cpu) / (nbytes / 1e9),
+                    "proxy's CPU seconds": time.process_time() - own,
                     "requests": dict(proxy.traffic.requests),
                     "connections": proxy.traffic.most_open,
                 })  # fmt: skip

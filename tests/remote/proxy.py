@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from tests.remote.servers import Server
 
 #: Bytes that are passed on at a time, so that a bound on bytes a second holds evenly.
-STEP = 1 << 16
+STEP = 1 << 18
 #: What belongs to one connection rather than to a request or its answer.
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "proxy-connection"}
 
