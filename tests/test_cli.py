@@ -257,7 +257,7 @@ USAGE = {
     ),
     "sigma of linear": (
         ["average", "ckpts", "-o", "o.h5", "--scheme", "linear", "--sigma", "0.1"],
-        "--sigma belongs to --scheme power, not to linear",
+        "--sigma belongs to --scheme power or posthoc, not to linear",
     ),
     "coefficients and scheme": (
         ["average", "ckpts", "-o", "o.h5", "--scheme", "exp", "--coefficients", "1,1"],
@@ -632,7 +632,7 @@ def test_the_plan_as_json_is_complete(run_folder: Path) -> None:
     assert {key: type(value) for key, value in plan.items()} == PLAN_KEYS
     assert [c["name"] for c in plan["checkpoints"]] == [f"model_{k}.h5" for k in range(490, 500)]
     assert all(
-        set(c) == {"path", "name", "epoch", "metric", "size", "coefficient"}
+        set(c) == {"path", "name", "epoch", "metric", "size", "sigma", "coefficient"}
         for c in plan["checkpoints"]
     )
     expected = np.exp(-np.arange(10, 0, -1) / 3)

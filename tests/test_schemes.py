@@ -485,7 +485,10 @@ def test_custom_and_a_scheme_exclude_each_other() -> None:
             lambda: resolve("linear", {"alpha": 2.0}),
             "--alpha belongs to --scheme exp, not to linear",
         ),
-        (lambda: resolve(None, {"sigma": 0.1}), "--sigma belongs to --scheme power, not to equal"),
+        (
+            lambda: resolve(None, {"sigma": 0.1}),
+            "--sigma belongs to --scheme power or posthoc, not to equal",
+        ),
         (lambda: resolve("exp", {"decay": 0.9}), "--decay belongs to --scheme ema, not to exp"),
         (lambda: resolve("ema", {"alpha": 2.0, "decay": 0.9}), "--alpha belongs to --scheme exp"),
         (lambda: resolve(None, {"alpha": 2.0}, custom=[1.0]), "exp, not to --coefficients"),

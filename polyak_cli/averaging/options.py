@@ -16,6 +16,7 @@ import numpy as np
 
 from polyak_cli import checkpoints, formats
 from polyak_cli.averaging import places, schemes
+from polyak_cli.checkpoints import snapshots
 from polyak_cli.engine.slabs import Memory
 from polyak_cli.errors import MissingExtraError, UsageError, shown
 from polyak_cli.tensors import FLOATS
@@ -61,11 +62,15 @@ class Options(TypedDict, total=False):
         log_first: what the log calls the epoch that file names call 1: 0, as Keras counts, or 1.
         epoch_pattern: a regular expression that finds the epoch in a name.
         order: "given" keeps the order of files given one by one; "epoch" is the default.
+        snapshots: of "posthoc", a CSV or JSON file with file, step and sigma of each snapshot, or
+            the sigmas with commas between them, of files that are named INDEX.STEP.pt; by default
+            both are in the names.
         scheme: "equal" (the default), "linear", "exp", "ema", "power", "decay",
-            "window".
+            "window", "posthoc".
         alpha: the parameter of "exp": the age, in checkpoints, at which a weight falls to 1 / e.
         decay: the parameter of "ema": the factor of the weight for each checkpoint of age.
-        sigma: the parameter of "power": the relative width, as a part of the run's length.
+        sigma: the parameter of "power" and "posthoc": the relative width, as a part of the run's
+            length.
         shape: the parameter of "decay": of the decay that it replaces, "linear", "1-sqrt" or
             "cosine".
         ema_half_life: "ema" and "power" in another way: the epochs or steps in which a weight falls
@@ -120,6 +125,7 @@ class Options(TypedDict, total=False):
     log_first: int | None
     epoch_pattern: str | None
     order: str | None
+    snapshots: Source | None
     scheme: str | None
     alpha: float | None
     decay: float | None
@@ -169,6 +175,7 @@ class Choice:
     log_first: int | None = None
     epoch_pattern: str | None = None
     order: str | None = None
+    snapshots: Source | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +201,13 @@ class Weighting:
         given = {name: getattr(self, name) for name in schemes.PARAMETERS}
         return schemes.resolve(self.scheme, given, custom=self.coefficients)
 
-    def compute(self, positions: Sequence[float]) -> schemes.Mean:
-        """Return the mean of checkpoints at these positions, oldest first.
+    def compute(self, positions: Sequence[float], sigmas: Sequence[float] = ()) -> schemes.Mean:
+        """Return the mean of checkpoints at these positions, oldest first; see `schemes`.
 
         Raises:
             UsageError: own coefficients do not fit the number of checkpoints.
         """
-        return schemes.compute_mean(self.resolve(), positions, self.coefficients)
+        return schemes.compute_mean(self.resolve(), positions, self.coefficients, sigmas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +331,8 @@ def parse(options: Options) -> Settings:
         if value < least:
             raise UsageError(f"--{option} is {value}; expected at least {least}")
     check_engine(settings.machine)
+    if settings.choice.snapshots is not None and settings.weighting.scheme != "posthoc":
+        raise UsageError("--snapshots belongs to --scheme posthoc, which is missing")
     # A scheme and parameters that contradict one another are refused before any file is read.
     settings.weighting.resolve()
     return settings
@@ -379,7 +388,7 @@ def select(
     choice: Choice,
     *,
     use_ema: bool = False,
-    scheme: str | None = None,
+    weighting: Weighting | None = None,
     growing: bool = False,
     find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]] = formats.find_polyak_outputs,
 ) -> checkpoints.Selection:
@@ -387,8 +396,12 @@ def select(
 
     The positions are those that the scheme needs.
     """
+    scheme = weighting.scheme if weighting else None
     # A text is a sequence too, of its letters.
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    if weighting and scheme == "posthoc":
+        found = _find_snapshots(listed, choice, use_ema, find_polyak_outputs)
+        return places.place_snapshots(found, float(weighting.resolve().parameters["sigma"]))
     chosen = checkpoints.select(
         listed,
         last=choice.last,
@@ -411,6 +424,35 @@ def select(
         find_polyak_outputs=find_polyak_outputs,
     )
     return places.place_running_means(chosen) if scheme == "window" else chosen
+
+
+#: Fields of `Choice` that choose among EMA snapshots too.
+_OF_SNAPSHOTS = ("exclude", "from_epoch", "to_epoch", "snapshots")
+
+
+def _find_snapshots(
+    sources: Sequence[Source],
+    choice: Choice,
+    use_ema: bool,
+    find_polyak_outputs: Callable[[Sequence[Path]], Collection[Path]],
+) -> snapshots.Snapshots:
+    """Find EMA snapshots; refuse options that would choose some of them by other rules."""
+    for one in fields(choice):
+        if one.name not in _OF_SNAPSHOTS and getattr(choice, one.name) != one.default:
+            raise UsageError(
+                f"--scheme posthoc combines all snapshots, and --{one.name.replace('_', '-')} "
+                "would leave some out or order them; choose them with --exclude, or by step with "
+                "--from and --to"
+            )
+    return snapshots.find_snapshots(
+        sources,
+        None if choice.snapshots is None else os.fspath(choice.snapshots),
+        exclude=choice.exclude,
+        from_step=choice.from_epoch,
+        to_step=choice.to_epoch,
+        use_ema=use_ema,
+        find_polyak_outputs=find_polyak_outputs,
+    )
 
 
 def _count_processors() -> int:

@@ -8,12 +8,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from polyak_cli import formats
+from polyak_cli.averaging.schemes.posthoc import combine
 from polyak_cli.checkpoints import Selection, find_file
+from polyak_cli.checkpoints.snapshots import Snapshots
 from polyak_cli.errors import UsageError, shown
 
 #: Where icefall keeps how many batches it has trained, and every how many of them its ``model_avg``
 #: is updated: that is the mean of the batches up to the last update.
 _BATCHES, _PERIOD = "batch_idx_train", "average_period"
+#: A difference from the EMA that is asked for, as a part of its norm, of which a plan warns.
+_FAR = 0.2
 
 
 def place_running_means(chosen: Selection) -> Selection:
@@ -41,4 +45,35 @@ def place_running_means(chosen: Selection) -> Selection:
     raise UsageError(
         f"--scheme window needs the step of each file, but {shown(unknown)} has no number in its "
         f"name that could be it, and no '{_BATCHES}' inside; say where it is with --epoch-pattern"
+    )
+
+
+def place_snapshots(found: Snapshots, sigma: float) -> Selection:
+    """Return EMA snapshots with their steps for positions, and a note on what they can give.
+
+    Args:
+        found: the snapshots.
+        sigma: of the EMA to make.
+
+    Raises:
+        UsageError: they cannot be combined.
+    """
+    error = combine(found.steps, sigma, found.sigmas).error
+    note = (
+        f"the EMA of sigma {sigma:g} at step {max(found.steps):g} is a snapshot itself"
+        if error == 0.0
+        else f"the weights of the steps that the snapshots give are off those of an EMA of sigma "
+        f"{sigma:g} at step {max(found.steps):g} by {100 * error:.2g} % (norm of the difference)"
+    )
+    if error > _FAR:
+        note = f"warning: {note}: more snapshots, or of other sigmas, come nearer"
+    return Selection(
+        found.checkpoints,
+        found.passed_over,
+        (*found.notes, note),
+        found.steps,
+        left_out=found.left_out,
+        run=found.checkpoints,
+        thinned=True,
+        sigmas=found.sigmas,
     )

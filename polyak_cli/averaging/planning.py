@@ -84,6 +84,7 @@ class Plan:
         tables: the table of tensors of each checkpoint.
         averaged_rows: the tensors to average as each checkpoint has them.
         carried_rows: the tensors to copy from the newest, in the same form.
+        sigmas: of EMA snapshots, the relative width of each; otherwise empty.
     """
 
     output: Path | None
@@ -113,6 +114,7 @@ class Plan:
     tables: tuple[Table, ...] = field(repr=False)
     averaged_rows: tuple[Row, ...] = field(repr=False)
     carried_rows: tuple[Row, ...] = field(repr=False)
+    sigmas: tuple[float, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -181,10 +183,16 @@ class Plan:
                     "epoch": checkpoint.epoch,
                     "metric": checkpoint.metric,
                     "size": table.size,
+                    "sigma": sigma,
                     "coefficient": coefficient,
                 }
-                for checkpoint, name, table, coefficient in zip(
-                    self.checkpoints, self.names, self.tables, self.coefficients, strict=True
+                for checkpoint, name, table, sigma, coefficient in zip(
+                    self.checkpoints,
+                    self.names,
+                    self.tables,
+                    self.sigmas or [None] * len(self.checkpoints),
+                    self.coefficients,
+                    strict=True,
                 )
             ],
             "template": name_path(self.checkpoints[-1].path),
@@ -265,7 +273,7 @@ def plan_average(
         PolyakError: a leaf of it; see `pipeline.plan`.
     """
     scheme = settings.weighting.resolve()
-    mean = settings.weighting.compute(chosen.positions)
+    mean = settings.weighting.compute(chosen.positions, chosen.sigmas)
     template = (tables := _scan(chosen, settings))[-1]
     _check_output(output, tables, chosen, settings)
     around.check_template(template, output)
@@ -302,6 +310,7 @@ def plan_average(
         tables=tables,
         averaged_rows=tuple(found.averaged),
         carried_rows=tuple(found.carried),
+        sigmas=chosen.sigmas,
     )
     if output and not sends_in_parts(made):
         publishing.check_room(output, around.copies * made.bytes_to_write)

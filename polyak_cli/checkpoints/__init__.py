@@ -80,6 +80,7 @@ class Selection:
         rearranged: files were given one by one, and are not in the order given.
         thinned: some checkpoints were left out on purpose, so a gap in the epochs means nothing.
         problems: what `survey` found.
+        sigmas: of EMA snapshots, the relative width of each; otherwise empty.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -91,6 +92,7 @@ class Selection:
     rearranged: bool = False
     thinned: bool = False
     problems: tuple[Problem, ...] = ()
+    sigmas: tuple[float, ...] = ()
 
 
 def _find_none(_: Sequence[Path]) -> Collection[Path]:

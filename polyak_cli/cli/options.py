@@ -377,6 +377,16 @@ def scheme_options(function: Any) -> Any:
     declared += [_declare_parameter(name, owners) for name, owners in PARAMETERS.items()]
     declared.append(
         option(
+            "--snapshots",
+            type=Readable(),
+            metavar="FILE|SIGMAS",
+            help="For posthoc: a CSV or JSON file with file, step and sigma of each snapshot, or "
+            "the sigmas of files that are named INDEX.STEP, like 0.05,0.28.  [default: both are in "
+            "the names]",
+        )
+    )
+    declared.append(
+        option(
             "--coefficients",
             type=Numbers(),
             help="Your own coefficients instead of a scheme, oldest first, of any sign; they are "

@@ -115,15 +115,7 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[Line]:
     """Yield the plan for a person; with ``verbose``, the fate of every tensor too."""
     count = len(plan.checkpoints)
     yield f"{word_count(count, 'checkpoint')}, {word_rule(plan)}, oldest first:"
-    rows = zip(plan.checkpoints, plan.names, plan.coefficients, strict=True)
-    yield Table(
-        ("checkpoint", "epoch", "coefficient"),
-        [
-            (shown(name), word_epoch(checkpoint.epoch), f"{coefficient:.6f}")
-            for checkpoint, name, coefficient in rows
-        ],
-        spare=("epoch",),
-    )
+    yield _lay_out_coefficients(plan)
     if count == 1:
         yield _COPY
     if not plan.averages_running_means:  # which are no noise around one value
@@ -151,6 +143,21 @@ def plan_lines(plan: Plan, verbose: bool) -> Iterator[Line]:
         f"to read {word_size(plan.bytes_to_read)}, "
         f"to write about {word_size(plan.bytes_to_write)}, memory about {word_size(plan.memory)}"
     )
+
+
+def _lay_out_coefficients(plan: Plan) -> Table:
+    """Return the table of the checkpoints; of EMA snapshots, it has their widths."""
+    columns = [
+        [shown(name) for name in plan.names],
+        [word_epoch(checkpoint.epoch) for checkpoint in plan.checkpoints],
+        [f"{sigma:g}" for sigma in plan.sigmas],
+        [f"{coefficient:.6f}" for coefficient in plan.coefficients],
+    ]
+    titles: tuple[str, ...] = ("checkpoint", "epoch", "coefficient")
+    if plan.sigmas:
+        titles = ("snapshot", "step", "sigma", "coefficient")
+    rows = [*zip(*filter(None, columns), strict=True)]
+    return Table(titles, rows, spare=("epoch",))
 
 
 #: What a user may not expect of an average.

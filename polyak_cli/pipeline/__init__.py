@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from polyak_cli import checkpoints, formats
-from polyak_cli.averaging import carried_files, products, records
+from polyak_cli.averaging import carried_files, products, records, schemes
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging.belonging import blame, factors
 from polyak_cli.averaging.belonging.runs import Verdict
@@ -111,6 +111,11 @@ def parse_options(options: Options) -> tuple[Settings, Stages]:
         raise UsageError(
             "--on-unhealthy checks the model's own tensors, not the EMAs of --use-ema; leave out "
             "one of the two"
+        )
+    if stages.on_unhealthy and schemes.takes_running_means(settings.weighting.scheme):
+        raise UsageError(
+            f"--on-unhealthy examines the weights of a run, and --scheme {options['scheme']} takes "
+            "running means of them; leave out one of the two"
         )
     for key in ("batch_size", "trust_code"):
         if options.get(key) and stages.recalibrate is None:
@@ -295,11 +300,12 @@ def make_plan(
             sources,
             settings.choice,
             use_ema=settings.tensors.use_ema,
-            scheme=settings.weighting.scheme,
+            weighting=settings.weighting,
         )
     )
     _check_order(chosen, settings)
-    settings.weighting.compute(chosen.positions)  # refused before the values are examined
+    # Refused before the values are examined.
+    settings.weighting.compute(chosen.positions, chosen.sigmas)
     healthy, skipped, suspicions = _examine(chosen, settings, stages, options.get("max_memory"))
     if skipped and settings.weighting.coefficients is not None:
         left = _keep_coefficients(skipped, chosen, settings.weighting.coefficients)

@@ -116,8 +116,8 @@ class _Search:
                 self.sources,
                 choice,
                 use_ema=self.settings.tensors.use_ema,
-                scheme=weighting.scheme,
+                weighting=weighting,
             )
-            weighting.compute(again.positions)
+            weighting.compute(again.positions, again.sigmas)
             return [one.path for one in again.checkpoints]
         return []

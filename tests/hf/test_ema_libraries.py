@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from ema_pytorch import EMA
+from ema_pytorch import EMA, PostHocEMA
 from torch import nn
 
 from polyak_cli import average
@@ -145,3 +145,33 @@ def test_ignite_goes_on_from_an_average(tmp_path: Path, use_ema: bool) -> None:
     for one in (net, handler.ema_model):
         assert_mean(one.state_dict(), [state[key] for state in saved])
     trainer.run([0, 1], max_epochs=4)
+
+
+def test_the_post_hoc_ema_of_ema_pytorch_is_made(tmp_path: Path) -> None:
+    """Its own files, combined to another width: what the library makes, but for its missing sum.
+
+    The library does not divide by the sum of its coefficients, which is near 1, so that all of its
+    numbers have one factor in common.
+    """
+    torch.manual_seed(0)
+    net, folder = nn.Linear(5, 7), tmp_path / "snapshots"
+    emas = PostHocEMA(
+        net,
+        sigma_rels=(0.05, 0.2),
+        update_every=1,
+        checkpoint_every_num_steps=50,
+        checkpoint_folder=str(folder),
+        checkpoint_dtype=torch.float32,
+    )
+    for _ in range(200):
+        shift(net)
+        emas.update()
+    theirs = emas.synthesize_ema_model(sigma_rel=0.12, step=200).ema_model.state_dict()
+    output = tmp_path / "o.pt"
+    average(folder, output, scheme="posthoc", sigma=0.12, snapshots="0.05,0.2")
+    ours = torch.load(output)
+    factor = float(theirs["weight"][0, 0] / ours["ema_model.weight"][0, 0])
+    assert 0.9 < factor < 1.1
+    for name, value in theirs.items():
+        torch.testing.assert_close(factor * ours[f"ema_model.{name}"], value, rtol=1e-4, atol=1e-5)
+    assert float(ours["step"]) == 200

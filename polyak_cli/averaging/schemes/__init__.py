@@ -41,6 +41,7 @@ from polyak_cli.averaging.schemes.parameters import (
     Word,
     spell,
 )
+from polyak_cli.averaging.schemes.posthoc import posthoc
 from polyak_cli.averaging.schemes.running import window
 from polyak_cli.errors import UsageError, shown, word_count
 
@@ -74,6 +75,7 @@ def coefficients(
     positions: Sequence[float],
     *,
     custom: Sequence[float] | None = None,
+    sigmas: Sequence[float] = (),
     **parameters: Value | None,
 ) -> tuple[float, ...]:
     """Return the coefficient of each checkpoint.
@@ -83,22 +85,26 @@ def coefficients(
         positions: one number a checkpoint, oldest first: its distance from the start of the run, in
             epochs. Only ``power``, ``decay`` and half-lives look at them; they must rise then.
         custom: custom coefficients, oldest first; they are normalised.
+        sigmas: the relative width of each file, which only ``posthoc`` takes.
         **parameters: those of the scheme, such as ``alpha`` of ``exp``; see `polyak_cli.Options`.
 
     Returns:
         float64, oldest first, with the sum 1 up to rounding; some are negative only if ``custom``
-        has both signs.
+        has both signs, or for ``window`` and ``posthoc``.
 
     Raises:
         UsageError: the scheme is unknown, a parameter is out of range or not the scheme's, or the
             numbers given do not fit the checkpoints.
     """
     choice = resolve(scheme, parameters, custom=custom)
-    return compute_mean(choice, positions, custom).coefficients
+    return compute_mean(choice, positions, custom, sigmas).coefficients
 
 
 def compute_mean(
-    choice: Choice, positions: Sequence[float], custom: Sequence[float] | None = None
+    choice: Choice,
+    positions: Sequence[float],
+    custom: Sequence[float] | None = None,
+    sigmas: Sequence[float] = (),
 ) -> Mean:
     """Return the mean of a scheme.
 
@@ -106,6 +112,7 @@ def compute_mean(
         choice: from `resolve`.
         positions: as for `coefficients`.
         custom: the multipliers themselves, oldest first, if the scheme is ``custom``.
+        sigmas: as for `coefficients`.
 
     Raises:
         UsageError: the numbers given do not fit the checkpoints.
@@ -114,7 +121,9 @@ def compute_mean(
         raise UsageError("there are no checkpoints; expected at least one")
     if custom is not None:
         return make_mean(_checked_custom(custom, len(positions)))
-    return make_mean(SCHEMES[choice.name].function(positions, **choice.parameters))
+    scheme = SCHEMES[choice.name]
+    widths = {"sigmas": sigmas} if scheme.takes == "snapshots" else {}
+    return make_mean(scheme.function(positions, **choice.parameters, **widths))
 
 
 def resolve(
@@ -213,7 +222,7 @@ def _checked_custom(custom: Sequence[float], count: int) -> list[float]:
 
 def takes_running_means(scheme: str | None) -> bool:
     """Return whether a scheme is for files that hold running means."""
-    return scheme is not None and scheme in SCHEMES and SCHEMES[scheme].takes == "running means"
+    return scheme is not None and scheme in SCHEMES and SCHEMES[scheme].takes != "checkpoints"
 
 
 def refuse_running_means(scheme: str | None, where: str) -> None:
@@ -315,6 +324,20 @@ SCHEMES: Mapping[str, Scheme] = {
     ),
     "window": Scheme(
         window, "the mean of a part of the run, from two running means", takes="running means"
+    ),
+    "posthoc": Scheme(
+        posthoc,
+        "an EMA of another width, from EMA snapshots",
+        (
+            Number(
+                "sigma",
+                "relative width SIGMA of the EMA that is made of EMA snapshots",
+                None,
+                lambda s: s >= 0.001 and 12.0 * s * s < 1.0,
+                "a number from 0.001 to below 1/sqrt(12) = 0.288675",
+            ),
+        ),
+        takes="snapshots",
     ),
 }
 

@@ -103,14 +103,15 @@ class Scheme:
         function: ``function(positions, **parameters)`` returns the multipliers, oldest first.
         summary: what the rule is, in a few words.
         parameters: its options; the first is the one that `polyak sweep` writes as ``exp:2``.
-        takes: what the files hold: checkpoints of a run, of which any newest may be averaged, or
-            running means that belong together.
+        takes: what the files hold: checkpoints of a run, of which any newest may be averaged;
+            running means that belong together; or EMA snapshots, which do too, and whose widths the
+            function gets as ``sigmas``.
     """
 
     function: Callable[..., list[float]]
     summary: str
     parameters: tuple[Parameter, ...] = ()
-    takes: Literal["checkpoints", "running means"] = "checkpoints"
+    takes: Literal["checkpoints", "running means", "snapshots"] = "checkpoints"
 
 
 @dataclass(frozen=True, slots=True)
