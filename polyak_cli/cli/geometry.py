@@ -125,6 +125,7 @@ def geometry_lines(found: Geometry, data: dict[str, Any], verbose: bool) -> Iter
     )
     yield "cosine: of the step that leads to the checkpoint with the step that leads away"
     yield from _run_lines(data)
+    yield from _verdict_lines(found, data)
     yield _tabulate_moved(found, verbose)
     if len(found.moved) > _MOST and not verbose:
         yield f"and {word_count(len(found.moved) - _MOST, 'tensor')} more; see them with -v"
@@ -148,6 +149,20 @@ def _run_lines(data: dict[str, Any]) -> Iterator[str]:
             f"{plain}, {counts['correlated']:.2f} as they are (neighbours correlate by "
             f"{counts['correlation']:+.2f})"
         )
+
+
+def _verdict_lines(found: Geometry, data: dict[str, Any]) -> Iterator[str]:
+    """Yield how the run moves, and which of its windows scatter most."""
+    from polyak_cli.examining import verdict
+
+    if found.movement:
+        yield verdict.word_movement(found.movement)
+    if len(data["windows"]) > 1:
+        ranked = [
+            f"{shown(one['oldest'])} to {shown(one['newest'])} ({one['jitter']:.1e})"
+            for one in data["windows"][:_MOST]
+        ]
+        yield f"windows of ten that scatter most: {', '.join(ranked)}"
 
 
 def _tabulate_moved(found: Geometry, verbose: bool) -> Table:

@@ -43,6 +43,7 @@ from polyak_cli.errors import (
 )
 from polyak_cli.examining import gram as grams_of
 from polyak_cli.examining.gram import Gram
+from polyak_cli.examining.verdict import Movement, Window, judge, rank_windows
 from polyak_cli.tensors import Float64
 
 #: Groups of tensors of which products are kept, and the bytes for all of them: more tensors, or
@@ -150,6 +151,16 @@ class Geometry:
         """How many independent checkpoints would steady the average as much; None if unknown."""
         return grams_of.effective_number(self.gram, self.coefficients)
 
+    @property
+    def movement(self) -> Movement | None:
+        """How the run moves, in one word; None for fewer than four checkpoints."""
+        return judge(self.gram)
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """Windows of ten checkpoints, those that scatter most first; () for fewer than ten."""
+        return tuple(rank_windows(self.groups))
+
     def to_average(self, coefficients: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return how far a weighted average is from each checkpoint; nothing is read again.
 
@@ -214,6 +225,15 @@ class Geometry:
             "norm": self.norm,
             "spread": self.spread,
             "mean_cosine": self.mean_cosine,
+            "movement": self.movement.data() if self.movement else None,
+            "windows": [
+                {
+                    "oldest": self.names[one.first],
+                    "newest": self.names[one.end - 1],
+                    "jitter": one.jitter,
+                }
+                for one in self.windows
+            ],
             "components": components.shares.tolist(),
             "effective_number": {
                 "independent": schemes.effective_number(self.coefficients),
