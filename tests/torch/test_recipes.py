@@ -68,6 +68,31 @@ def write_steps(folder: Path) -> list[Array]:
     return states
 
 
+def write_lightning(folder: Path) -> list[Array]:
+    """Write a checkpoint at the end of each epoch, counted from 0."""
+    (folder / "checkpoints").mkdir()
+    states = walk(10)
+    for k, state in enumerate(states):
+        saved = {"epoch": k, "global_step": 50 * (k + 1), "state_dict": {"w": torch.tensor(state)}}
+        saved["pytorch-lightning_version"] = "2.5.0"
+        torch.save(saved, folder / f"checkpoints/epoch={k}-step={50 * (k + 1)}.ckpt")
+    return states
+
+
+def write_snapshots(folder: Path) -> list[Array]:
+    """Write live EMAs of two widths at every 160th of 640 steps, named as EDM2's are."""
+    (folder / "snapshots").mkdir()
+    states = walk(640)
+    for step, sigma in SNAPSHOTS:
+        values = run_power(states[:step], sigma)
+        name = f"ema-{step:07d}-{sigma:.3f}.safetensors"
+        save_file({"w": torch.tensor(values)}, folder / "snapshots" / name)
+    return states
+
+
+SNAPSHOTS = [(step, sigma) for step in (160, 320, 480, 640) for sigma in (0.05, 0.1)]
+
+
 def write_soup(folder: Path) -> list[Array]:
     """Write models that were fine-tuned from one base, each in a folder of its own."""
     states = walk(3)
@@ -168,6 +193,16 @@ def run_swa(states: Sequence[Array], **options: Any) -> Array:
     return found
 
 
+def run_lightning(states: Sequence[Array], start: int = 6, epochs: int = 10) -> Array:
+    """Update the mean as Lightning 2's callback does at the beginning of each epoch."""
+    mean, count = np.zeros(SHAPE), 0
+    for epoch in range(1, epochs):  # epoch 0 begins with weights of which there is no file
+        if start - 1 <= epoch <= epochs - 1:
+            mean, count = mean + (states[epoch - 1] - mean) / (count + 1), count + 1
+    assert count == 5
+    return mean
+
+
 def run_debiased_ema(states: Sequence[Array], decay: float = 0.9) -> Array:
     """Kingma and Ba 2015, algorithm 1: from zero, m = b m + (1 - b) x, and m / (1 - b^t)."""
     mean = np.zeros(SHAPE)
@@ -196,18 +231,42 @@ def run_pma(states: Sequence[Array]) -> Array:
     return mean
 
 
-def run_power(states: Sequence[Array], sigma: float = 0.1) -> Array:
-    """EDM2's update in every step t: the average keeps (1 - 1/t)^(g+1).
-
-    g is found from sigma^2 = (g+1) / ((g+2)^2 (g+3)) by bisection.
-    """
+def find_gamma(sigma: float) -> float:
+    """Solve sigma^2 = (g+1) / ((g+2)^2 (g+3)) for g by bisection."""
     low, high = 0.0, 1000.0
     for _ in range(100):
         g = (low + high) / 2
         low, high = (low, g) if (g + 1) / ((g + 2) ** 2 * (g + 3)) < sigma**2 else (g, high)
+    return low
+
+
+def run_posthoc(states: Sequence[Array], sigma: float = 0.15) -> Array:
+    """Combine the snapshots by least squares: Karras et al. 2024, section 3.2 and algorithm 3.
+
+    The profile of an EMA is (g+1) t^g / T^(g+1); inner products are its integrals.
+    """
+
+    def multiply(one: tuple[int, float], other: tuple[int, float]) -> float:
+        (end, g), (later, h) = sorted((t, find_gamma(s)) for t, s in (one, other))
+        return (g + 1) * (h + 1) / (g + h + 1) * math.pow(end / later, h) / later
+
+    products = [[multiply(one, other) for other in SNAPSHOTS] for one in SNAPSHOTS]
+    wanted = [multiply(one, (SNAPSHOTS[-1][0], sigma)) for one in SNAPSHOTS]
+    found = np.linalg.solve(np.array(products), np.array(wanted))
+    averages = [run_power(states[:step], width) for step, width in SNAPSHOTS]
+    mean = weigh(averages, [*found])
+    # And that is nearly the EMA that was never run.
+    exact = run_power(states, sigma)
+    assert np.linalg.norm(mean - exact) < 0.1 * np.linalg.norm(states[-1] - exact)
+    return mean
+
+
+def run_power(states: Sequence[Array], sigma: float = 0.1) -> Array:
+    """EDM2's update in every step t: the average keeps (1 - 1/t)^(g+1)."""
+    exponent = find_gamma(sigma) + 1
     mean = np.zeros(SHAPE)
     for t, state in enumerate(states, start=1):
-        kept = (1 - 1 / t) ** (low + 1)
+        kept = (1 - 1 / t) ** exponent
         mean = kept * mean + (1 - kept) * state
     return mean
 
@@ -271,6 +330,7 @@ class Case(NamedTuple):
 #: A part of a command -> its case.
 CASES = {
     "--from 495 -o swa.h5": Case(write_keras, lambda s: run_swa(s[5:]), SINGLE),
+    "--from 4 --to 8 -o swa.ckpt": Case(write_lightning, run_lightning),
     "--last 6 -o lawa.h5": Case(write_keras, lambda s: np.mean(s[-6:], axis=0, dtype=float)),
     "watch ckpts/ --last 6": Case(write_keras, lambda s: np.mean(s[-6:], axis=0, dtype=float)),
     "--scheme ema --decay 0.9 -o": Case(write_keras, run_debiased_ema),
@@ -279,6 +339,7 @@ CASES = {
     ),
     "--ramp tfa": Case(write_keras, run_tfa),
     "--sigma 0.1 -o power.h5": Case(write_steps, run_power, BETWEEN),
+    "--scheme posthoc": Case(write_snapshots, run_posthoc),
     "--sigma 0.0629 -o titan.h5": Case(write_steps, run_torchtitan, BETWEEN),
     "--scheme decay --shape 1-sqrt": Case(write_keras, lambda s: run_wsm(s[-4:])),
     "-o sma.h5": Case(write_keras, lambda s: np.mean(s, axis=0, dtype=float)),
