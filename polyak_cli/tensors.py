@@ -103,6 +103,17 @@ class Extent(NamedTuple):
         files[self.file].read_into(self.offset + start, buffer)
 
 
+class Checksum(NamedTuple):
+    """What a file says of some of its bytes."""
+
+    path: str
+    offset: int
+    nbytes: int
+    crc: int
+    kind: str  # "crc32" or "crc32c"
+    damaged: str  # the message where it is wrong, without the file's name
+
+
 @dataclass(frozen=True, slots=True)
 class Inline:
     """A few bytes that the file keeps inside its header (HDF5's compact layout)."""

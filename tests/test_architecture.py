@@ -72,7 +72,7 @@ HOMES = {
     "tensorflow": {"evaluation"},
     "matplotlib": {"evaluation.plots"},
     "jinja2": {"evaluation.reports"},
-    "google_crc32c": {"formats.checksums"},
+    "google_crc32c": {"formats.checksums", "engine.sums"},
     "dask": {"engine.clusters"},
     "distributed": {"engine.clusters"},
     "mpi4py": {"engine.clusters"},

@@ -25,10 +25,11 @@ from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.folding import Done, FoldJob
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.slabs import FoldTensor
+from polyak_cli.engine.sums import Ledger
 from polyak_cli.engine.timing import Crew, Totals
 from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.storage import File, can_locate, mirrors, publishing
-from polyak_cli.tensors import Grid, Table, itemsize
+from polyak_cli.tensors import Checksum, Grid, Table, itemsize
 
 
 class Written(NamedTuple):
@@ -45,7 +46,7 @@ class Written(NamedTuple):
 def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> Written:
     """Write the output under its hidden name."""
     with blame.naming_inputs(plan.tables):
-        formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
+        left = formats.check(plan.tables, jobs=plan.settings.machine.share().jobs, later=True)
     skeleton = _write_skeleton(plan, hidden, record)
     in_parts = _begin_parts(plan, skeleton)
     with blame.naming_inputs(plan.tables):
@@ -56,6 +57,7 @@ def write_average(plan: Plan, hidden: Path, record: str, progress: Progress) -> 
             progress,
             in_parts=in_parts,
             unsigned=_list_variances(plan),
+            checksums=left,
         )
     inputs = list_files(plan.tables)
     compared, differing = _compare_carried(plan, inputs, progress)
@@ -122,7 +124,7 @@ def write_again(plan: Plan, folder: Path, opened: Path, record: str, kernel: str
         PolyakError: as `run`.
         OSError: there is no room.
     """
-    formats.check(plan.tables, jobs=plan.settings.machine.share().jobs)
+    left = formats.check(plan.tables, jobs=plan.settings.machine.share().jobs, later=True)
     hidden = folder / ".again"
     # Skeletons become what the hidden name already is: a folder of shards, or one file.
     if len(opened.parts) > 1:
@@ -130,7 +132,7 @@ def write_again(plan: Plan, folder: Path, opened: Path, record: str, kernel: str
     else:
         hidden.touch()
     skeleton = _write_skeleton(plan, hidden, record)
-    _fold(plan, [plan.mean], [skeleton], lambda _: None, flush=False, kernel=kernel)
+    _fold(plan, [plan.mean], [skeleton], lambda _: None, flush=False, kernel=kernel, checksums=left)
     check_unchanged(list_files(plan.tables))
     publishing.take_names(hidden, folder / opened.parts[0])
     (table,) = formats.scan([folder / opened], with_optimizer=True)
@@ -205,6 +207,7 @@ def _fold(
     kernel: str = "",
     in_parts: bool = False,
     unsigned: frozenset[str] = frozenset(),
+    checksums: Sequence[Checksum] = (),
 ) -> tuple[Done, Mapping[str, Constant], runs.Verdict]:
     """Average the tensors into the outputs, by a mean each.
 
@@ -217,6 +220,7 @@ def _fold(
         kernel: the name of the one that computes; empty for the one in use.
         in_parts: the outputs are sent to a store in parts.
         unsigned: names of the tensors that are refused if their average is negative.
+        checksums: of inputs, which are compared with what is read.
 
     Returns:
         What it took, the constants that are not finite by tensor, and whether there is one run.
@@ -224,6 +228,7 @@ def _fold(
     files = [file for skeleton in skeletons for file in skeleton.files]
     compared = runs.choose_compared(plan.averaged_rows)
     scaled = [mean.scale() for mean in means]
+    ledger = Ledger(checksums, list_files(plan.tables))
     work = FoldJob(
         list_files(plan.tables),
         files,
@@ -234,14 +239,10 @@ def _fold(
         kernel,
         parts=[mirrors.find_part(file) for file in files] if in_parts else (),
         unsigned=unsigned,
+        regions=ledger.regions,
     )
     tensors = _Averaged(plan, skeletons, compared.groups, in_output_order=in_parts)
-    machine = plan.settings.machine
-    if machine.engine == "here":
-        memory = machine.share(len(skeletons))
-        done = executors.fold(tensors, work, memory, progress, flush=flush and not in_parts)
-    else:
-        done = _fold_on_cluster(machine, tensors, work, progress)
+    done = _run(plan.settings.machine, tensors, work, progress, ledger, flush and not in_parts)
     kept = constants.merge_constants(done.constants)
     _refuse_diverged(plan, kept)
     if plan.settings.tensors.lora == "exact":
@@ -266,8 +267,26 @@ def _write_products(
     )
 
 
+def _run(
+    machine: Machine,
+    tensors: _Averaged,
+    work: FoldJob,
+    progress: Progress,
+    ledger: Ledger,
+    flush: bool,
+) -> Done:
+    """Fold on an engine, and compare the checksums of what was read."""
+    if machine.engine == "here":
+        memory = machine.share(len(tensors.skeletons))
+        done = executors.fold(tensors, work, memory, progress, flush=flush, ledger=ledger)
+    else:
+        done = _fold_on_cluster(machine, tensors, work, progress, ledger)
+    ledger.verify(machine.share().jobs)
+    return done
+
+
 def _fold_on_cluster(
-    machine: Machine, tensors: _Averaged, work: FoldJob, progress: Progress
+    machine: Machine, tensors: _Averaged, work: FoldJob, progress: Progress, ledger: Ledger
 ) -> Done:
     """Fold on the workers of a cluster, which see the inputs, and a local output, by their paths.
 
@@ -289,7 +308,9 @@ def _fold_on_cluster(
     with clusters.start(machine.engine, machine.scheduler, machine.jobs) as executor:
         memory = machine.share_cluster()
         shared = replace(work, flush=True)
-        return executors.fold(ordered, shared, memory, progress, executor, flush=False)
+        return executors.fold(
+            ordered, shared, memory, progress, executor, flush=False, ledger=ledger
+        )
 
 
 def judge_runs(plan: Plan, verdict: runs.Verdict, done: str = "averaged") -> list[str]:

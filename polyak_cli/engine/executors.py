@@ -33,6 +33,7 @@ from polyak_cli.engine.slabs import (
     gather_batches,
     gather_parts,
 )
+from polyak_cli.engine.sums import Ledger, Run
 from polyak_cli.engine.timing import Crew, Progress, Totals
 from polyak_cli.errors import PolyakError
 from polyak_cli.processes.children import Child, Writer, rebuild_error
@@ -69,6 +70,7 @@ def fold(
     executor: Executor | None = None,
     *,
     flush: bool = True,
+    ledger: Ledger | None = None,
 ) -> Done:
     """Average all tensors into the outputs.
 
@@ -80,6 +82,7 @@ def fold(
         progress: called in this process with the bytes that each finished batch read.
         executor: who runs the batches; `choose_executor` decides if it is not given.
         flush: write to the disk meanwhile; outputs that are never synced need not get there.
+        ledger: of checksums, which gets what was read of the regions of the job.
 
     Raises:
         FormatError: an input ends early, is damaged, or changed since it was scanned.
@@ -116,6 +119,8 @@ def fold(
             total, crew = total.plus(done.totals), crew.plus(done.crew)
             products.add(done.products)
             constants += done.constants
+            if ledger:
+                ledger.add(done.sums)
             flusher.count(done.totals.bytes_written)
             progress(done.totals.bytes_read)
     return Done(total, products if job.sampling else None, constants, crew)
@@ -285,7 +290,8 @@ class Forked:
             products = Products(len(job.list_counted()))
             for done in InProcess(self.tuning).run(job, share):
                 products.add(done.products)
-                writer.send({"done": done.totals, "constants": done.constants})
+                said = {"done": done.totals, "constants": done.constants, "sums": done.sums}
+                writer.send(said)
             if products.sums:
                 writer.send({"products": products.pack()})
 
@@ -305,7 +311,8 @@ def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Done]:
         else:
             constants = [Constant(*one) for one in message["constants"]]
             crew = Crew(frozenset([str(child.pid)]))
-            yield Done(Totals(*message["done"]), constants=constants, crew=crew)
+            sums = [Run(*one) for one in message["sums"]]
+            yield Done(Totals(*message["done"]), constants=constants, crew=crew, sums=sums)
     if not has_more:
         selector.unregister(child.pipe)
         how = child.reap()

@@ -33,6 +33,7 @@ from polyak_cli.engine.slabs import (
     count_elements,
     refine,
 )
+from polyak_cli.engine.sums import Region, Run, Sums
 from polyak_cli.engine.timing import Clock, Crew, Totals
 from polyak_cli.errors import MismatchError, PolyakError, quote_glob, shown
 from polyak_cli.storage import Bytes, File, OutputFile, mirrors
@@ -68,6 +69,7 @@ class FoldJob:
     #: For workers that do not see the files of outputs: of each the upload to which they send parts
     #: by themselves, or None where the folded bytes go back to the coordinator; see `sinks`.
     sinks: Sequence[Upload | None] = ()
+    regions: Sequence[Region] = ()  # of the inputs, whose checksums are wanted
     #: A process keeps its worker for all batches of the job with this name.
     id: str = field(init=False, default_factory=lambda: os.urandom(8).hex())
 
@@ -100,6 +102,7 @@ class Done(NamedTuple):
     constants: Sequence[Constant] = ()  # of slabs, in any order
     crew: Crew = Crew()
     pairs: PairSums | None = None  # of a `GramJob`
+    sums: Sequence[Run] = ()  # of what was read of the regions
 
 
 class Stopped(Exception):  # noqa: N818 - it is what a worker was asked for
@@ -144,7 +147,8 @@ class Worker:
         self.constants: list[Constant] = []  # of the slabs of this batch
         # Each worker opens all files, so that the others' outputs leave fewer for inputs.
         taken = len(job.outputs) * (self.team.size - 1)
-        self.inputs = OpenInputs(job.inputs, taken, self.team.size)
+        self.checked = Sums(job.regions) if job.regions else None
+        self.inputs = OpenInputs(job.inputs, taken, self.team.size, self.checked)
         self.span = page_aligned(0)  # small tensors and what lies between them
         self.layout = b"", b""  # of the small tensors that were read last; see `_pick`
         self.picked = np.empty(0, np.int64)
@@ -201,7 +205,8 @@ class Worker:
                 for piece in refine(bundle, self.job.piece):
                     self._fold_bundle(piece)
         found = self.sampler.take_products() if self.sampler else None
-        return Done(self.clock.totals(), found, self.constants)
+        checked = self.checked.take() if self.checked else []
+        return Done(self.clock.totals(), found, self.constants, sums=checked)
 
     def finish(self) -> None:
         """Send the last part of each output that is sent in parts; its batches are complete."""

@@ -10,6 +10,7 @@ import resource
 from collections.abc import Sequence
 
 from polyak_cli.engine.slabs import TensorSource
+from polyak_cli.engine.sums import Sums
 from polyak_cli.errors import ChangedError, FormatError, shown
 from polyak_cli.storage import Bytes, File, InputFile, open_input, read_version
 
@@ -20,15 +21,19 @@ class OpenInputs:
     As many stay open as the process may have; the others are opened again for every slab.
     """
 
-    def __init__(self, inputs: Sequence[File], taken: int = 0, sets: int = 1) -> None:
+    def __init__(
+        self, inputs: Sequence[File], taken: int = 0, sets: int = 1, sums: Sums | None = None
+    ) -> None:
         """Open nothing yet.
 
         Args:
             inputs: the files of all checkpoints.
             taken: descriptors that are in use beside those of an ordinary run.
             sets: how many sets of these inputs are open in this process.
+            sums: what is read is added to, if it is wanted.
         """
         self.inputs = inputs
+        self.sums = sums
         # 64 descriptors are left for outputs, pipes and the caller's own files.
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         room = max(0, soft - 64 - taken) // sets
@@ -103,7 +108,7 @@ class _CheckpointFiles:
         if file is None:
             file = self.opened[number] = open_input(*self.inputs.inputs[self.last])
         self.is_opening = False
-        return file
+        return self.inputs.sums.watch(file, self.last) if self.inputs.sums else file
 
 
 def check_unchanged(inputs: Sequence[File]) -> None:

@@ -26,6 +26,7 @@ from polyak_cli.engine.kernel import find_kernel
 from polyak_cli.engine.products import Products
 from polyak_cli.engine.sinks import Parcel
 from polyak_cli.engine.slabs import TUNING, Batch, Share, Slab, count_elements
+from polyak_cli.engine.sums import Run
 from polyak_cli.engine.timing import Crew, Totals, measure_peak
 from polyak_cli.processes.children import describe_error
 from polyak_cli.storage import File, Version, locate
@@ -218,6 +219,7 @@ def _fold(job: FoldJob, parcel: Parcel, on_folded: Callable[[], None] = lambda: 
     """Fold a share; nothing of it stays open."""
     totals, products = Totals(), Products(len(job.list_counted()))
     constants: list[Constant] = []
+    sums: list[Run] = []
     is_remote = any(file.version.is_object for file in job.inputs)
     tuning = TUNING.for_objects() if is_remote else TUNING
     outputs = sinks.open_outputs(job, parcel.literals)
@@ -227,6 +229,7 @@ def _fold(job: FoldJob, parcel: Parcel, on_folded: Callable[[], None] = lambda: 
             totals = totals.plus(done.totals)
             products.add(done.products)
             constants += done.constants
+            sums += done.sums
         # Only then is the share done: the coordinator may read it on another machine, and this one
         # may be switched off.  A descriptor reports the errors since it was opened, so that only
         # those of the worker will do.
@@ -239,6 +242,7 @@ def _fold(job: FoldJob, parcel: Parcel, on_folded: Callable[[], None] = lambda: 
         "totals": list(totals.plus(Totals(requests=requests, retries=retries))),
         "products": products.pack() if products.sums else None,
         "constants": [list(one) for one in constants],
+        "sums": [list(one) for one in sums],
         "kernel": find_kernel(job.kernel).NAME,
         "peak": measure_peak(),
         **delivered,
@@ -271,4 +275,5 @@ def read_done(reply: Reply, retries: int = 0) -> Done:
         Products.unpack(products) if products else None,
         [Constant(*one) for one in found["constants"]],
         Crew(frozenset([reply["worker"]]), frozenset([found["kernel"]]), found["peak"]),
+        sums=[Run(*one) for one in found["sums"]],
     )

@@ -22,7 +22,10 @@ from polyak_cli.processes import sandbox
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, Version, mirrors, read_version
 from polyak_cli.storage.local import LocalOutput
-from polyak_cli.tensors import Placement, Table
+from polyak_cli.tensors import Checksum, Placement, Table
+
+#: Bytes from which on a checksum is compared while they are folded, if they come over a network.
+_LATER = 1 << 16
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -249,17 +252,34 @@ def _probe_one(wanted: tuple[Format, ScanRequest], heartbeat: Heartbeat) -> dict
     }
 
 
-def check(tables: Sequence[Table], *, jobs: int) -> None:
+def check(tables: Sequence[Table], *, jobs: int, later: bool = False) -> list[Checksum]:
     """Compare the tensors of checkpoints with the checksums that their files hold, if they do.
+
+    Args:
+        tables: the checkpoints.
+        jobs: how many are read at a time.
+        later: return checksums of values that come over a network and are not kept, instead of
+            fetching these: the caller compares them.
 
     Raises:
         FormatError: one is wrong; names file and tensor.
     """
     form = find_format(tables[-1].format)
-    if form.has_checksums:
-        names = [str(table.path) for table in tables]
-        for _ in sandbox.run_all(form.check, names, names, min(jobs, len(names))):
-            pass
+    if not form.has_checksums:
+        return []
+
+    def check_one(table: Table, heartbeat: Heartbeat) -> list[Checksum]:
+        is_kept = not any(_is_fetched_twice(file, form) for file in table.files)
+        return form.check(str(table.path), heartbeat, _LATER if later and not is_kept else None)
+
+    names = [str(table.path) for table in tables]
+    found = sandbox.run_all(check_one, tables, names, min(jobs, len(names)))
+    return [Checksum(*one) for left in found for one in left]
+
+
+def _is_fetched_twice(file: File, form: Format) -> bool:
+    """Return whether what is read of a file is fetched again with the next reading."""
+    return file.version.is_object and (not form.is_scattered or file.version.size > mirrors.WHOLE)
 
 
 def _detect_or_none(path: Path) -> str:

@@ -48,6 +48,12 @@ def crc32c(content: bytes) -> int:
     return int(google_crc32c.value(content))
 
 
+def unmask(masked: int) -> int:
+    """Return a checksum that stands in a file; see `mask`."""
+    turned = (masked - 0xA282EAD8) & 0xFFFFFFFF
+    return (turned >> 17 | turned << 15) & 0xFFFFFFFF
+
+
 def mask(crc: int) -> int:
     """Return a checksum as it stands in files, so that no checksum is computed of itself.
 

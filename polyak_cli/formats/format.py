@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from polyak_cli.processes.sandbox import Heartbeat
-from polyak_cli.tensors import COMMON, Placement, Table
+from polyak_cli.tensors import COMMON, Checksum, Placement, Table
 
 
 class ScanRequest(NamedTuple):
@@ -183,8 +183,14 @@ class Format(ABC):
         heartbeat()
         return None
 
-    def check(self, path: str, heartbeat: Heartbeat) -> None:
+    def check(self, path: str, heartbeat: Heartbeat, later: int | None = None) -> list[Checksum]:
         """Compare the tensors with their checksums; asked only where ``has_checksums``.
+
+        Args:
+            path: the file that opens the checkpoint.
+            heartbeat: as for `scan`.
+            later: return checksums of so many bytes or more instead of reading these, where that
+                is possible: they are compared while the bytes are folded.  None for none.
 
         Raises:
             FormatError: one is wrong; names file and tensor.

@@ -21,7 +21,16 @@ from polyak_cli.formats import conversion, zips
 from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile
-from polyak_cli.tensors import FLOATS, Extent, Placement, Storage, Table, TensorSpec, itemsize
+from polyak_cli.tensors import (
+    FLOATS,
+    Checksum,
+    Extent,
+    Placement,
+    Storage,
+    Table,
+    TensorSpec,
+    itemsize,
+)
 
 #: Marks this tool's record, compressed, in the archive's comment: a member would be one more array
 #: to whoever loads them all.
@@ -218,9 +227,9 @@ class Npz(Format):
         """See `Format.finalize`."""
         zips.finalize_archive(output, draft.notes["archive"])
 
-    def check(self, path: str, heartbeat: Heartbeat) -> None:
+    def check(self, path: str, heartbeat: Heartbeat, later: int | None = None) -> list[Checksum]:
         """See `Format.check`."""
-        zips.check(path, heartbeat)
+        return zips.check(path, heartbeat, later)
 
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`."""

@@ -23,6 +23,7 @@ from polyak_cli.tensors import (
     COMMON,
     FLOATS,
     Asset,
+    Checksum,
     Extent,
     OutputRules,
     Placement,
@@ -81,12 +82,14 @@ class FormatOfParts(Format):
         for first, key, notes in draft.notes["parts"]:
             find_format(key).finalize(draft.files[first], Draft({}, (), notes))
 
-    def check(self, path: str, heartbeat: Heartbeat) -> None:
+    def check(self, path: str, heartbeat: Heartbeat, later: int | None = None) -> list[Checksum]:
         """See `Format.check`."""
+        left: list[Checksum] = []
         for part in self.scan_parts(ScanRequest(path, with_optimizer=False), heartbeat):
             form = find_format(part.table.format)
             if form.has_checksums:
-                form.check(str(part.table.path), heartbeat)
+                left += form.check(str(part.table.path), heartbeat, later)
+        return left
 
 
 def request_scan(table: Table) -> ScanRequest:

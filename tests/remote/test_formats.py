@@ -6,98 +6,105 @@ Files are written by the formats' own libraries or by hand, as in the tests of t
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests import (
-    dcp,
-    test_hdf5,
-    test_keras_zip,
-    test_modules,
-    test_npz,
-    test_safetensors,
-    test_tf_bundle,
-    test_torch_zip,
-    test_weights,
-)
-from tests.command import POLYAK, environment, script
-from tests.contract import Contract
+from tests.command import POLYAK, environment, one_line, script, tree
+from tests.remote.kinds import KINDS, Kind, named, write_run
+from tests.remote.proxy import Proxy
 from tests.remote.servers import S3Bucket
 
-
-def write_dcp(folder: Path) -> None:
-    """Write distributed checkpoints: each tensor in parts of two files."""
-    for step in (10, 20, 30):
-        values = np.random.default_rng(step).normal(3, size=(40, 300)).astype("f4")
-        dcp.write(folder / f"step-{step}", {"w": dcp.split(values, [2, 1])})
-
-
-def write_torch(folder: Path) -> None:
-    """Write PyTorch files."""
-    folder.mkdir()
-    for epoch in (1, 2, 3):
-        values = np.random.default_rng(epoch).normal(3, size=30_000).astype("f4")
-        content = test_torch_zip.dictionary({"w": test_torch_zip.tensor("0", values.size)})
-        test_torch_zip.archive(folder / f"model_{epoch}.pt", content, **{"data/0": values})
+#: Treats objects of any size as those that are too large to be fetched whole.
+BY_BLOCKS = """
+from polyak_cli.engine import slabs
+from polyak_cli.storage import mirrored, mirrors
+assert mirrored._SMALL and mirrors.WHOLE
+mirrored._SMALL = mirrors.WHOLE = 0
+"""
+#: And has processes fold that read objects by themselves.
+SPAWNED = f"{BY_BLOCKS}slabs.TUNING = slabs.Tuning(fork_nbytes=0)"
+#: Formats with checksums of each tensor or member.
+CHECKED = ("keras", "npz", "torch", "bundle", "dcp")
+#: Of a checkpoint: 250 kB.
+ROWS = 1000
 
 
-def by_contract(contract: Contract) -> Callable[[Path], object]:
-    """Return what writes the run of a format's contract."""
-    return lambda folder: contract.write_run(folder, 3)
+def average(
+    command: Sequence[str], source: str, output: str, folder: Path, environ: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Average a run to a file or folder of a folder."""
+    return subprocess.run(
+        [*command, "average", source, "-o", output, "--no-hash", "-q"],
+        cwd=folder,
+        env=environment(**environ),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
-FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "hdf5": (by_contract(test_hdf5.TestWholeModels()), ".h5"),
-    "weights": (by_contract(test_weights.TestWeights()), ".weights.h5"),
-    "sharded weights": (by_contract(test_weights.TestShards()), ".weights.h5"),
-    "keras": (by_contract(test_keras_zip.TestStored()), ".keras"),
-    "deflated keras": (by_contract(test_keras_zip.TestDeflated()), ".keras"),
-    "npz": (by_contract(test_npz.TestStored()), ".npz"),
-    "deflated npz": (by_contract(test_npz.TestDeflated()), ".npz"),
-    "modules": (by_contract(test_modules.TestModules()), ""),
-    "folders": (by_contract(test_safetensors.TestFolder()), ""),
-    "TensorFlow": (test_tf_bundle.write_run, ".index"),
-    "PyTorch": (write_torch, ".pt"),
-    "DCP": (write_dcp, ""),
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_format_is_averaged_to_the_same_bytes(
-    bucket: S3Bucket, tmp_path: Path, name: str
+    bucket: S3Bucket, tmp_path: Path, kind: Kind
 ) -> None:
     """Every file of the output, with the record, equals that of a local average.
 
     So it is where objects are as large as those that are read by blocks.
     """
-    write, suffix = FORMATS[name]
-    write(tmp_path / "run")
+    write_run(kind, tmp_path / "run", 3, ROWS)
     bucket.put_tree(tmp_path / "run", "some/run/")
     outputs = []
-    by_blocks = script(
-        "from polyak_cli.storage import mirrored, mirrors\n"
-        "assert mirrored._SMALL and mirrors.WHOLE\n"
-        "mirrored._SMALL = mirrors.WHOLE = 0"
-    )
     for place, source, command in (
         ("here", "run", POLYAK),
         ("there", f"{bucket.url}/some/run/", POLYAK),
-        ("blocks", f"{bucket.url}/some/run/", by_blocks),
+        ("blocks", f"{bucket.url}/some/run/", script(BY_BLOCKS)),
     ):
         (tmp_path / place).mkdir()
-        done = subprocess.run(
-            [*command, "average", source, "-o", f"{place}/out{suffix}"],
-            cwd=tmp_path,
-            env=environment(**bucket.environ),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
+        done = average(command, source, f"{place}/{kind.output}", tmp_path, bucket.environ)
+        assert (done.returncode, done.stderr) == (0, "")
         paths = sorted(path for path in (tmp_path / place).rglob("*") if path.is_file())
         outputs.append({path.relative_to(tmp_path / place): path.read_bytes() for path in paths})
     assert outputs[0]
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+def find_largest(bucket: S3Bucket) -> str:
+    """Return the key of an object that holds values."""
+    contents = bucket.tree("run/")
+    return f"run/{max(sorted(contents), key=lambda key: len(contents[key]))}"
+
+
+@pytest.mark.parametrize("kind", [named(one) for one in CHECKED], ids=lambda kind: kind.name)
+def test_checksums_are_compared_while_values_are_folded(
+    proxy: Proxy, bucket: S3Bucket, tmp_path: Path, kind: Kind
+) -> None:
+    """The values of large objects come once, and a bit that is wrong in them is found."""
+    write_run(kind, tmp_path / "run", 3, 16 * ROWS)
+    bucket.put_tree(tmp_path / "run", "run/")
+    source = f"{bucket.url}/run/"
+    received: list[int] = []
+    for code in (BY_BLOCKS, f"{BY_BLOCKS}from polyak_cli import formats; formats._LATER = 1 << 40"):
+        proxy.traffic.clear()
+        (tmp_path / f"{len(received)}").mkdir()
+        output = f"{len(received)}/{kind.output}"
+        done = average(script(code), source, output, tmp_path, proxy.environ)
+        assert (done.returncode, done.stderr) == (0, "")
+        received.append(proxy.traffic.received)
+    # With a first reading for the checksums, the tensor comes again that is averaged; but for what
+    # lies in blocks that were fetched for the headers.
+    assert received[1] - received[0] > 0.45 * 3 * (16 * ROWS * 64 * 4)
+    key = find_largest(bucket)
+    damaged = bytearray(bucket.contents(key))
+    damaged[len(damaged) // 2] ^= 1
+    bucket.put(key, bytes(damaged))
+    before = tree(tmp_path)
+    for command in (script(BY_BLOCKS), script(SPAWNED)):
+        done = average(command, source, f"other{kind.output}", tmp_path, bucket.environ)
+        assert done.returncode == 3
+        line = one_line(done.stderr)
+        assert line.startswith(f"{bucket.url}/{key}: ")
+        assert "checksum" in line
+        assert "the data are damaged" in line
+        assert tree(tmp_path) == before

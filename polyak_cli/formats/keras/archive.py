@@ -28,7 +28,7 @@ from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.keras.outline import label_groups
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile
-from polyak_cli.tensors import Asset, Extent, Table, TensorSpec
+from polyak_cli.tensors import Asset, Checksum, Extent, Table, TensorSpec
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.weights.h5", "model.weights.npz"
 #: Where layers keep what is no tensor, such as a vocabulary that was adapted to data.
@@ -380,13 +380,11 @@ class KerasArchive(Format):
         """See `Format.finalize`."""
         zips.finalize_archive(output, draft.notes["archive"])
 
-    def check(self, path: str, heartbeat: Heartbeat) -> None:
+    def check(self, path: str, heartbeat: Heartbeat, later: int | None = None) -> list[Checksum]:
         """See `Format.check`; the scan has checked deflated weights."""
         with zips.open_archive(path) as (file, members, _):
-            for member in members:
-                if member.name != WEIGHTS or member.method == zips.STORED:
-                    for _piece in heartbeat.over(zips.read_pieces(file, member)):
-                        pass  # reading all of a member compares its checksum
+            left = [one for one in members if one.name != WEIGHTS or one.method == zips.STORED]
+            return zips.check_members(path, file, left, heartbeat, later)
 
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
         """See `Format.is_polyak_output`; this tool never deflates."""

@@ -25,7 +25,7 @@ from polyak_cli.formats.zips import WHOLE
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, InputFile, open_input
 from polyak_cli.storage.local import LocalOutput, copy_range, name_errors
-from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, TensorSpec
+from polyak_cli.tensors import FLOATS, Checksum, Extent, OutputRules, Placement, Table, TensorSpec
 
 #: A block of metadata, which TensorFlow never looks for: a key would be one more variable.
 PROVENANCE = b"polyak_provenance"
@@ -422,8 +422,9 @@ class TensorFlowBundle(Format):
                 rules=OutputRules(cautions=_CAUTIONS, is_fixed=True, tails=tails),
             )
 
-    def check(self, path: str, heartbeat: Heartbeat) -> None:
+    def check(self, path: str, heartbeat: Heartbeat, later: int | None = None) -> list[Checksum]:
         """See `Format.check`; of the model's own tensors, as no others are read."""
+        left = []
         with _open_bundle(path) as bundle:
             optimizer, rest = _separate_state(bundle.entries)
             for entry in heartbeat.over(bundle.entries):
@@ -435,12 +436,15 @@ class TensorFlowBundle(Format):
                 ):
                     continue
                 file = bundle.files[1 + entry.shard]
+                damaged = f"tensor '{shown(entry.name)}' has a wrong checksum: the data are damaged"
+                if later is not None and entry.nbytes >= later:
+                    place, crc = (entry.offset, entry.nbytes), checksums.unmask(entry.crc)
+                    left.append(Checksum(file.name, *place, crc, "crc32c", damaged))
+                    continue
                 crc = checksums.crc32c_of(file, entry.offset, entry.nbytes, heartbeat)
                 if checksums.mask(crc) != entry.crc:
-                    raise FormatError(
-                        f"{shown(file.name)}: tensor '{shown(entry.name)}' has a "
-                        "wrong checksum: the data are damaged"
-                    )
+                    raise FormatError(f"{shown(file.name)}: {damaged}")
+        return left
 
     def write_skeleton(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.write_skeleton`."""

@@ -29,7 +29,7 @@ from polyak_cli.storage.local import (
     copy_around,
     make_read_error,
 )
-from polyak_cli.tensors import FLOATS, Extent, OutputRules, Placement, Table, TensorSpec
+from polyak_cli.tensors import FLOATS, Checksum, Extent, OutputRules, Placement, Table, TensorSpec
 
 #: The member that holds this tool's record; PyTorch looks for members by name and ignores others.
 PROVENANCE = "polyak_provenance"
@@ -558,9 +558,9 @@ class TorchZip(Format):
             content = zips.read_whole(file, _find_records(members)["data.pkl"])
             return beside.find_number(pickles.read(content, heartbeat, unknown={}), key)
 
-    def check(self, path: str, heartbeat: Heartbeat) -> None:
+    def check(self, path: str, heartbeat: Heartbeat, later: int | None = None) -> list[Checksum]:
         """See `Format.check`."""
-        zips.check(path, heartbeat)
+        return zips.check(path, heartbeat, later)
 
     def texts(self, table: Table, heartbeat: Heartbeat) -> dict[str, str]:
         """See `Format.texts`: what it says is Python's, and only names can leave it.
