@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyak_cli.errors import FormatError, MismatchError, MissingExtraError, PolyakError, UsageError
-from polyak_cli.evaluation import data, evaluator, keras_files
+from polyak_cli.evaluation import data, evaluator, keras_files, keras_models
 
 HERE = Path(__file__).parent
 SAMPLES = HERE.parents[1] / "sample_checkpoints"
@@ -697,14 +697,14 @@ def test_importing_the_module_imports_no_framework() -> None:
 def test_a_number_is_shown_as_the_shortest_of_its_float32(share: tuple[int, int]) -> None:
     """It is the same float32, and no other decimal for it is shorter."""
     single = np.float32(share[0] / share[1])
-    short = evaluator.shorten_float32(float(single))
+    short = keras_models.shorten_float32(float(single))
     assert np.float32(short) == single
     assert len(repr(short)) <= len(repr(float(single)))
 
 
 def test_a_number_of_more_than_float32_is_left_alone() -> None:
     """A metric computed in float64 keeps its digits."""
-    assert evaluator.shorten_float32(0.1) == 0.1
-    assert evaluator.shorten_float32(1 / 3) == 1 / 3
-    assert evaluator.shorten_float32(float(np.float32(0.792))) == 0.792
-    assert np.isnan(evaluator.shorten_float32(float("nan")))
+    assert keras_models.shorten_float32(0.1) == 0.1
+    assert keras_models.shorten_float32(1 / 3) == 1 / 3
+    assert keras_models.shorten_float32(float(np.float32(0.792))) == 0.792
+    assert np.isnan(keras_models.shorten_float32(float("nan")))
