@@ -92,17 +92,8 @@ def fold(
     if any(file.version.is_object for file in job.inputs):
         memory = memory.for_objects(len(job.list_counted())).align()
     tuning = memory.tuning
-    # Generators: of a table of 100,000 tensors, only the batches that are at work are in memory.
-    # Slabs that are sent to other machines are several pieces each.
-    pieces = memory.tuning.pieces_per_batch if memory.aligned else 1
     job = replace(job, piece=memory.piece)
-    slabs = cut_slabs(tensors, memory.piece, memory.most, aligned=memory.aligned, pieces=pieces)
-    batches: Any  # shares where the job has parts
-    if job.parts:
-        batches = gather_parts(slabs, job.parts, memory)
-    else:
-        bundles = bundle_slabs(slabs, memory.piece, tuning)
-        batches = gather_batches(bundles, memory.batch_nbytes, tuning)
+    batches = _cut_batches(tensors, job, memory)
     executor = executor or choose_executor(job, memory)
     total, crew = Totals(), Crew()
     products = Products(len(job.list_counted()))
@@ -124,6 +115,20 @@ def fold(
             flusher.count(done.totals.bytes_written)
             progress(done.totals.bytes_read)
     return Done(total, products if job.sampling else None, constants, crew)
+
+
+def _cut_batches(tensors: Iterable[FoldTensor], job: FoldJob, memory: Memory) -> Iterator[Any]:
+    """Return the batches of a job, or its shares where it has parts.
+
+    They are generated: of a table of 100,000 tensors, only those that are at work are in memory.
+    """
+    # Slabs that are sent to other machines are several pieces each.
+    pieces = memory.tuning.pieces_per_batch if memory.aligned else 1
+    slabs = cut_slabs(tensors, memory.piece, memory.most, aligned=memory.aligned, pieces=pieces)
+    if job.parts:
+        return gather_parts(slabs, job.parts, memory)
+    bundles = bundle_slabs(slabs, memory.piece, memory.tuning)
+    return gather_batches(bundles, memory.batch_nbytes, memory.tuning)
 
 
 def choose_executor(job: FoldJob, memory: Memory) -> Executor:
