@@ -204,9 +204,24 @@ def test_infinities_that_all_checkpoints_have_stay(tmp_path: Path) -> None:
     """A mask of minus infinity is a constant, although inf - inf is not a number."""
     rows = [{"k": np.array([x, -math.inf, math.inf], "f4")} for x in (1.0, 2.0)]
     folder = write_run(tmp_path / "run", rows)
-    average(folder, tmp_path / "o.safetensors", coefficients=[-1, 2], allow=["two-runs"])
-    found = load_file(tmp_path / "o.safetensors")["k"].tolist()
-    assert found == [3.0, -math.inf, math.inf]
+    for number, allowed in enumerate((False, True)):
+        output = tmp_path / f"{number}.safetensors"
+        options: Any = {"coefficients": [-1, 2], "allow_nonfinite": allowed}
+        average(folder, output, **options, allow=["two-runs"])
+        assert load_file(output)["k"].tolist() == [3.0, -math.inf, math.inf]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_identical_checkpoints_of_both_signs_give_identical_bits(
+    tmp_path: Path, dtype: str
+) -> None:
+    """Also where the coefficients are thousands: the sums have bits to spare."""
+    values = np.random.default_rng(0).normal(size=900).astype(dtype)
+    values[:3] = [0.0, np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal]
+    folder = write_run(tmp_path / "run", [{"k": values}] * 5)
+    weights = [-3000.3, 2000.1, 7, -1500, 2494.2]
+    average(folder, tmp_path / "o.safetensors", coefficients=weights)
+    assert load_file(tmp_path / "o.safetensors")["k"].tobytes() == values.tobytes()
 
 
 @pytest.mark.parametrize("name", ["bn.running_var", "bn/moving_variance", "bn/renorm_stddev"])

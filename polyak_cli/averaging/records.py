@@ -445,29 +445,7 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
     """
     jobs = plan.settings.machine.share().jobs
     sampled = sampled or compute_sampled_digests([table.files for table in plan.tables], jobs)
-    names = [checkpoint.path.name for checkpoint in plan.checkpoints]
-    paths = list_relative_paths([checkpoint.path for checkpoint in plan.checkpoints])
-    inputs: list[dict[str, Any]] = [
-        {
-            "name": name,
-            **({"path": path} if paths != names else {}),
-            "epoch": checkpoint.epoch,
-            "size": table.size,
-            "sampled_sha256": digest,
-            "coefficient": coefficient,
-            "multiplier": multiplier,
-        }
-        for name, path, checkpoint, table, coefficient, multiplier, digest in zip(
-            names,
-            paths,
-            plan.checkpoints,
-            plan.tables,
-            plan.coefficients,
-            plan.mean.multipliers,
-            sampled,
-            strict=True,
-        )
-    ]
+    inputs = _describe_inputs(plan, sampled)
     wanted = plan.settings.output.hash
     if wanted or (wanted is None and sum(table.size for table in plan.tables) <= HASHED):
         for record, table in zip(inputs, plan.tables, strict=True):
@@ -491,6 +469,45 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
         **({"skipped": skipped} if skipped else {}),
         **({"suspicions": suspected} if suspected else {}),
     }
+
+
+def _describe_inputs(plan: Plan, sampled: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what a record says of the checkpoints, without the digests of all bytes."""
+    names = [checkpoint.path.name for checkpoint in plan.checkpoints]
+    paths = list_relative_paths([checkpoint.path for checkpoint in plan.checkpoints])
+    return [
+        {
+            "name": name,
+            **({"path": path} if paths != names else {}),
+            "epoch": checkpoint.epoch,
+            "size": table.size,
+            "sampled_sha256": digest,
+            "coefficient": coefficient,
+            "multiplier": multiplier,
+        }
+        | about
+        for name, path, checkpoint, table, coefficient, multiplier, digest, about in zip(
+            names,
+            paths,
+            plan.checkpoints,
+            plan.tables,
+            plan.coefficients,
+            plan.mean.multipliers,
+            sampled,
+            _describe_running_means(plan),
+            strict=True,
+        )
+    ]
+
+
+def _describe_running_means(plan: Plan) -> list[dict[str, float]]:
+    """Return what the coefficients of running means come from, which no name need say."""
+    if not plan.averages_running_means:
+        return [{} for _ in plan.checkpoints]
+    if not plan.sigmas:
+        return [{"step": step} for step in plan.positions]
+    pairs = zip(plan.positions, plan.sigmas, strict=True)
+    return [{"step": step, "sigma": sigma} for step, sigma in pairs]
 
 
 def _describe_files(files: FolderFiles) -> dict[str, Any]:

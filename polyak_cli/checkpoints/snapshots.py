@@ -13,7 +13,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli.checkpoints.listing import Checkpoint, StrPath, enter, find_candidates, refuse
+from polyak_cli.checkpoints.listing import (
+    Checkpoint,
+    StrPath,
+    enter,
+    find_candidates,
+    list_sources,
+    refuse,
+)
 from polyak_cli.errors import CheckpointError, FormatError, UsageError, list_some, shown
 from polyak_cli.storage import open_input
 
@@ -72,7 +79,9 @@ def find_snapshots(
         UsageError: step or sigma of a snapshot is not known.
         CheckpointError: there are no snapshots, or the list cannot be read.
     """
-    pool = find_candidates(sources, exclude, False, find_polyak_outputs, refuse, True, use_ema)
+    pool = find_candidates(
+        list_sources(sources), exclude, False, find_polyak_outputs, refuse, True, use_ema
+    )
     notes = [*pool.notes]
     if said is None:
         found = {path: _read_name(path) for path in pool.paths}

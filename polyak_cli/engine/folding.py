@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from polyak_cli.engine.constants import Agreement, Constant, find_codes
+from polyak_cli.engine.constants import FINITE, NAN, Agreement, Constant, find_codes
 from polyak_cli.engine.inputs import OpenInputs
 from polyak_cli.engine.kernel import find_kernel, is_finite
 from polyak_cli.engine.pairs import PairSums
@@ -275,6 +275,8 @@ class Worker:
             # Whose NaN a sum of two inherits is the processor's choice, and even that of the loop:
             # numpy's vectors and the rest after them differ.
             for row in rows:
+                if self.signed[row]:
+                    self._keep_infinities(bundle, count, row)
                 np.copyto(sums[row], np.nan, where=np.isnan(sums[row]))
         elif rows:
             self._settle_nonfinite(bundle, count, rows)
@@ -371,6 +373,16 @@ class Worker:
                     "--recalibrate, or copy the newest one's with --exclude-tensors "
                     f"{quote_glob(tensor.name)}"
                 )
+
+    def _keep_infinities(self, bundle: Bundle, count: int, row: int) -> None:
+        """Put infinities that every checkpoint has into a sum, where they have cancelled."""
+        agreement = Agreement(count)
+        for k, terms in enumerate(self.terms):
+            if row in dict(terms):
+                agreement.add(find_codes(self._widen(bundle, k, count)))
+        # The values are those of the newest that counts.
+        same = (agreement.common != FINITE) & (agreement.common != NAN)
+        np.copyto(self.sums[row][:count], self.values[:count], where=same)
 
     def _settle_nonfinite(self, bundle: Bundle, count: int, rows: Sequence[int]) -> None:
         """Put constants that are not finite into sums that are not finite; refuse all else."""

@@ -321,6 +321,7 @@ def test_a_metric_that_is_missing_is_named(tmp_path: Path) -> None:
         ("c", {"last": 5, "keep": 4}, "keep is 4, but last is 5"),
         ("c", {"scheme": "best"}, "unknown scheme"),
         ("c", {"scheme": "equal", "alpha": 2.0}, "alpha"),
+        ("c", {"scheme": "window"}, "takes running means that belong together"),
     ],
     ids=str,
 )
