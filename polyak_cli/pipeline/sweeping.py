@@ -38,6 +38,7 @@ from polyak_cli.evaluation.candidates import (
 )
 from polyak_cli.evaluation.comparison import Gain, compute_gains
 from polyak_cli.evaluation.evaluator import Evaluator, RowScores
+from polyak_cli.evaluation.forecast import Forecast, forecast_sweep
 from polyak_cli.evaluation.soups import SEARCHES
 
 #: Schemes of the tutorial and their relatives, as `--schemes` takes them.
@@ -92,6 +93,11 @@ class Sweep:
             return "newest"
         found = [gain.verdict for gain in self.gains["newest"] if gain.metric == self.metric]
         return found[0] if found else "not comparable"
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """The loss that annealing now would give; None where that is not known."""
+        return forecast_sweep(self.rows, "reporting")
 
     def _repr_html_(self) -> str:
         """Return the winner and the best models for a notebook."""
@@ -149,6 +155,7 @@ class Sweep:
             "verdict": self.verdict,
             "winner": next(r for r in rows if r["rank"] and tuple(r["coefficients"]) == wins),
             "winner_command": winner_command,
+            "forecast": self.forecast.data() if self.forecast else None,
             "gains": [
                 {"over": over, "metric": gain.metric, **gain.data()}
                 for over, found in self.gains.items()
