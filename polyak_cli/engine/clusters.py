@@ -48,6 +48,8 @@ _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEAST, _MOST = 16 << 20, 1 << 30
 #: Seconds between two looks at what no future reports, such as a scheduler that is gone.
 _POLL = 1.0
+#: Seconds that workers which were started here have to end.
+_CLOSING = 60.0
 
 
 @contextlib.contextmanager
@@ -297,22 +299,30 @@ def _start_local(jobs: int) -> Iterator[str]:
         tempfile.TemporaryDirectory(prefix="polyak-", ignore_cleanup_errors=True) as folder,
         dask.config.set({"temporary-directory": folder}),  # where Dask would leave one of its own
     ):
-        cluster = make(
-            n_workers=jobs,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            # Dask serves pages of itself even without its dashboard, and prints a warning where
-            # another cluster has the usual port: any free one will do.
-            dashboard_address="127.0.0.1:0",
-            scheduler_kwargs={"dashboard": False},
-            silence_logs=logging.CRITICAL + 1,
-            preload=[__name__],
-            memory_limit=0,  # `--max-memory` bounds the buffers already
-        )
+        try:
+            cluster = make(
+                n_workers=jobs,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                # Dask serves pages of itself even without its dashboard, and prints a warning where
+                # another cluster has the usual port: any free one will do.
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
+                silence_logs=logging.CRITICAL + 1,
+                preload=[__name__],
+                memory_limit=0,  # `--max-memory` bounds the buffers already
+            )
+        except RuntimeError as error:
+            raise PolyakError(
+                f"--engine dask: its workers cannot be started: {shown(str(error))}; on a busy "
+                "machine, use fewer --jobs or a longer DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT"
+            ) from None
         try:
             yield cluster.scheduler_address
         finally:
-            cluster.close(timeout=_timeout())
+            # On a busy machine that takes long.  All is folded, and they end with this process.
+            with contextlib.suppress(TimeoutError):
+                cluster.close(timeout=_CLOSING)
 
 
 @contextlib.contextmanager

@@ -143,10 +143,12 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scheduler]:
 
 def average(folder: Path, *options: object, code: str = "") -> subprocess.CompletedProcess[str]:
     """Average a run with Dask to o.h5 of a folder, after executing some code."""
+    # A scheduler that is gone is given up soon; workers that are started here may take long.
+    patience = "5s" if "--scheduler" in options else "30s"
     return subprocess.run(
         script(code, "average", *options, "-o", "o.h5", "--engine", "dask"),
         cwd=folder,
-        env=environment(DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT="5s", TMPDIR=str(folder)),
+        env=environment(DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT=patience, TMPDIR=str(folder)),
         capture_output=True,
         text=True,
         check=False,
@@ -163,6 +165,38 @@ def test_a_cluster_on_this_machine_writes_the_same_bytes(
     done = average(tmp_path, run[0], "--jobs", jobs, "-q", code=code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert tree(tmp_path) == {"o.h5": run[1]}
+
+
+@pytest.mark.soak
+def test_workers_that_are_slow_to_end_cost_no_average(
+    tmp_path: Path, run: tuple[Path, bytes]
+) -> None:
+    """On a busy machine they take seconds, when all is folded; the average is published."""
+    code = (
+        "import distributed\n"
+        "close = distributed.LocalCluster.close\n"
+        "def close_late(self, timeout=None):\n"
+        "    close(self, timeout)\n"
+        "    raise TimeoutError\n"
+        "distributed.LocalCluster.close = close_late"
+    )
+    done = average(tmp_path, run[0], "--jobs", 2, "-q", code=code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "o.h5").read_bytes() == run[1]
+
+
+@pytest.mark.soak
+def test_workers_that_cannot_be_started_are_one_line(
+    tmp_path: Path, run: tuple[Path, bytes]
+) -> None:
+    """As on a machine so busy that they do not reach the scheduler in time."""
+    code = (
+        'import dask, distributed\ndask.config.set({"distributed.comm.timeouts.connect": "1ms"})\n'
+    )
+    done = average(tmp_path, run[0], "--jobs", 2, code=code)
+    assert done.returncode == 3
+    assert one_line(done.stderr).startswith("--engine dask: its workers cannot be started: Cluster")
+    assert tree(tmp_path) == {}
 
 
 @pytest.mark.soak
