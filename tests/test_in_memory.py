@@ -66,6 +66,13 @@ def test_a_constant_infinity_stays_and_others_are_refused() -> None:
     mask = np.array([-np.inf, 1.0], "float32")
     np.testing.assert_array_equal(run([mask, mask, mask], [1.0] * 3), mask)
     plain = np.array([2.0, 1.0], "float32")
-    for states in ([mask, plain], [plain, mask], [mask, -mask], [np.array([np.nan], "float32")]):
+    large = np.array([1e308, 1.0])  # finite, unlike the sum of two
+    for states in (
+        [large, large],
+        [mask, plain],
+        [plain, mask],
+        [mask, -mask],
+        [np.array([np.nan], "float32")],
+    ):
         with pytest.raises(MismatchError, match=rf"'t' holds .* at step {len(states) - 1}"):
             run(states, [1.0] * len(states))

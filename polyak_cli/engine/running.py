@@ -91,7 +91,7 @@ class RunningMean:
                 part, tensor.dtype, _ORDER, [(0, multiplier)], [total], started, (scratch, scratch)
             )
             finite = is_finite(total) and finite
-        if not finite or tensor.constant is not None:
+        if not finite:  # as every sum of a constant infinity is
             self._check_constant(tensor, raw, where)
 
     def _check_constant(self, tensor: Running, raw: Bytes, where: str) -> None:

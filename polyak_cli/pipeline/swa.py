@@ -47,8 +47,9 @@ class StochasticWeightAveraging(keras.callbacks.Callback):  # type: ignore[misc]
     Before, training goes on with its own weights; an exception in ``fit`` leaves these.
 
     The sums take 8 bytes for each number that is averaged, twice the model in float32, and no disk.
-    They are lost with the process, and each ``fit`` begins with none; `PolyakCheckpoint` keeps
-    files, from which a run can be resumed and another window can be averaged.
+    Where Keras reads a variable by copying it, as on TensorFlow, the largest one is in memory once
+    or twice more meanwhile.  The sums are lost with the process, and each ``fit`` begins with none;
+    `PolyakCheckpoint` keeps files, from which a run can be resumed and another window averaged.
 
     Instead of TensorFlow Addons, with M a multiple of K:
 
@@ -213,8 +214,8 @@ def _read(variables: list[Any]) -> Iterator[Any]:
 
 def _assign(variable: Any, raw: Any) -> None:
     """Set a variable from the bytes of its values."""
-    like = keras.ops.convert_to_numpy(variable)
-    variable.assign(raw.view(like.dtype).reshape(like.shape))
+    # Keras has taught numpy the names of the other types, such as bfloat16.
+    variable.assign(raw.view(np.dtype(str(variable.dtype))).reshape(variable.shape))
 
 
 def _take_rows(given: Any, batch_size: int) -> Split | None:
