@@ -2,7 +2,7 @@
 #
 #   make quick   some 3 minutes     while working; no Keras, nothing that takes seconds
 #   make test    some 16 minutes   every promise at least once, in every environment
-#   make soak    some 10 minutes    what repeats, measures or mutates; all of `core` again
+#   make soak    some 10 minutes    what repeats, measures or mutates; the rest of `core`
 #
 # `make test` and `make soak` together run every test; tests/test_tiers.py checks it.
 PYTHON ?= python3
@@ -44,14 +44,14 @@ quick: .venv/.ready
 # Without any extra, where pip picks the newest h5py, and with the numpy kernel: what depends on
 # h5py, on an extra or on the arithmetic.  `core-all` runs the rest so.
 # Formats that are read without h5py have run their contract in `make test` already.
+CORE_FILES := $(patsubst %,tests/test_%.py,api architecture cli determinism ema formats generations hdf5 \
+	inspection kernel kernel_choice kernels keras_zip packaging plots guide statistics weights)
 core: .venv-core/.ready
-	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" \
-		$(patsubst %,tests/test_%.py,api architecture cli determinism ema formats generations hdf5 \
-		inspection kernel kernel_choice kernels keras_zip packaging plots guide statistics weights)
+	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" $(CORE_FILES)
 
 core-all: .venv-core/.ready
 	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras \
-		--ignore=tests/torch --ignore=tests/hf --ignore=tests/orbax
+		--ignore=tests/torch --ignore=tests/hf --ignore=tests/orbax $(addprefix --ignore=,$(CORE_FILES))
 
 # The oldest versions that pyproject allows: the same bytes, what numpy and h5py do, a few commands.
 oldest: .venv-oldest/.ready
