@@ -1,15 +1,10 @@
-"""Peak memory, measured: flat in the size of a model, of a tensor, and in their number.
-
-Each run is measured by a small process of its own: a process counts as its peak what it inherits
-from the one that started it, and a test runner is a large one.
-"""
+"""Peak memory, measured: flat in the size of a model, of a tensor, and in their number."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +16,9 @@ import numpy.typing as npt
 import pytest
 
 from tests import dcp
-from tests.command import POLYAK, environment
+from tests.command import POLYAK
 from tests.oracle import Model, naive_average, read_model, same_bits, write_model
+from tests.peaks import run_measured
 
 pytestmark = pytest.mark.slow
 
@@ -32,14 +28,6 @@ LIMIT = 100 * MEGABYTE
 FLAT = 8 * MEGABYTE
 #: Elements compared at a time.
 STRIDE = 1 << 22
-
-MEASURE = """
-import json, os, sys
-pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
-_, status, usage = os.wait4(pid, 0)
-unit = 1 if sys.platform == "darwin" else 1024
-print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_maxrss * unit]), file=sys.stderr)
-"""
 
 
 class Measured(NamedTuple):
@@ -51,20 +39,13 @@ class Measured(NamedTuple):
 
 def measure_peak(sources: Path, output: Path, *options: str) -> int:
     """Average a folder in a fresh process and return its peak memory."""
-    command = [*POLYAK, "average", str(sources), "-o", str(output), "--json", "-q", *options]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *command],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    code, peak = json.loads(done.stderr.splitlines()[-1])
-    assert code == 0, done.stderr
+    command = ("average", sources, "-o", output, "--json", "-q", *options)
+    done = run_measured(*POLYAK, *command)
+    assert done.code == 0, done.stderr
     report = json.loads(done.stdout)
     # The reported peak is right, except for the allocations that come after it.
-    assert abs(report["peak_memory"] - peak) < FLAT
-    return int(peak)
+    assert abs(report["peak_memory"] - done.peak) < FLAT
+    return done.peak
 
 
 def measure(sources: Path, output: Path, *options: str) -> Measured:
@@ -258,13 +239,9 @@ def test_memory_does_not_grow_with_carried_tensors(tmp_path: Path) -> None:
 
 def test_the_measuring_sees_what_is_used() -> None:
     """The measurement sees a process that takes 300 MB."""
-    hungry = [sys.executable, "-c", "x = bytearray(b'x') * 300_000_000"]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *hungry], capture_output=True, text=True, check=True
-    )
-    code, peak = json.loads(done.stderr)
-    assert code == 0
-    assert 300 * MEGABYTE < peak < 350 * MEGABYTE
+    done = run_measured(sys.executable, "-c", "x = bytearray(b'x') * 300_000_000")
+    assert (done.code, done.stderr) == (0, "")
+    assert 300 * MEGABYTE < done.peak < 350 * MEGABYTE
 
 
 #: Files of other values look like several runs.
@@ -277,16 +254,9 @@ def test_memory_of_the_geometry_is_flat(tmp_path: Path) -> None:
     for count, elements in ((2, 1 << 20), (2, 1 << 24), (40, 1 << 20)):
         for k in range(count):
             write_large(tmp_path / f"m_{k}.h5", 1, elements, k)
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, *POLYAK, *GEOMETRY, str(tmp_path)],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        code, peak = json.loads(done.stderr.splitlines()[-1])
-        assert code == 0, done.stderr
-        peaks.append(peak)
+        done = run_measured(*POLYAK, *GEOMETRY, tmp_path)
+        assert done.code == 0, done.stderr
+        peaks.append(done.peak)
     assert max(peaks) < LIMIT
     assert max(peaks) - min(peaks) < FLAT
 
@@ -301,16 +271,9 @@ def test_looking_inside_is_flat_too(tmp_path: Path, command: list[str]) -> None:
     for elements in (1 << 20, 100 << 20):
         paths = [write_large(tmp_path / f"m_{k}.h5", 1, elements, k) for k in range(2)]
         sources = [str(path) for path in paths] if len(command) > 1 else [str(tmp_path)]
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, *POLYAK, *command, *sources],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        code, peak = json.loads(done.stderr.splitlines()[-1])
-        assert code in (0, 1), done.stderr
-        peaks.append(peak)
+        done = run_measured(*POLYAK, *command, *sources)
+        assert done.code in (0, 1), done.stderr
+        peaks.append(done.peak)
     assert max(peaks) < LIMIT
     assert abs(peaks[1] - peaks[0]) < FLAT * 4  # buffers are as large as tensors allow
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,10 @@ from polyak_cli.errors import FormatError, OutputError
 from polyak_cli.formats.orbax import ocdbt
 from polyak_cli.formats.tensorflow.sstables import encode_varint
 from polyak_cli.formats.zips import WHOLE
-from tests.command import POLYAK, environment
+from tests.command import POLYAK
 from tests.orbax.test_orbax import BEAT, save, wrap
-from tests.test_memory import LIMIT, MEASURE, measure_peak
+from tests.peaks import run_measured
+from tests.test_memory import LIMIT, measure_peak
 
 MANIFEST, NODE = b"\x0c\xdb\x3a\x2a", b"\x0c\xdb\x20\xde"
 MEGABYTE = 10**6
@@ -205,19 +204,11 @@ def test_nothing_is_allocated_before_it_is_checked(tmp_path: Path, kind: str) ->
             (folder / "d").mkdir()
             (folder / "d/x").write_bytes(whole)
             (folder / ocdbt.MANIFEST).write_bytes(manifest(b"d/x", 0, len(whole)))
-    command = [*POLYAK, "average", str(folder), "-o", str(tmp_path / "o")]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *command],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    code, peak = json.loads(done.stderr.splitlines()[-1])
-    assert code == 3
-    assert done.stderr.count("\n") == 2, done.stderr  # one line, and what was measured
+    done = run_measured(*POLYAK, "average", folder, "-o", tmp_path / "o")
+    assert done.code == 3
+    assert done.stderr.count("\n") == 1, done.stderr
     # A node is a list of keys, and is held up to a limit of its own.
-    assert peak < LIMIT + (WHOLE if kind == "node" else 0)
+    assert done.peak < LIMIT + (WHOLE if kind == "node" else 0)
     assert not (tmp_path / "o").exists()
 
 
