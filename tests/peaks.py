@@ -41,4 +41,5 @@ def run_measured(*command: object) -> Run:
         check=True,
     )
     *lines, last = done.stderr.splitlines(keepends=True)
-    return Run(*json.loads(last), done.stdout, "".join(lines))
+    code, peak = json.loads(last)
+    return Run(code, peak, done.stdout, "".join(lines))
