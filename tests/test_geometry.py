@@ -184,9 +184,16 @@ def test_any_other_average_needs_no_second_reading(tmp_path: Path) -> None:
     write_run(tmp_path, run)
     given = geometry(tmp_path, coefficients=[-1, 0, 0.5, 0, 2])
     assert_geometry(given, x)
-    for wrong in ([1.0] * 4, [1, -1, 0, 0, 0], [np.nan] * 5):
-        with pytest.raises(UsageError, match="expected 5 finite numbers whose sum is not 0"):
+    for wrong, why in (
+        ([1.0] * 4, "4 numbers; expected 5"),
+        ([0.1, 0.2, -0.3, 0, 0], "the sum is 0"),
+        ([np.nan] * 5, "number 1 is nan"),
+    ):
+        with pytest.raises(UsageError, match=why):
             found.to_average(wrong)
+    # Whose sum overflows float64.
+    wanted = norm(x - x.mean(axis=0)).astype(float)
+    np.testing.assert_allclose(found.to_average([1e308] * 5), wanted, rtol=1e-9)
 
 
 # --- the same numbers in any way ------------------------------------------------------------------

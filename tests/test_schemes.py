@@ -275,16 +275,18 @@ def test_ema_is_sound_for_any_half_life(count: int, half_life: float, ramp: str 
 
 
 def test_power_by_a_half_life_is_that_of_its_sigma() -> None:
-    """The exponent g + 1 is T ln(2) / H; a half-life of more than T ln(2) is refused."""
+    """The exponent g + 1 is T ln(2) / H; with more than T ln(2), every step counts alike."""
     positions = run_of(40)
     exponent = 40 * math.log(2) / 4
     sigma = math.sqrt(exponent / ((exponent + 1) ** 2 * (exponent + 2)))
     assert coefficients("power", positions, ema_half_life=4) == pytest.approx(
         coefficients("power", positions, sigma=sigma), rel=1e-10, abs=1e-25
     )
-    coefficients("power", positions, ema_half_life=40 * math.log(2))
-    with pytest.raises(UsageError, match=r"^--ema-half-life is 28; expected at most 27\.7259, ln"):
-        coefficients("power", positions, ema_half_life=28)
+    # The mean of all steps: the oldest stands for itself and what lies before, the newest for half.
+    equal = [1.5 / 40, *(1 / 40 for _ in positions[1:-1]), 0.5 / 40]
+    for half_life in (40 * math.log(2), 28, 1e300):
+        found = coefficients("power", positions, ema_half_life=half_life)
+        assert found == pytest.approx(equal, rel=1e-12)
 
 
 def test_power_is_the_default_ema_of_torchtitan() -> None:
@@ -506,8 +508,8 @@ def test_custom_and_a_scheme_exclude_each_other() -> None:
         ),
         (lambda: resolve("power", {"from_first": True}), "--from-first belongs to --scheme ema"),
         (
-            lambda: coefficients("ema", [1.0, 2.0], ramp="edm2"),
-            "--ramp edm2 limits a half-life; give it with --ema-half-life",
+            lambda: resolve("ema", {"ramp": "edm2"}),  # before there is a checkpoint
+            "--ramp edm2 needs --ema-half-life; give both, or choose another word",
         ),
         (lambda: resolve("ema", {"ramp": "timm"}), "expected one of tfa, ema-pytorch, edm2"),
         (

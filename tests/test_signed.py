@@ -60,19 +60,34 @@ def test_a_scaled_mean_of_both_signs_is_the_same_mean(given_: list[float]) -> No
 
 
 @pytest.mark.parametrize(
-    ("given_", "found"),
+    "given_",
     [
-        ([1.0, -1.0], "--coefficients: the sum is 0"),
-        ([0.1, 0.2, -0.1, -0.2], "--coefficients: the sum is 0"),
-        ([1e300, -1e300], "cannot be divided: 1e.300, -1e.300"),
-        ([1e300, -1e300, 1e-300], "expected another sum than 0"),
-        ([1e308, 1e-5, -1e308], "expected another sum than 0"),
+        [1.0, -1.0],
+        [0.1, 0.2, -0.1, -0.2],
+        [0.1, 0.2, -0.3],  # whose sum in float64 is 2.8e-17
+        [1e308, 1e308, -1e308, -1e308],
+        [1e308, 1e-5, -1e308],
+        [1e300, -1e300, 1e-300],
+        [1e-323, -1e-323],
     ],
 )
-def test_a_sum_of_0_is_refused(given_: list[float], found: str) -> None:
-    """There is nothing to divide by; nearly none would make the coefficients infinite."""
-    with pytest.raises(UsageError, match=found):
+def test_a_sum_of_0_is_refused(given_: list[float]) -> None:
+    """There is nothing to divide by; what the rounding of decimals leaves counts as nothing."""
+    with pytest.raises(UsageError, match="--coefficients: the sum is 0, by which they would be"):
         coefficients(None, range(1, len(given_) + 1), custom=given_)
+
+
+def test_a_small_sum_is_no_sum_of_0() -> None:
+    """A sum that the rounding of the numbers cannot explain divides them as any other."""
+    for tiny in (2.0**-50, -(2.0**-40)):
+        assert coefficients(None, [1, 2], custom=[1.0 + tiny, -1.0]) == (1 / tiny + 1, -1 / tiny)
+
+
+def test_recorded_multipliers_whose_sum_is_0_are_refused() -> None:
+    """What a record says is divided exactly, and refused where a coefficient would be infinite."""
+    for given_ in ([1e300, -1e300], [1e300, -1e300, 1e-300], [1e308, 1e-5, -1e308]):
+        with pytest.raises(UsageError, match=r"cannot be divided: 1e.30.*another sum than 0"):
+            make_mean(given_)
 
 
 @needs_compiled

@@ -151,6 +151,20 @@ def test_it_equals_the_naive_average(folder: Path) -> None:
     assert same_bits(read_model(folder / "o.h5"), naive_average(paths, [1] * 3))
 
 
+def test_a_half_life_that_a_short_run_cannot_have_ends_nothing(folder: Path) -> None:
+    """At step 3 a half-life is at most 3 ln 2; a run that goes on will have it, so it is noted."""
+    (report,) = once(folder, scheme="power", ema_half_life=5)
+    assert report.notes[0] == (
+        "warning: --ema-half-life 5 is longer than 2.079, ln(2) of the newest checkpoint's "
+        "position, 3: until the run is long enough for it, every step counts alike"
+    )
+    assert report.plan.coefficients == pytest.approx((0.5, 1 / 3, 1 / 6))
+    for k in range(4, 10):
+        write(folder / f"ckpts/model_{k}.h5", k)
+    (report,) = once(folder, scheme="power", ema_half_life=5)
+    assert not any("half-life" in note for note in report.notes)
+
+
 def test_fewer_checkpoints_than_asked_for_are_averaged_and_it_is_said(folder: Path) -> None:
     """A run that has just begun has no ten checkpoints yet."""
     (report,) = once(folder, last=10)

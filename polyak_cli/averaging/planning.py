@@ -272,14 +272,13 @@ def plan_average(
     Raises:
         PolyakError: a leaf of it; see `pipeline.plan`.
     """
-    scheme = settings.weighting.resolve()
-    mean = settings.weighting.compute(chosen.positions, chosen.sigmas)
+    scheme, mean, notes = _weigh(chosen, settings)
     template = (tables := _scan(chosen, settings))[-1]
     _check_output(output, tables, chosen, settings)
     around.check_template(template, output)
     exports.refuse_unordered(tables)
     found = _sort_tensors(tables, settings, mean, output)
-    asset_notes = assets.refuse_other_assets(tables, settings.tensors.allow)
+    notes += assets.refuse_other_assets(tables, settings.tensors.allow)
     files = carried_files.plan_files(output, template, settings)
     suspicions = [*_list_suspicions(chosen, around), *found.averages]
     made = Plan(
@@ -294,7 +293,7 @@ def plan_average(
         passed_over=chosen.passed_over,
         skipped=tuple(around.skipped),
         suspicions=tuple(suspicions),
-        notes=(*_collect_notes(chosen, tables, found, around, suspicions, files), *asset_notes),
+        notes=(*notes, *_collect_notes(chosen, tables, found, around, suspicions, files)),
         bytes_to_read=_count_bytes_to_read(found.averaged, found.carried, mean.multipliers),
         bytes_to_write=_estimate_size(template, found) + (files.nbytes if files else 0),
         memory=measure_peak() + settings.machine.share().nbytes,
@@ -371,7 +370,6 @@ class _Fates(NamedTuple):
     drop_optimizer: bool
     missing_emas: Sequence[str]
     prefix_note: str
-    sign_notes: Sequence[str]  # on coefficients below 0
     averages: Sequence[Problem]  # running means among the tensors, and what is done about them
     factors: Factors  # among the averaged
     is_exact: bool  # the mean products of the factors are written
@@ -418,7 +416,6 @@ def _sort_tensors(
         averages=found_averages,
         prefix_note=prefix_note,
         factors=_find_factors(tables, averaged, mean.coefficients, settings),
-        sign_notes=_note_signs(mean, scheme),
         is_exact=wanted.lora == "exact",
     )
 
@@ -439,18 +436,42 @@ def _find_factors(
     return found
 
 
-def _note_signs(mean: schemes.Mean, scheme: str | None) -> list[str]:
-    """Return what negative coefficients do."""
+def _weigh(
+    chosen: checkpoints.Selection, settings: Settings
+) -> tuple[schemes.Choice, schemes.Mean, list[str]]:
+    """Return the scheme, its mean, and what a user should know of the choice and of both."""
+    choice = settings.weighting.resolve()
+    mean = settings.weighting.compute(chosen.positions, chosen.sigmas)
+    return choice, mean, [*chosen.notes, *_note_coefficients(choice, mean, chosen.positions[-1])]
+
+
+def _note_coefficients(choice: schemes.Choice, mean: schemes.Mean, end: float) -> Iterator[str]:
+    """Yield what negative coefficients do, and a half-life that a short run cannot have.
+
+    Args:
+        choice: the scheme.
+        mean: what it leads to.
+        end: the position of the newest checkpoint.
+    """
+    half_life, longest = choice.parameters.get("ema_half_life"), schemes.find_longest_half_life(end)
+    is_long = isinstance(half_life, float) and half_life > longest
+    if choice.name == "power" and is_long and len(mean.multipliers) > 1:
+        yield (
+            f"warning: --ema-half-life {half_life:g} is longer than {longest:.4g}, ln(2) of the "
+            f"newest checkpoint's position, {end:g}: until the run is long enough for it, every "
+            "step counts alike"
+        )
     if not schemes.is_signed(mean.multipliers):
-        return []
+        return
     total = schemes.sum_absolutes(mean.coefficients)
     text = f"warning: some coefficients are negative; the absolute values sum to {total:.4g}, so "
-    if schemes.takes_running_means(scheme):
-        return [f"{text}that rounding errors of the running means may grow by that factor"]
-    return [
-        f"{text}that the average lies outside of its checkpoints, and their errors may grow by "
-        "that factor: compare it with the newest checkpoint on data"
-    ]
+    if schemes.takes_running_means(choice.name):
+        yield f"{text}that rounding errors of the running means may grow by that factor"
+    else:
+        yield (
+            f"{text}that the average lies outside of its checkpoints, and their errors may grow "
+            "by that factor: compare it with the newest checkpoint on data"
+        )
 
 
 def _collect_notes(
@@ -462,8 +483,6 @@ def _collect_notes(
     files: FolderFiles | None,
 ) -> Iterator[str]:
     """Yield what a user should know before the run."""
-    yield from chosen.notes
-    yield from found.sign_notes
     yield from (problem.text for problem in suspicions)
     if files is None:
         yield from note_files_beside(chosen.checkpoints[-1], tables[-1])

@@ -369,9 +369,9 @@ class Worker:
                 raise MismatchError(
                     f"the average of tensor '{shown(tensor.name)}', a variance, is "
                     f"{part[place]:.6g} (element {start + place}), because some coefficients are "
-                    "negative; expected 0 or more. Compute BatchNorm's statistics again with "
-                    "--recalibrate, or copy the newest one's with --exclude-tensors "
-                    f"{quote_glob(tensor.name)}"
+                    "negative; expected 0 or more. Copy the newest one's with --exclude-tensors "
+                    f"{quote_glob(tensor.name)}, or, for whole Keras models, compute BatchNorm's "
+                    "statistics again with --recalibrate"
                 )
 
     def _keep_infinities(self, bundle: Bundle, count: int, row: int) -> None:

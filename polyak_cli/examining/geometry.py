@@ -169,15 +169,12 @@ class Geometry:
                 means the average of the scheme.
 
         Raises:
-            UsageError: there are not as many as checkpoints, or their sum is 0.
+            UsageError: there are not as many as checkpoints, one is not finite, or the sum is 0.
         """
-        c = np.asarray(self.coefficients if coefficients is None else coefficients, np.float64)
-        total = float(c.sum())
-        if c.shape != (len(self.checkpoints),) or not np.isfinite(c).all() or total == 0:
-            raise UsageError(
-                f"coefficients: expected {len(self.checkpoints)} finite numbers whose sum is not 0"
-            )
-        return tuple(grams_of.distances_to_average(self.gram, c / total).tolist())
+        own = self.coefficients
+        if coefficients is not None:
+            own = schemes.coefficients(None, self.positions, custom=coefficients)
+        return tuple(grams_of.distances_to_average(self.gram, own).tolist())
 
     def _describe(self) -> str:
         return f"{word_count(len(self.checkpoints), 'checkpoint')} of a run, how they lie"

@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from polyak_cli.averaging.schemes.by_age import equal, exp, linear
-from polyak_cli.averaging.schemes.by_position import gamma, power
+from polyak_cli.averaging.schemes.by_position import find_longest_half_life, gamma, power
 from polyak_cli.averaging.schemes.decays import SHAPES, decay
 from polyak_cli.averaging.schemes.means import (
     Mean,
@@ -59,6 +59,7 @@ __all__ = [
     "coefficients",
     "compute_mean",
     "effective_number",
+    "find_longest_half_life",
     "gamma",
     "is_signed",
     "make_mean",
@@ -165,6 +166,7 @@ def resolve(
     values = {
         one.name: _fill(one, given.get(one.name), name) for one in own if one.name not in replaced
     }
+    _require_needed(own, values)
     # What is not given and has no default is left out, in the plan and in the record too.
     return Choice(name, {key: v for key, v in values.items() if v is not None and v is not False})
 
@@ -185,6 +187,21 @@ def _find_replaced(own: Sequence[Parameter], given: Mapping[str, Value]) -> set[
                 )
             found.add(one.instead_of)
     return found
+
+
+def _require_needed(own: Sequence[Parameter], values: Mapping[str, Value | None]) -> None:
+    """Refuse a word without the parameter that it needs.
+
+    Raises:
+        UsageError: names both.
+    """
+    for one in own:
+        word = values.get(one.name)
+        needed = one.needs.get(word) if isinstance(one, Word) and isinstance(word, str) else None
+        if needed and values.get(needed) is None:
+            raise UsageError(
+                f"{spell(one.name)} {word} needs {spell(needed)}; give both, or choose another word"
+            )
 
 
 def _fill(parameter: Parameter, given: Value | None, name: str) -> Value | None:
@@ -212,8 +229,11 @@ def _checked_custom(custom: Sequence[float], count: int) -> list[float]:
             )
     if not any(values):
         raise UsageError("--coefficients: all numbers are 0; expected at least one other number")
-    # A sum too large for float64 is not 0; any other is 0 only if it is so exactly.
-    if max(map(abs, values)) < 2.0**900 and not math.fsum(values):
+    # Decimals are rounded to float64, each by 2^-53 of itself: 0.1 + 0.2 - 0.3 is a sum of 0 too.
+    # A power of two makes the largest less than 1, so that no sum overflows.
+    _, exponent = math.frexp(max(map(abs, values)))
+    scaled = [math.ldexp(value, -exponent) for value in values]
+    if abs(math.fsum(scaled)) <= 2.0**-53 * math.fsum(map(abs, scaled)):
         raise UsageError(
             "--coefficients: the sum is 0, by which they would be divided; expected another sum"
         )
@@ -299,6 +319,7 @@ SCHEMES: Mapping[str, Scheme] = {
                 "from the oldest too",
                 None,
                 tuple(RAMPS),
+                needs={"edm2": "ema_half_life"},
             ),
         ),
     ),

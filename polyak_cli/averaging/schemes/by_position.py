@@ -61,10 +61,11 @@ def power(
         sigma: the relative width.
         ema_half_life: in place of ``sigma``, the half-life at the end of the run.  There the EMA
             multiplies what it has by (1 - 1/T)^(g+1) in one step, near 2^(-1/H) for
-            g + 1 = T ln(2) / H; so h = 0.05 T in every step is torchtitan's EMA.
+            g + 1 = T ln(2) / H; so h = 0.05 T in every step is torchtitan's EMA.  A longer one than
+            `find_longest_half_life` counts every step alike.
 
     Raises:
-        UsageError: the positions do not rise, or equal weights have a shorter half-life.
+        UsageError: the positions do not rise.
     """
     require_rising(positions, "power")
     if len(positions) == 1:
@@ -105,13 +106,15 @@ def _find_exponent(
     if half_life is None:
         return context.add(context.create_decimal(gamma(sigma or 0.0)), 1)
     logarithm = context.multiply(context.create_decimal(end), context.ln(context.create_decimal(2)))
-    exponent = context.divide(logarithm, context.create_decimal(half_life))
-    if exponent < 1:
-        raise UsageError(
-            f"--ema-half-life is {half_life:g}; expected at most {float(logarithm):g}, ln(2) of "
-            f"the newest checkpoint's position, {end:g}, where every step counts alike"
-        )
-    return exponent
+    # Below 1, the oldest steps would count most.  A run that has only begun is that short.
+    return max(
+        context.divide(logarithm, context.create_decimal(half_life)), context.create_decimal(1)
+    )
+
+
+def find_longest_half_life(end: float) -> float:
+    """Return T ln(2), the half-life of `power` at which every step up to ``end`` counts alike."""
+    return end * math.log(2.0)
 
 
 def require_rising(positions: Sequence[float], scheme: str) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from polyak_cli.averaging.schemes.by_position import require_rising
 from polyak_cli.averaging.schemes.decimals import make_context
-from polyak_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from decimal import Context, Decimal
@@ -48,7 +47,7 @@ def ema(
             oldest checkpoint too.
 
     Raises:
-        UsageError: the ramp needs a half-life, or that needs positions that rise.
+        UsageError: there is a half-life, and the positions do not rise.
     """
     context = make_context()
     if decay is not None and not from_first and ramp is None:
@@ -57,8 +56,6 @@ def ema(
         return [float(context.power(factor, age)) for age in range(len(positions) - 1, -1, -1)]
     if ema_half_life is not None:
         require_rising(positions, "ema")
-    elif ramp == "edm2":
-        raise UsageError("--ramp edm2 limits a half-life; give it with --ema-half-life")
     gaps = [later - earlier for earlier, later in pairwise(positions)]
     updates = [_update(context, gap, decay, ema_half_life) for gap in gaps]
     if from_first or ramp is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from polyak_cli.errors import UsageError, shown
@@ -55,15 +55,19 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A parameter that is one of some words; attributes as those of `Number`.
+    """A parameter that is one of some words.  Without a default the scheme can do without it.
 
-    Without a default the scheme can do without it.
+    Attributes:
+        name: as of `Number`; so are the next two.
+        words: the choices.
+        needs: word -> the parameter without which it means nothing.
     """
 
     name: str
     meaning: str
     default: str | None
     words: tuple[str, ...]
+    needs: Mapping[str, str] = field(default_factory=dict)
     optional = True
 
     def check(self, given: object) -> str:
