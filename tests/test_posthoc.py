@@ -241,6 +241,21 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[PolyakError], st
         UsageError,
         "does not list network-snapshot-0000020-0.050.safetensors",
     ),
+    "a huge number": (
+        lambda d: {"snapshots": write(d, f'[{{"file": "a", "step": {10**400}, "sigma": 0.1}}]')},
+        CheckpointError,
+        "no list of snapshots",
+    ),
+    "rows of another form": (
+        lambda d: {"snapshots": write(d, "[1, [2]]")},
+        CheckpointError,
+        "no list of snapshots",
+    ),
+    "a width": (
+        lambda d: {"snapshots": write_all(d, 0.5)},
+        UsageError,
+        "a snapshot has step 1 and sigma 0.5; expected a step above 0, and a sigma from 0.001",
+    ),
     "gone": (lambda d: {"snapshots": d / "gone.csv"}, CheckpointError, "gone.csv: "),
     "steps": (lambda _: {"to_epoch": 5}, CheckpointError, "found steps 20 to 80"),
     "one": (
@@ -255,6 +270,13 @@ def write(folder: Path, text: str) -> Path:
     """Write a list and return its path."""
     (folder / "list").write_bytes(text.encode(errors="surrogateescape"))
     return folder / "list"
+
+
+def write_all(folder: Path, sigma: float) -> Path:
+    """Write a list of all snapshots with one sigma, and return its path."""
+    names = sorted(path.name for path in (folder / "emas").iterdir())
+    rows = [f"{name},{step},{sigma}" for step, name in enumerate(names, 1)]
+    return write(folder, "\n".join(["file,step,sigma", *rows]))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -30,6 +30,10 @@ _STEP_SIGMA = re.compile(r"(?:.*[-_])?(?P<step>\d+)[-_](?P<sigma>0?\.\d+)(?:\.[A
 _INDEX_STEP = re.compile(r"(?P<index>\d+)\.(?P<step>\d+)(?:\.[A-Za-z]\w*)+")
 _LONGEST_LIST = 16 << 20
 _COLUMNS = ("file", "step", "sigma")
+#: What text, numbers or structure other than expected raise.
+_UNREADABLE = (
+    ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError
+)  # fmt: skip
 
 
 class Snapshots(NamedTuple):
@@ -168,7 +172,7 @@ def _read_list(said: str) -> dict[str, tuple[float, float]]:
         found = dict(map(_parse_row, rows))
     except FormatError as error:
         raise CheckpointError(f"--snapshots: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
+    except (*_UNREADABLE, csv.Error) as error:
         raise CheckpointError(
             f"--snapshots: {shown(said)} is no list of snapshots ({shown(error, 60)}); expected "
             "CSV with the columns file,step,sigma, or JSON: "

@@ -41,7 +41,7 @@ from polyak_cli.averaging.schemes.parameters import (
     Word,
     spell,
 )
-from polyak_cli.averaging.schemes.posthoc import posthoc
+from polyak_cli.averaging.schemes.posthoc import WIDTHS, is_width, posthoc
 from polyak_cli.averaging.schemes.running import window
 from polyak_cli.errors import UsageError, shown, word_count
 
@@ -354,8 +354,8 @@ SCHEMES: Mapping[str, Scheme] = {
                 "sigma",
                 "relative width SIGMA of the EMA that is made of EMA snapshots",
                 None,
-                lambda s: s >= 0.001 and 12.0 * s * s < 1.0,
-                "a number from 0.001 to below 1/sqrt(12) = 0.288675",
+                is_width,
+                WIDTHS,
             ),
         ),
         takes="snapshots",

@@ -12,6 +12,14 @@ from polyak_cli.averaging.schemes.by_position import gamma
 from polyak_cli.averaging.schemes.decimals import make_context
 from polyak_cli.errors import UsageError
 
+#: The widths of which there are snapshots, in words.
+WIDTHS = "a sigma from 0.001 to below 1/sqrt(12) = 0.288675"
+
+
+def is_width(sigma: float) -> bool:
+    """Return whether a sigma is one of `WIDTHS`; the largest would be the equal mean."""
+    return sigma >= 0.001 and 12.0 * sigma * sigma < 1.0
+
 
 class Snapshot(NamedTuple):
     """An EMA of power-function profile, as it was at one step."""
@@ -63,6 +71,11 @@ def combine(positions: Sequence[float], sigma: float, sigmas: Sequence[float]) -
         )
     stored = tuple(map(Snapshot, positions, sigmas))
     for place, one in enumerate(stored):
+        if not (0.0 < one.step < math.inf and is_width(one.sigma)):
+            raise UsageError(
+                f"--scheme posthoc: a snapshot has step {one.step:g} and sigma {one.sigma:g}; "
+                f"expected a step above 0, and {WIDTHS}; leave it out with --exclude"
+            )
         if one in stored[:place]:
             raise UsageError(
                 f"--scheme posthoc: two snapshots have sigma {one.sigma:g} at step {one.step:g}; "
