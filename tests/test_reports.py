@@ -75,6 +75,7 @@ def found(evil: str = "model_3.h5") -> dict[str, Any]:
         "rows": rows,
         "winner": rows[3],
         "gains": [{**gain, "over": "newest", "verdict": "within noise"}],
+        "forecast": None,
         "notes": [],
     }
 
@@ -317,6 +318,20 @@ def test_every_mark_and_band_of_the_figure_is_in_the_legend(tmp_path: Path) -> N
         *("winner: equal, last 2", "single checkpoint", "newest checkpoint", "equal", "exp:2"),
         *("middle half of singles", "ensemble"),
     } <= {*texts(draw(found(), tmp_path))}
+
+
+def test_a_parameter_that_is_a_word_is_in_the_legend(tmp_path: Path) -> None:
+    """And negative coefficients hang from the zero line of their bars."""
+    data = found()
+    row = {**data["rows"][4], "label": "decay:1-sqrt, last 3", "scheme": "decay"}
+    data["rows"].append(row | {"parameter": "1-sqrt", "coefficients": [-0.5, 0.5, 1.0]})
+    assert "decay:1-sqrt" in texts(draw(data, tmp_path))
+    bars = reports._lay_out_row(data["rows"][-1], [], False).bars
+    assert [(bar.y, bar.height) for bar in bars] == [
+        ("12.00", "6.00"),
+        ("6.00", "6.00"),
+        ("0.00", "12.00"),
+    ]
 
 
 def test_numbers_of_checkpoints_are_whole(tmp_path: Path) -> None:

@@ -43,9 +43,7 @@ class Candidate(NamedTuple):
     @property
     def name(self) -> str:
         """Its scheme in the form of `--schemes`, or its kind."""
-        value = self.parameter
-        text = f"{value:g}" if isinstance(value, float) else value
-        return f"{self.scheme or self.kind}{'' if value is None else f':{text}'}"
+        return name_scheme(self.scheme or self.kind, self.parameter)
 
 
 class ScoredCandidate(NamedTuple):
@@ -59,6 +57,13 @@ class ScoredCandidate(NamedTuple):
         scores = self.scores[split]
         found = scores.loss if metric == "loss" else scores.metrics.get(metric)
         return math.nan if found is None else found
+
+
+def name_scheme(scheme: str, parameter: schemes.Value | None) -> str:
+    """Return a scheme in the form of `--schemes`, such as exp:2 or decay:1-sqrt."""
+    if parameter is None:
+        return scheme
+    return f"{scheme}:{parameter:g}" if isinstance(parameter, float) else f"{scheme}:{parameter}"
 
 
 def find_single(coefficients: Sequence[float]) -> int | None:

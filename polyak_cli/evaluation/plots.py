@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown
+from polyak_cli.evaluation.candidates import name_scheme
 
 SUFFIXES = (".png", ".svg")
 #: Colours of lines and of the grid; the HTML page replaces them by those of its theme.
@@ -310,8 +311,8 @@ def _collect_series(found: Mapping[str, Any], metric: str) -> _Series:
             if one is row and row["rank"] == 1:
                 series.winner[shown(row["label"], 30)] = (place, score)
             if one["kind"] == "average":
-                parameter = "" if one["parameter"] is None else f":{one['parameter']:g}"
-                series.lines.setdefault(one["scheme"] + parameter, []).append((place, score))
+                name = name_scheme(one["scheme"], one["parameter"])
+                series.lines.setdefault(name, []).append((place, score))
             elif one["kind"] == "extrapolation":
                 name = f"extrapolated by {one['parameter']:g}"
                 series.lines.setdefault(name, []).append((place, score))
