@@ -465,11 +465,11 @@ def fail(patch: pytest.MonkeyPatch, *problems: BaseException) -> list[int]:
     tried: list[int] = []
     fold = shares._fold
 
-    def failing(job: FoldJob, parcel: Parcel, on_folded: Callable[[], None]) -> shares.Reply:
+    def failing(job: FoldJob, parcel: Parcel, on_last: Callable[[], None]) -> shares.Reply:
         tried.append(len(tried))
         if len(tried) <= len(problems):
             raise problems[tried[-1]]
-        return fold(job, parcel, on_folded)
+        return fold(job, parcel, on_last)
 
     patch.setattr(shares, "_fold", failing)
     return tried

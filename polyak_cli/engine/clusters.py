@@ -43,6 +43,8 @@ _AHEAD = 3
 _RETRIES = 3
 #: Errors of an output that no other worker would not have.
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Shares for each worker, so that the last ones end at about the same time.
+_ROUNDS = 8
 #: Bytes that a share reads: what a scheduler does for a task is to be short beside it, and all of
 #: it is done again if its worker is lost.
 _LEAST, _MOST = 16 << 20, 1 << 30
@@ -88,8 +90,6 @@ class Futures:
     workers: int = 1
     #: Bytes that a share reads; by default it depends on how many there are, and on the workers.
     share_nbytes: int | None = None
-    #: Shares for each worker, so that the last ones end at about the same time.
-    rounds: int = 8
 
     def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
         """See `executors.Executor.run`."""
@@ -114,7 +114,7 @@ class Futures:
         most = _MOST
         if None in sinks.find_sinks(job.outputs):
             most = min(most, sinks.MOST_RETURNED * max(1, len(job.list_counted())))
-        return min(max(whole // (self.rounds * self.count_workers()), _LEAST), most)
+        return min(max(whole // (_ROUNDS * self.count_workers()), _LEAST), most)
 
     def submit(self, avoid: str, *task: Any) -> Future[Reply]:
         """Have a worker call `shares.fold_share`, if possible another one than ``avoid``."""
@@ -370,8 +370,8 @@ def run_on_dask(version: str, job_id: str, job: bytes, share: bytes) -> Reply:
     """Fold a share on a Dask worker, and return its reply with the worker's address."""
     from distributed import get_worker, secede
 
-    # While the last parts are on their way, the worker takes the next share.
-    reply = shares.fold_share(version, job_id, job, share, on_folded=secede)
+    # While the last bytes come and the last parts go, the worker takes the next share.
+    reply = shares.fold_share(version, job_id, job, share, on_last=secede)
     return reply | {"worker": get_worker().address}
 
 
@@ -389,7 +389,7 @@ class Dask(Futures):
     def __init__(self, client: Any, address: str) -> None:
         self.client = client
         self.address = address
-        self.share_nbytes, self.rounds = None, 8
+        self.share_nbytes = None
         self.seen = _Counted()
 
     def wait_for_workers(self) -> None:

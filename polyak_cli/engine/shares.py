@@ -7,6 +7,7 @@ nothing of who sends shares, or of when.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
@@ -20,7 +21,6 @@ from typing import Any
 from polyak_cli import __version__
 from polyak_cli.engine import sinks
 from polyak_cli.engine.constants import Constant
-from polyak_cli.engine.executors import prefetch_next
 from polyak_cli.engine.folding import Done, FoldJob, Worker
 from polyak_cli.engine.kernel import find_kernel
 from polyak_cli.engine.products import Products
@@ -150,7 +150,7 @@ def fold_share(
     job_id: str,
     job: bytes,
     share: bytes,
-    on_folded: Callable[[], None] = lambda: None,
+    on_last: Callable[[], None] = lambda: None,
 ) -> Reply:
     """Fold a share into the outputs, and return what that took and found.
 
@@ -159,8 +159,8 @@ def fold_share(
         job_id: of the job.
         job: as `pack` makes it; empty if this process should have it already.
         share: a `Parcel`, as `pack` makes it.
-        on_folded: called when nothing is left but to wait until parts are sent: another share may
-            be folded meanwhile, on another thread.
+        on_last: called when there is nothing more to fetch over a network.  Another share may begin
+            then, on another thread: its first bytes come, and it waits until this one is folded.
 
     Returns:
         One of "done", with what a `Done` has; "version", where it is another one; "unknown", where
@@ -175,7 +175,7 @@ def fold_share(
         known = _find_job(job_id, job)
         if known is None:
             return {"worker": worker, "unknown": True}
-        return {"worker": worker, "done": _fold(known, _unpack(share), on_folded)}
+        return {"worker": worker, "done": _fold(known, _unpack(share), on_last)}
     except Exception as error:
         unseen = _find_unseen(known) if known else None
         return {"worker": worker, "unseen": unseen, **describe_error(error)}
@@ -215,7 +215,11 @@ def _find_job(job_id: str, job: bytes) -> FoldJob | None:
     return _jobs.get(job_id)
 
 
-def _fold(job: FoldJob, parcel: Parcel, on_folded: Callable[[], None] = lambda: None) -> Reply:
+#: Held by the share that this process folds.
+_turn = threading.Lock()
+
+
+def _fold(job: FoldJob, parcel: Parcel, on_last: Callable[[], None] = lambda: None) -> Reply:
     """Fold a share; nothing of it stays open."""
     totals, products = Totals(), Products(len(job.list_counted()))
     constants: list[Constant] = []
@@ -223,8 +227,13 @@ def _fold(job: FoldJob, parcel: Parcel, on_folded: Callable[[], None] = lambda: 
     is_remote = any(file.version.is_object for file in job.inputs)
     tuning = TUNING.for_objects() if is_remote else TUNING
     outputs = sinks.open_outputs(job, parcel.literals)
-    with Worker(job, tuning, outputs=outputs) as worker:
-        for batch in prefetch_next(parcel.share, worker.prefetch):
+    batches = parcel.share
+    with Worker(job, tuning, outputs=outputs) as worker, _prefetched(worker, batches[0]):
+        for number, batch in enumerate(batches, 1):
+            if number < len(batches):
+                worker.prefetch(batches[number])
+            elif is_remote or job.sinks:  # of local files, nothing is worth another thread
+                on_last()
             done = worker.fold(batch)
             totals = totals.plus(done.totals)
             products.add(done.products)
@@ -236,7 +245,7 @@ def _fold(job: FoldJob, parcel: Parcel, on_folded: Callable[[], None] = lambda: 
         for output in outputs if job.flush else ():
             output.sync()
         worker.finish()
-    delivered = sinks.deliver(outputs, on_folded)
+    delivered = sinks.deliver(outputs)
     requests, retries = _requests.take()
     return {
         "totals": list(totals.plus(Totals(requests=requests, retries=retries))),
@@ -247,6 +256,18 @@ def _fold(job: FoldJob, parcel: Parcel, on_folded: Callable[[], None] = lambda: 
         "peak": measure_peak(),
         **delivered,
     }
+
+
+@contextlib.contextmanager
+def _prefetched(worker: Worker, batch: Batch) -> Iterator[None]:
+    """Have the bytes of a first batch fetched, and wait for the turn to fold it.
+
+    So the bytes of two batches are on their way in this process at most, within a share and from
+    one to the next.
+    """
+    worker.prefetch(batch)
+    with _turn:
+        yield
 
 
 def _find_unseen(job: FoldJob) -> list[str] | None:

@@ -8,7 +8,7 @@ twice.  Knows nothing of who sends shares, or of when.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from polyak_cli.engine.folding import FoldJob
@@ -174,19 +174,13 @@ def open_outputs(job: FoldJob, literals: Literals) -> list[OutputFile]:
     ]
 
 
-def deliver(outputs: Sequence[OutputFile], on_waiting: Callable[[], None]) -> dict[str, Any]:
+def deliver(outputs: Sequence[OutputFile]) -> dict[str, Any]:
     """Wait until the parts of a share are sent; return their receipts, and what goes back.
-
-    Args:
-        outputs: as `open_outputs` made them.
-        on_waiting: called if there are parts to wait for.
 
     Raises:
         PolyakError: a part could not be sent.
     """
     sent = {k: one.outbox for k, one in enumerate(outputs) if isinstance(one, _Sent)}
-    if sent:
-        on_waiting()
     return {
         "receipts": {k: outbox.collect() for k, outbox in sent.items()},
         "written": {k: one.runs for k, one in enumerate(outputs) if isinstance(one, _Returned)},

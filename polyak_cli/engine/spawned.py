@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -57,8 +58,7 @@ class Spawned:
     def run(self, job: FoldJob, batches: Iterable[Batch]) -> Generator[Done, None, None]:
         """See `executors.Executor.run`."""
         with contextlib.closing(_Pool(self.jobs)) as pool:
-            # Few: a process is idle at the end of each, while its last parts are on their way.
-            yield from _Shares(pool, self.jobs, rounds=3).run(job, batches)
+            yield from _Shares(pool, self.jobs).run(job, batches)
 
 
 class _Shares(Futures):
@@ -73,15 +73,14 @@ class _Shares(Futures):
 
 
 class _Pool(futures.Executor):
-    """Processes, each with a thread that gives it the next task."""
+    """Processes, each of which takes the next task."""
 
     def __init__(self, jobs: int) -> None:
-        self.tasks: queue.SimpleQueue[tuple[Future[Reply], bytes] | None] = queue.SimpleQueue()
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.threads: list[threading.Thread] = []
+        self.tasks: _Tasks = queue.SimpleQueue()
+        self.processes: list[_Process] = []
         try:
             for _ in range(jobs):
-                self._start()
+                self.processes.append(_Process(self.tasks))
         except (OSError, RuntimeError) as error:
             self.close()
             raise PolyakError(
@@ -89,71 +88,129 @@ class _Pool(futures.Executor):
                 "(ulimit -v, -u), or use fewer --jobs"
             ) from None
 
-    def _start(self) -> None:
-        """Start a process and its thread."""
+    def submit(self, _call: Any, /, *arguments: Any, **_: Any) -> Future[Any]:
+        """Have a process call `shares.fold_share`, which is all that it can."""
+        future: Future[Any] = Future()
+        self.tasks.put((future, arguments))
+        return future
+
+    def close(self) -> None:
+        """End all processes, whatever they are doing."""
+        for process in self.processes:
+            process.popen.kill()
+            self.tasks.put(None)  # for any of them, all of which are to end
+            process.is_free.release()
+        for process in self.processes:
+            process.close()
+        self.processes = []
+
+
+#: What waits for a process; None for one that is to end.
+_Tasks = queue.SimpleQueue[tuple[Future[Reply], tuple[Any, ...]] | None]
+
+
+class _Process:
+    """A process, a thread that gives it tasks, and one that takes its replies.
+
+    It gets a task when it fetches no more for the one before, whose last parts come and go yet.
+    """
+
+    def __init__(self, tasks: _Tasks) -> None:
+        self.tasks = tasks
+        self.sent: dict[int, Future[Reply]] = {}
+        self.lock = threading.Lock()
+        self.ended = ""  # how, when it has
+        self.is_free = threading.Semaphore(1)
         package = str(Path(__file__).parents[2])
         known = os.environ.get("PYTHONPATH")
-        process = subprocess.Popen(  # noqa: S603 (this very package)
+        self.popen = subprocess.Popen(  # noqa: S603 (this very package)
             # -P: no module of the current folder is imported.
             [sys.executable, "-P", "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": f"{package}:{known}" if known else package},
         )
-        self.processes.append(process)
-        thread = threading.Thread(target=self._feed, args=[process], daemon=True)
-        thread.start()
-        self.threads.append(thread)
+        self.threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._feed, self._listen)
+        ]
+        try:
+            for thread in self.threads:
+                thread.start()
+        except RuntimeError:
+            self.popen.kill()
+            self.popen.wait()
+            raise
 
-    def _feed(self, process: subprocess.Popen[bytes]) -> None:
-        """Give a process one task after the other."""
-        while (task := self.tasks.get()) is not None:
-            future, body = task
+    def _feed(self) -> None:
+        while self.is_free.acquire() and (task := self.tasks.get()) is not None:
+            future, arguments = task
             if not future.set_running_or_notify_cancel():
+                self.is_free.release()
                 continue
-            reply = None
-            if process.stdin and process.stdout:
-                with contextlib.suppress(OSError, ValueError):  # it has ended
-                    _write(process.stdin, body)
-                    reply = _read(process.stdout)
-            if reply is None:
-                code = process.wait()
-                how = signal.Signals(-code).name if code < 0 else f"exit {code}"
-                future.set_exception(make_ended(how))
-                return
-            future.set_result(pickle.loads(reply))  # noqa: S301 (from a process of our own)
+            number = id(future)
+            with self.lock:
+                self.sent[number] = future
+                if self.ended:
+                    self._fail()
+                    return
+            if self.popen.stdin:
+                with contextlib.suppress(OSError, ValueError):  # it has ended, as `_listen` finds
+                    _write(self.popen.stdin, pickle.dumps((number, arguments)))
 
-    def submit(self, _call: Any, /, *arguments: Any, **_: Any) -> Future[Any]:
-        """Have a process call `shares.fold_share`, which is all that it can."""
-        future: Future[Any] = Future()
-        self.tasks.put((future, pickle.dumps(arguments)))
-        return future
+    def _listen(self) -> None:
+        while self.popen.stdout and (body := _read(self.popen.stdout)) is not None:
+            number, reply = pickle.loads(body)  # noqa: S301 (from a process of our own)
+            if reply is None:
+                self.is_free.release()
+            else:
+                self.sent.pop(number).set_result(reply)
+        code = self.popen.wait()
+        with self.lock:
+            self.ended = signal.Signals(-code).name if code < 0 else f"exit {code}"
+            self._fail()
+
+    def _fail(self) -> None:
+        """Report to all who wait for this process that it has ended."""
+        while self.sent:
+            _, future = self.sent.popitem()
+            future.set_exception(make_ended(self.ended))
 
     def close(self) -> None:
-        """End all processes, whatever they are doing."""
-        for process in self.processes:
-            process.kill()
-        for _ in self.threads:
-            self.tasks.put(None)
+        """Wait for its end."""
         for thread in self.threads:
             thread.join()
-        for process in self.processes:
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream:
-                    with contextlib.suppress(OSError):
-                        stream.close()
-        self.processes, self.threads = [], []
+        self.popen.wait()
+        for stream in (self.popen.stdin, self.popen.stdout):
+            if stream:
+                with contextlib.suppress(OSError):
+                    stream.close()
 
 
 def main() -> None:
     """Fold one share after the other, until the process that sends them has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is that one's matter
-    replies = os.fdopen(os.dup(1), "wb")
+    replies, lock = os.fdopen(os.dup(1), "wb"), threading.Lock()
     os.dup2(2, 1)  # a library that prints must not print into the replies
+
+    def answer(number: int, reply: Reply | None) -> None:
+        with lock:
+            _write(replies, pickle.dumps((number, reply)))
+
+    def fold(number: int, task: tuple[Any, ...], is_ready: threading.Event) -> None:
+        try:
+            version, job_id, job, share = task
+            answer(number, shares.fold_share(version, job_id, job, share, is_ready.set))
+            is_ready.set()
+        except BaseException:  # a bug: nobody would wait for this process in vain
+            traceback.print_exc()
+            os._exit(1)
+
     while (body := _read(sys.stdin.buffer)) is not None:
-        task = pickle.loads(body)  # noqa: S301 (from the process that started this one)
-        _write(replies, pickle.dumps(shares.fold_share(*task)))
+        number, task = pickle.loads(body)  # noqa: S301 (from the process that started this one)
+        is_ready = threading.Event()
+        threading.Thread(target=fold, args=(number, task, is_ready), daemon=True).start()
+        is_ready.wait()
+        answer(number, None)  # ready for another
 
 
 if __name__ == "__main__":

@@ -647,11 +647,11 @@ def test_a_spawned_process_that_is_killed_is_one_line(
     code = """
 import os, signal
 from polyak_cli.engine import spawned
-start = spawned._Pool._start
-def start_and_kill(pool):
-    start(pool)
-    os.kill(pool.processes[0].pid, signal.SIGKILL)
-spawned._Pool._start = start_and_kill
+start = spawned._Pool.__init__
+def start_and_kill(pool, jobs):
+    start(pool, jobs)
+    os.kill(pool.processes[0].popen.pid, signal.SIGKILL)
+spawned._Pool.__init__ = start_and_kill
 """
     done = average_bucket(tmp_path, bucket, "spawned", code=code)
     assert done.returncode == 3
