@@ -52,7 +52,7 @@ def test_averaging_needs_five_packages_and_the_rest_is_extra() -> None:
     assert names(extras["s3"]) == {"polyak[remote]", "boto3"}
     assert names(extras["dask"]) == {"distributed"}
     assert names(extras["mpi"]) == {"mpi4py"}
-    assert extras["all"] == ["polyak[tensorflow,plot,orbax]"]
+    assert extras["all"] == ["polyak[tensorflow,plot,orbax,s3,dask]"]
     assert PROJECT["requires-python"] == ">=3.11"
     assert PROJECT["license"] == "MIT"
     assert PROJECT["scripts"] == {"polyak": "polyak_cli.cli:main"}

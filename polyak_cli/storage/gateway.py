@@ -18,7 +18,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 from polyak_cli.errors import FormatError, OutputError, PolyakError, StoreError, shown
 from polyak_cli.storage import Bytes, Version, urls
 from polyak_cli.storage.messages import ask, describe_error, fill, rebuild_error, receive, send
+from polyak_cli.storage.private import make_folders
 from polyak_cli.storage.sending import Sender
 
 #: Bytes of a block of a stand-in.
@@ -38,8 +38,6 @@ MOST = 100_000
 _RUN = 64
 #: Seconds between two looks whether the process that started this one is alive.
 _LOOK = 1.0
-#: Bytes of the path of a socket, on Linux and macOS.
-_LONGEST_PATH = 100
 _SOCKET = "gateway"
 
 
@@ -52,10 +50,7 @@ class Client:
     def __init__(self) -> None:
         """Start the process, with a private folder for stand-ins and its socket."""
         self.owner = self.forked = os.getpid()
-        self.root = tempfile.mkdtemp(prefix="polyak-")
-        self.place = self.root
-        if len(os.fsencode(self.root)) + len(_SOCKET) + 1 > _LONGEST_PATH:
-            self.place = tempfile.mkdtemp(prefix="polyak-", dir="/tmp")
+        self.root, self.place, self.locks = make_folders(_SOCKET)
         package = str(Path(__file__).parents[2])
         known = os.environ.get("PYTHONPATH")
         environment = os.environ | {"PYTHONPATH": f"{package}:{known}" if known else package}
@@ -67,6 +62,7 @@ class Client:
                 stdout=subprocess.PIPE,
                 env=environment,
                 start_new_session=True,
+                pass_fds=self.locks,
             )
             if not self.process.stdout or self.process.stdout.readline() != b"ready\n":
                 raise PolyakError("the process that reads from the network could not be started")
@@ -97,6 +93,8 @@ class Client:
             self.process.stdout.close()
         for folder in (self.root, self.place):
             shutil.rmtree(folder, ignore_errors=True)
+        while self.locks:
+            os.close(self.locks.pop())
 
     def connect(self) -> socket.socket:
         """Return a new connection, for one thread of one process at a time."""

@@ -347,10 +347,22 @@ def _explain(error: Exception, url: Url) -> NoReturn:
     ):
         reason = f"access is denied ({what}); {describe_credentials(url.scheme)}"
     elif "error sending request" in text:
-        reason = f"the server cannot be reached{often}"
+        reason = f"the server{_name_endpoint(url)} cannot be reached{often}"
     else:
         reason = f"{f'{where} answers {what}' if status else _shorten(text)}{often}"
     raise StoreError(f"{url}: cannot be read: {reason}") from None
+
+
+def _name_endpoint(url: Url) -> str:
+    """Return where a store was looked for, in front of which goes a space; no secret is in it."""
+    named = {
+        "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+        "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+    }
+    found = [os.environ[name] for name in named.get(url.scheme, ()) if os.environ.get(name)]
+    if url.scheme == "hf":
+        found = [hub.find_endpoint()]
+    return f" {shown(re.sub('//[^/]*@', '//', redact(found[0])))}" if found else ""
 
 
 def _shorten(text: str) -> str:

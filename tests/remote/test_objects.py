@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from polyak_cli.storage import Store, mirrors, objects
+from polyak_cli.errors import StoreError
+from polyak_cli.storage import Store, mirrors, objects, urls
 from tests.command import environment
 from tests.remote.servers import S3Bucket
 from tests.storage_contract import ReadContract
@@ -115,6 +116,27 @@ def test_buffers_are_filled_again(bucket: S3Bucket, monkeypatch: pytest.MonkeyPa
             found.append(file.read(*this))
     assert found == [content[start : start + nbytes] for start, nbytes in ranges]
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "variable", "value", "named"),
+    [
+        ("s3://b/k", "AWS_ENDPOINT_URL", "http://me:secret@host:1/", " http://host:1/"),
+        ("az://b/k", "AZURE_STORAGE_ENDPOINT", "https://host/account", " https://host/account"),
+        ("gs://b/k", "AWS_ENDPOINT_URL", "http://host:1", ""),
+    ],
+)
+def test_a_server_out_of_reach_is_named(
+    monkeypatch: pytest.MonkeyPatch, text: str, variable: str, value: str, named: str
+) -> None:
+    """By the endpoint that the environment says, without its password."""
+    monkeypatch.setenv(variable, value)
+    url = urls.parse(text)
+    assert url
+    with pytest.raises(StoreError) as caught:
+        objects._explain(RuntimeError("error sending request"), url)
+    assert f"the server{named} cannot be reached" in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_name_is_located_anywhere(bucket: S3Bucket) -> None:

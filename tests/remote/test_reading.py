@@ -313,6 +313,41 @@ main(sys.argv[1:])
         assert done.stdout.splitlines()[-1] == "True []", (command, done.stdout, done.stderr)
 
 
+def test_the_folder_of_a_killed_run_is_removed_by_the_next(
+    bucket: S3Bucket, run: Path, tmp_path: Path
+) -> None:
+    """Not that of a run that lives, nor other folders of such names."""
+    bucket.put_tree(run, "run/")
+    (tmp_path / "tmp" / "polyak-other").mkdir(parents=True)
+    code = """
+import sys
+from polyak_cli.storage import mirrors
+mirrors.enter(sys.argv[1])
+print(mirrors._mirror.client.process.pid, flush=True)
+sys.stdin.read()
+"""
+    environ = environment(**bucket.environ, TMPDIR=str(tmp_path / "tmp"))
+    started = []
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, f"{bucket.url}/run/"],
+            env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout
+        started.append((process, int(process.stdout.readline())))
+    assert len(list((tmp_path / "tmp").iterdir())) == 3
+    killed, gateway = started[0]
+    os.kill(gateway, signal.SIGKILL)
+    killed.kill()
+    killed.communicate()
+    done = subprocess.run([*POLYAK, "inspect", f"{bucket.url}/run/epoch_01.safetensors"],
+                          env=environ, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "tmp").iterdir())) == 2
+    started[1][0].communicate("")
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["polyak-other"]
+
+
 def test_two_processes_read_one_bucket_at_a_time(bucket: S3Bucket, run: Path) -> None:
     """Each has a gateway of its own."""
     command = [*POLYAK, "average", f"{bucket.url}/run/", "-q", "-o"]
