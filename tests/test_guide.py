@@ -87,7 +87,7 @@ def run(block: Block, folder: Path) -> Done:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyak_cli.errors import FormatError
@@ -121,6 +121,8 @@ TABLES = st.builds(
 )
 
 
+# Drawing a table takes long on a busy machine.
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(TABLES)
 def test_a_table_comes_back_as_it_was(table: Table) -> None:
     """Also in the order of its tensors."""
