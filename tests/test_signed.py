@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 from polyak_cli import average, pipeline, plan, verify
 from polyak_cli.averaging import records, writing
 from polyak_cli.averaging.schemes import coefficients, make_mean, sum_absolutes
-from polyak_cli.engine import compiled_kernel, numpy_kernel
+from polyak_cli.engine import numpy_kernel
 from polyak_cli.errors import FormatError, MismatchError, UsageError
 from tests.command import polyak
-from tests.kernels import needs_compiled
+from tests.kernels import COMPILED, needs_compiled
 from tests.oracle import encode, naive_average, read_model, same_bits, write_model
 
 quietly = settings(derandomize=True, deadline=None, max_examples=150)
@@ -116,9 +116,6 @@ def test_both_kernels_give_the_nearest_numbers_of_the_exact_mean(
                 exact = sum((Fraction(m) * Fraction(x) for m, x in pairs), Fraction(0))
                 code = encode(exact / Fraction(mean.divisor), dtype)
                 assert exact == 0 or found[0][place] == code
-
-
-COMPILED: Any = compiled_kernel if needs_compiled.args[0] is False else None
 
 
 def _store(values: Any, dtype: str, width: int) -> Any:
