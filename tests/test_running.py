@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from polyak_cli import average, plan, verify, watch
+from polyak_cli import average, geometry, plan, verify, watch
 from polyak_cli.averaging.schemes import SCHEMES, coefficients
 from polyak_cli.errors import UsageError
 from polyak_cli.evaluation import candidates
@@ -73,11 +73,13 @@ def test_a_window_without_two_steps_is_refused(
         plan(files, scheme="window", order="given")
 
 
-@pytest.mark.parametrize("scheme", [n for n, s in SCHEMES.items() if s.takes == "running means"])
-def test_what_averages_the_newest_of_a_run_refuses_them(tmp_path: Path, scheme: str) -> None:
-    """Watch and sweep say so, and name `polyak average`."""
+@pytest.mark.parametrize("scheme", [n for n, s in SCHEMES.items() if s.takes != "checkpoints"])
+def test_what_is_for_checkpoints_of_a_run_refuses_them(tmp_path: Path, scheme: str) -> None:
+    """Watch, sweep and geometry say so, and name `polyak average`."""
     expected = f"--scheme {scheme} takes running means that belong together"
-    options: Any = {"scheme": scheme}
+    options: Any = {"scheme": scheme} | ({"sigma": 0.1} if scheme == "posthoc" else {})
+    with pytest.raises(UsageError, match=expected):
+        geometry(tmp_path, **options)
     with pytest.raises(UsageError, match=expected):
         watch(tmp_path, tmp_path / "o.safetensors", **options)
     with pytest.raises(UsageError, match=expected):

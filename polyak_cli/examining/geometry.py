@@ -328,6 +328,7 @@ def plan_geometry(
                 f"--{key.replace('_', '-')} belongs to an average that is written; leave it out"
             )
     settings = parse(options)
+    schemes.refuse_running_means(settings.weighting.scheme, "geometry")
     chosen = (
         sources
         if isinstance(sources, checkpoints.Selection)

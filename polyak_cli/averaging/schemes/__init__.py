@@ -246,7 +246,7 @@ def takes_running_means(scheme: str | None) -> bool:
 
 
 def refuse_running_means(scheme: str | None, where: str) -> None:
-    """Refuse a scheme of running means where any newest checkpoints are averaged.
+    """Refuse a scheme of running means where the checkpoints of a run are meant.
 
     Args:
         scheme: a name in `SCHEMES`, or None.
@@ -257,8 +257,8 @@ def refuse_running_means(scheme: str | None, where: str) -> None:
     """
     if takes_running_means(scheme):
         raise UsageError(
-            f"--scheme {scheme} takes running means that belong together, and {where} averages "
-            "the newest checkpoints of a run; use it with polyak average"
+            f"--scheme {scheme} takes running means that belong together, and {where} is for "
+            "the checkpoints of a run; use it with polyak average"
         )
 
 
