@@ -91,6 +91,7 @@ HEADINGS = {
     ],
     "watch": [
         "Watching",
+        "Forecast",
         "Choosing checkpoints",
         "Coefficients",
         "Averaging",

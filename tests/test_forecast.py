@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyak_cli import pipeline
+from polyak_cli.evaluation import data
 from polyak_cli.evaluation.candidates import ScoredCandidate, list_candidates
 from polyak_cli.evaluation.evaluator import RowScores
 from polyak_cli.evaluation.forecast import Forecast, forecast, forecast_sweep, word_forecast
+from polyak_cli.pipeline import annealing
+from tests.command import polyak
 
 LOSSES = st.floats(1e-3, 1e3)
 
@@ -84,3 +92,59 @@ def test_a_sweep_is_forecast_by_its_last_ten_and_the_average_of_five() -> None:
     text = word_forecast(wanted.data())
     assert f"about loss 5, from {wanted.low:.4g} to {wanted.high:.4g}." in text
     assert "95 % of measured trials, 90 % in the worst task" in text
+
+
+class Scorer:
+    """An evaluator whose loss is the value in the file, and which counts."""
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def score_rows(self, path: Path) -> list[RowScores]:
+        """Return the scores of a file."""
+        self.seen.append(path.name)
+        with np.load(path) as file:
+            return [RowScores(float(file["w"][0]), {}, None, None, None)]
+
+
+def test_a_checkpoint_of_a_watched_run_is_scored_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forecast is of the last ten and the average of five; the next one scores what is new."""
+    for k in range(1, 13):
+        np.savez(tmp_path / f"model_{k:02d}.npz", w=np.array([10 + 6 / k], np.float64))
+    rows: Any = data.Split("rows", np.zeros((1, 1)), np.zeros(1))
+    scorer = Scorer()
+    monkeypatch.setattr(annealing, "Evaluator", lambda *_given, **_options: scorer)
+    forecaster = annealing.Forecaster(rows)
+    losses = [10 + 6 / k for k in range(1, 13)]
+    for end, fresh in ((11, 10), (12, 1)):
+        scorer.seen.clear()
+        plan = pipeline.plan(tmp_path, to_epoch=end, scheme="exp")
+        found = forecaster.forecast(plan)
+        assert found == forecast(losses[:end], found.loss if found else 0)
+        assert found is not None
+        assert found.loss == pytest.approx(float(np.mean(losses[end - 5 : end])))
+        singles = [name for name in scorer.seen if name.startswith("model_")]
+        assert singles == [f"model_{k:02d}.npz" for k in range(end - fresh + 1, end + 1)]
+        assert len(scorer.seen) == fresh + 1
+    assert forecaster.forecast(pipeline.plan(tmp_path, last=9)) is None
+
+
+def test_options_of_the_forecast_need_data(tmp_path: Path) -> None:
+    """A model or trust without rows would have no effect, so they are refused."""
+    done = polyak("watch", ".", "--once", "--trust-code", "-o", "o.npz", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--model and --trust-code belong to --data, which is missing" in done.stderr
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("keras"), reason="scores with Keras")
+def test_fewer_than_ten_checkpoints_give_a_note(tmp_path: Path) -> None:
+    """The average is published all the same, and nothing is scored."""
+    for k in range(9):
+        np.savez(tmp_path / f"model_{k}.npz", w=np.full(3, k / 10))
+    done = polyak("watch", ".", "--once", "--data", "blobs", "-o", "o.npz", cwd=tmp_path)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
+    assert "no forecast: it takes an average of ten checkpoints or more with a loss" in done.stderr

@@ -49,8 +49,8 @@ COMMANDS: Mapping[str, list[str]] = {
     ],
     "`polyak check`": ["check bad --json", "check two --json"],
 }
-#: Keys of these commands that only Keras gives; see tests/keras/test_json.py.
-OF_KERAS = {f"recalibrate.{key}" for key in ("data", "rows", "batch_size")}
+#: Keys of these commands that only Keras gives; see test_json and test_forecast in tests/keras.
+OF_KERAS = {"forecast", *(f"recalibrate.{key}" for key in ("data", "rows", "batch_size"))}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ packages are imported inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +17,7 @@ from polyak_cli.cli.lists import expand_lists
 from polyak_cli.cli.models import keep_prints_apart, load_rows
 from polyak_cli.cli.options import (
     ANSWER_IS_NO,
+    ARCHITECTURE,
     AVERAGING,
     CHOOSING,
     DONE,
@@ -27,6 +29,7 @@ from polyak_cli.cli.options import (
     QUIET,
     RECALIBRATING,
     SOURCES,
+    TRUST_CODE,
     WRITING,
     Command,
     Readable,
@@ -36,6 +39,10 @@ from polyak_cli.cli.options import (
 )
 from polyak_cli.cli.progress import show_progress
 from polyak_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from polyak_cli.averaging.planning import Plan
+    from polyak_cli.evaluation.forecast import Forecast
 
 
 @click.command(
@@ -116,6 +123,17 @@ def average(
     ),
     option("--once", is_flag=True, help="Bring the output up to date and exit, as for cron."),
 )
+@under(
+    "Forecast",
+    option(
+        "--data",
+        metavar="DATA",
+        help="Score the checkpoints on these rows, and say what annealing now would give; DATA as "
+        "in polyak evaluate.",
+    ),
+    ARCHITECTURE,
+    TRUST_CODE,
+)
 @CHOOSING
 @scheme_options
 @AVERAGING
@@ -143,6 +161,9 @@ def watch(
     output: str,
     interval: float,
     once: bool,
+    data: str | None,
+    architecture: str | None,
+    trust_code: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -153,8 +174,10 @@ def watch(
     A checkpoint counts when two looks found it unchanged and it can be read completely. Until then
     the others are averaged. Fewer than --last or --best are no error: all are averaged.
     """
+    from polyak_cli.evaluation.forecast import word_forecast
     from polyak_cli.pipeline.watching import watch
 
+    foretell = _load_forecaster(data, architecture, trust_code, quiet)
     noted: tuple[str, ...] = ()
     for report in watch(
         directory,
@@ -166,15 +189,51 @@ def watch(
     ):
         rendering.print_notes([note for note in report.notes if note not in noted], quiet)
         noted = report.notes  # most are the same each time
+        if not as_json and not quiet:
+            whole, brief = rendering.report_lines(report, True), rendering.published_lines(report)
+            rendering.print_lines(whole if verbose else brief, sys.stdout)
+        found = foretell(report.plan) if foretell else None
         if as_json:
-            rendering.print_json_line(report.data())
-        elif not quiet:
-            rendering.print_lines(
-                rendering.report_lines(report, True)
-                if verbose
-                else rendering.published_lines(report),
-                sys.stdout,
-            )
+            own = {"forecast": found and found.data()} if foretell else {}
+            rendering.print_json_line({**report.data(), **own})
+        elif found and not quiet:
+            rendering.print_lines([word_forecast(found.data())], sys.stdout)
+
+
+def _load_forecaster(
+    data: str | None, architecture: str | None, trust_code: bool, quiet: bool
+) -> Callable[[Plan], Forecast | None] | None:
+    """Return what foretells the loss of an annealed run; None if no data are given."""
+    if data is None:
+        if architecture or trust_code:
+            raise UsageError("--model and --trust-code belong to --data, which is missing")
+        return None
+    from polyak_cli.errors import CheckpointError, FormatError
+    from polyak_cli.evaluation import data as datasets
+    from polyak_cli.evaluation.quiet import redirect_prints
+    from polyak_cli.pipeline.annealing import Forecaster
+
+    with redirect_prints():
+        dataset = datasets.load(data)
+        forecaster = Forecaster(dataset.split(), trust_code=trust_code, model=architecture)
+    rendering.print_notes(dataset.notes, quiet)
+    said = False
+
+    def foretell(plan: Plan) -> Forecast | None:
+        nonlocal said
+        try:
+            with redirect_prints():
+                found = forecaster.forecast(plan)
+        except (CheckpointError, FormatError) as error:  # such as one that the trainer deleted
+            rendering.print_notes([f"no forecast this time: {error}"], quiet)
+            return None
+        if found is None and not said:
+            about = "no forecast: it takes an average of ten checkpoints or more with a loss"
+            rendering.print_notes([about], quiet)
+            said = True
+        return found
+
+    return foretell
 
 
 @click.command(

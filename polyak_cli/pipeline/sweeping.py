@@ -274,7 +274,7 @@ def sweep(
     )
     # A hidden folder, which searches for checkpoints do not enter.
     with tempfile.TemporaryDirectory(prefix=".polyak-sweep-", dir=scratch) as folder:
-        scorer = _CandidateScorer(plan, evaluator, tuple(splits), Path(folder), batch)
+        scorer = CandidateScorer(plan, evaluator, tuple(splits), Path(folder), batch)
         scored = list(scorer.score(wanted, progress))
         scored += _score_ensembles(scorer, scored)
         # Only now: the results show whether labels are classes and whether there is a loss.
@@ -380,7 +380,7 @@ def _divide_rows(rows: data.Dataset, select_on: str, seed: int) -> dict[str, dat
 
 
 @dataclass(slots=True)
-class _CandidateScorer:
+class CandidateScorer:
     """Makes and scores candidates.
 
     Attributes:
@@ -489,7 +489,7 @@ class _CandidateScorer:
 
 
 def _score_ensembles(
-    scorer: _CandidateScorer, rows: Sequence[ScoredCandidate]
+    scorer: CandidateScorer, rows: Sequence[ScoredCandidate]
 ) -> Iterator[ScoredCandidate]:
     """Yield an ensemble for every window: the mean of the predictions of its members.
 

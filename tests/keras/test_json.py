@@ -26,7 +26,7 @@ COMMANDS: Mapping[str, str] = {
     "`polyak inspect`": "inspect o.h5 --json",
     "`polyak evaluate`": "evaluate run --data blobs --baseline run/model_1.h5 --json",
     "`polyak sweep`": (
-        f"sweep {SAMPLES} --data blobs -o report --windows 2 --schemes equal,ema:1 --json"
+        f"sweep {SAMPLES} --data blobs -o report --windows 2,5 --schemes equal,ema:1 --json"
     ),
 }
 

@@ -1,0 +1,68 @@
+"""Says what annealing a run in training would give, each time its average is published.
+
+Scores each checkpoint once, however often it is in an average.  How the forecast is made, and how
+far it can be trusted, is known in `evaluation.forecast`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from polyak_cli.averaging.planning import Plan
+from polyak_cli.evaluation import data
+from polyak_cli.evaluation.candidates import Candidate, ScoredCandidate, list_candidates
+from polyak_cli.evaluation.evaluator import Evaluator, RowScores
+from polyak_cli.evaluation.forecast import WINDOW, Forecast, forecast_sweep
+from polyak_cli.pipeline.sweeping import CandidateScorer
+from polyak_cli.storage import File
+
+_SPLIT = "reporting"
+
+
+class Forecaster:
+    """Scores the checkpoints of a run as they come.
+
+    Args:
+        rows: what they are scored on.
+        trust_code: run code that a model file contains.
+        model: the architecture of checkpoints that hold weights only, as for `evaluate`.
+    """
+
+    def __init__(
+        self, rows: data.Split, *, trust_code: bool = False, model: str | None = None
+    ) -> None:
+        self._evaluator = Evaluator([rows], trust_code=trust_code, model=model)
+        self._scored: dict[tuple[File, ...], Mapping[str, RowScores]] = {}
+
+    def forecast(self, plan: Plan) -> Forecast | None:
+        """Return what annealing now would give; None where that is not known.
+
+        Args:
+            plan: of an average; its last ten checkpoints are scored, with the scheme's coefficients
+                left out of account.
+
+        Raises:
+            PolyakError: a checkpoint cannot be scored, or is gone.
+        """
+        count = len(plan.checkpoints)
+        if count < 2 * WINDOW:
+            return None
+        wanted = list_candidates(plan.positions, [WINDOW], [("equal", None)])
+        singles, average = wanted[count - 2 * WINDOW : count], wanted[-1]
+        files = {id(one): tuple(plan.tables[one.coefficients.index(1.0)].files) for one in singles}
+        fresh = [one for one in singles if files[id(one)] not in self._scored]
+        found = self._score(plan, [*fresh, average])
+        for row in found[:-1]:
+            self._scored[files[id(row.candidate)]] = row.scores
+        known = [ScoredCandidate(one, self._scored[files[id(one)]]) for one in singles]
+        # Others are not asked for again.
+        self._scored = {key: self._scored[key] for key in files.values()}
+        return forecast_sweep([*known, found[-1]], _SPLIT)
+
+    def _score(self, plan: Plan, wanted: list[Candidate]) -> list[ScoredCandidate]:
+        """Return the scores of single checkpoints and of an average, in order."""
+        with tempfile.TemporaryDirectory(prefix=".polyak-watch-") as folder:
+            scorer = CandidateScorer(plan, self._evaluator, (_SPLIT,), Path(folder), batch=1)
+            return list(scorer.score(wanted))
