@@ -1,6 +1,7 @@
 """`make bench-remote`: what averaging from a bucket costs, and how it grows with workers.
 
-`floor`: polyak beside only reading every byte from the same server, by the same client.
+`floor`: polyak beside only reading every byte from the same server, by the same client; and beside
+that with as many bytes written as the output has, in the same parts by the same client.
 `scaling`: a proxy bounds each connection, so that the way is the limit, and not this machine: 1, 2,
 4 and 8 workers of a Dask cluster average from the bucket to the bucket.  What counts is the time
 from the first request for values to the one that completes the upload; all before and after is
@@ -58,6 +59,20 @@ ranges = [
 ]
 with concurrent.futures.ThreadPoolExecutor({_AT_A_TIME}) as pool:
     assert sum(pool.map(fetch, ranges)) == sum(size for _, size in keys)
+"""
+
+
+#: Writes an object of some bytes in parts, as quickly as boto3 can.
+WRITE = f"""
+import concurrent.futures, sys
+from polyak_cli.storage import uploads
+url, nbytes = sys.argv[1], int(sys.argv[2])
+upload = uploads.begin(url, nbytes)
+def send(number):
+    return uploads.send_part(upload, number, bytes(min({PART}, nbytes - (number - 1) * {PART})))
+numbers = range(1, -(-nbytes // {PART}) + 1)
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    uploads.complete(upload, dict(zip(numbers, pool.map(send, numbers))), force=True)
 """
 
 
@@ -175,8 +190,11 @@ def compare(folder: Path, bucket: S3Bucket, keys: Sequence[tuple[str, int]],
     local = folder / "o.safetensors"
     with cluster(make(folder / "cluster"), environment(**environ), jobs) as made:
         dask = ("--engine", "dask", "--scheduler", made.address)
+        read = [[sys.executable, "-c", READ, bucket.name, one] for one in shares]
+        write = [sys.executable, "-c", WRITE, f"{bucket.url}/o", str(keys[0][1])]
         contenders: dict[str, Any] = {
-            "only reading": [[sys.executable, "-c", READ, bucket.name, one] for one in shares],
+            "only reading": read,
+            "only reading and writing": [*read, write],
             "here, to the disk": [average(bucket, local, "--jobs", jobs)],
             "here, to the bucket": [
                 average(bucket, f"{bucket.url}/o1.safetensors", "--jobs", jobs)
