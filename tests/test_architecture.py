@@ -40,7 +40,15 @@ ALLOWED = {
         "storage",
         "tensors",
     },
-    "evaluation": {"averaging", "engine", "errors", "formats", "storage", "tensors"},
+    "evaluation": {
+        "averaging",
+        "checkpoints",  # how a folder is opened
+        "engine",
+        "errors",
+        "formats",
+        "storage",
+        "tensors",
+    },
     "examining": {
         "averaging",
         "checkpoints",
@@ -70,6 +78,7 @@ HOMES = {
     # A callback is a subclass of Keras's; who trains imports it, and nothing of the package does.
     "keras": {"evaluation", "pipeline.callback", "pipeline.swa"},
     "tensorflow": {"evaluation"},
+    "torch": {"evaluation.torch_modules"},
     "matplotlib": {"evaluation.plots"},
     "jinja2": {"evaluation.reports"},
     "google_crc32c": {"formats.checksums", "engine.sums"},
@@ -245,6 +254,7 @@ HEAVY = {
     "rich",
     "tensorflow",
     "keras",
+    "torch",
     "sklearn",
     "matplotlib",
     "jinja2",

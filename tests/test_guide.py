@@ -36,6 +36,7 @@ WIDEST = 110
 #: What a command or an import needs beyond what averaging needs -> the package that is looked for.
 EXTRAS = {
     r"polyak (evaluate|recalibrate|sweep|train)\b|--recalibrate\b": "tensorflow",
+    r"\b(net|plain)\.py\b|^from net\b": "torch",  # on the page on PyTorch
     r"--plot\b": "matplotlib",
     r"--engine dask\b": "distributed",
     r"--engine mpi\b": "mpi4py",
@@ -50,6 +51,7 @@ OTHERS |= {"--checkpoint-upper-bound", "--inputs", "--num-epoch-checkpoints"}  #
 OTHERS |= {"--num-update-checkpoints"}
 OTHERS |= {"--input", "--no-sort", "--no-use-ema"}  # timm
 OTHERS |= {"--avg", "--epoch", "--use-averaged-model"}  # icefall
+OTHERS |= {"--index-url"}  # pip
 
 
 class Block(NamedTuple):

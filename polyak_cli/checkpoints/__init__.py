@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from polyak_cli.checkpoints.listing import (
+    KINDS_OF_FILE,
     KINDS_OF_MODEL,
     WEIGHTS_SUFFIXES,
     Checkpoint,
@@ -305,7 +306,8 @@ def model_files(
     Args:
         sources: directories (not searched recursively), patterns with ``* ? [``, and files, which
             are taken whatever their names.
-        weights: take files that hold weights only too, as there is an architecture for them.
+        weights: take files that hold weights only too, as there is a model for them: of a folder
+            those of Keras, or where it has none, every checkpoint that `average` takes.
 
     Returns:
         The files, source by source, and what was passed over. Files of a directory or a pattern are
@@ -322,15 +324,27 @@ def model_files(
         if os.path.lexists(source) and not Path(source).is_dir():
             found.append(Path(source))
             continue
-        paths, _ = expand_source(source)
-        reasons = {path: find_objection(path, kinds, "whole model") for path in paths}
-        passed = [PassedOver(path, reason) for path, reason in reasons.items() if reason]
-        models = [path for path, reason in reasons.items() if not reason]
+        paths, is_listed = expand_source(source)
+        if weights and not is_listed:  # a folder that is one checkpoint
+            found += paths
+            continue
+        passed, models = _sort_out(paths, kinds, "whole model")
+        if weights and not models:
+            passed, models = _sort_out(paths, KINDS_OF_FILE, "checkpoint")
         if not models:
             raise CheckpointError(describe_nothing_found(source, passed, "model", kinds))
         found += sort_by_epoch_or_name(models)
         passed_over += passed
     return found, passed_over
+
+
+def _sort_out(
+    paths: Sequence[Path], kinds: Mapping[str, str], what: str
+) -> tuple[list[PassedOver], list[Path]]:
+    """Return what is passed over by its name, and the rest."""
+    reasons = {path: find_objection(path, kinds, what) for path in paths}
+    passed = [PassedOver(path, reason) for path, reason in reasons.items() if reason]
+    return passed, [path for path, reason in reasons.items() if not reason]
 
 
 def _check_counts(**counts: int | None) -> None:

@@ -89,7 +89,7 @@ class Problem(NamedTuple):
 
 #: Suffixes of the files in a directory that are taken for checkpoints -> their kind.  The first
 #: suffix that fits counts.  The format is recognised later, by content.
-_KINDS_OF_FILE = dict(
+KINDS_OF_FILE = dict(
     sorted(
         (pair for entry in FORMATS for pair in entry.kinds.items()),
         key=lambda pair: not pair[0].startswith(".weights"),  # ".weights.h5" ends in ".h5" too
@@ -388,7 +388,7 @@ def _is_another(path: Path) -> bool:
     has_modules = path.with_name(MODULES).is_file()
     if _is_module(path) or (has_modules and not re.search(r"\d", path.name)):
         return False
-    kind = _find_kind_by_suffix(path, _KINDS_OF_FILE)
+    kind = _find_kind_by_suffix(path, KINDS_OF_FILE)
     return kind.startswith(".safetensors") or bool(_find_openers(path))
 
 
@@ -441,7 +441,7 @@ def _find_openers(path: Path) -> list[Path]:
     """Return the files by which a folder could be opened as one checkpoint."""
     # A name with a known suffix is no folder; this saves a stat() for each file of a long run.
     # Lightning gives folders the suffix of its files.
-    kind = _find_kind_by_suffix(path, _KINDS_OF_FILE)
+    kind = _find_kind_by_suffix(path, KINDS_OF_FILE)
     if kind not in ("", _LIGHTNING) or not path.is_dir():
         return []
     if dated.is_dated(path):
@@ -478,7 +478,7 @@ def _sift(
             unmatched.pop(pattern, None)
         reason = f"--exclude '{shown(matching[0])}'" if matching else None
         if reason is None and listed:
-            reason = find_objection(path, _KINDS_OF_FILE, "checkpoint")
+            reason = find_objection(path, KINDS_OF_FILE, "checkpoint")
         if reason is None:
             kept.append(path)
         else:
@@ -595,12 +595,12 @@ def _describe_unknown(path: Path, what: str) -> str:
     return foreign.name if foreign else plain
 
 
-def find_kind(path: Path, kinds: Mapping[str, str] = _KINDS_OF_FILE) -> str:
+def find_kind(path: Path, kinds: Mapping[str, str] = KINDS_OF_FILE) -> str:
     """Return the kind of a file, judged by its name, or '' if it has none."""
     kind = _find_kind_by_suffix(path, kinds)
     if kind == _LIGHTNING and path.is_dir():
         kind = ""
-    return kind or (_FOLDER if kinds is _KINDS_OF_FILE and _find_openers(path) else "")
+    return kind or (_FOLDER if kinds is KINDS_OF_FILE and _find_openers(path) else "")
 
 
 def _find_kind_by_suffix(path: Path, kinds: Mapping[str, str]) -> str:
@@ -693,7 +693,7 @@ def describe_nothing_found(
     source: StrPath,
     passed: Sequence[PassedOver],
     what: str = "checkpoint",
-    kinds: Mapping[str, str] = _KINDS_OF_FILE,
+    kinds: Mapping[str, str] = KINDS_OF_FILE,
 ) -> str:
     """Return the message for a source that holds no candidate."""
     where = shown(os.fspath(source))
@@ -714,7 +714,7 @@ def describe_nothing_found(
 def describe_folders(
     passed: Sequence[PassedOver],
     what: str = "checkpoint",
-    kinds: Mapping[str, str] = _KINDS_OF_FILE,
+    kinds: Mapping[str, str] = KINDS_OF_FILE,
 ) -> str:
     """Return which folders in a folder without checkpoints hold some; nothing if none does."""
     folders = [one.path for one in passed if one.reason == _PLAIN_FOLDER][:_MOST_FOLDERS]

@@ -21,6 +21,7 @@ from polyak_cli.cli.options import (
     ARCHITECTURE,
     CHOOSING,
     DATA,
+    DEVICE,
     DONE,
     FOLDER,
     JSON,
@@ -97,6 +98,7 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     ),
     ROWS_AT_A_TIME,
     ARCHITECTURE,
+    DEVICE,
 )
 @under(
     "Deciding",
@@ -132,6 +134,7 @@ def evaluate(
     split: str | None,
     batch_size: int,
     architecture: str | None,
+    device: str | None,
     fail_under: tuple[tuple[str, float], ...],
     baseline: str | None,
     fail_if_worse: bool,
@@ -154,7 +157,8 @@ def evaluate(
     with redirect_prints():
         dataset = datasets.load(data)
         rows = dataset.split(split)
-        options = {"batch_size": batch_size, "trust_code": trust_code, "model": architecture}
+        options: dict[str, Any] = {"batch_size": batch_size, "trust_code": trust_code}
+        options |= {"model": architecture, "device": device}
         scores, compared = _score_models(paths, baseline, rows, **options)
     failures = [line for score in scores for line in _find_failed(score, fail_under)]
     if compared and fail_if_worse:

@@ -255,8 +255,15 @@ ARCHITECTURE = option(
     "--model",
     "architecture",
     metavar="ARCH",
-    help="The model of files that hold weights only: a .keras or .h5 file, FILE.json or "
-    "MODULE.py:FUNCTION that returns it.",
+    help="The model of files that hold weights only: MODULE.py:FUNCTION or "
+    "package.module:FUNCTION, your code, which runs and returns a torch.nn.Module, or (module, "
+    "loss), or a Keras model; for Keras's files also a .keras, .h5 or .json file.  A function of "
+    "one argument gets the tensors, arrays by name, and returns predict(rows).",
+)
+DEVICE = option(
+    "--device",
+    metavar="NAME",
+    help="Where PyTorch runs a module, like cpu or cuda:1.  [default: a GPU where there is one]",
 )
 ROWS_AT_A_TIME = option("--batch-size", type=int, default=256, metavar="N", help="Rows per batch.")
 TRUST_CODE = option(

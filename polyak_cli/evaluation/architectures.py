@@ -16,7 +16,7 @@ from typing import Any
 
 from polyak_cli import formats
 from polyak_cli.errors import MismatchError, UsageError, shown
-from polyak_cli.evaluation import data
+from polyak_cli.evaluation import user_code
 from polyak_cli.evaluation.keras_files import (
     LONGEST_CONFIG,
     Description,
@@ -54,13 +54,13 @@ class Architecture:
             FormatError: the file is damaged or holds no architecture.
         """
         self._source, self._trust_code = source, trust_code
-        module, colon, self._function = source.rpartition(":")
-        self._path = Path(module if colon and module.endswith(".py") else source)
+        self._path = Path(source)
         self._shapes: Counter[tuple[int, ...]] = Counter()
-        if self._path.suffix == ".py":
-            if not colon:
-                raise UsageError(f"--model {shown(source)}: names no function; {EXPECTED}")
+        self._is_function = user_code.is_function(source)
+        if self._is_function:
             self.description = Description(source, "", "")
+        elif self._path.suffix == ".py":
+            raise UsageError(f"--model {shown(source)}: names no function; {EXPECTED}")
         else:
             self.description = self._describe_file()
         self.description = self.description._replace(weights=True)
@@ -82,7 +82,7 @@ class Architecture:
         Raises:
             PolyakError: Keras cannot build it, or it carries code, or the function failed.
         """
-        if self._path.suffix == ".py":
+        if self._is_function:
             return self._call_function(keras)
         with reword_keras_errors(self._path, "cannot build it", lambda: ""):
             if self._path.suffix == ".json":
@@ -97,7 +97,7 @@ class Architecture:
         return self._check_kind(keras, model), self.description.training
 
     def _call_function(self, keras: Any) -> tuple[Any, str]:
-        returned = data.call_function(self._path, self._function, EXPECTED)
+        returned = user_code.find_function(self._source, EXPECTED).call()
         model = self._check_kind(keras, returned)
         with reword_keras_errors(self._path, "cannot compile it", lambda: ""):
             training = json.dumps(model.get_compile_config()) if model.compiled else ""

@@ -96,6 +96,7 @@ def compare(
     batch_size: int = 256,
     trust_code: bool = False,
     model: _StrPath | None = None,
+    device: str | None = None,
 ) -> Comparison:
     """Score model files and a baseline on the same rows, and compare them row by row.
 
@@ -106,6 +107,7 @@ def compare(
         batch_size: rows at a time.
         trust_code: run the code that a file carries in a Lambda layer.
         model: the architecture of files that hold weights only, as for `evaluate`.
+        device: where PyTorch runs modules, as for `evaluate`.
 
     Raises:
         UsageError: the batch size is out of range, or there is only one row.
@@ -114,7 +116,9 @@ def compare(
         MismatchError: the rows do not fit a model.
         PolyakError: Keras is too old, or cannot load a model, or a model carries code.
     """
-    evaluator = Evaluator([rows], batch_size=batch_size, trust_code=trust_code, model=model)
+    evaluator = Evaluator(
+        [rows], batch_size=batch_size, trust_code=trust_code, model=model, device=device
+    )
     # A single string is a sequence of strings, too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(mirrors.enter(os.fspath(path))) for path in several]

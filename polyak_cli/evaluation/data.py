@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib.util
 import itertools
-import sys
-import traceback
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +27,8 @@ from polyak_cli.errors import (
     shown,
     word_rest,
 )
+from polyak_cli.evaluation import user_code
 from polyak_cli.evaluation.forms import WHOLE, Pairs, sort_names, sort_returned
-from polyak_cli.evaluation.quiet import silence_frameworks
 
 Array: TypeAlias = npt.NDArray[Any]
 #: One array, or several of the same length, by name or by position, for a model with several inputs
@@ -180,9 +177,10 @@ def load(name: str) -> Dataset:
       for several inputs or outputs numbered or named ones, as `forms.sort_names` says.
     * ``FILE.csv``: a header row, then numbers; separated by comma, semicolon or tab.  The label is
       the first column named label, target, class or y, else the last column.
-    * ``MODULE.py:FUNCTION``: called without arguments, returns ``(x, y)``, ``((x_train, y_train),
-      (x_test, y_test))`` or ``{"train": (x, y), "test": (x, y)}``; x and y may each be a dict, a
-      tuple or a list of arrays, one for each input or output.
+    * ``MODULE.py:FUNCTION`` or ``package.module:FUNCTION``: called without arguments, returns
+      ``(x, y)``, ``((x_train, y_train), (x_test, y_test))`` or ``{"train": (x, y), "test":
+      (x, y)}``; x and y may each be a dict, a tuple or a list of arrays, one
+      for each input or output.
 
     Labels that are text are numbered as classes, in sorted order from 0; a note says so.
 
@@ -198,9 +196,8 @@ def load(name: str) -> Dataset:
         return _load_npz(name)
     if suffix == ".csv":
         return _load_csv(name)
-    module, colon, function = name.rpartition(":")
-    if colon and module.lower().endswith(".py") and function.isidentifier():
-        return _load_function(name, Path(module), function)
+    if user_code.is_function(name):
+        return _load_function(name)
     raise UsageError(f"{shown(name)}: is not a data set; {EXPECTED}")
 
 
@@ -348,68 +345,11 @@ def _reword_read_errors(name: str) -> Iterator[None]:
 # --- the user's own code -------------------------------------------------------------------------
 
 
-def _load_function(name: str, path: Path, function: str) -> Dataset:
-    returned = call_function(path, function, EXPECTED)
-    pairs, unused = sort_returned(f"{shown(path)}: {function}()", returned)
+def _load_function(name: str) -> Dataset:
+    function = user_code.find_function(name, EXPECTED)
+    returned = function.call()
+    pairs, unused = sort_returned(f"{shown(function.path)}: {function.name}()", returned)
     return _make_dataset(name, pairs, _note_unused(name, unused))
-
-
-def call_function(path: Path, function: str, expected: str) -> object:
-    """Return what a function in a file of the user returns; its errors become one line.
-
-    Raises:
-        UsageError: there is no such function.
-        PolyakError: there is no such file (``expected`` says what could be), or its code failed.
-    """
-    if not path.is_file():
-        raise PolyakError(f"{shown(path)}: there is no such file; {expected}")
-    with _reword_user_errors(path, "cannot be loaded"):
-        module = _import_file(path)
-    called = getattr(module, function, None)
-    if not callable(called):
-        raise UsageError(f"{shown(path)}: has no function '{shown(function)}'")
-    with _reword_user_errors(path, f"{function}() failed"):
-        returned: object = called()
-    return returned
-
-
-def _import_file(path: Path) -> object:
-    """Import a file of the user, which may import its neighbours."""
-    spec = importlib.util.spec_from_file_location(f"polyak_data_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError("it is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look for it there
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(folder)
-    return module
-
-
-@contextlib.contextmanager
-def _reword_user_errors(path: Path, what: str) -> Iterator[None]:
-    """Replace an exception in code of the user by an error of one line with its line number."""
-    try:
-        with silence_frameworks():  # it may import a framework
-            yield
-    except (Exception, SystemExit) as error:
-        line = _line_in(path, error)
-        where = f"line {line}: " if line else ""
-        raise PolyakError(
-            f"{shown(path)}: {what}: {where}{type(error).__name__}: {shown(error)}"
-        ) from error
-
-
-def _line_in(path: Path, error: BaseException) -> int | None:
-    """Return the number of the innermost line of the file in the traceback, or None."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    return lines[-1] if lines else None
 
 
 # --- arrays that fit together --------------------------------------------------------------------

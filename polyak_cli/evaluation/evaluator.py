@@ -1,7 +1,8 @@
 """Score model files on data: loss, metrics, and the result of every single row.
 
 `Evaluator` gives each file to the back end that can run its model: `keras_models` opens the files
-that Keras wrote.  This module knows no framework and nothing of averaging.
+that Keras wrote, `named_models` gives the tensors of any other to a model that a function of the
+user makes.  This module knows no framework and nothing of averaging.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from polyak_cli.errors import UsageError
+from polyak_cli.checkpoints import find_file
+from polyak_cli.errors import FormatError, UsageError, shown
 from polyak_cli.evaluation import data
+from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.storage import mirrors
 
 _StrPath = str | os.PathLike[str]
@@ -77,6 +80,7 @@ def evaluate(
     batch_size: int = 256,
     trust_code: bool = False,
     model: _StrPath | None = None,
+    device: str | None = None,
 ) -> Iterator[Score]:
     """Score model files on the same rows, one after the other.
 
@@ -89,16 +93,21 @@ def evaluate(
 
     Args:
         paths: whole-model ``.h5``, ``.hdf5`` or ``.keras`` files, or one of them; those of a folder
-            are found by ``model_files``.
+            are found by ``model_files``.  With ``model`` also other checkpoints that ``average``
+            reads, such as ``.pt``, ``.safetensors`` and folders of Hugging Face.
         rows: features, one array (rows, ...) for each input of the model, and labels, one for each
             output: classes (rows,) from 0, one-hot (rows, classes), or numbers to predict
             (rows, ...).  ``polyak_cli.evaluation.data.load("blobs").split()`` gives those
             of ``--data blobs``.
         batch_size: rows at a time; changes the speed, and the results only by rounding.
         trust_code: run the code that a file carries in a Lambda layer.
-        model: the architecture of files that hold weights only: a whole model (``.keras`` or
-            ``.h5``), ``FILE.json`` of ``model.to_json()``, or ``MODULE.py:FUNCTION``, whose
-            function is run and returns the model.
+        model: the architecture of files that hold weights only: of Keras's a whole model
+            (``.keras`` or ``.h5``), ``FILE.json`` of ``model.to_json()``, or
+            ``MODULE.py:FUNCTION``, whose function is run and returns the model.  Of others such a
+            function, which returns a ``torch.nn.Module``, alone or with its loss as ``(module,
+            loss)``; or one of a single argument, which gets the tensors as a dict of arrays and
+            returns ``predict(rows) -> outputs``, alone or with a loss.
+        device: where PyTorch runs modules, such as ``cpu``; by default a GPU where there is one.
 
     Returns:
         An iterator with a score for each file, in the order given.
@@ -111,7 +120,9 @@ def evaluate(
         PolyakError: Keras is too old, or cannot load a model, or the model carries code; the last
             two are raised when the iterator comes to it.
     """
-    evaluator = Evaluator([rows], batch_size=batch_size, trust_code=trust_code, model=model)
+    evaluator = Evaluator(
+        [rows], batch_size=batch_size, trust_code=trust_code, model=model, device=device
+    )
     # A single string is a sequence of strings too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(mirrors.enter(os.fspath(path))) for path in several]
@@ -154,6 +165,7 @@ class Evaluator:
         batch_size: int = 256,
         trust_code: bool = False,
         model: _StrPath | None = None,
+        device: str | None = None,
     ) -> None:
         """Keep the rows; no file is opened yet.
 
@@ -162,23 +174,52 @@ class Evaluator:
             batch_size: rows at a time.
             trust_code: run the code that a file carries in a Lambda layer.
             model: the architecture of weights files, as for `evaluate`.
+            device: where PyTorch runs modules, as for `evaluate`.
 
         Raises:
-            UsageError: the batch size is out of range, or ``model`` is none of these.
-            MissingExtraError: Keras or its back end is not installed.
-            PolyakError: Keras is too old.
+            UsageError: the batch size is out of range.
         """
         if batch_size < 1:
             raise UsageError(f"--batch-size {batch_size} is out of range; expected 1 or more")
-        # Imported here, as the back ends make the results that are defined above.
-        from polyak_cli.evaluation.keras_models import KerasModels
-
-        self._back_end: BackEnd = KerasModels(splits, batch_size, trust_code, model)
+        self._splits, self._batch_size = tuple(splits), batch_size
+        self._trust_code, self._device = trust_code, device
+        self._model = None if model is None else os.fspath(model)
+        self._back_ends: dict[str, BackEnd] = {}
+        self._last: BackEnd | None = None
 
     @property
     def notes(self) -> list[str]:
         """Messages for the user about the files scored so far, each only once."""
-        return self._back_end.notes
+        return [note for one in self._back_ends.values() for note in one.notes]
+
+    def _choose(self, path: Path) -> BackEnd:
+        """Return the back end that can run the model of a file, made when it is first needed.
+
+        Raises:
+            FormatError: the file is foreign, or no function makes its model.
+        """
+        # Imported here: the back ends make the results that are defined above.
+        form = find_format("keras_zip" if path.suffix == ".keras" else detect(find_file(path)))
+        if form.keras_layout or form.key == "weights_json":
+            from polyak_cli.evaluation.keras_models import KerasModels
+
+            if "keras" not in self._back_ends:
+                self._back_ends["keras"] = KerasModels(
+                    self._splits, self._batch_size, self._trust_code, self._model
+                )
+            return self._back_ends["keras"]
+        if self._model is None:
+            raise FormatError(
+                f"{shown(path)}: is {form.name}, which holds tensors without a model; name a "
+                "function that returns it, such as a torch.nn.Module: --model MODULE.py:FUNCTION"
+            )
+        from polyak_cli.evaluation.named_models import NamedModels
+
+        if "named" not in self._back_ends:
+            self._back_ends["named"] = NamedModels(
+                self._splits, self._batch_size, self._model, self._device
+            )
+        return self._back_ends["named"]
 
     def inspect_files(self, paths: Sequence[Path]) -> None:
         """Inspect files in separate processes, several at a time, before the first is loaded.
@@ -189,11 +230,17 @@ class Evaluator:
         Raises:
             FormatError: a file is damaged or foreign, or holds weights without an architecture.
         """
-        self._back_end.inspect_files(paths)
+        groups: dict[int, tuple[BackEnd, list[Path]]] = {}
+        for path in paths:
+            back_end = self._choose(path)
+            groups.setdefault(id(back_end), (back_end, []))[1].append(path)
+        for back_end, own in groups.values():
+            back_end.inspect_files(own)
 
     def score(self, path: Path) -> list[Score]:
         """Return the score of a file on each split; raises as `score_rows` does."""
-        return self._back_end.score(path)
+        path = Path(mirrors.enter(os.fspath(path)))
+        return self._choose(path).score(path)
 
     def score_rows(self, path: Path) -> list[RowScores]:
         """Return the result of a file on each split, in total and row by row.
@@ -203,7 +250,12 @@ class Evaluator:
             MismatchError: the rows do not fit the model.
             PolyakError: Keras cannot load or score the model, or it carries code.
         """
-        return self._back_end.score_rows(path)
+        path = Path(mirrors.enter(os.fspath(path)))
+        self._last = None  # an error leaves no model behind to score predictions of
+        back_end = self._choose(path)
+        found = back_end.score_rows(path)
+        self._last = back_end
+        return found
 
     def score_predictions(self, predictions: Sequence[data.Array]) -> list[RowScores]:
         """Score predictions made elsewhere, such as a mean, like those of the model scored last.
@@ -218,4 +270,9 @@ class Evaluator:
             UsageError: `score_rows` was not called before, or the model has several outputs.
             MismatchError: the shapes are not those of the model's own predictions.
         """
-        return self._back_end.score_predictions(predictions)
+        if self._last is None:
+            raise UsageError(
+                "predictions can be scored only for a model with one output that was examined "
+                "before"
+            )
+        return self._last.score_predictions(predictions)

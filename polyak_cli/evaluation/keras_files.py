@@ -163,8 +163,8 @@ def is_zip(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def collect_warnings() -> Iterator[list[str]]:
-    """Yield a list that gets the warnings of the block, one line each.
+def collect_warnings(whose: str = "Keras") -> Iterator[list[str]]:
+    """Yield a list that gets the warnings of the block, one line each, as those of a framework.
 
     Python would print two lines of source code for each.
     """
@@ -174,7 +174,7 @@ def collect_warnings() -> Iterator[list[str]]:
         for category in (DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
         yield lines
-    lines += dict.fromkeys(f"Keras warns: {shown(warning.message)}" for warning in caught)
+    lines += dict.fromkeys(f"{whose} warns: {shown(warning.message)}" for warning in caught)
 
 
 @contextlib.contextmanager

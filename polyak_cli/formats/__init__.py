@@ -132,6 +132,20 @@ def read_descriptions(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
     yield from sandbox.run_all(keras_files.read_description, names, names)
 
 
+def list_views(table: Table) -> list[list[Any]]:
+    """Return how the tensors of one PyTorch file lie in their storages; see `archive.list_views`.
+
+    Raises:
+        FormatError: the file is damaged or hostile.
+    """
+    from polyak_cli.formats.torch import archive
+
+    path = table.files[0].path
+    request = (path, table.rules.part)
+    (found,) = sandbox.run_all(archive.list_views, [request], [path])
+    return [*found]
+
+
 def find_polyak_outputs(paths: Sequence[Path], *, jobs: int = 1) -> Collection[Path]:
     """Return those of the files that this tool wrote."""
     mirrors.expect_alike(map(str, paths))

@@ -74,6 +74,30 @@ def describe_prefixes(table: Table, template: Table) -> str:
     )
 
 
+def match_names(held: Sequence[str], wanted: Sequence[str], tied: Iterable[str]) -> dict[str, str]:
+    """Return wanted name -> held name, where both are the same names except for prefixes.
+
+    Args:
+        held: names in a checkpoint.
+        wanted: names of a model's tensors.
+        tied: those of them that need not be held, as the model has the same tensor under another.
+
+    Returns:
+        The pairs; {} if a name that is not tied is missing, or one is held that is not wanted.
+    """
+    common = ([_find_common(held, wanted)], [_find_common(wanted, held)]) if held and wanted else ()
+    for more in ([], *common):
+        found = [*_WRAPPERS, *filter(None, more)]
+        ours = {_strip(name, found): name for name in held}
+        theirs = {_strip(name, found): name for name in wanted}
+        is_unique = len(ours) == len(held) and len(theirs) == len(wanted)
+        missing = theirs.keys() - ours.keys()
+        is_whole = ours.keys() <= theirs.keys() and missing <= {_strip(n, found) for n in tied}
+        if is_unique and is_whole:
+            return {theirs[short]: name for short, name in ours.items()}
+    return {}
+
+
 def _rename(
     table: Table, template: Table, names: Mapping[str, str], prefixes: Sequence[str]
 ) -> dict[str, TensorSpec]:

@@ -212,6 +212,32 @@ def read_names(path: str, heartbeat: Heartbeat) -> set[str]:
         return {"/".join(found.path) for found in _Walk().find(root)}
 
 
+def list_views(request: tuple[str, str], heartbeat: Heartbeat) -> list[list[Any]]:
+    """Return how every tensor of a checkpoint lies in its storage, tied ones under each name.
+
+    Args:
+        request: the file, and the key of the part that was taken for the model, or "".
+        heartbeat: see `Format`.
+
+    Returns:
+        Name as in the table, member of the storage, first element, shape, and steps in elements.
+    """
+    path, key = request
+    part = tuple(key.split("/")) if key else ()
+    with zips.open_archive(path) as (file, members, _):
+        records = _find_records(members)
+        root = pickles.read(zips.read_whole(file, records["data.pkl"]), heartbeat, unknown={})
+    found = []
+    for one in _Walk().find(_find_part(root, part)):
+        view = _view_storage(one.value)
+        member = records.get(f"data/{view.storage.key}")
+        if member is not None and one.holder is None:
+            name = "/".join(one.path) or "tensor"
+            found.append([name, member.name, view.offset, [*view.shape], [*view.stride]])
+        heartbeat()
+    return found
+
+
 class _Found(NamedTuple):
     """A tensor in a pickle."""
 

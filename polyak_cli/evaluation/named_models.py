@@ -1,0 +1,176 @@
+"""Score models that a function of the user makes: the back end of `evaluator` for other files.
+
+The function returns a module of PyTorch, which gets the tensors of one checkpoint after another by
+name, or it takes these tensors and returns what predicts.  Rows are scored batch by batch.  This
+module imports no framework: `torch_modules` runs modules.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyak_cli.checkpoints import find_file
+from polyak_cli.errors import MismatchError, MissingExtraError, UsageError, shown
+from polyak_cli.evaluation import data, user_code, weights
+from polyak_cli.evaluation.evaluator import RowScores, Score
+from polyak_cli.evaluation.keras_files import collect_warnings
+from polyak_cli.evaluation.passes import Function, OwnLoss, Pass, Predictor
+from polyak_cli.evaluation.quiet import silence_frameworks
+from polyak_cli.formats.catalogue import detect
+from polyak_cli.storage import mirrors
+
+if TYPE_CHECKING:
+    from polyak_cli.evaluation.torch_modules import Module
+
+EXPECTED = "expected MODULE.py:FUNCTION or package.module:FUNCTION that returns the model"
+
+
+class NamedModels:
+    """Scores one checkpoint after another on the same rows; see `evaluator.Evaluator`.
+
+    Attributes:
+        notes: messages for the user about the files scored so far, each only once.
+    """
+
+    def __init__(
+        self, splits: Sequence[data.Split], batch_size: int, source: str, device: str | None
+    ) -> None:
+        """Find the function; it is called when the first checkpoint is scored.
+
+        Raises:
+            UsageError: there is no such function.
+            PolyakError: there is no such file, or its code failed.
+        """
+        self.notes: list[str] = []
+        self._splits = tuple(splits)
+        self._batch_size = batch_size
+        self._device = device
+        self._source = source
+        if not user_code.is_function(source):
+            raise UsageError(f"--model {shown(source)}: {EXPECTED}")
+        self._maker = user_code.find_function(source, EXPECTED)
+        self._takes_weights = self._maker.count_arguments() == 1
+        self._described: dict[Path, weights.Weights] = {}
+        self._made: tuple[Module | Function, OwnLoss | None] | None = None
+        self._passes: list[Pass] = []
+
+    def inspect_files(self, paths: Sequence[Path]) -> None:
+        """See `evaluator.Evaluator.inspect_files`."""
+        by_format: dict[str, list[Path]] = {}
+        for path in paths:
+            by_format.setdefault(detect(find_file(path)), []).append(path)
+        for group in by_format.values():
+            self._described.update(zip(group, weights.describe(group), strict=True))
+
+    def score(self, path: Path) -> list[Score]:
+        """See `evaluator.Evaluator.score`."""
+        return [
+            Score(path, one.loss, one.metrics, split.rows, one.notes, one.loss_words)
+            for split, one in zip(self._splits, self.score_rows(path), strict=True)
+        ]
+
+    def score_rows(self, path: Path) -> list[RowScores]:
+        """See `evaluator.Evaluator.score_rows`."""
+        path = Path(mirrors.enter(str(path)))
+        if path not in self._described:
+            self.inspect_files([path])
+        held = self._described.pop(path)
+        self._passes = []
+        with silence_frameworks(), collect_warnings("PyTorch") as warned:
+            predictor, own, notes = self._load(held)
+            for split in self._splits:
+                what = f"the model with the weights of {shown(path)} failed on {split.source}"
+                with user_code.reword_user_errors(self._maker.path, what):
+                    made = Pass(predictor, own, split, str(path))
+                    made.run(self._batch_size)
+                self._passes.append(made)
+        said = (*notes, *warned, *mirrors.describe_fetched(str(path)))
+        self.notes += [note for note in said if note not in self.notes]
+        found = [made.finish() for made in self._passes]
+        return [replace(one, notes=(*said, *one.notes)) for one in found]
+
+    def score_predictions(self, predictions: Sequence[data.Array]) -> list[RowScores]:
+        """See `evaluator.Evaluator.score_predictions`."""
+        if not self._passes or any(made.shape is None for made in self._passes):
+            raise UsageError("predictions can be scored only for a model that was scored before")
+        shapes = [made.shape for made in self._passes]
+        if [array.shape for array in predictions] != shapes:
+            raise MismatchError(
+                f"predictions have the shapes {[array.shape for array in predictions]}; expected "
+                f"those of the model, {shapes}"
+            )
+        found = []
+        for array, made in zip(predictions, self._passes, strict=True):
+            again = made.restart()
+            again.run_given(array, self._batch_size)
+            found.append(again.finish())
+        return found
+
+    def _load(self, held: weights.Weights) -> tuple[Predictor, OwnLoss | None, Sequence[str]]:
+        """Return what predicts with the tensors of a checkpoint, its loss if it has one, and notes.
+
+        Raises:
+            UsageError: the function returns something else.
+            MismatchError: the tensors are not those of the module.
+        """
+        if self._takes_weights:
+            returned = self._maker.call(weights.read_arrays(held))
+            predictor, own = self._recognise(returned, held.path)
+            return predictor, own, ()
+        if self._made is None:
+            require_torch(self._maker.path)
+            self._made = self._recognise(self._maker.call(), held.path)
+        predictor, own = self._made
+        if isinstance(predictor, Function):
+            raise UsageError(
+                f"--model {shown(self._source)}: returns a function, which polyak cannot give the "
+                "tensors of a checkpoint; return a torch.nn.Module, or write the function so that "
+                "it takes them as its one argument, a dict of arrays by name"
+            )
+        return predictor, own, predictor.load(held, f"the module of {shown(self._source)}")
+
+    def _recognise(self, returned: Any, path: Path) -> tuple[Module | Function, OwnLoss | None]:
+        """Return the model and the loss that the function returned.
+
+        Raises:
+            UsageError: it is neither a module of PyTorch nor a function.
+        """
+        model, loss = returned if _is_pair(returned) else (returned, None)
+        own = None if loss is None else OwnLoss(loss)
+        where = f"--model {shown(self._source)}: returned"
+        # A class of a framework that is not imported cannot have been returned.
+        if "torch" in sys.modules:
+            from polyak_cli.evaluation import torch_modules
+
+            if torch_modules.is_module(model):
+                return torch_modules.Module(model, self._device), own
+        if "keras" in sys.modules and isinstance(model, sys.modules["keras"].Model):
+            raise UsageError(
+                f"{where} a Keras model, and {shown(path)} is no file of Keras's; expected a "
+                "torch.nn.Module"
+            )
+        if not callable(model) or isinstance(model, type):
+            raise UsageError(
+                f"{where} {shown(type(model).__name__, 60)}; expected a torch.nn.Module, or "
+                "(module, loss)"
+            )
+        return Function(model), own
+
+
+def _is_pair(returned: Any) -> bool:
+    return isinstance(returned, tuple) and len(returned) == 2
+
+
+def require_torch(path: Path) -> None:
+    """Check that PyTorch is installed, without importing it.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if find_spec("torch") is None:
+        raise MissingExtraError(f"{shown(path)}: running a module of PyTorch", "torch")

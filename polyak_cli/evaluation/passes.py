@@ -1,0 +1,347 @@
+"""Run a model over the rows of a split, batch by batch, and keep the loss of every row.
+
+The loss is the user's own, or chosen by the labels (`row_losses`).  This module knows no file and
+no framework: a model is what predicts.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from polyak_cli.errors import MismatchError, shown
+from polyak_cli.evaluation import data, row_losses
+from polyak_cli.evaluation.evaluator import RowScores
+
+#: Outputs of a split that are kept for ensembles, in bytes.
+MOST_KEPT = 256 << 20
+#: How far the mean of the losses of rows may be from the loss of their batch, which was added up in
+#: float32.
+_TOLERANCE = 1e-3
+#: Losses that take classes as whole numbers only.
+_WHOLE = ("nllloss", "multimarginloss", "nll_loss", "multi_margin_loss")
+#: Losses of logits, and of their logarithms, whose softmax is the probability of a class.
+_OF_CLASSES = ("crossentropyloss", "cross_entropy", "nllloss", "nll_loss")
+#: Losses of one yes or no an element -> the output from which on it is yes.
+_BINARY = {
+    "bcewithlogitsloss": 0.0,
+    "binary_cross_entropy_with_logits": 0.0,
+    "bceloss": 0.5,
+    "binary_cross_entropy": 0.5,
+}
+
+
+class Predictor(Protocol):
+    """A model that has the tensors of a checkpoint."""
+
+    def predict(self, features: data.Arrays) -> Any:
+        """Return the outputs of some rows, as the loss of the user takes them."""
+
+    def unwrap(self, outputs: Any) -> data.Array:
+        """Return outputs as a numpy array."""
+
+    def wrap(self, labels: data.Array) -> Any:
+        """Return labels as the loss of the user takes them."""
+
+
+class Function:
+    """What a function of the user returned that takes the tensors of a checkpoint."""
+
+    def __init__(self, predict: Any) -> None:
+        self._predict = predict
+
+    def predict(self, features: data.Arrays) -> Any:
+        """See `Predictor.predict`."""
+        return self._predict(features)
+
+    def unwrap(self, outputs: Any) -> data.Array:
+        """See `Predictor.unwrap`."""
+        return np.asarray(outputs)
+
+    def wrap(self, labels: data.Array) -> Any:
+        """See `Predictor.wrap`."""
+        return labels
+
+
+class OwnLoss:
+    """A loss that the function of the user returned: called with outputs and labels.
+
+    Attributes:
+        words: its name and settings, and whose it is.
+        name: of the kind of loss; only losses of the same name are compared.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._kind = str(getattr(function, "__name__", "") or type(function).__name__)
+        home = str(getattr(function, "__module__", ""))
+        whose = "PyTorch's" if home.startswith("torch.") else "your own"
+        settings = function.extra_repr() if hasattr(function, "extra_repr") else ""
+        named = f"{self._kind}({settings})" if settings else self._kind
+        self.words, self.name = f"{shown(named, 80)} ({whose})", f"{shown(named, 80)} * 1"
+        self._each = _find_each(function)
+
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether outputs are logits, or logarithms of probabilities."""
+        return self._kind.lower() in _OF_CLASSES
+
+    @property
+    def threshold(self) -> float | None:
+        """The output from which on an element is a yes; None where that is not known."""
+        return _BINARY.get(self._kind.lower())
+
+    def choose_labels(self, target: row_losses.Target, block: slice) -> data.Array:
+        """Return labels in the form that the loss takes."""
+        if target.axis is not None and self._kind.lower() in _WHOLE:
+            return target.values[block]
+        # What predicts numbers, or a yes and no, computes in floats.
+        labels = target.given[block]
+        is_plain = target.axis is not None and labels.ndim == target.values.ndim
+        return labels.astype(np.int64 if is_plain else np.float32)
+
+    def measure(
+        self, outputs: Any, labels: Any, predictor: Predictor
+    ) -> tuple[data.Array | None, float]:
+        """Return the loss of each row, None if it has none, and that of the batch.
+
+        Raises:
+            MismatchError: it returns something else than numbers.
+        """
+        total = predictor.unwrap(self._function(outputs, labels)).astype(np.float64)
+        count = len(labels)
+        if total.ndim and len(total) == count:  # it has a number for every row
+            rows = total.reshape(count, -1).mean(1)
+            return rows, float(rows.mean())
+        if total.size != 1:
+            raise MismatchError(
+                f"the loss {shown(self._kind, 60)} returned numbers of shape {total.shape} for "
+                f"{count} rows; expected one number, or one a row"
+            )
+        rows = self._measure_each(outputs, labels, predictor)
+        value = float(total.reshape(()))
+        # Weighted means, sums, and losses of pairs of rows are not the mean over rows.
+        if not _are_close(float(rows.mean()), value):
+            return None, value
+        return rows, value
+
+    def _measure_each(self, outputs: Any, labels: Any, predictor: Predictor) -> data.Array:
+        """Return the loss of each row: without reduction, or as a batch of one."""
+        if self._each is not None:
+            found = predictor.unwrap(self._each(outputs, labels)).astype(np.float64)
+            if found.ndim and len(found) == len(labels):
+                return np.asarray(found.reshape(len(labels), -1).mean(1))
+        values = [
+            float(predictor.unwrap(self._function(outputs[k : k + 1], labels[k : k + 1])))
+            for k in range(len(labels))
+        ]
+        return np.array(values)
+
+
+def _find_each(function: Any) -> Any:
+    """Return a loss without its reduction to one number; None where it has no such setting."""
+    if isinstance(getattr(function, "reduction", None), str):
+        each = copy.copy(function)
+        each.reduction = "none"
+        return each
+    try:
+        known = "reduction" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+    return functools.partial(function, reduction="none") if known else None
+
+
+def _are_close(one: float, other: float) -> bool:
+    if math.isnan(one) or math.isnan(other):
+        return math.isnan(one) and math.isnan(other)
+    return math.isclose(one, other, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+
+
+def take_rows(features: data.Arrays, block: slice) -> data.Arrays:
+    """Return some rows of one array, or of several."""
+    if isinstance(features, Mapping):
+        return {name: array[block] for name, array in features.items()}
+    if isinstance(features, tuple):
+        return tuple(array[block] for array in features)
+    return features[block]
+
+
+class Pass:
+    """One pass of a model over the rows of a split.
+
+    Attributes:
+        shape: of the predictions that are kept; None if they are too large.
+    """
+
+    def __init__(
+        self, predictor: Predictor, own: OwnLoss | None, split: data.Split, where: str
+    ) -> None:
+        """Check the labels; nothing is run yet.
+
+        Args:
+            predictor: the model.
+            own: its loss; None to choose one by the labels.
+            split: the rows.
+            where: the file of the weights, for messages.
+
+        Raises:
+            MismatchError: there are labels of several outputs.
+        """
+        labels = data.list_arrays(split.labels)
+        if len(labels) != 1:
+            raise MismatchError(
+                f"{split.source}: has labels of {len(labels)} outputs; expected one array, as the "
+                "model of --model is scored by one output"
+            )
+        self._predictor, self._own, self._split = predictor, own, split
+        self._where, self._labels = shown(where), labels[0]
+        self._target: row_losses.Target | None = None
+        self._are_logits = True
+        self._losses = np.full(split.rows, np.nan)
+        self._totals: list[tuple[int, float]] = []  # rows of each batch, and their loss
+        self._right: list[data.Array] = []
+        self._kept: list[data.Array] = []
+        self._is_row_wise = True
+        self.shape: tuple[int, ...] | None = None
+
+    def restart(self) -> Pass:
+        """Return a pass over the same rows for predictions that are like these."""
+        again = Pass(self._predictor, self._own, self._split, self._where)
+        again._target, again._is_row_wise = self._target, self._is_row_wise
+        return again
+
+    def run(self, batch_size: int) -> None:
+        """Score the outputs of the model.
+
+        Raises:
+            MismatchError: the labels do not fit the outputs.
+        """
+        for start in range(0, self._split.rows, batch_size):
+            block = slice(start, start + batch_size)
+            given = self._predictor.predict(take_rows(self._split.features, block))
+            outputs = self._predictor.unwrap(given)
+            target = self._target or self._fit(outputs)
+            self._add(target, block, outputs, given)
+            if self.shape is not None:
+                self._kept.append(self._make_prediction(target, outputs))
+
+    def run_given(self, predictions: data.Array, batch_size: int) -> None:
+        """Score predictions that are like those of `finish`."""
+        target = self._target
+        assert target is not None  # noqa: S101 - `restart` has set it
+        self._are_logits = False
+        for start in range(0, len(predictions), batch_size):
+            block = slice(start, start + batch_size)
+            outputs = predictions[block].astype(np.float32)
+            given = outputs
+            if self._is_of_classes(target) and self._own:
+                # Its logarithm is a logit of a probability, which the loss takes.
+                given = np.log(np.maximum(outputs, np.finfo(np.float32).tiny))
+            self._add(target, block, outputs, self._predictor.wrap(given))
+
+    def finish(self) -> RowScores:
+        """Return the results of all batches."""
+        target = self._target
+        assert target is not None  # noqa: S101 - `run` has set it
+        count = sum(rows for rows, _ in self._totals)
+        notes = []
+        loss = float(self._losses.mean())
+        if not self._is_row_wise:
+            loss = sum(rows * value for rows, value in self._totals) / count
+            notes.append(
+                "its loss is not the mean of the losses of single rows: the mean over batches is "
+                "shown, and rows are not compared by it"
+            )
+        metrics = {}
+        correct = None
+        if self._right:
+            right = np.concatenate(self._right)
+            metrics["accuracy"] = float(right.mean())
+            # With a class for each position, no row is wholly right or wrong.
+            correct = right if right.ndim == 1 else None
+        words, name = self._name_loss(target)
+        return RowScores(
+            loss,
+            metrics,
+            self._losses if self._is_row_wise else None,
+            correct,
+            np.concatenate(self._kept) if self._kept else None,
+            name,
+            tuple(notes),
+            words,
+        )
+
+    def _fit(self, outputs: data.Array) -> row_losses.Target:
+        """Compare the labels with the first outputs, which say what is a class."""
+        if not outputs.ndim or outputs.dtype.kind not in "biuf":
+            raise MismatchError(f"{self._where}: the model gives no array with one row a row")
+        shape = (self._split.rows, *outputs.shape[1:])
+        found = row_losses.fit_target(self._labels, shape, self._where, self._split.source)
+        if found.axis is not None:
+            self._are_logits = not row_losses.are_probabilities(outputs, found.axis)
+        if math.prod(shape) * outputs.itemsize <= MOST_KEPT:
+            self.shape = shape
+        self._target = found
+        return found
+
+    def _add(
+        self, target: row_losses.Target, block: slice, outputs: data.Array, given: Any
+    ) -> None:
+        """Add the losses of a batch, and which of its rows are right."""
+        part = row_losses.Target(target.values[block], target.axis, target.given[block])
+        rows = len(part.values)
+        if len(outputs) != rows:
+            raise MismatchError(f"{self._where}: the model gives {len(outputs)} rows for {rows}")
+        if self._own is None:
+            each: data.Array | None = row_losses.compute_losses(
+                outputs, part, are_logits=self._are_logits
+            )
+            total = float("nan")
+        else:
+            labels = self._predictor.wrap(self._own.choose_labels(target, block))
+            each, total = self._own.measure(given, labels, self._predictor)
+        self._is_row_wise = self._is_row_wise and each is not None
+        if each is not None:
+            self._losses[block] = each
+        self._totals.append((rows, total))
+        right = self._find_right(part, outputs)
+        if right is not None:
+            self._right.append(right)
+
+    def _find_right(self, part: row_losses.Target, outputs: data.Array) -> data.Array | None:
+        """Return which classes are right; None where labels are numbers to predict."""
+        threshold = self._own.threshold if self._own else None
+        if part.axis is not None or threshold is None:
+            return row_losses.find_right(outputs, part)
+        if not np.isin(part.values, (0, 1)).all():
+            return None
+        right = (outputs > threshold) == (part.values == 1)
+        return np.asarray(right.reshape(len(right)) if right.size == len(right) else right)
+
+    def _is_of_classes(self, target: row_losses.Target) -> bool:
+        """Return whether predictions are kept as probabilities, whose mean is an ensemble."""
+        return target.axis is not None and (self._own is None or self._own.is_of_classes)
+
+    def _make_prediction(self, target: row_losses.Target, outputs: data.Array) -> data.Array:
+        if self._is_of_classes(target) and target.axis is not None:
+            return row_losses.find_probabilities(outputs, target.axis).astype(np.float32)
+        return outputs.astype(np.float32, copy=False)
+
+    def _name_loss(self, target: row_losses.Target) -> tuple[str, str]:
+        """Return which loss it is and why, and the name by which losses are compared."""
+        if self._own:
+            return self._own.words, self._own.name
+        # The names are those that Keras's losses have here, as they are the same.
+        if target.axis is None:
+            return "mse (chosen, as the labels are numbers)", "meansquarederror * 1"
+        of = "logits" if self._are_logits else "probabilities"
+        return (
+            f"cross-entropy of {of} (chosen, as the labels are classes)",
+            "categoricalcrossentropy * 1",
+        )

@@ -1,0 +1,127 @@
+"""Compute the loss of each row, and whether its class is right, from labels and outputs.
+
+In numpy and float64, for models that bring no loss of their own: cross-entropy where labels are
+classes, mean squared error where they are numbers.  This module knows no framework and no file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from polyak_cli.errors import MismatchError
+from polyak_cli.evaluation import data
+
+#: How far the sum of a row of probabilities, computed in float16, may be from 1.
+_CLOSE = 2e-3
+#: Of a probability whose logarithm is taken: the smallest normal float32.
+_LEAST = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """Labels in the form in which they are compared with outputs.
+
+    Attributes:
+        values: classes, int64, shaped like the outputs without the axis of the classes; or numbers
+            to predict, shaped like the outputs.
+        axis: the axis of the outputs that has one element a class; None where labels are numbers.
+        given: the labels as they came; those of a user's own loss.
+    """
+
+    values: data.Array
+    axis: int | None
+    given: data.Array
+
+
+def fit_target(labels: data.Array, shape: tuple[int, ...], where: str, source: str) -> Target:
+    """Return labels as classes or numbers, whichever fits outputs of a shape.
+
+    Args:
+        labels: (rows, ...).
+        shape: of the outputs, rows included.
+        where: the beginning of messages.
+        source: name of the rows in messages.
+
+    Raises:
+        MismatchError: they fit in no way.
+    """
+    if labels.shape == shape:
+        # One-hot labels are classes; rows of other numbers, such as soft labels, are numbers.
+        if len(shape) > 1 and shape[-1] > 1 and data.is_one_hot(labels):
+            return Target(labels.argmax(-1).astype(np.int64), len(shape) - 1, labels)
+        return Target(labels, None, labels)
+    column = labels[..., 0] if labels.ndim > 1 and labels.shape[-1] == 1 else labels
+    axis = _find_axis(column.shape, shape)
+    if axis is not None and column.dtype.kind in "biuf" and (column == np.floor(column)).all():
+        low, high, count = int(column.min()), int(column.max()), shape[axis]
+        if low < 0 or high >= count:
+            raise MismatchError(
+                f"{where}: gives {count} classes, 0 to {count - 1}, but the labels of {source} go "
+                f"from {low} to {high}"
+            )
+        return Target(column.astype(np.int64), axis, column)
+    if labels.size == np.prod(shape) and labels.shape[0] == shape[0]:  # a column, or none
+        return Target(labels.reshape(shape), None, labels.reshape(shape))
+    raise MismatchError(
+        f"{where}: gives rows of shape {shape[1:]}, but the labels of {source} have rows of shape "
+        f"{labels.shape[1:]}; return (model, loss) from the function if its loss takes both"
+    )
+
+
+def _find_axis(labels: tuple[int, ...], outputs: tuple[int, ...]) -> int | None:
+    """Return the axis of the outputs that labels lack: that of the classes."""
+    if len(labels) != len(outputs) - 1:
+        return None
+    # PyTorch's losses have the classes on axis 1, language models on the last one.
+    for axis in (1, len(outputs) - 1):
+        if outputs[axis] > 1 and outputs[:axis] + outputs[axis + 1 :] == labels:
+            return axis
+    return None
+
+
+def are_probabilities(outputs: data.Array, axis: int) -> bool:
+    """Return whether outputs are probabilities of classes, as after a softmax."""
+    low, high = outputs.min(initial=0.0), outputs.max(initial=1.0)
+    return bool(low >= 0 and high <= 1 and (abs(outputs.sum(axis) - 1) < _CLOSE).all())
+
+
+def find_probabilities(outputs: data.Array, axis: int) -> data.Array:
+    """Return the probabilities of classes: of logits their softmax, in float64."""
+    wide = outputs.astype(np.float64)
+    if are_probabilities(wide, axis):
+        return wide
+    raised = np.exp(wide - wide.max(axis, keepdims=True))
+    return np.asarray(raised / raised.sum(axis, keepdims=True))
+
+
+def compute_losses(outputs: data.Array, target: Target, *, are_logits: bool) -> data.Array:
+    """Return the loss of each row, (rows,) float64, means over all positions of a row.
+
+    Args:
+        outputs: (rows, ...).
+        target: their labels.
+        are_logits: of classes; else they are probabilities.
+    """
+    wide = outputs.astype(np.float64)
+    if target.axis is None:
+        each = (wide - target.values) ** 2
+    else:
+        index = np.expand_dims(target.values, target.axis)
+        if are_logits:
+            # log(sum(exp)) without overflow, as the greatest logit is taken out first.
+            top = wide.max(target.axis, keepdims=True)
+            whole = top + np.log(np.exp(wide - top).sum(target.axis, keepdims=True))
+            each = whole - np.take_along_axis(wide, index, target.axis)
+        else:
+            chosen = np.take_along_axis(wide, index, target.axis)
+            each = -np.log(np.maximum(chosen, _LEAST))
+    return np.asarray(each.reshape(len(each), -1).mean(1))
+
+
+def find_right(outputs: data.Array, target: Target) -> data.Array | None:
+    """Return which classes are right, shaped like the labels; None where labels are numbers."""
+    if target.axis is None:
+        return None
+    return np.asarray(outputs.argmax(target.axis) == target.values)

@@ -1,0 +1,148 @@
+"""Run modules of PyTorch: the only place of the package that imports it.
+
+The module is the user's, made by code of the user.  It gets the tensors of one checkpoint after
+another by name, strictly, and runs in evaluation mode without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from polyak_cli.errors import MismatchError, UsageError, shown, word_count
+from polyak_cli.evaluation import data, weights
+from polyak_cli.tensors import FLOATS, itemsize
+
+
+def is_module(made: object) -> bool:
+    """Return whether something is a module of PyTorch."""
+    return isinstance(made, torch.nn.Module)
+
+
+def choose_device(wanted: str | None) -> torch.device:
+    """Return the device of a name, by default a GPU where there is one.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if wanted is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, or PyTorch was built without it
+        line = str(error).splitlines()[0]
+        raise UsageError(f"--device {shown(wanted)}: cannot be used: {shown(line)}") from None
+    return device
+
+
+class Module:
+    """A module of the user's that gets the tensors of checkpoints."""
+
+    def __init__(self, module: Any, device: str | None) -> None:
+        self.device = choose_device(device)
+        self.module = module.to(self.device).eval()
+        self._dtype = next(
+            (p.dtype for p in module.parameters() if p.is_floating_point()),
+            torch.get_default_dtype(),
+        )
+
+    def load(self, held: weights.Weights, what: str) -> list[str]:
+        """Give the module the tensors of a checkpoint, and return what a user should know of that.
+
+        Raises:
+            MismatchError: the tensors are not those of the module, by name and shape.
+            FormatError: the file is damaged, or changed since it was scanned.
+        """
+        own = {n: t for n, t in self.module.state_dict(keep_vars=True).items() if is_tensor(t)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        views = weights.pair(held, shapes, _list_tied(own), what)
+        state = {name: _make_tensor(raw, v) for name, raw, v in weights.read(held, views)}
+        # A name that the file lacks is tied to one that it has: `pair` has checked that.
+        by_place = {id(own[name]): tensor for name, tensor in state.items()}
+        state |= {name: by_place[id(own[name])] for name in own if name not in state}
+        try:
+            self.module.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise MismatchError(
+                f"{shown(held.path)}: {what} does not take its tensors: "
+                f"{shown(' '.join(str(error).split()))}"
+            ) from None
+        narrow = [
+            name
+            for name, view in views.items()
+            if view.spec.dtype in FLOATS and itemsize(view.spec.dtype) > own[name].element_size()
+        ]
+        count = word_count(len(narrow), "tensor")
+        return [f"{count} rounded to the narrower type of the module"] if narrow else []
+
+    def predict(self, features: data.Arrays) -> Any:
+        """See `passes.Predictor.predict`."""
+        with torch.no_grad():
+            if isinstance(features, Mapping):  # as Transformers' tokenizers return them
+                given = {name: self._feed(array) for name, array in features.items()}
+                return _find_output(self.module(**given))
+            return _find_output(self.module(*map(self._feed, data.list_arrays(features))))
+
+    def _feed(self, array: data.Array) -> Any:
+        """Return features as the module takes them: floats in its own type, integers as int64."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        if tensor.is_floating_point():
+            return tensor.to(self._dtype)
+        return tensor if array.dtype.kind == "b" else tensor.to(torch.int64)
+
+    def unwrap(self, outputs: Any) -> data.Array:
+        """See `passes.Predictor.unwrap`."""
+        tensor = torch.as_tensor(outputs).detach()
+        # numpy has no bfloat16; in float32 each of its values is the same.
+        wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+        return np.asarray(wide.cpu().numpy())
+
+    def wrap(self, labels: data.Array) -> Any:
+        """See `passes.Predictor.wrap`."""
+        tensor = torch.from_numpy(np.ascontiguousarray(labels)).to(self.device)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+
+def is_tensor(value: object) -> bool:
+    """Return whether an entry of a state dict is a tensor; extra state may be anything."""
+    return isinstance(value, torch.Tensor)
+
+
+def _list_tied(own: Mapping[str, Any]) -> list[str]:
+    """Return the names of tensors that a module has under several names."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [name for several in names.values() if len(several) > 1 for name in several]
+
+
+def _make_tensor(raw: data.Array, view: weights.View) -> Any:
+    """Return the tensor that lies in stored bytes."""
+    flat = torch.from_numpy(raw).view(getattr(torch, view.spec.dtype))
+    return flat.as_strided(view.shape, view.steps, view.offset)
+
+
+def _find_output(returned: Any) -> Any:
+    """Return the one tensor that a module gives: itself, its logits, or the only one of a tuple.
+
+    Raises:
+        MismatchError: it gives something else.
+    """
+    if isinstance(returned, Mapping):
+        returned = returned.get("logits", returned)
+    elif hasattr(returned, "logits"):  # a dataclass of Transformers
+        returned = returned.logits
+    if isinstance(returned, (tuple, list)) and len(returned) == 1:
+        (returned,) = returned
+    if not is_tensor(returned):
+        raise MismatchError(
+            f"the module gives {shown(type(returned).__name__, 60)}; expected one tensor, or an "
+            "output with logits"
+        )
+    return returned

@@ -1,0 +1,150 @@
+"""Find and call functions of the user, named as MODULE.py:FUNCTION or package.module:FUNCTION.
+
+The user names the code, and trusts it by naming it; it runs in this process.  Nothing that a
+checkpoint names is ever found here.  This module knows no rows and no models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyak_cli.errors import PolyakError, UsageError, shown
+from polyak_cli.evaluation.quiet import silence_frameworks
+
+
+@dataclass(frozen=True, slots=True)
+class UserFunction:
+    """A function of the user.
+
+    Attributes:
+        path: the file that it is in.
+        name: its name.
+        function: the function itself.
+    """
+
+    path: Path
+    name: str
+    function: Callable[..., object]
+
+    def call(self, *arguments: object) -> object:
+        """Return what it returns.
+
+        Raises:
+            PolyakError: its code failed; the message is one line, and says in which line.
+        """
+        with reword_user_errors(self.path, f"{self.name}() failed"):
+            return self.function(*arguments)
+
+    def count_arguments(self) -> int:
+        """Return how many arguments it needs."""
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):  # some written in C have no signature
+            return 0
+        return sum(
+            one.default is one.empty
+            and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+            for one in parameters
+        )
+
+
+def is_function(source: str) -> bool:
+    """Return whether a text names a function, whether or not there is one."""
+    module, colon, function = source.rpartition(":")
+    if not colon or not function.isidentifier():
+        return False
+    return module.lower().endswith(".py") or all(p.isidentifier() for p in module.split("."))
+
+
+def find_function(source: str, expected: str) -> UserFunction:
+    """Import the module of a function of the user, and return the function.
+
+    Raises:
+        UsageError: the module has no such function.
+        PolyakError: there is no such file or module (``expected`` says what could be), or its code
+            failed.
+    """
+    module, _, name = source.rpartition(":")
+    if module.lower().endswith(".py"):
+        path = Path(module)
+        if not path.is_file():
+            raise PolyakError(f"{shown(path)}: there is no such file; {expected}")
+        with reword_user_errors(path, "cannot be loaded"):
+            imported = _import_file(path)
+    else:
+        imported = _import_module(source, module, expected)
+        path = Path(getattr(imported, "__file__", None) or module)
+    found = getattr(imported, name, None)
+    if not callable(found):
+        raise UsageError(f"{shown(path)}: has no function '{shown(name)}'")
+    return UserFunction(path, name, found)
+
+
+def _import_module(source: str, module: str, expected: str) -> object:
+    """Import a module by its dotted name, from the current folder too, as `python -m` does."""
+    with _first_on_path(str(Path.cwd())), silence_frameworks():
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            # One that is not there is a typing error; one that it imports is missing.
+            if f"{module}.".startswith(f"{error.name}."):
+                raise PolyakError(f"{shown(source)}: there is no such module; {expected}") from None
+            failed: BaseException = error
+        except (Exception, SystemExit) as error:
+            failed = error
+    raise PolyakError(
+        f"{shown(source)}: cannot be loaded: {type(failed).__name__}: {shown(failed)}"
+    ) from failed
+
+
+def _import_file(path: Path) -> object:
+    """Import a file of the user, which may import its neighbours."""
+    spec = importlib.util.spec_from_file_location(f"polyak_data_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError("it is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look for it there
+    with _first_on_path(str(path.resolve().parent)):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _first_on_path(folder: str) -> Iterator[None]:
+    """Have modules be looked for in a folder first."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+@contextlib.contextmanager
+def reword_user_errors(path: Path, what: str) -> Iterator[None]:
+    """Replace an exception in code of the user by an error of one line with its line number."""
+    try:
+        with silence_frameworks():  # it may import a framework
+            yield
+    except (Exception, SystemExit) as error:
+        line = _line_in(path, error)
+        where = f"line {line}: " if line else ""
+        raise PolyakError(
+            f"{shown(path)}: {what}: {where}{type(error).__name__}: {shown(error)}"
+        ) from error
+
+
+def _line_in(path: Path, error: BaseException) -> int | None:
+    """Return the number of the innermost line of the file in the traceback, or None."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return lines[-1] if lines else None
