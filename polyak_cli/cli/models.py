@@ -369,6 +369,7 @@ def recalibrate(
     ),
     ROWS_AT_A_TIME,
     ARCHITECTURE,
+    DEVICE,
     TRUST_CODE,
 )
 @under(

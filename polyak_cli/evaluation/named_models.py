@@ -151,7 +151,7 @@ class NamedModels:
                 return torch_modules.Module(model, self._device), own
         if "keras" in sys.modules and isinstance(model, sys.modules["keras"].Model):
             raise UsageError(
-                f"{where} a Keras model, and {shown(path)} is no file of Keras's; expected a "
+                f"{where} a Keras model, and {shown(path)} is not a file of Keras's; expected a "
                 "torch.nn.Module"
             )
         if not callable(model) or isinstance(model, type):

@@ -8,6 +8,7 @@ candidate is scored, and how a report looks, is not known here.
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -228,6 +229,7 @@ def sweep(
     batch_size: int = 256,
     trust_code: bool = False,
     model: str | None = None,
+    device: str | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     **options: Any,
 ) -> Sweep:
@@ -249,9 +251,10 @@ def sweep(
         recalibrate: rows on which the statistics of BatchNorm are gathered again for every
             average.  Single checkpoints keep theirs.
         scratch: the folder for temporary averages.
-        batch_size: rows that Keras scores at a time.
+        batch_size: rows that are scored at a time.
         trust_code: run code that a model file contains.
         model: the architecture of checkpoints that hold weights only, as for `evaluator.evaluate`.
+        device: where PyTorch runs modules, as for `evaluator.evaluate`.
         progress: called with the number of scored candidates, and with the number of all.
         **options: options of `planning.plan`.
 
@@ -260,18 +263,18 @@ def sweep(
         PolyakError: as for `planning.plan` and `evaluator.Evaluator`.
     """
     _check_arguments(batch, search, options.get("engine", "here"))
+    how: Any = {"batch_size": batch_size, "trust_code": trust_code, "model": model}
     if recalibrate is not None:
-        options |= {"recalibrate": recalibrate, "batch_size": batch_size, "trust_code": trust_code}
-        options |= {"model": model}
+        options |= {"recalibrate": recalibrate, **how}
     whole: Any = {**options, "force": force}
     plan = pipeline.make_plan(sources, write_best, whole, has_skip="on_unhealthy" in options)
     wanted = list_candidates(
         plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
     )
     splits = _divide_rows(rows, select_on, seed)
-    evaluator = Evaluator(
-        [*splits.values()], batch_size=batch_size, trust_code=trust_code, model=model
-    )
+    evaluator = Evaluator([*splits.values()], **how, device=device)
+    # What cannot be scored is refused before anything is written.
+    evaluator.inspect_files([checkpoint.path for checkpoint in plan.checkpoints])
     # A hidden folder, which searches for checkpoints do not enter.
     with tempfile.TemporaryDirectory(prefix=".polyak-sweep-", dir=scratch) as folder:
         scorer = CandidateScorer(plan, evaluator, tuple(splits), Path(folder), batch)
@@ -285,8 +288,7 @@ def sweep(
     winner = find_best([row for row in scored if row.candidate.kind != "ensemble"], metric)
     recipe = find_recipe(winner.candidate, plan, sources, {**options, "force": force})
     if write_best:
-        own: Any = recipe.options
-        pipeline.average(recipe.sources, write_best, **own)
+        pipeline.average(recipe.sources, write_best, **dict[str, Any](recipe.options))
     return Sweep(
         plan=plan,
         data_name=rows.name,
@@ -302,8 +304,10 @@ def sweep(
 
 
 def choose_suffix(plan: planning.Plan) -> str:
-    """Return the suffix of an average, by which Keras chooses the format of a file."""
+    """Return the suffix of an average, by which Keras chooses its format; "" for a folder."""
     path = plan.checkpoints[-1].path
+    if path != plan.tables[-1].path:  # a folder: in llama-3.1, the end is no suffix
+        return ""
     # The average of sharded weights is one file.
     return WEIGHTS_SUFFIXES[0] if path.name.endswith(WEIGHTS_SUFFIXES) else path.suffix
 
@@ -396,6 +400,18 @@ class CandidateScorer:
     notes: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
+    @property
+    def _are_folders(self) -> bool:
+        """Whether an average consists of several files, as shards do."""
+        return len(self.plan.tables[-1].files) > 1 and not choose_suffix(self.plan)
+
+    @property
+    def _suffix(self) -> str:
+        """The suffix of averages: of a checkpoint that is a folder that of the file in it."""
+        if self._are_folders:
+            return ""
+        return choose_suffix(self.plan) or self.plan.tables[-1].path.suffix
+
     def collect_notes(self) -> list[str]:
         """Return what a user should know of the candidates and their scores."""
         notes = [*dict.fromkeys((*self.notes, *self.evaluator.notes))]
@@ -446,15 +462,17 @@ class CandidateScorer:
         self, part: Mapping[tuple[float, ...], Mean]
     ) -> Iterator[tuple[tuple[float, ...], Mapping[str, RowScores]]]:
         """Score averages that are written together."""
-        suffix = choose_suffix(self.plan)
-        paths = [self.folder / f"{k}{suffix}" for k in range(len(part))]
+        paths = [self.folder / f"{k}{self._suffix}" for k in range(len(part))]
+        if self._are_folders:
+            for path in paths:
+                path.mkdir()
         try:
             self.notes += writing.write_several(self.plan, [*part.values()], paths)
         except MismatchError as error:
             if not any(is_signed(mean.multipliers) for mean in part.values()):
                 raise
             for path in paths:
-                path.unlink(missing_ok=True)
+                _remove(path)
             if len(part) == 1:
                 self.refused.append(str(error))
             else:  # each by itself, as one that is refused must not take the others with it
@@ -463,7 +481,7 @@ class CandidateScorer:
             return
         for coefficients, path in zip(part, paths, strict=True):
             yield coefficients, self._score_file(self._recalibrate(path))
-            path.unlink()  # at once, which frees the disk before the next is recalibrated
+            _remove(path)  # at once, which frees the disk before the next is recalibrated
 
     def _recalibrate(self, path: Path) -> Path:
         """Gather the BatchNorm statistics of an average again, if the options say so."""
@@ -471,7 +489,7 @@ class CandidateScorer:
         rows = stages.recalibrate
         if rows is None:
             return path
-        made = path.with_name(f"recalibrated{choose_suffix(self.plan)}")
+        made = path.with_name(f"recalibrated{self._suffix}")
         recalibration.recalibrate(
             path,
             made,
@@ -486,6 +504,14 @@ class CandidateScorer:
     def _score_file(self, path: Path) -> dict[str, RowScores]:
         """Return the scores of one file on each split."""
         return dict(zip(self.splits, self.evaluator.score_rows(path), strict=True))
+
+
+def _remove(path: Path) -> None:
+    """Remove an average: a file, or a folder of several."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _score_ensembles(

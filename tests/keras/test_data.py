@@ -64,7 +64,7 @@ def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
         data.load(str(tmp_path / "all.npz")).split("test")
 
 
-@pytest.mark.parametrize("name", ["blob", "data.txt", "module.py", "module.py:", "module:load", ""])
+@pytest.mark.parametrize("name", ["blob", "data.txt", "module.py", "module.py:", ""])
 def test_what_is_no_data_set_is_reported_what_is(name: str) -> None:
     """For any other name, the message lists the four kinds."""
     with pytest.raises(UsageError, match=r"FILE\.npz, FILE\.csv or MODULE\.py:FUNCTION"):
@@ -76,6 +76,19 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     """A missing file gives one line with its name."""
     with pytest.raises(PolyakError, match="none") as error:
         data.load(str(tmp_path / name))
+    one_line(error)
+
+
+def test_a_function_may_be_named_by_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module is found in the current folder, and one that is not there is named."""
+    (tmp_path / "rowsof").mkdir()
+    (tmp_path / "rowsof/blobs.py").write_text("def load():\n    return [[1.0], [2.0]], [0, 1]\n")
+    monkeypatch.chdir(tmp_path)
+    assert data.load("rowsof.blobs:load").split().rows == 2
+    with pytest.raises(PolyakError, match="there is no such module; expected blobs") as error:
+        data.load("rowsof.nothing:load")
     one_line(error)
 
 

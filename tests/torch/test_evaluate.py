@@ -320,13 +320,14 @@ def test_a_wrong_name_of_the_model_is_refused(tmp_path: Path) -> None:
     """None, a function or a module that is not there, a file, and a device that is not there."""
     torch.save(make_net().state_dict(), tmp_path / "a.pt")
     net = write_code(tmp_path)
-    for options, text in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, "name a function that returns it, such as a torch.nn.Module: --model MODULE.py:FUN"),
         ({"model": f"{net}:nothing"}, "has no function 'nothing'"),
         ({"model": "nowhere:make"}, "nowhere:make: there is no such module; expected MODULE.py"),
         ({"model": "a.pt"}, "--model a.pt: expected MODULE.py:FUNCTION"),
         ({"model": f"{net}:make", "device": "tpu9"}, "--device tpu9: cannot be used: "),
-    ):
+    ]
+    for options, text in cases:
         with pytest.raises(PolyakError, match=re.escape(text)):
             list(evaluate(tmp_path / "a.pt", ROWS, **options))
 
