@@ -76,7 +76,16 @@ def find_largest(bucket: S3Bucket) -> str:
     return f"run/{max(sorted(contents), key=lambda key: len(contents[key]))}"
 
 
-@pytest.mark.parametrize("kind", [named(one) for one in CHECKED], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        # One with much besides its tensors, and one whose tensors are in blocks.
+        pytest.param(
+            named(one), marks=[] if one in ("keras", "dcp") else [pytest.mark.soak], id=one
+        )
+        for one in CHECKED
+    ],
+)
 def test_checksums_are_compared_while_values_are_folded(
     proxy: Proxy, bucket: S3Bucket, tmp_path: Path, kind: Kind
 ) -> None:
