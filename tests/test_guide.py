@@ -52,6 +52,7 @@ OTHERS |= {"--num-update-checkpoints"}
 OTHERS |= {"--input", "--no-sort", "--no-use-ema"}  # timm
 OTHERS |= {"--avg", "--epoch", "--use-averaged-model"}  # icefall
 OTHERS |= {"--index-url"}  # pip
+OTHERS |= {"--rate", "--rounds", "--workers"}  # of the bench of buckets
 
 
 class Block(NamedTuple):
