@@ -142,6 +142,11 @@ _buffers = _Buffers()
 _large = threading.BoundedSemaphore(_LARGE_AT_A_TIME)
 
 
+def count_request(*, again: bool) -> None:
+    """Count a request that another library has made."""
+    _counter.add(requests=1, retries=int(again))
+
+
 def requests_made() -> Requests:
     """Return what this process has asked servers for since it was started."""
     return _counter.made

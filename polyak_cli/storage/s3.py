@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polyak_cli.errors import MissingExtraError, OutputError, shown
+from polyak_cli.storage import objects
 from polyak_cli.storage.urls import Url
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _connect() -> Any:
     except ImportError:
         raise MissingExtraError("writing to s3://", "s3") from None
     is_aws = not (os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
-    return boto3.client(
+    client = boto3.client(
         "s3",
         config=Config(
             # Of other stores only few know host names that begin with the bucket.
@@ -94,6 +95,14 @@ def _connect() -> Any:
             max_pool_connections=32,
         ),
     )
+    client.meta.events.register("before-send.s3", _count)
+    return client
+
+
+def _count(request: Any, **_: Any) -> None:
+    """Count a request; botocore numbers the attempts in a header."""
+    attempt = request.headers.get("amz-sdk-request", b"attempt=1")
+    objects.count_request(again=b"attempt=1" not in (attempt or b""))
 
 
 @contextlib.contextmanager

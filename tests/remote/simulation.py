@@ -53,6 +53,7 @@ DONE = {
     "kernel": "compiled",
     "receipts": {0: {1: "0" * 34}},
     "written": {},
+    "sums": [],
     "peak": 0,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -116,6 +117,9 @@ def test_dask_from_bucket_to_bucket(
         for request, status in proxy.traffic.log if request.kind == "PART" and status == 200
     }  # fmt: skip
     assert numbers == {1, 2, 3}
+    report = json.loads(out)
+    assert report["requests"] >= sum(proxy.traffic.requests.values())
+    assert report["retries"] >= sum(status == 503 for _, status in proxy.traffic.log) > 0
     assert proxy.environ["AWS_SECRET_ACCESS_KEY"] not in out + errors
     assert tree(tmp_path) == {}
 
