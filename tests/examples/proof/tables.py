@@ -191,6 +191,18 @@ def make_losses(cells: Cells) -> str:
     return make_details(cells, find_loss, 4, {"": "test loss", **names})
 
 
+def find_best(rates: Mapping[float, Sequence[Cell]], name: str) -> list[float]:
+    """Return the error of each seed at the rate whose mean error is the least."""
+    every = [[find_error(getattr(cell, name)) for cell in seeds] for seeds in rates.values()]
+    return min(every, key=statistics.fmean)
+
+
+def compare_best(rates: Mapping[float, Sequence[Cell]], decay: str) -> Interval:
+    """Return how far the average is above a decay, each at its best rate."""
+    pairs = zip(find_best(rates, "average"), find_best(rates, decay), strict=True)
+    return find_interval([ours - theirs for ours, theirs in pairs])
+
+
 def make_best(cells: Cells) -> str:
     """Return the guide's table of what each column gives at its own best rate.
 
@@ -201,18 +213,11 @@ def make_best(cells: Cells) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for (family, noisy), rates in cells.items():
-        best = {}
-        for name in Cell._fields[:4]:
-            errors = {
-                rate: [find_error(getattr(cell, name)) for cell in seeds]
-                for rate, seeds in rates.items()
-            }
-            best[name] = min(errors.values(), key=statistics.fmean)
-        better = min(best["late"], best["cosine"], key=statistics.fmean)
-        pairs = zip(best["average"], better, strict=True)
+        best = {name: find_best(rates, name) for name in Cell._fields[:4]}
+        better = min(("late", "cosine"), key=lambda name: statistics.fmean(best[name]))
         words = [name_task(family, noisy)]
         words += [f"{statistics.fmean(errors):.2f}" for errors in best.values()]
-        words.append(show(find_interval([ours - theirs for ours, theirs in pairs]), 2))
+        words.append(show(compare_best(rates, better), 2))
         lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
 
