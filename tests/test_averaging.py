@@ -22,7 +22,14 @@ from hypothesis.extra import numpy as hnp
 import polyak_cli
 from polyak_cli import average, plan, run
 from polyak_cli.engine import slabs
-from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, UsageError
+from polyak_cli.errors import (
+    CheckpointError,
+    FormatError,
+    MismatchError,
+    OutputError,
+    PolyakError,
+    UsageError,
+)
 from polyak_cli.pipeline import Options
 from tests.oracle import Array, naive_average, nearest_bfloat16, read_model, same_bits, write_model
 
@@ -515,6 +522,22 @@ def test_the_plan_tells_everything_and_writes_nothing(tmp_path: Path) -> None:
     assert [c["coefficient"] for c in data["checkpoints"]] == list(made.coefficients)
     assert data["tensors"]["averaged"]["count"] == 4
     assert data["template"].endswith("model_4.h5")
+
+
+@pytest.mark.parametrize("scheme", ["ema", "power"])
+def test_a_half_life_needs_epochs_to_count_in(tmp_path: Path, scheme: Any) -> None:
+    """Names without them, or in another order, would have it count checkpoints instead."""
+    paths = write_run(tmp_path, 3)
+    named = plan(paths, scheme=scheme, ema_half_life=2)
+    assert named.coefficients != plan(paths, scheme=scheme, ema_half_life=1).coefficients
+    with pytest.raises(CheckpointError, match=r"--ema-half-life: .*model_2.h5 .*leave out --order"):
+        plan(paths[::-1], scheme=scheme, ema_half_life=2, order="given")
+    for letter, path in zip("abc", paths, strict=True):
+        path.rename(tmp_path / f"{letter}.h5")
+    unnamed = [tmp_path / f"{letter}.h5" for letter in "abc"]
+    with pytest.raises(CheckpointError, match=r"a\.h5: --ema-half-life needs the epoch, but its"):
+        plan(unnamed, scheme=scheme, ema_half_life=2)
+    plan(unnamed, scheme="power", sigma=0.1)
 
 
 def test_the_report_tells_what_was_done(tmp_path: Path) -> None:

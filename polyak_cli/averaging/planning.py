@@ -29,6 +29,7 @@ from polyak_cli.averaging.notebook import write_html, write_text
 from polyak_cli.averaging.options import Machine, Settings
 from polyak_cli.checkpoints import Checkpoint, PassedOver, Problem
 from polyak_cli.checkpoints.folders import list_relative_paths
+from polyak_cli.checkpoints.spacing import require_rising_epochs
 from polyak_cli.checkpoints.suspicions import find_suspicions
 from polyak_cli.engine.timing import measure_peak
 from polyak_cli.errors import (
@@ -441,6 +442,8 @@ def _weigh(
 ) -> tuple[schemes.Choice, schemes.Mean, list[str]]:
     """Return the scheme, its mean, and what a user should know of the choice and of both."""
     choice = settings.weighting.resolve()
+    if "ema_half_life" in choice.parameters:  # without epochs, its unit would be checkpoints
+        require_rising_epochs(chosen.checkpoints, "--ema-half-life")
     mean = settings.weighting.compute(chosen.positions, chosen.sigmas)
     return choice, mean, [*chosen.notes, *_note_coefficients(choice, mean, chosen.positions[-1])]
 

@@ -27,14 +27,7 @@ def keep_apart(
     Raises:
         CheckpointError: an epoch is unknown, or they are not in order of their epochs.
     """
-    epochs = [require_epoch(one, "--min-spacing") for one in candidates]
-    for earlier, later in pairwise(candidates):
-        if not (earlier.epoch or 0) < (later.epoch or 0):
-            raise CheckpointError(
-                f"--min-spacing: {shown(later.path)} (epoch {later.epoch}) comes after "
-                f"{shown(earlier.path)} (epoch {earlier.epoch}); expected files in order of their "
-                "epochs: leave out --order given"
-            )
+    epochs = require_rising_epochs(candidates, "--min-spacing")
     kept = [len(candidates) - 1]
     for place in range(len(candidates) - 2, -1, -1):
         if epochs[kept[-1]] - epochs[place] >= spacing:
@@ -48,6 +41,23 @@ def keep_apart(
         f"{'other is' if left == 1 else f'{left} others are'} less than {spacing} from the next "
         "newer one that is kept"
     ]
+
+
+def require_rising_epochs(candidates: Sequence[Checkpoint], option: str) -> list[int]:
+    """Return the epoch of each checkpoint, for an option that measures distances.
+
+    Raises:
+        CheckpointError: an epoch is unknown, or they are not in order of their epochs.
+    """
+    epochs = [require_epoch(one, option) for one in candidates]
+    for (earlier, before), (later, after) in pairwise(zip(candidates, epochs, strict=True)):
+        if not before < after:
+            raise CheckpointError(
+                f"{option}: {shown(later.path)} (epoch {after}) comes after "
+                f"{shown(earlier.path)} (epoch {before}); expected files in order of their "
+                "epochs: leave out --order given"
+            )
+    return epochs
 
 
 def take_evenly(
