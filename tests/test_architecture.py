@@ -78,7 +78,7 @@ HOMES = {
     # A callback is a subclass of Keras's; who trains imports it, and nothing of the package does.
     "keras": {"evaluation", "pipeline.callback", "pipeline.swa"},
     "tensorflow": {"evaluation"},
-    "torch": {"evaluation.torch_modules"},
+    "torch": {"evaluation.torch_modules", "evaluation.torch_batchnorm"},
     "matplotlib": {"evaluation.plots"},
     "jinja2": {"evaluation.reports"},
     "google_crc32c": {"formats.checksums", "engine.sums"},

@@ -266,6 +266,7 @@ def _find_failed(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[s
         help="Rows at a time, at most; best that of training, and not small.",
     ),
     ARCHITECTURE,
+    DEVICE,
     TRUST_CODE,
 )
 @under(
@@ -283,6 +284,7 @@ def recalibrate(
     split: str | None,
     batch_size: int,
     architecture: str | None,
+    device: str | None,
     trust_code: bool,
     output: str,
     force: bool,
@@ -291,7 +293,7 @@ def recalibrate(
 ) -> None:
     """Recompute BatchNorm's moving statistics in one pass over training data.
 
-    MODEL is a whole Keras model, such as an average: its statistics are averages of estimates that
+    MODEL is a model, such as an average: its statistics are averages of estimates that
     belong to other weights.  In the output, nothing else of MODEL is changed.
     """
     from polyak_cli.evaluation import data as datasets
@@ -309,6 +311,7 @@ def recalibrate(
             trust_code=trust_code,
             force=force,
             architecture=architecture,
+            device=device,
         )
     rendering.print_notes([*dataset.notes, *report.notes], quiet)
     rendering.print_result(

@@ -279,26 +279,34 @@ def _run_model(
     keras: Any, model: Any, found: Sequence[_BatchNormRecorder], rows: data.Split, batch_size: int
 ) -> int:
     """Run the model once over the rows; return the number of batches."""
-    import numpy as np
-
-    # numpy promises that the order of RandomState never changes, unlike that of default_rng.
-    order = np.random.RandomState(0).permutation(rows.rows)
+    batches = divide_rows(rows.rows, batch_size)
     for one in found:
         one.layer.call = one.probe
     # In this scope, layers that change their state in training do not keep the change.  Two rows
     # are enough to see which layers train.
     with keras.StatelessScope():
-        model(_take_batch(rows.features, order[:2]), training=True)
+        model(_take_batch(rows.features, batches[0][:2]), training=True)
     for one in found:
         one.layer.call = one.call
         if one.trains:
             one.prepare()
     if not any(one.trains for one in found):
         return 0
-    count = -(-rows.rows // batch_size)
-    for batch in np.array_split(order, count):
+    for batch in batches:
         model(_take_batch(rows.features, batch), training=False)
-    return count
+    return len(batches)
+
+
+def divide_rows(rows: int, batch_size: int) -> list[data.Array]:
+    """Return the numbers of the rows of each batch: shuffled, always in the same order.
+
+    Files are often sorted by class.  The sizes of batches differ by one at most.
+    """
+    import numpy as np
+
+    # numpy promises that the order of RandomState never changes, unlike that of default_rng.
+    order = np.random.RandomState(0).permutation(rows)
+    return np.array_split(order, -(-rows // batch_size))
 
 
 def _take_batch(features: data.Arrays, rows: data.Array) -> Any:

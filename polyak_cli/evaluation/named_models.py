@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from polyak_cli.checkpoints import find_file
 from polyak_cli.errors import MismatchError, MissingExtraError, UsageError, shown
 from polyak_cli.evaluation import data, user_code, weights
+from polyak_cli.evaluation.batchnorm import Moments
 from polyak_cli.evaluation.evaluator import RowScores, Score
 from polyak_cli.evaluation.keras_files import collect_warnings
 from polyak_cli.evaluation.passes import Function, OwnLoss, Pass, Predictor
 from polyak_cli.evaluation.quiet import silence_frameworks
 from polyak_cli.formats.catalogue import detect
 from polyak_cli.storage import mirrors
+from polyak_cli.tensors import Table
 
 if TYPE_CHECKING:
     from polyak_cli.evaluation.torch_modules import Module
@@ -120,11 +122,11 @@ class NamedModels:
         """
         if self._takes_weights:
             returned = self._maker.call(weights.read_arrays(held))
-            predictor, own = self._recognise(returned, held.path)
+            predictor, own = recognise(self._source, returned, held.path, self._device)
             return predictor, own, ()
         if self._made is None:
             require_torch(self._maker.path)
-            self._made = self._recognise(self._maker.call(), held.path)
+            self._made = recognise(self._source, self._maker.call(), held.path, self._device)
         predictor, own = self._made
         if isinstance(predictor, Function):
             raise UsageError(
@@ -134,32 +136,41 @@ class NamedModels:
             )
         return predictor, own, predictor.load(held, f"the module of {shown(self._source)}")
 
-    def _recognise(self, returned: Any, path: Path) -> tuple[Module | Function, OwnLoss | None]:
-        """Return the model and the loss that the function returned.
 
-        Raises:
-            UsageError: it is neither a module of PyTorch nor a function.
-        """
-        model, loss = returned if _is_pair(returned) else (returned, None)
-        own = None if loss is None else OwnLoss(loss)
-        where = f"--model {shown(self._source)}: returned"
-        # A class of a framework that is not imported cannot have been returned.
-        if "torch" in sys.modules:
-            from polyak_cli.evaluation import torch_modules
+def recognise(
+    source: str, returned: Any, path: Path, device: str | None
+) -> tuple[Module | Function, OwnLoss | None]:
+    """Return the model and the loss that a function of the user returned.
 
-            if torch_modules.is_module(model):
-                return torch_modules.Module(model, self._device), own
-        if "keras" in sys.modules and isinstance(model, sys.modules["keras"].Model):
-            raise UsageError(
-                f"{where} a Keras model, and {shown(path)} is not a file of Keras's; expected a "
-                "torch.nn.Module"
-            )
-        if not callable(model) or isinstance(model, type):
-            raise UsageError(
-                f"{where} {shown(type(model).__name__, 60)}; expected a torch.nn.Module, or "
-                "(module, loss)"
-            )
-        return Function(model), own
+    Args:
+        source: as the user names the function.
+        returned: what it returned.
+        path: the checkpoint whose tensors it gets, for messages.
+        device: where PyTorch runs a module; None for a GPU where there is one.
+
+    Raises:
+        UsageError: it is neither a module of PyTorch nor a function.
+    """
+    model, loss = returned if _is_pair(returned) else (returned, None)
+    own = None if loss is None else OwnLoss(loss)
+    where = f"--model {shown(source)}: returned"
+    # A class of a framework that is not imported cannot have been returned.
+    if "torch" in sys.modules:
+        from polyak_cli.evaluation import torch_modules
+
+        if torch_modules.is_module(model):
+            return torch_modules.Module(model, device), own
+    if "keras" in sys.modules and isinstance(model, sys.modules["keras"].Model):
+        raise UsageError(
+            f"{where} a Keras model, and {shown(path)} is not a file of Keras's; expected a "
+            "torch.nn.Module"
+        )
+    if not callable(model) or isinstance(model, type):
+        raise UsageError(
+            f"{where} {shown(type(model).__name__, 60)}; expected a torch.nn.Module, or "
+            "(module, loss)"
+        )
+    return Function(model), own
 
 
 def _is_pair(returned: Any) -> bool:
@@ -174,3 +185,35 @@ def require_torch(path: Path) -> None:
     """
     if find_spec("torch") is None:
         raise MissingExtraError(f"{shown(path)}: running a module of PyTorch", "torch")
+
+
+def gather_moments(
+    table: Table, source: str, rows: data.Split, batch_size: int, device: str | None
+) -> Moments:
+    """Gather BatchNorm's statistics with the module of a function of the user.
+
+    Args:
+        table: of the checkpoint whose tensors the module gets.
+        source: names the function.
+        rows: features.
+        batch_size: the largest number of rows in a batch.
+        device: where PyTorch runs the module; None for a GPU where there is one.
+
+    Raises:
+        UsageError: the function does not return a module of PyTorch.
+        MismatchError: the tensors are not those of the module, or it has no statistics to gather.
+        PolyakError: the function or the module fails.
+    """
+    maker = user_code.find_function(source, EXPECTED)
+    held = weights.Weights(table.path, table, weights.list_views(table))
+    with silence_frameworks(), collect_warnings("PyTorch") as warned:
+        model, _ = recognise(source, maker.call(), table.path, device)
+        if isinstance(model, Function):
+            raise UsageError(
+                f"--model {shown(source)}: returns a function; expected a torch.nn.Module, whose "
+                "BatchNorm layers polyak can see"
+            )
+        from polyak_cli.evaluation import torch_batchnorm
+
+        found = torch_batchnorm.gather_moments(held, model, maker.path, rows, batch_size)
+    return replace(found, notes=(*found.notes, *warned))

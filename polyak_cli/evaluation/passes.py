@@ -163,7 +163,7 @@ def _are_close(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
 
 
-def take_rows(features: data.Arrays, block: slice) -> data.Arrays:
+def take_rows(features: data.Arrays, block: slice | data.Array) -> data.Arrays:
     """Return some rows of one array, or of several."""
     if isinstance(features, Mapping):
         return {name: array[block] for name, array in features.items()}

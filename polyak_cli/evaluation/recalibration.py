@@ -1,8 +1,8 @@
 """Write a copy of a model with BatchNorm statistics that fit its other tensors.
 
 The statistics of an average are averages of estimates that were made for other tensors.
-`batchnorm` gathers them again; this module writes them into a copy of the model.  It imports no
-framework, and does not know how the statistics are computed.
+`batchnorm`, or for PyTorch `torch_batchnorm`, gathers them again; this module writes them into a
+copy of the model.  It imports no framework, and does not know how the statistics are computed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import numpy as np
 from polyak_cli import __version__, formats
 from polyak_cli.averaging import records
 from polyak_cli.averaging.matching import is_statistic
+from polyak_cli.checkpoints import find_file
 from polyak_cli.engine import reading
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.kernel import round_to, widen
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import Memory, TensorSource
 from polyak_cli.errors import FormatError, MismatchError, OutputError, shown
-from polyak_cli.evaluation import data
+from polyak_cli.evaluation import data, named_models, user_code
 from polyak_cli.evaluation.architectures import Architecture
 from polyak_cli.evaluation.batchnorm import Moments, check_rows, gather_moments
 from polyak_cli.evaluation.keras_files import check_model
@@ -39,6 +40,8 @@ from polyak_cli.storage.local import LocalOutput
 from polyak_cli.tensors import FLOATS, Float64, Table, itemsize
 
 BATCH_SIZE = 256
+#: The formats of other programs in which statistics are written.
+_WRITTEN = ("torch_zip", "safetensors")
 _MEMORY = 32 << 20  # bytes of the buffers; statistics are a few numbers a channel
 _StrPath = str | os.PathLike[str]
 
@@ -96,6 +99,7 @@ def recalibrate(
     trust_code: bool = False,
     force: bool = False,
     architecture: _StrPath | None = None,
+    device: str | None = None,
 ) -> Recalibration:
     """Gather the moving statistics of the BatchNorm layers again, in one pass over rows.
 
@@ -107,7 +111,7 @@ def recalibrate(
 
     Args:
         model: a whole-model ``.h5``, ``.hdf5`` or ``.keras`` file, or with ``architecture`` one
-            that holds weights only.
+            that holds weights only, of Keras, PyTorch or safetensors.
         output: the file to write, in the model's format.
         rows: features; the labels are not used.
         batch_size: the largest number of rows in a batch; best the batch size of training.  In
@@ -115,6 +119,7 @@ def recalibrate(
         trust_code: run the code that the file carries in a Lambda layer.
         force: replace an existing output.
         architecture: the layers of a file that holds weights only, as ``model`` of `evaluate`.
+        device: where PyTorch runs a module; by default a GPU where there is one.
 
     Raises:
         UsageError: the batch size is out of range, or the architecture is none.
@@ -126,7 +131,7 @@ def recalibrate(
         PolyakError: Keras is too old, or cannot load or run the model, or the model carries code.
     """
     path, target = Path(mirrors.enter(os.fspath(model))), Path(output)
-    (table,) = formats.scan([path], with_optimizer=True)
+    (table,) = formats.scan([find_file(path)], with_optimizer=True)
     source = os.fspath(architecture) if architecture is not None else None
     check_recalibration(table, target, rows, batch_size, source)
     outputs.check_output(target, [table], force=force)
@@ -134,7 +139,7 @@ def recalibrate(
     # The output is a copy of the model, whose size the new statistics do not change.
     publishing.check_room(target, table.size)
     with publishing.publish(target, force=force) as hidden:
-        return rewrite(table, hidden, target, rows, batch_size, trust_code, source)
+        return rewrite(table, hidden, target, rows, batch_size, trust_code, source, device)
 
 
 def check_recalibration(
@@ -161,20 +166,53 @@ def check_recalibration(
         PolyakError: Keras is missing or too old.
     """
     check_rows(rows, batch_size)
-    form = find_format(table.format)
-    if not form.keras_layout and WEIGHTS_SUFFIX not in table.rules.suffixes:
-        raise FormatError(
-            f"{shown(table.path)}: is {form.name}; only whole Keras models, .h5 or .keras, and "
-            "Keras weights with --model can be recalibrated, because polyak must run them: "
-            f"{form.recalculation}"
-        )
-    check_model(table, bare=architecture is not None)
-    if architecture is not None:
-        Architecture(architecture)  # refuses what is no architecture
+    if not _is_of_keras(table):
+        _check_named(table, output, architecture)
+    else:
+        check_model(table, bare=architecture is not None)
+        if architecture is not None:
+            Architecture(architecture)  # refuses what is no architecture
     if outputs.choose_format(output, table) != table.format or outputs.takes_weights(output, table):
         raise OutputError(
-            f"{shown(output)}: would not be a Keras model; give the output the same suffix as "
-            f"{shown(table.path)}"
+            f"{shown(output)}: would not be a {find_format(table.format).name} file; give the "
+            f"output the same suffix as {shown(table.path)}"
+        )
+
+
+def _is_of_keras(table: Table) -> bool:
+    """Return whether Keras opens a file: a whole model, or weights."""
+    return bool(find_format(table.format).keras_layout) or WEIGHTS_SUFFIX in table.rules.suffixes
+
+
+def _check_named(table: Table, output: Path | None, architecture: str | None) -> None:
+    """Refuse a checkpoint of another program that polyak cannot run, or cannot write again.
+
+    Raises:
+        FormatError: no function makes its model, or it is not a single file.
+        OutputError: the output would be a folder.
+    """
+    form = find_format(table.format)
+    if form.key not in _WRITTEN:
+        raise FormatError(
+            f"{shown(table.path)}: is {form.name}; only Keras's models, and with --model Keras's "
+            "weights, PyTorch and safetensors can be recalibrated, because polyak must run them: "
+            f"{form.recalculation}"
+        )
+    if len(table.files) > 1:
+        raise FormatError(
+            f"{shown(table.path)}: consists of {len(table.files)} files; polyak recalibrates a "
+            "single one: average into NAME.safetensors first"
+        )
+    if architecture is None or not user_code.is_function(architecture):
+        raise FormatError(
+            f"{shown(table.path)}: is {form.name}, which holds tensors without a model; name a "
+            "function that returns it, a torch.nn.Module: --model MODULE.py:FUNCTION"
+        )
+    named_models.require_torch(table.path)
+    if output is not None and outputs.is_folder(output, table):
+        raise OutputError(
+            f"{shown(output)}: would be a folder; recalibrate into one file, such as "
+            f"{shown(output)}{form.suffixes[0]}"
         )
 
 
@@ -186,6 +224,7 @@ def rewrite(
     batch_size: int,
     trust_code: bool,
     architecture: str | None = None,
+    device: str | None = None,
 ) -> Recalibration:
     """Write a model with new statistics under a hidden name, as `recalibrate` describes.
 
@@ -197,11 +236,15 @@ def rewrite(
         batch_size: the largest number of rows in a batch.
         trust_code: run the code that the file carries in a Lambda layer.
         architecture: of weights, as for `Architecture`.
+        device: where PyTorch runs a module; by default a GPU where there is one.
     """
     begun = time.perf_counter()
-    found = gather_moments(
-        table, rows, batch_size=batch_size, trust_code=trust_code, architecture=architecture
-    )
+    if architecture is not None and not _is_of_keras(table):
+        found = named_models.gather_moments(table, architecture, rows, batch_size, device)
+    else:
+        found = gather_moments(
+            table, rows, batch_size=batch_size, trust_code=trust_code, architecture=architecture
+        )
     # Keras finds tensors by order, not by name.  If it loaded others than this tool found, new
     # statistics would be written to the wrong place.
     _check_loaded(table, found)
@@ -361,8 +404,8 @@ def _check_loaded(table: Table, found: Moments) -> None:
             # Keras may have loaded float64 as float32 (its floatx), so the file is rounded alike.
             if not np.array_equal(slab.astype(own.dtype), own, equal_nan=True):
                 raise MismatchError(
-                    f"{shown(table.path)}: '{shown(tensor.name)}' is not what Keras loaded for it; "
-                    "load the model and save it again with model.save()"
+                    f"{shown(table.path)}: '{shown(tensor.name)}' is not what was loaded for it; "
+                    "load the model and save it again"
                 )
 
 

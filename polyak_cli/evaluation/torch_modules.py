@@ -59,9 +59,8 @@ class Module:
             MismatchError: the tensors are not those of the module, by name and shape.
             FormatError: the file is damaged, or changed since it was scanned.
         """
-        own = {n: t for n, t in self.module.state_dict(keep_vars=True).items() if is_tensor(t)}
-        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        views = weights.pair(held, shapes, _list_tied(own), what)
+        own = self._list_own()
+        views = self.pair(held, what)
         state = {name: _make_tensor(raw, v) for name, raw, v in weights.read(held, views)}
         # A name that the file lacks is tied to one that it has: `pair` has checked that.
         by_place = {id(own[name]): tensor for name, tensor in state.items()}
@@ -81,13 +80,27 @@ class Module:
         count = word_count(len(narrow), "tensor")
         return [f"{count} rounded to the narrower type of the module"] if narrow else []
 
+    def pair(self, held: weights.Weights, what: str) -> dict[str, weights.View]:
+        """Return where a checkpoint has the tensor of each name of the module."""
+        own = self._list_own()
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        return weights.pair(held, shapes, _list_tied(own), what)
+
+    def _list_own(self) -> dict[str, Any]:
+        """Return the tensors of the module by name; tied ones are one object."""
+        held = self.module.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in held.items() if is_tensor(tensor)}
+
     def predict(self, features: data.Arrays) -> Any:
         """See `passes.Predictor.predict`."""
+        return _find_output(self.run(features))
+
+    def run(self, features: data.Arrays) -> Any:
+        """Return all that the module gives for some rows."""
         with torch.no_grad():
             if isinstance(features, Mapping):  # as Transformers' tokenizers return them
-                given = {name: self._feed(array) for name, array in features.items()}
-                return _find_output(self.module(**given))
-            return _find_output(self.module(*map(self._feed, data.list_arrays(features))))
+                return self.module(**{name: self._feed(one) for name, one in features.items()})
+            return self.module(*map(self._feed, data.list_arrays(features)))
 
     def _feed(self, array: data.Array) -> Any:
         """Return features as the module takes them: floats in its own type, integers as int64."""

@@ -55,14 +55,19 @@ def describe(paths: Sequence[Path]) -> list[Weights]:
     known: dict[int, Mapping[str, View]] = {}
     for table in tables:
         if id(table.tensors) not in known:
-            known[id(table.tensors)] = dict(_list_views(table))
+            known[id(table.tensors)] = list_views(table)
     return [
         Weights(path, table, known[id(table.tensors)])
         for path, table in zip(paths, tables, strict=True)
     ]
 
 
-def _list_views(table: Table) -> Iterator[tuple[str, View]]:
+def list_views(table: Table) -> dict[str, View]:
+    """Return each name of a checkpoint and how its tensor lies in its storage."""
+    return dict(_find_views(table))
+
+
+def _find_views(table: Table) -> Iterator[tuple[str, View]]:
     """Yield each name and how its tensor lies in its storage."""
     numbers = {name: spec for name, spec in table.tensors.items() if is_numeric(spec)}
     odd = [name for name, spec in numbers.items() if spec.arrangement]

@@ -393,7 +393,10 @@ class Safetensors(Format):
     key = name = "safetensors"
     suffixes = (".safetensors",)
     dtypes = frozenset(FLOATS)
-    recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
+    recalculation = (
+        "polyak recalibrate --model MODULE.py:FUNCTION, or load the average, and call "
+        "torch.optim.swa_utils.update_bn(loader, model)"
+    )
     can_be_folder = True
     can_be_part = True
     can_be_left = True

@@ -490,7 +490,10 @@ class TorchZip(Format):
     is_scattered = True
     name = "PyTorch"
     suffixes = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
-    recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
+    recalculation = (
+        "polyak recalibrate --model MODULE.py:FUNCTION, or load the average, and call "
+        "torch.optim.swa_utils.update_bn(loader, model)"
+    )
     has_checksums = True
     can_be_left = True
     has_parts = True

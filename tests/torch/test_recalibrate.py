@@ -1,0 +1,195 @@
+"""`recalibrate` on checkpoints of PyTorch: the statistics are those of PyTorch's `update_bn`."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import update_bn
+
+from polyak_cli import average, recalibrate, verify
+from polyak_cli.errors import PolyakError
+from polyak_cli.evaluation import data
+from tests.command import polyak
+from tests.torch.test_evaluate import write_code
+
+RANDOM = np.random.default_rng(1)
+KINDS = {
+    "BatchNorm1d(6)": (24, 6),
+    "BatchNorm2d(6)": (24, 6, 5, 4),
+    "BatchNorm3d(6)": (24, 6, 3, 2, 4),
+    "SyncBatchNorm(6)": (24, 6, 5),
+    "BatchNorm1d(6, momentum=None)": (24, 6),
+}
+CODE = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.{kind}, nn.PReLU(), nn.{kind}
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+def make():
+    return Net()
+"""
+
+
+def make_rows(shape: tuple[int, ...]) -> data.Split:
+    """Return features whose channels differ; the labels play no part."""
+    x = RANDOM.normal(size=shape) * RANDOM.uniform(0.5, 3, shape[1:]) + RANDOM.normal(
+        size=shape[1:]
+    )
+    return data.Split("rows", x, np.zeros(shape[0], int))
+
+
+def build(code: str) -> Any:
+    """Return the module of a text, with random tensors."""
+    names: dict[str, Any] = {}
+    exec(compile(textwrap.dedent(code), "net", "exec"), names)  # the test's own text
+    net = names["make"]()
+    for tensor in net.parameters():
+        torch.nn.init.uniform_(tensor, 0.5, 2)
+    return net
+
+
+def order_batches(rows: data.Split, size: int) -> list[Any]:
+    """Return the batches in the order that the documentation of polyak gives."""
+    order = np.random.RandomState(0).permutation(rows.rows)
+    x = torch.tensor(np.asarray(rows.features), dtype=torch.float32)
+    return list(x[order].split(size))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_are_those_of_update_bn(tmp_path: Path, kind: str) -> None:
+    """For equal batches, in every kind of layer, one behind the other; all else stays as it is."""
+    torch.manual_seed(0)
+    code = CODE.format(kind=kind)
+    net, rows = build(code), make_rows(KINDS[kind])
+    torch.save({"net": net.state_dict(), "step": 7}, tmp_path / "a.pt")
+    source = f"{write_code(tmp_path, code)}:make"
+    found = recalibrate(
+        tmp_path / "a.pt", tmp_path / "b.pt", rows, batch_size=8, architecture=source
+    )
+    assert (found.layers, found.batches, found.notes) == (2, 3, ())
+    before = torch.load(tmp_path / "a.pt")["net"]
+    after = torch.load(tmp_path / "b.pt")
+    update_bn(order_batches(rows, 8), net)
+    for name, tensor in net.state_dict().items():
+        if name.endswith(("running_mean", "running_var")):
+            assert after["net"][name].numpy() == pytest.approx(tensor.numpy(), rel=1e-6, abs=1e-6)
+            assert not torch.equal(after["net"][name], before[name])
+        else:
+            assert torch.equal(after["net"][name], before[name]), name
+    assert after["step"] == 7
+
+
+FROZEN = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.still = nn.BatchNorm1d(6)
+        self.bare = nn.BatchNorm1d(6, track_running_stats=False)
+        self.drop = nn.Dropout(0.5)
+        self.last = nn.BatchNorm1d(6)
+        self.spare = nn.BatchNorm1d(6)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.still.eval()
+        return self
+
+    def forward(self, x):
+        return self.last(self.drop(self.bare(self.still(x))))
+
+def make():
+    return Net()
+"""
+
+
+def test_frozen_bare_and_unused_layers_are_left_alone_and_named(tmp_path: Path) -> None:
+    """Dropout is off, and only the layer that trains gets new statistics, in safetensors."""
+    net, rows = build(FROZEN), make_rows((24, 6))
+    net.still.running_mean.fill_(3)
+    save_file(net.state_dict(), tmp_path / "a.safetensors")
+    found = recalibrate(
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        rows,
+        batch_size=24,
+        architecture=f"{write_code(tmp_path, FROZEN)}:make",
+    )
+    words = "\n".join(found.notes)
+    assert "track_running_stats=False) and stay (bare)" in words
+    assert (
+        "are frozen (in evaluation mode when the module trains); their statistics stay (still)"
+        in words
+    )
+    assert "saw no rows; their statistics stay (spare)" in words
+    before, after = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"last.running_mean", "last.running_var"}
+    net.eval()
+    net.bare.train()
+    with torch.no_grad():
+        seen = net.bare(net.still(torch.tensor(np.asarray(rows.features), dtype=torch.float32)))
+    assert after["last.running_mean"].numpy() == pytest.approx(seen.mean(0).numpy(), abs=1e-6)
+    assert after["last.running_var"].numpy() == pytest.approx(seen.var(0).numpy(), rel=1e-5)
+
+
+def test_an_average_is_recalibrated_in_one_step_and_verified(tmp_path: Path) -> None:
+    """`average --recalibrate` gives the tensors of both commands, and `verify` passes it."""
+    code = CODE.format(kind="BatchNorm1d(6)")
+    rows = make_rows((24, 6))
+    (tmp_path / "run").mkdir()
+    for k in range(2):
+        torch.save(build(code).state_dict(), tmp_path / f"run/e_{k}.pt")
+    np.savez(tmp_path / "rows.npz", x=np.asarray(rows.features), y=np.asarray(rows.labels))
+    write_code(tmp_path, code)
+    done = polyak(
+        *("average", "run", "--recalibrate", "rows.npz", "--model", "net.py:make"),
+        *("--batch-size", 8, "-o", "one.pt"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    average(tmp_path / "run", tmp_path / "mean.pt")
+    recalibrate(
+        tmp_path / "mean.pt",
+        tmp_path / "two.pt",
+        rows,
+        batch_size=8,
+        architecture=f"{tmp_path}/net.py:make",
+    )
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert verify(tmp_path / "one.pt", sources=[tmp_path / "run"]).problems == ()
+
+
+def refuse(tmp_path: Path, code: str, **options: Any) -> str:
+    """Return the error of recalibrating a checkpoint, which leaves no output."""
+    torch.save(build(code).state_dict(), tmp_path / "a.pt")
+    source = {"architecture": f"{write_code(tmp_path, code)}:make"} | options
+    with pytest.raises(PolyakError) as caught:
+        recalibrate(tmp_path / "a.pt", tmp_path / "b.pt", make_rows((24, 6)), **source)
+    assert not (tmp_path / "b.pt").exists()
+    return str(caught.value)
+
+
+def test_what_cannot_be_recalibrated_is_refused(tmp_path: Path) -> None:
+    """No layer, only frozen ones, no function, one that returns none, and rows that do not fit."""
+    plain = "from torch import nn\n\ndef make():\n    return nn.Linear(6, 3)\n"
+    assert "has no BatchNorm layer" in refuse(tmp_path, plain)
+    frozen = plain.replace("nn.Linear(6, 3)", "nn.BatchNorm1d(6, track_running_stats=False)")
+    assert "every BatchNorm layer is frozen" in refuse(tmp_path, frozen)
+    code = CODE.format(kind="BatchNorm1d(6)")
+    assert "--model MODULE.py:FUNCTION" in refuse(tmp_path, code, architecture=None)
+    assert "failed on rows" in refuse(tmp_path, CODE.format(kind="BatchNorm3d(6)"))
