@@ -27,7 +27,7 @@ from polyak_cli.errors import (
     shown,
     word_rest,
 )
-from polyak_cli.evaluation import user_code
+from polyak_cli.evaluation import pipelines, user_code
 from polyak_cli.evaluation.forms import WHOLE, Pairs, sort_names, sort_returned
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -180,7 +180,8 @@ def load(name: str) -> Dataset:
     * ``MODULE.py:FUNCTION`` or ``package.module:FUNCTION``: called without arguments, returns
       ``(x, y)``, ``((x_train, y_train), (x_test, y_test))`` or ``{"train": (x, y), "test":
       (x, y)}``; x and y may each be a dict, a tuple or a list of arrays, one
-      for each input or output.
+      for each input or output.  It may return a ``Dataset`` or ``DataLoader`` of PyTorch, or a
+      ``tf.data.Dataset``, in place of (x, y).
 
     Labels that are text are numbered as classes, in sorted order from 0; a note says so.
 
@@ -348,7 +349,10 @@ def _reword_read_errors(name: str) -> Iterator[None]:
 def _load_function(name: str) -> Dataset:
     function = user_code.find_function(name, EXPECTED)
     returned = function.call()
-    pairs, unused = sort_returned(f"{shown(function.path)}: {function.name}()", returned)
+    where = f"{shown(function.path)}: {function.name}()"
+    with user_code.reword_user_errors(function.path, f"the data set of {function.name}() failed"):
+        returned = pipelines.read_all(returned, where)
+    pairs, unused = sort_returned(where, returned)
     return _make_dataset(name, pairs, _note_unused(name, unused))
 
 

@@ -133,6 +133,8 @@ def reword_user_errors(path: Path, what: str) -> Iterator[None]:
     try:
         with silence_frameworks():  # it may import a framework
             yield
+    except PolyakError:  # it has its words
+        raise
     except (Exception, SystemExit) as error:
         line = _line_in(path, error)
         where = f"line {line}: " if line else ""

@@ -92,6 +92,19 @@ def test_a_function_may_be_named_by_its_module(
     one_line(error)
 
 
+@pytest.mark.parametrize("given", ["rows", "rows.batch(2)", "(rows, rows.batch(2))"])
+def test_a_data_set_of_tensorflow_has_the_rows_that_it_gives(tmp_path: Path, given: str) -> None:
+    """In batches, as for Keras's fit(), or row by row; two are train and test."""
+    (tmp_path / "rows.py").write_text(
+        "import tensorflow as tf\n"
+        "rows = tf.data.Dataset.from_tensor_slices(([[1.0], [2.0], [3.0]], [0, 1, 0]))\n"
+        f"def load():\n    return {given}\n"
+    )
+    for split in data.load(f"{tmp_path}/rows.py:load").splits.values():
+        assert np.array_equal(np.asarray(split.features), [[1.0], [2.0], [3.0]])
+        assert np.array_equal(np.asarray(split.labels), [0, 1, 0])
+
+
 @pytest.mark.parametrize("suffix", ["npz", "csv"])
 def test_a_pipe_or_folder_is_not_opened(tmp_path: Path, suffix: str) -> None:
     """A pipe, which would hang, and a folder are refused."""

@@ -1,0 +1,95 @@
+"""`--data` of PyTorch's data sets and loaders, whose rows are the same for every model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from polyak_cli.errors import PolyakError
+from polyak_cli.evaluation import data
+
+CODE = """
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+x, y = torch.arange(14.0).reshape(7, 2), torch.arange(7) % 3
+whole = TensorDataset(x, y)
+
+class Tokens(Dataset):
+    def __len__(self):
+        return 7
+    def __getitem__(self, k):
+        return {"input_ids": x[k], "mask": x[k] > 3, "labels": int(y[k])}
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return zip(x.bfloat16(), y)
+
+class Pairs(Dataset):
+    def __len__(self):
+        return 7
+    def __getitem__(self, k):
+        return (x[k], x[k] * 2), y[k]
+
+def load():
+    return """
+X = np.arange(14.0).reshape(7, 2)
+Y = np.arange(7) % 3
+
+
+def load(tmp_path: Path, returned: str) -> data.Dataset:
+    """Return the data set of a function that returns an expression of CODE."""
+    path = tmp_path / "rows.py"
+    path.write_text(CODE + returned)
+    return data.load(f"{path}:load")
+
+
+@pytest.mark.parametrize(
+    "given", ["whole", "DataLoader(whole, batch_size=3)", "Stream()", "DataLoader(Stream(), 4)"]
+)
+def test_a_data_set_or_loader_has_the_rows_that_it_gives(tmp_path: Path, given: str) -> None:
+    """Row by row or in batches, the last of which is shorter; bfloat16 becomes float32."""
+    rows = load(tmp_path, given).split()
+    assert np.array_equal(np.asarray(rows.features), X)
+    assert np.array_equal(np.asarray(rows.labels), Y)
+
+
+@pytest.mark.parametrize("given", ["(whole, Stream())", '{"train": whole, "test": Stream()}'])
+def test_two_data_sets_are_train_and_test(tmp_path: Path, given: str) -> None:
+    """As a pair or by name."""
+    found = load(tmp_path, given)
+    assert {name: split.rows for name, split in found.splits.items()} == {"train": 7, "test": 7}
+
+
+def test_rows_that_are_dicts_or_have_several_inputs_keep_their_names(tmp_path: Path) -> None:
+    """As Transformers' models take them, labels apart; and pairs of inputs by position."""
+    for given in ("Tokens()", "DataLoader(Tokens(), batch_size=4)"):
+        rows: Any = load(tmp_path, given).split()
+        assert np.array_equal(rows.features["input_ids"], X)
+        assert np.array_equal(rows.features["mask"], X > 3)
+        assert np.array_equal(rows.labels, Y)
+    pairs: Any = load(tmp_path, "DataLoader(Pairs(), batch_size=2)").split()
+    assert np.array_equal(pairs.features[1], X * 2)
+
+
+def test_a_shuffling_loader_is_read_once(tmp_path: Path) -> None:
+    """Features and labels stay together."""
+    rows = load(tmp_path, "DataLoader(whole, batch_size=2, shuffle=True)").split()
+    assert np.array_equal(np.asarray(rows.features)[:, 0] / 2 % 3, rows.labels)
+
+
+def test_what_is_no_pair_of_features_and_labels_is_refused(tmp_path: Path) -> None:
+    """Rows without labels, of several lengths, none at all, and a row that fails."""
+    for given, text in {
+        "TensorDataset(x)": "gives 1 things; expected (x, y), or a dict with 'labels'",
+        "[(x, y)] and TensorDataset(x[:0], y[:0])": "is empty; expected one row or more",
+        "DataLoader([(x, y), (x[:, :1], y)], batch_size=None)": "do not fit into one array",
+        "DataLoader([(x, y)], collate_fn=lambda _: 1 / 0)": "ZeroDivisionError",
+    }.items():
+        with pytest.raises(PolyakError) as caught:
+            load(tmp_path, given)
+        assert text in str(caught.value), given
+        assert "\n" not in str(caught.value)
