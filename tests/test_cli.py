@@ -1312,6 +1312,23 @@ def test_a_sweep_names_all_missing_extras_at_once(tmp_path: Path) -> None:
     assert tree(tmp_path) == {}
 
 
+def test_a_model_of_ones_own_needs_the_framework_that_it_imports(tmp_path: Path) -> None:
+    """Without PyTorch the extra that brings it is named, and with --model not Keras's."""
+    hidden = HIDE.format(hidden={"matplotlib", "torch"} | TENSORFLOW)
+    (tmp_path / "net.py").write_text("import torch\n\ndef make():\n    return None\n")
+    np.savez(tmp_path / "m_1.npz", w=np.ones(2))
+    source = ("m_1.npz", "--model", "net.py:make", "--data", "blobs")
+    before = tree(tmp_path)
+    done = scripted(hidden, "sweep", *source, "-o", "report", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "pip install 'polyak[torch,plot]'" in one_line(done.stderr)
+    done = scripted(hidden, "evaluate", *source, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "line 1: ModuleNotFoundError" in one_line(done.stderr)
+    assert one_line(done.stderr).endswith("; pip install 'polyak[torch]'")
+    assert {k: v for k, v in tree(tmp_path).items() if "__pycache__" not in k} == before
+
+
 def test_a_missing_plot_extra_is_named_before_training(tmp_path: Path) -> None:
     """Without matplotlib --plot is refused before time is spent."""
     hidden = HIDE.format(hidden={"matplotlib"} | TENSORFLOW)

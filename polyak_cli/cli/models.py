@@ -422,7 +422,7 @@ def sweep(
 
     folder = Path(output)
     reports.check_date(date)
-    reports.check_installed()
+    reports.check_installed(architecture)
     reports.check_folder(folder, force=force)
     recalibrated_on = options["recalibrate"]
     options["split"] = None

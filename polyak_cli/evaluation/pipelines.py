@@ -83,7 +83,7 @@ def _iterate(given: Any) -> Iterable[Any]:
     """Yield the rows or batches; a map-style data set has a length and no end of its own."""
     if _is_of_torch(given, "Dataset") and hasattr(given, "__len__"):
         return (given[k] for k in range(len(given)))
-    return iter(given)
+    return (row for row in given)
 
 
 def _split_labels(row: Any, where: str) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from polyak_cli import __version__
 from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown, word_count
-from polyak_cli.evaluation import keras_files, plots
+from polyak_cli.evaluation import keras_files, plots, user_code
 
 Data = Mapping[str, Any]
 #: The files of a report.
@@ -61,14 +61,22 @@ def check_date(date: str | None) -> None:
         ) from None
 
 
-def check_installed() -> None:
+def check_installed(model: str | None = None) -> None:
     """Refuse to sweep where packages are missing, and name all extras at once.
 
+    Args:
+        model: what makes the models of files without one.
+
     Raises:
-        MissingExtraError: matplotlib, jinja2, Keras or its back end is not installed.
+        MissingExtraError: matplotlib or jinja2, or what runs the models, is not installed.
     """
     plot = "" if find_spec("jinja2") and find_spec("matplotlib") else "plot"
-    missing = [extra for extra in (keras_files.find_missing_extra(), plot) if extra]
+    framework = keras_files.find_missing_extra()
+    if model is not None and user_code.is_function(model):
+        # The function may need any framework, or none; which one shows only when it runs.  Without
+        # either of the usual ones, who installs the rest needs most likely PyTorch as well.
+        framework = "torch" if plot and framework and not find_spec("torch") else ""
+    missing = [extra for extra in (framework, plot) if extra]
     if missing:
         raise MissingExtraError("polyak sweep", ",".join(missing))
 

@@ -102,6 +102,7 @@ def _import_module(source: str, module: str, expected: str) -> object:
             failed = error
     raise PolyakError(
         f"{shown(source)}: cannot be loaded: {type(failed).__name__}: {shown(failed)}"
+        f"{_advise_install(failed)}"
     ) from failed
 
 
@@ -140,13 +141,23 @@ def reword_user_errors(path: Path, what: str) -> Iterator[None]:
         where = f"line {line}: " if line else ""
         raise PolyakError(
             f"{shown(path)}: {what}: {where}{type(error).__name__}: {shown(error)}"
+            f"{_advise_install(error)}"
         ) from error
+
+
+def _advise_install(error: BaseException) -> str:
+    """Return which extra brings a framework that code of the user could not import, or nothing."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    extra = {"torch": "torch", "tensorflow": "tensorflow", "keras": "tensorflow"}.get(missing or "")
+    return f"; pip install 'polyak[{extra}]'" if extra else ""
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:
     """Return the number of the innermost line of the file in the traceback, or None."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    # Python makes the name of an imported file absolute.
+    own = {str(path), str(path.absolute())}
+    if isinstance(error, SyntaxError) and error.filename in own:
         return error.lineno
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    lines = [frame.lineno for frame in frames if frame.filename in own]
     return lines[-1] if lines else None

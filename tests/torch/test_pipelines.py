@@ -78,7 +78,7 @@ def test_rows_that_are_dicts_or_have_several_inputs_keep_their_names(tmp_path: P
 def test_a_shuffling_loader_is_read_once(tmp_path: Path) -> None:
     """Features and labels stay together."""
     rows = load(tmp_path, "DataLoader(whole, batch_size=2, shuffle=True)").split()
-    assert np.array_equal(np.asarray(rows.features)[:, 0] / 2 % 3, rows.labels)
+    assert np.array_equal(np.asarray(rows.features)[:, 0] / 2 % 3, np.asarray(rows.labels))
 
 
 def test_what_is_no_pair_of_features_and_labels_is_refused(tmp_path: Path) -> None:
