@@ -45,6 +45,19 @@ def test_a_run_that_does_not_move_has_settled() -> None:
     assert still == verdict.Movement("settled", None, None)
 
 
+@pytest.mark.parametrize("word", RUNS)
+def test_the_newest_ten_are_judged_however_the_run_began(word: str) -> None:
+    """Early steps that are a hundred times as long change neither the word nor its numbers."""
+    early = CENTRE + 10 * np.random.default_rng(2).normal(size=(5, 400))
+    whole = verdict.judge(grams.make_gram(np.concatenate([early, RUNS[word]])))
+    newest = verdict.judge(grams.make_gram(RUNS[word]))
+    assert whole is not None
+    assert newest is not None
+    assert whole.word == newest.word == word
+    assert whole.cosine == pytest.approx(newest.cosine)
+    assert whole.last_step == pytest.approx(newest.last_step)
+
+
 def test_three_checkpoints_are_not_judged() -> None:
     """Two steps have one cosine, which says nothing."""
     assert verdict.judge(grams.make_gram(RUNS["drifting"][:3])) is None
@@ -67,7 +80,7 @@ def test_the_command_says_the_word_and_lists_windows(tmp_path: Path) -> None:
         noise = np.random.default_rng(k).normal(size=400)
         np.savez(tmp_path / f"model_{k:02d}.npz", k=(CENTRE + size * noise).astype(np.float32))
     done = polyak("geometry", ".", cwd=tmp_path)
-    assert "\nwandering: of such windows of ten" in done.stdout
+    assert "\nby the newest ten, wandering: of such windows of ten" in done.stdout
     listed = r"windows of ten that scatter most: model_00\.npz to model_09\.npz \(.*\), model_10"
     assert re.search(listed, done.stdout)
     found = json.loads(polyak("geometry", ".", "--last", "10", "--json", cwd=tmp_path).stdout)

@@ -156,7 +156,8 @@ def _verdict_lines(found: Geometry, data: dict[str, Any]) -> Iterator[str]:
     from polyak_cli.examining import verdict
 
     if found.movement:
-        yield verdict.word_movement(found.movement)
+        which = "by the newest ten, " if len(found.checkpoints) > verdict.WINDOW else ""
+        yield f"{which}{verdict.word_movement(found.movement)}"
     if len(data["windows"]) > 1:
         ranked = [
             f"{shown(one['oldest'])} to {shown(one['newest'])} ({one['jitter']:.1e})"

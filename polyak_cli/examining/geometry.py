@@ -153,7 +153,7 @@ class Geometry:
 
     @property
     def movement(self) -> Movement | None:
-        """How the run moves, in one word; None for fewer than four checkpoints."""
+        """How the newest ten move, in one word; None for fewer than four checkpoints."""
         return judge(self.gram)
 
     @property

@@ -20,8 +20,9 @@ _FEWEST = 4
 _SETTLED = 0.1
 #: Above this mean cosine of each step with the next, steps lead the same way more than they turn.
 _DRIFTING = 0.1
-#: Checkpoints in a window, as in the measurements.
-_WINDOW = 10
+#: Checkpoints in a window, as in the measurements.  Training moves most at its beginning: by all
+#: checkpoints of a run, whatever follows would be called settled.
+WINDOW = 10
 
 
 class Shares(NamedTuple):
@@ -45,7 +46,7 @@ MEASURED: Mapping[str, Shares] = {
 
 
 class Movement(NamedTuple):
-    """How a run moves.
+    """How the newest ten checkpoints of a run move, or all where there are fewer.
 
     Attributes:
         word: "settled", "drifting" or "wandering".
@@ -69,13 +70,14 @@ class Movement(NamedTuple):
 
 
 def judge(gram: Gram) -> Movement | None:
-    """Return how a run moves; None for fewer than four checkpoints.
+    """Return how the newest ten checkpoints move; None for fewer than four checkpoints.
 
     *Settled*: the last step is at most a tenth of the longest, or nothing moves.  *Drifting*: steps
     lead the same way more than they turn, so an average lags behind.  *Wandering*: neither.
     """
     if gram.count < _FEWEST:
         return None
+    gram = grams.take_window(gram, max(0, gram.count - WINDOW), gram.count)
     steps = grams.lengths_of_steps(gram.normalise())
     longest = float(steps.max())
     if not longest > 0:
@@ -105,7 +107,7 @@ class Window(NamedTuple):
     jitter: float
 
 
-def rank_windows(groups: Mapping[str, Gram], length: int = _WINDOW) -> list[Window]:
+def rank_windows(groups: Mapping[str, Gram], length: int = WINDOW) -> list[Window]:
     """Return windows of a run that have no checkpoint in common, those that scatter most first.
 
     The newest window ends at the newest checkpoint.  Within a task, averaging gained more where
