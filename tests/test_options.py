@@ -89,6 +89,7 @@ def test_the_record_has_the_options_that_decide_values() -> None:
     [
         ({"last": "5"}, "last is '5'; expected a whole number"),
         ({"exclude": "*.h5"}, "exclude is a single string; expected a list of globs"),
+        ({"coefficients": "1,2"}, "coefficients is a single string; expected a list of numbers"),
         ({"dtype": "int8"}, "--dtype is int8; expected one of float16"),
         ({"allow": ["anything"]}, "--allow is anything; expected one of two-runs"),
         ({"allow": "two-runs"}, "allow is a single string; expected a list of words"),

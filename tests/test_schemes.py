@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -464,11 +465,14 @@ def test_custom_numbers_must_fit_the_checkpoints(
     [
         ([math.nan, 1.0], ": number 1 is nan; expected finite numbers"),
         ([1.0, math.inf], ": number 2 is inf; expected finite numbers"),
+        (["half", 1.0], ": number 1 is half; expected finite numbers"),
+        ([1.0, None], ": number 2 is None; expected finite numbers"),
+        ([10**400, 1.0], ": number 1 is 1000.*; expected finite numbers"),
         ([0.0, 0.0], ": all numbers are 0; expected at least one other number"),
         ([0.5, -0.5], ": the sum is 0, by which they would be divided; expected another sum"),
     ],
 )
-def test_custom_numbers_that_cannot_be_used_are_refused(numbers: list[float], found: str) -> None:
+def test_custom_numbers_that_cannot_be_used_are_refused(numbers: list[Any], found: str) -> None:
     """NaN and infinity are errors that say which number it is; so are zeros, and a sum of 0."""
     with pytest.raises(UsageError, match=f"^--coefficients{found}$"):
         coefficients(None, run_of(2), custom=numbers)
@@ -527,7 +531,7 @@ def test_a_parameter_of_another_scheme_is_refused(call: Callable[[], object], me
 @pytest.mark.parametrize(
     ("option", "call", "values"),
     [
-        ("alpha", lambda v: resolve("exp", {"alpha": v}), [0.0, -1.0, math.inf, math.nan]),
+        ("alpha", lambda v: resolve("exp", {"alpha": v}), [10**400, 0.0, -1.0, math.inf, math.nan]),
         ("decay", lambda v: resolve("ema", {"decay": v}), [0.0, -0.5, 1.0000001, math.nan]),
         ("sigma", lambda v: resolve("power", {"sigma": v}), [0.0, -0.1, 0.3, math.inf, math.nan]),
         ("sigma", lambda v: resolve("power", {"sigma": v}), [1 / math.sqrt(12)]),

@@ -277,8 +277,9 @@ PARTS = {
 }
 
 
-#: Options that are lists of texts, and what the texts are.
+#: Options that are lists, and of what.
 _LISTS = {
+    "coefficients": "numbers",
     "exclude": "globs",
     "include_tensors": "globs",
     "exclude_tensors": "globs",

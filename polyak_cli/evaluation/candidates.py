@@ -82,9 +82,9 @@ def parse_schemes(text: str) -> list[tuple[str, schemes.Value | None]]:
     for part in text.split(","):
         name, _, number = part.strip().partition(":")
         if name not in schemes.SCHEMES:
+            usual = (one for one in schemes.SCHEMES if not schemes.takes_running_means(one))
             raise UsageError(
-                f"--schemes: unknown scheme {shown(name)!r}; choose from "
-                f"{', '.join(schemes.SCHEMES)}"
+                f"--schemes: unknown scheme {shown(name)!r}; choose from {', '.join(usual)}"
             )
         schemes.refuse_running_means(name, "a sweep")
         own = schemes.SCHEMES[name].parameters

@@ -221,12 +221,7 @@ def _checked_custom(custom: Sequence[float], count: int) -> list[float]:
             f"--coefficients has {word_count(len(custom), 'number')}; expected {count}, one for "
             "each checkpoint, oldest first"
         )
-    values = [float(value) for value in custom]
-    for place, value in enumerate(values, start=1):
-        if not math.isfinite(value):
-            raise UsageError(
-                f"--coefficients: number {place} is {value:g}; expected finite numbers"
-            )
+    values = [_check_number(place, value) for place, value in enumerate(custom, start=1)]
     if not any(values):
         raise UsageError("--coefficients: all numbers are 0; expected at least one other number")
     # Decimals are rounded to float64, each by 2^-53 of itself: 0.1 + 0.2 - 0.3 is a sum of 0 too.
@@ -238,6 +233,19 @@ def _checked_custom(custom: Sequence[float], count: int) -> list[float]:
             "--coefficients: the sum is 0, by which they would be divided; expected another sum"
         )
     return values
+
+
+def _check_number(place: int, given: object) -> float:
+    """Return a custom coefficient, counted from 1, as a float."""
+    try:
+        value = float(given)  # type: ignore[arg-type]  # a number of any library, or an error
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(
+            f"--coefficients: number {place} is {shown(given)}; expected finite numbers"
+        )
+    return value
 
 
 def takes_running_means(scheme: str | None) -> bool:

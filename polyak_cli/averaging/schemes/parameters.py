@@ -45,7 +45,7 @@ class Number:
         """
         try:
             value = float(given)  # type: ignore[arg-type]  # a number of any library, or an error
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = None
         if value is None or not self.allowed(value):
             found = shown(given) if value is None else value
