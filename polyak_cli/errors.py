@@ -73,8 +73,12 @@ class MissingExtraError(PolyakError):
 # ---- wording -------------------------------------------------------------------------------------
 
 #: User and password, and the query, of a URL: these may be secrets.
-_USER = re.compile(r"(\b[a-z]+://)[^/@\s]*@")
-_QUERY = re.compile(r"(\bhttps?://[^\s?]*)\?[^\s'\",;]*")
+_USER = re.compile(r"(\b[a-z][a-z0-9]*://)[^/@\s]*@", re.I)
+_QUERY = re.compile(r"(\bhttps?://[^\s?]*)\?[^\s'\",;]*", re.I)
+#: A signature behind a key of a bucket, where none belongs: other ``?`` there are of globs.
+_SIGNED = re.compile(
+    r"(\b(?:s3|gs|az)://[^\s?]*)\?(?=\S*(?:X-Amz-|X-Goog-|sig=|Signature=))[^\s'\",;]*", re.I
+)
 #: Matches the folder of stand-ins of objects up to the scheme, where there is one.
 _stand_ins: re.Pattern[str] | None = None
 
@@ -93,7 +97,9 @@ def redact(text: str) -> str:
     """Return a text without the parts of URLs that may be secrets, and with URLs for stand-ins."""
     if _stand_ins:
         text = _stand_ins.sub(r"\1://", text)
-    return _QUERY.sub(r"\1", _USER.sub(r"\1", text)) if "://" in text else text
+    if "://" not in text:
+        return text
+    return _SIGNED.sub(r"\1", _QUERY.sub(r"\1", _USER.sub(r"\1", text)))
 
 
 def name_path(path: str | os.PathLike[str]) -> str:

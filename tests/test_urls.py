@@ -32,5 +32,10 @@ def test_secrets_are_cut_out_of_urls() -> None:
     for bad in ("s3:///a", "s3://b*/a", "hf://name"):
         with pytest.raises(UsageError, match="expected"):
             urls.parse(bad)
+    for bad in ("s3://me:secret@b/x.h5", "S3://me:secret@b/x.h5", "az://c/x.h5?sv=1&sig=secret",
+                "s3://b/x.h5?X-Amz-Date=1&X-Amz-Signature=secret"):  # fmt: skip
+        with pytest.raises(UsageError, match="takes no password and no signature") as caught:
+            urls.parse(bad)
+        assert "secret" not in str(caught.value)
     assert urls.parse("a/b") is urls.parse("s3:/b") is urls.parse("") is None
     assert Version(0, 0, 1, 1, "x").is_object

@@ -44,7 +44,7 @@ def make_headers() -> dict[str, str]:
 
     That is HF_TOKEN, or the file that `hf auth login` writes.
     """
-    token = os.environ.get("HF_TOKEN", "")
+    token = os.environ.get("HF_TOKEN", "").strip()  # as the Hub's own library does
     if not token:
         home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
         path = Path(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").expanduser()

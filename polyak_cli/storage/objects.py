@@ -12,7 +12,6 @@ import ctypes
 import functools
 import io
 import itertools
-import json
 import mmap
 import os
 import random
@@ -40,6 +39,7 @@ from polyak_cli.errors import (
     shown,
 )
 from polyak_cli.storage import Bytes, Version, hub, urls
+from polyak_cli.storage.environment import check_environment, find_emulator
 from polyak_cli.storage.local import InputStream
 from polyak_cli.storage.urls import Url
 
@@ -189,13 +189,14 @@ def _connect(url: Url, retries: int) -> Any:
         from obstore import store
     except ImportError:
         raise MissingExtraError(f"{url.scheme}://", "remote") from None
+    check_environment(url.scheme)
     retry = {"max_retries": retries}  # mostly 0: `_try` repeats requests, and counts them
     options: Any = {"timeout": _TIMEOUT, "connect_timeout": "10s"}
     try:
         if url.scheme == "s3":
             return _connect_s3(url.bucket, options, retry)
         if url.scheme == "gs":
-            settings = _find_emulator(options)
+            settings = find_emulator(options)
             return store.GCSStore(
                 url.bucket, client_options=options, retry_config=retry, **settings
             )
@@ -221,21 +222,6 @@ def _connect(url: Url, retries: int) -> Any:
     except Exception as error:  # obstore has an exception for each kind of bad configuration
         first = redact(str(error)).partition("\n")[0]
         raise PolyakError(f"{url}: cannot be connected to: {shown(first)}") from None
-
-
-def _find_emulator(options: Any) -> dict[str, str]:
-    """Return how Google's storage is reached where the environment names an emulator of it.
-
-    The variable is that of Google's own clients; an emulator gets no credentials.
-    """
-    base = os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
-    if not base:
-        return {}
-    base = base if "://" in base else f"http://{base}"
-    options["allow_http"] = base.startswith("http:")
-    nobody = {"client_email": "", "private_key": "", "private_key_id": ""}
-    found = {"gcs_base_url": base, "disable_oauth": True, **nobody}
-    return {"service_account_key": json.dumps(found)}
 
 
 def _connect_s3(bucket: str, options: Any, retry: Any) -> Any:
@@ -381,6 +367,7 @@ def _name_endpoint(url: Url) -> str:
     """Return where a store was looked for, in front of which goes a space; no secret is in it."""
     named = {
         "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+        "gs": ("STORAGE_EMULATOR_HOST",),
         "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
     }
     found = [os.environ[name] for name in named.get(url.scheme, ()) if os.environ.get(name)]
@@ -419,7 +406,10 @@ def pin(url: Url) -> tuple[Url, int]:
     Raises:
         FormatError: there is no such repository or revision; the message lacks the URL.
     """
-    return _try(lambda: hub.pin(url), url) if url.scheme == "hf" else (url, 0)
+    if url.scheme != "hf":
+        return url, 0
+    check_environment(url.scheme)
+    return _try(lambda: hub.pin(url), url)
 
 
 def list_repository(url: Url, mtime_ns: int, most: int) -> list[Listed]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polyak_cli.errors import MissingExtraError, OutputError, shown
 from polyak_cli.storage import objects
+from polyak_cli.storage.environment import check_environment
 from polyak_cli.storage.urls import Url
 
 if TYPE_CHECKING:
@@ -74,12 +75,14 @@ def _connect() -> Any:
 
     Raises:
         MissingExtraError: boto3 is not installed.
+        PolyakError: a variable of the environment is not usable.
     """
     try:
         import boto3
         from botocore.config import Config
     except ImportError:
         raise MissingExtraError("writing to s3://", "s3") from None
+    check_environment("s3")
     is_aws = not (os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
     client = boto3.client(
         "s3",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from polyak_cli.errors import UsageError, shown
+from polyak_cli.errors import UsageError, redact, shown
 
 #: Scheme -> what it is, for messages.
 SCHEMES = {
@@ -89,6 +89,11 @@ def parse(text: str) -> Url | None:
         bucket = f"{owner}/{name}"
         if not owner or not name:
             raise UsageError(f"{shown(text)}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+    elif not scheme.startswith("http") and redact(text) != text:
+        raise UsageError(
+            f"{shown(text)}: {scheme}:// takes no password and no signature in the URL; set the "
+            "variables of the service, or name the https:// address that was signed"
+        )
     if not bucket or set(bucket) & set("*?[\\\0"):
         raise UsageError(f"{shown(text)}: expected the name of a bucket after {scheme}://")
     return Url(scheme, bucket, key, user, query)

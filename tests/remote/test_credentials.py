@@ -95,3 +95,24 @@ def test_keys_that_end_are_one_line_without_the_keys(
         assert proxy.environ["AWS_SECRET_ACCESS_KEY"] not in text
         assert "Traceback" not in text
     assert "o.safetensors" not in tree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "variable", "value", "expected"),
+    [
+        ("s3://b/k.h5", "AWS_ACCESS_KEY_ID", "secret\n", "holds a line break"),
+        ("s3://b/k.h5", "AWS_ENDPOINT_URL", "secret:9000", "is no address"),
+        ("gs://b/k.h5", "STORAGE_EMULATOR_HOST", "secret:port", "is no address"),
+        ("az://b/k.h5", "AZURE_STORAGE_ACCOUNT_NAME", "secret\n", "holds a line break"),
+        ("hf://a/b/k.h5", "HF_TOKEN", "sec\nret", "holds a line break"),
+    ],
+)
+def test_settings_that_no_request_can_carry_are_one_line(
+    tmp_path: Path, url: str, variable: str, value: str, expected: str
+) -> None:
+    """As a file read with its end of line gives them; the variable is named, and not its value."""
+    done = polyak("inspect", url, cwd=tmp_path, environ={variable: value})
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith(f"error: {variable}: {expected}")
+    assert len(done.stderr.splitlines()) == 1
+    assert "sec" not in done.stderr
