@@ -35,6 +35,13 @@ TRAINED_ON = 900
 NETWORK = training.make_dense((64, 64, 10))
 OPTIMIZER = training.Sgd(rate=0.1, momentum=0.9)
 INK, SINGLE, AVERAGE = "#333333", "#d55e00", "#0072b2"
+#: Of the README's figures, so that the user's own settings change nothing.
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 11,
+    "text.color": INK,
+}
 Right = npt.NDArray[np.bool_]
 
 
@@ -188,13 +195,7 @@ def draw(sample: Outcome, meaning: str, runs: Sequence[Outcome], path: Path) -> 
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: Any = {  # the user's own settings change nothing
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 11,
-        "text.color": INK,
-    }
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4), dpi=160, layout="constrained", facecolor="white")
         pays, settled = figure.subplots(1, 2, width_ratios=(1.5, 1))
         _draw_runs(pays, runs)

@@ -6,11 +6,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from tests.examples.demo import INK, STYLE
 from tests.examples.proof.tables import Cell, Cells, find_error, find_interval, name_task
 
-INK, AVERAGE, LATE, COSINE = "#333333", "#0072b2", "#d55e00", "#009e73"
+AVERAGE, LATE, COSINE = "#0072b2", "#d55e00", "#009e73"
 #: What is drawn: field, label, colour, mark, place beside the line of a task.
 SERIES = (
     ("average", "average of the last ten epochs", AVERAGE, "o", -0.22),
@@ -44,13 +44,7 @@ def draw(cells: Cells, path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: Any = {  # the user's own settings change nothing
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 11,
-        "text.color": INK,
-    }
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.6), dpi=160, layout="constrained", facecolor="white")
         axes = figure.subplots()
         for field, label, colour, mark, beside in SERIES:
