@@ -104,7 +104,7 @@ def word_forecast(found: Mapping[str, float]) -> str:
     """
     all_trials, worst = (f"{share:.0%}".replace("%", " %") for share in COVERED)
     return (
-        f"Annealed now over five epochs: about loss {found['loss']:.4g}, from {found['low']:.4g} "
-        f"to {found['high']:.4g}. Such intervals held {all_trials} of measured trials, {worst} in "
-        "the worst task."
+        "Annealed now over five epochs, if checkpoints are one an epoch at a constant rate: about "
+        f"loss {found['loss']:.4g}, from {found['low']:.4g} to {found['high']:.4g}. Such intervals "
+        f"held {all_trials} of measured trials, {worst} in the worst task."
     )
