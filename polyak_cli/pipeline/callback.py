@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, TypedDict, Unpack, cast
@@ -76,7 +77,8 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
             ``.h5`` and ``.keras`` the whole model, ``.weights.h5`` weights only.
         output: the average's file.
         last: how many of the newest checkpoints to average.
-        scheme: the rule that gives coefficients.
+        scheme: the rule that gives coefficients; the default, "exp", counts newer ones more, and
+            "equal" is the plain mean.
         every: epochs from one checkpoint to the next.
         every_steps: batches from one checkpoint to the next, instead of epochs.
         save_freq: as for ModelCheckpoint: "epoch", or a number of batches, as ``every_steps``.
@@ -121,6 +123,7 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         self._run: list[Path] | None = None  # its checkpoints, oldest first; None before it begins
         self._steps = Steps()
         _check_numbers(last, every, self.every_steps, keep)
+        _check_settings(settings)
         pipeline.parse_options(self.options)
         schemes.refuse_running_means(scheme, "PolyakCheckpoint")
 
@@ -267,9 +270,24 @@ def _compile_pattern(pattern: str, counted: str) -> re.Pattern[str]:
 
 
 def _check_numbers(last: int, every: int, every_steps: int | None, keep: int | None) -> None:
-    found = {"last": last, "every": every, "every_steps": every_steps, "keep": keep}
+    found: dict[str, Any] = {"last": last, "every": every, "every_steps": every_steps, "keep": keep}
     for name, number in found.items():
+        if number is not None and not isinstance(number, Integral):
+            raise UsageError(f"{name} is {shown(number)!r}; expected a whole number")
         if number is not None and number < 1:
             raise UsageError(f"{name} is {number}; expected at least 1")
     if keep is not None and keep < last:
         raise UsageError(f"keep is {keep}, but last is {last}: what is averaged must be kept")
+
+
+def _check_settings(settings: Mapping[str, object]) -> None:
+    """Refuse options that `Settings` does not have, before a training fails by them.
+
+    Those that choose checkpoints would find too few in the first epochs.
+    """
+    unknown = settings.keys() - Settings.__annotations__.keys()
+    if unknown:
+        raise TypeError(
+            f"PolyakCheckpoint has no option {', '.join(sorted(unknown))}: it averages the newest "
+            "checkpoints by a scheme; polyak watch has all options of polyak average"
+        )

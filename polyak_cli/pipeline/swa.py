@@ -58,8 +58,8 @@ class StochasticWeightAveraging(keras.callbacks.Callback):  # type: ignore[misc]
       ``assign_average_vars`` is left out.  tfa counts steps from 0, and takes step M + 1, M + K + 1
       and so on.  It averages trained variables only.
     * ``tfa.callbacks.AverageModelCheckpoint(False, "averaged.h5")``, which writes an average after
-      each epoch, becomes ``PolyakCheckpoint("ckpts", "averaged.h5", last=10)``; with
-      ``update_weights=True`` the average is in the model: use this class.
+      each epoch, becomes ``PolyakCheckpoint("ckpts", "averaged.h5", last=10, scheme="equal")``;
+      with ``update_weights=True`` the average is in the model: use this class.
 
     Args:
         start_epoch: the first epoch whose weights count; counted from 1, as in names of files.

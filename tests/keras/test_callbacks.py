@@ -310,6 +310,7 @@ def test_a_metric_that_is_missing_is_named(tmp_path: Path) -> None:
         ("c", {"last": 0}, "last is 0"),
         ("c", {"every": 0}, "every is 0"),
         ("c", {"every_steps": 0}, "every_steps is 0"),
+        ("c", {"every_steps": 2.5}, "every_steps is '2.5'; expected a whole number"),
         ("c", {"every": 2, "every_steps": 5}, "every is 2 epochs, but .* every 5 steps"),
         ("c", {"save_freq": 5, "every_steps": 5}, "mean the same"),
         ("c", {"save_freq": "batch"}, "save_freq is 'batch'; expected 'epoch' or a number"),
@@ -331,3 +332,10 @@ def test_what_makes_no_sense_is_refused_at_once(
     """Before a model is trained for hours."""
     with pytest.raises(UsageError, match=message):
         PolyakCheckpoint(checkpoints, **options)
+
+
+@pytest.mark.parametrize("options", [{"min_spacing": 2}, {"coefficients": [1, 2]}, {"lats": 3}])
+def test_options_that_it_does_not_have_are_refused_at_once(options: dict[str, Any]) -> None:
+    """Too few checkpoints for a spacing would end the training in its first epochs."""
+    with pytest.raises(TypeError, match=rf"has no option {next(iter(options))}: .* polyak watch"):
+        PolyakCheckpoint("c", **options)
