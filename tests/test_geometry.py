@@ -439,6 +439,7 @@ def test_pictures_and_page_are_drawn_without_data(tmp_path: Path) -> None:
     assert re.findall(r"(?:src|href)=\"(?!#|http://www.w3|https://matplotlib)[^\"]*", page) == []
     assert "<script" not in page
     assert "dense/kernel" in page
+    assert "<p>Drifting: of such windows of ten" in page
     done = polyak("geometry", "missing", "--plot", "run.pdf", cwd=tmp_path)
     assert (done.returncode, "expected .png, .svg or .html" in done.stderr) == (2, True)
 

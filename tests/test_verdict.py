@@ -81,7 +81,7 @@ def test_the_command_says_the_word_and_lists_windows(tmp_path: Path) -> None:
         np.savez(tmp_path / f"model_{k:02d}.npz", k=(CENTRE + size * noise).astype(np.float32))
     done = polyak("geometry", ".", cwd=tmp_path)
     assert "\nby the newest ten, wandering: of such windows of ten" in done.stdout
-    listed = r"windows of ten that scatter most: model_00\.npz to model_09\.npz \(.*\), model_10"
+    listed = r"by jitter of the median tensor: model_00\.npz to model_09\.npz \(.*\), model_10"
     assert re.search(listed, done.stdout)
     found = json.loads(polyak("geometry", ".", "--last", "10", "--json", cwd=tmp_path).stdout)
     assert found["movement"]["word"] == "wandering"

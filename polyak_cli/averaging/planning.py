@@ -469,7 +469,10 @@ def _note_coefficients(choice: schemes.Choice, mean: schemes.Mean, end: float) -
     total = schemes.sum_absolutes(mean.coefficients)
     text = f"warning: some coefficients are negative; the absolute values sum to {total:.4g}, so "
     if schemes.takes_running_means(choice.name):
-        yield f"{text}that rounding errors of the running means may grow by that factor"
+        yield (
+            f"{text}that rounding errors of the running means may grow by that factor; if the "
+            "files hold plain weights and no running means, choose another scheme"
+        )
     else:
         yield (
             f"{text}that the average lies outside of its checkpoints, and their errors may grow "

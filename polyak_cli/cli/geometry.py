@@ -104,7 +104,7 @@ def geometry(
         found = geometry.measure(plan, advance)
     data = found.data()
     for path in paths:
-        reports.write_picture(data, path)
+        reports.write_picture(data, path, list(_verdict_lines(found, data)))
     rendering.print_notes(found.notes, quiet)
     rendering.print_result(data, as_json, quiet, lambda: geometry_lines(found, data, verbose))
 
@@ -119,9 +119,11 @@ def geometry_lines(found: Geometry, data: dict[str, Any], verbose: bool) -> Iter
         rows.append([shown(one["name"]), epoch, lengths[0], turned, *lengths[1:]])
     header = ("checkpoint", "epoch", "to previous", "cosine", "to newest", "to average")
     yield Table(header, rows, spare=("epoch", "to newest"))
+    own = found.scheme == "custom"
+    rule = "your coefficients" if own else f"scheme {rendering.word_rule(found)}"
     yield (
-        f"to average: of scheme {rendering.word_rule(found)}; distances are shares of the norm of "
-        f"the equal average, {found.norm:.4g}, over {found.gram.size:,} numbers"
+        f"to average: of {rule}; distances are shares of the norm of the equal average, "
+        f"{found.norm:.4g}, over {found.gram.size:,} numbers"
     )
     yield "cosine: of the step that leads to the checkpoint with the step that leads away"
     yield from _run_lines(data)
@@ -163,7 +165,8 @@ def _verdict_lines(found: Geometry, data: dict[str, Any]) -> Iterator[str]:
             f"{shown(one['oldest'])} to {shown(one['newest'])} ({one['jitter']:.1e})"
             for one in data["windows"][:_MOST]
         ]
-        yield f"windows of ten that scatter most: {', '.join(ranked)}"
+        listed = ", ".join(ranked)
+        yield f"windows of ten that scatter most, by jitter of the median tensor: {listed}"
 
 
 def _tabulate_moved(found: Geometry, verbose: bool) -> Table:

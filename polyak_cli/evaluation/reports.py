@@ -439,12 +439,13 @@ def check_picture(path: Path) -> None:
     plots.check_path(path.with_suffix(".svg"))
 
 
-def write_picture(found: Data, path: Path) -> None:
+def write_picture(found: Data, path: Path, verdict: Sequence[str] = ()) -> None:
     """Write the geometry of a run as a picture or a page; replaces an older one.
 
     Args:
         found: the result of `Geometry.data`.
         path: the .png, .svg or .html file.
+        verdict: lines for the page on how the run moves.
 
     Raises:
         OutputError: the file cannot be written.
@@ -462,18 +463,19 @@ def write_picture(found: Data, path: Path) -> None:
                 plots.draw_run(found, drawn, panel)
                 figures[panel] = drawn.read_text()
             page = Path(hidden) / "page.html"
-            page.write_text(render_run(found, figures))
+            page.write_text(render_run(found, figures, verdict))
             page.replace(path)
     except OSError as error:
         raise OutputError(f"{shown(path)}: cannot be written: {error.strerror}") from error
 
 
-def render_run(found: Data, figures: Mapping[str, str]) -> str:
+def render_run(found: Data, figures: Mapping[str, str], verdict: Sequence[str] = ()) -> str:
     """Return the HTML page of a run.
 
     Args:
         found: the result of `Geometry.data`.
         figures: name -> its drawing, as SVG.
+        verdict: lines on how the run moves.
 
     Raises:
         MissingExtraError: jinja2 is not installed.
@@ -482,6 +484,7 @@ def render_run(found: Data, figures: Mapping[str, str]) -> str:
         "geometry.html.j2",
         **{name: found[name] for name in ("scheme", "parameters", "elements", "notes")},
         numbers=_list_numbers(found),
+        verdict=verdict,
         rows=_list_checkpoints(found),
         tensors=_list_tensors(found)[: 1 + _MOST_TENSORS],
         left=max(0, len(found["tensors"]) - _MOST_TENSORS),

@@ -103,6 +103,7 @@ def test_the_running_mean_has_to_be_asked_for(tmp_path: Path) -> None:
     assert "sum of the absolute values of the coefficients: 1.6667" in done.stdout
     assert "effective number" not in done.stdout
     assert "rounding errors of the running means may grow" in done.stderr
+    assert "if the files hold plain weights and no running means, choose another" in done.stderr
 
 
 @pytest.mark.parametrize("step", [10**400, float("nan"), float("inf"), True, "40"])
