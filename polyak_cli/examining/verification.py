@@ -40,7 +40,7 @@ from polyak_cli.examining.recompute import Written, compare_again
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.formats.model_folders import RECORD_NAME
-from polyak_cli.storage import File, open_input, read_version
+from polyak_cli.storage import File, locate, open_input, read_version
 from polyak_cli.tensors import Table
 
 _StrPath = str | os.PathLike[str]
@@ -576,10 +576,14 @@ class _Verifier:
     def _compare_inputs(self) -> None:
         """Name the inputs that are missing, renamed, changed or exchanged."""
         where = " or ".join(dict.fromkeys(shown(folder) for folder in self.search.folders))
+        wide = ""
+        if self.search.is_wide:
+            # Of a bucket, only the objects beside the average are listed.
+            is_local = locate(os.fspath(self.table.path)) == os.fspath(self.table.path)
+            below = "two levels of folders below" if is_local else "whose folders are not searched"
+            wide = f", {below}, or those of the working folder"
         for one in self.inputs:
             if one.path is None:
-                wide = ", two levels of folders below, or those of the working folder"
-                wide = wide if self.search.is_wide else ""
                 text = f"no file of that name in {where}{wide}; name its folder with --source"
                 text = f"cannot be averaged: {one.error}" if one.error else f"is missing: {text}"
                 self.problems.append(one.make_problem(text))

@@ -425,6 +425,12 @@ def test_an_average_is_verified_against_a_bucket(bucket: S3Bucket, run: Path) ->
     assert "verified" in found
     bucket.put("run/v.safetensors", (run.parent / "v.safetensors").read_bytes())
     assert "verified" in expect(bucket, run.parent, "verify", f"{bucket.url}/run/v.safetensors")
+    bucket.put("v.safetensors", (run.parent / "v.safetensors").read_bytes())
+    (run.parent / "elsewhere").mkdir()
+    done = polyak("verify", f"{bucket.url}/v.safetensors", cwd=run.parent / "elsewhere",
+                  environ=bucket.environ)  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"of that name in {bucket.url}, whose folders are not searched, or" in done.stdout
     bucket.put("run/epoch_02.safetensors", (run / "epoch_01.safetensors").read_bytes())
     done = polyak("verify", "v.safetensors", "--source", f"{bucket.url}/run/", cwd=run.parent,
                   environ=bucket.environ)  # fmt: skip
