@@ -26,6 +26,7 @@ from polyak_cli.cli.options import (
     FOLDER,
     JSON,
     MACHINE,
+    METRIC,
     QUIET,
     ROWS_AT_A_TIME,
     SOURCES,
@@ -99,6 +100,7 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     ROWS_AT_A_TIME,
     ARCHITECTURE,
     DEVICE,
+    METRIC,
 )
 @under(
     "Deciding",
@@ -118,8 +120,8 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     option(
         "--fail-if-worse",
         is_flag=True,
-        help="Exit with 1 when any model is worse than the baseline beyond noise, in accuracy or, "
-        "where there is none, in loss.",
+        help="Exit with 1 when any model is worse than the baseline beyond noise, by --metric, in "
+        "accuracy, or where there is none in loss.",
     ),
     TRUST_CODE,
 )
@@ -135,6 +137,7 @@ def evaluate(
     batch_size: int,
     architecture: str | None,
     device: str | None,
+    metric: str | None,
     fail_under: tuple[tuple[str, float], ...],
     baseline: str | None,
     fail_if_worse: bool,
@@ -158,7 +161,7 @@ def evaluate(
         dataset = datasets.load(data)
         rows = dataset.split(split)
         options: dict[str, Any] = {"batch_size": batch_size, "trust_code": trust_code}
-        options |= {"model": architecture, "device": device}
+        options |= {"model": architecture, "device": device, "metric": metric}
         scores, compared = _score_models(paths, baseline, rows, **options)
     failures = [line for score in scores for line in _find_failed(score, fail_under)]
     if compared and fail_if_worse:
@@ -206,7 +209,7 @@ def _collect_notes(scores: Sequence[Score], compared: Comparison | None) -> Iter
 def _find_worse(compared: Comparison) -> Iterator[str]:
     """Yield the models that are worse than the baseline beyond noise, or whose loss is not finite.
 
-    Accuracy decides, or loss if there is no accuracy.
+    The user's own metric decides, or accuracy, or loss if there is neither.
     """
     for one in compared.models:
         path, than = shown(one.score.path), shown(compared.baseline.path)

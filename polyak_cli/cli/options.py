@@ -260,6 +260,12 @@ ARCHITECTURE = option(
     "loss), or a Keras model; for Keras's files also a .keras, .h5 or .json file.  A function of "
     "one argument gets the tensors, arrays by name, and returns predict(rows).",
 )
+METRIC = option(
+    "--metric",
+    metavar="NAME",
+    help="accuracy, or MODULE.py:FUNCTION, your code: called with labels and predictions, it "
+    "returns a number for each row, or one for all; more is better.",
+)
 DEVICE = option(
     "--device",
     metavar="NAME",

@@ -517,12 +517,13 @@ def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> It
     known = len(others) < len(compared.models)
     yield from _score_lines(scores if known else [*scores, baseline])
     rows = []
-    tests = set()
+    tests: dict[str, dict[str, None]] = {}  # test -> the metrics that it is for
     for one in others or compared.models:
         for gain in one.gains:
             numbers = [f"{value:+.6f}" for value in gain.paired[:3]]
             p = gain.sign_flip_p if gain.mcnemar_p is None else gain.mcnemar_p
-            tests.add("sign-flip" if gain.mcnemar_p is None else "McNemar")
+            test = "a sign-flip test" if gain.mcnemar_p is None else "McNemar's test"
+            tests.setdefault(test, {})[gain.metric] = None
             words = ["-" if p is None else f"{p:.3g}", gain.verdict]
             rows.append([shown(one.score.path), gain.metric, *numbers, *words])
     if not rows:
@@ -531,8 +532,8 @@ def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> It
     yield f"minus {shown(baseline.path, 60)}, with 95 % intervals over {baseline.rows} paired rows:"
     header = ("model", "metric", "difference", "from", "to", "p", "verdict")
     yield Table(header, rows, spare=("p", "from", "to", "difference"), left=("metric", "verdict"))
-    by = {"McNemar": "McNemar's test (accuracy)", "sign-flip": "a sign-flip test (loss)"}
-    yield "p by " + " and ".join(words for test, words in by.items() if test in tests)
+    listed = (f"{test} ({', '.join(map(shown, tests[test]))})" for test in sorted(tests))
+    yield "p by " + " and ".join(listed)
     if any(gain.verdict == "within noise" for one in compared.models for gain in one.gains):
         yield (
             "within noise: no difference is shown; that takes an interval without 0 and a p below "

@@ -26,12 +26,12 @@ class Gain:
     """The difference between a model and the baseline in accuracy or loss.
 
     Attributes:
-        metric: accuracy or loss.
+        metric: accuracy, loss, or a metric of the user's own, of which more is better.
         paired: the difference, the model's minus the baseline's, and its 95 % interval.
         verdict: better, worse, within noise, or not comparable, where a loss is not finite.  Better
             and worse need both an interval without 0 and a p below 0.05.
         mcnemar_p: p of the exact McNemar test for accuracy; None for loss.
-        sign_flip_p: p of Fisher's randomisation test for loss; None for accuracy.
+        sign_flip_p: p of Fisher's randomisation test for the others; None for accuracy.
     """
 
     metric: str
@@ -52,7 +52,8 @@ class Compared:
 
     Attributes:
         score: the score of the model.
-        gains: its gains over the baseline: accuracy first, then loss; only those that both have.
+        gains: its gains over the baseline: by a metric of the user's own, accuracy, and loss; only
+            those that both have.
     """
 
     score: Score
@@ -97,6 +98,7 @@ def compare(
     trust_code: bool = False,
     model: _StrPath | None = None,
     device: str | None = None,
+    metric: str | None = None,
 ) -> Comparison:
     """Score model files and a baseline on the same rows, and compare them row by row.
 
@@ -108,6 +110,7 @@ def compare(
         trust_code: run the code that a file carries in a Lambda layer.
         model: the architecture of files that hold weights only, as for `evaluate`.
         device: where PyTorch runs modules, as for `evaluate`.
+        metric: of the user's own, as for `evaluate`; compared where it has a number for each row.
 
     Raises:
         UsageError: the batch size is out of range, or there is only one row.
@@ -117,7 +120,12 @@ def compare(
         PolyakError: Keras is too old, or cannot load a model, or a model carries code.
     """
     evaluator = Evaluator(
-        [rows], batch_size=batch_size, trust_code=trust_code, model=model, device=device
+        [rows],
+        batch_size=batch_size,
+        trust_code=trust_code,
+        model=model,
+        device=device,
+        metric=metric,
     )
     # A single string is a sequence of strings, too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
@@ -136,11 +144,17 @@ def compare(
 
 
 def compute_gains(ours: RowScores, theirs: RowScores) -> tuple[Gain, ...]:
-    """Return the gains of one model over another on the same rows: accuracy, then loss.
+    """Return the gains of one model over another on the same rows: own metric, accuracy, loss.
 
     A metric that either of them does not have for each row is left out.
     """
     found = []
+    # First, as who names a metric decides by it.
+    for name in ours.values.keys() & theirs.values.keys():
+        paired = significance.paired_difference(ours.values[name], theirs.values[name])
+        p = significance.sign_flip(ours.values[name], theirs.values[name])
+        verdict = significance.verdict(paired, higher_is_better=True, p=p)
+        found.append(Gain(name, paired, verdict, sign_flip_p=p))
     # A share of rows and a mean loss may disagree: a model can be more often right, and wrong
     # with more confidence.  Both are reported.
     if ours.correct is not None and theirs.correct is not None:

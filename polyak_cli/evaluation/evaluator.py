@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from polyak_cli.checkpoints import find_file
 from polyak_cli.errors import FormatError, UsageError, shown
 from polyak_cli.evaluation import data
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.storage import mirrors
+
+if TYPE_CHECKING:
+    from polyak_cli.evaluation.own_metrics import OwnMetric
 
 _StrPath = str | os.PathLike[str]
 
@@ -61,6 +64,7 @@ class RowScores:
         loss_name: name of the loss; only losses of the same name can be compared.
         notes: messages for the user, one line each.
         loss_words: as in `Score`.
+        values: name of a metric of the user's own -> (rows,) float64, its value for each row.
     """
 
     loss: float | None
@@ -71,6 +75,7 @@ class RowScores:
     loss_name: str = ""
     notes: tuple[str, ...] = ()
     loss_words: str = ""
+    values: Mapping[str, data.Array] = field(default_factory=dict)
 
 
 def evaluate(
@@ -81,6 +86,7 @@ def evaluate(
     trust_code: bool = False,
     model: _StrPath | None = None,
     device: str | None = None,
+    metric: str | None = None,
 ) -> Iterator[Score]:
     """Score model files on the same rows, one after the other.
 
@@ -108,6 +114,9 @@ def evaluate(
             loss)``; or one of a single argument, which gets the tensors as a dict of arrays and
             returns ``predict(rows) -> outputs``, alone or with a loss.
         device: where PyTorch runs modules, such as ``cpu``; by default a GPU where there is one.
+        metric: "accuracy", or ``MODULE.py:FUNCTION``, whose function gets labels and predictions,
+            numpy arrays, and returns a number for each row, or one for all; more is better.
+            Predictions are the outputs, and probabilities where a module of PyTorch gives logits.
 
     Returns:
         An iterator with a score for each file, in the order given.
@@ -121,7 +130,12 @@ def evaluate(
             two are raised when the iterator comes to it.
     """
     evaluator = Evaluator(
-        [rows], batch_size=batch_size, trust_code=trust_code, model=model, device=device
+        [rows],
+        batch_size=batch_size,
+        trust_code=trust_code,
+        model=model,
+        device=device,
+        metric=metric,
     )
     # A single string is a sequence of strings too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
@@ -166,6 +180,7 @@ class Evaluator:
         trust_code: bool = False,
         model: _StrPath | None = None,
         device: str | None = None,
+        metric: str | None = None,
     ) -> None:
         """Keep the rows; no file is opened yet.
 
@@ -175,9 +190,10 @@ class Evaluator:
             trust_code: run the code that a file carries in a Lambda layer.
             model: the architecture of weights files, as for `evaluate`.
             device: where PyTorch runs modules, as for `evaluate`.
+            metric: of the user's own, as for `evaluate`.
 
         Raises:
-            UsageError: the batch size is out of range.
+            UsageError: the batch size is out of range, or there is no such metric.
         """
         if batch_size < 1:
             raise UsageError(f"--batch-size {batch_size} is out of range; expected 1 or more")
@@ -186,6 +202,12 @@ class Evaluator:
         self._model = None if model is None else os.fspath(model)
         self._back_ends: dict[str, BackEnd] = {}
         self._last: BackEnd | None = None
+        self._metric: OwnMetric | None = None
+        if metric is not None:
+            # Imported here, as it needs the results that are defined above.
+            from polyak_cli.evaluation import own_metrics
+
+            self._metric = own_metrics.OwnMetric(metric)
 
     @property
     def notes(self) -> list[str]:
@@ -240,7 +262,12 @@ class Evaluator:
     def score(self, path: Path) -> list[Score]:
         """Return the score of a file on each split; raises as `score_rows` does."""
         path = Path(mirrors.enter(os.fspath(path)))
-        return self._choose(path).score(path)
+        if self._metric is None:
+            return self._choose(path).score(path)
+        return [
+            Score(path, one.loss, one.metrics, split.rows, one.notes, one.loss_words)
+            for split, one in zip(self._splits, self.score_rows(path), strict=True)
+        ]
 
     def score_rows(self, path: Path) -> list[RowScores]:
         """Return the result of a file on each split, in total and row by row.
@@ -255,7 +282,7 @@ class Evaluator:
         back_end = self._choose(path)
         found = back_end.score_rows(path)
         self._last = back_end
-        return found
+        return self._measure(path, found)
 
     def score_predictions(self, predictions: Sequence[data.Array]) -> list[RowScores]:
         """Score predictions made elsewhere, such as a mean, like those of the model scored last.
@@ -275,4 +302,11 @@ class Evaluator:
                 "predictions can be scored only for a model with one output that was examined "
                 "before"
             )
-        return self._last.score_predictions(predictions)
+        return self._measure(Path("the ensemble"), self._last.score_predictions(predictions))
+
+    def _measure(self, path: Path, found: list[RowScores]) -> list[RowScores]:
+        """Return the results with the metric of the user's own, if there is one."""
+        if self._metric is None:
+            return found
+        measure = self._metric.measure
+        return [measure(path, *pair) for pair in zip(self._splits, found, strict=True)]

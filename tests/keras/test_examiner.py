@@ -357,3 +357,18 @@ def test_models_with_assets_are_built_again_though_described_alike(
     for name in ("1.keras", "2.keras"):
         examiner.score_rows(tmp_path / name)
     assert built == [tmp_path / "1.keras", tmp_path / "2.keras"]
+
+
+def test_a_metric_of_ones_own_measures_each_row_of_a_keras_model(tmp_path: Path) -> None:
+    """It gets the labels as they were given, and the outputs that Keras predicts."""
+    (tmp_path / "own.py").write_text(
+        "def sure(labels, predictions):\n    return predictions.max(1) * (labels >= 0)\n"
+    )
+    rows = data.load("blobs").split()
+    found = outcome(SAMPLE, rows, metric=f"{tmp_path}/own.py:sure")
+    assert found.predictions is not None
+    expected = found.predictions.max(1)
+    assert found.values["sure"] == pytest.approx(expected, rel=1e-6)
+    assert found.metrics["sure"] == pytest.approx(expected.mean(), rel=1e-6)
+    (total,) = evaluator.evaluate(SAMPLE, rows, metric=f"{tmp_path}/own.py:sure")
+    assert total.metrics["sure"] == found.metrics["sure"]
