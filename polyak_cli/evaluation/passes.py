@@ -262,7 +262,7 @@ class Pass:
         correct = None
         if self._right:
             right = np.concatenate(self._right)
-            metrics["accuracy"] = float(right.mean())
+            metrics["accuracy"] = float(np.nanmean(right))  # NaN: an ignored position
             # With a class for each position, no row is wholly right or wrong.
             correct = right if right.ndim == 1 else None
         words, name = self._name_loss(target)
@@ -283,12 +283,29 @@ class Pass:
             raise MismatchError(f"{self._where}: the model gives no array with one row a row")
         shape = (self._split.rows, *outputs.shape[1:])
         found = row_losses.fit_target(self._labels, shape, self._where, self._split.source)
+        if found.axis is not None and self._own is None:
+            self._refuse_inputs_as_labels(found.given)
         if found.axis is not None:
             self._are_logits = not row_losses.are_probabilities(outputs, found.axis)
         if math.prod(shape) * outputs.itemsize <= MOST_KEPT:
             self.shape = shape
         self._target = found
         return found
+
+    def _refuse_inputs_as_labels(self, labels: data.Array) -> None:
+        """Refuse tokens as labels of themselves, which models of Transformers shift by one inside.
+
+        Raises:
+            MismatchError: labels are the inputs.
+        """
+        counted = labels != row_losses.IGNORED
+        for given in data.list_arrays(self._split.features) if labels.ndim > 1 else ():
+            if given.shape == labels.shape and (given == labels)[counted].all():
+                raise MismatchError(
+                    f"{self._split.source}: the labels are the inputs themselves, and would be "
+                    "compared with the outputs at their own positions; a language model predicts "
+                    "the next one: give ids[:, :-1] as inputs and ids[:, 1:] as labels"
+                )
 
     def _add(
         self, target: row_losses.Target, block: slice, outputs: data.Array, given: Any

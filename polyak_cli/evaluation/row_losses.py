@@ -13,6 +13,8 @@ import numpy as np
 from polyak_cli.errors import MismatchError
 from polyak_cli.evaluation import data
 
+#: The label of a position that does not count, as PyTorch and Transformers mark padding.
+IGNORED = -100
 #: How far the sum of a row of probabilities, computed in float16, may be from 1.
 _CLOSE = 2e-3
 #: Of a probability whose logarithm is taken: the smallest normal float32.
@@ -55,7 +57,10 @@ def fit_target(labels: data.Array, shape: tuple[int, ...], where: str, source: s
     column = labels[..., 0] if labels.ndim > 1 and labels.shape[-1] == 1 else labels
     axis = _find_axis(column.shape, shape)
     if axis is not None and column.dtype.kind in "biuf" and (column == np.floor(column)).all():
-        low, high, count = int(column.min()), int(column.max()), shape[axis]
+        counted = column[column != IGNORED] if column.ndim > 1 else column
+        if not counted.size:
+            raise MismatchError(f"{where}: every label of {source} is {IGNORED}, which is ignored")
+        low, high, count = int(counted.min()), int(counted.max()), shape[axis]
         if low < 0 or high >= count:
             raise MismatchError(
                 f"{where}: gives {count} classes, 0 to {count - 1}, but the labels of {source} go "
@@ -99,6 +104,8 @@ def find_probabilities(outputs: data.Array, axis: int) -> data.Array:
 def compute_losses(outputs: data.Array, target: Target, *, are_logits: bool) -> data.Array:
     """Return the loss of each row, (rows,) float64, means over all positions of a row.
 
+    Positions whose label is `IGNORED` do not count; a row of such positions alone has no loss, NaN.
+
     Args:
         outputs: (rows, ...).
         target: their labels.
@@ -108,7 +115,8 @@ def compute_losses(outputs: data.Array, target: Target, *, are_logits: bool) -> 
     if target.axis is None:
         each = (wide - target.values) ** 2
     else:
-        index = np.expand_dims(target.values, target.axis)
+        counts = target.values != IGNORED
+        index = np.expand_dims(np.where(counts, target.values, 0), target.axis)
         if are_logits:
             # log(sum(exp)) without overflow, as the greatest logit is taken out first.
             top = wide.max(target.axis, keepdims=True)
@@ -117,11 +125,21 @@ def compute_losses(outputs: data.Array, target: Target, *, are_logits: bool) -> 
         else:
             chosen = np.take_along_axis(wide, index, target.axis)
             each = -np.log(np.maximum(chosen, _LEAST))
+        if not counts.all():
+            flat = counts.reshape(len(counts), -1)
+            sums = (each.reshape(flat.shape) * flat).sum(1)
+            with np.errstate(invalid="ignore"):  # 0 / 0, where a row is ignored as a whole
+                return np.asarray(sums / flat.sum(1))
     return np.asarray(each.reshape(len(each), -1).mean(1))
 
 
 def find_right(outputs: data.Array, target: Target) -> data.Array | None:
-    """Return which classes are right, shaped like the labels; None where labels are numbers."""
+    """Return which classes are right, shaped like the labels; None where labels are numbers.
+
+    With ignored positions they are floats, and NaN there.
+    """
     if target.axis is None:
         return None
-    return np.asarray(outputs.argmax(target.axis) == target.values)
+    right = np.asarray(outputs.argmax(target.axis) == target.values)
+    ignored = target.values == IGNORED
+    return np.where(ignored, np.nan, right) if ignored.any() else right

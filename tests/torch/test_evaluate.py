@@ -263,6 +263,58 @@ def test_a_function_of_the_tensors_needs_no_framework(tmp_path: Path) -> None:
     assert score.loss == pytest.approx(float(expected), rel=1e-6)
 
 
+SEQUENCES = """
+import torch
+from torch import nn
+from types import SimpleNamespace
+
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(11, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, input_ids):
+        mask = nn.Transformer.generate_square_subsequent_mask(input_ids.shape[1])
+        hidden = self.block(self.words(input_ids), src_mask=mask, is_causal=True)
+        return SimpleNamespace(logits=self.head(hidden))
+
+def make():
+    return Language()
+"""
+
+
+def test_the_loss_of_a_sequence_is_the_logarithm_of_its_perplexity(tmp_path: Path) -> None:
+    """Of a causal transformer with tied weights in a folder; padding does not count."""
+    names: dict[str, Any] = {}
+    exec(compile(SEQUENCES, "net", "exec"), names)  # the test's own text
+    net = names["make"]()
+    state = {name: t.clone() for name, t in net.state_dict().items() if name != "head.weight"}
+    save_in_folder(state, tmp_path / "checkpoint-7")
+    ids = RANDOM.integers(0, 11, (20, 9))
+    labels = ids[:, 1:].copy()
+    labels[::3, 5:] = -100
+    source = f"{write_code(tmp_path, SEQUENCES)}:make"
+    rows = data.Split("texts", {"input_ids": ids[:, :-1]}, labels)
+    (found,) = Evaluator([rows], model=source, batch_size=6).score_rows(tmp_path / "checkpoint-7")
+    with torch.no_grad():
+        logits = net.eval()(torch.tensor(ids[:, :-1])).logits
+    expected = [
+        float(functional.cross_entropy(one, torch.tensor(label)))
+        for one, label in zip(logits, labels, strict=True)
+    ]
+    assert found.losses == pytest.approx(expected, rel=1e-5)
+    counted = labels != -100
+    right = (logits.argmax(2).numpy() == labels)[counted].mean()
+    assert found.metrics["accuracy"] == pytest.approx(right)
+    assert found.correct is None
+    same = data.Split("texts", {"input_ids": ids}, ids)
+    with pytest.raises(PolyakError, match="the labels are the inputs themselves"):
+        list(evaluate(tmp_path / "checkpoint-7", same, model=source))
+
+
 class Bomb:
     """Writes a file when it is unpickled."""
 
