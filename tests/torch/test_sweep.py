@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
+from torch.optim.swa_utils import update_bn
 
 from polyak_cli.errors import PolyakError
 from polyak_cli.evaluation import data
@@ -128,3 +129,34 @@ def test_checkpoints_without_a_model_are_refused_before_anything_is_written(
     with pytest.raises(PolyakError, match=r"--model MODULE\.py:FUNCTION"):
         sweeping.sweep([tmp_path / "run"], ROWS, scratch=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_averages_of_a_sweep_have_the_statistics_of_update_bn(tmp_path: Path) -> None:
+    """With --recalibrate every average is scored with them, and single checkpoints keep theirs."""
+    torch.manual_seed(4)
+    (tmp_path / "run").mkdir()
+    nets = [make_net() for _ in range(2)]
+    for k, net in enumerate(nets):
+        save_files(net.state_dict(), tmp_path / "run", k)
+    train = data.Split("train", X[:200], CLASSES[:200])
+    found = sweeping.sweep(
+        [tmp_path / "run"],
+        ROWS,
+        windows="2",
+        chosen="equal",
+        model=f"{write_code(tmp_path)}:make",
+        recalibrate=train,
+        batch_size=50,
+        scratch=tmp_path,
+    )
+    net = make_net()
+    net.load_state_dict(mix([one.state_dict() for one in nets], (0.5, 0.5)))
+    order = np.random.RandomState(0).permutation(200)
+    update_bn(torch.tensor(X[:200][order], dtype=torch.float32).split(50), net)
+    split = data.halves(ROWS.split())[1]
+    (average,) = [row for row in found.rows if row.candidate.kind == "average"]
+    for row, own in ((average, net), (found.rows[0], nets[0])):
+        expected = functional.cross_entropy(
+            run_plainly(own, split.features), torch.tensor(split.labels)
+        )
+        assert row.scores["reporting"].loss == pytest.approx(float(expected), rel=1e-5)
