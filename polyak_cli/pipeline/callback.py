@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, TypedDict, Unpack, cast
@@ -18,7 +17,7 @@ from polyak_cli import pipeline
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import schemes
 from polyak_cli.errors import CheckpointError, MissingExtraError, UsageError, shown
-from polyak_cli.pipeline.steps import Steps
+from polyak_cli.pipeline.steps import Steps, check_counts
 
 try:
     import keras
@@ -110,6 +109,9 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         **settings: Unpack[Settings],
     ) -> None:
         super().__init__()
+        check_counts(
+            ("every_steps", "keep"), last=last, every=every, every_steps=every_steps, keep=keep
+        )
         self.output = Path(output)
         self.every, self.every_steps = every, _choose_steps(every, every_steps, save_freq)
         self.counted: Literal["epoch", "step"] = "epoch" if self.every_steps is None else "step"
@@ -122,7 +124,8 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         self.report: pipeline.Report | None = None
         self._run: list[Path] | None = None  # its checkpoints, oldest first; None before it begins
         self._steps = Steps()
-        _check_numbers(last, every, self.every_steps, keep)
+        if keep is not None and keep < last:
+            raise UsageError(f"keep is {keep}, but last is {last}: what is averaged must be kept")
         _check_settings(settings)
         pipeline.parse_options(self.options)
         schemes.refuse_running_means(scheme, "PolyakCheckpoint")
@@ -208,6 +211,7 @@ def _choose_steps(every: int, every_steps: int | None, save_freq: object) -> int
             raise UsageError(
                 f"save_freq is {shown(save_freq)!r}; expected 'epoch' or a number of batches"
             )
+        check_counts(save_freq=save_freq)
         if every_steps is not None:
             raise UsageError("save_freq and every_steps mean the same; give one of them")
         every_steps = save_freq
@@ -267,17 +271,6 @@ def _compile_pattern(pattern: str, counted: str) -> re.Pattern[str]:
         elif field is not None:
             text += ".+?"
     return re.compile(text)
-
-
-def _check_numbers(last: int, every: int, every_steps: int | None, keep: int | None) -> None:
-    found: dict[str, Any] = {"last": last, "every": every, "every_steps": every_steps, "keep": keep}
-    for name, number in found.items():
-        if number is not None and not isinstance(number, Integral):
-            raise UsageError(f"{name} is {shown(number)!r}; expected a whole number")
-        if number is not None and number < 1:
-            raise UsageError(f"{name} is {number}; expected at least 1")
-    if keep is not None and keep < last:
-        raise UsageError(f"keep is {keep}, but last is {last}: what is averaged must be kept")
 
 
 def _check_settings(settings: Mapping[str, object]) -> None:

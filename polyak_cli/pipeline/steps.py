@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from numbers import Integral
 from typing import Any
 
-from polyak_cli.errors import UsageError
+from polyak_cli.errors import UsageError, shown
 
 
 class Steps:
@@ -49,6 +50,25 @@ class Steps:
         self.done += batch - self._batch
         self._batch = batch
         return self.done // every > before // every
+
+
+def check_counts(optional: Collection[str] = (), /, **counts: object) -> None:
+    """Refuse what counts nothing.
+
+    Args:
+        optional: the arguments that may be None.
+        **counts: argument -> its value.
+
+    Raises:
+        UsageError: one is no whole number, or less than 1.
+    """
+    for name, number in counts.items():
+        if number is None and name in optional:
+            continue
+        if isinstance(number, bool) or not isinstance(number, Integral):  # as numpy's integers are
+            raise UsageError(f"{name} is {shown(repr(number))}; expected a whole number")
+        if number < 1:
+            raise UsageError(f"{name} is {number}; expected at least 1")
 
 
 def count_batches(params: Mapping[str, Any]) -> int:

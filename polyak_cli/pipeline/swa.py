@@ -17,7 +17,7 @@ import numpy as np
 from polyak_cli.averaging.schemes import make_mean
 from polyak_cli.engine import running
 from polyak_cli.errors import MissingExtraError, UsageError, shown, word_count
-from polyak_cli.pipeline.steps import Steps
+from polyak_cli.pipeline.steps import Steps, check_counts
 from polyak_cli.tensors import FLOATS
 
 try:
@@ -96,7 +96,7 @@ class StochasticWeightAveraging(keras.callbacks.Callback):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         _check_numbers(start_epoch, start_step, every, every_steps)
-        if scheme not in RUNNING:
+        if not isinstance(scheme, str) or scheme not in RUNNING:
             raise UsageError(
                 f"scheme is {shown(scheme)!r}; expected {' or '.join(RUNNING)}: others are exact "
                 "only once all checkpoints are known, so use PolyakCheckpoint"
@@ -115,12 +115,7 @@ class StochasticWeightAveraging(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Refuse what would come to nothing after hours of training."""
         del logs
-        epochs = self.params.get("epochs")
-        if epochs and epochs < self.start_epoch:
-            raise UsageError(
-                f"start_epoch is {self.start_epoch}, but fit ends after epoch {epochs}: nothing "
-                "would be averaged"
-            )
+        self._check_end()
         self.count = self.nbytes = 0
         self._steps, self._sums = Steps(), None
         layers = [
@@ -137,6 +132,21 @@ class StochasticWeightAveraging(keras.callbacks.Callback):  # type: ignore[misc]
                 "with which they are computed again",
                 stacklevel=2,
             )
+
+    def _check_end(self) -> None:
+        """Refuse a training that ends before its weights count, as far as its end is known."""
+        epochs, batches = self.params.get("epochs"), self.params.get("steps")
+        if not epochs:
+            return
+        ends = [("epoch", epochs, -(-self.start_epoch // self.every) * self.every)]
+        if self.every_steps is not None and batches:
+            ends.append(("step", epochs * batches, max(self.start_step, self.every_steps)))
+        for unit, end, first in ends:
+            if end < first:
+                raise UsageError(
+                    f"weights count from {unit} {first} on, but fit ends after {unit} {end}: "
+                    "nothing would be averaged"
+                )
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Note the epoch, and where its steps begin."""
@@ -225,9 +235,15 @@ def _take_rows(given: Any, batch_size: int) -> Split | None:
     if given is None:
         return None
     features = tuple(given) if isinstance(given, list) else given
+    split = isinstance(given, data.Split)
+    if not split and not all(np.ndim(one) for one in data.list_arrays(features)):
+        raise UsageError(
+            f"recalibrate is of type {type(given).__name__}; expected training rows: an array, or "
+            "a tuple or dict of arrays"
+        )
     rows = (
         given
-        if isinstance(given, data.Split)
+        if split
         # Labels are not used; there are as many as rows.
         else data.Split("recalibrate", features, data.list_arrays(features)[0])
     )
@@ -238,15 +254,13 @@ def _take_rows(given: Any, batch_size: int) -> Split | None:
 def _check_numbers(
     start_epoch: int, start_step: int | None, every: int, every_steps: int | None
 ) -> None:
-    found = {
-        "start_epoch": start_epoch,
-        "start_step": start_step,
-        "every": every,
-        "every_steps": every_steps,
-    }
-    for name, number in found.items():
-        if number is not None and number < 1:
-            raise UsageError(f"{name} is {number}; expected at least 1")
+    check_counts(
+        ("start_step", "every_steps"),
+        start_epoch=start_epoch,
+        start_step=start_step,
+        every=every,
+        every_steps=every_steps,
+    )
     if every_steps is not None and every != 1:
         raise UsageError(
             f"every is {every} epochs, but weights are averaged every {every_steps} steps; give "

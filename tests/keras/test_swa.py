@@ -123,10 +123,31 @@ def test_nothing_is_averaged_silently() -> None:
     trained = model()
     with pytest.warns(UserWarning, match="of 1 BatchNorm layer will be averaged"):
         trained.fit(ROWS, LABELS, verbose=0, epochs=3, callbacks=[swa])
+    stop = keras.callbacks.EarlyStopping("loss", min_delta=1e9)
     with pytest.warns(UserWarning, match="training ended before its weights counted"):
-        fit(trained, swa, epochs=2)
-    with pytest.raises(UsageError, match="start_epoch is 5, but fit ends after epoch 4"):
-        fit(trained, StochasticWeightAveraging(5), epochs=4)
+        fit(trained, stop, swa, epochs=3)
+    with pytest.warns(UserWarning, match="training ended before its weights counted"):
+        fit(trained, swa, epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start_epoch": 3}, "from epoch 3 on, but fit ends after epoch 2"),
+        ({"every": 5}, "from epoch 5 on, but fit ends after epoch 2"),
+        ({"start_epoch": 3, "every_steps": 1}, "from epoch 3 on, but fit ends after epoch 2"),
+        ({"every_steps": 99}, r"from step 99 on, but fit ends after step \d+: nothing"),
+        ({"every_steps": 2, "start_step": 99}, "from step 99 on, but fit ends after step"),
+    ],
+    ids=str,
+)
+def test_a_training_that_ends_too_early_is_refused(options: dict[str, Any], message: str) -> None:
+    """Before the first epoch, by all counts that can be known then."""
+    trained = model()
+    before = trained.get_weights()
+    with pytest.raises(UsageError, match=message):
+        fit(trained, StochasticWeightAveraging(**options), epochs=2)
+    check_same(before, trained.get_weights())
 
 
 def test_a_run_that_diverges_ends_the_training() -> None:
@@ -158,6 +179,12 @@ def test_running_schemes_are_those_of_files(scheme: str) -> None:
     [
         ({"start_epoch": 0}, "start_epoch is 0"),
         ({"every_steps": 0}, "every_steps is 0"),
+        ({"every": 1.5}, r"every is 1\.5; expected a whole number"),
+        ({"every_steps": True}, "every_steps is True; expected a whole number"),
+        ({"start_epoch": "3"}, "start_epoch is '3'; expected a whole number"),
+        ({"scheme": ["equal"]}, "scheme is .*; expected equal or linear"),
+        ({"recalibrate": "rows.npz"}, "recalibrate is of type str; expected training rows"),
+        ({"recalibrate": np.float32(1)}, "recalibrate is of type float32; expected training rows"),
         ({"every": 2, "every_steps": 5}, "every is 2 epochs"),
         ({"start_step": 5}, "give every_steps too"),
         ({"scheme": "exp"}, "scheme is 'exp'; expected equal or linear"),
