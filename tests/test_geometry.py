@@ -28,6 +28,7 @@ from tests.browser import find_faults, open_browser
 from tests.command import SAMPLES, one_line, polyak
 from tests.oracle import Array, write_model
 from tests.test_keras_zip import members, write_archive
+from tests.test_weights import write_weights
 
 Tensors = dict[str, Array]
 Vectors = np.ndarray[Any, Any]
@@ -379,6 +380,20 @@ def test_statistics_that_hide_the_weights_are_said(tmp_path: Path) -> None:
         geometry(tmp_path, exclude_tensors=[glob]),
         flatten([{n: v for n, v in one.items() if "moving" not in n} for one in run]),
     )
+
+
+def test_numbered_statistics_that_hide_the_weights_are_named(tmp_path: Path) -> None:
+    """Keras's newer files number them; each name in the note leaves out what it names."""
+    for k in range(3):
+        norm = {f"layers/batch_normalization/vars/{n}": np.full(5, 1.0 + 9 * k) for n in (2, 3)}
+        weights = {f"layers/batch_normalization/vars/{n}": np.ones(5) for n in (0, 1)}
+        dense = {"layers/dense/vars/0": np.arange(40.0) + k / 9}
+        write_weights(tmp_path / f"m_{k + 1}.weights.h5", {**weights, **norm, **dense})
+    (note,) = [note for note in geometry(tmp_path).notes if "BatchNorm" in note]
+    names = re.findall(r"layers/\S+/vars/\d", note)
+    assert sorted(names) == [f"layers/batch_normalization/vars/{n}" for n in (2, 3)]
+    found = geometry(tmp_path, exclude_tensors=names)
+    assert not [note for note in found.notes if "BatchNorm's statistics make up" in note]
 
 
 # --- what is refused ------------------------------------------------------------------------------

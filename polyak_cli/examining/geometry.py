@@ -22,7 +22,13 @@ from polyak_cli.averaging.belonging.constants import (
     is_diverged,
     merge_constants,
 )
-from polyak_cli.averaging.matching import Row, is_statistic, list_files, list_sources
+from polyak_cli.averaging.matching import (
+    Row,
+    find_last_part,
+    is_statistic,
+    list_files,
+    list_sources,
+)
 from polyak_cli.averaging.notebook import write_html, write_text
 from polyak_cli.averaging.options import Options, Progress, Source, parse, select
 from polyak_cli.averaging.planning import Plan, plan_average
@@ -489,9 +495,19 @@ def _note_ignored(plan: Plan) -> Iterator[str]:
 def _note_statistics(plan: Plan, moved: Sequence[Moved]) -> Iterator[str]:
     """Yield that BatchNorm's statistics hide how the weights move, if they do."""
     table = plan.tables[-1]
-    share = sum(one.share for one in moved if is_statistic(table, one.name))
+    found = [one for one in moved if is_statistic(table, one.name)]
+    share = sum(one.share for one in found)
     if share > _HIDING:
         yield (
             f"BatchNorm's statistics make up {share:.0%} of the movement and hide that of the "
-            "weights; leave them out with --exclude-tensors '*moving_*' (PyTorch: '*running_*')"
+            f"weights; leave them out with {_exclude([one.name for one in found])}"
         )
+
+
+def _exclude(names: Sequence[str]) -> str:
+    """Return the option that leaves BatchNorm's statistics out, as this file names them."""
+    for word in ("moving_", "running_"):
+        if all(find_last_part(name).startswith(word) for name in names):
+            return f"--exclude-tensors '*{word}*'"
+    # Keras's newer files number them.
+    return f"--exclude-tensors, once for each: {list_some(names)}"
