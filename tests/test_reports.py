@@ -99,7 +99,10 @@ def test_csv_and_json_hold_every_number() -> None:
     [
         ("newest", "Keep the newest checkpoint, model_3.h5: no other model was better."),
         ("better", "equal, last 2 is better than the newest checkpoint, model_3.h5."),
-        ("within noise", "No gain is shown: equal, last 2 is within noise of the newest"),
+        (
+            "within noise",
+            "No gain in accuracy is shown: equal, last 2 is within noise of the newest",
+        ),
         ("worse", "Keep the newest checkpoint, model_3.h5: equal, last 2 was chosen, and is worse"),
         ("not comparable", "have no finite accuracy that can be compared"),
     ],
@@ -152,7 +155,7 @@ def test_the_answer_comes_first_and_the_ten_best_follow() -> None:
     """Verdict, winner and its command are the first lines; each model has one row, best first."""
     data = found()
     lines = print_lines(data)
-    assert lines[0].startswith("No gain is shown: equal, last 2 is within noise")
+    assert lines[0].startswith("No gain in accuracy is shown: equal, last 2 is within noise")
     assert lines[1] == (
         "Best accuracy of 5 models on 50 rows: equal, last 2, 0.8000. "
         "The best single checkpoint: model_1.h5, 0.7000."

@@ -384,7 +384,8 @@ def scheme_options(function: Any) -> Any:
         option(
             "--scheme",
             type=click.Choice(list(SCHEMES)),
-            help="How coefficients depend on age.  [default: equal]",
+            help="How coefficients depend on age; window and posthoc combine running means, in "
+            "polyak average only.  [default: equal]",
         )
     ]
     declared += [_declare_parameter(name, owners) for name, owners in PARAMETERS.items()]

@@ -187,8 +187,8 @@ def write_verdict(found: Data) -> str:
         )
     if found["verdict"] == "within noise":
         return (
-            f"No gain is shown: {name} is within noise of the newest checkpoint, {newest}; keep "
-            "the newest."
+            f"No gain in {found['metric']} is shown: {name} is within noise of the newest "
+            f"checkpoint, {newest}; keep the newest."
         )
     return (
         f"{name} and the newest checkpoint, {newest}, have no finite {found['metric']} that can be "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
@@ -155,6 +156,14 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         """Save and average, if epochs are counted and it is one of every ``every``."""
         if self.every_steps is None and (epoch + 1) % self.every == 0:
             self._add(epoch + 1, logs or {})
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Warn where the training was too short for a checkpoint."""
+        del logs
+        if self.report is None:
+            warnings.warn(
+                "training ended before a checkpoint was saved; there is no average", stacklevel=2
+            )
 
     def _add(self, number: int, logs: Mapping[str, Any]) -> None:
         """Save the checkpoint of an epoch or step, average, and delete old checkpoints."""

@@ -200,6 +200,16 @@ def test_steps_that_run_in_one_go_are_saved_at_the_next_report(tmp_path: Path) -
     assert saved == [4, 6, 10, 12]
 
 
+def test_a_training_without_a_checkpoint_warns(tmp_path: Path) -> None:
+    """More steps than the training has: nothing is saved, and nobody should look for an average."""
+    callback = PolyakCheckpoint(tmp_path / "c", tmp_path / "latest.h5", every_steps=500)
+    with pytest.warns(
+        UserWarning, match="ended before a checkpoint was saved; there is no average"
+    ):
+        fit(callback, batch_size=8)
+    assert files(tmp_path / "c") == []
+
+
 def test_steps_before_a_resumed_epoch_must_be_known(tmp_path: Path) -> None:
     """A generator has no length, so nobody knows at which step epoch 2 begins."""
     callback = PolyakCheckpoint(tmp_path / "c", tmp_path / "latest.h5", every_steps=3)
