@@ -230,7 +230,8 @@ def test_the_command_of_a_recalibrated_winner_names_the_data() -> None:
     """The data as they were named, and the rows at a time; without --write-best, a likely file."""
     recipe = ("ckpts", {"last": 2, "recalibrate": object(), "batch_size": 64, "trust_code": False})
     checkpoints = [SimpleNamespace(path=Path("ckpts/model_1.keras"))]
-    swept: Any = SimpleNamespace(recipe=recipe, plan=SimpleNamespace(checkpoints=checkpoints))
+    plan = SimpleNamespace(checkpoints=checkpoints, tables=checkpoints)
+    swept: Any = SimpleNamespace(recipe=recipe, plan=plan)
     assert sweeps.write_winner(swept, "my rows.npz", None) == (
         "polyak average ckpts --last 2 --recalibrate 'my rows.npz' --batch-size 64 -o best.keras"
     )
