@@ -86,12 +86,22 @@ def test_a_sweep_is_forecast_by_its_last_ten_and_the_average_of_five() -> None:
     """Losses are those of the rows that nothing was chosen on; without both there is nothing."""
     wanted = forecast([float(k) for k in range(3, 13)], 5.0)
     assert wanted is not None
-    assert forecast_sweep(score(12)[::-1], "reporting") == wanted
-    assert forecast_sweep(score(9), "reporting") is None
-    assert forecast_sweep(score(12, "linear"), "reporting") is None
+    places = [float(k) for k in range(1, 13)]
+    assert forecast_sweep(score(12)[::-1], "reporting", places) == wanted
+    assert forecast_sweep(score(9), "reporting", places[:9]) is None
+    assert forecast_sweep(score(12, "linear"), "reporting", places) is None
     text = word_forecast(wanted.data())
     assert f"about loss 5, from {wanted.low:.4g} to {wanted.high:.4g}." in text
     assert "95 % of measured trials, 90 % in the worst task" in text
+
+
+def test_checkpoints_that_are_not_one_an_epoch_give_no_forecast() -> None:
+    """Steps, every second epoch and a missing epoch were not measured; older gaps do not matter."""
+    rows, epochs = score(12), [float(k) for k in range(1, 13)]
+    for places in ([100 * k for k in epochs], [2 * k for k in epochs], [*epochs[:-1], 13.0]):
+        assert forecast_sweep(rows, "reporting", places) is None
+    early = [-9.0, -5.0, *epochs[2:]]
+    assert forecast_sweep(rows, "reporting", early) == forecast_sweep(rows, "reporting", epochs)
 
 
 class Scorer:
@@ -147,4 +157,6 @@ def test_fewer_than_ten_checkpoints_give_a_note(tmp_path: Path) -> None:
         np.savez(tmp_path / f"model_{k}.npz", w=np.full(3, k / 10))
     done = polyak("watch", ".", "--once", "--data", "blobs", "-o", "o.npz", cwd=tmp_path)
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
-    assert "no forecast: it takes an average of ten checkpoints or more with a loss" in done.stderr
+    assert "no forecast: it takes an average of ten checkpoints or more with a loss, one an" in (
+        done.stderr
+    )

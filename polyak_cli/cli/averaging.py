@@ -228,8 +228,8 @@ def _load_forecaster(
             rendering.print_notes([f"no forecast this time: {error}"], quiet)
             return None
         if found is None and not said:
-            about = "no forecast: it takes an average of ten checkpoints or more with a loss"
-            rendering.print_notes([about], quiet)
+            about = "it takes an average of ten checkpoints or more with a loss, one an epoch"
+            rendering.print_notes([f"no forecast: {about}"], quiet)
             said = True
         return found
 

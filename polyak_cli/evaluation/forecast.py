@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -73,17 +74,23 @@ def forecast(singles: Sequence[float], average: float) -> Forecast | None:
     return Forecast(average, average * math.exp(-half), average * math.exp(half))
 
 
-def forecast_sweep(rows: Sequence[ScoredCandidate], split: str) -> Forecast | None:
+def forecast_sweep(
+    rows: Sequence[ScoredCandidate], split: str, positions: Sequence[float]
+) -> Forecast | None:
     """Return what annealing now would give, by the scores of a sweep.
 
     Args:
         rows: the candidates of a sweep.
         split: the rows whose losses are taken.
+        positions: where each checkpoint stands in the run, oldest first.
 
     Returns:
-        None without ten checkpoints with a loss, or where the equal average of the newest five was
-        not scored.
+        None without ten checkpoints with a loss, where the equal average of the newest five was not
+        scored, or where the last ten are not one an epoch, as nothing else was measured.
     """
+    last = positions[-2 * WINDOW :]
+    if any(after - before != 1 for before, after in pairwise(last)):
+        return None
     singles, averages = {}, []
     for row in rows:
         one, loss = row.candidate, row.value("loss", split)

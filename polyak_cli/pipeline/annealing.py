@@ -59,7 +59,7 @@ class Forecaster:
         known = [ScoredCandidate(one, self._scored[files[id(one)]]) for one in singles]
         # Others are not asked for again.
         self._scored = {key: self._scored[key] for key in files.values()}
-        return forecast_sweep([*known, found[-1]], _SPLIT)
+        return forecast_sweep([*known, found[-1]], _SPLIT, plan.positions)
 
     def _score(self, plan: Plan, wanted: list[Candidate]) -> list[ScoredCandidate]:
         """Return the scores of single checkpoints and of an average, in order."""

@@ -98,7 +98,7 @@ class Sweep:
     @property
     def forecast(self) -> Forecast | None:
         """The loss that annealing now would give; None where that is not known."""
-        return forecast_sweep(self.rows, "reporting")
+        return forecast_sweep(self.rows, "reporting", self.plan.positions)
 
     def _repr_html_(self) -> str:
         """Return the winner and the best models for a notebook."""
