@@ -169,7 +169,9 @@ def test_fewer_checkpoints_than_asked_for_are_averaged_and_it_is_said(folder: Pa
     """A run that has just begun has no ten checkpoints yet."""
     (report,) = once(folder, last=10)
     assert names(report) == ["model_1.h5", "model_2.h5", "model_3.h5"]
-    assert report.notes == ("there are fewer checkpoints than --last 10 so far; all are averaged",)
+    assert report.notes == (
+        "there are fewer checkpoints than --last 10 so far; no others are waited for",
+    )
     assert (folder / "o.h5").read_bytes() == made(folder, last=3)
 
 
@@ -181,7 +183,10 @@ def test_the_best_are_chosen_among_those_that_are_there(folder: Path) -> None:
     assert names(report) == ["model_2.h5", "model_3.h5"]
     (report,) = once(folder, best=4, log=log)
     assert names(report) == ["model_1.h5", "model_2.h5", "model_3.h5"]
-    assert report.notes[0] == "there are fewer checkpoints than --best 4 so far; all are averaged"
+    assert (
+        report.notes[0]
+        == "there are fewer checkpoints than --best 4 so far; no others are waited for"
+    )
 
 
 def test_spacing_and_even_choice_follow_the_newest(folder: Path) -> None:
@@ -192,7 +197,7 @@ def test_spacing_and_even_choice_follow_the_newest(folder: Path) -> None:
     assert names(report) == ["model_1.h5", "model_3.h5"]
     (report,) = once(folder, target_count=5, last=2)
     assert names(report) == ["model_2.h5", "model_3.h5"]
-    note = "there are fewer checkpoints than --target-count 5 so far; all are averaged"
+    note = "there are fewer checkpoints than --target-count 5 so far; no others are waited for"
     assert report.notes == (note,)
 
 

@@ -336,7 +336,9 @@ class _Watched:
         option, wanted = next((one for one in given if one[1] is not None), ("last", 0))
         if len(plan.checkpoints) >= (wanted or 0):
             return []
-        return [f"there are fewer checkpoints than --{option} {wanted} so far; all are averaged"]
+        return [
+            f"there are fewer checkpoints than --{option} {wanted} so far; no others are waited for"
+        ]
 
 
 def _map_files(plan: Plan) -> dict[Path, _Files]:
