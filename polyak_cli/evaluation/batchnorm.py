@@ -100,7 +100,7 @@ def gather_moments(
         keras, model, layers = _load_model(table, trust_code, architecture, held_back)
         stored = locate_variables(model, table)
         recorders = _make_recorders(path, layers, keras)
-        rows = _fit_rows(path, model, rows)
+        rows = fit_rows(path, model, rows)
         before = _locate_values(path, recorders, stored)
         with reword_keras_errors(path, f"cannot run it on {rows.source}", held_back):
             batches = _run_model(keras, model, recorders, rows, batch_size)
@@ -134,7 +134,7 @@ def gather_in_memory(
 
     path = Path(model.name)
     recorders = _make_recorders(path, model._flatten_layers(), keras)
-    rows = _fit_rows(path, model, rows)
+    rows = fit_rows(path, model, rows)
     try:
         with reword_keras_errors(path, f"cannot run it on {rows.source}", lambda: ""):
             _run_model(keras, model, recorders, rows, batch_size)
@@ -169,8 +169,12 @@ def check_rows(rows: data.Split, batch_size: int) -> None:
         )
 
 
-def _fit_rows(path: Path, model: Any, rows: data.Split) -> data.Split:
-    """Return rows in the structure that a model takes."""
+def fit_rows(path: Path, model: Any, rows: data.Split) -> data.Split:
+    """Return rows in the structure that a model takes.
+
+    Raises:
+        MismatchError: they do not fit its inputs.
+    """
     features = fit_features(path, model, rows)
     return replace(rows, features=tuple(features) if isinstance(features, list) else features)
 

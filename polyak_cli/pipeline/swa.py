@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,7 +81,8 @@ class StochasticWeightAveraging(keras.callbacks.Callback):  # type: ignore[misc]
     Raises:
         UsageError: the arguments contradict one another or are out of range, or training ends
             before anything would be averaged.
-        MismatchError: out of ``fit``, when weights are not finite, or rows do not fit the model.
+        MismatchError: out of ``fit``, before the first epoch when rows do not fit the model, and
+            when weights are not finite.
     """
 
     def __init__(
@@ -125,6 +127,10 @@ class StochasticWeightAveraging(keras.callbacks.Callback):  # type: ignore[misc]
         ]
         if self.rows is not None and not layers:
             raise UsageError("recalibrate is given, but the model has no BatchNorm layer")
+        if self.rows is not None:
+            from polyak_cli.evaluation import batchnorm
+
+            batchnorm.fit_rows(Path(self.model.name), self.model, self.rows)
         if self.rows is None and layers:
             warnings.warn(
                 f"the statistics of {word_count(len(layers), 'BatchNorm layer')} will be averaged, "

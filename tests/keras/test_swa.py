@@ -150,6 +150,15 @@ def test_a_training_that_ends_too_early_is_refused(options: dict[str, Any], mess
     check_same(before, trained.get_weights())
 
 
+def test_rows_that_do_not_fit_the_model_are_refused_before_training() -> None:
+    """Not hours later, when the statistics are computed."""
+    trained = model()
+    before = trained.get_weights()
+    with pytest.raises(MismatchError, match=r"but recalibrate has rows of shape \(9,\)"):
+        fit(trained, StochasticWeightAveraging(recalibrate=np.zeros((8, 9))), epochs=1)
+    check_same(before, trained.get_weights())
+
+
 def test_a_run_that_diverges_ends_the_training() -> None:
     """NaN is refused with the variable and the moment, and the weights stay those of training."""
     trained = model()
