@@ -64,6 +64,16 @@ def test_three_checkpoints_are_not_judged() -> None:
     assert verdict.judge(grams.make_gram(RUNS["drifting"][:4])) is not None
 
 
+def test_fewer_than_ten_get_the_word_without_shares() -> None:
+    """How often averaging paid was measured on windows of ten, so nothing is claimed of others."""
+    few = verdict.judge(grams.make_gram(RUNS["wandering"][:6]))
+    assert few is not None
+    assert (few.measured, few.data()["paid"], few.data()["lost"]) == (None, None, None)
+    text = verdict.word_movement(few)
+    assert text.startswith(f"{few.word}, by 6 checkpoints: ")
+    assert "%" not in text
+
+
 def test_the_line_gives_both_shares_and_denies_more() -> None:
     """The word, how often averaging paid and lost, and that this is no prediction."""
     for word, shares in verdict.MEASURED.items():

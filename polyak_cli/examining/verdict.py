@@ -52,21 +52,27 @@ class Movement(NamedTuple):
         word: "settled", "drifting" or "wandering".
         cosine: the mean cosine of each step with the next; None where nothing moves.
         last_step: the length of the last step, as a part of the longest; None where nothing moves.
+        checkpoints: how many were judged.
     """
 
     word: str
     cosine: float | None
     last_step: float | None
+    checkpoints: int = WINDOW
 
     @property
-    def measured(self) -> Shares:
-        """How often averaging paid and lost in runs that moved so."""
-        return MEASURED[self.word]
+    def measured(self) -> Shares | None:
+        """How often averaging paid and lost in windows that moved so; None for fewer than ten."""
+        return MEASURED[self.word] if self.checkpoints == WINDOW else None
 
     def data(self) -> dict[str, Any]:
         """Return it as JSON types."""
-        shares = self.measured
-        return {**self._asdict(), "paid": list(shares.paid), "lost": list(shares.lost)}
+        paid, lost = self.measured or (None, None)
+        return {
+            **self._asdict(),
+            "paid": paid and list(paid),
+            "lost": lost and list(lost),
+        }
 
 
 def judge(gram: Gram) -> Movement | None:
@@ -81,9 +87,9 @@ def judge(gram: Gram) -> Movement | None:
     steps = grams.lengths_of_steps(gram.normalise())
     longest = float(steps.max())
     if not longest > 0:
-        return Movement("settled", None, None)
+        return Movement("settled", None, None, gram.count)
     last, cosine = float(steps[-1]) / longest, grams.mean_cosine(gram)
-    return Movement(choose_word(cosine, last), cosine, last)
+    return Movement(choose_word(cosine, last), cosine, last, gram.count)
 
 
 def choose_word(cosine: float | None, last_step: float) -> str:
@@ -128,6 +134,11 @@ def rank_windows(groups: Mapping[str, Gram], length: int = WINDOW) -> list[Windo
 
 def word_movement(movement: Movement) -> str:
     """Return one line for the user."""
+    if movement.measured is None:
+        return (
+            f"{movement.word}, by {movement.checkpoints} checkpoints: how often averaging paid was "
+            "measured only where there were ten"
+        )
     paid, lost = (_word_range(shares) for shares in movement.measured)
     return (
         f"{movement.word}: of such windows of ten in the project's measurements averaging paid in "
