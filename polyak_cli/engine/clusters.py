@@ -11,15 +11,16 @@ import concurrent.futures as futures
 import contextlib
 import errno
 import logging
+import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from polyak_cli.engine.slabs import Batch
 from polyak_cli.errors import PolyakError, UsageError, shown
 from polyak_cli.processes.children import rebuild_error
 from polyak_cli.storage import Version
+from polyak_cli.storage.private import use_folder
 
 #: The variable by which Dask's own tools name a scheduler.
 ADDRESS = "DASK_SCHEDULER_ADDRESS"
@@ -289,6 +291,35 @@ def _silence() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _start_loop() -> Iterator[Any]:
+    """Yield Dask's loop on a thread; it, and the processes that it starts, never see Ctrl-C.
+
+    That is the coordinator's matter.  A process that ignored it by a handler of its own would print
+    a trace while it loads its modules.
+    """
+    from distributed.utils import LoopRunner
+
+    make: Any = LoopRunner
+    runner = make()
+    # Started by the first process, it would unblock the signal for all that follow.
+    resource_tracker.ensure_running()
+    others = {*multiprocessing.active_children()}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        runner.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield runner.loop
+    finally:
+        runner.stop()
+        # After an interrupt, those that were being started would still write into their folder.
+        for process in {*multiprocessing.active_children()} - others:
+            process.kill()
+            process.join()
+
+
+@contextlib.contextmanager
 def _start_local(jobs: int) -> Iterator[str]:
     """Yield the address of a scheduler with workers on this machine, which only it can reach."""
     import dask
@@ -296,11 +327,13 @@ def _start_local(jobs: int) -> Iterator[str]:
 
     make: Any = distributed.LocalCluster
     with (
-        tempfile.TemporaryDirectory(prefix="polyak-", ignore_cleanup_errors=True) as folder,
+        use_folder() as folder,
+        _start_loop() as loop,
         dask.config.set({"temporary-directory": folder}),  # where Dask would leave one of its own
     ):
         try:
             cluster = make(
+                loop=loop,
                 n_workers=jobs,
                 threads_per_worker=1,
                 host="127.0.0.1",
@@ -309,7 +342,6 @@ def _start_local(jobs: int) -> Iterator[str]:
                 dashboard_address="127.0.0.1:0",
                 scheduler_kwargs={"dashboard": False},
                 silence_logs=logging.CRITICAL + 1,
-                preload=[__name__],
                 memory_limit=0,  # `--max-memory` bounds the buffers already
             )
         except RuntimeError as error:
@@ -359,11 +391,6 @@ def _timeout() -> float:
 #: What a worker evaluates.  A function that it cannot import would end the worker, which is the
 #: user's; here the error comes back.
 _CALL = f"__import__({__name__!r}, fromlist=['run_on_dask']).run_on_dask(*task)"
-
-
-def dask_setup(_worker: object) -> None:
-    """Prepare a worker that is started here; Dask calls it.  Ctrl-C is the coordinator's matter."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_on_dask(version: str, job_id: str, job: bytes, share: bytes) -> Reply:

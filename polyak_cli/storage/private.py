@@ -12,11 +12,24 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 #: Bytes of the path of a socket, on Linux and macOS; and where paths are short enough.
 _LONGEST_PATH, _SHORT = 100, "/tmp"  # noqa: S108 (private folders are made in it)
 _PREFIX, _LOCK = "polyak-", "lock"
+
+
+@contextlib.contextmanager
+def use_folder() -> Iterator[str]:
+    """Yield a folder of this process in TMPDIR, and remove it; also those of dead processes."""
+    remove_dead()
+    path, lock = make_folder()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
 
 
 def make_folders(socket: str) -> tuple[str, str, list[int]]:

@@ -141,6 +141,21 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scheduler]:
         end(one)
 
 
+#: Says so when the first worker has been started for half a second, and loads its modules.
+STARTING = """
+import threading, time
+from distributed.process import AsyncProcess
+
+start = AsyncProcess.start
+
+def begin(self):
+    threading.Timer(0.5, print, ["now"], {"flush": True}).start()
+    return start(self)
+
+AsyncProcess.start = begin
+"""
+
+
 def average(folder: Path, *options: object, code: str = "") -> subprocess.CompletedProcess[str]:
     """Average a run with Dask to o.h5 of a folder, after executing some code."""
     # A scheduler that is gone is given up soon; workers that are started here may take long.
@@ -359,10 +374,34 @@ def wait_for_end_of_group(group: int) -> None:
 
 
 @pytest.mark.soak
+def test_an_interrupt_while_workers_start_is_one_line(
+    tmp_path: Path, run: tuple[Path, bytes]
+) -> None:
+    """Ctrl-C reaches processes that load their modules, and none of them prints a trace."""
+    process = subprocess.Popen(
+        script(STARTING, "average", run[0], "-o", "o.h5", "--engine", "dask", "--jobs", "2"),
+        cwd=tmp_path,
+        env=environment(TMPDIR=str(tmp_path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "now\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert one_line(err).endswith("no unfinished file is left")
+    assert tree(tmp_path) == {}
+    wait_for_end_of_group(process.pid)
+
+
+@pytest.mark.soak
 def test_a_coordinator_that_is_killed_leaves_nothing_visible(
     tmp_path: Path, run: tuple[Path, bytes]
 ) -> None:
-    """Its workers end by themselves, and the next run writes the same bytes."""
+    """Its workers end by themselves; the next run removes their folder, and writes the bytes."""
     code = SABOTAGE.format(k=5, what="os.kill(os.getpid(), signal.SIGKILL)")
     process = subprocess.Popen(
         script(code, "average", run[0], "-o", "o.h5", "--engine", "dask", "--jobs", "2"),
@@ -377,6 +416,7 @@ def test_a_coordinator_that_is_killed_leaves_nothing_visible(
     done = average(tmp_path, run[0], "--jobs", 2, "-q")
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "o.h5").read_bytes() == run[1]
+    assert not [name for name in tree(tmp_path) if name.startswith("polyak-")]
 
 
 def test_a_worker_of_another_version_is_refused(
