@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import shutil
 import signal
@@ -19,6 +20,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -38,6 +40,8 @@ MOST = 100_000
 _RUN = 64
 #: Seconds between two looks whether the process that started this one is alive.
 _LOOK = 1.0
+#: Seconds between attempts to take a connection while descriptors are short, and for all of them.
+_PAUSE, _PATIENCE = 0.05, 10.0
 _SOCKET = "gateway"
 
 
@@ -98,13 +102,17 @@ class Client:
 
     def connect(self) -> socket.socket:
         """Return a new connection, for one thread of one process at a time."""
-        connection = socket.socket(socket.AF_UNIX)
         try:
-            connection.connect(f"{self.place}/{_SOCKET}")
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(f"{self.place}/{_SOCKET}")
+            except OSError:
+                connection.close()
+                raise
         except OSError as error:
-            connection.close()
             raise PolyakError(
-                f"the process that reads from the network has ended ({error.strerror}); try again"
+                f"the process that reads from the network cannot be asked ({error.strerror}): it "
+                "has ended, or too few files may be open; try again, or raise ulimit -n"
             ) from None
         return connection
 
@@ -669,6 +677,7 @@ def main() -> None:
     owner = os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # they are meant for the other process
+    _raise_limit()
     server = _Server(root, owner)
     try:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -689,9 +698,25 @@ def main() -> None:
 
 
 def _accept(listener: socket.socket, server: _Server) -> None:
-    while True:
-        connection, _ = listener.accept()
+    """Take connections, until no descriptor becomes free for another."""
+    refused = 0
+    while refused * _PAUSE < _PATIENCE:
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # connections that end free descriptors
+            refused += 1
+            time.sleep(_PAUSE)
+            continue
+        refused = 0
         threading.Thread(target=server.serve, args=(connection,), daemon=True).start()
+    listener.close()  # whoever waits for a connection would wait for ever
+
+
+def _raise_limit() -> None:
+    """Let this process open as many files and connections as the system lets it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems have a lower limit of their own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import resource
+import socket
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from polyak_cli.storage import gateway
 from tests.command import Done, one_line, polyak, tree
 from tests.remote.kinds import write_run_and_average
 from tests.remote.proxy import (
@@ -189,3 +194,57 @@ def test_headers_and_values_are_few_requests(
     assert gets <= 3 * 5
     # Files of this size are hashed as well.
     assert nbytes <= proxy.traffic.received <= 2.1 * nbytes
+
+
+@SOAK
+@pytest.mark.parametrize("limit", [16, 20, 24])
+def test_too_few_descriptors_end_in_one_line(limit: int, bucket: S3Bucket, tmp_path: Path) -> None:
+    """Neither the command nor its cleanup waits for a connection that cannot be had."""
+    write_run_and_average(tmp_path, 90_000)  # large enough to be read by several connections
+    bucket.put_tree(tmp_path / "run", "run/")
+    done = polyak(
+        "average",
+        f"{bucket.url}/run/",
+        *("-o", f"{bucket.url}/average.safetensors"),
+        cwd=tmp_path,
+        environ=bucket.server.environ,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)),
+    )
+    if done.returncode:
+        assert done.returncode == 3
+        assert one_line(done.stderr)
+    assert bucket.keys("average") == ["average.safetensors"] * (done.returncode == 0)
+    assert bucket.uploads() == []
+
+
+def test_a_gateway_without_descriptors_refuses_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on once a descriptor is free, and closes its socket where none becomes free."""
+    monkeypatch.setattr(gateway, "_PAUSE", 0.001)
+    monkeypatch.setattr(gateway, "_PATIENCE", 0.01)
+    served: list[object] = []
+
+    class Server:
+        """Notes which connections it serves."""
+
+        def serve(self, connection: object) -> None:
+            served.append(connection)
+
+    class Listener:
+        """Has one connection after three failures, and never one again."""
+
+        def __init__(self) -> None:
+            self.asked, self.closed = 0, False
+
+        def accept(self) -> tuple[object, str]:
+            self.asked += 1
+            if self.asked == 4:
+                return "connection", ""
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        def close(self) -> None:
+            self.closed = True
+
+    listener = Listener()
+    gateway._accept(cast(socket.socket, listener), cast(gateway._Server, Server()))
+    assert listener.closed
+    assert served == ["connection"]
