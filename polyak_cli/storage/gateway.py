@@ -40,7 +40,7 @@ _RUN = 64
 #: Seconds between two looks whether the process that started this one is alive.
 _LOOK = 1.0
 #: Seconds between attempts to take a connection while descriptors are short, and for all of them.
-_PAUSE, _PATIENCE = 0.05, 10.0
+_PAUSE, _PATIENCE = 0.05, 5.0
 _SOCKET = "gateway"
 
 
