@@ -52,7 +52,7 @@ OTHERS |= {"--num-update-checkpoints"}
 OTHERS |= {"--input", "--no-sort", "--no-use-ema"}  # timm
 OTHERS |= {"--avg", "--epoch", "--use-averaged-model"}  # icefall
 OTHERS |= {"--index-url"}  # pip
-OTHERS |= {"--rate", "--rounds", "--size", "--workers"}  # of the bench of buckets
+OTHERS |= {"--rounds", "--size"}  # of the bench of buckets
 
 
 class Block(NamedTuple):
