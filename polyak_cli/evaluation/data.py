@@ -136,8 +136,8 @@ def halves(split: Split, *, seed: int = 0, share: float = 0.5) -> tuple[Split, S
     parts = [
         Split(
             f"{split.source}, for {purpose}",
-            _take_rows(split.features, k),
-            _take_rows(split.labels, k),
+            take_rows(split.features, k),
+            take_rows(split.labels, k),
         )
         for purpose, k in (("selection", chosen), ("reporting", ~chosen))
     ]
@@ -150,7 +150,7 @@ def halves(split: Split, *, seed: int = 0, share: float = 0.5) -> tuple[Split, S
     return parts[0], parts[1]
 
 
-def _take_rows(arrays: Arrays, chosen: Array) -> Arrays:
+def take_rows(arrays: Arrays, chosen: Array | slice) -> Arrays:
     """Return some rows of one array or of each of several."""
     if isinstance(arrays, Mapping):
         return {name: array[chosen] for name, array in arrays.items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from polyak_cli.checkpoints import find_file
-from polyak_cli.errors import FormatError, UsageError, shown
+from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
 from polyak_cli.evaluation import data
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.storage import mirrors
@@ -76,6 +76,14 @@ class RowScores:
     notes: tuple[str, ...] = ()
     loss_words: str = ""
     values: Mapping[str, data.Array] = field(default_factory=dict)
+
+
+def summarise(path: Path, splits: Sequence[data.Split], found: Sequence[RowScores]) -> list[Score]:
+    """Return the result of a file on each split in total."""
+    return [
+        Score(path, one.loss, one.metrics, split.rows, one.notes, one.loss_words)
+        for split, one in zip(splits, found, strict=True)
+    ]
 
 
 def evaluate(
@@ -148,6 +156,13 @@ class BackEnd(Protocol):
     """What runs the models of one framework."""
 
     notes: list[str]
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...] | None]:
+        """Of the predictions that can be scored: those of the last `score_rows`, one a split.
+
+        None where there are none for single rows; nothing before.
+        """
 
     def inspect_files(self, paths: Sequence[Path]) -> None:
         """See `Evaluator.inspect_files`."""
@@ -264,10 +279,7 @@ class Evaluator:
         path = Path(mirrors.enter(os.fspath(path)))
         if self._metric is None:
             return self._choose(path).score(path)
-        return [
-            Score(path, one.loss, one.metrics, split.rows, one.notes, one.loss_words)
-            for split, one in zip(self._splits, self.score_rows(path), strict=True)
-        ]
+        return summarise(path, self._splits, self.score_rows(path))
 
     def score_rows(self, path: Path) -> list[RowScores]:
         """Return the result of a file on each split, in total and row by row.
@@ -297,10 +309,16 @@ class Evaluator:
             UsageError: `score_rows` was not called before, or the model has several outputs.
             MismatchError: the shapes are not those of the model's own predictions.
         """
-        if self._last is None:
+        shapes = self._last.shapes if self._last else ()
+        if self._last is None or not shapes or None in shapes:
             raise UsageError(
                 "predictions can be scored only for a model with one output that was examined "
                 "before"
+            )
+        found = [array.shape for array in predictions]
+        if found != [*shapes]:
+            raise MismatchError(
+                f"predictions have the shapes {found}; expected those of the model, {[*shapes]}"
             )
         return self._measure(Path("the ensemble"), self._last.score_predictions(predictions))
 

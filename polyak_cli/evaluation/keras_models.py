@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from polyak_cli import formats
-from polyak_cli.errors import MismatchError, UsageError, shown
+from polyak_cli.errors import shown
 from polyak_cli.evaluation import data
 from polyak_cli.evaluation.architectures import Architecture
 from polyak_cli.evaluation.evaluator import RowScores, Score
@@ -76,15 +76,13 @@ class KerasModels:
         self._compiled: _CompiledModel | None = None
         self._reportable: list[_Reportable] = []
 
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...] | None]:
+        """See `evaluator.BackEnd.shapes`."""
+        return [one.shape for one in self._reportable]
+
     def inspect_files(self, paths: Sequence[Path]) -> None:
-        """Inspect files in separate processes, several at a time, before the first is loaded.
-
-        The result is used by the next call for this file and then discarded, so a rewritten file
-        is inspected again.
-
-        Raises:
-            FormatError: a file is damaged or foreign, or holds weights without an architecture.
-        """
+        """See `evaluator.Evaluator.inspect_files`."""
         # Keras decides by the suffix first: a zip archive of another name is opened as HDF5.
         hdf5 = [path for path in paths if path.suffix != ".keras" or not is_zip(path)]
         weights_of = self._weights_of.description if self._weights_of else None
@@ -94,7 +92,7 @@ class KerasModels:
                 self._described[path] = describe_archive(path)
 
     def score(self, path: Path) -> list[Score]:
-        """Return the score of a file on each split; raises as `score_rows` does."""
+        """See `evaluator.Evaluator.score`."""
         found, notes = self._evaluate(path, _CompiledModel.evaluate)
         return [
             Score(path, loss, metrics, split.rows, notes, self._name_loss())
@@ -102,13 +100,7 @@ class KerasModels:
         ]
 
     def score_rows(self, path: Path) -> list[RowScores]:
-        """Return the result of a file on each split, in total and row by row.
-
-        Raises:
-            FormatError: the file is damaged or foreign, or holds weights without an architecture.
-            MismatchError: the rows do not fit the model.
-            PolyakError: Keras cannot load or score the model, or it carries code.
-        """
+        """See `evaluator.Evaluator.score_rows`."""
         found, notes = self._evaluate(path, _CompiledModel.score_rows)
         self._reportable = [reportable for _, reportable in found]
         name = self._name_loss()
@@ -120,32 +112,12 @@ class KerasModels:
         return self._compiled.loss_words if self._compiled else ""
 
     def score_predictions(self, predictions: Sequence[data.Array]) -> list[RowScores]:
-        """Score predictions made elsewhere, such as a mean, like those of the model scored last.
-
-        Their loss is the mean of the losses of the rows.  It does not contain the penalty of
-        regularizers, which depends on the tensors of a model.
-
-        Args:
-            predictions: one array for each split, shaped like the model's own.
-
-        Raises:
-            UsageError: `score_rows` was not called before, or the model has several outputs.
-            MismatchError: the shapes are not those of the model's own predictions.
-        """
-        compiled, reportable = self._compiled, self._reportable
-        if compiled is None or not reportable or any(one.shape is None for one in reportable):
-            raise UsageError(
-                "predictions can be scored only for a model with one output that was examined "
-                "before"
-            )
-        if [array.shape for array in predictions] != [one.shape for one in reportable]:
-            raise MismatchError(
-                f"predictions have the shapes {[array.shape for array in predictions]}; expected "
-                f"those of the model, {[one.shape for one in reportable]}"
-            )
+        """See `evaluator.Evaluator.score_predictions`."""
+        compiled = self._compiled
+        assert compiled is not None  # noqa: S101 - `shapes` says so
         return [
             compiled.score_predictions(part, array, one, self._batch_size)
-            for part, array, one in zip(compiled.parts, predictions, reportable, strict=True)
+            for part, array, one in zip(compiled.parts, predictions, self._reportable, strict=True)
         ]
 
     def _evaluate(

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak_cli.checkpoints import find_file
-from polyak_cli.errors import MismatchError, MissingExtraError, UsageError, shown
+from polyak_cli.errors import MissingExtraError, UsageError, shown
 from polyak_cli.evaluation import data, user_code, weights
 from polyak_cli.evaluation.batchnorm import Moments
-from polyak_cli.evaluation.evaluator import RowScores, Score
+from polyak_cli.evaluation.evaluator import RowScores, Score, summarise
 from polyak_cli.evaluation.keras_files import collect_warnings
 from polyak_cli.evaluation.passes import Function, OwnLoss, Pass, Predictor
 from polyak_cli.evaluation.quiet import silence_frameworks
@@ -61,6 +61,11 @@ class NamedModels:
         self._made: tuple[Module | Function, OwnLoss | None] | None = None
         self._passes: list[Pass] = []
 
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...] | None]:
+        """See `evaluator.BackEnd.shapes`."""
+        return [made.shape for made in self._passes]
+
     def inspect_files(self, paths: Sequence[Path]) -> None:
         """See `evaluator.Evaluator.inspect_files`."""
         by_format: dict[str, list[Path]] = {}
@@ -71,10 +76,7 @@ class NamedModels:
 
     def score(self, path: Path) -> list[Score]:
         """See `evaluator.Evaluator.score`."""
-        return [
-            Score(path, one.loss, one.metrics, split.rows, one.notes, one.loss_words)
-            for split, one in zip(self._splits, self.score_rows(path), strict=True)
-        ]
+        return summarise(path, self._splits, self.score_rows(path))
 
     def score_rows(self, path: Path) -> list[RowScores]:
         """See `evaluator.Evaluator.score_rows`."""
@@ -98,14 +100,6 @@ class NamedModels:
 
     def score_predictions(self, predictions: Sequence[data.Array]) -> list[RowScores]:
         """See `evaluator.Evaluator.score_predictions`."""
-        if not self._passes or any(made.shape is None for made in self._passes):
-            raise UsageError("predictions can be scored only for a model that was scored before")
-        shapes = [made.shape for made in self._passes]
-        if [array.shape for array in predictions] != shapes:
-            raise MismatchError(
-                f"predictions have the shapes {[array.shape for array in predictions]}; expected "
-                f"those of the model, {shapes}"
-            )
         found = []
         for array, made in zip(predictions, self._passes, strict=True):
             again = made.restart()

@@ -10,7 +10,6 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -163,15 +162,6 @@ def _are_close(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
 
 
-def take_rows(features: data.Arrays, block: slice | data.Array) -> data.Arrays:
-    """Return some rows of one array, or of several."""
-    if isinstance(features, Mapping):
-        return {name: array[block] for name, array in features.items()}
-    if isinstance(features, tuple):
-        return tuple(array[block] for array in features)
-    return features[block]
-
-
 class Pass:
     """One pass of a model over the rows of a split.
 
@@ -224,7 +214,7 @@ class Pass:
         """
         for start in range(0, self._split.rows, batch_size):
             block = slice(start, start + batch_size)
-            given = self._predictor.predict(take_rows(self._split.features, block))
+            given = self._predictor.predict(data.take_rows(self._split.features, block))
             outputs = self._predictor.unwrap(given)
             target = self._target or self._fit(outputs)
             self._add(target, block, outputs, given)

@@ -20,7 +20,6 @@ import torch
 from polyak_cli.errors import MismatchError, list_some, shown
 from polyak_cli.evaluation import data, user_code, weights
 from polyak_cli.evaluation.batchnorm import Moments, divide_rows
-from polyak_cli.evaluation.passes import take_rows
 from polyak_cli.evaluation.torch_modules import Module
 from polyak_cli.tensors import Float64
 
@@ -147,7 +146,7 @@ def _run(module: Module, found: Sequence[_Recorder], rows: data.Split, batch_siz
         return 0
     batches = divide_rows(rows.rows, batch_size)
     for batch in batches:
-        module.run(take_rows(rows.features, batch))
+        module.run(data.take_rows(rows.features, batch))
     return len(batches)
 
 
