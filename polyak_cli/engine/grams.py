@@ -178,8 +178,9 @@ class GramWorker(Worker):
         self.pairs = PairSums()
 
     def fold(self, batch: Batch) -> Done:
-        """Take the products of a batch; return them, and what that took and found."""
-        self.pairs = PairSums(getattr(batch, "number", 0))
+        """Take the products of a numbered batch; return them, and what that took and found."""
+        assert isinstance(batch, NumberedBatch)  # noqa: S101 - `take` numbers them
+        self.pairs = PairSums(batch.number)
         return super().fold(batch)._replace(pairs=self.pairs)
 
     def _fold_bundle(self, bundle: Bundle) -> None:

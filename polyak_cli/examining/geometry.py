@@ -103,7 +103,7 @@ class Geometry:
     Attributes:
         checkpoints: oldest first.
         positions: where each stands in the run, in epochs.
-        scheme: the name of the scheme of the average; "custom" for coefficients of one's own.
+        scheme: the name of the scheme of the average; "custom" for ``--coefficients``.
         parameters: the parameters of the scheme.
         coefficients: of the average, oldest first; their sum is 1.
         gram: the inner products of the checkpoints; see `polyak_cli.examining.gram`, whose
@@ -263,11 +263,11 @@ class Geometry:
         self, scaled: Gram, components: grams_of.Components, relate: Any
     ) -> list[dict[str, Any]]:
         """Return what is known of each checkpoint."""
-        turns = [_word_nan(float(one)) for one in grams_of.cosines_of_steps(scaled)]
+        turns = [_keep_finite(float(one)) for one in grams_of.cosines_of_steps(scaled)]
         columns: dict[str, Sequence[Any]] = {
             "epoch": [one.epoch for one in self.checkpoints],
             "coefficient": self.coefficients,
-            "norm": [_word_infinite(float(one)) for one in grams_of.norms(self.gram)],
+            "norm": [_keep_finite(float(one)) for one in grams_of.norms(self.gram)],
             "to_previous": [None, *relate(grams_of.lengths_of_steps(scaled))],
             "cosine": [None, *turns, None],
             "to_newest": relate(grams_of.distances(scaled)[-1]),
@@ -292,11 +292,8 @@ def _divide(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _word_nan(value: float) -> float | None:
-    return None if np.isnan(value) else value
-
-
-def _word_infinite(value: float) -> float | None:
+def _keep_finite(value: float) -> float | None:
+    """Return a number, or None, as JSON has neither NaN nor infinity."""
     return value if np.isfinite(value) else None
 
 
