@@ -333,17 +333,12 @@ def test_all_workers_gone_is_one_line(
     assert tree(tmp_path) == {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SOAK)])
-def test_an_interrupt_cleans_up(
-    tmp_path: Path, run: tuple[Path, bytes], number: signal.Signals
-) -> None:
-    """Ctrl-C, which all processes of a terminal get, leaves no file and no process."""
-    what = 'print("now", flush=True); time.sleep(60)'
-    code = SABOTAGE.format(k=5, what=what)
+def start_average(folder: Path, run: Path, code: str) -> subprocess.Popen[str]:
+    """Start an average in a group of its own, with code that prints a line once it is to be hit."""
     process = subprocess.Popen(
-        script(code, "average", run[0], "-o", "o.h5", "--engine", "dask", "--jobs", "2"),
-        cwd=tmp_path,
-        env=environment(TMPDIR=str(tmp_path)),
+        script(code, "average", run, "-o", "o.h5", "--engine", "dask", "--jobs", "2"),
+        cwd=folder,
+        env=environment(TMPDIR=str(folder)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -351,6 +346,17 @@ def test_an_interrupt_cleans_up(
     )
     assert process.stdout
     assert process.stdout.readline() == "now\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SOAK)])
+def test_an_interrupt_cleans_up(
+    tmp_path: Path, run: tuple[Path, bytes], number: signal.Signals
+) -> None:
+    """Ctrl-C, which all processes of a terminal get, leaves no file and no process."""
+    what = 'print("now", flush=True); time.sleep(60)'
+    code = SABOTAGE.format(k=5, what=what)
+    process = start_average(tmp_path, run[0], code)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
@@ -378,17 +384,7 @@ def test_an_interrupt_while_workers_start_is_one_line(
     tmp_path: Path, run: tuple[Path, bytes]
 ) -> None:
     """Ctrl-C reaches processes that load their modules, and none of them prints a trace."""
-    process = subprocess.Popen(
-        script(STARTING, "average", run[0], "-o", "o.h5", "--engine", "dask", "--jobs", "2"),
-        cwd=tmp_path,
-        env=environment(TMPDIR=str(tmp_path)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout
-    assert process.stdout.readline() == "now\n"
+    process = start_average(tmp_path, run[0], STARTING)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
