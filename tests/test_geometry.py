@@ -423,6 +423,15 @@ def test_one_checkpoint_and_options_of_outputs_are_refused(tmp_path: Path) -> No
 # --- the command ----------------------------------------------------------------------------------
 
 
+def test_an_average_outside_of_its_checkpoints_is_said() -> None:
+    """Negative coefficients get the warning that averaging gives them; others get none."""
+    plain = geometry(SAMPLES, last=2, coefficients=[1, 3])
+    beyond = geometry(SAMPLES, last=2, coefficients=[-1, 2])
+    assert not [note for note in plain.notes if "coefficients" in note]
+    (note,) = [note for note in beyond.notes if "coefficients" in note]
+    assert note.startswith("warning: some coefficients are negative; the absolute values sum to 3,")
+
+
 def test_the_command_prints_what_the_function_finds(tmp_path: Path) -> None:
     """The sample run: its numbers in words and in JSON, and the same from Python."""
     done = polyak("geometry", SAMPLES, "--json", cwd=tmp_path)

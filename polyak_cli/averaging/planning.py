@@ -445,10 +445,10 @@ def _weigh(
     if "ema_half_life" in choice.parameters:  # without epochs, its unit would be checkpoints
         require_rising_epochs(chosen.checkpoints, "--ema-half-life")
     mean = settings.weighting.compute(chosen.positions, chosen.sigmas)
-    return choice, mean, [*chosen.notes, *_note_coefficients(choice, mean, chosen.positions[-1])]
+    return choice, mean, [*chosen.notes, *note_coefficients(choice, mean, chosen.positions[-1])]
 
 
-def _note_coefficients(choice: schemes.Choice, mean: schemes.Mean, end: float) -> Iterator[str]:
+def note_coefficients(choice: schemes.Choice, mean: schemes.Mean, end: float) -> Iterator[str]:
     """Yield what negative coefficients do, and a half-life that a short run cannot have.
 
     Args:

@@ -31,7 +31,7 @@ from polyak_cli.averaging.matching import (
 )
 from polyak_cli.averaging.notebook import write_html, write_text
 from polyak_cli.averaging.options import Options, Progress, Source, parse, select
-from polyak_cli.averaging.planning import Plan, plan_average
+from polyak_cli.averaging.planning import Plan, note_coefficients, plan_average
 from polyak_cli.averaging.writing import find_place, judge_runs
 from polyak_cli.engine import grams
 from polyak_cli.engine.constants import Constant
@@ -356,6 +356,8 @@ def measure(plan: Plan, progress: Progress | None = None) -> Geometry:
         whole = whole.plus(one)
     moved = _list_moved(groups, whole)
     about = [problem.text for problem in plan.suspicions]
+    choice = plan.settings.weighting.resolve()
+    about += note_coefficients(choice, plan.mean, plan.positions[-1])
     notes = [*about, *notes, *_note_ignored(plan), *_note_statistics(plan, moved)]
     return Geometry(
         checkpoints=plan.checkpoints,

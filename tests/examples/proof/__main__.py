@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,13 @@ from tests.examples.proof import figure, runs, tables
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "tests/examples/results"
+#: How many threads libraries take: more would only slow down matrices so small.
+THREADS = (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "TF_NUM_INTRAOP_THREADS",
+    "TF_NUM_INTEROP_THREADS",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
     asked = parser.parse_args(arguments)
+    os.environ.update(dict.fromkeys(THREADS, "1"))  # for the processes that train
     found = [
         result
         for family in runs.find_families(asked.wheel)
