@@ -125,11 +125,17 @@ def compare(newest: Right, averaged: Right) -> dict[str, Any]:
 # --- wrong labels: averaging pays -----------------------------------------------------------------
 
 
+def read_digits() -> tuple[training.Array, training.Array]:
+    """Return the images (rows, 64), in shades from 0 to 1, and their classes (rows,)."""
+    with np.load(HERE / "digits.npz") as file:
+        return file["x"] / 16, file["y"].astype(np.int64)
+
+
 def load_digits() -> tuple[training.Array, training.Array]:
     """Return the images, in a fixed random order, and their classes."""
-    with np.load(HERE / "digits.npz") as file:
-        order = np.random.default_rng(0).permutation(len(file["y"]))
-        return file["x"][order].reshape(-1, 64) / 16, file["y"][order].astype(np.int64)
+    pixels, classes = read_digits()
+    order = np.random.default_rng(0).permutation(len(classes))
+    return pixels[order], classes[order]
 
 
 def train_with_wrong_labels(folder: Path, seed: int, epochs: int = EPOCHS) -> None:

@@ -8,21 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples import digits
+from tests.examples.digits import experiment
+from tests.examples.digits.__main__ import RESULTS, ROOT
+from tests.examples.digits.in_keras import KERAS
+from tests.examples.digits.tables import table
 from tests.examples.proof import digits_cnn
-
-RESULTS = Path(digits.__file__).parent / "results"
 
 
 def test_the_guide_shows_the_results() -> None:
     """The table of each regime, made again from all numbers, is in the guide line by line."""
-    page = (digits.ROOT / "polyak_cli/guide/when.md").read_text()
-    results = json.loads((RESULTS / "digits.json").read_text())
-    known = [dataclasses.asdict(regime) for regime in digits.REGIMES]
+    page = (ROOT / "polyak_cli/guide/when.md").read_text()
+    results = json.loads((RESULTS / "digits_keras.json").read_text())
+    known = [dataclasses.asdict(regime) for regime in experiment.REGIMES]
     assert [result["regime"] for result in results] == known
     for result in results:
-        assert result["seeds"] == digits.SEEDS
-        assert digits.table(result["regime"], result["rows"]) in page
+        assert result["seeds"] == experiment.SEEDS
+        assert table(result["regime"], result["rows"]) in page
 
 
 @pytest.mark.slow
@@ -47,11 +48,11 @@ def test_a_copy_of_a_run_of_the_proof_goes_on_in_the_same_way(tmp_path: Path) ->
 @pytest.mark.soak
 def test_averaging_pays_where_the_newest_checkpoint_wanders(tmp_path: Path) -> None:
     """With wrong labels, the average beats the newest beyond noise; else they are equal."""
-    calm, _, wrong = digits.REGIMES
+    calm, _, wrong = experiment.REGIMES
     gains = {}
     for regime in (calm, wrong):
-        rows = {row["name"]: row for row in digits.experiment(regime, 2, tmp_path)}
-        assert rows.keys() == {*digits.CONTENDERS}
+        rows = {row["name"]: row for row in experiment.experiment(KERAS, regime, 2, tmp_path)}
+        assert rows.keys() == {*experiment.CONTENDERS}
         gains[regime.name] = rows["average"]["newest"]
     assert gains[wrong.name]["low"] > 0
     assert gains[wrong.name]["verdict"] == "better"

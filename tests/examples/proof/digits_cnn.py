@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.examples import digits
+from tests.examples.digits import experiment, in_keras
 from tests.examples.proof.families import Factors, Score, score_classes, spoil
 from tests.training import Array
 
@@ -24,7 +24,7 @@ BATCH = 16
 @cache
 def load() -> tuple[Array, Array, Array, Array]:
     """Return the images and classes to train on, then those to score."""
-    train, _, test = digits.images()
+    train, _, test = experiment.images()
     return (
         np.asarray(train.features),
         np.asarray(train.labels),
@@ -35,7 +35,7 @@ def load() -> tuple[Array, Array, Array, Array]:
 
 def build() -> Any:
     """Return the network of `digits`, not compiled."""
-    model = digits.network(0.1)
+    model = in_keras.network(0.1)
     return type(model).from_config(model.get_config())
 
 
