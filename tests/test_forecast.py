@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from polyak_cli.evaluation.candidates import ScoredCandidate, list_candidates
 from polyak_cli.evaluation.evaluator import RowScores
 from polyak_cli.evaluation.forecast import Forecast, forecast, forecast_sweep, word_forecast
 from polyak_cli.pipeline import annealing
-from tests.command import polyak
+from tests.command import one_line, polyak
 
 LOSSES = st.floats(1e-3, 1e3)
 
@@ -141,22 +140,56 @@ def test_a_checkpoint_of_a_watched_run_is_scored_once(
         assert singles == [f"model_{k:02d}.npz" for k in range(end - fresh + 1, end + 1)]
         assert len(scorer.seen) == fresh + 1
     assert forecaster.forecast(pipeline.plan(tmp_path, last=9)) is None
+    forecaster.check(plan)  # something was scored already
+    assert len(scorer.seen) == 2
+    fresh_one = annealing.Forecaster(rows)
+    scorer.seen.clear()
+    fresh_one.check(plan)
+    assert scorer.seen == ["model_12.npz"]
+    assert fresh_one.forecast(plan) == found
+    assert scorer.seen.count("model_12.npz") == 1
 
 
 def test_options_of_the_forecast_need_data(tmp_path: Path) -> None:
     """A model or trust without rows would have no effect, so they are refused."""
     done = polyak("watch", ".", "--once", "--trust-code", "-o", "o.npz", cwd=tmp_path)
     assert done.returncode == 2
-    assert "--model and --trust-code belong to --data, which is missing" in done.stderr
+    assert "--model, --device and --trust-code belong to --data, which is missing" in done.stderr
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("keras"), reason="scores with Keras")
-def test_fewer_than_ten_checkpoints_give_a_note(tmp_path: Path) -> None:
-    """The average is published all the same, and nothing is scored."""
-    for k in range(9):
-        np.savez(tmp_path / f"model_{k}.npz", w=np.full(3, k / 10))
-    done = polyak("watch", ".", "--once", "--data", "blobs", "-o", "o.npz", cwd=tmp_path)
-    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
-    assert "no forecast: it takes an average of ten checkpoints or more with a loss, one an" in (
-        done.stderr
-    )
+PREDICT = "def load(tensors):\n    return lambda x: x @ tensors['w'].reshape(2, 3)\n"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "why"),
+    [
+        (range(9), "it takes an average of ten checkpoints or more with a loss, one an epoch"),
+        (range(0, 1000, 100), "the last ten checkpoints are not one an epoch by their names"),
+    ],
+    ids=["fewer", "steps"],
+)
+def test_a_run_without_a_forecast_has_a_note_that_says_why(
+    tmp_path: Path, epochs: range, why: str
+) -> None:
+    """The average is published all the same."""
+    (tmp_path / "own.py").write_text(PREDICT)
+    for k in epochs:
+        np.savez(tmp_path / f"model_{k}.npz", w=np.full(6, k / 10))
+    watch = ("watch", ".", "--once", "--data", "blobs", "--interval", "0.01", "--model")
+    done = polyak(*watch, "own.py:load", "-o", "o.npz", cwd=tmp_path)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
+    assert done.stderr.startswith(f"note: no forecast: {why}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_cannot_be_scored_ends_a_watch_before_it_writes(tmp_path: Path) -> None:
+    """In one line, once the first checkpoint is there, whatever is missing or does not fit."""
+    (tmp_path / "own.py").write_text(PREDICT)
+    np.savez(tmp_path / "model_1.npz", w=np.zeros(5))
+    watch = ("watch", ".", "--once", "--data", "blobs", "--interval", "0.01", "-o", "o.npz")
+    for model, error in (((), "name a function"), (("--model", "own.py:load"), "ValueError")):
+        done = polyak(*watch, *model, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert error in one_line(done.stderr)
+        assert "model_1.npz" in done.stderr
+    assert not (tmp_path / "o.npz").exists()

@@ -80,8 +80,8 @@ def names(report: Report) -> list[str]:
 class Watcher:
     """A `polyak watch` that runs beside the test."""
 
-    def __init__(self, folder: Path, *options: str, code: str = "") -> None:
-        arguments = ("watch", "ckpts", "-o", "o.h5", *OPTIONS, *options)
+    def __init__(self, folder: Path, *options: str, code: str = "", output: str = "o.h5") -> None:
+        arguments = ("watch", "ckpts", "-o", output, *OPTIONS, *options)
         self.process = subprocess.Popen(
             script(code, *arguments) if code else [*POLYAK, *arguments],
             cwd=folder,
@@ -112,9 +112,9 @@ class Watcher:
 
 
 @contextmanager
-def watcher(folder: Path, *options: str, code: str = "") -> Iterator[Watcher]:
+def watcher(folder: Path, *options: str, code: str = "", output: str = "o.h5") -> Iterator[Watcher]:
     """Start one, and see that it ends."""
-    watched = Watcher(folder, *options, code=code)
+    watched = Watcher(folder, *options, code=code, output=output)
     try:
         yield watched
     finally:
@@ -588,6 +588,23 @@ def test_bad_options_are_refused_before_there_is_a_checkpoint(
     (tmp_path / "ckpts").mkdir()
     with pytest.raises(error):
         once(tmp_path, **options)
+
+
+def test_a_plan_that_is_refused_ends_it_before_anything_is_written(folder: Path) -> None:
+    """What a caller of `watch` checks comes first, also where the output is up to date."""
+    plans: list[planning.Plan] = []
+    (report,) = once(folder, check=plans.append)
+    assert [plan.names for plan in plans] == [report.plan.names]
+    before = (folder / "o.h5").read_bytes()
+
+    def refuse(_: planning.Plan) -> None:
+        raise MismatchError("no")
+
+    for name in ("o.h5", "p.h5"):
+        with pytest.raises(MismatchError, match="no"):
+            once(folder, name, check=refuse)
+    assert (folder / "o.h5").read_bytes() == before
+    assert not (folder / "p.h5").exists()
 
 
 def test_what_is_no_directory_is_refused(folder: Path) -> None:

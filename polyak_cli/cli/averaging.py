@@ -7,7 +7,6 @@ packages are imported inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +19,7 @@ from polyak_cli.cli.options import (
     ARCHITECTURE,
     AVERAGING,
     CHOOSING,
+    DEVICE,
     DONE,
     ENGINE,
     HASH,
@@ -43,6 +43,7 @@ from polyak_cli.errors import UsageError
 if TYPE_CHECKING:
     from polyak_cli.averaging.planning import Plan
     from polyak_cli.evaluation.forecast import Forecast
+    from polyak_cli.pipeline.annealing import Forecaster
 
 
 @click.command(
@@ -132,6 +133,7 @@ def average(
         "in polyak evaluate.",
     ),
     ARCHITECTURE,
+    DEVICE,
     TRUST_CODE,
 )
 @CHOOSING
@@ -163,6 +165,7 @@ def watch(
     once: bool,
     data: str | None,
     architecture: str | None,
+    device: str | None,
     trust_code: bool,
     as_json: bool,
     quiet: bool,
@@ -177,7 +180,7 @@ def watch(
     from polyak_cli.evaluation.forecast import word_forecast
     from polyak_cli.pipeline.watching import watch
 
-    foretell = _load_forecaster(data, architecture, trust_code, quiet)
+    foretelling = _load_forecaster(data, architecture, device, trust_code, quiet)
     noted: tuple[str, ...] = ()
     for report in watch(
         directory,
@@ -185,6 +188,7 @@ def watch(
         interval=interval,
         once=once,
         on_note=lambda note: rendering.print_notes([note], quiet),
+        check=foretelling.check if foretelling else None,
         **options,
     ):
         rendering.print_notes([note for note in report.notes if note not in noted], quiet)
@@ -192,48 +196,72 @@ def watch(
         if not as_json and not quiet:
             whole, brief = rendering.report_lines(report, True), rendering.published_lines(report)
             rendering.print_lines(whole if verbose else brief, sys.stdout)
-        found = foretell(report.plan) if foretell else None
+        found = foretelling.forecast(report.plan) if foretelling else None
         if as_json:
-            own = {"forecast": found and found.data()} if foretell else {}
+            own = {"forecast": found and found.data()} if foretelling else {}
             rendering.print_json_line({**report.data(), **own})
         elif found and not quiet:
             rendering.print_lines([word_forecast(found.data())], sys.stdout)
 
 
+class _Foretelling:
+    """Foretells the loss of an annealed run after each average, and prints notes once each."""
+
+    def __init__(self, forecaster: Forecaster, quiet: bool) -> None:
+        self._forecaster, self._quiet = forecaster, quiet
+        self._said: set[str] = set()
+
+    def check(self, plan: Plan) -> None:
+        """See `Forecaster.check`."""
+        from polyak_cli.evaluation.quiet import redirect_prints
+
+        with redirect_prints():
+            self._forecaster.check(plan)
+
+    def forecast(self, plan: Plan) -> Forecast | None:
+        """See `Forecaster.forecast`."""
+        from polyak_cli.errors import CheckpointError, FormatError
+        from polyak_cli.evaluation.forecast import explain_absence
+        from polyak_cli.evaluation.quiet import redirect_prints
+
+        try:
+            with redirect_prints():
+                found = self._forecaster.forecast(plan)
+        except (CheckpointError, FormatError) as error:  # such as one that the trainer deleted
+            rendering.print_notes([f"no forecast this time: {error}"], self._quiet)
+            return None
+        absent = [] if found else [f"no forecast: {explain_absence(plan.positions)}"]
+        notes = [note for note in (*self._forecaster.notes, *absent) if note not in self._said]
+        rendering.print_notes(notes, self._quiet)
+        self._said.update(notes)
+        return found
+
+
 def _load_forecaster(
-    data: str | None, architecture: str | None, trust_code: bool, quiet: bool
-) -> Callable[[Plan], Forecast | None] | None:
+    data: str | None,
+    architecture: str | None,
+    device: str | None,
+    trust_code: bool,
+    quiet: bool,
+) -> _Foretelling | None:
     """Return what foretells the loss of an annealed run; None if no data are given."""
     if data is None:
-        if architecture or trust_code:
-            raise UsageError("--model and --trust-code belong to --data, which is missing")
+        if architecture or device or trust_code:
+            raise UsageError(
+                "--model, --device and --trust-code belong to --data, which is missing"
+            )
         return None
-    from polyak_cli.errors import CheckpointError, FormatError
     from polyak_cli.evaluation import data as datasets
     from polyak_cli.evaluation.quiet import redirect_prints
     from polyak_cli.pipeline.annealing import Forecaster
 
     with redirect_prints():
         dataset = datasets.load(data)
-        forecaster = Forecaster(dataset.split(), trust_code=trust_code, model=architecture)
+        forecaster = Forecaster(
+            dataset.split(), trust_code=trust_code, model=architecture, device=device
+        )
     rendering.print_notes(dataset.notes, quiet)
-    said = False
-
-    def foretell(plan: Plan) -> Forecast | None:
-        nonlocal said
-        try:
-            with redirect_prints():
-                found = forecaster.forecast(plan)
-        except (CheckpointError, FormatError) as error:  # such as one that the trainer deleted
-            rendering.print_notes([f"no forecast this time: {error}"], quiet)
-            return None
-        if found is None and not said:
-            about = "it takes an average of ten checkpoints or more with a loss, one an epoch"
-            rendering.print_notes([f"no forecast: {about}"], quiet)
-            said = True
-        return found
-
-    return foretell
+    return _Foretelling(forecaster, quiet)
 
 
 @click.command(

@@ -88,8 +88,7 @@ def forecast_sweep(
         None without ten checkpoints with a loss, where the equal average of the newest five was not
         scored, or where the last ten are not one an epoch, as nothing else was measured.
     """
-    last = positions[-2 * WINDOW :]
-    if any(after - before != 1 for before, after in pairwise(last)):
+    if not _are_one_an_epoch(positions):
         return None
     singles, averages = {}, []
     for row in rows:
@@ -101,6 +100,27 @@ def forecast_sweep(
     if not averages:
         return None
     return forecast([singles[place] for place in sorted(singles)], averages[0])
+
+
+def _are_one_an_epoch(positions: Sequence[float]) -> bool:
+    """Return whether the last ten checkpoints, or all of fewer, follow each other by 1."""
+    return all(after - before == 1 for before, after in pairwise(positions[-2 * WINDOW :]))
+
+
+def explain_absence(positions: Sequence[float]) -> str:
+    """Return why a run has no forecast, for a user who asked for one.
+
+    Args:
+        positions: where each checkpoint of the average stands in the run, oldest first.
+    """
+    if len(positions) < 2 * WINDOW:
+        return "it takes an average of ten checkpoints or more with a loss, one an epoch"
+    if not _are_one_an_epoch(positions):
+        return (
+            "the last ten checkpoints are not one an epoch by their names, and nothing else was "
+            "measured"
+        )
+    return "a loss of the last ten checkpoints is missing, not finite, or not above 0"
 
 
 def word_forecast(found: Mapping[str, float]) -> str:

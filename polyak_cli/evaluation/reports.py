@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from polyak_cli import __version__
 from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown, word_count
 from polyak_cli.evaluation import keras_files, plots, user_code
+from polyak_cli.evaluation.forecast import word_forecast
 
 Data = Mapping[str, Any]
 #: The files of a report.
@@ -319,6 +320,7 @@ def render_page(found: Data, figures: Mapping[str, str]) -> str:
         **{name: found[name] for name in _NAMED},
         verdict=write_verdict(found),
         choice=write_choice(found),
+        forecast=word_forecast(found["forecast"]) if found["forecast"] else "",
         winner=found["winner"],
         gain_titles=gain_titles,
         gains=gains,

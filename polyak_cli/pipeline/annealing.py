@@ -7,7 +7,8 @@ far it can be trusted, is known in `evaluation.forecast`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from polyak_cli.averaging.planning import Plan
@@ -28,13 +29,36 @@ class Forecaster:
         rows: what they are scored on.
         trust_code: run code that a model file contains.
         model: the architecture of checkpoints that hold weights only, as for `evaluate`.
+        device: where PyTorch runs modules, as for `evaluate`.
     """
 
     def __init__(
-        self, rows: data.Split, *, trust_code: bool = False, model: str | None = None
+        self,
+        rows: data.Split,
+        *,
+        trust_code: bool = False,
+        model: str | None = None,
+        device: str | None = None,
     ) -> None:
-        self._evaluator = Evaluator([rows], trust_code=trust_code, model=model)
+        self._evaluator = Evaluator([rows], trust_code=trust_code, model=model, device=device)
         self._scored: dict[tuple[File, ...], Mapping[str, RowScores]] = {}
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Messages for the user about the checkpoints scored so far."""
+        return self._evaluator.notes
+
+    def check(self, plan: Plan) -> None:
+        """Score the newest checkpoint of the first plan.
+
+        What fits neither the rows nor the model would show only with the tenth checkpoint.
+
+        Raises:
+            PolyakError: it cannot be scored.
+        """
+        if not self._scored:
+            (scores,) = self._evaluator.score_rows(plan.checkpoints[-1].path)
+            self._scored[tuple(plan.tables[-1].files)] = {_SPLIT: _keep_loss(scores)}
 
     def forecast(self, plan: Plan) -> Forecast | None:
         """Return what annealing now would give; None where that is not known.
@@ -55,7 +79,8 @@ class Forecaster:
         fresh = [one for one in singles if files[id(one)] not in self._scored]
         found = self._score(plan, [*fresh, average])
         for row in found[:-1]:
-            self._scored[files[id(row.candidate)]] = row.scores
+            kept = {split: _keep_loss(scores) for split, scores in row.scores.items()}
+            self._scored[files[id(row.candidate)]] = kept
         known = [ScoredCandidate(one, self._scored[files[id(one)]]) for one in singles]
         # Others are not asked for again.
         self._scored = {key: self._scored[key] for key in files.values()}
@@ -66,3 +91,8 @@ class Forecaster:
         with tempfile.TemporaryDirectory(prefix=".polyak-watch-") as folder:
             scorer = CandidateScorer(plan, self._evaluator, (_SPLIT,), Path(folder), batch=1)
             return list(scorer.score(wanted))
+
+
+def _keep_loss(scores: RowScores) -> RowScores:
+    """Return scores without those of each row, which take memory for as long as a run trains."""
+    return replace(scores, losses=None, correct=None, predictions=None, values={})

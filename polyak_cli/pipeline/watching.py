@@ -50,6 +50,7 @@ def watch(
     interval: float = INTERVAL,
     once: bool = False,
     on_note: Callable[[str], None] | None = None,
+    check: Callable[[Plan], None] | None = None,
     **options: Unpack[Options],
 ) -> Iterator[Report]:
     """Average the checkpoints of a directory, and again whenever there are new ones.
@@ -66,6 +67,8 @@ def watch(
         interval: seconds between two looks.
         once: look twice and end, as from cron; an output that is up to date is left alone.
         on_note: called with each message on what is waited for, one line each.
+        check: called with each plan before it is run; a `PolyakError` that it raises ends the
+            watch, unless the directory changed meanwhile.
         **options: see `averaging.Options`; ``force`` replaces an output that is no average.
 
     Returns:
@@ -90,8 +93,12 @@ def watch(
         pipeline.check_replaceable(Path(output))
     options["force"] = True  # from now on: it is an average, or the user has said so
     url = locate(os.fspath(directory))  # which the command line has entered already
-    watched = _Watched(url, Path(output), options, on_note or (lambda _: None), once)
+    watched = _Watched(url, Path(output), options, on_note or _ignore, check or _ignore, once)
     return _look_repeatedly(watched, interval, 2 if once else None)
+
+
+def _ignore(_: object) -> None:
+    """Do nothing, where nobody listens or checks."""
 
 
 def _look_repeatedly(watched: _Watched, interval: float, looks: int | None) -> Iterator[Report]:
@@ -130,6 +137,7 @@ class _Watched:
     output: Path
     options: Options
     on_note: Callable[[str], None]
+    check: Callable[[Plan], None]
     once: bool
     looks: int = 0
     published: bool = False
@@ -282,6 +290,7 @@ class _Watched:
         plan = pipeline.plan(selection, self.output, **self.options)
         if _map_files(plan) != chosen:
             return None  # one was written to since: the next look finds it so
+        self.check(plan)
         if self.held is None and self._is_up_to_date(plan, selection.left_out):
             self.held = chosen
             return None
