@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # An editable install compiles the kernel, so it is made again when one of these changes.
 BUILT_FROM := pyproject.toml $(wildcard .build-hooks/*.py polyak_cli/engine/*.c)
 
-.PHONY: demo test soak quick core core-all oldest torch hf orbax remote remote-all system coverage lint types smoke wheel sanitize compilers arm fuzz check mutants bench bench-peers bench-remote digits proof clean
+.PHONY: demo test soak quick core core-all oldest torch torch-all hf orbax remote remote-all system coverage lint types smoke wheel sanitize compilers arm fuzz check mutants bench bench-peers bench-remote digits proof clean
 
 # Plain numpy runs and trains both networks, so neither Keras nor TensorFlow is installed.
 demo: .venv-demo/.ready
@@ -33,7 +33,7 @@ test: .venv/.ready system core oldest torch hf orbax remote
 	$(BIN)/python -m pytest $(SPREAD) -m "not soak" --ignore=tests/keras
 	$(BIN)/python -m pytest $(SPREAD) -m "not soak" tests/keras
 
-soak: .venv/.ready system core-all remote-all fuzz
+soak: .venv/.ready system core-all torch-all remote-all fuzz
 	$(BIN)/python -m pytest $(SPREAD) -m "soak" --ignore=tests/keras
 	$(BIN)/python -m pytest $(SPREAD) -m "soak" tests/keras
 
@@ -60,7 +60,10 @@ oldest: .venv-oldest/.ready
 
 # What PyTorch writes and loads, in an environment of its own beside TensorFlow's.
 torch: .venv-torch/.ready
-	$(TORCH)/python -m pytest $(SPREAD) tests/torch
+	$(TORCH)/python -m pytest $(SPREAD) -m "not soak" tests/torch
+
+torch-all: .venv-torch/.ready
+	$(TORCH)/python -m pytest -m "soak" tests/torch
 
 # What Transformers, PEFT and sentence-transformers write and load, offline.
 hf: .venv-hf/.ready
@@ -186,9 +189,11 @@ bench: .venv/.ready
 	$(BIN)/python -m tests.benchmarks growth
 	$(BIN)/python -m tests.benchmarks startup
 
-# Where averaging pays: the tables of the README; results come to .digits/.
-digits: .venv/.ready
-	$(BIN)/python -m tests.examples.digits
+# Where averaging pays, in Keras and in PyTorch: the tables of the guide; results come to .digits/.
+# PyTorch's own threads would only slow down a network so small.
+digits: .venv/.ready .venv-torch/.ready
+	$(BIN)/python -m tests.examples.digits keras
+	OMP_NUM_THREADS=1 $(TORCH)/python -m tests.examples.digits torch
 
 # What averaging gives and what a decayed rate gives, on four tasks: the table and the figure of the
 # README.

@@ -46,10 +46,12 @@ def test_no_test_is_in_neither_tier() -> None:
     for tier, marked in (("test", "not soak"), ("soak", "soak")):
         run = f'$(BIN)/python -m pytest $(SPREAD) -m "{marked}"'
         assert recipe(tier) == [f"{run} --ignore=tests/keras", f"{run} tests/keras"]
-    assert recipe("remote") == ['$(REMOTE)/python -m pytest $(SPREAD) -m "not soak" tests/remote']
-    assert recipe("remote-all") == ['$(REMOTE)/python -m pytest -m "soak" tests/remote']
-    for tier, target in (("test", "remote"), ("soak", "remote-all")):
-        assert re.search(rf"^{tier}:.* {target}\b", MAKEFILE, re.MULTILINE)
+    for name in ("torch", "remote"):
+        start = f"$({name.upper()})/python -m pytest"
+        assert recipe(name) == [f'{start} $(SPREAD) -m "not soak" tests/{name}']
+        assert recipe(f"{name}-all") == [f'{start} -m "soak" tests/{name}']
+        for tier, target in (("test", name), ("soak", f"{name}-all")):
+            assert re.search(rf"^{tier}:.* {target}(?![\w-])", MAKEFILE, re.MULTILINE)
 
 
 def test_ci_runs_both_tiers() -> None:

@@ -1,4 +1,5 @@
 """Where averaging pays: a small convolutional network on real images, over several seeds.
 
-`experiment` trains and compares, `in_keras` makes a run, and `tables` shows the results.
+`experiment` trains and compares, `in_keras` and `in_torch` are the two makers of a run, and
+`tables` shows the results of both.
 """
