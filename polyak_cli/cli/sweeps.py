@@ -134,11 +134,11 @@ def sweep_lines(
 
 
 def _list_scores(found: Data, rows: Sequence[Data]) -> Table:
-    """Return a table of accuracy and loss, as far as the models have them."""
+    """Return a table of accuracy, loss and perplexity, as far as the models have them."""
     pairs = [
         (metric, split)
         for split in ("selection", "reporting")
-        for metric in ("accuracy", "loss")
+        for metric in ("accuracy", "loss", "perplexity")
         if any(row["metrics"][split].get(metric) is not None for row in found["rows"])
     ]
     places, newest = {"selection": 1, "reporting": 2}, reports.find_newest(found)

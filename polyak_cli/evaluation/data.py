@@ -180,8 +180,8 @@ def load(name: str) -> Dataset:
     * ``MODULE.py:FUNCTION`` or ``package.module:FUNCTION``: called without arguments, returns
       ``(x, y)``, ``((x_train, y_train), (x_test, y_test))`` or ``{"train": (x, y), "test":
       (x, y)}``; x and y may each be a dict, a tuple or a list of arrays, one
-      for each input or output.  It may return a ``Dataset`` or ``DataLoader`` of PyTorch, or a
-      ``tf.data.Dataset``, in place of (x, y).
+      for each input or output.  It may return a ``Dataset`` or ``DataLoader`` of PyTorch, a
+      ``tf.data.Dataset``, or a list of dicts with labels, in place of (x, y).
 
     Labels that are text are numbered as classes, in sorted order from 0; a note says so.
 

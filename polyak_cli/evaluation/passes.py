@@ -255,6 +255,8 @@ class Pass:
             metrics["accuracy"] = float(np.nanmean(right))  # NaN: an ignored position
             # With a class for each position, no row is wholly right or wrong.
             correct = right if right.ndim == 1 else None
+        if target.is_of_sequences and self._own is None:
+            metrics["perplexity"] = row_losses.compute_perplexity(self._losses, target)
         words, name = self._name_loss(target)
         return RowScores(
             loss,
@@ -273,8 +275,10 @@ class Pass:
             raise MismatchError(f"{self._where}: the model gives no array with one row a row")
         shape = (self._split.rows, *outputs.shape[1:])
         found = row_losses.fit_target(self._labels, shape, self._where, self._split.source)
-        if found.axis is not None and self._own is None:
-            self._refuse_inputs_as_labels(found.given)
+        if self._own is None:
+            if found.is_of_sequences and self._are_inputs(found):
+                found = row_losses.shift_labels(found)
+            row_losses.check_counted(found, self._split.source)
         if found.axis is not None:
             self._are_logits = not row_losses.are_probabilities(outputs, found.axis)
         if math.prod(shape) * outputs.itemsize <= MOST_KEPT:
@@ -282,20 +286,13 @@ class Pass:
         self._target = found
         return found
 
-    def _refuse_inputs_as_labels(self, labels: data.Array) -> None:
-        """Refuse tokens as labels of themselves, which models of Transformers shift by one inside.
-
-        Raises:
-            MismatchError: labels are the inputs.
-        """
-        counted = labels != row_losses.IGNORED
-        for given in data.list_arrays(self._split.features) if labels.ndim > 1 else ():
-            if given.shape == labels.shape and (given == labels)[counted].all():
-                raise MismatchError(
-                    f"{self._split.source}: the labels are the inputs themselves, and would be "
-                    "compared with the outputs at their own positions; a language model predicts "
-                    "the next one: give ids[:, :-1] as inputs and ids[:, 1:] as labels"
-                )
+    def _are_inputs(self, target: row_losses.Target) -> bool:
+        """Return whether the labels are one of the inputs, but for what does not count."""
+        counted = target.values != row_losses.IGNORED
+        return any(
+            given.shape == target.values.shape and bool((given == target.values)[counted].all())
+            for given in data.list_arrays(self._split.features)
+        )
 
     def _add(
         self, target: row_losses.Target, block: slice, outputs: data.Array, given: Any
@@ -348,7 +345,9 @@ class Pass:
         if target.axis is None:
             return "mse (chosen, as the labels are numbers)", "meansquarederror * 1"
         of = "logits" if self._are_logits else "probabilities"
-        return (
-            f"cross-entropy of {of} (chosen, as the labels are classes)",
-            "categoricalcrossentropy * 1",
+        why = (
+            "with the next label (chosen, as the labels are the inputs)"
+            if target.are_next
+            else "(chosen, as the labels are classes)"
         )
+        return f"cross-entropy of {of} {why}", "categoricalcrossentropy * 1"

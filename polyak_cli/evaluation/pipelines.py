@@ -1,4 +1,4 @@
-"""Read the data sets of frameworks into arrays: PyTorch's `Dataset` and `DataLoader`, and tf.data.
+"""Read the data sets of frameworks into arrays: PyTorch's and Hugging Face's, loaders, and tf.data.
 
 All rows are in memory, and every model is scored on the same ones in the same order, whatever a
 loader shuffles.  The frameworks are not imported: what is one of their objects has imported them.
@@ -15,15 +15,17 @@ import numpy as np
 from polyak_cli.errors import FormatError, shown
 
 #: Keys of the labels of a row that is a dict, as Transformers calls them.
-_LABELS = ("labels", "label")
+_LABELS = ("labels", "label", "label_ids")
+#: Key of what is 1 at the positions of a sequence and 0 where it is padded, as tokenizers call it.
+_MASK = "attention_mask"
 
 
 def read_all(returned: Any, where: str) -> Any:
     """Return what a function returned, with pairs of arrays in place of data sets of frameworks.
 
     Args:
-        returned: a data set, two of them (train and test), or a dict of them by part; anything
-            else is returned as it is.
+        returned: a data set, or a list of rows that are dicts with labels; two of them (train and
+            test), or a dict of them by part.  Anything else is returned as it is.
         where: names the function in messages.
 
     Raises:
@@ -41,7 +43,16 @@ def read_all(returned: Any, where: str) -> Any:
 
 
 def _is_data_set(given: object) -> bool:
-    return _is_of_torch(given, "Dataset", "DataLoader") or _is_of_tensorflow(given)
+    known = _is_of_torch(given, "Dataset", "DataLoader") or _is_of_tensorflow(given)
+    return known or _is_list_of_rows(given)
+
+
+def _is_list_of_rows(given: Any) -> bool:
+    """Return whether something is a list of dicts with labels, or a `datasets.Dataset` of them."""
+    is_of_hugging_face = hasattr(given, "column_names") and not isinstance(given, Mapping)
+    if not (isinstance(given, list) or is_of_hugging_face) or not len(given):
+        return False
+    return isinstance(given[0], Mapping) and _find_labels(given[0]) is not None
 
 
 def _is_of_torch(given: object, *names: str) -> bool:
@@ -58,24 +69,26 @@ def _is_of_tensorflow(given: object) -> bool:
 
 def _read(given: Any, where: str) -> tuple[Any, Any]:
     """Return the features and labels of all rows."""
-    is_batched = not _is_of_torch(given, "Dataset")
+    is_batched = not (_is_of_torch(given, "Dataset") or _is_list_of_rows(given))
     if _is_of_tensorflow(given):
         # A batch has labels with an axis of rows; those of a single row are mostly a number.
         is_batched = all(
             spec.shape.rank != 0
             for spec in _list_leaves(_split_labels(given.element_spec, where)[1])
         )
-    pairs = [_split_labels(row, where) for row in _iterate(given)]
+    pairs = [_convert_all(_split_labels(row, where)) for row in _iterate(given)]
     if not pairs:
         raise FormatError(f"{where}: is empty; expected one row or more")
     join = np.concatenate if is_batched else np.stack
+    if is_batched:
+        pairs = [*_pad(pairs)]
     features, labels = zip(*pairs, strict=True)
     try:
         return _join(features, join), _join(labels, join)
     except ValueError as error:  # as where each batch is padded to its own length
         raise FormatError(
             f"{where}: its rows do not fit into one array ({shown(error)}); give all rows the same "
-            "shape"
+            f"shape, or a DataLoader whose collate_fn pads them and their {_MASK}"
         ) from None
 
 
@@ -93,16 +106,46 @@ def _split_labels(row: Any, where: str) -> tuple[Any, Any]:
         FormatError: it is neither.
     """
     if isinstance(row, Mapping):
-        key = next((key for key in _LABELS if key in row), None)
-        rest = {name: value for name, value in row.items() if name != key}
-        if key and rest:
-            return rest, row[key]
+        key = _find_labels(row)
+        if key is not None:
+            return {name: value for name, value in row.items() if name != key}, row[key]
         found = f"a dict with {', '.join(shown(name, 30) for name in row) or 'no keys'}"
     elif isinstance(row, (tuple, list)) and len(row) == 2:
         return row[0], row[1]
     else:
         found = f"{len(row)} things" if isinstance(row, (tuple, list)) else type(row).__name__
     raise FormatError(f"{where}: gives {found}; expected (x, y), or a dict with 'labels'")
+
+
+def _find_labels(row: Mapping[Any, Any]) -> Any:
+    """Return the key of the labels of a row that has other keys too; None if it is no such row."""
+    return next((key for key in _LABELS if key in row and len(row) > 1), None)
+
+
+def _pad(pairs: Sequence[tuple[Any, Any]]) -> Sequence[tuple[Any, Any]]:
+    """Return batches padded to the longest, where each was padded to its own longest sequence.
+
+    Each array is continued with what it holds where the attention mask is 0; batches without such
+    a mask, and arrays that hold there nothing or several things, stay as they are.
+    """
+    if not all(isinstance(features, Mapping) and _MASK in features for features, _ in pairs):
+        return pairs
+    masks = [features[_MASK] for features, _ in pairs]
+    longest = max(mask.shape[-1] for mask in masks)
+
+    def extend(arrays: Sequence[Any]) -> Sequence[Any]:
+        both = [*zip(arrays, masks, strict=True)]
+        if any(np.shape(array) != mask.shape or mask.ndim != 2 for array, mask in both):
+            return arrays
+        fill = np.unique(np.concatenate([array[mask == 0] for array, mask in both]))
+        if len(fill) != 1:
+            return arrays
+        room = [((0, 0), (0, longest - mask.shape[1])) for mask in masks]
+        return [np.pad(a, r, constant_values=fill[0]) for a, r in zip(arrays, room, strict=True)]
+
+    padded = {key: extend([features[key] for features, _ in pairs]) for key in pairs[0][0]}
+    labels = extend([one for _, one in pairs])
+    return [({key: padded[key][k] for key in padded}, labels[k]) for k in range(len(pairs))]
 
 
 def _list_leaves(nested: Any) -> Iterator[Any]:
@@ -120,9 +163,20 @@ def _join(parts: Sequence[Any], join: Any) -> Any:
     first = parts[0]
     if isinstance(first, Mapping):
         return {str(key): _join([part[key] for part in parts], join) for key in first}
-    if isinstance(first, (tuple, list)):
+    if isinstance(first, tuple):
         return tuple(_join(one, join) for one in zip(*parts, strict=True))
-    return join([_convert(part) for part in parts])
+    return join(parts)
+
+
+def _convert_all(nested: Any) -> Any:
+    """Return what a row or batch holds, in the same structure, as numpy arrays."""
+    if isinstance(nested, Mapping):
+        return {key: _convert_all(one) for key, one in nested.items()}
+    # A list of numbers is one array, as tokenizers return it; one of tensors is several.
+    is_several = isinstance(nested, list) and any(len(getattr(x, "shape", ())) for x in nested)
+    if isinstance(nested, tuple) or is_several:
+        return tuple(map(_convert_all, nested))
+    return _convert(nested)
 
 
 def _convert(value: Any) -> Any:

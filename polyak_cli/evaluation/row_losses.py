@@ -6,11 +6,11 @@ classes, mean squared error where they are numbers.  This module knows no framew
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from polyak_cli.errors import MismatchError
+from polyak_cli.errors import MismatchError, word_count
 from polyak_cli.evaluation import data
 
 #: The label of a position that does not count, as PyTorch and Transformers mark padding.
@@ -30,11 +30,18 @@ class Target:
             to predict, shaped like the outputs.
         axis: the axis of the outputs that has one element a class; None where labels are numbers.
         given: the labels as they came; those of a user's own loss.
+        are_next: whether each label was moved to the position before; see `shift_labels`.
     """
 
     values: data.Array
     axis: int | None
     given: data.Array
+    are_next: bool = False
+
+    @property
+    def is_of_sequences(self) -> bool:
+        """Whether each row is a sequence with a class for each position."""
+        return self.axis is not None and self.values.ndim == 2
 
 
 def fit_target(labels: data.Array, shape: tuple[int, ...], where: str, source: str) -> Target:
@@ -86,6 +93,44 @@ def _find_axis(labels: tuple[int, ...], outputs: tuple[int, ...]) -> int | None:
     return None
 
 
+def shift_labels(target: Target) -> Target:
+    """Return labels of sequences moved to the position before, whose output predicts them.
+
+    Language models of Transformers take their inputs as labels, and shift them in the same way.
+    """
+    values = np.full_like(target.values, IGNORED)
+    values[:, :-1] = target.values[:, 1:]
+    return replace(target, values=values, are_next=True)
+
+
+def check_counted(target: Target, source: str) -> None:
+    """Refuse rows of which every position is ignored: they have no loss.
+
+    Raises:
+        MismatchError: there are such rows.
+    """
+    if target.axis is None or target.values.ndim < 2:
+        return
+    empty = (target.values == IGNORED).reshape(len(target.values), -1).all(1)
+    if empty.any():
+        raise MismatchError(
+            f"{source}: found {word_count(int(empty.sum()), 'row')} without a label to compare "
+            f"with, such as row {int(empty.argmax())}, counted from 0; leave them out"
+        )
+
+
+def compute_perplexity(losses: data.Array, target: Target) -> float:
+    """Return exp of the mean cross-entropy of all positions that count, of all rows together.
+
+    Args:
+        losses: (rows,) of `compute_losses`, in nats; each is a mean over the positions of a row.
+        target: labels of sequences.
+    """
+    counts = (target.values != IGNORED).sum(1)
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.average(losses, weights=counts)))
+
+
 def are_probabilities(outputs: data.Array, axis: int) -> bool:
     """Return whether outputs are probabilities of classes, as after a softmax."""
     low, high = outputs.min(initial=0.0), outputs.max(initial=1.0)
@@ -104,7 +149,7 @@ def find_probabilities(outputs: data.Array, axis: int) -> data.Array:
 def compute_losses(outputs: data.Array, target: Target, *, are_logits: bool) -> data.Array:
     """Return the loss of each row, (rows,) float64, means over all positions of a row.
 
-    Positions whose label is `IGNORED` do not count; a row of such positions alone has no loss, NaN.
+    Positions whose label is `IGNORED` do not count; `check_counted` refuses rows of these alone.
 
     Args:
         outputs: (rows, ...).
@@ -127,9 +172,9 @@ def compute_losses(outputs: data.Array, target: Target, *, are_logits: bool) -> 
             each = -np.log(np.maximum(chosen, _LEAST))
         if not counts.all():
             flat = counts.reshape(len(counts), -1)
-            sums = (each.reshape(flat.shape) * flat).sum(1)
-            with np.errstate(invalid="ignore"):  # 0 / 0, where a row is ignored as a whole
-                return np.asarray(sums / flat.sum(1))
+            # Not a product: what is ignored may be infinite.
+            sums = np.where(flat, each.reshape(flat.shape), 0.0).sum(1)
+            return np.asarray(sums / flat.sum(1))
     return np.asarray(each.reshape(len(each), -1).mean(1))
 
 

@@ -276,7 +276,7 @@ class Language(nn.Module):
         self.head = nn.Linear(8, 11, bias=False)
         self.head.weight = self.words.weight
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, unused=None):
         mask = nn.Transformer.generate_square_subsequent_mask(input_ids.shape[1])
         hidden = self.block(self.words(input_ids), src_mask=mask, is_causal=True)
         return SimpleNamespace(logits=self.head(hidden))
@@ -310,9 +310,34 @@ def test_the_loss_of_a_sequence_is_the_logarithm_of_its_perplexity(tmp_path: Pat
     right = (logits.argmax(2).numpy() == labels)[counted].mean()
     assert found.metrics["accuracy"] == pytest.approx(right)
     assert found.correct is None
-    same = data.Split("texts", {"input_ids": ids}, ids)
-    with pytest.raises(PolyakError, match="the labels are the inputs themselves"):
-        list(evaluate(tmp_path / "checkpoint-7", same, model=source))
+    every = functional.cross_entropy(logits.flatten(0, 1), torch.tensor(labels).flatten())
+    assert found.metrics["perplexity"] == pytest.approx(float(every.exp()), rel=1e-5)
+    # As Transformers' collators give them; what is not to count is -100, here as above.
+    same = ids.copy()
+    same[:, 1:][labels == -100] = -100
+    whole = data.Split("texts", {"input_ids": ids, "unused": np.ones_like(ids)}, same)
+    again = Evaluator([whole], model=source)
+    (shifted,) = again.score_rows(tmp_path / "checkpoint-7")
+    assert shifted.losses == pytest.approx(found.losses, rel=1e-6)
+    assert shifted.metrics == pytest.approx(found.metrics)
+    assert "with the next label (chosen, as the labels are the inputs)" in shifted.loss_words
+    assert shifted.predictions is not None
+    (ensemble,) = again.score_predictions([shifted.predictions])
+    assert ensemble.metrics == pytest.approx(found.metrics, rel=1e-5)
+
+
+def test_sequences_without_a_label_that_counts_are_refused(tmp_path: Path) -> None:
+    """They have no loss, so that no mean over all rows has one; a single token is such a row."""
+    source = f"{write_code(tmp_path, SEQUENCES)}:make"
+    names: dict[str, Any] = {}
+    exec(compile(SEQUENCES, "net", "exec"), names)  # the test's own text
+    torch.save(names["make"]().state_dict(), tmp_path / "a.pt")
+    labels = RANDOM.integers(0, 11, (20, 9))
+    labels[[3, 7]] = -100
+    rows = data.Split("texts", labels * 0 + 1, labels)
+    expected = "texts: found 2 rows without a label to compare with, such as row 3, counted from 0"
+    with pytest.raises(PolyakError, match=expected):
+        list(evaluate(tmp_path / "a.pt", rows, model=source))
 
 
 class Bomb:

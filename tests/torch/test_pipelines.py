@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from polyak_cli.errors import PolyakError
-from polyak_cli.evaluation import data
+from polyak_cli.evaluation import data, pipelines
 
 CODE = """
 import torch
@@ -23,6 +23,22 @@ class Tokens(Dataset):
         return 7
     def __getitem__(self, k):
         return {"input_ids": x[k], "mask": x[k] > 3, "labels": int(y[k])}
+
+class Text(Dataset):
+    # Texts of 2, 3, 4, 5 and 6 tokens.
+    def __len__(self):
+        return 5
+    def __getitem__(self, k):
+        ids = list(range(1, k + 3))
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+
+def collate(rows):
+    longest = max(len(row["labels"]) for row in rows)
+    fill = {"input_ids": 9, "attention_mask": 0, "labels": -100}
+    return {
+        key: torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
+        for key, value in fill.items()
+    }
 
 class Stream(IterableDataset):
     def __iter__(self):
@@ -73,6 +89,45 @@ def test_rows_that_are_dicts_or_have_several_inputs_keep_their_names(tmp_path: P
         assert np.array_equal(rows.labels, Y)
     pairs: Any = load(tmp_path, "DataLoader(Pairs(), batch_size=2)").split()
     assert np.array_equal(pairs.features[1], X * 2)
+
+
+class OfHuggingFace:
+    """As much of `datasets.Dataset` as a loop needs: rows are dicts of lists."""
+
+    column_names = ("input_ids", "labels")
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, k: int) -> dict[str, list[int]]:
+        if k >= 3:
+            raise IndexError
+        return {"input_ids": [k, k + 1], "labels": [k, k + 1]}
+
+
+def test_rows_may_be_a_list_of_dicts_or_a_data_set_of_hugging_face() -> None:
+    """What tokenizers return and Trainer takes: lists of numbers are arrays."""
+    whole = OfHuggingFace()
+    for given in (whole, [whole[k] for k in range(3)]):
+        features, labels = pipelines.read_all(given, "load()")
+        assert features["input_ids"].tolist() == labels.tolist() == [[0, 1], [1, 2], [2, 3]]
+        both = pipelines.read_all({"train": given, "test": given}, "load()")
+        assert both["test"][1].tolist() == labels.tolist()
+    # Inputs and outputs by name are no rows.
+    pair = [{"a": [1, 2]}, {"b": [1, 2]}]
+    assert pipelines.read_all(pair, "load()") is pair
+
+
+def test_batches_of_several_lengths_are_padded_on_as_they_are(tmp_path: Path) -> None:
+    """Each array with its own padding, which shows where the attention mask is 0."""
+    rows: Any = load(tmp_path, "DataLoader(Text(), 2, collate_fn=collate)").split()
+    ids = np.array([[*range(1, k + 3)] + [9] * (4 - k) for k in range(5)])
+    assert rows.features["input_ids"].tolist() == ids.tolist()
+    assert rows.features["attention_mask"].tolist() == (ids != 9).astype(int).tolist()
+    assert rows.labels.tolist() == np.where(ids == 9, -100, ids).tolist()
+    for given in ("Text()", "DataLoader(Text(), 1, collate_fn=collate)"):
+        with pytest.raises(PolyakError, match="a DataLoader whose collate_fn pads them"):
+            load(tmp_path, given)
 
 
 def test_a_shuffling_loader_is_read_once(tmp_path: Path) -> None:
