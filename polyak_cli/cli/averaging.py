@@ -37,7 +37,7 @@ from polyak_cli.cli.options import (
     scheme_options,
     under,
 )
-from polyak_cli.cli.progress import show_progress
+from polyak_cli.cli.progress import show_bytes
 from polyak_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def average(
         return
     with (
         keep_prints_apart(options["recalibrate"]),
-        show_progress("averaging", plan.bytes_to_read, quiet or as_json) as advance,
+        show_bytes("averaging", plan.bytes_to_read, quiet or as_json) as advance,
     ):
         report = pipeline.run(plan, progress=advance)
     rendering.print_notes([*notes, *report.notes], quiet)

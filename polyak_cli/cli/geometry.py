@@ -30,7 +30,7 @@ from polyak_cli.cli.options import (
     scheme_options,
     under,
 )
-from polyak_cli.cli.progress import show_progress
+from polyak_cli.cli.progress import show_bytes
 from polyak_cli.cli.tables import Table
 from polyak_cli.errors import shown, word_count, word_size
 
@@ -100,7 +100,7 @@ def geometry(
     options: Any = given  # click has read them
     plan = geometry.plan_geometry(sources, options)
     total = geometry.count_bytes(plan)
-    with show_progress("measuring", total, quiet or as_json) as advance:
+    with show_bytes("measuring", total, quiet or as_json) as advance:
         found = geometry.measure(plan, advance)
     data = found.data()
     for path in paths:

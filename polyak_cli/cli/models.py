@@ -37,7 +37,7 @@ from polyak_cli.cli.options import (
     option,
     under,
 )
-from polyak_cli.cli.progress import show_progress
+from polyak_cli.cli.progress import show_count
 from polyak_cli.errors import UsageError, name_path, shown
 
 if TYPE_CHECKING:
@@ -157,12 +157,12 @@ def evaluate(
     from polyak_cli.evaluation.quiet import redirect_prints
 
     paths, passed_over = checkpoints.model_files(models, weights=architecture is not None)
-    with redirect_prints():
+    with redirect_prints(), show_count("scoring", "model", quiet or as_json) as progress:
         dataset = datasets.load(data)
         rows = dataset.split(split)
         options: dict[str, Any] = {"batch_size": batch_size, "trust_code": trust_code}
         options |= {"model": architecture, "device": device, "metric": metric}
-        scores, compared = _score_models(paths, baseline, rows, **options)
+        scores, compared = _score_models(paths, baseline, rows, progress=progress, **options)
     failures = [line for score in scores for line in _find_failed(score, fail_under)]
     if compared and fail_if_worse:
         failures += _find_worse(compared)
@@ -303,7 +303,7 @@ def recalibrate(
     from polyak_cli.evaluation import recalibration
     from polyak_cli.evaluation.quiet import redirect_prints
 
-    with redirect_prints():
+    with redirect_prints(), show_count("recalibrating", "batch", quiet or as_json) as progress:
         dataset = datasets.load(data)
         rows = dataset.split(split, default="train")
         report = recalibration.recalibrate(
@@ -315,6 +315,7 @@ def recalibrate(
             force=force,
             architecture=architecture,
             device=device,
+            progress=progress,
         )
     rendering.print_notes([*dataset.notes, *report.notes], quiet)
     rendering.print_result(
@@ -432,7 +433,7 @@ def sweep(
     notes = load_rows(options)
     with (
         redirect_prints(),
-        show_progress("scoring", None, quiet or as_json, in_bytes=False) as advance,
+        show_count("scoring", "model", quiet or as_json) as progress,
     ):
         rows = datasets.load(data)
         best = Path(write_best) if write_best else None
@@ -444,7 +445,7 @@ def sweep(
             scratch=folder.resolve().parent,
             write_best=best,
             force=force,
-            progress=lambda _done, total: advance(1, total),
+            progress=progress,
             **options,
         )
     data_found = found.data(
@@ -524,7 +525,7 @@ def train(
         from polyak_cli.evaluation import plots
 
         plots.check_path(Path(plot))
-    with show_progress("training", epochs, quiet or as_json, in_bytes=False) as advance:
+    with show_count("training", "epoch", quiet or as_json) as progress:
         report = sample_run.train(
             Path(output),
             epochs=epochs,
@@ -533,7 +534,7 @@ def train(
             optimizer=optimizer,
             learning_rate=learning_rate,
             force=force,
-            progress=lambda _epoch, _metrics: advance(1),
+            progress=progress and (lambda epoch, _: progress(epoch + 1, epochs)),
         )
     if plot:
         plots.draw_learning_curves(report.history, Path(plot))

@@ -76,6 +76,7 @@ def gather_moments(
     batch_size: int,
     trust_code: bool = False,
     architecture: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """Run a model once over rows, and gather the statistics of its BatchNorm layers.
 
@@ -88,6 +89,7 @@ def gather_moments(
         batch_size: the largest number of rows in a batch.
         trust_code: run the code that a file carries in a Lambda layer.
         architecture: the model of a file that holds weights only, as for `Architecture`.
+        progress: called after each batch with the number of batches done, and that of all.
 
     Raises:
         MissingExtraError: Keras or its back end is not installed.
@@ -103,7 +105,7 @@ def gather_moments(
         rows = fit_rows(path, model, rows)
         before = _locate_values(path, recorders, stored)
         with reword_keras_errors(path, f"cannot run it on {rows.source}", held_back):
-            batches = _run_model(keras, model, recorders, rows, batch_size)
+            batches = _run_model(keras, model, recorders, rows, batch_size, progress)
     fetched = mirrors.describe_fetched(table.files[0].path)
     notes = (*_note_unchanged(path, recorders), *warned, *fetched)
     chosen = [one for one in recorders if one.rows]
@@ -280,7 +282,12 @@ class _BatchNormRecorder:
 
 
 def _run_model(
-    keras: Any, model: Any, found: Sequence[_BatchNormRecorder], rows: data.Split, batch_size: int
+    keras: Any,
+    model: Any,
+    found: Sequence[_BatchNormRecorder],
+    rows: data.Split,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Run the model once over the rows; return the number of batches."""
     batches = divide_rows(rows.rows, batch_size)
@@ -296,8 +303,10 @@ def _run_model(
             one.prepare()
     if not any(one.trains for one in found):
         return 0
-    for batch in batches:
+    for done, batch in enumerate(batches, 1):
         model(_take_batch(rows.features, batch), training=False)
+        if progress:
+            progress(done, len(batches))
     return len(batches)
 
 

@@ -7,7 +7,7 @@ module knows no framework: `evaluator` scores the rows, and `significance` judge
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from polyak_cli.averaging.notebook import write_html
 from polyak_cli.errors import shown
 from polyak_cli.evaluation import data, significance
 from polyak_cli.evaluation.evaluator import Evaluator, RowScores, Score
+from polyak_cli.evaluation.row_counts import follow
 from polyak_cli.storage import mirrors
 
 _StrPath = str | os.PathLike[str]
@@ -99,6 +100,7 @@ def compare(
     model: _StrPath | None = None,
     device: str | None = None,
     metric: str | None = None,
+    progress: Callable[[float, int], None] | None = None,
 ) -> Comparison:
     """Score model files and a baseline on the same rows, and compare them row by row.
 
@@ -111,6 +113,7 @@ def compare(
         model: the architecture of files that hold weights only, as for `evaluate`.
         device: where PyTorch runs modules, as for `evaluate`.
         metric: of the user's own, as for `evaluate`; compared where it has a number for each row.
+        progress: as for `evaluate`; the baseline is the first model.
 
     Raises:
         UsageError: the batch size is out of range, or there is only one row.
@@ -133,10 +136,11 @@ def compare(
     baseline = mirrors.enter(os.fspath(baseline))
     # All at once, so that a bad file is refused before the first one is scored.
     evaluator.inspect_files([Path(baseline), *files])
-    (theirs,) = evaluator.score_rows(Path(baseline))
+    total = 1 + len(files)
+    (theirs,) = evaluator.score_rows(Path(baseline), follow(progress, 0, total))
     compared = []
-    for path in files:
-        (ours,) = evaluator.score_rows(path)
+    for done, path in enumerate(files, 1):
+        (ours,) = evaluator.score_rows(path, follow(progress, done, total))
         score = _make_score(path, ours, rows)
         notes = (*score.notes, *_note_other_loss(ours, theirs, baseline))
         compared.append(Compared(replace(score, notes=notes), compute_gains(ours, theirs)))

@@ -7,8 +7,9 @@ user makes.  This module knows no framework and nothing of averaging.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from polyak_cli.checkpoints import find_file
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
 from polyak_cli.evaluation import data
+from polyak_cli.evaluation.row_counts import OnShare, follow
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.storage import mirrors
 
@@ -95,6 +97,7 @@ def evaluate(
     model: _StrPath | None = None,
     device: str | None = None,
     metric: str | None = None,
+    progress: Callable[[float, int], None] | None = None,
 ) -> Iterator[Score]:
     """Score model files on the same rows, one after the other.
 
@@ -125,6 +128,8 @@ def evaluate(
         metric: "accuracy", or ``MODULE.py:FUNCTION``, whose function gets labels and predictions,
             numpy arrays, and returns a number for each row, or one for all; more is better.
             Predictions are the outputs, and probabilities where a module of PyTorch gives logits.
+        progress: called as rows are scored, with the number of models done and that of all; 2.25
+            of 14 is a quarter of the third model.
 
     Returns:
         An iterator with a score for each file, in the order given.
@@ -149,7 +154,11 @@ def evaluate(
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(mirrors.enter(os.fspath(path))) for path in several]
     evaluator.inspect_files(files)
-    return (score for path in files for score in evaluator.score(path))
+    return (
+        score
+        for done, path in enumerate(files)
+        for score in evaluator.score(path, follow(progress, done, len(files)))
+    )
 
 
 class BackEnd(Protocol):
@@ -167,11 +176,11 @@ class BackEnd(Protocol):
     def inspect_files(self, paths: Sequence[Path]) -> None:
         """See `Evaluator.inspect_files`."""
 
-    def score(self, path: Path) -> list[Score]:
-        """See `Evaluator.score`."""
+    def score(self, path: Path, report: OnShare | None) -> list[Score]:
+        """See `Evaluator.score`; the share is reported after each batch."""
 
-    def score_rows(self, path: Path) -> list[RowScores]:
-        """See `Evaluator.score_rows`."""
+    def score_rows(self, path: Path, report: OnShare | None) -> list[RowScores]:
+        """See `Evaluator.score_rows`; the share is reported after each batch."""
 
     def score_predictions(self, predictions: Sequence[data.Array]) -> list[RowScores]:
         """See `Evaluator.score_predictions`."""
@@ -274,15 +283,20 @@ class Evaluator:
         for back_end, own in groups.values():
             back_end.inspect_files(own)
 
-    def score(self, path: Path) -> list[Score]:
-        """Return the score of a file on each split; raises as `score_rows` does."""
+    def score(self, path: Path, report: OnShare | None = None) -> list[Score]:
+        """Return the score of a file on each split; arguments and errors as of `score_rows`."""
         path = Path(mirrors.enter(os.fspath(path)))
-        if self._metric is None:
-            return self._choose(path).score(path)
-        return summarise(path, self._splits, self.score_rows(path))
+        if self._metric is not None:
+            return summarise(path, self._splits, self.score_rows(path, report))
+        with _reporting_ends(report):
+            return self._choose(path).score(path, report)
 
-    def score_rows(self, path: Path) -> list[RowScores]:
+    def score_rows(self, path: Path, report: OnShare | None = None) -> list[RowScores]:
         """Return the result of a file on each split, in total and row by row.
+
+        Args:
+            path: the file.
+            report: called with the share that is done, from 0 before the first batch to 1.
 
         Raises:
             FormatError: the file is damaged or foreign, or holds weights without an architecture.
@@ -292,7 +306,8 @@ class Evaluator:
         path = Path(mirrors.enter(os.fspath(path)))
         self._last = None  # an error leaves no model behind to score predictions of
         back_end = self._choose(path)
-        found = back_end.score_rows(path)
+        with _reporting_ends(report):
+            found = back_end.score_rows(path, report)
         self._last = back_end
         return self._measure(path, found)
 
@@ -328,3 +343,13 @@ class Evaluator:
             return found
         measure = self._metric.measure
         return [measure(path, *pair) for pair in zip(self._splits, found, strict=True)]
+
+
+@contextlib.contextmanager
+def _reporting_ends(report: OnShare | None) -> Iterator[None]:
+    """Report where the work on a file begins and ends."""
+    if report:
+        report(0.0)
+    yield
+    if report:
+        report(1.0)

@@ -45,6 +45,7 @@ from polyak_cli.evaluation.losses import (
     resolve_row_losses,
 )
 from polyak_cli.evaluation.quiet import silence_frameworks
+from polyak_cli.evaluation.row_counts import OnShare, RowCounter
 from polyak_cli.storage import mirrors
 
 _Result = TypeVar("_Result")
@@ -91,22 +92,28 @@ class KerasModels:
             if path not in self._described:
                 self._described[path] = describe_archive(path)
 
-    def score(self, path: Path) -> list[Score]:
+    def score(self, path: Path, report: OnShare | None) -> list[Score]:
         """See `evaluator.Evaluator.score`."""
-        found, notes = self._evaluate(path, _CompiledModel.evaluate)
+        counter = RowCounter(report, self._count_rows())
+        found, notes = self._evaluate(path, _CompiledModel.evaluate, counter)
         return [
             Score(path, loss, metrics, split.rows, notes, self._name_loss())
             for split, (loss, metrics) in zip(self._splits, found, strict=True)
         ]
 
-    def score_rows(self, path: Path) -> list[RowScores]:
+    def score_rows(self, path: Path, report: OnShare | None) -> list[RowScores]:
         """See `evaluator.Evaluator.score_rows`."""
-        found, notes = self._evaluate(path, _CompiledModel.score_rows)
+        # Each split is run twice: for the totals of Keras, and for the outputs of its rows.
+        counter = RowCounter(report, 2 * self._count_rows())
+        found, notes = self._evaluate(path, _CompiledModel.score_rows, counter)
         self._reportable = [reportable for _, reportable in found]
         name = self._name_loss()
         return [
             replace(scores, notes=(*notes, *scores.notes), loss_words=name) for scores, _ in found
         ]
+
+    def _count_rows(self) -> int:
+        return sum(split.rows for split in self._splits)
 
     def _name_loss(self) -> str:
         return self._compiled.loss_words if self._compiled else ""
@@ -121,7 +128,10 @@ class KerasModels:
         ]
 
     def _evaluate(
-        self, path: Path, measure: Callable[[_CompiledModel, _FittedSplit, int], _Result]
+        self,
+        path: Path,
+        measure: Callable[[_CompiledModel, _FittedSplit, int, RowCounter], _Result],
+        counter: RowCounter,
     ) -> tuple[list[_Result], tuple[str, ...]]:
         """Load a file and measure its model on each split; return the results and notes."""
         path = Path(mirrors.enter(os.fspath(path)))
@@ -138,7 +148,7 @@ class KerasModels:
             results = []
             for part in compiled.parts:
                 with reword_keras_errors(path, f"cannot score it on {part.source}", held_back):
-                    results.append(measure(compiled, part, self._batch_size))
+                    results.append(measure(compiled, part, self._batch_size, counter))
         self._compiled = compiled
         notes = (*compiled.notes, *warned, *mirrors.describe_fetched(str(path)))
         self.notes += [note for note in notes if note not in self.notes]
@@ -278,11 +288,13 @@ class _CompiledModel:
         return cls(description, model, parts, loss_words, row_wise, tuple(known.notes))
 
     def evaluate(
-        self, part: _FittedSplit, batch_size: int
+        self, part: _FittedSplit, batch_size: int, counter: RowCounter
     ) -> tuple[float | None, dict[str, float]]:
         """Return loss and metrics."""
-        rows = part.feed(self.row_wise.keras, batch_size)
-        result = self.model.evaluate(**rows, verbose=0, return_dict=True)
+        keras = self.row_wise.keras
+        rows = part.feed(keras, batch_size)
+        callbacks = _list_callbacks(keras, batch_size, counter)
+        result = self.model.evaluate(**rows, verbose=0, return_dict=True, callbacks=callbacks)
         # With return_dict the total loss has this name, penalties of regularizers included.
         metrics = {name: shorten_float32(value) for name, value in result.items()}
         loss = metrics.pop("loss", None)
@@ -292,12 +304,15 @@ class _CompiledModel:
             metrics.pop(f"{name}_loss", None)
         return None, metrics
 
-    def score_rows(self, part: _FittedSplit, batch_size: int) -> tuple[RowScores, _Reportable]:
+    def score_rows(
+        self, part: _FittedSplit, batch_size: int, counter: RowCounter
+    ) -> tuple[RowScores, _Reportable]:
         """Return the scores of each row, as far as they agree with the totals of Keras."""
-        loss, metrics = self.evaluate(part, batch_size)
+        loss, metrics = self.evaluate(part, batch_size, counter)
         rows = part.feed(self.row_wise.keras, batch_size)
         rows.pop("y", None)
-        predicted = self.model.predict(**rows, verbose=0)
+        callbacks = _list_callbacks(self.row_wise.keras, batch_size, counter)
+        predicted = self.model.predict(**rows, verbose=0, callbacks=callbacks)
         outputs = self.row_wise.order_outputs(predicted)
         losses, correct = self.row_wise.compute(part.labels, outputs, batch_size)
         notes = []
@@ -338,6 +353,18 @@ class _CompiledModel:
             metrics[reportable.accuracy] = shorten_float32(float(np.float32(correct.mean())))
         correct = correct if reportable.accuracy else None
         return RowScores(loss, metrics, losses, correct, output, self.row_wise.loss_name)
+
+
+def _list_callbacks(keras: Any, batch_size: int, counter: RowCounter) -> list[Any]:
+    """Return what counts the rows of each batch, if anybody waits: a callback costs a little."""
+    if not counter.is_wanted:
+        return []
+
+    def add(_batch: int, logs: Any) -> None:
+        del logs  # Keras gives it by this name
+        counter.add(batch_size)
+
+    return [keras.callbacks.LambdaCallback(on_test_batch_end=add, on_predict_batch_end=add)]
 
 
 def _is_close(mean: float, keras: float | None, tolerance: float) -> bool:

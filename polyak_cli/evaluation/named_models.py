@@ -8,7 +8,7 @@ module imports no framework: `torch_modules` runs modules.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from polyak_cli.evaluation.evaluator import RowScores, Score, summarise
 from polyak_cli.evaluation.keras_files import collect_warnings
 from polyak_cli.evaluation.passes import Function, OwnLoss, Pass, Predictor
 from polyak_cli.evaluation.quiet import silence_frameworks
+from polyak_cli.evaluation.row_counts import OnShare, RowCounter
 from polyak_cli.formats.catalogue import detect
 from polyak_cli.storage import mirrors
 from polyak_cli.tensors import Table
@@ -74,24 +75,25 @@ class NamedModels:
         for group in by_format.values():
             self._described.update(zip(group, weights.describe(group), strict=True))
 
-    def score(self, path: Path) -> list[Score]:
+    def score(self, path: Path, report: OnShare | None) -> list[Score]:
         """See `evaluator.Evaluator.score`."""
-        return summarise(path, self._splits, self.score_rows(path))
+        return summarise(path, self._splits, self.score_rows(path, report))
 
-    def score_rows(self, path: Path) -> list[RowScores]:
+    def score_rows(self, path: Path, report: OnShare | None) -> list[RowScores]:
         """See `evaluator.Evaluator.score_rows`."""
         path = Path(mirrors.enter(str(path)))
         if path not in self._described:
             self.inspect_files([path])
         held = self._described.pop(path)
         self._passes = []
+        counter = RowCounter(report, sum(split.rows for split in self._splits))
         with silence_frameworks(), collect_warnings("PyTorch") as warned:
             predictor, own, notes = self._load(held)
             for split in self._splits:
                 what = f"the model with the weights of {shown(path)} failed on {split.source}"
                 with user_code.reword_user_errors(self._maker.path, what):
                     made = Pass(predictor, own, split, str(path))
-                    made.run(self._batch_size)
+                    made.run(self._batch_size, counter)
                 self._passes.append(made)
         said = (*notes, *warned, *mirrors.describe_fetched(str(path)))
         self.notes += [note for note in said if note not in self.notes]
@@ -182,7 +184,12 @@ def require_torch(path: Path) -> None:
 
 
 def gather_moments(
-    table: Table, source: str, rows: data.Split, batch_size: int, device: str | None
+    table: Table,
+    source: str,
+    rows: data.Split,
+    batch_size: int,
+    device: str | None,
+    progress: Callable[[int, int], None] | None,
 ) -> Moments:
     """Gather BatchNorm's statistics with the module of a function of the user.
 
@@ -192,6 +199,7 @@ def gather_moments(
         rows: features.
         batch_size: the largest number of rows in a batch.
         device: where PyTorch runs the module; None for a GPU where there is one.
+        progress: called after each batch with the number of batches done, and that of all.
 
     Raises:
         UsageError: the function does not return a module of PyTorch.
@@ -209,5 +217,5 @@ def gather_moments(
             )
         from polyak_cli.evaluation import torch_batchnorm
 
-        found = torch_batchnorm.gather_moments(held, model, maker.path, rows, batch_size)
+        found = torch_batchnorm.gather_moments(held, model, maker.path, rows, batch_size, progress)
     return replace(found, notes=(*found.notes, *warned))

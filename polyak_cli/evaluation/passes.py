@@ -17,6 +17,7 @@ import numpy as np
 from polyak_cli.errors import MismatchError, shown
 from polyak_cli.evaluation import data, row_losses
 from polyak_cli.evaluation.evaluator import RowScores
+from polyak_cli.evaluation.row_counts import RowCounter
 
 #: Outputs of a split that are kept for ensembles, in bytes.
 MOST_KEPT = 256 << 20
@@ -206,8 +207,8 @@ class Pass:
         again._target, again._is_row_wise = self._target, self._is_row_wise
         return again
 
-    def run(self, batch_size: int) -> None:
-        """Score the outputs of the model.
+    def run(self, batch_size: int, counter: RowCounter) -> None:
+        """Score the outputs of the model, and count its rows.
 
         Raises:
             MismatchError: the labels do not fit the outputs.
@@ -220,6 +221,7 @@ class Pass:
             self._add(target, block, outputs, given)
             if self.shape is not None:
                 self._kept.append(self._make_prediction(target, outputs))
+            counter.add(len(outputs))
 
     def run_given(self, predictions: data.Array, batch_size: int) -> None:
         """Score predictions that are like those of `finish`."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ def recalibrate(
     force: bool = False,
     architecture: _StrPath | None = None,
     device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Recalibration:
     """Gather the moving statistics of the BatchNorm layers again, in one pass over rows.
 
@@ -120,6 +121,7 @@ def recalibrate(
         force: replace an existing output.
         architecture: the layers of a file that holds weights only, as ``model`` of `evaluate`.
         device: where PyTorch runs a module; by default a GPU where there is one.
+        progress: called after each batch with the number of batches done, and that of all.
 
     Raises:
         UsageError: the batch size is out of range, or the architecture is none.
@@ -139,7 +141,9 @@ def recalibrate(
     # The output is a copy of the model, whose size the new statistics do not change.
     publishing.check_room(target, table.size)
     with publishing.publish(target, force=force) as hidden:
-        return rewrite(table, hidden, target, rows, batch_size, trust_code, source, device)
+        return rewrite(
+            table, hidden, target, rows, batch_size, trust_code, source, device, progress
+        )
 
 
 def check_recalibration(
@@ -225,6 +229,7 @@ def rewrite(
     trust_code: bool,
     architecture: str | None = None,
     device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Recalibration:
     """Write a model with new statistics under a hidden name, as `recalibrate` describes.
 
@@ -237,13 +242,19 @@ def rewrite(
         trust_code: run the code that the file carries in a Lambda layer.
         architecture: of weights, as for `Architecture`.
         device: where PyTorch runs a module; by default a GPU where there is one.
+        progress: as for `recalibrate`.
     """
     begun = time.perf_counter()
     if architecture is not None and not _is_of_keras(table):
-        found = named_models.gather_moments(table, architecture, rows, batch_size, device)
+        found = named_models.gather_moments(table, architecture, rows, batch_size, device, progress)
     else:
         found = gather_moments(
-            table, rows, batch_size=batch_size, trust_code=trust_code, architecture=architecture
+            table,
+            rows,
+            batch_size=batch_size,
+            trust_code=trust_code,
+            architecture=architecture,
+            progress=progress,
         )
     # Keras finds tensors by order, not by name.  If it loaded others than this tool found, new
     # statistics would be written to the wrong place.

@@ -11,7 +11,7 @@ constants to them; so do those without statistics (``track_running_stats=False``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,12 @@ class _Recorder:
 
 
 def gather_moments(
-    held: weights.Weights, module: Module, maker: Path, rows: data.Split, batch_size: int
+    held: weights.Weights,
+    module: Module,
+    maker: Path,
+    rows: data.Split,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """Run a module with the tensors of a checkpoint once over rows.
 
@@ -68,6 +73,7 @@ def gather_moments(
         maker: the file of the function that made it, for messages.
         rows: features; the labels are not used.
         batch_size: the largest number of rows in a batch.
+        progress: called after each batch with the number of batches done, and that of all.
 
     Raises:
         MismatchError: the tensors are not those of the module, or it has no statistics to gather.
@@ -87,7 +93,7 @@ def gather_moments(
         values = getattr(one.layer, which).detach().float().cpu().numpy().copy()
         before |= {_locate(held, view, one): values for view in found}
     with user_code.reword_user_errors(maker, f"the model failed on {rows.source}"):
-        count = _run(module, recorders, rows, batch_size)
+        count = _run(module, recorders, rows, batch_size, progress)
     notes += _note_unchanged(held.path, recorders)
     after = {
         view.spec.location: one.sums[_STATISTICS.index(which)] / one.rows
@@ -137,7 +143,13 @@ def _locate(held: weights.Weights, view: weights.View, one: _Recorder) -> str:
     return view.spec.location
 
 
-def _run(module: Module, found: Sequence[_Recorder], rows: data.Split, batch_size: int) -> int:
+def _run(
+    module: Module,
+    found: Sequence[_Recorder],
+    rows: data.Split,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
     """Run the module once over the rows; return the number of batches."""
     chosen = [one for one in found if one.trains and one.tracks]
     for one in chosen:
@@ -145,8 +157,10 @@ def _run(module: Module, found: Sequence[_Recorder], rows: data.Split, batch_siz
     if not chosen:
         return 0
     batches = divide_rows(rows.rows, batch_size)
-    for batch in batches:
+    for done, batch in enumerate(batches, 1):
         module.run(data.take_rows(rows.features, batch))
+        if progress:
+            progress(done, len(batches))
     return len(batches)
 
 

@@ -40,6 +40,7 @@ from polyak_cli.evaluation.candidates import (
 from polyak_cli.evaluation.comparison import Gain, compute_gains
 from polyak_cli.evaluation.evaluator import Evaluator, RowScores
 from polyak_cli.evaluation.forecast import Forecast, forecast_sweep
+from polyak_cli.evaluation.row_counts import OnShare, Progress, follow
 from polyak_cli.evaluation.soups import SEARCHES
 
 #: Schemes of the tutorial and their relatives, as `--schemes` takes them.
@@ -230,7 +231,7 @@ def sweep(
     trust_code: bool = False,
     model: str | None = None,
     device: str | None = None,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Callable[[float, int], None] | None = None,
     **options: Any,
 ) -> Sweep:
     """Score every single checkpoint, window and scheme of a run.
@@ -255,7 +256,8 @@ def sweep(
         trust_code: run code that a model file contains.
         model: the architecture of checkpoints that hold weights only, as for `evaluator.evaluate`.
         device: where PyTorch runs modules, as for `evaluator.evaluate`.
-        progress: called with the number of scored candidates, and with the number of all.
+        progress: called as rows are scored, with the number of models done and that of all; 2.25
+            of 14 is a quarter of the third model.  A search adds models as it goes.
         **options: options of `planning.plan`.
 
     Raises:
@@ -277,8 +279,8 @@ def sweep(
     evaluator.inspect_files([checkpoint.path for checkpoint in plan.checkpoints])
     # A hidden folder, which searches for checkpoints do not enter.
     with tempfile.TemporaryDirectory(prefix=".polyak-sweep-", dir=scratch) as folder:
-        scorer = CandidateScorer(plan, evaluator, tuple(splits), Path(folder), batch)
-        scored = list(scorer.score(wanted, progress))
+        scorer = CandidateScorer(plan, evaluator, tuple(splits), Path(folder), batch, progress)
+        scored = list(scorer.score(wanted))
         scored += _score_ensembles(scorer, scored)
         # Only now: the results show whether labels are classes and whether there is a loss.
         metric = _choose_metric(scored)
@@ -388,6 +390,7 @@ class CandidateScorer:
     """Makes and scores candidates.
 
     Attributes:
+        progress: as for `sweep`.
         notes: what writing the averages has found.
         refused: why averages with negative coefficients could not be written.
     """
@@ -397,8 +400,11 @@ class CandidateScorer:
     splits: tuple[str, ...]
     folder: Path
     batch: int
+    progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    _done: int = 0  # models, in all calls
+    _total: int = 0
 
     @property
     def _are_folders(self) -> bool:
@@ -421,11 +427,7 @@ class CandidateScorer:
             notes.append(f"{count} with negative coefficients could not be written, as {why}")
         return notes
 
-    def score(
-        self,
-        wanted: Sequence[Candidate],
-        progress: Callable[[int, int], None] = lambda _done, _total: None,
-    ) -> Iterator[ScoredCandidate]:
+    def score(self, wanted: Sequence[Candidate]) -> Iterator[ScoredCandidate]:
         """Yield the scores of each candidate, in order; equal coefficients are scored once.
 
         A candidate with negative coefficients that no file can hold is left out, and `refused` says
@@ -436,9 +438,11 @@ class CandidateScorer:
         unique: dict[tuple[float, ...], Mean] = {}
         for candidate in wanted:
             unique.setdefault(candidate.coefficients, candidate.mean)
+        self._total += len(unique)
         for coefficients, scores in self._score_means(unique):
             found[coefficients] = scores
-            progress(len(found), len(unique))
+            self._done += 1
+        self._done = self._total  # those that could not be written are done too
         for candidate in wanted:
             if candidate.coefficients in found:
                 yield ScoredCandidate(candidate, found[candidate.coefficients])
@@ -451,7 +455,8 @@ class CandidateScorer:
         for coefficients in wanted:
             single = find_single(coefficients)
             if single is not None:
-                yield coefficients, self._score_file(self.plan.checkpoints[single].path)
+                path = self.plan.checkpoints[single].path
+                yield coefficients, self._score_file(path, self._follow())
             else:
                 several.append(coefficients)
         for first in range(0, len(several), self.batch):
@@ -480,15 +485,16 @@ class CandidateScorer:
                     yield from self._score_batch({coefficients: mean})
             return
         for coefficients, path in zip(part, paths, strict=True):
-            yield coefficients, self._score_file(self._recalibrate(path))
+            yield coefficients, self._score_average(path)
             _remove(path)  # at once, which frees the disk before the next is recalibrated
 
-    def _recalibrate(self, path: Path) -> Path:
-        """Gather the BatchNorm statistics of an average again, if the options say so."""
+    def _score_average(self, path: Path) -> dict[str, RowScores]:
+        """Score an average, with BatchNorm statistics of its own if the options say so."""
+        report = self._follow()
         stages = pipeline.stages_of(self.plan)
         rows = stages.recalibrate
         if rows is None:
-            return path
+            return self._score_file(path, report)
         made = path.with_name(f"recalibrated{self._suffix}")
         recalibration.recalibrate(
             path,
@@ -498,12 +504,18 @@ class CandidateScorer:
             trust_code=stages.trust_code,
             force=True,
             architecture=stages.model,
+            # Half of the work on the model, the other half being its score.
+            progress=report and (lambda done, total: report(done / total / 2)),
         )
-        return made
+        return self._score_file(made, report and (lambda share: report((1 + share) / 2)))
 
-    def _score_file(self, path: Path) -> dict[str, RowScores]:
+    def _score_file(self, path: Path, report: OnShare | None) -> dict[str, RowScores]:
         """Return the scores of one file on each split."""
-        return dict(zip(self.splits, self.evaluator.score_rows(path), strict=True))
+        return dict(zip(self.splits, self.evaluator.score_rows(path, report), strict=True))
+
+    def _follow(self) -> OnShare | None:
+        """Return what reports the share of the next model."""
+        return follow(self.progress, self._done, self._total)
 
 
 def _remove(path: Path) -> None:

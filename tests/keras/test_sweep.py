@@ -311,9 +311,10 @@ def test_the_printed_command_makes_a_soup(tmp_path: Path) -> None:
 
 
 def test_a_terminal_shows_how_far_the_sweep_is(tmp_path: Path) -> None:
-    """It counts scored candidates and all of them; equal coefficients count once."""
+    """It says which of all models is scored, and when they end; equal coefficients count once."""
     options = ["--data", "blobs", "--last", "2", "--schemes", "equal,exp:2", "-o", "report"]
     code, text = on_terminal([*script(EAGER, "sweep", str(SAMPLE), *options)], tmp_path)
     assert code == 0, text
-    for done in (1, 4):  # two single checkpoints, and two averages of both
-        assert re.search(rf"scoring .*{done}/4", text)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert re.search(r"scoring .* model 1 of 4\s", plain)  # two single checkpoints
+    assert re.search(r"scoring .* model 4 of 4, \d+ s left", plain)  # and two averages of both

@@ -75,9 +75,14 @@ def test_statistics_are_those_of_update_bn(tmp_path: Path, kind: str) -> None:
     net, rows = build(code), make_rows(KINDS[kind])
     torch.save({"net": net.state_dict(), "step": 7}, tmp_path / "a.pt")
     source = f"{write_code(tmp_path, code)}:make"
+    seen: list[tuple[int, int]] = []
     found = recalibrate(
-        tmp_path / "a.pt", tmp_path / "b.pt", rows, batch_size=8, architecture=source
+        *(tmp_path / "a.pt", tmp_path / "b.pt", rows),
+        batch_size=8,
+        architecture=source,
+        progress=lambda *both: seen.append(both),
     )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
     assert (found.layers, found.batches, found.notes) == (2, 3, ())
     before = torch.load(tmp_path / "a.pt")["net"]
     after = torch.load(tmp_path / "b.pt")
