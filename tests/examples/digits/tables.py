@@ -13,10 +13,14 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def make_page(results: Results) -> str:
-    """Return the table of each regime, and the one that compares two frameworks."""
+    """Return the table of each regime, and the one that compares two frameworks.
+
+    They are compared only where both were trained with the same seeds, two at least.
+    """
     regimes = zip(*results.values(), strict=True)
     parts = [make_table(dict(zip(results, one, strict=True))) for one in regimes]
-    if len(results) == 2:
+    seeds = {one["seeds"] for framework in results.values() for one in framework}
+    if len(results) == 2 and len(seeds) == 1 and seeds != {1}:
         parts.append(make_agreement(results))
     return "\n\n".join(parts) + "\n"
 
