@@ -1,4 +1,4 @@
-"""Runs the command line as a user does: a fresh process, its exit code, its two streams."""
+"""Runs the command line as a user does: a process, its exit code, its two streams."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import polyak_cli
+from tests.warm import Warm
 
 ROOT = Path(polyak_cli.__file__).parents[1]
 SAMPLES = ROOT / "sample_checkpoints"
@@ -32,6 +33,10 @@ module.{function} = pausing
 """
 
 Done = subprocess.CompletedProcess[str]
+#: Seconds that a command may take.
+LONGEST = 120
+_WARM = Warm("tests.imported")
+
 #: Path below a folder -> its bytes, or what else it is.
 Tree = dict[str, bytes | str]
 
@@ -50,7 +55,20 @@ def unmeasured() -> dict[str, str]:
 def polyak(
     *arguments: object, cwd: Path, environ: Mapping[str, str] | None = None, **options: Any
 ) -> Done:
-    """Run a command to its end and return exit code, stdout and stderr."""
+    """Run a command to its end and return exit code, stdout and stderr.
+
+    The command is forked from a process that has imported the program, unless it has variables or
+    options of its own: `fresh` starts that.
+    """
+    if environ or options:
+        return fresh(*arguments, cwd=cwd, environ=environ, **options)
+    return _WARM.run([*map(str, arguments)], cwd, environment(), LONGEST)
+
+
+def fresh(
+    *arguments: object, cwd: Path, environ: Mapping[str, str] | None = None, **options: Any
+) -> Done:
+    """Do the same from the start, as a shell does."""
     return subprocess.run(
         [*POLYAK, *map(str, arguments)],
         cwd=cwd,
@@ -58,7 +76,7 @@ def polyak(
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=LONGEST,
         **options,
     )
 
@@ -77,7 +95,7 @@ def scripted(
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=LONGEST,
         preexec_fn=prepare,
     )
 

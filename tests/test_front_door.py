@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.command import ROOT, polyak
+from tests.command import ROOT, fresh
 
 README = (ROOT / "README.md").read_text()
 ROWS = dict(re.findall(r"^\| ([^|]+) \| `(polyak average [^|]+)` \|$", README, re.MULTILINE))
@@ -72,7 +72,7 @@ def write_npz(folder: Path) -> None:
 def run_row(have: str, folder: Path) -> list[str]:
     """Run the command of a row in a folder and return its words; it must say nothing of errors."""
     words = shlex.split(ROWS[have])
-    done = polyak(*words[1:], cwd=folder)
+    done = fresh(*words[1:], cwd=folder)
     assert done.returncode == 0, done.stderr
     return words
 
