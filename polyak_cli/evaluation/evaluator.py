@@ -122,8 +122,9 @@ def evaluate(
             (``.keras`` or ``.h5``), ``FILE.json`` of ``model.to_json()``, or
             ``MODULE.py:FUNCTION``, whose function is run and returns the model.  Of others such a
             function, which returns a ``torch.nn.Module``, alone or with its loss as ``(module,
-            loss)``; or one of a single argument, which gets the tensors as a dict of arrays and
-            returns ``predict(rows) -> outputs``, alone or with a loss.
+            loss)``, of several outputs a dict of losses; or one of a single argument, which gets
+            the tensors as a dict of arrays and returns ``predict(rows) -> outputs``, alone or with
+            a loss.
         device: where PyTorch runs modules, such as ``cpu``; by default a GPU where there is one.
         metric: "accuracy", or ``MODULE.py:FUNCTION``, whose function gets labels and predictions,
             numpy arrays, and returns a number for each row, or one for all; more is better.

@@ -20,7 +20,8 @@ from polyak_cli.evaluation import data, user_code, weights
 from polyak_cli.evaluation.batchnorm import Moments
 from polyak_cli.evaluation.evaluator import RowScores, Score, summarise
 from polyak_cli.evaluation.keras_files import collect_warnings
-from polyak_cli.evaluation.passes import Function, OwnLoss, Pass, Predictor
+from polyak_cli.evaluation.outputs import Outputs, OwnLosses, read_losses
+from polyak_cli.evaluation.passes import Function, Predictor
 from polyak_cli.evaluation.quiet import silence_frameworks
 from polyak_cli.evaluation.row_counts import OnShare, RowCounter
 from polyak_cli.formats.catalogue import detect
@@ -59,8 +60,8 @@ class NamedModels:
         self._maker = user_code.find_function(source, EXPECTED)
         self._takes_weights = self._maker.count_arguments() == 1
         self._described: dict[Path, weights.Weights] = {}
-        self._made: tuple[Module | Function, OwnLoss | None] | None = None
-        self._passes: list[Pass] = []
+        self._made: tuple[Module | Function, OwnLosses] | None = None
+        self._passes: list[Outputs] = []
 
     @property
     def shapes(self) -> Sequence[tuple[int, ...] | None]:
@@ -92,7 +93,7 @@ class NamedModels:
             for split in self._splits:
                 what = f"the model with the weights of {shown(path)} failed on {split.source}"
                 with user_code.reword_user_errors(self._maker.path, what):
-                    made = Pass(predictor, own, split, str(path))
+                    made = Outputs(predictor, own, split, str(path))
                     made.run(self._batch_size, counter)
                 self._passes.append(made)
         said = (*notes, *warned, *mirrors.describe_fetched(str(path)))
@@ -102,14 +103,10 @@ class NamedModels:
 
     def score_predictions(self, predictions: Sequence[data.Array]) -> list[RowScores]:
         """See `evaluator.Evaluator.score_predictions`."""
-        found = []
-        for array, made in zip(predictions, self._passes, strict=True):
-            again = made.restart()
-            again.run_given(array, self._batch_size)
-            found.append(again.finish())
-        return found
+        pairs = zip(predictions, self._passes, strict=True)
+        return [made.run_given(array, self._batch_size) for array, made in pairs]
 
-    def _load(self, held: weights.Weights) -> tuple[Predictor, OwnLoss | None, Sequence[str]]:
+    def _load(self, held: weights.Weights) -> tuple[Predictor, OwnLosses, Sequence[str]]:
         """Return what predicts with the tensors of a checkpoint, its loss if it has one, and notes.
 
         Raises:
@@ -135,7 +132,7 @@ class NamedModels:
 
 def recognise(
     source: str, returned: Any, path: Path, device: str | None
-) -> tuple[Module | Function, OwnLoss | None]:
+) -> tuple[Module | Function, OwnLosses]:
     """Return the model and the loss that a function of the user returned.
 
     Args:
@@ -148,7 +145,7 @@ def recognise(
         UsageError: it is neither a module of PyTorch nor a function.
     """
     model, loss = returned if _is_pair(returned) else (returned, None)
-    own = None if loss is None else OwnLoss(loss)
+    own = read_losses(loss)
     where = f"--model {shown(source)}: returned"
     # A class of a framework that is not imported cannot have been returned.
     if "torch" in sys.modules:

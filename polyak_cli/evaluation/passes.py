@@ -1,4 +1,4 @@
-"""Run a model over the rows of a split, batch by batch, and keep the loss of every row.
+"""Score one output of a model on the rows of a split, batch by batch, and keep each row's loss.
 
 The loss is the user's own, or chosen by the labels (`row_losses`).  This module knows no file and
 no framework: a model is what predicts.
@@ -17,7 +17,6 @@ import numpy as np
 from polyak_cli.errors import MismatchError, shown
 from polyak_cli.evaluation import data, row_losses
 from polyak_cli.evaluation.evaluator import RowScores
-from polyak_cli.evaluation.row_counts import RowCounter
 
 #: Outputs of a split that are kept for ensembles, in bytes.
 MOST_KEPT = 256 << 20
@@ -41,7 +40,10 @@ class Predictor(Protocol):
     """A model that has the tensors of a checkpoint."""
 
     def predict(self, features: data.Arrays) -> Any:
-        """Return the outputs of some rows, as the loss of the user takes them."""
+        """Return all that the model gives for some rows."""
+
+    def find_output(self, returned: Any) -> Any:
+        """Return the only output, as the loss of the user takes it."""
 
     def unwrap(self, outputs: Any) -> data.Array:
         """Return outputs as a numpy array."""
@@ -59,6 +61,10 @@ class Function:
     def predict(self, features: data.Arrays) -> Any:
         """See `Predictor.predict`."""
         return self._predict(features)
+
+    def find_output(self, returned: Any) -> Any:
+        """See `Predictor.find_output`."""
+        return returned
 
     def unwrap(self, outputs: Any) -> data.Array:
         """See `Predictor.unwrap`."""
@@ -164,34 +170,33 @@ def _are_close(one: float, other: float) -> bool:
 
 
 class Pass:
-    """One pass of a model over the rows of a split.
+    """One output of a model in one pass over the rows of a split.
 
     Attributes:
         shape: of the predictions that are kept; None if they are too large.
     """
 
     def __init__(
-        self, predictor: Predictor, own: OwnLoss | None, split: data.Split, where: str
+        self,
+        predictor: Predictor,
+        own: OwnLoss | None,
+        split: data.Split,
+        where: str,
+        *,
+        keeps: bool,
     ) -> None:
-        """Check the labels; nothing is run yet.
+        """Nothing is run yet.
 
         Args:
             predictor: the model.
-            own: its loss; None to choose one by the labels.
-            split: the rows.
+            own: the loss of the output; None to choose one by the labels.
+            split: the rows, with the labels of this output alone.
             where: the file of the weights, for messages.
-
-        Raises:
-            MismatchError: there are labels of several outputs.
+            keeps: whether predictions are kept, for ensembles and metrics of the user's.
         """
-        labels = data.list_arrays(split.labels)
-        if len(labels) != 1:
-            raise MismatchError(
-                f"{split.source}: has labels of {len(labels)} outputs; expected one array, as the "
-                "model of --model is scored by one output"
-            )
+        (self._labels,) = data.list_arrays(split.labels)
         self._predictor, self._own, self._split = predictor, own, split
-        self._where, self._labels = shown(where), labels[0]
+        self._where, self._keeps = shown(where), keeps
         self._target: row_losses.Target | None = None
         self._are_logits = True
         self._losses = np.full(split.rows, np.nan)
@@ -199,29 +204,27 @@ class Pass:
         self._right: list[data.Array] = []
         self._kept: list[data.Array] = []
         self._is_row_wise = True
+        self._row: tuple[int, ...] = ()  # shape of a row of the output
         self.shape: tuple[int, ...] | None = None
 
     def restart(self) -> Pass:
         """Return a pass over the same rows for predictions that are like these."""
-        again = Pass(self._predictor, self._own, self._split, self._where)
+        again = Pass(self._predictor, self._own, self._split, self._where, keeps=False)
         again._target, again._is_row_wise = self._target, self._is_row_wise
+        again._row = self._row
         return again
 
-    def run(self, batch_size: int, counter: RowCounter) -> None:
-        """Score the outputs of the model, and count its rows.
+    def add(self, block: slice, given: Any) -> None:
+        """Score the output of some rows.
 
         Raises:
             MismatchError: the labels do not fit the outputs.
         """
-        for start in range(0, self._split.rows, batch_size):
-            block = slice(start, start + batch_size)
-            given = self._predictor.predict(data.take_rows(self._split.features, block))
-            outputs = self._predictor.unwrap(given)
-            target = self._target or self._fit(outputs)
-            self._add(target, block, outputs, given)
-            if self.shape is not None:
-                self._kept.append(self._make_prediction(target, outputs))
-            counter.add(len(outputs))
+        outputs = self._predictor.unwrap(given)
+        target = self._target or self._fit(outputs)
+        self._add(target, block, outputs, given)
+        if self.shape is not None:
+            self._kept.append(self._make_prediction(target, outputs))
 
     def run_given(self, predictions: data.Array, batch_size: int) -> None:
         """Score predictions that are like those of `finish`."""
@@ -281,12 +284,28 @@ class Pass:
             if found.is_of_sequences and self._are_inputs(found):
                 found = row_losses.shift_labels(found)
             row_losses.check_counted(found, self._split.source)
+            self._refuse_yes_and_no(found)
         if found.axis is not None:
             self._are_logits = not row_losses.are_probabilities(outputs, found.axis)
-        if math.prod(shape) * outputs.itemsize <= MOST_KEPT:
+        if self._keeps and math.prod(shape) * outputs.itemsize <= MOST_KEPT:
             self.shape = shape
+        self._row = outputs.shape[1:]
         self._target = found
         return found
+
+    def _refuse_yes_and_no(self, target: row_losses.Target) -> None:
+        """Refuse labels 0 and 1 of outputs whose loss the labels do not tell.
+
+        Raises:
+            MismatchError: labels are 0 and 1, and no classes.
+        """
+        # A squared error of logits would be a number too, and would mean nothing.
+        if target.axis is None and np.isin(target.values, (0, 1)).all():
+            raise MismatchError(
+                f"{self._split.source}: the labels are 0 and 1, and the model has an output for "
+                "each; its loss cannot be guessed: return (model, loss) from the function, such as "
+                "(model, torch.nn.BCEWithLogitsLoss())"
+            )
 
     def _are_inputs(self, target: row_losses.Target) -> bool:
         """Return whether the labels are one of the inputs, but for what does not count."""
@@ -304,6 +323,12 @@ class Pass:
         rows = len(part.values)
         if len(outputs) != rows:
             raise MismatchError(f"{self._where}: the model gives {len(outputs)} rows for {rows}")
+        if outputs.shape[1:] != self._row:
+            raise MismatchError(
+                f"{self._where}: the model gives rows of shape {self._row} for one batch and of "
+                f"shape {outputs.shape[1:]} for another; expected one shape, to be compared with "
+                "labels"
+            )
         if self._own is None:
             each: data.Array | None = row_losses.compute_losses(
                 outputs, part, are_logits=self._are_logits

@@ -158,7 +158,7 @@ def _run(
         return 0
     batches = divide_rows(rows.rows, batch_size)
     for done, batch in enumerate(batches, 1):
-        module.run(data.take_rows(rows.features, batch))
+        module.predict(data.take_rows(rows.features, batch))
         if progress:
             progress(done, len(batches))
     return len(batches)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyak_cli.errors import MismatchError, UsageError, shown, word_count
+from polyak_cli.errors import MismatchError, UsageError, list_some, shown, word_count
 from polyak_cli.evaluation import data, weights
 from polyak_cli.tensors import FLOATS, itemsize
 
@@ -93,14 +93,14 @@ class Module:
 
     def predict(self, features: data.Arrays) -> Any:
         """See `passes.Predictor.predict`."""
-        return _find_output(self.run(features))
-
-    def run(self, features: data.Arrays) -> Any:
-        """Return all that the module gives for some rows."""
         with torch.no_grad():
             if isinstance(features, Mapping):  # as Transformers' tokenizers return them
                 return self.module(**{name: self._feed(one) for name, one in features.items()})
             return self.module(*map(self._feed, data.list_arrays(features)))
+
+    def find_output(self, returned: Any) -> Any:
+        """See `passes.Predictor.find_output`."""
+        return _find_output(returned)
 
     def _feed(self, array: data.Array) -> Any:
         """Return features as the module takes them: floats in its own type, integers as int64."""
@@ -155,7 +155,15 @@ def _find_output(returned: Any) -> Any:
         (returned,) = returned
     if not is_tensor(returned):
         raise MismatchError(
-            f"the module gives {shown(type(returned).__name__, 60)}; expected one tensor, or an "
-            "output with logits"
+            f"the module gives {_describe(returned)}; expected one tensor, or an output with "
+            'logits; for several outputs, give labels by name, {"NAME": array}, or as a tuple'
         )
     return returned
+
+
+def _describe(returned: Any) -> str:
+    """Return what a module gives, in a few words."""
+    what = shown(type(returned).__name__, 60)
+    if isinstance(returned, Mapping):
+        return f"{what} with {list_some([str(name) for name in returned])}"
+    return f"{what} of {len(returned)}" if isinstance(returned, (tuple, list)) else what
