@@ -185,7 +185,7 @@ def test_hdf5_behind_a_block_of_the_users_own_is_recognised(tmp_path: Path) -> N
 
 
 def test_advice_on_batchnorm_fits_the_format(tmp_path: Path) -> None:
-    """`--recalibrate` is advised only where a whole Keras model can be run."""
+    """A file without a model needs a function that returns it, or PyTorch's own `update_bn`."""
     from safetensors.numpy import save_file
 
     for number in (1, 2):
@@ -194,4 +194,4 @@ def test_advice_on_batchnorm_fits_the_format(tmp_path: Path) -> None:
     report = average(tmp_path, tmp_path / "o.safetensors")
     (note,) = (note for note in report.notes if "BatchNorm" in note)
     assert "update_bn" in note
-    assert "--recalibrate" not in note
+    assert "--recalibrate DATA --model MODULE.py:FUNCTION" in note

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from polyak_cli.averaging import records
-from polyak_cli.averaging.options import Settings
 from polyak_cli.errors import FormatError, list_some, shown
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
@@ -26,8 +25,15 @@ from polyak_cli.storage.local import LocalOutput, copy_range, name_errors
 from polyak_cli.tensors import Table
 
 
-def plan_files(output: Path | None, template: Table, settings: Settings) -> FolderFiles | None:
+def plan_files(
+    output: Path | None, template: Table, *, only_weights: bool = False
+) -> FolderFiles | None:
     """Return what an output folder will hold; None if the output is no folder.
+
+    Args:
+        output: what will be written, if it is known.
+        template: the checkpoint that it will be like.
+        only_weights: nothing is copied.
 
     Raises:
         FormatError: a file of the newest checkpoint's folder cannot be copied safely.
@@ -36,7 +42,7 @@ def plan_files(output: Path | None, template: Table, settings: Settings) -> Fold
         return None
     form = find_format(template.format)
     weights = tuple(form.name_outputs(template))
-    if settings.output.only_weights:
+    if only_weights:
         return FolderFiles(weights)
     folder = form.find_root(template)
     held = {Path(file.path).relative_to(folder).as_posix() for file in template.files}

@@ -280,7 +280,8 @@ def plan_average(
     exports.refuse_unordered(tables)
     found = _sort_tensors(tables, settings, mean, output)
     notes += assets.refuse_other_assets(tables, settings.tensors.allow)
-    files = carried_files.plan_files(output, template, settings)
+    only = settings.output.only_weights
+    files = carried_files.plan_files(output, template, only_weights=only)
     suspicions = [*_list_suspicions(chosen, around), *found.averages]
     made = Plan(
         output=output,

@@ -159,8 +159,6 @@ def read(written: str) -> Record:
     """
     record = _parse(written)
     is_sealed = SEAL in record
-    if is_sealed and record != seal(record):
-        raise FormatError("its record of provenance was changed: its digest does not match")
     others = record.keys() - _UNSEALED
     if not is_sealed and others:
         raise _build_error(f"'{shown(min(others), 40)}' in it")
@@ -191,7 +189,11 @@ def read(written: str) -> Record:
 
 
 def _parse(written: str) -> dict[str, Any]:
-    """Parse a text that must be, character for character, what `encode` returns for it."""
+    """Parse a text that must be, character for character, what `encode` returns for it.
+
+    Raises:
+        FormatError: it is not, or its own digest is wrong.
+    """
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a number")
@@ -205,6 +207,8 @@ def _parse(written: str) -> dict[str, Any]:
     if not same:
         raise _build_error(shown(written, 60))
     found: dict[str, Any] = record
+    if SEAL in found and found != seal(found):
+        raise FormatError("its record of provenance was changed: its digest does not match")
     return found
 
 
@@ -464,7 +468,7 @@ def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
         "options": _list_options(plan),
         "divisor": plan.mean.divisor,
         "inputs": inputs,
-        **({"files": _describe_files(plan.files)} if plan.files else {}),
+        **({"files": describe_files(plan.files)} if plan.files else {}),
         **({"model": {"name": whole.path.name, "config": whole.config}} if whole else {}),
         **({"skipped": skipped} if skipped else {}),
         **({"suspicions": suspected} if suspected else {}),
@@ -510,13 +514,23 @@ def _describe_running_means(plan: Plan) -> list[dict[str, float]]:
     return [{"step": step, "sigma": sigma} for step, sigma in pairs]
 
 
-def _describe_files(files: FolderFiles) -> dict[str, Any]:
-    """Return what a record says of the files in an output folder."""
-    return {
+def describe_files(files: FolderFiles, older: object = None) -> dict[str, Any]:
+    """Return what a record says of the files in an output folder.
+
+    Args:
+        files: of the output.
+        older: what the record of the checkpoint says that the folder is copied from; it stays, with
+            what was left out of that one, if the same files are in both.
+    """
+    made: dict[str, Any] = {
         "weights": list(files.weights),
         "carried": [{"name": one.name, "sha256": _hash_file(one.file)} for one in files.carried],
         "left_out": [one.name for one in files.left_out],
     }
+    same = ("weights", "carried")
+    if isinstance(older, dict) and all(older.get(key) == made[key] for key in same):
+        return older
+    return made
 
 
 def _list_options(plan: Plan) -> dict[str, Any]:
@@ -537,9 +551,11 @@ def list_owned(folder: Path) -> frozenset[str]:
     They are relative to the folder, and are those of the record in it, whose digest must be right.
     """
     with contextlib.suppress(PolyakError):
-        record = read(read_record(folder))
-        if record.is_sealed and record.weights:
-            return frozenset((*record.weights, *record.carried, RECORD_NAME))
+        # Of a folder that was recalibrated and is no average, too.
+        record = _parse(read_record(folder))
+        files = _parse_files(record.get("files") if SEAL in record else None)
+        if files:
+            return frozenset((*files["weights"], *files["carried"], RECORD_NAME))
     return frozenset()
 
 

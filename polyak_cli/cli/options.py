@@ -470,7 +470,7 @@ RECALIBRATING = under(
     option(
         "--recalibrate",
         metavar="DATA",
-        help="Recompute BatchNorm's statistics in Keras; DATA as in polyak recalibrate.",
+        help="Recompute BatchNorm's statistics; DATA as in polyak recalibrate.",
     ),
     option(
         "--split",

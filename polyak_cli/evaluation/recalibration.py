@@ -2,24 +2,27 @@
 
 The statistics of an average are averages of estimates that were made for other tensors.
 `batchnorm`, or for PyTorch `torch_batchnorm`, gathers them again; this module writes them into a
-copy of the model.  It imports no framework, and does not know how the statistics are computed.
+copy of the model: a file, or a folder with what lies beside its tensors.  It imports no framework,
+and does not know how the statistics are computed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from polyak_cli import __version__, formats
-from polyak_cli.averaging import records
+from polyak_cli.averaging import carried_files, records
 from polyak_cli.averaging.matching import is_statistic
 from polyak_cli.checkpoints import find_file
 from polyak_cli.engine import reading
@@ -35,15 +38,35 @@ from polyak_cli.evaluation.keras_files import check_model
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
+from polyak_cli.formats.model_folders import FolderFiles
 from polyak_cli.storage import Bytes, mirrors, publishing
 from polyak_cli.storage.local import LocalOutput
 from polyak_cli.tensors import FLOATS, Float64, Table, itemsize
 
 BATCH_SIZE = 256
-#: The formats of other programs in which statistics are written.
-_WRITTEN = ("torch_zip", "safetensors")
 _MEMORY = 32 << 20  # bytes of the buffers; statistics are a few numbers a channel
 _StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """How statistics are gathered.
+
+    Attributes:
+        rows: features; the labels are not used.
+        batch_size: the largest number of rows in a batch.
+        trust_code: run the code that the file carries in a Lambda layer.
+        architecture: the layers of a file that holds weights only, as ``model`` of `evaluate`.
+        device: where PyTorch runs a module; by default a GPU where there is one.
+        progress: as for `recalibrate`.
+    """
+
+    rows: data.Split
+    batch_size: int = BATCH_SIZE
+    trust_code: bool = False
+    architecture: str | None = None
+    device: str | None = None
+    progress: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +74,8 @@ class Recalibration:
     """The result of a recalibration.
 
     Attributes:
-        model: the input file.
-        output: the file that was written.
+        model: the input: a file, or the file that opens a folder.
+        output: the file or folder that was written.
         statistics: names of the tensors that were replaced.
         layers: the number of BatchNorm layers that they belong to.
         source: the name of the rows.
@@ -112,8 +135,9 @@ def recalibrate(
 
     Args:
         model: a whole-model ``.h5``, ``.hdf5`` or ``.keras`` file, or with ``architecture`` one
-            that holds weights only, of Keras, PyTorch or safetensors.
-        output: the file to write, in the model's format.
+            that holds weights only, of Keras, or any checkpoint that `average` reads, such as a
+            ``.pt`` file, or a folder of Hugging Face.
+        output: the file or folder to write, in the model's format.
         rows: features; the labels are not used.
         batch_size: the largest number of rows in a batch; best the batch size of training.  In
             small batches the variance is too small, by the factor (n - 1) / n.
@@ -135,47 +159,41 @@ def recalibrate(
     path, target = Path(mirrors.enter(os.fspath(model))), Path(output)
     (table,) = formats.scan([find_file(path)], with_optimizer=True)
     source = os.fspath(architecture) if architecture is not None else None
-    check_recalibration(table, target, rows, batch_size, source)
-    outputs.check_output(target, [table], force=force)
+    how = Gathering(rows, batch_size, trust_code, source, device, progress)
+    check_recalibration(table, target, how)
+    owned = records.list_owned
+    outputs.check_output(target, [table], force=force, list_owned=owned)
+    files = carried_files.plan_files(target, table)
     formats.check([table], jobs=1)
     # The output is a copy of the model, whose size the new statistics do not change.
-    publishing.check_room(target, table.size)
-    with publishing.publish(target, force=force) as hidden:
-        return rewrite(
-            table, hidden, target, rows, batch_size, trust_code, source, device, progress
-        )
+    publishing.check_room(target, table.size + (files.nbytes if files else 0))
+    folder, opener = (owned, files.weights[-1]) if files else (None, "")
+    with publishing.publish(target, force=force, folder=folder, opener=opener) as hidden:
+        return rewrite(table, hidden, target, how, files)
 
 
-def check_recalibration(
-    table: Table,
-    output: Path | None,
-    rows: data.Split,
-    batch_size: int,
-    architecture: str | None = None,
-) -> None:
+def check_recalibration(table: Table, output: Path | None, how: Gathering) -> None:
     """Refuse a model, rows or output that cannot be recalibrated, before any work.
 
     Args:
         table: table of the model, or of one like it.
-        output: the file that will be written, if known.
-        rows: features.
-        batch_size: the largest number of rows in a batch.
-        architecture: of weights, as for `Architecture`.
+        output: the file or folder that will be written, if known.
+        how: the statistics will be gathered.
 
     Raises:
         UsageError: the batch size is out of range, or the architecture is none.
         MismatchError: there is only one row, which has no variance.
         FormatError: the file is of a format that Keras does not open as a model.
-        OutputError: the output would have such a format.
-        PolyakError: Keras is missing or too old.
+        OutputError: the output would have another format.
+        PolyakError: Keras is missing or too old, or PyTorch is missing.
     """
-    check_rows(rows, batch_size)
+    check_rows(how.rows, how.batch_size)
     if not _is_of_keras(table):
-        _check_named(table, output, architecture)
+        _check_named(table, how.architecture)
     else:
-        check_model(table, bare=architecture is not None)
-        if architecture is not None:
-            Architecture(architecture)  # refuses what is no architecture
+        check_model(table, bare=how.architecture is not None)
+        if how.architecture is not None:
+            Architecture(how.architecture)  # refuses what is no architecture
     if outputs.choose_format(output, table) != table.format or outputs.takes_weights(output, table):
         raise OutputError(
             f"{shown(output)}: would not be a {find_format(table.format).name} file; give the "
@@ -188,99 +206,85 @@ def _is_of_keras(table: Table) -> bool:
     return bool(find_format(table.format).keras_layout) or WEIGHTS_SUFFIX in table.rules.suffixes
 
 
-def _check_named(table: Table, output: Path | None, architecture: str | None) -> None:
-    """Refuse a checkpoint of another program that polyak cannot run, or cannot write again.
+def _check_named(table: Table, architecture: str | None) -> None:
+    """Refuse a checkpoint of another program whose module polyak cannot run.
 
     Raises:
-        FormatError: no function makes its model, or it is not a single file.
-        OutputError: the output would be a folder.
+        FormatError: no function makes its module.
+        MissingExtraError: PyTorch is not installed.
     """
-    form = find_format(table.format)
-    if form.key not in _WRITTEN:
-        raise FormatError(
-            f"{shown(table.path)}: is {form.name}; only Keras's models, and with --model Keras's "
-            "weights, PyTorch and safetensors can be recalibrated, because polyak must run them: "
-            f"{form.recalculation}"
-        )
-    if len(table.files) > 1:
-        raise FormatError(
-            f"{shown(table.path)}: consists of {len(table.files)} files; polyak recalibrates a "
-            "single one: average into NAME.safetensors first"
-        )
     if architecture is None or not user_code.is_function(architecture):
         raise FormatError(
-            f"{shown(table.path)}: is {form.name}, which holds tensors without a model; name a "
-            "function that returns it, a torch.nn.Module: --model MODULE.py:FUNCTION"
+            f"{shown(table.path)}: is {find_format(table.format).name}, which holds tensors "
+            "without a model; name a function that returns it, a torch.nn.Module: "
+            "--model MODULE.py:FUNCTION"
         )
     named_models.require_torch(table.path)
-    if output is not None and outputs.is_folder(output, table):
-        raise OutputError(
-            f"{shown(output)}: would be a folder; recalibrate into one file, such as "
-            f"{shown(output)}{form.suffixes[0]}"
-        )
 
 
 def rewrite(
     table: Table,
     hidden: Path,
     output: Path,
-    rows: data.Split,
-    batch_size: int,
-    trust_code: bool,
-    architecture: str | None = None,
-    device: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    how: Gathering,
+    files: FolderFiles | None,
+    name: Path | None = None,
 ) -> Recalibration:
     """Write a model with new statistics under a hidden name, as `recalibrate` describes.
 
     Args:
         table: table of the model, scanned ``with_optimizer``.
-        hidden: the file to write.
+        hidden: the file or folder to write.
         output: its later name.
-        rows: features.
-        batch_size: the largest number of rows in a batch.
-        trust_code: run the code that the file carries in a Lambda layer.
-        architecture: of weights, as for `Architecture`.
-        device: where PyTorch runs a module; by default a GPU where there is one.
-        progress: as for `recalibrate`.
+        how: the statistics are gathered.
+        files: what the output will hold if it is a folder.
+        name: of the model in messages, if it is hidden too.
     """
     begun = time.perf_counter()
-    if architecture is not None and not _is_of_keras(table):
-        found = named_models.gather_moments(table, architecture, rows, batch_size, device, progress)
+    named = replace(table, path=name or table.path)
+    if how.architecture is not None and not _is_of_keras(table):
+        found = named_models.gather_moments(
+            named, how.architecture, how.rows, how.batch_size, how.device, how.progress
+        )
     else:
         found = gather_moments(
-            table,
-            rows,
-            batch_size=batch_size,
-            trust_code=trust_code,
-            architecture=architecture,
-            progress=progress,
+            named,
+            how.rows,
+            batch_size=how.batch_size,
+            trust_code=how.trust_code,
+            architecture=how.architecture,
+            progress=how.progress,
         )
     # Keras finds tensors by order, not by name.  If it loaded others than this tool found, new
     # statistics would be written to the wrong place.
-    _check_loaded(table, found)
+    _check_loaded(named, found)
     names = {spec.location: spec.name for spec in table.tensors.values()}
     values = {names[location]: np.ravel(values) for location, values in found.after.items()}
-    record = _make_record(table, found, rows, batch_size)
+    record = _make_record(named, found, how, files)
     record["recalibrated"]["statistics"] = hash_values(table, values)
-    if architecture is not None:  # without its folder, as the data
-        record["recalibrated"]["model"] = Path(architecture).name
-    _write(table, values, hidden, records.encode(records.seal(record)))
+    text = records.encode(records.seal(record))
+    _write(table, values, hidden, text, named.path)
+    if files:
+        carried_files.copy_files(files, hidden, text)
+    # Last: the model may have been replaced while it was copied.
+    check_unchanged([*table.files, *(one.file for one in (files.carried if files else ()))])
     return Recalibration(
-        model=table.path,
+        model=named.path,
         output=output,
         statistics=tuple(values),
         layers=found.layers,
-        source=rows.source,
-        rows=rows.rows,
-        batch_size=batch_size,
+        source=how.rows.source,
+        rows=how.rows.rows,
+        batch_size=how.batch_size,
         batches=found.batches,
         seconds=time.perf_counter() - begun,
-        notes=found.notes,
+        notes=(*found.notes, *carried_files.note_other_weights(files)),
     )
 
 
-def _make_record(table: Table, found: Moments, rows: data.Split, batch_size: int) -> dict[str, Any]:
+def _make_record(
+    table: Table, found: Moments, how: Gathering, files: FolderFiles | None
+) -> dict[str, Any]:
     """Return the record of the output: that of the model, and the pass over rows."""
     # Times and folders are left out, so that the same inputs give the same bytes.
     # A model of another program has no record; then only the pass is recorded.
@@ -294,21 +298,22 @@ def _make_record(table: Table, found: Moments, rows: data.Split, batch_size: int
             f"{shown(table.path)}: its attribute polyak_provenance is not a record that polyak "
             f"wrote: {shown(text, 60)}; remove the attribute"
         )
-    return (
-        {"polyak": __version__}
-        | own
-        | {
-            "recalibrated": {
-                "polyak": __version__,
-                "data": Path(rows.source).name,
-                "rows": rows.rows,
-                "sha256": _hash_features(rows.features),
-                "batch_size": batch_size,
-                "batches": found.batches,
-                "layers": found.layers,
-            }
-        }
-    )
+    rows = how.rows
+    made = {
+        "polyak": __version__,
+        "data": Path(rows.source).name,
+        "rows": rows.rows,
+        "sha256": _hash_features(rows.features),
+        "batch_size": how.batch_size,
+        "batches": found.batches,
+        "layers": found.layers,
+    }
+    if how.architecture is not None:  # without its folder, as the data
+        made["model"] = Path(how.architecture).name
+    listed = own.pop("files", None)
+    if files:
+        own["files"] = records.describe_files(files, listed)
+    return {"polyak": __version__} | own | {"recalibrated": made}
 
 
 def hash_values(table: Table, values: Mapping[str, Float64]) -> dict[str, str]:
@@ -376,10 +381,14 @@ def restore_statistics(average: Table, written: Table) -> Table:
         MismatchError: a statistic is not finite.
         OSError: the disk is full.
     """
-    made = average.path.with_name(".recalibrated")
-    made.touch()
-    _write(average, read_statistics(written), made, written.about["provenance"])
-    made.replace(average.path)
+    text, values = written.about["provenance"], read_statistics(written)
+    folder = outputs.find_folder(average)
+    made = (folder or average.path).with_name(".recalibrated")
+    made.mkdir() if folder else made.touch()
+    _write(average, values, made, text, average.path)
+    if folder:
+        shutil.rmtree(folder)
+    made.replace(folder or average.path)
     (table,) = formats.scan([average.path], with_optimizer=True)
     return table
 
@@ -420,12 +429,14 @@ def _check_loaded(table: Table, found: Moments) -> None:
                 )
 
 
-def _write(table: Table, values: Mapping[str, Float64], hidden: Path, record: str) -> None:
-    """Write a copy of the model with new statistics.
+def _write(
+    table: Table, values: Mapping[str, Float64], hidden: Path, record: str, name: Path
+) -> None:
+    """Write a copy of the model's tensors with new statistics, into a file or a folder.
 
     Raises:
         MismatchError: a statistic is not finite.
-        FormatError: the file changed meanwhile, or cannot be copied safely.
+        FormatError: the model cannot be copied safely.
         OSError: the disk is full.
     """
     specs = [spec for spec in table.tensors.values() if spec.name in values and spec.size]
@@ -437,15 +448,15 @@ def _write(table: Table, values: Mapping[str, Float64], hidden: Path, record: st
         drop_optimizer=False,
         provenance=record,
     )
-    with LocalOutput(skeleton.files[0]) as file:
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(LocalOutput(path)) for path in skeleton.files]
         for spec in specs:
             place = skeleton.placements[spec.location]
-            where = f"{shown(table.path)}: the new values of '{shown(spec.name)}'"
-            raw = round_values(values[spec.name], place.dtype, place.byteorder, where)
-            file.write(place.offset, raw)
+            where = f"{shown(name)}: the new values of '{shown(spec.name)}'"
+            place.write(
+                files, 0, round_values(values[spec.name], place.dtype, place.byteorder, where)
+            )
     skeleton.finalize()
-    # Last: the model may have been replaced while it was copied.
-    check_unchanged(table.files)
 
 
 def round_values(values: Float64, dtype: str, byteorder: str, where: str) -> Bytes:

@@ -186,9 +186,10 @@ def _find_opener(path: Path) -> Path:
 
 def _is_folder_output(table: Table, record: Record) -> bool:
     """Return whether an average is a folder, not a file or files whose names begin alike."""
-    is_sharded = find_format(table.format).can_be_folder and len(table.files) > 1
     # Weights may have been taken out of their folder; then they are a file.
-    return is_sharded or (bool(record.weights) and _find_record_beside(table).exists())
+    return outputs.find_folder(table) is not None or (
+        bool(record.weights) and _find_record_beside(table).exists()
+    )
 
 
 def _find_record_beside(table: Table) -> Path:

@@ -14,6 +14,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.tensors import COMMON, Checksum, Placement, Table
 
+#: See `Format.recalculation`, of tensors that a module of PyTorch takes.
+RUN_MODULE = (
+    "--recalibrate DATA --model MODULE.py:FUNCTION, or load the average, and call "
+    "torch.optim.swa_utils.update_bn(loader, model)"
+)
+
 
 class ScanRequest(NamedTuple):
     """A checkpoint to scan, and whether to list also what is not the model's own."""

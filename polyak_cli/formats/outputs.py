@@ -90,6 +90,11 @@ def _is_sharded(template: Table) -> bool:
     return find_format(template.format).can_be_folder and len(template.files) > 1
 
 
+def find_folder(table: Table) -> Path | None:
+    """Return the folder that holds a checkpoint of several files; None where it is one file."""
+    return find_format(table.format).find_root(table) if _is_sharded(table) else None
+
+
 def check_conversion(
     output: Path | None,
     template: Table,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, OutputError, shown, word_size
 from polyak_cli.formats import conversion, foreign, vocabularies
-from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
+from polyak_cli.formats.format import RUN_MODULE, Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.sharding import Index, read_index
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, Version, open_input
@@ -393,10 +393,7 @@ class Safetensors(Format):
     key = name = "safetensors"
     suffixes = (".safetensors",)
     dtypes = frozenset(FLOATS)
-    recalculation = (
-        "polyak recalibrate --model MODULE.py:FUNCTION, or load the average, and call "
-        "torch.optim.swa_utils.update_bn(loader, model)"
-    )
+    recalculation = RUN_MODULE
     can_be_folder = True
     can_be_part = True
     can_be_left = True

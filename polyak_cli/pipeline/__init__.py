@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -41,7 +42,7 @@ from polyak_cli.storage import mirrors, publishing
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
     from polyak_cli.evaluation.data import Split
-    from polyak_cli.evaluation.recalibration import Recalibration
+    from polyak_cli.evaluation.recalibration import Gathering, Recalibration
     from polyak_cli.examining.health import Checked
     from polyak_cli.tensors import Table
 
@@ -52,7 +53,7 @@ class Options(averaging_options.Options, total=False):
     Attributes:
         on_unhealthy: "fail" or "skip": `check` the chosen checkpoints first, and refuse them if
             anything is wrong, or average only those that are healthy; None (the default): do not.
-        recalibrate: rows on which Keras computes the average's BatchNorm statistics again; see the
+        recalibrate: rows on which the average's BatchNorm statistics are computed again; see the
             function `recalibrate`.
         batch_size: the largest number of these rows in a batch; 256.
         trust_code: to recalibrate, run the code that the model carries in a Lambda layer.
@@ -82,6 +83,15 @@ class Stages:
     def architecture(self) -> str | None:
         """Return the model as a text, which may name a file or a function."""
         return None if self.model is None else os.fspath(self.model)
+
+    @property
+    def gathering(self) -> Gathering | None:
+        """Return how BatchNorm's statistics are gathered; None if they are not."""
+        if self.recalibrate is None:
+            return None
+        from polyak_cli.evaluation.recalibration import Gathering
+
+        return Gathering(self.recalibrate, self.batch_size, self.trust_code, self.architecture)
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,7 +483,9 @@ def _verify(
         opened=Path(output.name, files[-1].relative_to(hidden) if hidden.is_dir() else ""),
         record=record,
         nbytes=plan.bytes_to_write,
-        recalibrated=formats.scan([hidden], with_optimizer=True)[0] if own else None,
+        recalibrated=formats.scan([_find_opener(plan, hidden)], with_optimizer=True)[0]
+        if own
+        else None,
     )
     # Two programs that compute the same bits hardly have the same mistake, nor the same fault of
     # memory or of the processor.
@@ -490,11 +502,15 @@ def _verify(
         )
 
 
+def _find_opener(plan: Plan, written: Path) -> Path:
+    """Return the file that opens an output, whatever it is called now."""
+    return written / plan.files.weights[-1] if plan.files else written
+
+
 def _recalibrate(plan: Plan, output: Path, hidden: Path) -> Recalibration | None:
     """Put the average with new statistics in its place, if that was asked for."""
-    stages = stages_of(plan)
-    rows = stages.recalibrate
-    if rows is None:
+    how = stages_of(plan).gathering
+    if how is None:
         return None
     from polyak_cli.evaluation import recalibration
 
@@ -502,18 +518,17 @@ def _recalibrate(plan: Plan, output: Path, hidden: Path) -> Recalibration | None
     end = WEIGHTS_SUFFIX if output.name.endswith(WEIGHTS_SUFFIX) else output.suffix
     average = hidden.with_name(f"{hidden.name}.average{end}")
     hidden.rename(average)
-    hidden.touch()
-    (table,) = formats.scan([average], with_optimizer=True)
-    made = recalibration.rewrite(
-        replace(table, path=output),
-        hidden,
-        output,
-        rows,
-        stages.batch_size,
-        stages.trust_code,
-        stages.architecture,
-    )
-    average.unlink()
+    if plan.files is None:
+        hidden.touch()
+    else:
+        hidden.mkdir()
+    (table,) = formats.scan([_find_opener(plan, average)], with_optimizer=True)
+    files = carried_files.plan_files(output, table)
+    made = recalibration.rewrite(table, hidden, output, how, files, name=output)
+    if average.is_dir():
+        shutil.rmtree(average)
+    else:
+        average.unlink()
     return made
 
 
@@ -616,12 +631,11 @@ def _scan_architecture(stages: Stages, output: Path | None) -> Table | None:
 
 def _check_recalibration(template: Table, output: Path | None, stages: Stages) -> None:
     """Refuse, before any work, a model that cannot be recalibrated, if that is asked for."""
-    if stages.recalibrate is not None:
+    how = stages.gathering
+    if how is not None:
         from polyak_cli.evaluation import recalibration
 
-        recalibration.check_recalibration(
-            template, output, stages.recalibrate, stages.batch_size, stages.architecture
-        )
+        recalibration.check_recalibration(template, output, how)
 
 
 def check_replaceable(output: Path) -> None:

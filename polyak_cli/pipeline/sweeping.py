@@ -491,23 +491,24 @@ class CandidateScorer:
     def _score_average(self, path: Path) -> dict[str, RowScores]:
         """Score an average, with BatchNorm statistics of its own if the options say so."""
         report = self._follow()
-        stages = pipeline.stages_of(self.plan)
-        rows = stages.recalibrate
-        if rows is None:
+        how = pipeline.stages_of(self.plan).gathering
+        if how is None:
             return self._score_file(path, report)
         made = path.with_name(f"recalibrated{self._suffix}")
         recalibration.recalibrate(
             path,
             made,
-            rows,
-            batch_size=stages.batch_size,
-            trust_code=stages.trust_code,
-            force=True,
-            architecture=stages.model,
+            how.rows,
+            batch_size=how.batch_size,
+            trust_code=how.trust_code,
+            architecture=how.architecture,
+            device=how.device,
             # Half of the work on the model, the other half being its score.
             progress=report and (lambda done, total: report(done / total / 2)),
         )
-        return self._score_file(made, report and (lambda share: report((1 + share) / 2)))
+        found = self._score_file(made, report and (lambda share: report((1 + share) / 2)))
+        _remove(made)
+        return found
 
     def _score_file(self, path: Path, report: OnShare | None) -> dict[str, RowScores]:
         """Return the scores of one file on each split."""

@@ -306,7 +306,8 @@ def _list_older(output: Path, list_owned: ListOwned, *, force: bool) -> list[Pat
 def _discard(hidden: Path) -> None:
     _finals.pop(hidden, None)
     if hidden.is_dir():
-        shutil.rmtree(hidden, ignore_errors=True)
+        for folder in _list_written(hidden):
+            shutil.rmtree(folder, ignore_errors=True)
     else:
         _remove(hidden)
 
@@ -444,7 +445,7 @@ def _settle(hidden: Path, older: Path, final: Path) -> None:
     """Delete the folder that lost the name or did not get it."""
     if older.exists() and not final.exists():
         older.rename(final)
-    for folder in (hidden, older):
+    for folder in (*_list_written(hidden), older):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(folder)
 

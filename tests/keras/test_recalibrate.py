@@ -488,7 +488,7 @@ def test_what_cannot_be_recalibrated_is_refused(folder: Path, tmp_path: Path) ->
     assert "holds weights only, no architecture" in line
     np.savez(tmp_path / "m.npz", a=ROWS)
     line = refusal(FormatError, tmp_path / "m.npz", tmp_path / "o.npz", split())
-    assert "is numpy .npz; only Keras's models, and with --model" in line
+    assert "is numpy .npz, which holds tensors without a model" in line
     line = refusal(MismatchError, folder / "dense.h5", output, split(IMAGES))
     assert "takes rows of shape (4,), but" in line
     line = refusal(OutputError, folder / "dense.h5", tmp_path / "o.safetensors", split())
@@ -635,7 +635,7 @@ def test_what_averaging_promises_holds_with_recalibration(
             average(run_folder / "h5", output, recalibrate=rows, force=True, **more)
         assert text in str(caught.value)
         assert tree(tmp_path) == old
-    with pytest.raises(FormatError, match="only Keras's models, and with --model"):
+    with pytest.raises(FormatError, match="which holds tensors without a model"):
         plan(write_npz(tmp_path / "m.npz"), recalibrate=split())
     with pytest.raises(MismatchError, match="has no BatchNorm layer"):
         average(SAMPLES, output, recalibrate=data.load("blobs").split("train"), force=True)

@@ -131,13 +131,14 @@ def test_checkpoints_without_a_model_are_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_averages_of_a_sweep_have_the_statistics_of_update_bn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save", [save_files, save_shards])
+def test_averages_of_a_sweep_have_the_statistics_of_update_bn(tmp_path: Path, save: Saver) -> None:
     """With --recalibrate every average is scored with them, and single checkpoints keep theirs."""
     torch.manual_seed(4)
     (tmp_path / "run").mkdir()
     nets = [make_net() for _ in range(2)]
     for k, net in enumerate(nets):
-        save_files(net.state_dict(), tmp_path / "run", k)
+        save(net.state_dict(), tmp_path / "run", k)
     train = data.Split("train", X[:200], CLASSES[:200])
     found = sweeping.sweep(
         [tmp_path / "run"],

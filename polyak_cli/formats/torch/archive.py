@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, OutputError, shown, word_rest
 from polyak_cli.formats import conversion, zips
-from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
+from polyak_cli.formats.format import RUN_MODULE, Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.torch import beside, pickles, retyping, vocabularies
 from polyak_cli.formats.torch.beside import Owner
 from polyak_cli.formats.torch.pickles import SIZES, Instance, Pairs, Stored, Tensor, find_inside
@@ -490,10 +490,7 @@ class TorchZip(Format):
     is_scattered = True
     name = "PyTorch"
     suffixes = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
-    recalculation = (
-        "polyak recalibrate --model MODULE.py:FUNCTION, or load the average, and call "
-        "torch.optim.swa_utils.update_bn(loader, model)"
-    )
+    recalculation = RUN_MODULE
     has_checksums = True
     can_be_left = True
     has_parts = True

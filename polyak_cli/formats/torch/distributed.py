@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from polyak_cli.errors import FormatError, shown, word_size
 from polyak_cli.formats import conversion, zips
 from polyak_cli.formats.folder_records import read_record
-from polyak_cli.formats.format import Draft, Format, ScanRequest, SkeletonRequest
+from polyak_cli.formats.format import RUN_MODULE, Draft, Format, ScanRequest, SkeletonRequest
 from polyak_cli.formats.torch import beside, dcp_metadata, dcp_trimming
 from polyak_cli.formats.torch.beside import Owner
 from polyak_cli.formats.torch.dcp_metadata import Block, BytesItem, Stored, TensorItem
@@ -410,7 +410,7 @@ class DistributedCheckpoint(Format):
     key = "torch_dcp"
     name = "PyTorch DCP"
     suffixes = ()
-    recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
+    recalculation = RUN_MODULE
     has_checksums = True
     can_be_folder = True
     carries_all = True

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from polyak_cli.errors import FormatError, shown
 from polyak_cli.formats.catalogue import find_format
-from polyak_cli.formats.format import ScanRequest, SkeletonRequest
+from polyak_cli.formats.format import RUN_MODULE, ScanRequest, SkeletonRequest
 from polyak_cli.formats.parts import FormatOfParts, Part, request_scan, scan_part
 from polyak_cli.formats.sharding import Index, read_index
 from polyak_cli.formats.torch.archive import read_names
@@ -49,7 +49,7 @@ class TorchShards(FormatOfParts):
     is_scattered = True
     name = "PyTorch in shards"
     suffixes = ()
-    recalculation = "load the average, and call torch.optim.swa_utils.update_bn(loader, model)"
+    recalculation = RUN_MODULE
     can_be_left = True
     can_be_part = True
 
