@@ -33,6 +33,8 @@ module.{function} = pausing
 """
 
 Done = subprocess.CompletedProcess[str]
+#: How variables begin that the program reads while it runs, and nothing while it is imported.
+_READ_LATE = ("AWS_", "AZURE_", "COLUMNS", "GOOGLE_", "HF_", "NO_COLOR", "STORAGE_", "TERM")
 #: Seconds that a command may take.
 LONGEST = 120
 _WARM = Warm("tests.imported")
@@ -57,12 +59,13 @@ def polyak(
 ) -> Done:
     """Run a command to its end and return exit code, stdout and stderr.
 
-    The command is forked from a process that has imported the program, unless it has variables or
-    options of its own: `fresh` starts that.
+    The command is forked from a process that has imported the program.  With options, or with
+    variables that matter to imports, it is started by `fresh`.
     """
-    if environ or options:
+    changed = {*(environ or {}).items()} - os.environ.items()
+    if options or not all(name.startswith(_READ_LATE) for name, _ in changed):
         return fresh(*arguments, cwd=cwd, environ=environ, **options)
-    return _WARM.run([*map(str, arguments)], cwd, environment(), LONGEST)
+    return _WARM.run([*map(str, arguments)], cwd, environment(**environ or {}), LONGEST)
 
 
 def fresh(
