@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from polyak_cli.cli import rendering
+from polyak_cli.cli import rendering, serving
 from polyak_cli.cli.lists import expand_lists
 from polyak_cli.cli.models import keep_prints_apart, load_rows
 from polyak_cli.cli.options import (
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     cls=Command,
     example="polyak average ckpts/ --last 10 --scheme exp --alpha 2 -o final.h5",
     guide="tutorial",
+    serves=serving.EVERY,
 )
 @SOURCES
 @CHOOSING
@@ -111,6 +112,7 @@ def average(
     short_help="Keep the average of a run in training current.",
     example="polyak watch ckpts/ --last 10 --scheme exp -o latest.h5",
     guide="training",
+    serves=serving.EVERY,
 )
 @click.argument("directory", metavar="DIR", type=Readable())
 @under(
@@ -269,6 +271,7 @@ def _load_forecaster(
     short_help="Check that an average is what its record says.",
     example="polyak verify final.h5 --source ckpts/",
     guide="verifying",
+    serves=serving.EVERY,
 )
 @click.argument("file", metavar="FILE", type=Readable())
 @under(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from polyak_cli.cli import rendering
+from polyak_cli.cli import rendering, serving
 from polyak_cli.cli.names import name_tensors
 from polyak_cli.cli.options import (
     ALLOW,
@@ -46,6 +46,7 @@ _MOST = 5
     short_help="Measure how the checkpoints of a run lie.",
     example="polyak geometry ckpts/ --last 10 --plot run.html",
     guide="geometry",
+    serves=serving.EVERY,
 )
 @SOURCES
 @CHOOSING

@@ -1,4 +1,4 @@
-"""The commands `guide` and `help`: show a page of the guide, or the help text of a command.
+"""The commands `guide`, `help` and `completion`: a page, the help of a command, a shell's script.
 
 Knows where the pages are and how they are shown.  Their order, kinds and summaries are those of
 ``polyak_cli/guide/index.md``, the only place that lists them.
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import click
 
-from polyak_cli.cli import rendering
+from polyak_cli.cli import rendering, serving
 from polyak_cli.cli.options import Command
 from polyak_cli.errors import UsageError, shown
 
@@ -61,6 +61,7 @@ def list_pages() -> list[Entry]:
     short_help="Show a page of the guide.",
     example="polyak guide tutorial",
     guide=INDEX,
+    serves=serving.NONE,
 )
 @click.argument("topic", required=False)
 def guide(topic: str | None) -> None:
@@ -86,6 +87,7 @@ def guide(topic: str | None) -> None:
     short_help="Show the help of a command.",
     example="polyak help average",
     guide="commands",
+    serves=serving.NONE,
 )
 @click.argument("name", required=False, metavar="[COMMAND]")
 @click.pass_context
@@ -105,6 +107,25 @@ def show_help(context: click.Context, name: str | None) -> None:
     # A context of its own, so that the usage line names the command.
     with click.Context(command, info_name=name, parent=root, **command.context_settings) as inner:
         rendering.print_text(command.get_help(inner), sys.stdout)
+
+
+@click.command(
+    cls=Command,
+    short_help="Print a shell's completion script.",
+    example='eval "$(polyak completion bash)"',
+    guide="commands",
+    serves=serving.NONE,
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that makes a shell complete polyak's commands and options."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise UsageError(f"there is no completion for {shell}")
+    group = click.get_current_context().find_root().command
+    rendering.print_text(kind(group, {}, "polyak", "_POLYAK_COMPLETE").source(), sys.stdout)
 
 
 def _list_commands(root: click.Context) -> dict[str, click.Command]:

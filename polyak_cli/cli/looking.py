@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from polyak_cli.cli import rendering
+from polyak_cli.cli import rendering, serving
 from polyak_cli.cli.lists import expand_lists
 from polyak_cli.cli.options import (
     ALLOW,
@@ -44,6 +44,7 @@ from polyak_cli.errors import UsageError, shown
     short_help="Show what is inside checkpoints.",
     example="polyak inspect final.h5 --stats",
     guide="formats",
+    serves=serving.EVERY,
 )
 @click.argument(
     "files",
@@ -93,6 +94,7 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool, verbose: bool) -
     short_help="Show how far checkpoints are apart.",
     example="polyak diff ckpts/model_09.h5 ckpts/model_10.h5 --rtol 1e-3",
     guide="checking",
+    serves=serving.EVERY,
 )
 @click.argument(
     "sources",
@@ -220,6 +222,7 @@ def _choose_label(path: Path, epoch: int | None) -> str:
     short_help="Find problems of checkpoints.",
     example="polyak check ckpts/ --last 10",
     guide="checking",
+    serves=serving.EVERY,
 )
 @SOURCES
 @under("Choosing checkpoints", LAST, FROM, TO, EXCLUDE, EPOCH_PATTERN, ORDER)
@@ -263,6 +266,7 @@ def check(
     short_help="List unfinished uploads, and abort them.",
     example="polyak uploads s3://bucket/runs/ --abort",
     guide="remote",
+    serves=serving.NONE,
 )
 @click.argument("url", metavar="URL", type=Writable())
 @under(

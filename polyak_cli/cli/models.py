@@ -1,4 +1,4 @@
-"""The commands that need a model or data: evaluate, sweep, recalibrate, train; and completion.
+"""The commands that need a model or data: evaluate, sweep, recalibrate, train.
 
 Each command calls one tool and prints its result; it does not know how the tool works.  Heavy
 packages are imported inside the commands, so that ``--help`` is quick.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from polyak_cli.cli import rendering
+from polyak_cli.cli import rendering, serving
 from polyak_cli.cli.lists import expand_lists
 from polyak_cli.cli.options import (
     ANSWER_IS_NO,
@@ -80,6 +80,7 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     short_help="Score model files on data.",
     example="polyak evaluate final.h5 --data blobs --fail-under accuracy=0.8",
     guide="worth",
+    serves=serving.RUN,
 )
 @click.argument(
     "models",
@@ -251,6 +252,7 @@ def _find_failed(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[s
     short_help="Recompute BatchNorm's statistics.",
     example="polyak recalibrate average.h5 --data train.npz -o final.h5",
     guide="batchnorm",
+    serves=serving.REWRITTEN,
 )
 @click.argument("model", metavar="MODEL", type=Readable())
 @under(
@@ -328,6 +330,7 @@ def recalibrate(
     short_help="Find the best average on data.",
     example="polyak sweep ckpts/ --data blobs -o report --write-best final.h5",
     guide="worth",
+    serves=serving.RUN,
 )
 @SOURCES
 @CHOOSING
@@ -468,6 +471,7 @@ def sweep(
     short_help="Train the sample network.",
     example="polyak train --data blobs -o ckpts --epochs 500 --keep 10",
     guide="tutorial",
+    serves=serving.WRITTEN,
 )
 @under(
     "Training",
@@ -551,21 +555,3 @@ def train(
         "last": last,
     }
     rendering.print_result(made, as_json, quiet, lambda: rendering.training_lines(made))
-
-
-@click.command(
-    cls=Command,
-    short_help="Print a shell's completion script.",
-    example='eval "$(polyak completion bash)"',
-    guide="commands",
-)
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
-    """Print the script that makes a shell complete polyak's commands and options."""
-    from click.shell_completion import get_completion_class
-
-    kind = get_completion_class(shell)
-    if kind is None:
-        raise UsageError(f"there is no completion for {shell}")
-    group = click.get_current_context().find_root().command
-    rendering.print_text(kind(group, {}, "polyak", "_POLYAK_COMPLETE").source(), sys.stdout)

@@ -40,18 +40,20 @@ EXAMPLE = "\b\nExample:\n  {}\n\n{}"
 
 
 class Command(click.Command):
-    """A command whose help has headings, an example that can be pasted, and its guide page.
+    """A command whose help has headings, its formats, an example to paste, and its guide page.
 
     Attributes:
+        serves: which formats and frameworks it serves; one of `serving`.
         guide: the topic of the page, for `polyak guide TOPIC`.
     """
 
     #: The key of the command line in the context's meta data.
     LINE = "polyak_cli.command_line"
 
-    def __init__(self, *args: Any, example: str, guide: str, **kwargs: Any) -> None:
-        self.guide = guide
-        kwargs["epilog"] = EXAMPLE.format(example, f"Guide: polyak guide {guide}")
+    def __init__(self, *args: Any, example: str, serves: str, guide: str, **kwargs: Any) -> None:
+        self.serves, self.guide = serves, guide
+        last = EXAMPLE.format(example, f"Guide: polyak guide {guide}")
+        kwargs["epilog"] = f"Formats: {serves}\n\n{last}"
         kwargs.setdefault("context_settings", {"show_default": True, "max_content_width": 100})
         super().__init__(*args, **kwargs)
 
