@@ -1597,6 +1597,15 @@ def test_a_value_that_was_not_computed_is_not_usable(run: Path) -> None:
     assert "2 more whose val_loss is not a finite number" in refusal(run, best=2, log=log)
 
 
+def test_a_blank_after_a_value_of_the_same_epoch_hides_nothing(run: Path) -> None:
+    """Lightning writes a row for training and one for validation; a value that is NaN counts."""
+    numbered(run, 1, 2, 3)
+    log = write_log(run, [0.5, 0.4, 0.1])
+    log.write_text(log.read_text() + "0,0.5,\n1,0.5,NA\n2,0.5,nan\n")
+    assert epochs(select([run], best=2, log=log)) == [1, 2]
+    assert "1 more whose val_loss is not a finite number" in refusal(run, best=3, log=log)
+
+
 def test_a_last_row_that_is_being_written_is_noted(run: Path) -> None:
     """The trainer may not have finished it; it is left out, and a note says so."""
     numbered(run, 1, 2)
@@ -1730,7 +1739,7 @@ def test_rounded_metrics_agree_with_the_rows_they_come_from(
         checkpoints.Checkpoint(Path(f"{row + start:02d}-{loss:{digits}}.h5"), row + start, None)
         for row, loss in enumerate(losses)
     ]
-    log = metrics._Log("log", dict(enumerate(losses)), len(losses) - 1, ())
+    log = metrics._Log("log", dict(enumerate(losses)), len(losses) - 1, False, ())
     if all("." in f"{loss:{digits}}" for loss in losses):
         assert metrics._is_consistent(files, start, "val_loss", log)
 

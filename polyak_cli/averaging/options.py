@@ -58,7 +58,8 @@ class Options(TypedDict, total=False):
             checkpoints.
         monitor: the metric of ``best``; "val_loss".
         mode: "min" or "max", whichever is better; by default found from the metric's name.
-        log: a file of Keras's CSVLogger with the metric; by default it is in the file names.
+        log: a file of the CSVLogger of Keras or Lightning with the metric; by default it is in the
+            file names.
         log_first: what the log calls the epoch that file names call 1: 0, as Keras counts, or 1.
         epoch_pattern: a regular expression that finds the epoch in a name.
         order: "given" keeps the order of files given one by one; "epoch" is the default.

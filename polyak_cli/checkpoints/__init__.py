@@ -147,7 +147,8 @@ def select(
             the run for the most checkpoints.
         monitor: the metric for ``best``, ``val_loss`` by default.
         mode: ``min`` or ``max``, whichever is better; guessed from the metric's name by default.
-        log: a CSV file of Keras' CSVLogger to read the metric from, instead of from the file names.
+        log: a CSV file to read the metric from, instead of from the file names, as the CSVLogger of
+            Keras or Lightning writes it.
         log_first: what the log calls the epoch that file names call 1: 0, as Keras counts, or 1, if
             file and row have equal numbers.  Needed where both fit and choose other files.
         epoch_pattern: a regular expression that is searched for in each file's name, or in its path

@@ -1,6 +1,6 @@
 """Choose the best checkpoints by a metric: of their names, a CSV log, or a program's own file.
 
-Knows the log that Keras' CSVLogger writes.  Evaluates no model.
+Knows the logs that the CSVLogger of Keras and that of Lightning write.  Evaluates no model.
 """
 
 from __future__ import annotations
@@ -210,6 +210,7 @@ class _Log:
     path: str
     metric: dict[int, float]
     last: int
+    has_steps: bool  # as Lightning's has, and Keras's has not
     notes: tuple[str, ...]
 
 
@@ -250,6 +251,8 @@ def _find_offset(
     """
     if wanted.log_first is not None:
         return 1 - wanted.log_first, f"as --log-first {wanted.log_first} says"
+    if log.has_steps and all("epoch=" in one.path.name for one in ordered):
+        return 0, "as Lightning gives both the same number"
     if any(one.epoch == 0 for one in ordered):
         return 0, "as the files count from 0 too"
     monitor = wanted.monitor
@@ -368,14 +371,17 @@ def _parse_log(path: str, rows: Iterator[list[str]], monitor: str) -> _Log:
             cut_short = line
         else:
             last = _parse_epoch(path, line, cells[header.index("epoch")])
-            metric[last] = _parse_metric(path, line, cells[header.index(monitor)])
+            value = _parse_metric(path, line, cells[header.index(monitor)])
+            # Lightning writes a row for training and one for validation, without the other's.
+            if value is not None or last not in metric:
+                metric[last] = math.nan if value is None else value
     if not metric:
         raise CheckpointError(
             f"{shown(path)}: the log has no rows; expected a CSV file that CSVLogger wrote"
         )
     # Only the last row may be incomplete: training may be writing it now.
     notes = [f"{shown(path)}: the last row, {cut_short}, is incomplete and was ignored"]
-    return _Log(path, metric, last, tuple(notes if cut_short else ()))
+    return _Log(path, metric, last, "step" in header, tuple(notes if cut_short else ()))
 
 
 def _check_header(path: str, header: list[str], monitor: str) -> list[str]:
@@ -401,10 +407,10 @@ def _parse_epoch(path: str, line: int, cell: str) -> int:
     return int(cell.partition(".")[0])
 
 
-def _parse_metric(path: str, line: int, cell: str) -> float:
-    # CSVLogger writes NA where a metric was not computed.
+def _parse_metric(path: str, line: int, cell: str) -> float | None:
+    # Keras's CSVLogger writes NA where a metric was not computed.
     if cell in ("", "NA"):
-        return math.nan
+        return None
     try:
         return float(cell)
     except ValueError:

@@ -344,7 +344,7 @@ CHOOSING = under(
         "--log",
         type=Readable(),
         metavar="CSV",
-        help="The training log for --best, as Keras's CSVLogger writes it.",
+        help="The training log for --best, as the CSVLogger of Keras or Lightning writes it.",
     ),
     option(
         "--log-first",

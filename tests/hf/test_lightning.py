@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from safetensors.torch import load_file
 from torch import nn
 
-from polyak_cli import average, inspect, verify
+from polyak_cli import average, inspect, select, verify
 
 
 class Net(pl.LightningModule):  # type: ignore[misc,unused-ignore]
@@ -131,3 +131,30 @@ def test_another_type_and_another_format_load(tmp_path: Path) -> None:
         torch.testing.assert_close(value, expected[name], rtol=0.01, atol=1e-6)
     average(tmp_path / "run", tmp_path / "model.safetensors", key="state_dict")
     assert_close(load_file(tmp_path / "model.safetensors"), expected)
+
+
+class Validated(Net):
+    """A model whose val_loss is the least after the second epoch."""
+
+    def validation_step(self, _batch: Any, _: int) -> None:
+        """Log a loss that is known beforehand."""
+        self.log("val_loss", (0.3, 0.1, 0.2, 0.4)[self.current_epoch])
+
+
+def test_the_best_by_the_log_of_lightning_are_those_of_its_epochs(tmp_path: Path) -> None:
+    """A row of validation after those of training hides none of theirs; epochs are the names'."""
+    logger = pl.loggers.CSVLogger(str(tmp_path), name="", version="")
+    saver = ModelCheckpoint(tmp_path / "run", save_top_k=-1)
+    trainer = make_trainer(tmp_path, 4, saver)
+    trainer.logger, trainer.log_every_n_steps = logger, 1
+    trainer.fit(Validated(5, Path("data")), make_data(), make_data())
+    log = tmp_path / "metrics.csv"
+    (tmp_path / "run/epoch=0-step=3.ckpt").unlink()  # its epoch 0 would tell how both count
+    for wanted in (1, 2):
+        chosen = select([tmp_path / "run"], best=wanted, log=log)
+        assert [one.epoch for one in chosen.checkpoints] == [1, 2][:wanted]
+        assert [one.metric for one in chosen.checkpoints] == pytest.approx([0.1, 0.2][:wanted])
+    assert "(as Lightning gives both the same number)" in chosen.notes[-1]
+    trained = select([tmp_path / "run"], best=3, log=log, monitor="train_loss").checkpoints
+    last = [line.split(",")[2] for line in log.read_text().splitlines() if line.endswith(",")][2::3]
+    assert [one.metric for one in trained] == [float(value) for value in last[1:]]
