@@ -265,7 +265,7 @@ clean:
 .venv-hf/.ready: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv-hf
 	$(HF)/python -m pip install --quiet --upgrade pip
-	$(HF)/python -m pip install --quiet --editable . --group hf
+	$(HF)/python -m pip install --quiet --editable '.[plot]' --group hf
 	@touch $@
 
 .venv-orbax/.ready: $(BUILT_FROM)

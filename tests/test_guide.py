@@ -37,6 +37,7 @@ WIDEST = 110
 EXTRAS = {
     r"polyak (evaluate|recalibrate|sweep|train)\b|--recalibrate\b": "tensorflow",
     r"\b(net|plain)\.py\b|^from net\b": "torch",  # on the page on PyTorch
+    r"\b(lm\.py\b|transformers\b)": "transformers",  # on the page on Hugging Face
     r"--plot\b": "matplotlib",
     r"--engine dask\b": "distributed",
     r"--engine mpi\b": "mpi4py",
