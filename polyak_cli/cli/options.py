@@ -486,6 +486,7 @@ RECALIBRATING = under(
         help="The model of checkpoints that hold weights only; ARCH as in polyak evaluate.  "
         "Without --recalibrate, a .keras of the same model, which an output in .keras is like.",
     ),
+    DEVICE,
     option(
         "--trust-code",
         is_flag=True,

@@ -180,6 +180,18 @@ def require_torch(path: Path) -> None:
         raise MissingExtraError(f"{shown(path)}: running a module of PyTorch", "torch")
 
 
+def check_device(name: str | None) -> None:
+    """Refuse a device that cannot be used; PyTorch is imported only where one is named.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if name is not None:
+        from polyak_cli.evaluation import torch_modules
+
+        torch_modules.choose_device(name)
+
+
 def gather_moments(
     table: Table,
     source: str,

@@ -190,6 +190,7 @@ def check_recalibration(table: Table, output: Path | None, how: Gathering) -> No
     check_rows(how.rows, how.batch_size)
     if not _is_of_keras(table):
         _check_named(table, how.architecture)
+        named_models.check_device(how.device)
     else:
         check_model(table, bare=how.architecture is not None)
         if how.architecture is not None:

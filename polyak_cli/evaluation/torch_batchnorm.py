@@ -6,22 +6,24 @@ Only BatchNorm runs as in training; dropout is off.  A variance has the factor n
 PyTorch gives it.
 
 Layers that stay in evaluation mode when the module trains keep their statistics, which are
-constants to them; so do those without statistics (``track_running_stats=False``).
+constants to them; so do those without statistics (``track_running_stats=False``), and layers of
+other classes, such as InstanceNorm and torchvision's FrozenBatchNorm2d.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from polyak_cli.errors import MismatchError, list_some, shown
+from polyak_cli.errors import MismatchError, list_some, shown, word_count
 from polyak_cli.evaluation import data, user_code, weights
 from polyak_cli.evaluation.batchnorm import Moments, divide_rows
-from polyak_cli.evaluation.torch_modules import Module
-from polyak_cli.tensors import Float64
+from polyak_cli.evaluation.torch_modules import Module, is_tensor
+from polyak_cli.tensors import FLOATS, Float64
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -45,9 +47,9 @@ class _Recorder:
         self.layer.reset_running_stats()  # 0 * NaN is NaN
         self.layer.register_forward_hook(self.gather)
 
-    def gather(self, layer: Any, inputs: tuple[Any, ...], _: Any) -> None:
+    def gather(self, layer: Any, _: tuple[Any, ...], output: Any) -> None:
         """Add up the statistics of a batch, which the layer has just stored."""
-        count = int(inputs[0].shape[0])
+        count = int(output.shape[0])  # the inputs may be given by keyword
         # float64: over thousands of batches, float32 sums lose the digits that matter.
         found = [getattr(layer, name).double().cpu().numpy() * count for name in _STATISTICS]
         self.sums = [a + b for a, b in zip(self.sums, found, strict=True)] if self.sums else found
@@ -89,12 +91,17 @@ def gather_moments(
         for which in _STATISTICS
     }
     before: dict[str, data.Array] = {}
+    sharing = Counter(view.spec.location for view in held.views.values())
     for (one, which), found in places.items():
-        values = getattr(one.layer, which).detach().float().cpu().numpy().copy()
-        before |= {_locate(held, view, one): values for view in found}
+        values = getattr(one.layer, which).detach().clone()
+        for view in found:
+            _check_place(held, view, one, sharing[view.spec.location] == len(found))
+            # A module of a narrower type has other values than the file.
+            if values.element_size() >= 4 or str(values.dtype) == f"torch.{view.spec.dtype}":
+                before[view.spec.location] = values.float().cpu().numpy()
     with user_code.reword_user_errors(maker, f"the model failed on {rows.source}"):
         count = _run(module, recorders, rows, batch_size, progress)
-    notes += _note_unchanged(held.path, recorders)
+    notes += _note_unchanged(held.path, recorders, _list_others(module.module))
     after = {
         view.spec.location: one.sums[_STATISTICS.index(which)] / one.rows
         for (one, which), found in places.items()
@@ -102,7 +109,8 @@ def gather_moments(
         for view in found
     }
     layers = sum(one.rows > 0 for one in recorders)
-    return Moments({k: before[k] for k in after}, after, layers, count, tuple(notes))
+    before = {where: values for where, values in before.items() if where in after}
+    return Moments(before, after, layers, count, tuple(notes))
 
 
 def _make_recorders(path: Path, module: Any) -> list[_Recorder]:
@@ -129,18 +137,35 @@ def _list_names(one: _Recorder, which: str) -> list[str]:
     return [f"{name}.{which}" if name else which for name in one.names]
 
 
-def _locate(held: weights.Weights, view: weights.View, one: _Recorder) -> str:
-    """Return where a statistic lies in the file.
+def _list_others(module: Any) -> list[str]:
+    """Return the layers that have running statistics and are no BatchNorm, as in `update_bn`."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if not isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)
+        and is_tensor(getattr(layer, "running_mean", None))
+    ]
+
+
+def _check_place(held: weights.Weights, view: weights.View, one: _Recorder, is_alone: bool) -> None:
+    """Refuse a statistic that cannot be replaced in the file by itself.
+
+    Args:
+        held: the checkpoint.
+        view: of the statistic.
+        one: its layer, whose several names may stand for one tensor.
+        is_alone: its storage holds no other tensor.
 
     Raises:
-        MismatchError: it shares its storage with another tensor.
+        MismatchError: it shares its storage with another tensor, or is no float.
     """
-    if view.spec.arrangement:
+    where = f"{shown(held.path)}: a statistic of layer '{shown(one.names[0], 80)}'"
+    if not is_alone or (view.offset, view.shape) != (0, (view.spec.size,)):
         raise MismatchError(
-            f"{shown(held.path)}: a statistic of layer '{shown(one.names[0], 80)}' shares its "
-            "storage with another tensor; save the checkpoint as safetensors"
+            f"{where} shares its storage with another tensor; save the checkpoint as safetensors"
         )
-    return view.spec.location
+    if view.spec.dtype not in FLOATS:
+        raise MismatchError(f"{where} is {view.spec.dtype}; expected a type of floats")
 
 
 def _run(
@@ -164,7 +189,7 @@ def _run(
     return len(batches)
 
 
-def _note_unchanged(path: Path, found: Sequence[_Recorder]) -> Iterator[str]:
+def _note_unchanged(path: Path, found: Sequence[_Recorder], others: Sequence[str]) -> Iterator[str]:
     """Yield notes about layers whose statistics stay as they are.
 
     Raises:
@@ -192,3 +217,9 @@ def _note_unchanged(path: Path, found: Sequence[_Recorder]) -> Iterator[str]:
     for words, names in groups.items():
         if names:
             yield f"{len(names)} BatchNorm layers {words} ({list_some(names)})"
+    if others:
+        count = word_count(len(others), "layer")
+        yield (
+            f"the running statistics of {count} stay, as "
+            f"{'it is' if len(others) == 1 else 'they are'} no BatchNorm ({list_some(others)})"
+        )

@@ -34,7 +34,7 @@ def choose_device(wanted: str | None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(wanted)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # the meta device has no values
     except (RuntimeError, AssertionError) as error:  # unknown, or PyTorch was built without it
         line = str(error).splitlines()[0]
         raise UsageError(f"--device {shown(wanted)}: cannot be used: {shown(line)}") from None
@@ -89,7 +89,14 @@ class Module:
     def _list_own(self) -> dict[str, Any]:
         """Return the tensors of the module by name; tied ones are one object."""
         held = self.module.state_dict(keep_vars=True)
-        return {name: tensor for name, tensor in held.items() if is_tensor(tensor)}
+        found = {name: tensor for name, tensor in held.items() if is_tensor(tensor)}
+        for name, tensor in found.items():
+            if torch.nn.parameter.is_lazy(tensor):
+                raise MismatchError(
+                    f"the module is lazy: '{shown(name, 80)}' has no shape yet; run a batch of "
+                    "rows through it in the function that returns it"
+                )
+        return found
 
     def predict(self, features: data.Arrays) -> Any:
         """See `passes.Predictor.predict`."""

@@ -60,6 +60,7 @@ class Options(averaging_options.Options, total=False):
         model: the architecture of checkpoints that hold weights only, to recalibrate their average;
             as for `evaluate`.  Without ``recalibrate``, a ``.keras`` of the same model, which an
             output in ``.keras`` is like.
+        device: to recalibrate, where PyTorch runs a module; by default a GPU where there is one.
     """
 
     on_unhealthy: Literal["fail", "skip"] | None
@@ -67,6 +68,7 @@ class Options(averaging_options.Options, total=False):
     batch_size: int | None
     trust_code: bool
     model: str | os.PathLike[str] | None
+    device: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Stages:
     batch_size: int = 256  # rows that a model is run on at a time
     trust_code: bool = False
     model: str | os.PathLike[str] | None = None  # whose layers run the average of weights
+    device: str | None = None
 
     @property
     def architecture(self) -> str | None:
@@ -91,7 +94,9 @@ class Stages:
             return None
         from polyak_cli.evaluation.recalibration import Gathering
 
-        return Gathering(self.recalibrate, self.batch_size, self.trust_code, self.architecture)
+        return Gathering(
+            self.recalibrate, self.batch_size, self.trust_code, self.architecture, self.device
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +132,7 @@ def parse_options(options: Options) -> tuple[Settings, Stages]:
             f"--on-unhealthy examines the weights of a run, and --scheme {options['scheme']} takes "
             "running means of them; leave out one of the two"
         )
-    for key in ("batch_size", "trust_code"):
+    for key in ("batch_size", "trust_code", "device"):
         if options.get(key) and stages.recalibrate is None:
             raise UsageError(
                 f"--{key.replace('_', '-')} belongs to --recalibrate, which is missing"

@@ -267,7 +267,7 @@ def sweep(
     _check_arguments(batch, search, options.get("engine", "here"))
     how: Any = {"batch_size": batch_size, "trust_code": trust_code, "model": model}
     if recalibrate is not None:
-        options |= {"recalibrate": recalibrate, **how}
+        options |= {"recalibrate": recalibrate, "device": device, **how}
     whole: Any = {**options, "force": force}
     plan = pipeline.make_plan(sources, write_best, whole, has_skip="on_unhealthy" in options)
     wanted = list_candidates(
@@ -347,7 +347,7 @@ def find_recipe(
     ]
     own = {key: value for key, value in options.items() if key not in _CHOOSING}
     if len(members) == 1:  # a single checkpoint was scored with its own statistics
-        for key in ("recalibrate", "batch_size", "trust_code", "model"):
+        for key in ("recalibrate", "batch_size", "trust_code", "model", "device"):
             own.pop(key, None)
     else:
         own["coefficients"] = [multiplier for _, multiplier in members]

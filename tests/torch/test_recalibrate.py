@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
-from polyak_cli import average, recalibrate, verify
+from polyak_cli import average, plan, recalibrate, verify
 from polyak_cli.errors import PolyakError
 from polyak_cli.evaluation import data
 from tests.command import polyak
@@ -25,6 +26,7 @@ KINDS = {
     "BatchNorm3d(6)": (24, 6, 3, 2, 4),
     "SyncBatchNorm(6)": (24, 6, 5),
     "BatchNorm1d(6, momentum=None)": (24, 6),
+    "BatchNorm1d(6, momentum=0.01, affine=False)": (24, 6, 7),
 }
 CODE = """
 from torch import nn
@@ -179,6 +181,97 @@ def test_an_average_is_recalibrated_in_one_step_and_verified(tmp_path: Path) -> 
     assert verify(tmp_path / "one.pt", sources=[tmp_path / "run"]).problems == ()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("bfloat16", 0.03)])
+def test_statistics_keep_the_type_of_the_module(
+    tmp_path: Path, dtype: str, tolerance: float
+) -> None:
+    """The rows are given in it, and the file keeps it; bfloat16 has three digits."""
+    code = CODE.format(kind="BatchNorm1d(6)").replace("Net()\n", f"Net().to(torch.{dtype})\n")
+    code = code.replace("from torch import nn", "import torch\nfrom torch import nn")
+    net, rows = build(code), make_rows((24, 6))
+    save_file(net.state_dict(), tmp_path / "a.safetensors")
+    output = tmp_path / "b.safetensors"
+    source = f"{write_code(tmp_path, code)}:make"
+    recalibrate(tmp_path / "a.safetensors", output, rows, batch_size=8, architecture=source)
+    exact = net.double()
+    exact.load_state_dict(load_file(tmp_path / "a.safetensors"))
+    order = np.random.RandomState(0).permutation(rows.rows)
+    update_bn(torch.tensor(np.asarray(rows.features))[order].split(8), exact)
+    after = load_file(output)
+    for name, tensor in exact.state_dict().items():
+        if name.endswith(("running_mean", "running_var")):
+            assert str(after[name].dtype) == f"torch.{dtype}"
+            found = after[name].double().numpy()
+            assert found == pytest.approx(tensor.numpy(), rel=tolerance, abs=tolerance)
+
+
+ODD = """
+import torch
+from torch import nn
+from torch.nn import functional
+
+class Act(nn.BatchNorm1d):
+    def forward(self, x):
+        running = self.running_mean, self.running_var
+        x = functional.batch_norm(
+            x, *running, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+        return x.relu()
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.full((6,), 0.5))
+
+    def forward(self, x):
+        return x - self.running_mean[:, None]
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.BatchNorm1d(6)
+        self.b = self.a
+        self.act = Act(6)
+        self.fixed = Fixed()
+        self.instance = nn.InstanceNorm1d(6, track_running_stats=True)
+
+    def forward(self, x):
+        return self.act(self.b(input=self.fixed(self.instance(self.a(x)))))
+
+def make():
+    return Net()
+"""
+
+
+def test_a_layer_of_two_names_that_runs_twice_is_gathered_once(tmp_path: Path) -> None:
+    """Both names get its statistics; InstanceNorm and a layer of one's own stay, and are named."""
+    net, rows = build(ODD), make_rows((24, 6, 5))
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    source = f"{write_code(tmp_path, ODD)}:make"
+    found = recalibrate(
+        tmp_path / "a.pt", tmp_path / "b.pt", rows, batch_size=8, architecture=source
+    )
+    assert found.layers == 2
+    assert "of 2 layers stay, as they are no BatchNorm (fixed, instance)" in found.notes[0]
+    after = torch.load(tmp_path / "b.pt")
+    seen: dict[str, list[Any]] = {"a": [], "act": []}
+
+    def normalise(x: Any, layer: Any, name: str) -> Any:
+        seen[name].append(torch.stack((x.mean((0, 2)), x.transpose(0, 1).flatten(1).var(1))))
+        return functional.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
+
+    with torch.no_grad():
+        for batch in order_batches(rows, 8):
+            x = normalise(batch, net.a, "a") / (1 + net.instance.eps) ** 0.5 - 0.5
+            normalise(normalise(x, net.a, "a"), net.act, "act")
+    for name, values in seen.items():
+        for which, expected in zip(("mean", "var"), torch.stack(values).mean(0), strict=True):
+            held = after[f"{name}.running_{which}"].numpy()
+            assert held == pytest.approx(expected.numpy(), rel=1e-5, abs=1e-6)
+    assert torch.equal(after["a.running_var"], after["b.running_var"])
+    assert torch.equal(after["fixed.running_mean"], torch.full((6,), 0.5))
+
+
 def refuse(tmp_path: Path, code: str, **options: Any) -> str:
     """Return the error of recalibrating a checkpoint, which leaves no output."""
     torch.save(build(code).state_dict(), tmp_path / "a.pt")
@@ -198,3 +291,28 @@ def test_what_cannot_be_recalibrated_is_refused(tmp_path: Path) -> None:
     code = CODE.format(kind="BatchNorm1d(6)")
     assert "--model MODULE.py:FUNCTION" in refuse(tmp_path, code, architecture=None)
     assert "failed on rows" in refuse(tmp_path, CODE.format(kind="BatchNorm3d(6)"))
+    for device in ("meta", "cuda:99", "tpu"):
+        assert f"--device {device}: cannot be used" in refuse(tmp_path, code, device=device)
+
+
+def test_a_lazy_module_is_refused(tmp_path: Path) -> None:
+    """Its tensors have no shapes to compare with those of the file."""
+    code = CODE.format(kind="BatchNorm1d(6)")
+    torch.save(build(code).state_dict(), tmp_path / "a.pt")
+    source = f"{write_code(tmp_path, CODE.format(kind='LazyBatchNorm1d()'))}:make"
+    with pytest.raises(PolyakError, match=r"'a\.weight' has no shape yet; run a batch"):
+        recalibrate(tmp_path / "a.pt", tmp_path / "b.pt", make_rows((24, 6)), architecture=source)
+
+
+def test_average_refuses_a_device_before_it_reads_and_uses_one(tmp_path: Path) -> None:
+    """`--device` is that of the module; without `--recalibrate` there is none to run."""
+    code = CODE.format(kind="BatchNorm1d(6)")
+    torch.save(build(code).state_dict(), tmp_path / "a_1.pt")
+    rows, source = make_rows((24, 6)), f"{write_code(tmp_path, code)}:make"
+    with pytest.raises(PolyakError, match="--device tpu: cannot be used"):
+        plan(tmp_path / "a_1.pt", recalibrate=rows, model=source, device="tpu")
+    with pytest.raises(PolyakError, match="--device belongs to --recalibrate, which is missing"):
+        plan(tmp_path / "a_1.pt", device="cpu")
+    output = tmp_path / "b.pt"
+    found = average(tmp_path / "a_1.pt", output, recalibrate=rows, model=source, device="cpu:0")
+    assert found.recalibrated is not None
