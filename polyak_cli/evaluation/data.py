@@ -350,7 +350,7 @@ def _load_function(name: str) -> Dataset:
     function = user_code.find_function(name, EXPECTED)
     returned = function.call()
     where = f"{shown(function.path)}: {function.name}()"
-    with user_code.reword_user_errors(function.path, f"the data set of {function.name}() failed"):
+    with function.running(f"the data set of {function.name}() failed"):
         returned = pipelines.read_all(returned, where)
     pairs, unused = sort_returned(where, returned)
     return _make_dataset(name, pairs, _note_unused(name, unused))
@@ -389,8 +389,10 @@ def _convert_arrays(given: object, what: str, text: bool = False) -> Arrays:
 
 
 def _convert_array(given: object, what: str, text: bool) -> Array:
+    if np.ma.is_masked(given):
+        raise FormatError(f"{what} are masked in places; expected a value everywhere")
     try:
-        array = np.asarray(given)
+        array: Array = pipelines.to_array(given)
     except (ValueError, TypeError) as error:  # ragged lists, other objects
         raise FormatError(f"{what} are not an array: {shown(error)}") from None
     if text and array.dtype.kind in "US" and array.ndim == 1:
@@ -400,7 +402,7 @@ def _convert_array(given: object, what: str, text: bool) -> Array:
         raise FormatError(f"{what} have dtype {array.dtype}; expected numbers")
     if array.ndim == 0:
         raise FormatError(f"{what} are a single number; expected one row or more")
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)  # PyTorch takes no other
 
 
 def _check_rows(split: Split) -> None:

@@ -89,10 +89,12 @@ class NamedModels:
         self._passes = []
         counter = RowCounter(report, sum(split.rows for split in self._splits))
         with silence_frameworks(), collect_warnings("PyTorch") as warned:
-            predictor, own, notes = self._load(held)
+            # Moving a module and loading its tensors may run code of the user, too.
+            with self._maker.running(f"the model cannot take the tensors of {shown(path)}"):
+                predictor, own, notes = self._load(held)
             for split in self._splits:
                 what = f"the model with the weights of {shown(path)} failed on {split.source}"
-                with user_code.reword_user_errors(self._maker.path, what):
+                with self._maker.running(what):
                     made = Outputs(predictor, own, split, str(path))
                     made.run(self._batch_size, counter)
                 self._passes.append(made)
@@ -218,7 +220,9 @@ def gather_moments(
     maker = user_code.find_function(source, EXPECTED)
     held = weights.Weights(table.path, table, weights.list_views(table))
     with silence_frameworks(), collect_warnings("PyTorch") as warned:
-        model, _ = recognise(source, maker.call(), table.path, device)
+        returned = maker.call()
+        with maker.running(f"the model cannot be used for {shown(table.path)}"):
+            model, _ = recognise(source, returned, table.path, device)
         if isinstance(model, Function):
             raise UsageError(
                 f"--model {shown(source)}: returns a function; expected a torch.nn.Module, whose "
@@ -226,5 +230,5 @@ def gather_moments(
             )
         from polyak_cli.evaluation import torch_batchnorm
 
-        found = torch_batchnorm.gather_moments(held, model, maker.path, rows, batch_size, progress)
+        found = torch_batchnorm.gather_moments(held, model, maker, rows, batch_size, progress)
     return replace(found, notes=(*found.notes, *warned))

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from polyak_cli.errors import MismatchError, shown
-from polyak_cli.evaluation import data, row_losses
+from polyak_cli.evaluation import data, pipelines, row_losses
 from polyak_cli.evaluation.evaluator import RowScores
 
 #: Outputs of a split that are kept for ensembles, in bytes.
@@ -68,7 +68,7 @@ class Function:
 
     def unwrap(self, outputs: Any) -> data.Array:
         """See `Predictor.unwrap`."""
-        return np.asarray(outputs)
+        return np.asarray(pipelines.to_array(outputs))  # its code may run PyTorch
 
     def wrap(self, labels: data.Array) -> Any:
         """See `Predictor.wrap`."""

@@ -69,16 +69,10 @@ def _is_of_tensorflow(given: object) -> bool:
 
 def _read(given: Any, where: str) -> tuple[Any, Any]:
     """Return the features and labels of all rows."""
-    is_batched = not (_is_of_torch(given, "Dataset") or _is_list_of_rows(given))
-    if _is_of_tensorflow(given):
-        # A batch has labels with an axis of rows; those of a single row are mostly a number.
-        is_batched = all(
-            spec.shape.rank != 0
-            for spec in _list_leaves(_split_labels(given.element_spec, where)[1])
-        )
-    pairs = [_convert_all(_split_labels(row, where)) for row in _iterate(given)]
+    pairs = [tuple(map(_convert_all, _split_labels(row, where))) for row in _iterate(given)]
     if not pairs:
         raise FormatError(f"{where}: is empty; expected one row or more")
+    is_batched = _is_batched(given, pairs[0])
     join = np.concatenate if is_batched else np.stack
     if is_batched:
         pairs = [*_pad(pairs)]
@@ -92,8 +86,21 @@ def _read(given: Any, where: str) -> tuple[Any, Any]:
         ) from None
 
 
+def _is_batched(given: Any, first: Any) -> bool:
+    """Return whether a data set gives batches, such as the first features and labels."""
+    if _is_of_torch(given, "Dataset") or _is_list_of_rows(given):
+        return False
+    if _is_of_torch(given, "DataLoader") and given.batch_sampler is not None:
+        return True
+    # Others may do either.  In a batch, all arrays have the same number of rows.
+    shapes = [one.shape for one in _list_leaves(first)]
+    return all(shapes) and len({shape[0] for shape in shapes}) == 1
+
+
 def _iterate(given: Any) -> Iterable[Any]:
     """Yield the rows or batches; a map-style data set has a length and no end of its own."""
+    if _is_of_torch(given, "IterableDataset"):  # it may have a length, too
+        return (row for row in given)
     if _is_of_torch(given, "Dataset") and hasattr(given, "__len__"):
         return (given[k] for k in range(len(given)))
     return (row for row in given)
@@ -172,15 +179,17 @@ def _convert_all(nested: Any) -> Any:
     """Return what a row or batch holds, in the same structure, as numpy arrays."""
     if isinstance(nested, Mapping):
         return {key: _convert_all(one) for key, one in nested.items()}
-    # A list of numbers is one array, as tokenizers return it; one of tensors is several.
+    # A list of numbers is one array, as tokenizers return it, and so is text, which loaders leave
+    # as it is; one of tensors is several.
     is_several = isinstance(nested, list) and any(len(getattr(x, "shape", ())) for x in nested)
-    if isinstance(nested, tuple) or is_several:
+    is_text = isinstance(nested, tuple) and all(isinstance(one, str) for one in nested)
+    if (isinstance(nested, tuple) and not is_text) or is_several:
         return tuple(map(_convert_all, nested))
-    return _convert(nested)
+    return to_array(nested)
 
 
-def _convert(value: Any) -> Any:
-    """Return a tensor of a framework, or a number, as a numpy array."""
+def to_array(value: Any) -> Any:
+    """Return a tensor of a framework, or what numpy takes, as a numpy array."""
     if _is_tensor(value):
         value = value.detach().cpu()
         # numpy has no bfloat16; in float32 each of its values is the same.

@@ -59,7 +59,7 @@ class _Recorder:
 def gather_moments(
     held: weights.Weights,
     module: Module,
-    maker: Path,
+    maker: user_code.UserFunction,
     rows: data.Split,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
@@ -72,7 +72,7 @@ def gather_moments(
     Args:
         held: the tensors of the checkpoint.
         module: gets them.
-        maker: the file of the function that made it, for messages.
+        maker: the function that made it.
         rows: features; the labels are not used.
         batch_size: the largest number of rows in a batch.
         progress: called after each batch with the number of batches done, and that of all.
@@ -81,9 +81,10 @@ def gather_moments(
         MismatchError: the tensors are not those of the module, or it has no statistics to gather.
         PolyakError: the module fails on the rows.
     """
-    notes = module.load(held, f"the module of {shown(maker)}")
-    views = module.pair(held, f"the module of {shown(maker)}")
-    recorders = _make_recorders(held.path, module.module)
+    what = f"the module of {shown(maker.path)}"
+    with maker.running(f"the model cannot take the tensors of {shown(held.path)}"):
+        notes, views = module.load(held, what), module.pair(held, what)
+        recorders = _make_recorders(held.path, module.module)
     places = {
         (one, which): [views[name] for name in _list_names(one, which) if name in views]
         for one in recorders
@@ -99,7 +100,7 @@ def gather_moments(
             # A module of a narrower type has other values than the file.
             if values.element_size() >= 4 or str(values.dtype) == f"torch.{view.spec.dtype}":
                 before[view.spec.location] = values.float().cpu().numpy()
-    with user_code.reword_user_errors(maker, f"the model failed on {rows.source}"):
+    with maker.running(f"the model failed on {rows.source}"):
         count = _run(module, recorders, rows, batch_size, progress)
     notes += _note_unchanged(held.path, recorders, _list_others(module.module))
     after = {

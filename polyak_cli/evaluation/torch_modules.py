@@ -45,6 +45,11 @@ class Module:
     """A module of the user's that gets the tensors of checkpoints."""
 
     def __init__(self, module: Any, device: str | None) -> None:
+        """Move a module to a device, which may run code of the user.
+
+        Raises:
+            UsageError: there is no such device.
+        """
         self.device = choose_device(device)
         self.module = module.to(self.device).eval()
         self._dtype = next(
@@ -65,6 +70,9 @@ class Module:
         # A name that the file lacks is tied to one that it has: `pair` has checked that.
         by_place = {id(own[name]): tensor for name, tensor in state.items()}
         state |= {name: by_place[id(own[name])] for name in own if name not in state}
+        # Reading what is no tensor would unpickle it.
+        extra = {n: v for n, v in self.module.state_dict().items() if not is_tensor(v)}
+        state |= extra
         try:
             self.module.load_state_dict(state, strict=True)
         except RuntimeError as error:
@@ -77,8 +85,13 @@ class Module:
             for name, view in views.items()
             if view.spec.dtype in FLOATS and itemsize(view.spec.dtype) > own[name].element_size()
         ]
-        count = word_count(len(narrow), "tensor")
-        return [f"{count} rounded to the narrower type of the module"] if narrow else []
+        notes = []
+        if narrow:
+            count = word_count(len(narrow), "tensor")
+            notes.append(f"{count} rounded to the narrower type of the module")
+        if extra:
+            notes.append(f"extra state stays as the function made it ({list_some([*extra])})")
+        return notes
 
     def pair(self, held: weights.Weights, what: str) -> dict[str, weights.View]:
         """Return where a checkpoint has the tensor of each name of the module."""

@@ -28,11 +28,13 @@ class UserFunction:
         path: the file that it is in.
         name: its name.
         function: the function itself.
+        folder: where its code finds other modules, as a script does.
     """
 
     path: Path
     name: str
     function: Callable[..., object]
+    folder: str
 
     def call(self, *arguments: object) -> object:
         """Return what it returns.
@@ -40,8 +42,19 @@ class UserFunction:
         Raises:
             PolyakError: its code failed; the message is one line, and says in which line.
         """
-        with reword_user_errors(self.path, f"{self.name}() failed"):
+        with self.running(f"{self.name}() failed"):
             return self.function(*arguments)
+
+    @contextlib.contextmanager
+    def running(self, what: str) -> Iterator[None]:
+        """Run its code, or code of what it returned, in the block.
+
+        Raises:
+            PolyakError: the code failed; the message is one line, and says in which line.
+        """
+        # Code may import its neighbours as late as in the block.
+        with _first_on_path(self.folder), _reword_user_errors(self.path, what):
+            yield
 
     def count_arguments(self) -> int:
         """Return how many arguments it needs."""
@@ -77,15 +90,17 @@ def find_function(source: str, expected: str) -> UserFunction:
         path = Path(module)
         if not path.is_file():
             raise PolyakError(f"{shown(path)}: there is no such file; {expected}")
-        with reword_user_errors(path, "cannot be loaded"):
+        folder = str(path.resolve().parent)
+        with _first_on_path(folder), _reword_user_errors(path, "cannot be loaded"):
             imported = _import_file(path)
     else:
+        folder = str(Path.cwd())
         imported = _import_module(source, module, expected)
         path = Path(getattr(imported, "__file__", None) or module)
     found = getattr(imported, name, None)
     if not callable(found):
         raise UsageError(f"{shown(path)}: has no function '{shown(name)}'")
-    return UserFunction(path, name, found)
+    return UserFunction(path, name, found, folder)
 
 
 def _import_module(source: str, module: str, expected: str) -> object:
@@ -107,15 +122,31 @@ def _import_module(source: str, module: str, expected: str) -> object:
 
 
 def _import_file(path: Path) -> object:
-    """Import a file of the user, which may import its neighbours."""
-    spec = importlib.util.spec_from_file_location(f"polyak_data_{path.stem}", path)
+    """Import a file of the user."""
+    spec = importlib.util.spec_from_file_location(_name_module(path), path)
     if spec is None or spec.loader is None:
         raise ImportError("it is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look for it there
-    with _first_on_path(str(path.resolve().parent)):
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
+
+
+_imported: set[str] = set()  # names of files of the user
+
+
+def _name_module(path: Path) -> str:
+    """Return a name for a file: its own, unless another module has that."""
+    name = path.stem
+    if name not in _imported:
+        if not name.isidentifier() or name in sys.modules:
+            return f"polyak_data_{name}"
+        known = importlib.util.find_spec(name)
+        if known and Path(known.origin or "").resolve() != path.resolve():
+            return f"polyak_data_{name}"
+    # Processes that a DataLoader starts import it by this name.
+    _imported.add(name)
+    return name
 
 
 @contextlib.contextmanager
@@ -125,11 +156,12 @@ def _first_on_path(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(folder)
+        with contextlib.suppress(ValueError):  # code of the user may have replaced the path
+            sys.path.remove(folder)
 
 
 @contextlib.contextmanager
-def reword_user_errors(path: Path, what: str) -> Iterator[None]:
+def _reword_user_errors(path: Path, what: str) -> Iterator[None]:
     """Replace an exception in code of the user by an error of one line with its line number."""
     try:
         with silence_frameworks():  # it may import a framework

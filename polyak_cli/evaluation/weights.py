@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from polyak_cli import formats
-from polyak_cli.averaging.belonging.prefixes import match_names
+from polyak_cli.averaging.belonging.prefixes import find_others, match_names
 from polyak_cli.checkpoints import find_file
 from polyak_cli.engine.inputs import OpenInputs, check_unchanged
 from polyak_cli.engine.kernel import widen
@@ -24,6 +24,7 @@ from polyak_cli.formats.running_means import names_running_mean
 from polyak_cli.tensors import FLOATS, WHOLE_NUMBERS, Table, TensorSpec, is_numeric
 
 _MOST_NAMES = 3  # that a message lists
+_COUNTER = "n_averaged"  # of models, which PyTorch's AveragedModel holds beside the tensors of one
 
 
 class View(NamedTuple):
@@ -139,6 +140,8 @@ def _choose_group(
     found = {}
     for group, names in groups.items():
         short = {name.rpartition("/")[2]: name for name in names}
+        if _COUNTER not in wanted:
+            short.pop(_COUNTER, None)
         pairs = match_names(list(short), list(wanted), tied)
         if pairs:
             found[group] = {one: short[other] for one, other in pairs.items()}
@@ -160,8 +163,7 @@ def _describe_difference(
 ) -> str:
     """Return which names of a model are missing, and which it does not have."""
     held = {name.rpartition("/")[2] for name in weights.views}
-    missing = [name for name in wanted if name not in held and name not in tied]
-    extra = [name for name in sorted(held) if name not in wanted]
+    missing, extra = find_others(sorted(held), list(wanted), tied)
     text = f"{shown(weights.path)}: its tensors are not those of {what}: "
     parts = [
         f"{words} {', '.join(shown(name, 60) for name in names[:_MOST_NAMES])}"

@@ -105,6 +105,17 @@ def test_a_data_set_of_tensorflow_has_the_rows_that_it_gives(tmp_path: Path, giv
         assert np.array_equal(np.asarray(split.labels), [0, 1, 0])
 
 
+def test_single_rows_of_tensorflow_may_have_one_hot_labels(tmp_path: Path) -> None:
+    """Features and labels of one row are of two lengths, so they are no batch."""
+    (tmp_path / "hot.py").write_text(
+        "import tensorflow as tf\n"
+        "def load(): return tf.data.Dataset.from_tensor_slices(([[1.0, 2.0]] * 3, [[0, 1, 0]] * 3))"
+    )
+    rows = only(data.load(f"{tmp_path}/hot.py:load"))
+    assert np.array_equal(np.asarray(rows.features), [[1.0, 2.0]] * 3)
+    assert np.array_equal(np.asarray(rows.labels), [[0, 1, 0]] * 3)
+
+
 @pytest.mark.parametrize("suffix", ["npz", "csv"])
 def test_a_pipe_or_folder_is_not_opened(tmp_path: Path, suffix: str) -> None:
     """A pipe, which would hang, and a folder are refused."""
@@ -483,6 +494,7 @@ def test_a_module_may_import_what_lies_beside_it(
         ("def load(): return {'valid': (1, 2)}", "returned a dict with the keys valid"),
         ("def load(): return {}", "with the keys none"),
         ("def load(): return [[1], [1, 2]], [1, 2]", "the features are not an array"),
+        ("def load(): return [[1]], np.ma.array([1], mask=[1])", "the labels are masked in places"),
         ("def load(): return (), [1]", "is empty"),
     ],
 )

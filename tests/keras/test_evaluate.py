@@ -350,7 +350,7 @@ def test_what_the_user_registers_is_known(tmp_path: Path) -> None:
         "def load(): return np.ones((3, 4)), np.zeros((3, 1))\n"
     )
     rows = data.load(f"{tmp_path / 'own.py'}:load").split()
-    own = sys.modules["polyak_data_own"]
+    own = sys.modules["own"]
     model = keras.Sequential([keras.Input((4,)), own.Twice(), keras.layers.Dense(1)])
     path = saved(model, tmp_path / "model.h5", own.cubed, [own.cubed])
     output = 2 * model.get_weights()[0].sum()
@@ -373,7 +373,7 @@ def test_a_warning_of_keras_is_a_note(tmp_path: Path) -> None:
     data.load(f"{tmp_path / 'warning.py'}:load")
     import keras
 
-    own = sys.modules["polyak_data_warning"]
+    own = sys.modules["warning"]
     with pytest.warns(UserWarning, match="beware"):
         model = keras.Sequential([keras.Input((4,)), own.Warns(), keras.layers.Dense(3)])
     model.save(tmp_path / "model.h5")

@@ -172,7 +172,7 @@ def test_a_loss_that_no_row_has_is_not_reported_by_rows(tmp_path: Path) -> None:
     import keras
 
     summed = keras.losses.CategoricalCrossentropy(reduction="sum")
-    for number, loss in enumerate((summed, sys.modules["polyak_data_batch"].largest)):
+    for number, loss in enumerate((summed, sys.modules["batch"].largest)):
         found = outcome(saved(network(), tmp_path / f"{number}.h5", loss, None))
         assert found.loss is not None
         assert found.losses is None

@@ -84,10 +84,18 @@ def save_in_folder(state: Mapping[str, Any], path: Path) -> None:
     save_file(dict(state), path / "model.safetensors")
 
 
+def save_for_swa(state: Mapping[str, Any], path: Path) -> None:
+    """Save PyTorch's own average of weights, which counts its models beside their tensors."""
+    net = make_net()
+    net.load_state_dict(state)
+    torch.save(torch.optim.swa_utils.AveragedModel(net).state_dict(), path)
+
+
 SAVED: Mapping[str, Callable[[Mapping[str, Any], Path], None]] = {
     "a.pt": save_state,
     "a.ckpt": save_for_lightning,
     "a.pth": save_with_ema,
+    "swa.pt": save_for_swa,
     "a.safetensors": lambda state, path: save_file(dict(state), path),
     "checkpoint-40": save_in_folder,
 }
@@ -380,6 +388,10 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "and has besides head.weight" in refuse(tmp_path, it, more)
     less = {name: tensor for name, tensor in state.items() if name != "4.bias"}
     assert "it lacks 4.bias" in refuse(tmp_path, it, less)
+    wrapped = {f"module.{name}": tensor for name, tensor in less.items()}
+    assert refuse(tmp_path, it, wrapped).endswith("it lacks 4.bias")
+    for made in ("make().to('meta')", "nn.LazyLinear(3)"):
+        assert "the model cannot take" in refuse(tmp_path, f"def it():\n    return {made}\n")
     other = {**state, "4.bias": torch.ones(2)}
     assert "has shape (2,), but the module of" in refuse(tmp_path, it, other)
     assert "line 9: ZeroDivisionError" in refuse(tmp_path, "def it():\n    return 1 / 0\n")
@@ -391,6 +403,25 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "2 classes, 0 to 1, but the labels of rows go from 0 to 2" in refuse(
         tmp_path, wide, narrow
     )
+
+
+def test_a_module_may_come_from_a_neighbour_and_keep_state_of_its_own(tmp_path: Path) -> None:
+    """It is imported when the function runs; what is no tensor in a file is not unpickled."""
+    own = """
+    class Own(nn.Sequential):
+        def get_extra_state(self): return {"mode": "fast"}
+        def set_extra_state(self, state): assert state == {"mode": "fast"}
+    """
+    write_code(tmp_path, NET + textwrap.dedent(own), "beside_evaluate.py")
+    code = write_code(
+        tmp_path, "def make():\n    import beside_evaluate as b\n    return b.Own(*b.make())\n"
+    )
+    net = make_net()
+    torch.save({**net.state_dict(), "_extra_state": {"mode": "slow"}}, tmp_path / "a.pt")
+    (score,) = evaluate(tmp_path / "a.pt", ROWS, model=f"{code}:make")
+    expected = torch.nn.functional.cross_entropy(run_plainly(net), torch.tensor(CLASSES))
+    assert score.loss == pytest.approx(float(expected), abs=1e-6)
+    assert score.notes == ("extra state stays as the function made it (_extra_state)",)
 
 
 def test_a_wrong_name_of_the_model_is_refused(tmp_path: Path) -> None:

@@ -44,6 +44,10 @@ class Stream(IterableDataset):
     def __iter__(self):
         return zip(x.bfloat16(), y)
 
+class Counted(Stream):
+    def __len__(self):
+        return 7
+
 class Pairs(Dataset):
     def __len__(self):
         return 7
@@ -64,7 +68,20 @@ def load(tmp_path: Path, returned: str) -> data.Dataset:
 
 
 @pytest.mark.parametrize(
-    "given", ["whole", "DataLoader(whole, batch_size=3)", "Stream()", "DataLoader(Stream(), 4)"]
+    "given",
+    [
+        "whole",
+        "DataLoader(whole, batch_size=3)",
+        "Stream()",
+        "Counted()",
+        "DataLoader(Stream(), 4)",
+        "DataLoader(whole, batch_size=None)",
+        "DataLoader([(x[:4], y[:4]), (x[4:], y[4:])], batch_size=None)",
+        "DataLoader([(x.tolist(), y.tolist())], batch_size=None)",
+        # As PyTorch does where a process cannot be forked; the workers import this file by name.
+        "DataLoader(Counted(), 4, num_workers=1, multiprocessing_context='spawn')",
+        "(x.bfloat16().requires_grad_(), y)",
+    ],
 )
 def test_a_data_set_or_loader_has_the_rows_that_it_gives(tmp_path: Path, given: str) -> None:
     """Row by row or in batches, the last of which is shorter; bfloat16 becomes float32."""
@@ -128,6 +145,12 @@ def test_batches_of_several_lengths_are_padded_on_as_they_are(tmp_path: Path) ->
     for given in ("Text()", "DataLoader(Text(), 1, collate_fn=collate)"):
         with pytest.raises(PolyakError, match="a DataLoader whose collate_fn pads them"):
             load(tmp_path, given)
+
+
+def test_classes_may_be_text_in_batches(tmp_path: Path) -> None:
+    """PyTorch's loader leaves text in a list."""
+    found = load(tmp_path, "DataLoader([(x[k], 'ab'[k % 2]) for k in range(7)], batch_size=3)")
+    assert np.array_equal(np.asarray(found.split().labels), np.arange(7) % 2)
 
 
 def test_a_shuffling_loader_is_read_once(tmp_path: Path) -> None:

@@ -98,6 +98,18 @@ def match_names(held: Sequence[str], wanted: Sequence[str], tied: Iterable[str])
     return {}
 
 
+def find_others(
+    held: Sequence[str], wanted: Sequence[str], tied: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """Return the wanted names that `match_names` does not find, and the held ones not wanted."""
+    found = [*_WRAPPERS, *filter(None, (_find_common(held, wanted), _find_common(wanted, held)))]
+    ours = {_strip(name, found) for name in held}
+    theirs = {_strip(name, found) for name in wanted}
+    needless = {_strip(name, found) for name in tied}
+    missing = [name for name in wanted if _strip(name, found) not in ours | needless]
+    return missing, [name for name in held if _strip(name, found) not in theirs]
+
+
 def _rename(
     table: Table, template: Table, names: Mapping[str, str], prefixes: Sequence[str]
 ) -> dict[str, TensorSpec]:
