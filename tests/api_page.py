@@ -23,8 +23,9 @@ _HEAD = """\
 
 Every public name: its signature, what it does, with shapes, units and errors, and an example.
 All can be imported from `polyak` or from `polyak_cli`. Arguments after `*` are given by name.
-`StrPath` is a `str` or an `os.PathLike`; `Array` is a numpy array. The examples run as they stand
-in a folder that holds `sample_checkpoints`; [Use it from Python](python.md) is shorter.
+`StrPath` is a `str` or an `os.PathLike`, and `Array` a numpy array; `Maker` is a `StrPath` or a
+function that makes a model. The examples run as they stand in a folder that holds
+`sample_checkpoints`; [Use it from Python](python.md) is shorter.
 """
 
 

@@ -17,6 +17,7 @@ from polyak_cli.errors import shown
 from polyak_cli.evaluation import data, significance
 from polyak_cli.evaluation.evaluator import Evaluator, RowScores, Score
 from polyak_cli.evaluation.row_counts import follow
+from polyak_cli.evaluation.user_code import Maker
 from polyak_cli.storage import mirrors
 
 _StrPath = str | os.PathLike[str]
@@ -97,7 +98,7 @@ def compare(
     *,
     batch_size: int = 256,
     trust_code: bool = False,
-    model: _StrPath | None = None,
+    model: Maker | None = None,
     device: str | None = None,
     metric: str | None = None,
     progress: Callable[[float, int], None] | None = None,

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from polyak_cli.checkpoints import find_file
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
-from polyak_cli.evaluation import data
+from polyak_cli.evaluation import data, user_code
 from polyak_cli.evaluation.row_counts import OnShare, follow
+from polyak_cli.evaluation.user_code import Maker
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.storage import mirrors
 
@@ -94,7 +95,7 @@ def evaluate(
     *,
     batch_size: int = 256,
     trust_code: bool = False,
-    model: _StrPath | None = None,
+    model: Maker | None = None,
     device: str | None = None,
     metric: str | None = None,
     progress: Callable[[float, int], None] | None = None,
@@ -124,7 +125,7 @@ def evaluate(
             function, which returns a ``torch.nn.Module``, alone or with its loss as ``(module,
             loss)``, of several outputs a dict of losses; or one of a single argument, which gets
             the tensors as a dict of arrays and returns ``predict(rows) -> outputs``, alone or with
-            a loss.
+            a loss.  It may be the function itself, of a module or a notebook.
         device: where PyTorch runs modules, such as ``cpu``; by default a GPU where there is one.
         metric: "accuracy", or ``MODULE.py:FUNCTION``, whose function gets labels and predictions,
             numpy arrays, and returns a number for each row, or one for all; more is better.
@@ -203,7 +204,7 @@ class Evaluator:
         *,
         batch_size: int = 256,
         trust_code: bool = False,
-        model: _StrPath | None = None,
+        model: Maker | None = None,
         device: str | None = None,
         metric: str | None = None,
     ) -> None:
@@ -224,7 +225,7 @@ class Evaluator:
             raise UsageError(f"--batch-size {batch_size} is out of range; expected 1 or more")
         self._splits, self._batch_size = tuple(splits), batch_size
         self._trust_code, self._device = trust_code, device
-        self._model = None if model is None else os.fspath(model)
+        self._model = None if model is None else user_code.name_source(model)
         self._back_ends: dict[str, BackEnd] = {}
         self._last: BackEnd | None = None
         self._metric: OwnMetric | None = None

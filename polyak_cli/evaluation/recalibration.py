@@ -35,6 +35,7 @@ from polyak_cli.evaluation import data, named_models, user_code
 from polyak_cli.evaluation.architectures import Architecture
 from polyak_cli.evaluation.batchnorm import Moments, check_rows, gather_moments
 from polyak_cli.evaluation.keras_files import check_model
+from polyak_cli.evaluation.user_code import Maker
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
@@ -121,7 +122,7 @@ def recalibrate(
     batch_size: int = BATCH_SIZE,
     trust_code: bool = False,
     force: bool = False,
-    architecture: _StrPath | None = None,
+    architecture: Maker | None = None,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Recalibration:
@@ -158,7 +159,7 @@ def recalibrate(
     """
     path, target = Path(mirrors.enter(os.fspath(model))), Path(output)
     (table,) = formats.scan([find_file(path)], with_optimizer=True)
-    source = os.fspath(architecture) if architecture is not None else None
+    source = user_code.name_source(architecture) if architecture is not None else None
     how = Gathering(rows, batch_size, trust_code, source, device, progress)
     check_recalibration(table, target, how)
     owned = records.list_owned

@@ -10,14 +10,19 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from polyak_cli.errors import PolyakError, UsageError, shown
 from polyak_cli.evaluation.quiet import silence_frameworks
+
+#: What makes a model: a file, MODULE.py:FUNCTION, or in Python the function itself.
+Maker: TypeAlias = str | os.PathLike[str] | Callable[..., object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,24 @@ def is_function(source: str) -> bool:
     if not colon or not function.isidentifier():
         return False
     return module.lower().endswith(".py") or all(p.isidentifier() for p in module.split("."))
+
+
+def name_source(source: Maker) -> str:
+    """Return the text that names a model: a path or a function as it is, a function by its module.
+
+    Raises:
+        UsageError: a function has no name of its own in its module, such as a lambda.
+    """
+    if not callable(source):
+        return os.fspath(source)
+    home, name = str(getattr(source, "__module__", "")), str(getattr(source, "__qualname__", ""))
+    # A notebook's functions are in the module `__main__`.
+    if getattr(sys.modules.get(home), name, None) is not source:
+        raise UsageError(
+            f"model {shown(name or source, 60)}: is not a function of a module by its own name; "
+            "define it at the top of a module or notebook"
+        )
+    return f"{home}:{name}"
 
 
 def find_function(source: str, expected: str) -> UserFunction:

@@ -43,6 +43,7 @@ from polyak_cli.storage import mirrors, publishing
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
     from polyak_cli.evaluation.data import Split
     from polyak_cli.evaluation.recalibration import Gathering, Recalibration
+    from polyak_cli.evaluation.user_code import Maker
     from polyak_cli.examining.health import Checked
     from polyak_cli.tensors import Table
 
@@ -67,7 +68,7 @@ class Options(averaging_options.Options, total=False):
     recalibrate: Split | None
     batch_size: int | None
     trust_code: bool
-    model: str | os.PathLike[str] | None
+    model: Maker | None
     device: str | None
 
 
@@ -79,13 +80,17 @@ class Stages:
     recalibrate: Split | None = None
     batch_size: int = 256  # rows that a model is run on at a time
     trust_code: bool = False
-    model: str | os.PathLike[str] | None = None  # whose layers run the average of weights
+    model: Maker | None = None  # whose layers run the average of weights
     device: str | None = None
 
     @property
     def architecture(self) -> str | None:
         """Return the model as a text, which may name a file or a function."""
-        return None if self.model is None else os.fspath(self.model)
+        if self.model is None:
+            return None
+        from polyak_cli.evaluation import user_code
+
+        return user_code.name_source(self.model)
 
     @property
     def gathering(self) -> Gathering | None:

@@ -16,6 +16,7 @@ from polyak_cli.evaluation import data
 from polyak_cli.evaluation.candidates import Candidate, ScoredCandidate, list_candidates
 from polyak_cli.evaluation.evaluator import Evaluator, RowScores
 from polyak_cli.evaluation.forecast import WINDOW, Forecast, forecast_sweep
+from polyak_cli.evaluation.user_code import Maker
 from polyak_cli.pipeline.sweeping import CandidateScorer
 from polyak_cli.storage import File
 
@@ -37,7 +38,7 @@ class Forecaster:
         rows: data.Split,
         *,
         trust_code: bool = False,
-        model: str | None = None,
+        model: Maker | None = None,
         device: str | None = None,
     ) -> None:
         self._evaluator = Evaluator([rows], trust_code=trust_code, model=model, device=device)

@@ -42,6 +42,7 @@ from polyak_cli.evaluation.evaluator import Evaluator, RowScores
 from polyak_cli.evaluation.forecast import Forecast, forecast_sweep
 from polyak_cli.evaluation.row_counts import OnShare, Progress, follow
 from polyak_cli.evaluation.soups import SEARCHES
+from polyak_cli.evaluation.user_code import Maker
 
 #: Schemes of the tutorial and their relatives, as `--schemes` takes them.
 SCHEMES = "equal,linear,exp:1,exp:2,exp:5,ema:0.9,power:0.1"
@@ -229,7 +230,7 @@ def sweep(
     scratch: Path | None = None,
     batch_size: int = 256,
     trust_code: bool = False,
-    model: str | None = None,
+    model: Maker | None = None,
     device: str | None = None,
     progress: Callable[[float, int], None] | None = None,
     **options: Any,

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from polyak_cli import average, compare, evaluate
-from polyak_cli.errors import PolyakError
+from polyak_cli import average, compare, evaluate, recalibrate, sweep
+from polyak_cli.errors import PolyakError, UsageError
 from polyak_cli.evaluation import data
 from polyak_cli.evaluation.evaluator import Evaluator
 from tests.command import polyak
@@ -446,3 +446,23 @@ def test_the_examples_of_the_page_run(tmp_path: Path) -> None:
         done = run(block, tmp_path)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
+
+
+def make_three() -> Any:
+    """Return a linear module, as a notebook's function does."""
+    return nn.Linear(4, 3)
+
+
+def test_python_takes_the_function_itself(tmp_path: Path) -> None:
+    """As `evaluate`, `sweep` and `recalibrate` do its name; one that has none is refused."""
+    for k in range(2):
+        torch.save(make_three().state_dict(), tmp_path / f"e_{k}.pt")
+    named = evaluate(tmp_path / "e_1.pt", ROWS, model=f"{__name__}:make_three")
+    assert list(evaluate(tmp_path / "e_1.pt", ROWS, model=make_three)) == list(named)
+    rows = data.Dataset("rows", {"": ROWS})
+    found = sweep(tmp_path, rows, model=make_three, chosen="equal", scratch=tmp_path)
+    assert len(found.rows) == 6
+    with pytest.raises(PolyakError, match="has no BatchNorm layer"):
+        recalibrate(tmp_path / "e_1.pt", tmp_path / "o.pt", ROWS, architecture=make_three)
+    with pytest.raises(UsageError, match="define it at the top of a module or notebook"):
+        evaluate(tmp_path / "e_1.pt", ROWS, model=lambda: nn.Linear(4, 3))
