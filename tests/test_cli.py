@@ -1311,6 +1311,14 @@ def test_a_sweep_names_all_missing_extras_at_once(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (3, "")
     assert "pip install 'polyak[tensorflow,plot]'" in one_line(done.stderr)
     assert tree(tmp_path) == {}
+    # What Keras does not open, it need not run; nor does a function of the tensors need PyTorch.
+    np.savez(tmp_path / "m_1.npz", w=np.ones(2))
+    (tmp_path / "net.py").write_text("def load(tensors):\n    return None\n")
+    for more in ((), ("--model", "net.py:load")):
+        hidden = HIDE.format(hidden={"matplotlib", "torch"} | TENSORFLOW)
+        options = ("--data", "blobs", "-o", "report", *more)
+        done = scripted(hidden, "sweep", "m_1.npz", *options, cwd=tmp_path)
+        assert "pip install 'polyak[plot]'" in one_line(done.stderr)
 
 
 def test_a_model_of_ones_own_needs_the_framework_that_it_imports(tmp_path: Path) -> None:
@@ -1331,12 +1339,37 @@ def test_a_model_of_ones_own_needs_the_framework_that_it_imports(tmp_path: Path)
 
 
 def test_a_missing_plot_extra_is_named_before_training(tmp_path: Path) -> None:
-    """Without matplotlib --plot is refused before time is spent."""
+    """Without matplotlib --plot is refused before time is spent, and with TensorFlow at once."""
     hidden = HIDE.format(hidden={"matplotlib"} | TENSORFLOW)
     done = scripted(hidden, "train", "-o", "run", "--plot", "curves.png", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (3, "")
-    assert "pip install 'polyak[plot]'" in one_line(done.stderr)
+    assert "pip install 'polyak[tensorflow,plot]'" in one_line(done.stderr)
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("recalibrate", "-o", "o.h5")])
+def test_a_missing_framework_is_named_before_rows_are_loaded(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Code that makes the rows may take long."""
+    shutil.copy(SAMPLES / "model_499.h5", tmp_path / "m.h5")
+    (tmp_path / "rows.py").write_text("open('loaded', 'w').close()\n")
+    hidden = HIDE.format(hidden=TENSORFLOW)
+    options = ("m.h5", "--data", "rows.py:load")
+    done = scripted(hidden, *command, *options, cwd=tmp_path)
+    assert done.returncode == 3
+    assert "pip install 'polyak[tensorflow]'" in one_line(done.stderr)
+    assert not (tmp_path / "loaded").exists()
+
+
+def test_a_folder_of_weights_is_refused_with_what_runs_them(tmp_path: Path) -> None:
+    """`evaluate` without --model names the option, not only the files of Keras."""
+    np.savez(tmp_path / "m_1.npz", w=np.ones(2))
+    done = polyak("evaluate", ".", "--data", "blobs", cwd=tmp_path)
+    assert done.returncode == 3
+    line = one_line(done.stderr)
+    assert "m_1.npz holds tensors without a model" in line
+    assert line.endswith("--model MODULE.py:FUNCTION")
 
 
 def test_averaging_needs_no_extra(run_folder: Path) -> None:

@@ -333,7 +333,14 @@ def model_files(
         if weights and not models:
             passed, models = _sort_out(paths, KINDS_OF_FILE, "checkpoint")
         if not models:
-            raise CheckpointError(describe_nothing_found(source, passed, "model", kinds))
+            message = describe_nothing_found(source, passed, "model", kinds)
+            others = [] if weights else _sort_out(paths, KINDS_OF_FILE, "checkpoint")[1]
+            if others:
+                message += (
+                    f"; {shown(others[0].name, 60)} holds tensors without a model: name a function "
+                    "that returns it, such as a torch.nn.Module: --model MODULE.py:FUNCTION"
+                )
+            raise CheckpointError(message)
         found += sort_by_epoch_or_name(models)
         passed_over += passed
     return found, passed_over

@@ -155,9 +155,11 @@ def evaluate(
         raise UsageError("--fail-if-worse has nothing to compare with; name a model by --baseline")
     from polyak_cli import checkpoints
     from polyak_cli.evaluation import data as datasets
+    from polyak_cli.evaluation import keras_files
     from polyak_cli.evaluation.quiet import redirect_prints
 
     paths, passed_over = checkpoints.model_files(models, weights=architecture is not None)
+    keras_files.require_keras_for("polyak evaluate", paths)
     with redirect_prints(), show_count("scoring", "model", quiet or as_json) as progress:
         dataset = datasets.load(data)
         rows = dataset.split(split)
@@ -301,10 +303,13 @@ def recalibrate(
     MODEL is a model, such as an average: its statistics are averages of estimates that
     belong to other weights.  In the output, nothing else of MODEL is changed.
     """
+    from pathlib import Path
+
     from polyak_cli.evaluation import data as datasets
-    from polyak_cli.evaluation import recalibration
+    from polyak_cli.evaluation import keras_files, recalibration
     from polyak_cli.evaluation.quiet import redirect_prints
 
+    keras_files.require_keras_for("recalibrating BatchNorm", [Path(model)])
     with redirect_prints(), show_count("recalibrating", "batch", quiet or as_json) as progress:
         dataset = datasets.load(data)
         rows = dataset.split(split, default="train")
@@ -429,7 +434,7 @@ def sweep(
 
     folder = Path(output)
     reports.check_date(date)
-    reports.check_installed(architecture)
+    reports.check_installed(sources, architecture)
     reports.check_folder(folder, force=force)
     recalibrated_on = options["recalibrate"]
     options["split"] = None
@@ -523,8 +528,9 @@ def train(
     """Train the sample network and keep a checkpoint of each of the last epochs."""
     from pathlib import Path
 
-    from polyak_cli.evaluation import sample_run
+    from polyak_cli.evaluation import reports, sample_run
 
+    reports.check_training(plot is not None)
     if plot:
         from polyak_cli.evaluation import plots
 

@@ -55,6 +55,17 @@ def require_keras(command: str, backends: Sequence[str] = BACKENDS) -> None:
         )
 
 
+def require_keras_for(command: str, paths: Sequence[Path]) -> None:
+    """Check what `require_keras` does, if any file is Keras's by its name, before rows are loaded.
+
+    Raises:
+        MissingExtraError: Keras or its back end is not installed.
+        PolyakError: this Keras is too old to open files of others safely.
+    """
+    if any(path.name.endswith((".keras", ".h5", ".hdf5")) for path in paths):
+        require_keras(command)
+
+
 def find_missing_extra(backends: Sequence[str] = BACKENDS) -> str:
     """Return the extra that brings Keras and a back end, nothing if both are installed."""
     installed = [name for name in backends if find_spec(name)]

@@ -218,6 +218,12 @@ def gather_moments(
         PolyakError: the function or the module fails.
     """
     maker = user_code.find_function(source, EXPECTED)
+    if maker.count_arguments():
+        raise UsageError(
+            f"--model {shown(source)}: takes arguments, as a function of the tensors does; "
+            "expected one without any that returns a torch.nn.Module, whose BatchNorm layers "
+            "polyak can see"
+        )
     held = weights.Weights(table.path, table, weights.list_views(table))
     with silence_frameworks(), collect_warnings("PyTorch") as warned:
         returned = maker.call()

@@ -18,8 +18,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli import __version__
-from polyak_cli.errors import MissingExtraError, OutputError, UsageError, shown, word_count
+from polyak_cli import __version__, checkpoints
+from polyak_cli.checkpoints.listing import KINDS_OF_MODEL
+from polyak_cli.errors import (
+    CheckpointError,
+    MissingExtraError,
+    OutputError,
+    PolyakError,
+    UsageError,
+    shown,
+    word_count,
+)
 from polyak_cli.evaluation import keras_files, plots, user_code
 from polyak_cli.evaluation.forecast import word_forecast
 
@@ -62,10 +71,11 @@ def check_date(date: str | None) -> None:
         ) from None
 
 
-def check_installed(model: str | None = None) -> None:
+def check_installed(sources: Sequence[str], model: str | None = None) -> None:
     """Refuse to sweep where packages are missing, and name all extras at once.
 
     Args:
+        sources: of the checkpoints, which say whether Keras has to run them.
         model: what makes the models of files without one.
 
     Raises:
@@ -73,13 +83,46 @@ def check_installed(model: str | None = None) -> None:
     """
     plot = "" if find_spec("jinja2") and find_spec("matplotlib") else "plot"
     framework = keras_files.find_missing_extra()
-    if model is not None and user_code.is_function(model):
-        # The function may need any framework, or none; which one shows only when it runs.  Without
-        # either of the usual ones, who installs the rest needs most likely PyTorch as well.
-        framework = "torch" if plot and framework and not find_spec("torch") else ""
+    if framework and model is not None and user_code.is_function(model):
+        framework = "" if not plot or find_spec("torch") else _guess_extra(model)
+    elif framework and model is None and not _are_of_keras(sources):
+        framework = ""  # these are refused for want of a function
     missing = [extra for extra in (framework, plot) if extra]
     if missing:
         raise MissingExtraError("polyak sweep", ",".join(missing))
+
+
+def _are_of_keras(sources: Sequence[str]) -> bool:
+    """Return whether there are files that Keras opens, by their names."""
+    try:
+        paths, _ = checkpoints.model_files(sources)
+    except CheckpointError:
+        return False
+    return any(path.name.endswith(tuple(KINDS_OF_MODEL)) for path in paths)
+
+
+def _guess_extra(model: str) -> str:
+    """Return the extra that a function of the user needs most likely, where no framework is.
+
+    It may need any, which shows only when it runs.  One of the tensors needs none of polyak's.
+    """
+    try:
+        return "" if user_code.find_function(model, "").count_arguments() == 1 else "torch"
+    except PolyakError:  # most likely it could not import a framework
+        return "torch"
+
+
+def check_training(plot: bool) -> None:
+    """Refuse to train where packages are missing, and name all extras at once.
+
+    Raises:
+        MissingExtraError: TensorFlow or Keras, or for a plot matplotlib, is not installed.
+    """
+    framework = keras_files.find_missing_extra(["tensorflow"])
+    picture = "plot" if plot and not find_spec("matplotlib") else ""
+    missing = [extra for extra in (framework, picture) if extra]
+    if missing:
+        raise MissingExtraError("polyak train", ",".join(missing))
 
 
 def check_jinja() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
 from polyak_cli import average, plan, recalibrate, verify
-from polyak_cli.errors import PolyakError
+from polyak_cli.errors import PolyakError, UsageError
 from polyak_cli.evaluation import data
 from tests.command import polyak
 from tests.torch.test_evaluate import write_code
@@ -316,3 +316,14 @@ def test_average_refuses_a_device_before_it_reads_and_uses_one(tmp_path: Path) -
     output = tmp_path / "b.pt"
     found = average(tmp_path / "a_1.pt", output, recalibrate=rows, model=source, device="cpu:0")
     assert found.recalibrated is not None
+
+
+def test_a_function_of_the_tensors_is_refused(tmp_path: Path) -> None:
+    """It returns no layers that could be seen; the message says what is expected."""
+    save_file({"w": torch.zeros(2)}, tmp_path / "a.safetensors")
+    source = write_code(tmp_path, "def load(tensors):\n    return lambda x: x\n")
+    with pytest.raises(UsageError, match=r"takes arguments.*returns a torch\.nn\.Module"):
+        recalibrate(
+            *(tmp_path / "a.safetensors", tmp_path / "b.safetensors", make_rows((24, 6))),
+            architecture=f"{source}:load",
+        )
