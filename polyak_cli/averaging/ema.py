@@ -10,9 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from polyak_cli.averaging.belonging import averages
+from polyak_cli.averaging.options import Tensors
+from polyak_cli.checkpoints import Problem
 from polyak_cli.errors import MismatchError, shown
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.tensors import FLOATS, Table, TensorSpec
+
+
+def take_parts(
+    tables: Sequence[Table], wanted: Tensors
+) -> tuple[Sequence[Table], list[Problem], list[str]]:
+    """Return the tables with the parts that are wanted in place of others; see `choose_parts`.
+
+    Raises:
+        MismatchError: there is no such part, or several.
+    """
+    taken, found, missing = averages.choose_parts(tables, wanted)
+    if wanted.use_ema and not found:
+        taken, missing = substitute_emas(tables)
+    return taken, found, missing
 
 
 def substitute_emas(tables: Sequence[Table]) -> tuple[list[Table], list[str]]:

@@ -389,9 +389,7 @@ def _sort_tensors(
     scheme = settings.weighting.scheme
     if scheme is not None and schemes.takes_running_means(scheme):
         averages.refuse_raw_weights(stripped, wanted, scheme)
-    taken, found_averages, missing_emas = averages.choose_parts(stripped, wanted)
-    if wanted.use_ema and not found_averages:
-        taken, missing_emas = ema.substitute_emas(stripped)
+    taken, found_averages, missing_emas = ema.take_parts(stripped, wanted)
     rows = match(taken, wanted.match)
     averaged, carried = decide_fates(rows, wanted, shown(template.path))
     # Refused now: later, a block that is too large would fail in the middle of a fold.

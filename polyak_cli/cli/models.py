@@ -29,6 +29,8 @@ from polyak_cli.cli.options import (
     METRIC,
     QUIET,
     ROWS_AT_A_TIME,
+    SCORED_EMA,
+    SCORED_KEY,
     SOURCES,
     TRUST_CODE,
     Command,
@@ -100,6 +102,8 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     ),
     ROWS_AT_A_TIME,
     ARCHITECTURE,
+    SCORED_KEY,
+    SCORED_EMA,
     DEVICE,
     METRIC,
 )
@@ -137,7 +141,6 @@ def evaluate(
     split: str | None,
     batch_size: int,
     architecture: str | None,
-    device: str | None,
     metric: str | None,
     fail_under: tuple[tuple[str, float], ...],
     baseline: str | None,
@@ -145,6 +148,7 @@ def evaluate(
     trust_code: bool,
     as_json: bool,
     quiet: bool,
+    **part: Any,
 ) -> int:
     """Score model files on data: loss, accuracy and the model's own metrics.
 
@@ -164,7 +168,7 @@ def evaluate(
         dataset = datasets.load(data)
         rows = dataset.split(split)
         options: dict[str, Any] = {"batch_size": batch_size, "trust_code": trust_code}
-        options |= {"model": architecture, "device": device, "metric": metric}
+        options |= {"model": architecture, "metric": metric, **part}
         scores, compared = _score_models(paths, baseline, rows, progress=progress, **options)
     failures = [line for score in scores for line in _find_failed(score, fail_under)]
     if compared and fail_if_worse:

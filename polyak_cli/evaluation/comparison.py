@@ -101,6 +101,8 @@ def compare(
     model: Maker | None = None,
     device: str | None = None,
     metric: str | None = None,
+    key: str = "",
+    use_ema: bool = False,
     progress: Callable[[float, int], None] | None = None,
 ) -> Comparison:
     """Score model files and a baseline on the same rows, and compare them row by row.
@@ -114,6 +116,8 @@ def compare(
         model: the architecture of files that hold weights only, as for `evaluate`.
         device: where PyTorch runs modules, as for `evaluate`.
         metric: of the user's own, as for `evaluate`; compared where it has a number for each row.
+        key: of the part of each file that is scored, as for `evaluate`.
+        use_ema: score the EMAs, as for `evaluate`.
         progress: as for `evaluate`; the baseline is the first model.
 
     Raises:
@@ -130,6 +134,8 @@ def compare(
         model=model,
         device=device,
         metric=metric,
+        key=key,
+        use_ema=use_ema,
     )
     # A single string is a sequence of strings, too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths

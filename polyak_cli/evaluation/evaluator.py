@@ -98,6 +98,8 @@ def evaluate(
     model: Maker | None = None,
     device: str | None = None,
     metric: str | None = None,
+    key: str = "",
+    use_ema: bool = False,
     progress: Callable[[float, int], None] | None = None,
 ) -> Iterator[Score]:
     """Score model files on the same rows, one after the other.
@@ -130,6 +132,8 @@ def evaluate(
         metric: "accuracy", or ``MODULE.py:FUNCTION``, whose function gets labels and predictions,
             numpy arrays, and returns a number for each row, or one for all; more is better.
             Predictions are the outputs, and probabilities where a module of PyTorch gives logits.
+        key: of the part of PyTorch or Orbax checkpoints that is scored, as for `average`.
+        use_ema: score the EMAs that a trainer keeps beside the weights, as for `average`.
         progress: called as rows are scored, with the number of models done and that of all; 2.25
             of 14 is a quarter of the third model.
 
@@ -151,6 +155,8 @@ def evaluate(
         model=model,
         device=device,
         metric=metric,
+        key=key,
+        use_ema=use_ema,
     )
     # A single string is a sequence of strings too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
@@ -207,6 +213,8 @@ class Evaluator:
         model: Maker | None = None,
         device: str | None = None,
         metric: str | None = None,
+        key: str = "",
+        use_ema: bool = False,
     ) -> None:
         """Keep the rows; no file is opened yet.
 
@@ -217,6 +225,8 @@ class Evaluator:
             model: the architecture of weights files, as for `evaluate`.
             device: where PyTorch runs modules, as for `evaluate`.
             metric: of the user's own, as for `evaluate`.
+            key: of the part that is scored, as for `evaluate`.
+            use_ema: score the EMAs, as for `evaluate`.
 
         Raises:
             UsageError: the batch size is out of range, or there is no such metric.
@@ -225,6 +235,7 @@ class Evaluator:
             raise UsageError(f"--batch-size {batch_size} is out of range; expected 1 or more")
         self._splits, self._batch_size = tuple(splits), batch_size
         self._trust_code, self._device = trust_code, device
+        self._key, self._use_ema = key, use_ema
         self._model = None if model is None else user_code.name_source(model)
         self._back_ends: dict[str, BackEnd] = {}
         self._last: BackEnd | None = None
@@ -251,6 +262,11 @@ class Evaluator:
         if form.keras_layout or form.key == "weights_json":
             from polyak_cli.evaluation.keras_models import KerasModels
 
+            if self._key or self._use_ema:
+                raise UsageError(
+                    f"--key and --use-ema: {shown(path)} is {form.name}, which Keras opens as a "
+                    "whole; write its EMA as a model of its own: polyak average FILE --use-ema"
+                )
             if "keras" not in self._back_ends:
                 self._back_ends["keras"] = KerasModels(
                     self._splits, self._batch_size, self._trust_code, self._model
@@ -265,7 +281,12 @@ class Evaluator:
 
         if "named" not in self._back_ends:
             self._back_ends["named"] = NamedModels(
-                self._splits, self._batch_size, self._model, self._device
+                self._splits,
+                self._batch_size,
+                self._model,
+                self._device,
+                key=self._key,
+                use_ema=self._use_ema,
             )
         return self._back_ends["named"]
 

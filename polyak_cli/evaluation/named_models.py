@@ -42,7 +42,14 @@ class NamedModels:
     """
 
     def __init__(
-        self, splits: Sequence[data.Split], batch_size: int, source: str, device: str | None
+        self,
+        splits: Sequence[data.Split],
+        batch_size: int,
+        source: str,
+        device: str | None,
+        *,
+        key: str = "",
+        use_ema: bool = False,
     ) -> None:
         """Find the function; it is called when the first checkpoint is scored.
 
@@ -54,6 +61,7 @@ class NamedModels:
         self._splits = tuple(splits)
         self._batch_size = batch_size
         self._device = device
+        self._key, self._use_ema = key, use_ema
         self._source = source
         if not user_code.is_function(source):
             raise UsageError(f"--model {shown(source)}: {EXPECTED}")
@@ -74,7 +82,8 @@ class NamedModels:
         for path in paths:
             by_format.setdefault(detect(find_file(path)), []).append(path)
         for group in by_format.values():
-            self._described.update(zip(group, weights.describe(group), strict=True))
+            found = weights.describe(group, key=self._key, use_ema=self._use_ema)
+            self._described.update(zip(group, found, strict=True))
 
     def score(self, path: Path, report: OnShare | None) -> list[Score]:
         """See `evaluator.Evaluator.score`."""

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from polyak_cli import formats
+from polyak_cli.averaging import ema
 from polyak_cli.averaging.belonging.prefixes import find_others, match_names
+from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import find_file
 from polyak_cli.engine.inputs import OpenInputs, check_unchanged
 from polyak_cli.engine.kernel import widen
@@ -44,14 +46,24 @@ class Weights(NamedTuple):
     views: Mapping[str, View]
 
 
-def describe(paths: Sequence[Path]) -> list[Weights]:
+def describe(paths: Sequence[Path], *, key: str = "", use_ema: bool = False) -> list[Weights]:
     """Return the named tensors of each checkpoint, from its headers alone.
 
+    Args:
+        paths: the checkpoints.
+        key: of the part of each that is taken for the model, as in `averaging.Options`.
+        use_ema: take the running means of the weights in their place.
+
     Raises:
+        UsageError: a key is given, and checkpoints of this format have no parts.
         FormatError: one is foreign, damaged or hostile.
-        MismatchError: they are of several formats.
+        MismatchError: they are of several formats, or hold no running means.
     """
-    tables = formats.scan([find_file(path) for path in paths], jobs=4)
+    files = [find_file(path) for path in paths]
+    tables = formats.scan(files, jobs=4, with_optimizer=use_ema, key=key)
+    if use_ema:
+        # One by one: those that are scored need not be of one run.
+        tables = [ema.take_parts([one], Tensors(use_ema=True, key=key))[0][0] for one in tables]
     # Checkpoints of one skeleton share their tensors, so the views are the same too.
     known: dict[int, Mapping[str, View]] = {}
     for table in tables:

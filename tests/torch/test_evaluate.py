@@ -71,6 +71,27 @@ def save_for_lightning(state: Mapping[str, Any], path: Path) -> None:
     torch.save({"state_dict": held, "epoch": 3, "global_step": 40}, path)
 
 
+def test_the_ema_is_scored_where_it_is_asked_for(tmp_path: Path) -> None:
+    """By --use-ema or by its key; a file without one is refused."""
+    torch.manual_seed(5)
+    net, mean = make_net(), make_net()
+    state, means = net.state_dict(), mean.state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": means, "epoch": 3}, tmp_path / "a.pt")
+    source = f"{write_code(tmp_path)}:make"
+    options: list[tuple[Any, Mapping[str, Any]]] = [
+        (net, {}),
+        (mean, {"use_ema": True}),
+        (mean, {"key": "state_dict_ema"}),
+    ]
+    for own, how in options:
+        (score,) = evaluate(tmp_path / "a.pt", ROWS, model=source, **how)
+        expected = functional.cross_entropy(run_plainly(own), torch.tensor(CLASSES))
+        assert score.loss == pytest.approx(float(expected), rel=1e-5)
+    torch.save(state, tmp_path / "b.pt")
+    with pytest.raises(PolyakError, match="has no running mean of its weights"):
+        evaluate(tmp_path / "b.pt", ROWS, model=source, use_ema=True)
+
+
 def save_with_ema(state: Mapping[str, Any], path: Path) -> None:
     """Save a model of DDP beside its EMA."""
     means = {f"module.{name}": tensor * 2 for name, tensor in state.items()}
