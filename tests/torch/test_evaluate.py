@@ -411,8 +411,11 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "it lacks 4.bias" in refuse(tmp_path, it, less)
     wrapped = {f"module.{name}": tensor for name, tensor in less.items()}
     assert refuse(tmp_path, it, wrapped).endswith("it lacks 4.bias")
-    for made in ("make().to('meta')", "nn.LazyLinear(3)"):
-        assert "the model cannot take" in refuse(tmp_path, f"def it():\n    return {made}\n")
+    on_meta = "def it():\n    return make().to('meta')\n"
+    assert "the model cannot take" in refuse(tmp_path, on_meta)
+    assert "the module is lazy: 'weight'" in refuse(
+        tmp_path, "def it():\n    return nn.LazyLinear(3)\n"
+    )
     other = {**state, "4.bias": torch.ones(2)}
     assert "has shape (2,), but the module of" in refuse(tmp_path, it, other)
     assert "line 9: ZeroDivisionError" in refuse(tmp_path, "def it():\n    return 1 / 0\n")
