@@ -35,7 +35,7 @@ from polyak_cli import __version__
 from polyak_cli.averaging.options import Settings
 from polyak_cli.averaging.schemes import SCHEMES, Flag, Number, spell
 from polyak_cli.cli import cli
-from polyak_cli.cli.models import _find_failed
+from polyak_cli.cli.gates import find_failed
 from polyak_cli.errors import UsageError
 from polyak_cli.evaluation.evaluator import Score
 from polyak_cli.evaluation.reports import format_json
@@ -1250,15 +1250,15 @@ def test_a_gate_lets_pass_what_is_enough_and_finite(
 ) -> None:
     """A loss that is no number passes no gate, and two numbers that differ are shown differing."""
     score = Score(Path("m.h5"), loss, {"accuracy": accuracy}, 10)
-    assert list(_find_failed(score, [("accuracy", least)])) == failed
+    assert list(find_failed(score, [("accuracy", least)])) == failed
 
 
 def test_a_gate_on_the_loss_is_of_the_loss() -> None:
     """A loss that is not finite is reported once; an unknown metric is a usage error."""
     score = Score(Path("m.h5"), math.nan, {}, 10)
-    assert list(_find_failed(score, [("loss", 0.1)])) == ["m.h5: loss is nan, not a finite number"]
+    assert list(find_failed(score, [("loss", 0.1)])) == ["m.h5: loss is nan, not a finite number"]
     with pytest.raises(UsageError, match="has no such metric; it has loss"):
-        list(_find_failed(score, [("accuracy", 0.1)]))
+        list(find_failed(score, [("accuracy", 0.1)]))
 
 
 def test_json_has_null_where_a_number_is_none() -> None:

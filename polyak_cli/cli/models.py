@@ -6,7 +6,6 @@ packages are imported inside the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from polyak_cli.cli import rendering, serving
+from polyak_cli.cli import gates, rendering, serving
 from polyak_cli.cli.lists import expand_lists
 from polyak_cli.cli.options import (
     ANSWER_IS_NO,
@@ -170,9 +169,9 @@ def evaluate(
         options: dict[str, Any] = {"batch_size": batch_size, "trust_code": trust_code}
         options |= {"model": architecture, "metric": metric, **part}
         scores, compared = _score_models(paths, baseline, rows, progress=progress, **options)
-    failures = [line for score in scores for line in _find_failed(score, fail_under)]
+    failures = [line for score in scores for line in gates.find_failed(score, fail_under)]
     if compared and fail_if_worse:
-        failures += _find_worse(compared)
+        failures += gates.find_worse(compared, metric)
     rendering.print_notes(
         [
             *rendering.passed_over_lines(passed_over, rendering.MOST_PASSED),
@@ -211,46 +210,6 @@ def _collect_notes(scores: Sequence[Score], compared: Comparison | None) -> Iter
     """Return the notes about each file once; the baseline may be among the models."""
     every = [compared.baseline, *scores] if compared else scores
     return dict.fromkeys(f"{shown(one.path)}: {note}" for one in every for note in one.notes)
-
-
-def _find_worse(compared: Comparison) -> Iterator[str]:
-    """Yield the models that are worse than the baseline beyond noise, or whose loss is not finite.
-
-    The user's own metric decides, or accuracy, or loss if there is neither.
-    """
-    for one in compared.models:
-        path, than = shown(one.score.path), shown(compared.baseline.path)
-        if not one.gains:
-            raise UsageError(
-                f"--fail-if-worse: {path} and {than} have neither an accuracy nor a loss in common"
-            )
-        first, paired = one.gains[0], one.gains[0].paired
-        if first.verdict == "worse":
-            yield (
-                f"{path}: {first.metric} is worse than that of {than} by "
-                f"{abs(paired.difference):.6f} ({paired.low:+.6f} to {paired.high:+.6f})"
-            )
-        elif one.score.loss is not None and not math.isfinite(one.score.loss):
-            yield f"{path}: the loss is {one.score.loss!r}, not a finite number"
-
-
-def _find_failed(score: Score, gates: Sequence[tuple[str, float]]) -> Iterator[str]:
-    """Yield the gates that a model fails; it fails all if its loss is not finite."""
-    values = dict(score.metrics) | ({} if score.loss is None else {"loss": score.loss})
-    loss = values.get("loss", 0.0)
-    for metric, least in gates:
-        if metric not in values:
-            raise UsageError(
-                f"--fail-under {shown(metric)}: {shown(score.path)} has no such metric; it has "
-                f"{', '.join(map(shown, values)) or 'none'}"
-            )
-        found = f"{shown(score.path)}: {shown(metric)} is {values[metric]!r}"
-        if not math.isfinite(values[metric]):
-            yield f"{found}, not a finite number"
-        elif values[metric] < least:
-            yield f"{found}, less than {least!r}"
-        elif not math.isfinite(loss):
-            yield f"{found}, but the loss is {loss!r}, not a finite number"
 
 
 @click.command(
@@ -389,6 +348,7 @@ def recalibrate(
     ROWS_AT_A_TIME,
     ARCHITECTURE,
     DEVICE,
+    METRIC,
     TRUST_CODE,
 )
 @under(

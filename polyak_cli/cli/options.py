@@ -266,7 +266,7 @@ METRIC = option(
     "--metric",
     metavar="NAME",
     help="accuracy, or MODULE.py:FUNCTION, your code: called with labels and predictions, it "
-    "returns a number for each row, or one for all; more is better.",
+    "returns a number for each row, or one for all, such as F1; more is better.",
 )
 DEVICE = option(
     "--device",

@@ -521,10 +521,11 @@ def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> It
     for one in others or compared.models:
         for gain in one.gains:
             numbers = [f"{value:+.6f}" for value in gain.paired[:3]]
-            p = gain.sign_flip_p if gain.mcnemar_p is None else gain.mcnemar_p
-            test = "a sign-flip test" if gain.mcnemar_p is None else "McNemar's test"
-            tests.setdefault(test, {})[gain.metric] = None
-            words = ["-" if p is None else f"{p:.3g}", gain.verdict]
+            if gain.p is not None:
+                test = "a sign-flip test" if gain.mcnemar_p is None else "McNemar's test"
+                over = f" over {gain.paired.rows} parts of the rows" if gain.in_parts else ""
+                tests.setdefault(test, {})[f"{shown(gain.metric)}{over}"] = None
+            words = ["-" if gain.p is None else f"{gain.p:.3g}", gain.verdict]
             rows.append([shown(one.score.path), gain.metric, *numbers, *words])
     if not rows:
         yield f"nothing can be compared with {shown(baseline.path, 60)}"
@@ -532,8 +533,8 @@ def evaluation_lines(scores: Sequence[Score], compared: Comparison | None) -> It
     yield f"minus {shown(baseline.path, 60)}, with 95 % intervals over {baseline.rows} paired rows:"
     header = ("model", "metric", "difference", "from", "to", "p", "verdict")
     yield Table(header, rows, spare=("p", "from", "to", "difference"), left=("metric", "verdict"))
-    listed = (f"{test} ({', '.join(map(shown, tests[test]))})" for test in sorted(tests))
-    yield "p by " + " and ".join(listed)
+    if tests:
+        yield "p by " + " and ".join(f"{test} ({', '.join(tests[test])})" for test in sorted(tests))
     if any(gain.verdict == "within noise" for one in compared.models for gain in one.gains):
         yield (
             "within noise: no difference is shown; that takes an interval without 0 and a p below "

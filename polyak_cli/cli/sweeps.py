@@ -15,7 +15,7 @@ import click
 
 from polyak_cli.cli.tables import Table, Verbatim
 from polyak_cli.errors import redact, shown, word_count
-from polyak_cli.evaluation import forecast, reports
+from polyak_cli.evaluation import forecast, plots, reports
 
 if TYPE_CHECKING:
     from polyak_cli.pipeline.sweeping import Sweep
@@ -134,11 +134,11 @@ def sweep_lines(
 
 
 def _list_scores(found: Data, rows: Sequence[Data]) -> Table:
-    """Return a table of accuracy, loss and perplexity, as far as the models have them."""
+    """Return a table of what was chosen by, accuracy, loss and perplexity, where there are any."""
     pairs = [
         (metric, split)
         for split in ("selection", "reporting")
-        for metric in ("accuracy", "loss", "perplexity")
+        for metric in (*plots.order_metrics(found["metric"]), "perplexity")
         if any(row["metrics"][split].get(metric) is not None for row in found["rows"])
     ]
     places, newest = {"selection": 1, "reporting": 2}, reports.find_newest(found)
@@ -149,5 +149,6 @@ def _list_scores(found: Data, rows: Sequence[Data]) -> Table:
         label = f"{shown(row['label'], 60)}{' (newest)' if row is newest else ''}"
         cells.append([label, *map(reports.format_number, scores)])
     # What the winner was not chosen by goes first.
-    spare = [title for title in reversed(titles) if not title.startswith(found["metric"])]
+    chosen = [f"{found['metric']} ({place})" for place in places.values()]
+    spare = [title for title in reversed(titles) if title not in chosen]
     return Table(["model", *titles], cells, spare=spare)

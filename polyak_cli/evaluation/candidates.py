@@ -196,8 +196,10 @@ def rank(row: ScoredCandidate, metric: str) -> tuple[float, float]:
     loss = math.inf if math.isnan(loss) else loss  # NaN would compare false with everything
     if metric == "loss":
         return loss, loss
-    correct = row.scores["selection"].correct
-    return (math.inf if correct is None else -float(np.mean(correct))), loss
+    correct = row.scores["selection"].correct if metric == "accuracy" else None
+    # Keras may call its accuracy otherwise.
+    value = row.value(metric, "selection") if correct is None else float(np.mean(correct))
+    return (math.inf if math.isnan(value) else -value), loss
 
 
 def find_best(rows: Sequence[ScoredCandidate], metric: str) -> ScoredCandidate:

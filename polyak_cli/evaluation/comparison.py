@@ -6,6 +6,7 @@ module knows no framework: `evaluator` scores the rows, and `significance` judge
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from polyak_cli.averaging.notebook import write_html
-from polyak_cli.errors import shown
+from polyak_cli.errors import PolyakError, shown
 from polyak_cli.evaluation import data, significance
 from polyak_cli.evaluation.evaluator import Evaluator, RowScores, Score
+from polyak_cli.evaluation.own_metrics import Measured
 from polyak_cli.evaluation.row_counts import follow
 from polyak_cli.evaluation.user_code import Maker
 from polyak_cli.storage import mirrors
@@ -25,15 +27,19 @@ _StrPath = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """The difference between a model and the baseline in accuracy or loss.
+    """The difference between a model and the baseline by one metric.
 
     Attributes:
         metric: accuracy, loss, or a metric of the user's own, of which more is better.
-        paired: the difference, the model's minus the baseline's, and its 95 % interval.
+        paired: the difference, the model's minus the baseline's, and its 95 % interval; not finite
+            where it is not comparable.
         verdict: better, worse, within noise, or not comparable, where a loss is not finite.  Better
             and worse need both an interval without 0 and a p below 0.05.
         mcnemar_p: p of the exact McNemar test for accuracy; None for loss.
         sign_flip_p: p of Fisher's randomisation test for the others; None for accuracy.
+        in_parts: whether parts of the rows were paired, as by a metric that is one number for all
+            rows; ``paired.rows`` is the number of them then.
+        why: why a metric of the user's own is not comparable; "" where it is.
     """
 
     metric: str
@@ -41,11 +47,19 @@ class Gain:
     verdict: str
     mcnemar_p: float | None = None
     sign_flip_p: float | None = None
+    in_parts: bool = False
+    why: str = ""
+
+    @property
+    def p(self) -> float | None:
+        """The p of its test."""
+        return self.sign_flip_p if self.mcnemar_p is None else self.mcnemar_p
 
     def data(self) -> dict[str, Any]:
         """Return everything except the metric as JSON values."""
         tests = {"mcnemar_p": self.mcnemar_p, "sign_flip_p": self.sign_flip_p}
-        return {**self.paired._asdict(), **tests, "verdict": self.verdict}
+        about = {"in_parts": self.in_parts, "verdict": self.verdict}
+        return {**self.paired._asdict(), **tests, **about}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +129,8 @@ def compare(
         trust_code: run the code that a file carries in a Lambda layer.
         model: the architecture of files that hold weights only, as for `evaluate`.
         device: where PyTorch runs modules, as for `evaluate`.
-        metric: of the user's own, as for `evaluate`; compared where it has a number for each row.
+        metric: of the user's own, as for `evaluate`; compared row by row where it has a number for
+            each, else over parts of the rows, see `own_metrics.divide_whole`.
         key: of the part of each file that is scored, as for `evaluate`.
         use_ema: score the EMAs, as for `evaluate`.
         progress: as for `evaluate`; the baseline is the first model.
@@ -149,23 +164,22 @@ def compare(
     for done, path in enumerate(files, 1):
         (ours,) = evaluator.score_rows(path, follow(progress, done, total))
         score = _make_score(path, ours, rows)
-        notes = (*score.notes, *_note_other_loss(ours, theirs, baseline))
-        compared.append(Compared(replace(score, notes=notes), compute_gains(ours, theirs)))
+        gains = compute_gains(ours, theirs)
+        whys = (gain.why for gain in gains if gain.why)
+        notes = (*score.notes, *_note_other_loss(ours, theirs, baseline), *whys)
+        compared.append(Compared(replace(score, notes=notes), gains))
     return Comparison(_make_score(Path(baseline), theirs, rows), tuple(compared))
 
 
 def compute_gains(ours: RowScores, theirs: RowScores) -> tuple[Gain, ...]:
     """Return the gains of one model over another on the same rows: own metric, accuracy, loss.
 
-    A metric that either of them does not have for each row is left out.
+    An accuracy or loss that either of them does not have for each row is left out.
     """
     found = []
     # First, as who names a metric decides by it.
-    for name in ours.values.keys() & theirs.values.keys():
-        paired = significance.paired_difference(ours.values[name], theirs.values[name])
-        p = significance.sign_flip(ours.values[name], theirs.values[name])
-        verdict = significance.verdict(paired, higher_is_better=True, p=p)
-        found.append(Gain(name, paired, verdict, sign_flip_p=p))
+    if ours.own and theirs.own and ours.own.is_whole == theirs.own.is_whole:
+        found.append(_compare_own(ours.own, theirs.own))
     # A share of rows and a mean loss may disagree: a model can be more often right, and wrong
     # with more confidence.  Both are reported.
     if ours.correct is not None and theirs.correct is not None:
@@ -180,6 +194,22 @@ def compute_gains(ours: RowScores, theirs: RowScores) -> tuple[Gain, ...]:
         verdict = significance.verdict(paired, higher_is_better=False, p=p)
         found.append(Gain("loss", paired, verdict, sign_flip_p=p))
     return tuple(found)
+
+
+def _compare_own(ours: Measured, theirs: Measured) -> Gain:
+    """Return the gain by a metric of the user's own: row by row, or part by part of the rows."""
+    none = significance.Paired(ours.value - theirs.value, math.nan, math.nan, 0)
+    try:
+        each = ours.divide(), theirs.divide()
+    except PolyakError as error:
+        return Gain(ours.name, none, "not comparable", in_parts=ours.is_whole, why=str(error))
+    if not math.isfinite(none.difference):
+        why = f"the {ours.name} is {ours.value:.6g}, the other's {theirs.value:.6g}"
+        return Gain(ours.name, none, "not comparable", in_parts=ours.is_whole, why=why)
+    paired = significance.paired_difference(*each)
+    p = significance.sign_flip(*each)
+    verdict = significance.verdict(paired, higher_is_better=True, p=p)
+    return Gain(ours.name, paired, verdict, sign_flip_p=p, in_parts=ours.is_whole)
 
 
 def _note_other_loss(ours: RowScores, theirs: RowScores, baseline: _StrPath) -> tuple[str, ...]:

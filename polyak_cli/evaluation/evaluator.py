@@ -10,20 +10,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from polyak_cli.checkpoints import find_file
 from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
 from polyak_cli.evaluation import data, user_code
+from polyak_cli.evaluation.own_metrics import Measured, OwnMetric
 from polyak_cli.evaluation.row_counts import OnShare, follow
 from polyak_cli.evaluation.user_code import Maker
 from polyak_cli.formats.catalogue import detect, find_format
 from polyak_cli.storage import mirrors
-
-if TYPE_CHECKING:
-    from polyak_cli.evaluation.own_metrics import OwnMetric
 
 _StrPath = str | os.PathLike[str]
 
@@ -67,7 +65,7 @@ class RowScores:
         loss_name: name of the loss; only losses of the same name can be compared.
         notes: messages for the user, one line each.
         loss_words: as in `Score`.
-        values: name of a metric of the user's own -> (rows,) float64, its value for each row.
+        own: the metric of the user's own, if there is one.
     """
 
     loss: float | None
@@ -78,7 +76,7 @@ class RowScores:
     loss_name: str = ""
     notes: tuple[str, ...] = ()
     loss_words: str = ""
-    values: Mapping[str, data.Array] = field(default_factory=dict)
+    own: Measured | None = None
 
 
 def summarise(path: Path, splits: Sequence[data.Split], found: Sequence[RowScores]) -> list[Score]:
@@ -201,7 +199,7 @@ class Evaluator:
     are replaced.  Building a model takes seconds, loading its weights milliseconds.
 
     Attributes:
-        notes: messages for the user about the files scored so far, each only once.
+        metric: of the user's own; None if there is none.
     """
 
     def __init__(
@@ -239,12 +237,7 @@ class Evaluator:
         self._model = None if model is None else user_code.name_source(model)
         self._back_ends: dict[str, BackEnd] = {}
         self._last: BackEnd | None = None
-        self._metric: OwnMetric | None = None
-        if metric is not None:
-            # Imported here, as it needs the results that are defined above.
-            from polyak_cli.evaluation import own_metrics
-
-            self._metric = own_metrics.OwnMetric(metric)
+        self.metric = None if metric is None else OwnMetric(metric)
 
     @property
     def notes(self) -> list[str]:
@@ -309,7 +302,7 @@ class Evaluator:
     def score(self, path: Path, report: OnShare | None = None) -> list[Score]:
         """Return the score of a file on each split; arguments and errors as of `score_rows`."""
         path = Path(mirrors.enter(os.fspath(path)))
-        if self._metric is not None:
+        if self.metric is not None:
             return summarise(path, self._splits, self.score_rows(path, report))
         with _reporting_ends(report):
             return self._choose(path).score(path, report)
@@ -362,9 +355,9 @@ class Evaluator:
 
     def _measure(self, path: Path, found: list[RowScores]) -> list[RowScores]:
         """Return the results with the metric of the user's own, if there is one."""
-        if self._metric is None:
+        if self.metric is None:
             return found
-        measure = self._metric.measure
+        measure = self.metric.measure
         return [measure(path, *pair) for pair in zip(self._splits, found, strict=True)]
 
 

@@ -239,6 +239,7 @@ class Pass:
                 # Its logarithm is a logit of a probability, which the loss takes.
                 given = np.log(np.maximum(outputs, np.finfo(np.float32).tiny))
             self._add(target, block, outputs, self._predictor.wrap(given))
+            self._kept.append(outputs)
 
     def finish(self) -> RowScores:
         """Return the results of all batches."""

@@ -232,7 +232,7 @@ def draw_sweep(found: Mapping[str, Any], path: Path, metric: str | None = None) 
     Args:
         found: the result of `sweeping.Sweep.data`.
         path: the .png or .svg file; replaced if it exists.
-        metric: draw only "accuracy" or "loss", with the legend below; by default what there is.
+        metric: draw only this one, with the legend below; by default all of `list_metrics`.
 
     Raises:
         UsageError: another suffix.
@@ -241,10 +241,10 @@ def draw_sweep(found: Mapping[str, Any], path: Path, metric: str | None = None) 
     """
     names = [metric] if metric else list_metrics(found)
     words = [_collect_series(found, name) for name in names]
-    title = f"{' and '.join(names).capitalize()} of single checkpoints and averages"
+    title = f"{_capitalise(' and '.join(names))} of single checkpoints and averages"
     about = " ".join(_describe_series(one) for one in words)
     # One panel is as wide as a phone, so that its text keeps its size there.
-    size = (4.6, 4.8) if metric else (9.6, 4.2)
+    size = (4.6, 4.8) if metric else (2.8 + 3.4 * max(2, len(names)), 4.2)
     with _open_figure(path, title, about, size) as figure:
         panels = figure.subplots(1, max(1, len(names)), squeeze=False)[0]
         for axes, series in zip(panels, words, strict=False):
@@ -263,15 +263,26 @@ def draw_sweep(found: Mapping[str, Any], path: Path, metric: str | None = None) 
 
 
 def list_metrics(found: Mapping[str, Any]) -> list[str]:
-    """Return which of accuracy and loss the single checkpoints have."""
-    return [name for name in ("accuracy", "loss") if _collect_series(found, name).singles]
+    """Return which of what was chosen by, accuracy and loss the single checkpoints have."""
+    every = order_metrics(found["metric"])
+    return [name for name in every if _collect_series(found, name).singles]
+
+
+def order_metrics(chosen: str) -> list[str]:
+    """Return the metrics of tables and figures: one of the user's own first, and the loss last."""
+    return [*dict.fromkeys((*([chosen] if chosen != "loss" else []), "accuracy", "loss"))]
+
+
+def _capitalise(text: str) -> str:
+    """Return a text with a capital, without changing those of a function's name behind it."""
+    return text[:1].upper() + text[1:]
 
 
 class _Series(NamedTuple):
     """The scores of a sweep by one metric, as points of a place on the x axis and a value.
 
     Attributes:
-        metric: accuracy or loss.
+        metric: accuracy, loss, or one of the user's own.
         rows: the number of rows that they were scored on.
         singles: the single checkpoints; the newest is at 1, where a window of 1 is.
         lines: name of a scheme, or of an extrapolation -> its windows.
@@ -361,7 +372,7 @@ def _draw_series(axes: Any, series: _Series) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(
         xlabel="Number of newest checkpoints averaged\n(single checkpoint: 1 is the newest)",
-        ylabel=f"{series.metric.capitalize()} on {series.rows} reporting rows",
+        ylabel=f"{_capitalise(series.metric)} on {series.rows} reporting rows",
     )
 
 
@@ -417,7 +428,7 @@ def _find_middle(points: Sequence[tuple[int, float]], reach: float) -> list[floa
 def _describe_series(series: _Series) -> str:
     """Return in words what a panel shows, for who cannot see it."""
     parts = [
-        f"{series.metric.capitalize()} on {series.rows} reporting rows, over the number of newest "
+        f"{_capitalise(series.metric)} on {series.rows} reporting rows, over the number of newest "
         f"checkpoints averaged. Single checkpoints: {_word_range(series.singles)}."
     ]
     parts += [f"The newest: {value:.4g}." for value in series.newest]

@@ -281,7 +281,7 @@ def list_gains(found: Data) -> list[list[str]]:
     """Return a table of the winner's gains, its titles first."""
     table = [["winner minus", "metric", "difference", "from", "to", "p", "verdict"]]
     for gain in found["gains"]:
-        p = gain.get("mcnemar_p") if gain["metric"] == "accuracy" else gain.get("sign_flip_p")
+        p = gain.get("sign_flip_p") if gain.get("mcnemar_p") is None else gain["mcnemar_p"]
         numbers = [format_number(gain[name], sign="+") for name in ("difference", "low", "high")]
         over = "the newest" if gain["over"] == "newest" else f"the {gain['over']}"
         row = [over, gain["metric"], *numbers, "-" if p is None else f"{p:.3g}", gain["verdict"]]

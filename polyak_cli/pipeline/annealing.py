@@ -96,4 +96,4 @@ class Forecaster:
 
 def _keep_loss(scores: RowScores) -> RowScores:
     """Return scores without those of each row, which take memory for as long as a run trains."""
-    return replace(scores, losses=None, correct=None, predictions=None, values={})
+    return replace(scores, losses=None, correct=None, predictions=None, own=None)

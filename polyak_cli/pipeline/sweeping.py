@@ -65,7 +65,8 @@ class Sweep:
         plan: the checkpoints, oldest first, and the tensors that were averaged.
         data_name: the name of the data set, as it was given.
         splits: "selection" and "reporting" -> source of the rows, and their number.
-        metric: used to choose the winner: accuracy where labels are classes, else loss.
+        metric: used to choose the winner: the user's own, if there is one; else accuracy where
+            labels are classes, else loss.
         rows: every candidate: singles, averages, ensembles, soups, extrapolations.
         winner: the best on the selection rows; ensembles are not models and do not compete.
         recipe: how `average` makes the winner.
@@ -232,6 +233,7 @@ def sweep(
     trust_code: bool = False,
     model: Maker | None = None,
     device: str | None = None,
+    metric: str | None = None,
     progress: Callable[[float, int], None] | None = None,
     **options: Any,
 ) -> Sweep:
@@ -257,6 +259,8 @@ def sweep(
         trust_code: run code that a model file contains.
         model: the architecture of checkpoints that hold weights only, as for `evaluator.evaluate`.
         device: where PyTorch runs modules, as for `evaluator.evaluate`.
+        metric: what chooses the winner, "accuracy" or one of the user's own, as for
+            `evaluator.evaluate`; by default accuracy where labels are classes, else loss.
         progress: called as rows are scored, with the number of models done and that of all; 2.25
             of 14 is a quarter of the third model.  A search adds models as it goes.
         **options: options of `planning.plan`.
@@ -275,7 +279,7 @@ def sweep(
         plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
     )
     splits = _divide_rows(rows, select_on, seed)
-    evaluator = Evaluator([*splits.values()], **how, device=device)
+    evaluator = Evaluator([*splits.values()], **how, device=device, metric=metric)
     # What cannot be scored is refused before anything is written.
     evaluator.inspect_files([checkpoint.path for checkpoint in plan.checkpoints])
     # A hidden folder, which searches for checkpoints do not enter.
@@ -283,12 +287,11 @@ def sweep(
         scorer = CandidateScorer(plan, evaluator, tuple(splits), Path(folder), batch, progress)
         scored = list(scorer.score(wanted))
         scored += _score_ensembles(scorer, scored)
-        # Only now: the results show whether labels are classes and whether there is a loss.
-        metric = _choose_metric(scored)
+        by = evaluator.metric.name if evaluator.metric else _choose_metric(scored)
         for name in search:
-            scored += SEARCHES[name](scorer.score, scored, metric)
+            scored += SEARCHES[name](scorer.score, scored, by)
     # Singles come first, so a single checkpoint wins over an average that is no better.
-    winner = find_best([row for row in scored if row.candidate.kind != "ensemble"], metric)
+    winner = find_best([row for row in scored if row.candidate.kind != "ensemble"], by)
     recipe = find_recipe(winner.candidate, plan, sources, {**options, "force": force})
     if write_best:
         pipeline.average(recipe.sources, write_best, **dict[str, Any](recipe.options))
@@ -296,11 +299,11 @@ def sweep(
         plan=plan,
         data_name=rows.name,
         splits={name: (split.source, split.rows) for name, split in splits.items()},
-        metric=metric,
+        metric=by,
         rows=tuple(scored),
         winner=winner,
         recipe=recipe,
-        gains=_compute_gains(winner, scored, metric),
+        gains=_compute_gains(winner, scored, by, scorer.notes),
         digests=tuple(records.hash_files(table.files) for table in plan.tables),
         notes=(*plan.notes, *rows.notes, *scorer.collect_notes()),
     )
@@ -568,9 +571,9 @@ def _choose_metric(rows: Sequence[ScoredCandidate]) -> str:
 
 
 def _compute_gains(
-    winner: ScoredCandidate, rows: Sequence[ScoredCandidate], metric: str
+    winner: ScoredCandidate, rows: Sequence[ScoredCandidate], metric: str, notes: list[str]
 ) -> dict[str, tuple[Gain, ...]]:
-    """Compare the winner with other models on the reporting rows, row by row."""
+    """Compare the winner with other models on the reporting rows; add to notes why one is not."""
     singles = [row for row in rows if row.candidate.kind == "single"]
     others = {"newest": singles[-1]}
     best = find_best(singles, metric)
@@ -579,8 +582,10 @@ def _compute_gains(
     # On rows that played no part in the choice: the winner looks better than it is on those that
     # did.
     ours = winner.scores["reporting"]
-    return {
+    gains = {
         over: compute_gains(ours, other.scores["reporting"])
         for over, other in others.items()
         if other.candidate.coefficients != winner.candidate.coefficients
     }
+    notes += [gain.why for found in gains.values() for gain in found if gain.why]
+    return gains

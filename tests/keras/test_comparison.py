@@ -87,6 +87,21 @@ def test_models_are_compared_row_by_row() -> None:
         assert loss.paired.difference == pytest.approx(own - others, abs=1e-6)
 
 
+def test_a_metric_of_the_users_own_measures_models_of_keras(tmp_path: Path) -> None:
+    """It gets labels and the outputs; as one number for all rows it is compared over parts."""
+    code = "def right(labels, predictions):\n    return (predictions.argmax(1) == labels)"
+    (tmp_path / "own.py").write_text(
+        f"{code}\n\ndef share(*given):\n    return right(*given).mean()\n"
+    )
+    rows = data.load("blobs").split("train")
+    for name in ("right", "share"):
+        found = compare(SAMPLES / "model_490.h5", SAMPLE, rows, metric=f"{tmp_path}/own.py:{name}")
+        own, accuracy, _ = found.models[0].gains
+        assert (own.metric, own.in_parts) == (name, name == "share")
+        assert found.baseline.metrics[name] == pytest.approx(found.baseline.metrics["accuracy"])
+        assert own.paired == pytest.approx(accuracy.paired, abs=1e-9)
+
+
 def test_a_model_is_not_ahead_of_itself() -> None:
     """No row differs: 0, from 0 to 0, p 1, within noise."""
     found = compare(SAMPLE, SAMPLE, data.load("blobs").split("train"))
@@ -185,7 +200,15 @@ def test_a_model_that_is_worse_exits_with_1_and_is_named(tmp_path: Path) -> None
     worse, same, none = (model["gains"] for model in found["models"])
     assert worse["accuracy"]["verdict"] == worse["loss"]["verdict"] == "worse"
     assert worse["accuracy"]["mcnemar_p"] < 0.001
-    assert set(worse["loss"]) == {"difference", "low", "high", "rows", *TESTS, "verdict"}
+    assert set(worse["loss"]) == {
+        "difference",
+        "low",
+        "high",
+        "rows",
+        "in_parts",
+        *TESTS,
+        "verdict",
+    }
     assert same["accuracy"]["difference"] == 0
     assert none["loss"]["verdict"] == "not comparable"
     assert none["loss"]["difference"] is None

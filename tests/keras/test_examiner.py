@@ -368,7 +368,8 @@ def test_a_metric_of_ones_own_measures_each_row_of_a_keras_model(tmp_path: Path)
     found = outcome(SAMPLE, rows, metric=f"{tmp_path}/own.py:sure")
     assert found.predictions is not None
     expected = found.predictions.max(1)
-    assert found.values["sure"] == pytest.approx(expected, rel=1e-6)
+    assert found.own is not None
+    assert found.own.divide() == pytest.approx(expected, rel=1e-6)
     assert found.metrics["sure"] == pytest.approx(expected.mean(), rel=1e-6)
     (total,) = evaluator.evaluate(SAMPLE, rows, metric=f"{tmp_path}/own.py:sure")
     assert total.metrics["sure"] == found.metrics["sure"]
