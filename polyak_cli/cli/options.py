@@ -273,11 +273,10 @@ DEVICE = option(
     metavar="NAME",
     help="Where PyTorch runs a module, like cpu or cuda:1.  [default: a GPU where there is one]",
 )
-SCORED_KEY = option(
+PART = option(
     "--key",
     metavar="KEY",
-    default="",
-    help="Score this part of PyTorch or Orbax checkpoints, such as state_dict_ema.",
+    help="Use this part of PyTorch or Orbax checkpoints, such as state_dict_ema.",
 )
 SCORED_EMA = option(
     "--use-ema",

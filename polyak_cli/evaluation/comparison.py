@@ -115,7 +115,7 @@ def compare(
     model: Maker | None = None,
     device: str | None = None,
     metric: str | None = None,
-    key: str = "",
+    key: str | None = None,
     use_ema: bool = False,
     progress: Callable[[float, int], None] | None = None,
 ) -> Comparison:

@@ -96,7 +96,7 @@ def evaluate(
     model: Maker | None = None,
     device: str | None = None,
     metric: str | None = None,
-    key: str = "",
+    key: str | None = None,
     use_ema: bool = False,
     progress: Callable[[float, int], None] | None = None,
 ) -> Iterator[Score]:
@@ -211,7 +211,7 @@ class Evaluator:
         model: Maker | None = None,
         device: str | None = None,
         metric: str | None = None,
-        key: str = "",
+        key: str | None = None,
         use_ema: bool = False,
     ) -> None:
         """Keep the rows; no file is opened yet.
@@ -233,7 +233,7 @@ class Evaluator:
             raise UsageError(f"--batch-size {batch_size} is out of range; expected 1 or more")
         self._splits, self._batch_size = tuple(splits), batch_size
         self._trust_code, self._device = trust_code, device
-        self._key, self._use_ema = key, use_ema
+        self._key, self._use_ema = key or "", use_ema
         self._model = None if model is None else user_code.name_source(model)
         self._back_ends: dict[str, BackEnd] = {}
         self._last: BackEnd | None = None

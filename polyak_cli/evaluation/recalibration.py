@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Gathering:
         architecture: the layers of a file that holds weights only, as ``model`` of `evaluate`.
         device: where PyTorch runs a module; by default a GPU where there is one.
         progress: as for `recalibrate`.
+        key: of the part of a checkpoint of PyTorch whose statistics they are, as for `average`.
     """
 
     rows: data.Split
@@ -68,6 +69,7 @@ class Gathering:
     architecture: str | None = None
     device: str | None = None
     progress: Callable[[int, int], None] | None = None
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ def recalibrate(
     architecture: Maker | None = None,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    key: str | None = None,
 ) -> Recalibration:
     """Gather the moving statistics of the BatchNorm layers again, in one pass over rows.
 
@@ -147,9 +150,11 @@ def recalibrate(
         architecture: the layers of a file that holds weights only, as ``model`` of `evaluate`.
         device: where PyTorch runs a module; by default a GPU where there is one.
         progress: called after each batch with the number of batches done, and that of all.
+        key: of the part of a PyTorch checkpoint whose statistics are gathered, such as
+            ``state_dict_ema``; the others stay as they are.
 
     Raises:
-        UsageError: the batch size is out of range, or the architecture is none.
+        UsageError: the batch size is out of range, the architecture is none, or there are no parts.
         MissingExtraError: Keras or its back end is not installed.
         FormatError: the file is damaged or foreign, or holds weights without an architecture.
         MismatchError: the rows do not fit the model, it has no statistics to gather, or they are
@@ -160,7 +165,7 @@ def recalibrate(
     path, target = Path(mirrors.enter(os.fspath(model))), Path(output)
     (table,) = formats.scan([find_file(path)], with_optimizer=True)
     source = user_code.name_source(architecture) if architecture is not None else None
-    how = Gathering(rows, batch_size, trust_code, source, device, progress)
+    how = Gathering(rows, batch_size, trust_code, source, device, progress, key or "")
     check_recalibration(table, target, how)
     owned = records.list_owned
     outputs.check_output(target, [table], force=force, list_owned=owned)
@@ -231,6 +236,7 @@ def rewrite(
     how: Gathering,
     files: FolderFiles | None,
     name: Path | None = None,
+    twins: Mapping[str, Sequence[str]] = {},
 ) -> Recalibration:
     """Write a model with new statistics under a hidden name, as `recalibrate` describes.
 
@@ -241,12 +247,18 @@ def rewrite(
         how: the statistics are gathered.
         files: what the output will hold if it is a folder.
         name: of the model in messages, if it is hidden too.
+        twins: name of a tensor -> those that have its values too, and so get its new ones.
     """
     begun = time.perf_counter()
     named = replace(table, path=name or table.path)
     if how.architecture is not None and not _is_of_keras(table):
         found = named_models.gather_moments(
-            named, how.architecture, how.rows, how.batch_size, how.device, how.progress
+            _take_part(named, table, how.key),
+            how.architecture,
+            how.rows,
+            how.batch_size,
+            how.device,
+            how.progress,
         )
     else:
         found = gather_moments(
@@ -262,6 +274,7 @@ def rewrite(
     _check_loaded(named, found)
     names = {spec.location: spec.name for spec in table.tensors.values()}
     values = {names[location]: np.ravel(values) for location, values in found.after.items()}
+    values |= {twin: own for one, own in values.items() for twin in twins.get(one, ())}
     record = _make_record(named, found, how, files)
     record["recalibrated"]["statistics"] = hash_values(table, values)
     text = records.encode(records.seal(record))
@@ -282,6 +295,14 @@ def rewrite(
         seconds=time.perf_counter() - begun,
         notes=(*found.notes, *carried_files.note_other_weights(files)),
     )
+
+
+def _take_part(named: Table, table: Table, key: str) -> Table:
+    """Return the table with the tensors of one part only, if a key names one."""
+    if not key:
+        return named
+    (part,) = formats.scan([table.path], key=key)
+    return replace(part, path=named.path)
 
 
 def _make_record(

@@ -517,11 +517,27 @@ def _find_opener(plan: Plan, written: Path) -> Path:
     return written / plan.files.weights[-1] if plan.files else written
 
 
+def _find_twins(plan: Plan) -> dict[str, list[str]]:
+    """Return name of a tensor -> the others that are averages of the same tensors.
+
+    Such are the weights and their running mean, of which one is written in both places.
+    """
+    alike: dict[object, list[str]] = {}
+    for row in plan.averaged_rows:
+        alike.setdefault(row[-1].storage, []).append(row[-1].name)
+    return {
+        name: [other for other in names if other != name]
+        for names in alike.values()
+        for name in names
+    }
+
+
 def _recalibrate(plan: Plan, output: Path, hidden: Path) -> Recalibration | None:
     """Put the average with new statistics in its place, if that was asked for."""
     how = stages_of(plan).gathering
     if how is None:
         return None
+    how = replace(how, key=plan.settings.tensors.key)
     from polyak_cli.evaluation import recalibration
 
     # Keras goes by the suffix; what begins with the hidden name is removed whatever happens.
@@ -534,7 +550,8 @@ def _recalibrate(plan: Plan, output: Path, hidden: Path) -> Recalibration | None
         hidden.mkdir()
     (table,) = formats.scan([_find_opener(plan, average)], with_optimizer=True)
     files = carried_files.plan_files(output, table)
-    made = recalibration.rewrite(table, hidden, output, how, files, name=output)
+    twins = _find_twins(plan)
+    made = recalibration.rewrite(table, hidden, output, how, files, name=output, twins=twins)
     if average.is_dir():
         shutil.rmtree(average)
     else:

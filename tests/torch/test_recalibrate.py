@@ -28,6 +28,8 @@ KINDS = {
     "BatchNorm1d(6, momentum=None)": (24, 6),
     "BatchNorm1d(6, momentum=0.01, affine=False)": (24, 6, 7),
 }
+#: What a module of `CODE` has of them.
+STATISTICS = {f"{layer}.running_{kind}" for layer in "ac" for kind in ("mean", "var")}
 CODE = """
 from torch import nn
 
@@ -179,6 +181,60 @@ def test_an_average_is_recalibrated_in_one_step_and_verified(tmp_path: Path) -> 
     one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
     assert all(torch.equal(one[name], two[name]) for name in two)
     assert verify(tmp_path / "one.pt", sources=[tmp_path / "run"]).problems == ()
+
+
+def write_parts(path: Path, code: str) -> None:
+    """Write a checkpoint with weights and their EMA, as timm does."""
+    parts = {"state_dict": build(code).state_dict(), "state_dict_ema": build(code).state_dict()}
+    torch.save(parts, path)
+
+
+def find_changed(one: Path, other: Path) -> dict[str, set[str]]:
+    """Return which tensors of each part differ."""
+    a, b = torch.load(one), torch.load(other)
+    return {
+        part: {name for name in a[part] if not torch.equal(a[part][name], b[part][name])}
+        for part in a
+    }
+
+
+def test_a_part_is_recalibrated_by_its_key(tmp_path: Path) -> None:
+    """The statistics of other parts stay; an average by `--key` is recalibrated in that part."""
+    code = CODE.format(kind="BatchNorm1d(6)")
+    rows, source = make_rows((24, 6)), f"{write_code(tmp_path, code)}:make"
+    write_parts(tmp_path / "a_1.pt", code)
+    taken: dict[str, Any] = {"batch_size": 8, "key": "state_dict_ema"}
+    recalibrate(tmp_path / "a_1.pt", tmp_path / "b.pt", rows, architecture=source, **taken)
+    changed = find_changed(tmp_path / "a_1.pt", tmp_path / "b.pt")
+    assert not changed["state_dict"]
+    assert changed["state_dict_ema"] == STATISTICS
+    net = build(code)
+    net.load_state_dict(torch.load(tmp_path / "a_1.pt")["state_dict_ema"])
+    update_bn(order_batches(rows, 8), net)
+    found = torch.load(tmp_path / "b.pt")["state_dict_ema"]
+    for name in STATISTICS:
+        assert torch.allclose(found[name], net.state_dict()[name], rtol=0, atol=1e-6)
+    output = tmp_path / "c.pt"
+    average(tmp_path / "a_1.pt", output, recalibrate=rows, model=source, verify=True, **taken)
+    assert find_changed(output, tmp_path / "b.pt") == {"state_dict": set(), "state_dict_ema": set()}
+    assert verify(output, sources=[tmp_path]).problems == ()
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_statistics_are_written_where_the_average_is(tmp_path: Path, use_ema: bool) -> None:
+    """An average that stands for the weights and for their EMA gets the same ones in both."""
+    code = CODE.format(kind="BatchNorm1d(6)")
+    source = f"{write_code(tmp_path, code)}:make"
+    for k in range(2):
+        write_parts(tmp_path / f"a_{k}.pt", code)
+    average(
+        *(sorted(tmp_path.glob("a_*.pt")), tmp_path / "b.pt"),
+        use_ema=use_ema,
+        recalibrate=make_rows((24, 6)),
+        model=source,
+    )
+    weights, means = torch.load(tmp_path / "b.pt").values()
+    assert all(torch.equal(weights[name], means[name]) for name in weights)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("bfloat16", 0.03)])
