@@ -52,7 +52,6 @@ OTHERS |= {"--checkpoint-upper-bound", "--inputs", "--num-epoch-checkpoints"}  #
 OTHERS |= {"--num-update-checkpoints"}
 OTHERS |= {"--input", "--no-sort", "--no-use-ema"}  # timm
 OTHERS |= {"--avg", "--epoch", "--use-averaged-model"}  # icefall
-OTHERS |= {"--index-url"}  # pip
 OTHERS |= {"--rounds", "--size"}  # of the bench of buckets
 
 
