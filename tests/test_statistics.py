@@ -463,7 +463,7 @@ def test_a_thousand_pairs_of_equal_metrics_of_all_rows(kind: str, rows: int) -> 
 
 @pytest.mark.soak
 def test_f1_of_twenty_parts_by_themselves_errs_often() -> None:
-    """So it is not how models are compared: more than 20 % of 1,000 verdicts are wrong.
+    """So it is not how models are compared: more than 15 % of 1,000 verdicts are wrong.
 
     One model says yes often, the other seldom; the F1 of five rows favours one of them.
     """
@@ -476,7 +476,7 @@ def test_f1_of_twenty_parts_by_themselves_errs_often() -> None:
         p = sign_flip(*each)
         wrong += verdict(paired_difference(*each), higher_is_better=True, p=p) != "within noise"
     print(wrong)
-    assert wrong > 200
+    assert wrong > 150
 
 
 def test_the_constants_are_those_of_the_documentation() -> None:

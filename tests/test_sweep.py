@@ -174,7 +174,9 @@ def test_an_extrapolation_that_no_file_can_hold_is_left_out(tmp_path: Path) -> N
         layer = {"bn/moving_variance": values, "bn/moving_mean": values, "bn/gamma": values}
         write_model(tmp_path / f"run/model_{epoch}.h5", {"bn": layer})
     plan = pipeline.make_plan(tmp_path / "run", None, {})
-    read: Any = SimpleNamespace(score_rows=lambda path: [read_model(path)], notes=["scored"])
+    read: Any = SimpleNamespace(
+        score_rows=lambda path, _report: [read_model(path)], notes=["scored"]
+    )
     scorer = sweeping.CandidateScorer(plan, read, ("selection",), tmp_path, 8)
     wanted = candidates.list_candidates(plan.positions, [2, 4], [("equal", None)])[4:]
     wanted += candidates.list_extrapolations(4, [2, 4])
