@@ -30,7 +30,7 @@ from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.kernel import round_to, widen
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import Memory, TensorSource
-from polyak_cli.errors import FormatError, MismatchError, OutputError, shown
+from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
 from polyak_cli.evaluation import data, named_models, user_code
 from polyak_cli.evaluation.architectures import Architecture
 from polyak_cli.evaluation.batchnorm import Moments, check_rows, gather_moments
@@ -187,7 +187,7 @@ def check_recalibration(table: Table, output: Path | None, how: Gathering) -> No
         how: the statistics will be gathered.
 
     Raises:
-        UsageError: the batch size is out of range, or the architecture is none.
+        UsageError: the batch size is out of range, the architecture is none, or there are no parts.
         MismatchError: there is only one row, which has no variance.
         FormatError: the file is of a format that Keras does not open as a model.
         OutputError: the output would have another format.
@@ -197,6 +197,9 @@ def check_recalibration(table: Table, output: Path | None, how: Gathering) -> No
     if not _is_of_keras(table):
         _check_named(table, how.architecture)
         named_models.check_device(how.device)
+    elif how.key:
+        name = find_format(table.format).name
+        raise UsageError(f"--key: {shown(table.path)} is {name}, which has no parts; leave it out")
     else:
         check_model(table, bare=how.architecture is not None)
         if how.architecture is not None:
@@ -251,24 +254,7 @@ def rewrite(
     """
     begun = time.perf_counter()
     named = replace(table, path=name or table.path)
-    if how.architecture is not None and not _is_of_keras(table):
-        found = named_models.gather_moments(
-            _take_part(named, table, how.key),
-            how.architecture,
-            how.rows,
-            how.batch_size,
-            how.device,
-            how.progress,
-        )
-    else:
-        found = gather_moments(
-            named,
-            how.rows,
-            batch_size=how.batch_size,
-            trust_code=how.trust_code,
-            architecture=how.architecture,
-            progress=how.progress,
-        )
+    found = _gather(table, named.path, how)
     # Keras finds tensors by order, not by name.  If it loaded others than this tool found, new
     # statistics would be written to the wrong place.
     _check_loaded(named, found)
@@ -297,12 +283,32 @@ def rewrite(
     )
 
 
-def _take_part(named: Table, table: Table, key: str) -> Table:
-    """Return the table with the tensors of one part only, if a key names one."""
-    if not key:
-        return named
-    (part,) = formats.scan([table.path], key=key)
-    return replace(part, path=named.path)
+def _gather(table: Table, name: Path, how: Gathering) -> Moments:
+    """Return the statistics of a model, of the part that is wanted if it has parts.
+
+    Args:
+        table: of the model.
+        name: of the model in messages.
+        how: the statistics are gathered.
+    """
+    if how.architecture is None or _is_of_keras(table):
+        return gather_moments(
+            replace(table, path=name),
+            how.rows,
+            batch_size=how.batch_size,
+            trust_code=how.trust_code,
+            architecture=how.architecture,
+            progress=how.progress,
+        )
+    part = formats.scan([table.path], key=how.key)[0] if how.key else table
+    return named_models.gather_moments(
+        replace(part, path=name),
+        how.architecture,
+        how.rows,
+        how.batch_size,
+        how.device,
+        how.progress,
+    )
 
 
 def _make_record(
