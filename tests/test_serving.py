@@ -14,6 +14,8 @@ from polyak_cli.formats.format import RUN_MODULE
 
 #: Format -> how the help calls its files.
 FILES = {key: words for files in serving.FRAMEWORKS.values() for key, words in files.items()}
+#: Options that run the model of a checkpoint.
+RUNNING = {"--data", "--recalibrate"}
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
@@ -27,8 +29,12 @@ def test_each_command_says_which_formats_it_serves(name: str) -> None:
     # A long word is broken after its hyphen.
     assert serves.replace("- ", "-") == command.serves
     assert command.serves.endswith(".")
-    if command.serves in (serving.EVERY, serving.RUN):
+    if command.serves not in (serving.REWRITTEN, serving.WRITTEN, serving.NONE):
         assert all(framework in serves for framework in serving.FRAMEWORKS)
+    # An option that runs a model is an exception from that.
+    if "No framework is needed" in serves:
+        runs = {option for param in command.params for option in param.opts} & RUNNING
+        assert re.findall("needed without (--[a-z]+)", serves) == [*runs]
 
 
 def test_the_formats_of_the_help_are_those_of_the_catalogue() -> None:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     cls=Command,
     example="polyak average ckpts/ --last 10 --scheme exp --alpha 2 -o final.h5",
     guide="tutorial",
-    serves=serving.EVERY,
+    serves=serving.AVERAGED,
 )
 @SOURCES
 @CHOOSING
@@ -112,7 +112,7 @@ def average(
     short_help="Keep the average of a run in training current.",
     example="polyak watch ckpts/ --last 10 --scheme exp -o latest.h5",
     guide="training",
-    serves=serving.EVERY,
+    serves=serving.WATCHED,
 )
 @click.argument("directory", metavar="DIR", type=Readable())
 @under(

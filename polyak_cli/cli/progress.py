@@ -99,6 +99,8 @@ def _open_bar(what: str, period: float) -> Iterator[_Draw]:
     from rich.console import Console
 
     console = Console(stderr=True)
+    # Two columns stay free for "^C", which terminals echo: in the next line it would keep this one.
+    console.width -= 2
     bar = bars.Progress(
         bars.TextColumn(what),
         bars.BarColumn(None if console.width < _NARROW else 40),

@@ -43,17 +43,20 @@ def _list_frameworks(left_out: str = "") -> str:
 
 #: What is read without running a model, so that no framework is needed.
 EVERY = f"{_list_frameworks()}. No framework is needed."
+#: The same, without the option that runs the model.
+AVERAGED = f"{EVERY[:-1]} without --recalibrate. With it, see polyak recalibrate --help."
+WATCHED = f"{EVERY[:-1]} without --data. With it, see polyak evaluate --help."
 _WHOLE = (
     "whole models of Keras (.keras, .h5, .hdf5) with polyak[tensorflow], or Keras on PyTorch; with "
-    "--model also weights: Keras (.weights.h5"
+    "--model also weights: Keras (.weights.h5, .weights.json)"
 )
 #: What is run: with the layers in the file, or with those that --model gives.
 RUN = (
-    f"{_WHOLE}, .weights.json); {_list_frameworks('Keras')}. A torch.nn.Module needs "
+    f"{_WHOLE}; {_list_frameworks('Keras')}. A torch.nn.Module needs "
     "polyak[torch]; a function of the tensors, such as one of JAX, needs what it imports."
 )
 REWRITTEN = (
-    f"{_WHOLE}); PyTorch ({', '.join(FRAMEWORKS['PyTorch'].values())}) and Hugging Face "
+    f"{_WHOLE}; PyTorch ({', '.join(FRAMEWORKS['PyTorch'].values())}) and Hugging Face "
     f"({FRAMEWORKS['Hugging Face']['safetensors']}), as a torch.nn.Module with polyak[torch]."
 )
 WRITTEN = "writes Keras (.h5), with polyak[tensorflow]."

@@ -280,9 +280,13 @@ class Pass:
         if not outputs.ndim or outputs.dtype.kind not in "biuf":
             raise MismatchError(f"{self._where}: the model gives no array with one row a row")
         shape = (self._split.rows, *outputs.shape[1:])
-        found = row_losses.fit_target(self._labels, shape, self._where, self._split.source)
+        are_inputs = self._are_inputs()
+        axis = len(shape) - 1 if are_inputs else None
+        if self._own and self._own.is_of_classes:
+            axis = 1  # as PyTorch's losses take them
+        found = row_losses.fit_target(self._labels, shape, self._where, self._split.source, axis)
         if self._own is None:
-            if found.is_of_sequences and self._are_inputs(found):
+            if found.is_of_sequences and are_inputs:
                 found = row_losses.shift_labels(found)
             row_losses.check_counted(found, self._split.source)
             self._refuse_yes_and_no(found)
@@ -308,11 +312,11 @@ class Pass:
                 "(model, torch.nn.BCEWithLogitsLoss())"
             )
 
-    def _are_inputs(self, target: row_losses.Target) -> bool:
+    def _are_inputs(self) -> bool:
         """Return whether the labels are one of the inputs, but for what does not count."""
-        counted = target.values != row_losses.IGNORED
+        counted = self._labels != row_losses.IGNORED
         return any(
-            given.shape == target.values.shape and bool((given == target.values)[counted].all())
+            given.shape == self._labels.shape and bool((given == self._labels)[counted].all())
             for given in data.list_arrays(self._split.features)
         )
 

@@ -44,7 +44,9 @@ class Target:
         return self.axis is not None and self.values.ndim == 2
 
 
-def fit_target(labels: data.Array, shape: tuple[int, ...], where: str, source: str) -> Target:
+def fit_target(
+    labels: data.Array, shape: tuple[int, ...], where: str, source: str, axis: int | None = None
+) -> Target:
     """Return labels as classes or numbers, whichever fits outputs of a shape.
 
     Args:
@@ -52,9 +54,10 @@ def fit_target(labels: data.Array, shape: tuple[int, ...], where: str, source: s
         shape: of the outputs, rows included.
         where: the beginning of messages.
         source: name of the rows in messages.
+        axis: that of the classes where two axes fit the labels; None if that is not known.
 
     Raises:
-        MismatchError: they fit in no way.
+        MismatchError: they fit in no way, or classes may be on two axes.
     """
     if labels.shape == shape:
         # One-hot labels are classes; rows of other numbers, such as soft labels, are numbers.
@@ -62,7 +65,14 @@ def fit_target(labels: data.Array, shape: tuple[int, ...], where: str, source: s
             return Target(labels.argmax(-1).astype(np.int64), len(shape) - 1, labels)
         return Target(labels, None, labels)
     column = labels[..., 0] if labels.ndim > 1 and labels.shape[-1] == 1 else labels
-    axis = _find_axis(column.shape, shape)
+    axes = _find_axes(column.shape, shape)
+    if len(axes) > 1 and axis not in axes:
+        raise MismatchError(
+            f"{where}: gives rows of shape {shape[1:]}, and for the labels of {source} either axis "
+            "may have the classes; give rows of another length, or return (model, loss) from the "
+            "function, such as (model, torch.nn.CrossEntropyLoss())"
+        )
+    axis = axis if axis in axes else next(iter(axes), None)
     if axis is not None and column.dtype.kind in "biuf" and (column == np.floor(column)).all():
         counted = column[column != IGNORED] if column.ndim > 1 else column
         if not counted.size:
@@ -82,15 +92,16 @@ def fit_target(labels: data.Array, shape: tuple[int, ...], where: str, source: s
     )
 
 
-def _find_axis(labels: tuple[int, ...], outputs: tuple[int, ...]) -> int | None:
-    """Return the axis of the outputs that labels lack: that of the classes."""
+def _find_axes(labels: tuple[int, ...], outputs: tuple[int, ...]) -> set[int]:
+    """Return the axes of the outputs that labels may lack: those that may be of the classes."""
     if len(labels) != len(outputs) - 1:
-        return None
+        return set()
     # PyTorch's losses have the classes on axis 1, language models on the last one.
-    for axis in (1, len(outputs) - 1):
-        if outputs[axis] > 1 and outputs[:axis] + outputs[axis + 1 :] == labels:
-            return axis
-    return None
+    return {
+        axis
+        for axis in (1, len(outputs) - 1)
+        if outputs[axis] > 1 and outputs[:axis] + outputs[axis + 1 :] == labels
+    }
 
 
 def shift_labels(target: Target) -> Target:

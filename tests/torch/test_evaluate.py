@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from polyak_cli import average, compare, evaluate, recalibrate, sweep
-from polyak_cli.errors import PolyakError, UsageError
+from polyak_cli.errors import MismatchError, PolyakError, UsageError
 from polyak_cli.evaluation import data
 from polyak_cli.evaluation.evaluator import Evaluator
 from tests.command import polyak
@@ -353,6 +353,35 @@ def test_the_loss_of_a_sequence_is_the_logarithm_of_its_perplexity(tmp_path: Pat
     assert shifted.predictions is not None
     (ensemble,) = again.score_predictions([shifted.predictions])
     assert ensemble.metrics == pytest.approx(found.metrics, rel=1e-5)
+
+
+def test_sequences_as_long_as_there_are_classes_are_not_transposed(tmp_path: Path) -> None:
+    """Labels that are the inputs tell the axis of the classes, or a loss of PyTorch; else none."""
+    code = "\n\nclass Turned(Language):\n    def forward(self, input_ids):\n"
+    code += "        return super().forward(input_ids).logits.transpose(1, 2)\n\n"
+    code += "def turned():\n    return Turned(), nn.CrossEntropyLoss()\n"
+    path = write_code(tmp_path, SEQUENCES + code)
+    names: dict[str, Any] = {}
+    exec(compile(SEQUENCES, "net", "exec"), names)  # the test's own text
+    net = names["make"]()
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    ids = RANDOM.integers(0, 11, (6, 11))
+    rows = data.Split("texts", {"input_ids": ids}, ids)
+    (found,) = Evaluator([rows], model=f"{path}:make").score_rows(tmp_path / "a.pt")
+    with torch.no_grad():
+        logits = net.eval()(torch.tensor(ids)).logits[:, :-1]
+    expected = [
+        float(functional.cross_entropy(one, torch.tensor(label)))
+        for one, label in zip(logits, ids[:, 1:], strict=True)
+    ]
+    assert found.losses == pytest.approx(expected, rel=1e-5)
+    tags = data.Split("tags", {"input_ids": ids}, (ids + 1) % 11)
+    with pytest.raises(MismatchError, match=r"\(11, 11\), and for the labels of tags either axis"):
+        Evaluator([tags], model=f"{path}:make").score_rows(tmp_path / "a.pt")
+    (turned,) = Evaluator([tags], model=f"{path}:turned").score_rows(tmp_path / "a.pt")
+    with torch.no_grad():
+        right = net(torch.tensor(ids)).logits.argmax(2).numpy() == (ids + 1) % 11
+    assert turned.metrics["accuracy"] == pytest.approx(right.mean())
 
 
 def test_sequences_without_a_label_that_counts_are_refused(tmp_path: Path) -> None:
