@@ -168,7 +168,7 @@ def _note_types(
 
 
 def _advise_recalculation(template: Table) -> str:
-    """Return how to compute BatchNorm statistics again: only Keras models are recalibrated."""
+    """Return how to compute BatchNorm statistics again: by an option, or as the format says."""
     form = find_format(template.format)
     return "--recalibrate DATA" if form.keras_layout and template.config else form.recalculation
 
