@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.optim.swa_utils import update_bn
 
 from polyak_cli import average, recalibrate, verify
+from polyak_cli.averaging import carried_files
 from polyak_cli.errors import OutputError, PolyakError
 from tests.torch.test_evaluate import write_code
 from tests.torch.test_recalibrate import CODE, build, make_rows, order_batches
@@ -178,6 +179,27 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     (output / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"holds 'notes.txt', which is not part of an average"):
         recalibrate(folder, output, rows, architecture=source, force=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "pytorch_model-00001-of-00002.bin"])
+def test_a_folder_that_changes_meanwhile_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even after all was copied: a training that goes on may have written files before, too."""
+    (folder,) = save_run(tmp_path / "run", "bin")
+    source = f"{write_code(tmp_path, CODE_2D)}:make"
+    copy_files = carried_files.copy_files
+
+    def copy_and_save_again(*arguments: Any) -> None:
+        copy_files(*arguments)
+        new = folder / "new"
+        new.write_bytes((folder / name).read_bytes())
+        new.replace(folder / name)
+
+    monkeypatch.setattr(carried_files, "copy_files", copy_and_save_again)
+    with pytest.raises(PolyakError, match=f"{name}: .*changed"):
+        recalibrate(folder, tmp_path / "final", make_rows((24, 6, 5, 4)), architecture=source)
+    assert not (tmp_path / "final").exists()
 
 
 def test_shards_become_one_file(tmp_path: Path) -> None:
