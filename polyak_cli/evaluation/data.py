@@ -181,7 +181,8 @@ def load(name: str) -> Dataset:
       ``(x, y)``, ``((x_train, y_train), (x_test, y_test))`` or ``{"train": (x, y), "test":
       (x, y)}``; x and y may each be a dict, a tuple or a list of arrays, one
       for each input or output.  It may return a ``Dataset`` or ``DataLoader`` of PyTorch, a
-      ``tf.data.Dataset``, or a list of dicts with labels, in place of (x, y).
+      ``tf.data.Dataset``, or a list of dicts with labels, in place of (x, y).  What Python, numpy
+      and PyTorch's CPU draw in it is the same in each run.
 
     Labels that are text are numbered as classes, in sorted order from 0; a note says so.
 
@@ -348,9 +349,11 @@ def _reword_read_errors(name: str) -> Iterator[None]:
 
 def _load_function(name: str) -> Dataset:
     function = user_code.find_function(name, EXPECTED)
-    returned = function.call()
+    with pipelines.draw_alike():
+        returned = function.call()
     where = f"{shown(function.path)}: {function.name}()"
-    with function.running(f"the data set of {function.name}() failed"):
+    # Begun again, as the function may have imported PyTorch.
+    with pipelines.draw_alike(), function.running(f"the data set of {function.name}() failed"):
         returned = pipelines.read_all(returned, where)
     pairs, unused = sort_returned(where, returned)
     return _make_dataset(name, pairs, _note_unused(name, unused))

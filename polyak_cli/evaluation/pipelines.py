@@ -1,11 +1,14 @@
 """Read the data sets of frameworks into arrays: PyTorch's and Hugging Face's, loaders, and tf.data.
 
 All rows are in memory, and every model is scored on the same ones in the same order, whatever a
-loader shuffles.  The frameworks are not imported: what is one of their objects has imported them.
+loader shuffles; `draw_alike` makes that order the same in each run.  The frameworks are not
+imported: what is one of their objects has imported them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -40,6 +43,29 @@ def read_all(returned: Any, where: str) -> Any:
         parts = zip(("train", "test"), returned, strict=True)
         return {part: _read(one, f"{where}, {part}") for part, one in parts}
     return returned
+
+
+@contextlib.contextmanager
+def draw_alike() -> Iterator[None]:
+    """Let Python, numpy and PyTorch's CPU draw the same random numbers in the block in each run.
+
+    So a loader that shuffles gives its rows in one order, and halves of rows and batches of
+    BatchNorm are the same again.  Afterwards each generator goes on from where it was.
+    """
+    torch = sys.modules.get("torch")
+    python, legacy = random.getstate(), np.random.get_state()
+    state = torch.get_rng_state() if torch else None
+    random.seed(0)
+    np.random.seed(0)
+    if torch:
+        torch.default_generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        if torch:
+            torch.set_rng_state(state)
 
 
 def _is_data_set(given: object) -> bool:
@@ -120,7 +146,8 @@ def _split_labels(row: Any, where: str) -> tuple[Any, Any]:
     elif isinstance(row, (tuple, list)) and len(row) == 2:
         return row[0], row[1]
     else:
-        found = f"{len(row)} things" if isinstance(row, (tuple, list)) else type(row).__name__
+        count = len(row) if isinstance(row, (tuple, list)) else 0
+        found = f"rows of {count} part{'s'[: count != 1]}" if count else type(row).__name__
     raise FormatError(f"{where}: gives {found}; expected (x, y), or a dict with 'labels'")
 
 

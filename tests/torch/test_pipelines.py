@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from polyak_cli.errors import PolyakError
 from polyak_cli.evaluation import data, pipelines
@@ -159,10 +161,31 @@ def test_a_shuffling_loader_is_read_once(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(rows.features)[:, 0] / 2 % 3, np.asarray(rows.labels))
 
 
+def test_random_rows_are_the_same_in_each_run(tmp_path: Path) -> None:
+    """Shuffled or drawn by PyTorch, numpy or Python; the caller's own numbers go on unchanged."""
+    long = "TensorDataset(torch.arange(99.0), torch.zeros(99))"
+    for given in (
+        f"DataLoader({long}, batch_size=9, shuffle=True)",
+        "torch.rand(9), y[:1].repeat(9)",
+        "__import__('numpy').random.rand(9), y[:1].repeat(9)",
+        "[__import__('random').random() for _ in range(9)], y[:1].repeat(9)",
+    ):
+        runs, after = [], []
+        for seed in (1, 2):  # as two processes would have
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            runs.append(np.asarray(load(tmp_path, given).split().features))
+            after.append((torch.rand(1).item(), np.random.rand(), random.random()))
+        assert np.array_equal(runs[0], runs[1]), given
+        assert len(set(runs[0].ravel().tolist())) == runs[0].size, given
+        assert all(one != other for one, other in zip(*after, strict=True)), given
+
+
 def test_what_is_no_pair_of_features_and_labels_is_refused(tmp_path: Path) -> None:
     """Rows without labels, of several lengths, none at all, and a row that fails."""
     for given, text in {
-        "TensorDataset(x)": "gives 1 things; expected (x, y), or a dict with 'labels'",
+        "TensorDataset(x)": "gives rows of 1 part; expected (x, y), or a dict with 'labels'",
         "[(x, y)] and TensorDataset(x[:0], y[:0])": "is empty; expected one row or more",
         "DataLoader([(x, y), (x[:, :1], y)], batch_size=None)": "do not fit into one array",
         "DataLoader([(x, y)], collate_fn=lambda _: 1 / 0)": "ZeroDivisionError",
