@@ -14,7 +14,7 @@ from tests.warm import Warm
 @pytest.mark.parametrize(
     "words",
     [
-        ("average", SAMPLES, "-n", "3", "-o", "\udcff.h5"),  # prints a name that is not UTF-8
+        ("average", SAMPLES, "--last", "3", "-o", "\udcff.h5"),  # prints a name that is not UTF-8
         ("inspect", SAMPLES / "model_499.h5", "--json"),
         ("average", "gone", "-o", "o.h5"),
         ("averag",),
