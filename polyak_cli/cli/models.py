@@ -158,11 +158,13 @@ def evaluate(
         raise UsageError("--fail-if-worse has nothing to compare with; name a model by --baseline")
     from polyak_cli import checkpoints
     from polyak_cli.evaluation import data as datasets
-    from polyak_cli.evaluation import keras_files
+    from polyak_cli.evaluation import keras_files, user_code
     from polyak_cli.evaluation.quiet import redirect_prints
 
     paths, passed_over = checkpoints.model_files(models, weights=architecture is not None)
-    keras_files.require_keras_for("polyak evaluate", paths)
+    # A function may take the tensors of Keras's files, and need no Keras.
+    if architecture is None or not user_code.is_function(architecture):
+        keras_files.require_keras_for("polyak evaluate", paths)
     with redirect_prints(), show_count("scoring", "model", quiet or as_json) as progress:
         dataset = datasets.load(data)
         rows = dataset.split(split)

@@ -8,6 +8,7 @@ user makes.  This module knows no framework and nothing of averaging.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -252,7 +253,8 @@ class Evaluator:
         """
         # Imported here: the back ends make the results that are defined above.
         form = find_format("keras_zip" if path.suffix == ".keras" else detect(find_file(path)))
-        if form.keras_layout or form.key == "weights_json":
+        is_keras = bool(form.keras_layout) or form.key == "weights_json"
+        if is_keras and not self._takes_tensors:
             from polyak_cli.evaluation.keras_models import KerasModels
 
             if self._key or self._use_ema:
@@ -282,6 +284,18 @@ class Evaluator:
                 use_ema=self._use_ema,
             )
         return self._back_ends["named"]
+
+    @functools.cached_property
+    def _takes_tensors(self) -> bool:
+        """Whether the model is a function of the tensors, which serves files of every format."""
+        if self._model is None or not user_code.is_function(self._model):
+            return False
+        # Imported here, as `_choose` imports the back ends.
+        from polyak_cli.evaluation.architectures import EXPECTED
+        from polyak_cli.evaluation.keras_files import choose_back_end
+
+        choose_back_end()  # the file of the function may import Keras
+        return user_code.find_function(self._model, EXPECTED).count_arguments() == 1
 
     def inspect_files(self, paths: Sequence[Path]) -> None:
         """Inspect files in separate processes, several at a time, before the first is loaded.

@@ -77,6 +77,13 @@ def find_missing_extra(backends: Sequence[str] = BACKENDS) -> str:
     return "" if installed else "tensorflow"
 
 
+def choose_back_end(backends: Sequence[str] = BACKENDS) -> None:
+    """Have Keras run on a back end that is installed, unless the user chose one."""
+    installed = next(filter(find_spec, backends), None)
+    if installed and not find_spec("tensorflow"):
+        os.environ.setdefault("KERAS_BACKEND", installed)
+
+
 def import_keras(command: str, backends: Sequence[str] = BACKENDS) -> Any:
     """Return keras, after the checks of `require_keras`, on the first back end installed.
 
@@ -87,8 +94,7 @@ def import_keras(command: str, backends: Sequence[str] = BACKENDS) -> Any:
         PolyakError: Keras fails on the back end that the user chose.
     """
     require_keras(command, backends)
-    if not find_spec("tensorflow"):
-        os.environ.setdefault("KERAS_BACKEND", next(filter(find_spec, backends)))
+    choose_back_end(backends)
     try:
         import keras
     except (ImportError, ValueError) as error:

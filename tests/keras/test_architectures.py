@@ -143,6 +143,25 @@ def test_a_function_of_the_user_gives_a_model_of_his_own_class(tmp_path: Path) -
         assert score["loss"] == pytest.approx(expected(model, path)[0], rel=1e-6)
 
 
+def test_a_function_of_the_tensors_serves_the_files_of_keras(tmp_path: Path) -> None:
+    """It gets the arrays of weights and of whole models, whose own layers are then not used."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(5), layers.Dense(3)])
+    model.save_weights(tmp_path / "a.weights.h5")
+    model.save(tmp_path / "a.keras")
+    model.save(tmp_path / "a.h5")
+    (tmp_path / "plain.py").write_text(
+        "def load(tensors):\n"
+        "    first, last = [array for array in tensors.values() if array.ndim == 2]\n"
+        "    return lambda rows: rows @ first @ last\n"
+    )
+    first, _, last, _ = model.get_weights()
+    numbers = RANDOM.normal(size=(40, 3))
+    files = [tmp_path / name for name in ("a.weights.h5", "a.keras", "a.h5")]
+    rows = data.Split("rows", ROWS, numbers)
+    for score in evaluator.evaluate(files, rows, model=tmp_path / "plain.py:load"):
+        assert score.loss == pytest.approx(((ROWS @ first @ last - numbers) ** 2).mean(), rel=1e-5)
+
+
 def write_rows(folder: Path) -> Path:
     """Write the rows as a data set."""
     path = folder / "rows.npz"
