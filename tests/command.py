@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -34,7 +35,17 @@ module.{function} = pausing
 
 Done = subprocess.CompletedProcess[str]
 #: How variables begin that the program reads while it runs, and nothing while it is imported.
-_READ_LATE = ("AWS_", "AZURE_", "COLUMNS", "GOOGLE_", "HF_", "NO_COLOR", "STORAGE_", "TERM")
+_READ_LATE = (
+    "AWS_",
+    "AZURE_",
+    "COLUMNS",
+    "GOOGLE_",
+    "HF_",
+    "NO_COLOR",
+    "PYTEST_",
+    "STORAGE_",
+    "TERM",
+)
 #: Seconds that a command may take.
 LONGEST = 120
 _WARM = Warm("tests.imported")
@@ -62,10 +73,17 @@ def polyak(
     The command is forked from a process that has imported the program.  With options, or with
     variables that matter to imports, it is started by `fresh`.
     """
-    changed = {*(environ or {}).items()} - os.environ.items()
-    if options or not all(name.startswith(_READ_LATE) for name, _ in changed):
+    now, begun = {**os.environ, **(environ or {})}, _find_begun()
+    changed = {name for name in now.keys() | begun.keys() if now.get(name) != begun.get(name)}
+    if options or not all(name.startswith(_READ_LATE) for name in changed):
         return fresh(*arguments, cwd=cwd, environ=environ, **options)
     return _WARM.run([*map(str, arguments)], cwd, environment(**environ or {}), LONGEST)
+
+
+@functools.cache
+def _find_begun() -> dict[str, str]:
+    """Return the environment of the first command, in which the program is imported."""
+    return dict(os.environ)
 
 
 def fresh(

@@ -28,9 +28,10 @@ def find_worse(compared: Comparison, metric: str | None) -> Iterator[str]:
             raise UsageError(
                 f"--fail-if-worse: {path} and {than} have neither an accuracy nor a loss in common"
             )
-        first, paired = one.gains[0], one.gains[0].paired
-        if wanted and first.metric != wanted:
+        asked = [gain for gain in one.gains if wanted in (None, gain.metric)]
+        if not asked:
             raise UsageError(f"--fail-if-worse: {path} and {than} cannot be compared by {wanted}")
+        first, paired = asked[0], asked[0].paired
         if first.verdict == "worse":
             yield (
                 f"{path}: {first.metric} is worse than that of {than} by "

@@ -265,7 +265,7 @@ ARCHITECTURE = option(
 METRIC = option(
     "--metric",
     metavar="NAME",
-    help="accuracy, or MODULE.py:FUNCTION, your code: called with labels and predictions, it "
+    help="accuracy, loss, or MODULE.py:FUNCTION, your code: called with labels and predictions, it "
     "returns a number for each row, or one for all, such as F1; more is better.",
 )
 DEVICE = option(

@@ -128,9 +128,10 @@ def evaluate(
             the tensors as a dict of arrays and returns ``predict(rows) -> outputs``, alone or with
             a loss.  It may be the function itself, of a module or a notebook.
         device: where PyTorch runs modules, such as ``cpu``; by default a GPU where there is one.
-        metric: "accuracy", or ``MODULE.py:FUNCTION``, whose function gets labels and predictions,
-            numpy arrays, and returns a number for each row, or one for all; more is better.
-            Predictions are the outputs, and probabilities where a module of PyTorch gives logits.
+        metric: "accuracy", "loss", or ``MODULE.py:FUNCTION``, whose function gets labels and
+            predictions, numpy arrays, and returns a number for each row, or one for all; more is
+            better.  Predictions are the outputs, and probabilities where a module of PyTorch gives
+            logits.
         key: of the part of PyTorch or Orbax checkpoints that is scored, as for `average`.
         use_ema: score the EMAs that a trainer keeps beside the weights, as for `average`.
         progress: called as rows are scored, with the number of models done and that of all; 2.25

@@ -22,8 +22,9 @@ from polyak_cli.evaluation import data, user_code
 if TYPE_CHECKING:
     from polyak_cli.evaluation.evaluator import RowScores
 
-EXPECTED = "expected accuracy, MODULE.py:FUNCTION or package.module:FUNCTION"
-ACCURACY = "accuracy"
+EXPECTED = "expected accuracy, loss, MODULE.py:FUNCTION or package.module:FUNCTION"
+#: What is measured without a function.
+BUILT_IN = ("accuracy", "loss")
 #: Parts among which a metric of all rows is divided; fewer than twice as many rows are one each.
 PARTS = 100
 #: The fewest with a verdict: with less, one part decides it.
@@ -60,17 +61,17 @@ class OwnMetric:
         """Find the function.
 
         Raises:
-            UsageError: it is neither accuracy nor the name of a function, or its name is taken.
+            UsageError: it is no function and none of `BUILT_IN`, or its name is taken.
             PolyakError: there is no such file, or its code failed.
         """
         self._function = None
         self.name = source
-        if source != ACCURACY:
+        if source not in BUILT_IN:
             if not user_code.is_function(source):
                 raise UsageError(f"--metric {shown(source)}: {EXPECTED}")
             self._function = user_code.find_function(source, EXPECTED)
             self.name = self._function.name
-            if self.name in (ACCURACY, "loss"):
+            if self.name in BUILT_IN:
                 raise UsageError(
                     f"--metric {shown(source)}: polyak has {self.name} of its own; give the "
                     "function another name"
@@ -90,7 +91,9 @@ class OwnMetric:
         """
         where = f"{shown(path)}: --metric {shown(self.name)}"
         if self._function is None:
-            if not any("acc" in name for name in scores.metrics):
+            if self.name == "loss" and scores.loss is None:
+                raise MismatchError(f"{where}: the model has no loss that is known")
+            if self.name == "accuracy" and not any("acc" in name for name in scores.metrics):
                 raise MismatchError(f"{where}: the labels of {split.source} are not classes")
             return scores
         if self.name in scores.metrics:

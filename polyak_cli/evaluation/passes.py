@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from polyak_cli.errors import MismatchError, shown
+from polyak_cli.errors import MismatchError, UsageError, shown
 from polyak_cli.evaluation import data, pipelines, row_losses
 from polyak_cli.evaluation.evaluator import RowScores
 
@@ -84,6 +84,16 @@ class OwnLoss:
     """
 
     def __init__(self, function: Any) -> None:
+        """Find the loss of each row, if the function can return it.
+
+        Raises:
+            UsageError: it cannot be called.
+        """
+        if not callable(function) or isinstance(function, type):
+            raise UsageError(
+                f"the loss beside the model is {shown(function, 60)}; expected a function, or a "
+                "module of PyTorch, that is called with outputs and labels"
+            )
         self._function = function
         self._kind = str(getattr(function, "__name__", "") or type(function).__name__)
         home = str(getattr(function, "__module__", ""))

@@ -259,7 +259,7 @@ def sweep(
         trust_code: run code that a model file contains.
         model: the architecture of checkpoints that hold weights only, as for `evaluator.evaluate`.
         device: where PyTorch runs modules, as for `evaluator.evaluate`.
-        metric: what chooses the winner, "accuracy" or one of the user's own, as for
+        metric: what chooses the winner, "accuracy", "loss" or one of the user's own, as for
             `evaluator.evaluate`; by default accuracy where labels are classes, else loss.
         progress: called as rows are scored, with the number of models done and that of all; 2.25
             of 14 is a quarter of the third model.  A search adds models as it goes.

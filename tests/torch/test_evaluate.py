@@ -450,6 +450,10 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "line 9: ZeroDivisionError" in refuse(tmp_path, "def it():\n    return 1 / 0\n")
     assert "a dict of arrays by name" in refuse(tmp_path, "def it():\n    return len\n")
     assert "returned int" in refuse(tmp_path, "def it():\n    return 3\n")
+    named = refuse(
+        tmp_path, "def it():\n    import torch\n    return torch.nn.Linear(4, 3), 'mse'\n"
+    )
+    assert "the loss beside the model is mse; expected a function" in named
     assert "failed on rows" in refuse(tmp_path, "def it():\n    return make(), min\n")
     wide = "def it():\n    m = make()\n    m[4] = nn.Linear(8, 2)\n    return m\n"
     narrow = {**state, "4.weight": torch.ones(2, 8), "4.bias": torch.ones(2)}

@@ -180,6 +180,24 @@ def test_a_gate_that_cannot_decide_by_its_metric_does_not_pass(tmp_path: Path) -
     assert "a.pt: its f is no finite number" in done.stderr
 
 
+def test_a_gate_decides_by_the_loss_where_it_is_named(tmp_path: Path) -> None:
+    """A model that is as often right, but far too sure, is worse by its loss alone."""
+    net = make_net()
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    with torch.no_grad():
+        for tensor in [*net.parameters()][-2:]:  # of the last layer: all logits are 50 times larger
+            tensor *= 50
+    torch.save(net.state_dict(), tmp_path / "b.pt")
+    write_code(tmp_path)
+    np.savez(tmp_path / "rows.npz", x=X, y=CLASSES)
+    options = ("--model", "net.py:make", "--data", "rows.npz", "--fail-if-worse")
+    words = ("evaluate", "b.pt", "--baseline", "a.pt", *options)
+    assert polyak(*words, cwd=tmp_path).returncode == 0
+    done = polyak(*words, "--metric", "loss", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "failed: b.pt: loss is worse than that of a.pt by " in done.stderr
+
+
 def test_a_sweep_chooses_and_reports_by_the_metric(tmp_path: Path) -> None:
     """The winner has the best on its rows, also of soups; page, table and figures name it."""
     torch.manual_seed(6)
@@ -212,6 +230,24 @@ def test_a_sweep_chooses_and_reports_by_the_metric(tmp_path: Path) -> None:
         assert "Macro_f1 on " in (tmp_path / "report" / name).read_text()
 
 
+def test_a_sweep_chooses_by_the_loss_where_it_is_named(tmp_path: Path) -> None:
+    """The winner has the least, though labels are classes."""
+    torch.manual_seed(6)
+    for k in range(3):
+        torch.save(make_net().state_dict(), tmp_path / f"step_{k}.pt")
+    found = sweep(
+        sorted(tmp_path.glob("step_*.pt")),
+        data.Dataset("rows", {"": data.Split("rows", X, CLASSES)}),
+        model=f"{write_code(tmp_path)}:make",
+        metric="loss",
+        scratch=tmp_path,
+    )
+    models = [row for row in found.rows if row.candidate.kind != "ensemble"]
+    losses = [row.value("loss", "selection") for row in models]
+    assert found.metric == "loss"
+    assert found.winner.value("loss", "selection") == min(losses)
+
+
 def test_a_sweep_by_accuracy_refuses_labels_that_are_no_classes(tmp_path: Path) -> None:
     """It does not choose by the loss instead."""
     torch.save(torch.nn.Linear(4, 1).state_dict(), tmp_path / "run_1.pt")
@@ -226,7 +262,7 @@ def test_what_is_no_metric_is_refused(tmp_path: Path) -> None:
     """A name that is no function, a name that is taken, and accuracy without classes."""
     save_two(tmp_path)
     source = f"{write_code(tmp_path)}:make"
-    with pytest.raises(UsageError, match="--metric f1: expected accuracy, MODULE"):
+    with pytest.raises(UsageError, match="--metric f1: expected accuracy, loss, MODULE"):
         evaluate(tmp_path / "a.pt", ROWS, model=source, metric="f1")
     taken = write_code(tmp_path, "def loss(labels, predictions):\n    return 1\n", "taken.py")
     with pytest.raises(UsageError, match="polyak has loss of its own"):
