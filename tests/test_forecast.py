@@ -111,7 +111,7 @@ class Scorer:
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def score_rows(self, path: Path) -> list[RowScores]:
+    def score_rows(self, path: Path, _progress: object = None) -> list[RowScores]:
         """Return the scores of a file."""
         self.seen.append(path.name)
         with np.load(path) as file:

@@ -174,11 +174,12 @@ class _Watched:
     def _list_names(self) -> set[str]:
         self.directory = Path(mirrors.enter_folder(self.source))
         try:
-            return set(os.listdir(self.directory))  # noqa: PTH208 (names are all that is compared)
+            names = set(os.listdir(self.directory))  # noqa: PTH208 (names are all that is compared)
         except OSError as error:
             raise CheckpointError(
                 f"{shown(self.directory)}: is not a directory to watch: {error.strerror}"
             ) from None
+        return names - {"__pycache__"}  # Python's own, of a module of the user that lies there
 
     def _is_still(self, names: set[str]) -> bool:
         """Return whether nothing changed since the look began, so that another finds the same."""
