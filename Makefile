@@ -1,8 +1,8 @@
 # Two commands and no other preparation: `make demo`, `make test`.
 #
 #   make quick   some 4 minutes     while working; no Keras, nothing that takes seconds
-#   make test    some 15 minutes    every promise at least once, in every environment
-#   make soak    some 15 minutes    what repeats, measures or mutates; the rest of `core`
+#   make test    some 23 minutes    every promise at least once, in every environment
+#   make soak    some 25 minutes    what repeats, measures or mutates; the rest of `core`
 #
 # `make test` and `make soak` together run every test; tests/test_tiers.py checks it.
 PYTHON ?= python3
