@@ -323,7 +323,7 @@ class Pass:
             )
 
     def _are_inputs(self) -> bool:
-        """Return whether the labels are one of the inputs, but for what does not count."""
+        """Return whether the labels equal one of the inputs, apart from ignored positions."""
         counted = self._labels != row_losses.IGNORED
         return any(
             given.shape == self._labels.shape and bool((given == self._labels)[counted].all())
