@@ -121,12 +121,25 @@ def _pass_over(_number: int, _frame: object) -> None:
     """Do nothing.  With SIG_IGN, Python complains of a signal that came just before."""
 
 
+def _find_signal(error: BaseException | None) -> int | None:
+    """Return the number of the signal that led to an exception, or None.
+
+    Other code may answer `_Terminated` with an exception of its own: Python 3.11 does so in
+    ``__set_name__``, which runs while classes are made, as in every import.
+    """
+    while error is not None:
+        if isinstance(error, _Terminated):
+            return error.number
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _ask_again(lost: sys.UnraisableHookArgs) -> None:
     """Raise again what Python dropped, as it does in destructors and weak references' callbacks."""
-    if not isinstance(lost.exc_value, _Terminated):
+    number = _find_signal(lost.exc_value)
+    if number is None:
         sys.__unraisablehook__(lost)
         return
-    number = lost.exc_value.number
     signal.signal(signal.SIGALRM, lambda _number, frame: _terminate(number, frame))
     # In a millisecond; if the exception is dropped again, this hook starts the timer again.
     signal.setitimer(signal.ITIMER_REAL, 0.001)
@@ -150,14 +163,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # The work is done and printed; a late signal must not change the exit code.
         for number in (*_SIGNALS, signal.SIGALRM):
             signal.signal(number, _pass_over)
-    except _Terminated as ended:
-        interrupted = ended.number == signal.SIGINT
-        how = "interrupted" if interrupted else f"ended by {signal.Signals(ended.number).name}"
-        code = 128 + ended.number
+    except BaseException as error:
+        ended = _find_signal(error)
+        if ended is None:
+            raise
+        code = 128 + ended
+        interrupted = ended == signal.SIGINT
         if interrupted and [*(sys.argv[1:] if arguments is None else arguments)][:1] == ["watch"]:
             # How everybody ends it, so it is no error; the code is that of the signal all the same.
             print("stopped; no unfinished file is left", file=sys.stderr)
         else:
+            how = "interrupted" if interrupted else f"ended by {signal.Signals(ended).name}"
             _fail(f"{how}; no unfinished file is left", code)
     _leave(code)
 
@@ -184,24 +200,29 @@ def _run(arguments: Sequence[str] | None) -> int:
     """Run a command and return its exit code; unexpected exceptions keep their traceback."""
     try:
         code = cli.main(args=arguments, prog_name="polyak", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
+    except (click.ClickException, PolyakError, MemoryError) as error:
+        if _find_signal(error) is not None:
+            raise  # `main` answers it
+        return _explain(error)
+    return code if isinstance(code, int) else DONE
+
+
+def _explain(error: Exception) -> int:
+    """Print what a command raised and return the exit code."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
         print(error.format_message(), file=sys.stderr)
         return USAGE
-    except click.ClickException as error:
+    if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         message = error.format_message().rstrip(".")
         see = " See" if message.endswith("?") else "; see"  # after "Did you mean ...?"
         return _fail(message + (f"{see} {context.command_path} --help" if context else ""), USAGE)
-    except UsageError as error:
-        return _fail(str(error), USAGE)
-    except PolyakError as error:
-        return _fail(str(error), FAILED)
-    except MemoryError:
+    if isinstance(error, MemoryError):
         return _fail(
             "memory ran out; use fewer --jobs or less --max-memory, or allow more (ulimit -v)",
             FAILED,
         )
-    return code if isinstance(code, int) else DONE
+    return _fail(str(error), USAGE if isinstance(error, UsageError) else FAILED)
 
 
 def _fail(message: str, code: int) -> int:

@@ -14,9 +14,11 @@ import importlib
 import json
 import os
 import signal
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from polyak_cli.errors import PolyakError
@@ -49,6 +51,7 @@ class Child:
 
     def __init__(self, work: Work) -> None:
         self.parent = os.getpid()
+        self.pid = 0
         self.pending = bytearray()
         try:
             self.pipe, writer = os.pipe()
@@ -58,32 +61,24 @@ class Child:
             # Python 3.12 warns of any thread, those of a caller's framework too; the child runs
             # only numpy and h5py, whose lock is taken across a fork.
             warnings.simplefilter("ignore", DeprecationWarning)
-            # A signal between the fork and the next line would run the parent's clean-up in the
-            # child, or lose the child.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-            self.pid = 0
             try:
-                self.pid = os.fork()
-                if self.pid == 0:
-                    os.close(self.pipe)
-                    _run_child(work, Writer(writer), mask)
+                with _holding_signals() as held:
+                    self.pid = os.fork()
+                    if self.pid == 0:
+                        os.close(self.pipe)
+                        _run_child(work, Writer(writer), held)
             except OSError as error:
                 os.close(self.pipe)
                 raise _explain_no_child(error) from None
+            except BaseException:  # a held signal; the caller has no child that it could stop
+                self.stop()
+                raise
             finally:
                 os.close(writer)
-                self._unblock(mask)
 
-    def _unblock(self, mask: Iterable[int | signal.Signals]) -> None:
-        """Let signals through again.
-
-        A signal that waited is raised here, before the caller holds this child and could stop it.
-        """
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        except BaseException:
-            self.stop()
-            raise
+    def __del__(self) -> None:
+        """End a child that a signal took from its caller just before the caller could name it."""
+        self.stop()
 
     def receive(self) -> bool:
         """Wait for something to read, and return whether there was anything."""
@@ -102,9 +97,9 @@ class Child:
 
     def reap(self) -> str:
         """Wait for the end of the child and return how it ended: '' for success."""
+        pid, self.pid = self.pid, 0  # first: after an interrupt below, nobody reaps it again
         os.close(self.pipe)
-        _, status = os.waitpid(self.pid, 0)
-        self.pid = 0
+        _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status):
             return signal.Signals(os.WTERMSIG(status)).name
         return f"exit {os.WEXITSTATUS(status)}" if os.WEXITSTATUS(status) else ""
@@ -125,15 +120,47 @@ def _explain_no_child(error: OSError) -> PolyakError:
     )
 
 
-def _run_child(work: Work, writer: Writer, mask: Iterable[int | signal.Signals]) -> NoReturn:
-    """Work, and leave without running the parent's clean-up."""
+@contextlib.contextmanager
+def _holding_signals() -> Iterator[list[int]]:
+    """Yield a list of the signals that come while the block runs; its end hands them on.
+
+    Between a fork and the next line, one would run the parent's clean-up in the child, or lose the
+    child.  A mask would not do: it is this thread's, and what reaches another thread is answered in
+    the main one all the same.
+    """
+    held: list[int] = []
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():  # the only one that answers
+            for number in _ENDING:
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    handlers[number] = handler
+                    signal.signal(number, lambda number, _frame: held.append(number))
+        yield held
+    finally:
+        for kept, handler in handlers.items():
+            signal.signal(kept, handler)
+        for waited in held:
+            signal.raise_signal(waited)
+
+
+def _run_child(work: Work, writer: Writer, held: Sequence[int]) -> NoReturn:
+    """Work, and leave without running the parent's clean-up.
+
+    Args:
+        work: what to do.
+        writer: for the parent.
+        held: signals that came while the child was forked.
+    """
     code = 70
     try:
         for number in _ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for waited in held:
+            signal.raise_signal(waited)
         faulthandler.disable()  # a crash here is one line of the parent's
         try:
             work(writer)

@@ -7,6 +7,7 @@ is ever replaced or deleted.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -148,7 +149,7 @@ def is_replaced(output: Path, inode: int) -> bool:
 def _publish_files(final: Path, *, force: bool) -> Iterator[Path]:
     """See `publish`; raises OSError."""
     hidden = _make_hidden_name(final)
-    try:
+    with _cleaning_up(lambda: _remove(hidden)):
         with open(hidden, "xb"):  # the user's umask gives its mode, as for any new file
             pass
         yield hidden
@@ -160,11 +161,28 @@ def _publish_files(final: Path, *, force: bool) -> Iterator[Path]:
         else:
             _name_new(named)
         _sync(final.parent)
+
+
+@contextlib.contextmanager
+def _cleaning_up(clean_up: Callable[[], None]) -> Iterator[None]:
+    """Call ``clean_up`` when the block ends, however it ends.
+
+    A signal may interrupt the call, or come where Python holds a block that is entered but not yet
+    bound to its ``with``.  Then the call is made when the program exits.
+    """
+    owner = os.getpid()
+
+    def clean_up_at_exit() -> None:
+        if os.getpid() == owner:  # a forked child has no part in it
+            with contextlib.suppress(OSError):
+                clean_up()
+
+    atexit.register(clean_up_at_exit)
+    try:
+        yield
     finally:
-        try:
-            _remove(hidden)
-        finally:  # a signal can interrupt the line above; later signals are ignored by then
-            _remove(hidden)
+        clean_up()
+        atexit.unregister(clean_up_at_exit)
 
 
 def _make_hidden_name(final: Path) -> Path:
@@ -241,8 +259,8 @@ def _publish_objects(
     """
     mirrors.prepare(output, force=force)
     hidden = _make_hidden_name(output)
-    _finals[hidden] = output
-    try:
+    with _cleaning_up(lambda: _abandon(hidden)):
+        _finals[hidden] = output
         if list_owned is None:
             hidden.touch()
         else:
@@ -255,13 +273,6 @@ def _publish_objects(
             older = _list_older(output, list_owned, force=force)
             stale = [path for path in older if path not in named.values()]
             mirrors.send(named, force=force, stale=stale, verify=verify)
-    finally:
-        try:
-            mirrors.abandon()
-            _discard(hidden)
-        finally:  # a signal can interrupt the lines above; later signals are ignored by then
-            mirrors.abandon()
-            _discard(hidden)
 
 
 #: The hidden names of objects that are being written -> the stand-ins that they become.
@@ -303,7 +314,9 @@ def _list_older(output: Path, list_owned: ListOwned, *, force: bool) -> list[Pat
     return [output / name for name in list_owned(output)]
 
 
-def _discard(hidden: Path) -> None:
+def _abandon(hidden: Path) -> None:
+    """End what is being sent, and delete its stand-ins."""
+    mirrors.abandon()
     _finals.pop(hidden, None)
     if hidden.is_dir():
         for folder in _list_written(hidden):
@@ -337,15 +350,11 @@ def make_scratch(near: Sequence[Path], nbytes: int) -> Iterator[Path]:
         )
     folder = _make_hidden_name(place.resolve() / "copy")
     try:
-        folder.mkdir(mode=0o700)
-        yield folder
+        with _cleaning_up(lambda: shutil.rmtree(folder, ignore_errors=True)):
+            folder.mkdir(mode=0o700)
+            yield folder
     except OSError as error:
         raise OutputError(_explain_error(place, error)) from error
-    finally:
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:  # a signal can interrupt the line above; later signals are ignored by then
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def take_names(hidden: Path, final: Path) -> None:
@@ -411,7 +420,7 @@ def _publish_folder(final: Path, list_owned: ListOwned, *, force: bool) -> Itera
     """
     hidden = _make_hidden_name(final)
     older = hidden.with_suffix(".older")
-    try:
+    with _cleaning_up(lambda: _settle(hidden, older, final)):
         hidden.mkdir()
         yield hidden
         for path in (*hidden.rglob("*"), hidden):
@@ -423,11 +432,6 @@ def _publish_folder(final: Path, list_owned: ListOwned, *, force: bool) -> Itera
             _check_older(older, final, list_owned)
         hidden.rename(final)  # fails where the name is a folder that holds something
         _sync(final.parent)
-    finally:
-        try:
-            _settle(hidden, older, final)
-        finally:  # a signal can interrupt the line above; later signals are ignored by then
-            _settle(hidden, older, final)
 
 
 def _check_older(older: Path, final: Path, list_owned: ListOwned) -> None:

@@ -25,6 +25,14 @@ from tests.faults.runs import CHANGES, FOLDED, LAID_OUT, OLD, go_on, paused, wri
 from tests.oracle import naive_average, read_model, same_bits
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Code after which a child takes a moment before it lays out the output.
+SLOWLY = (
+    "import time, polyak_cli.formats as formats\nreal_write = formats._write_one\n"
+    "def write_one(*arguments):\n"
+    "    time.sleep(0.3)\n"
+    "    return real_write(*arguments)\n"
+    "formats._write_one = write_one\n"
+)
 
 
 class Big(NamedTuple):
@@ -271,21 +279,88 @@ def test_a_signal_while_a_child_is_forked_is_answered_once(run_folder: Path) -> 
     assert os.listdir(run_folder) == ["ckpts"]
 
 
-def test_a_signal_while_the_output_is_laid_out_leaves_nothing(run_folder: Path) -> None:
+@pytest.mark.parametrize("thread", ["main", "other"])
+def test_a_signal_while_the_output_is_laid_out_leaves_nothing(
+    run_folder: Path, thread: str
+) -> None:
     """One that waits while a child is forked ends that child too, or it would go on writing."""
     code = (
-        "import os, signal\nfork = os.fork\n"
+        "import os, signal, threading, time\nfork = os.fork\n"
         "def forked():\n"
         "    pid = fork()\n"
         "    if pid and any(name.startswith('.polyak-') for name in os.listdir()):\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"  # the parent alone, as `kill PID` does
+        f"        if {thread == 'main'}:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"  # the parent alone, as `kill` does
+        "        else:\n"  # as the system may choose; the main thread answers it all the same
+        "            other = threading.Thread(target=time.sleep, args=[1], daemon=True)\n"
+        "            other.start()\n"
+        "            signal.pthread_kill(other.ident, signal.SIGTERM)\n"
+        "            time.sleep(0.1)\n"
         "    return pid\n"
         "os.fork = forked\n"
+    )
+    done = scripted(SLOWLY + code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
+    assert done.returncode == 143
+    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
+    time.sleep(0.5)  # an orphan would write by now
+    assert os.listdir(run_folder) == ["ckpts"]
+
+
+def test_a_child_that_its_caller_could_not_name_is_ended(run_folder: Path) -> None:
+    """A signal just after a child is made takes it from its caller, but leaves no orphan."""
+    code = (
+        "import os, signal, polyak_cli.processes.children as module\nreal = module.Child.__init__\n"
+        "def made(self, work):\n"
+        "    real(self, work)\n"
+        "    del self\n"  # as where the call has returned: only the interpreter holds it
+        "    if any(name.startswith('.polyak-') for name in os.listdir()):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "module.Child.__init__ = made\n"
+    )
+    done = scripted(SLOWLY + code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
+    assert done.returncode == 143
+    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
+    time.sleep(0.5)  # an orphan would write by now
+    assert os.listdir(run_folder) == ["ckpts"]
+
+
+def test_a_signal_that_python_answers_with_its_own_error_is_answered(run_folder: Path) -> None:
+    """In ``__set_name__``, as while numpy is imported, Python 3.11 makes a RuntimeError of it."""
+    code = (
+        "import os, signal, polyak_cli.formats as module\nreal = module.write_skeleton\n"
+        "class Field:\n"
+        "    def __set_name__(self, owner, name):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "def write_skeleton(*arguments, **options):\n"
+        "    type('Imported', (), {'field': Field()})\n"
+        "    return real(*arguments, **options)\n"
+        "module.write_skeleton = write_skeleton\n"
     )
     done = scripted(code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
     assert done.returncode == 143
     assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
-    time.sleep(0.2)  # an orphan would write by now
+    assert os.listdir(run_folder) == ["ckpts"]
+
+
+def test_a_signal_before_python_has_bound_a_block_leaves_nothing(run_folder: Path) -> None:
+    """While somebody holds the exception, nothing ends such a block but the exit of the program."""
+    code = (
+        "import contextlib, os, signal\n"
+        "manager = contextlib._GeneratorContextManager\nreal, kept = manager.__enter__, []\n"
+        "def enter(self):\n"
+        "    found = real(self)\n"
+        "    try:\n"
+        "        if any(name.startswith('.polyak-') for name in os.listdir()):\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except BaseException as error:\n"
+        "        kept.append(error)\n"
+        "        raise\n"
+        "    return found\n"
+        "manager.__enter__ = enter\n"
+    )
+    done = scripted(code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
+    assert done.returncode == 143
+    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
     assert os.listdir(run_folder) == ["ckpts"]
 
 
