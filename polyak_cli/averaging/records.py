@@ -27,6 +27,7 @@ from polyak_cli.storage.local import name_errors
 
 if TYPE_CHECKING:  # a plan asks which files an older output may replace, which its record says
     from polyak_cli.averaging.planning import Plan
+    from polyak_cli.tensors import Table
 
 #: The key of the record's own digest, over all other keys.
 SEAL = "sha256"
@@ -557,6 +558,13 @@ def list_owned(folder: Path) -> frozenset[str]:
         if files:
             return frozenset((*files["weights"], *files["carried"], RECORD_NAME))
     return frozenset()
+
+
+def has_emas(table: Table) -> bool:
+    """Return whether a file is an average of running means, which stand in the weights' place."""
+    with contextlib.suppress(PolyakError):
+        return bool(read(table.about.get("provenance", "")).options["use_ema"])
+    return False
 
 
 def read_output_record(output: Path) -> Any:

@@ -7,6 +7,7 @@ packages are imported inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -182,7 +183,9 @@ def watch(
     from polyak_cli.evaluation.forecast import word_forecast
     from polyak_cli.pipeline.watching import watch
 
-    foretelling = _load_forecaster(data, architecture, device, trust_code, quiet)
+    scoring = {"model": architecture, "device": device, "trust_code": trust_code}
+    part = {one: options[one] for one in ("key", "use_ema")}
+    foretelling = _load_forecaster(data, quiet, scoring, part)
     noted: tuple[str, ...] = ()
     for report in watch(
         directory,
@@ -240,15 +243,18 @@ class _Foretelling:
 
 
 def _load_forecaster(
-    data: str | None,
-    architecture: str | None,
-    device: str | None,
-    trust_code: bool,
-    quiet: bool,
+    data: str | None, quiet: bool, scoring: Mapping[str, Any], part: Mapping[str, Any]
 ) -> _Foretelling | None:
-    """Return what foretells the loss of an annealed run; None if no data are given."""
+    """Return what foretells the loss of an annealed run; None if no data are given.
+
+    Args:
+        data: the rows.
+        quiet: no notes are printed.
+        scoring: options that belong to the data.
+        part: those that choose tensors of the checkpoints, to score and to average.
+    """
     if data is None:
-        if architecture or device or trust_code:
+        if any(scoring.values()):
             raise UsageError(
                 "--model, --device and --trust-code belong to --data, which is missing"
             )
@@ -259,9 +265,7 @@ def _load_forecaster(
 
     with redirect_prints():
         dataset = datasets.load(data)
-        forecaster = Forecaster(
-            dataset.split(), trust_code=trust_code, model=architecture, device=device
-        )
+        forecaster = Forecaster(dataset.split(), **scoring, **part)
     rendering.print_notes(dataset.notes, quiet)
     return _Foretelling(forecaster, quiet)
 

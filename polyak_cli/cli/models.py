@@ -29,7 +29,6 @@ from polyak_cli.cli.options import (
     PART,
     QUIET,
     ROWS_AT_A_TIME,
-    SCORED_EMA,
     SOURCES,
     TRUST_CODE,
     Command,
@@ -101,8 +100,7 @@ def keep_prints_apart(recalibrates: object) -> Iterator[None]:
     ),
     ROWS_AT_A_TIME,
     ARCHITECTURE,
-    PART,
-    SCORED_EMA,
+    *PART,
     DEVICE,
     METRIC,
 )
@@ -238,7 +236,7 @@ def _collect_notes(scores: Sequence[Score], compared: Comparison | None) -> Iter
         help="Rows at a time, at most; best that of training, and not small.",
     ),
     ARCHITECTURE,
-    PART,
+    *PART,
     DEVICE,
     TRUST_CODE,
 )
@@ -257,13 +255,13 @@ def recalibrate(
     split: str | None,
     batch_size: int,
     architecture: str | None,
-    key: str | None,
     device: str | None,
     trust_code: bool,
     output: str,
     force: bool,
     as_json: bool,
     quiet: bool,
+    **part: Any,
 ) -> None:
     """Recompute BatchNorm's moving statistics in one pass over training data.
 
@@ -288,9 +286,9 @@ def recalibrate(
             trust_code=trust_code,
             force=force,
             architecture=architecture,
-            key=key,
             device=device,
             progress=progress,
+            **part,
         )
     rendering.print_notes([*dataset.notes, *report.notes], quiet)
     rendering.print_result(
@@ -352,6 +350,7 @@ def recalibrate(
     ),
     ROWS_AT_A_TIME,
     ARCHITECTURE,
+    *PART,
     DEVICE,
     METRIC,
     TRUST_CODE,

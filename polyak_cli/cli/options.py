@@ -273,15 +273,18 @@ DEVICE = option(
     metavar="NAME",
     help="Where PyTorch runs a module, like cpu or cuda:1.  [default: a GPU where there is one]",
 )
-PART = option(
-    "--key",
-    metavar="KEY",
-    help="Use this part of PyTorch or Orbax checkpoints, such as state_dict_ema.",
-)
-SCORED_EMA = option(
-    "--use-ema",
-    is_flag=True,
-    help="Score the running means (EMA) that a trainer keeps beside the weights, in their place.",
+#: Which tensors of a checkpoint a model is given.
+PART = (
+    option(
+        "--key",
+        metavar="KEY",
+        help="Use this part of PyTorch or Orbax checkpoints, such as state_dict_ema.",
+    ),
+    option(
+        "--use-ema",
+        is_flag=True,
+        help="Use the running means (EMA) that a trainer keeps beside the weights, in their place.",
+    ),
 )
 ROWS_AT_A_TIME = option("--batch-size", type=int, default=256, metavar="N", help="Rows per batch.")
 TRUST_CODE = option(

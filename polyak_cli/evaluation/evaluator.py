@@ -256,13 +256,11 @@ class Evaluator:
         form = find_format("keras_zip" if path.suffix == ".keras" else detect(find_file(path)))
         is_keras = bool(form.keras_layout) or form.key == "weights_json"
         if is_keras and not self._takes_tensors:
+            from polyak_cli.evaluation.keras_files import refuse_parts
             from polyak_cli.evaluation.keras_models import KerasModels
 
             if self._key or self._use_ema:
-                raise UsageError(
-                    f"--key and --use-ema: {shown(path)} is {form.name}, which Keras opens as a "
-                    "whole; write its EMA as a model of its own: polyak average FILE --use-ema"
-                )
+                refuse_parts(path, form)
             if "keras" not in self._back_ends:
                 self._back_ends["keras"] = KerasModels(
                     self._splits, self._batch_size, self._trust_code, self._model

@@ -17,10 +17,17 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from polyak_cli import formats
-from polyak_cli.errors import FormatError, MissingExtraError, PolyakError, shown, word_size
+from polyak_cli.errors import (
+    FormatError,
+    MissingExtraError,
+    PolyakError,
+    UsageError,
+    shown,
+    word_size,
+)
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.format import Format
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX, is_variable
@@ -169,6 +176,18 @@ def check_suffix(path: Path, form: Format) -> None:
             f"{shown(path)}: is an HDF5 file, and Keras opens it only with the suffix .h5 or "
             ".hdf5; rename it"
         )
+
+
+def refuse_parts(path: Path, form: Format) -> NoReturn:
+    """Refuse to choose tensors of a file that Keras opens.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(
+        f"--key and --use-ema: {shown(path)} is {form.name}, which Keras opens as a whole; write "
+        "its EMA as a model of its own: polyak average FILE --use-ema"
+    )
 
 
 def is_zip(path: Path) -> bool:

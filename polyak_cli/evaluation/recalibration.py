@@ -23,6 +23,7 @@ import numpy as np
 
 from polyak_cli import __version__, formats
 from polyak_cli.averaging import carried_files, records
+from polyak_cli.averaging.belonging.averages import list_averages
 from polyak_cli.averaging.matching import is_statistic
 from polyak_cli.checkpoints import find_file
 from polyak_cli.engine import reading
@@ -30,11 +31,11 @@ from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.kernel import round_to, widen
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import Memory, TensorSource
-from polyak_cli.errors import FormatError, MismatchError, OutputError, UsageError, shown
-from polyak_cli.evaluation import data, named_models, user_code
+from polyak_cli.errors import FormatError, MismatchError, OutputError, shown
+from polyak_cli.evaluation import data, named_models, user_code, weights
 from polyak_cli.evaluation.architectures import Architecture
 from polyak_cli.evaluation.batchnorm import Moments, check_rows, gather_moments
-from polyak_cli.evaluation.keras_files import check_model
+from polyak_cli.evaluation.keras_files import check_model, refuse_parts
 from polyak_cli.evaluation.user_code import Maker
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
@@ -61,6 +62,7 @@ class Gathering:
         device: where PyTorch runs a module; by default a GPU where there is one.
         progress: as for `recalibrate`.
         key: of the part of a checkpoint of PyTorch whose statistics they are, as for `average`.
+        use_ema: they are those of the running means beside the weights, as for `recalibrate`.
     """
 
     rows: data.Split
@@ -70,6 +72,7 @@ class Gathering:
     device: str | None = None
     progress: Callable[[int, int], None] | None = None
     key: str = ""
+    use_ema: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,7 @@ def recalibrate(
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     key: str | None = None,
+    use_ema: bool = False,
 ) -> Recalibration:
     """Gather the moving statistics of the BatchNorm layers again, in one pass over rows.
 
@@ -152,6 +156,8 @@ def recalibrate(
         progress: called after each batch with the number of batches done, and that of all.
         key: of the part of a PyTorch checkpoint whose statistics are gathered, such as
             ``state_dict_ema``; the others stay as they are.
+        use_ema: gather those of the EMA that a trainer keeps beside the weights, which stay as they
+            are.
 
     Raises:
         UsageError: the batch size is out of range, the architecture is none, or there are no parts.
@@ -165,7 +171,7 @@ def recalibrate(
     path, target = Path(mirrors.enter(os.fspath(model))), Path(output)
     (table,) = formats.scan([find_file(path)], with_optimizer=True)
     source = user_code.name_source(architecture) if architecture is not None else None
-    how = Gathering(rows, batch_size, trust_code, source, device, progress, key or "")
+    how = Gathering(rows, batch_size, trust_code, source, device, progress, key or "", use_ema)
     check_recalibration(table, target, how)
     owned = records.list_owned
     outputs.check_output(target, [table], force=force, list_owned=owned)
@@ -197,9 +203,8 @@ def check_recalibration(table: Table, output: Path | None, how: Gathering) -> No
     if not _is_of_keras(table):
         _check_named(table, how.architecture)
         named_models.check_device(how.device)
-    elif how.key:
-        name = find_format(table.format).name
-        raise UsageError(f"--key: {shown(table.path)} is {name}, which has no parts; leave it out")
+    elif how.key or how.use_ema:
+        refuse_parts(table.path, find_format(table.format))
     else:
         check_model(table, bare=how.architecture is not None)
         if how.architecture is not None:
@@ -300,15 +305,53 @@ def _gather(table: Table, name: Path, how: Gathering) -> Moments:
             architecture=how.architecture,
             progress=how.progress,
         )
-    part = formats.scan([table.path], key=how.key)[0] if how.key else table
-    return named_models.gather_moments(
-        replace(part, path=name),
-        how.architecture,
-        how.rows,
-        how.batch_size,
-        how.device,
-        how.progress,
+    part = table
+    if how.key:
+        (part,) = formats.scan([table.path], with_optimizer=True, key=how.key)
+    part = replace(part, path=name)
+    taken = weights.take_emas(part) if how.use_ema else part
+    found = named_models.gather_moments(
+        taken, how.architecture, how.rows, how.batch_size, how.device, how.progress
     )
+    return found if taken is part else _place_in_emas(found, part, taken)
+
+
+def _place_in_emas(found: Moments, part: Table, taken: Table) -> Moments:
+    """Return the statistics of running means at their own places, instead of the weights'.
+
+    Args:
+        found: as if the running means were the weights.
+        part: the checkpoint as it is.
+        taken: the same with running means in place of the weights.
+
+    Raises:
+        MismatchError: the running means have no statistics of their own.
+    """
+    means = {name for one in list_averages([part])[0] for name in one.names}
+    places: dict[object, list[str]] = {}  # by what is read -> locations of running means
+    for name in means:
+        places.setdefault(taken.tensors[name].storage, []).append(part.tensors[name].location)
+    read = {spec.location: spec.storage for spec in taken.tensors.values()}
+    own = {spec.location: spec.storage for spec in part.tensors.values()}
+    lacking = [location for location in found.after if read[location] not in places]
+    if lacking:
+        raise MismatchError(
+            f"{shown(part.path)}: its running means (--use-ema) have no BatchNorm statistics of "
+            "their own; write them as a model of its own, and recalibrate that: polyak average "
+            "FILE --use-ema -o EMA"
+        )
+    after = {
+        place: values
+        for location, values in found.after.items()
+        for place in places[read[location]]
+    }
+    before = {
+        place: values
+        for location, values in found.before.items()
+        for place in places[read[location]]
+        if own[place] == read[location]  # the others are the same, rounded
+    }
+    return replace(found, before=before, after=after)
 
 
 def _make_record(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from polyak_cli import formats
-from polyak_cli.averaging import ema
+from polyak_cli.averaging import ema, records
 from polyak_cli.averaging.belonging.prefixes import find_others, match_names
 from polyak_cli.averaging.options import Tensors
 from polyak_cli.checkpoints import find_file
@@ -63,7 +63,7 @@ def describe(paths: Sequence[Path], *, key: str = "", use_ema: bool = False) -> 
     tables = formats.scan(files, jobs=4, with_optimizer=use_ema, key=key)
     if use_ema:
         # One by one: those that are scored need not be of one run.
-        tables = [ema.take_parts([one], Tensors(use_ema=True, key=key))[0][0] for one in tables]
+        tables = [take_emas(one) for one in tables]
     # Checkpoints of one skeleton share their tensors, so the views are the same too.
     known: dict[int, Mapping[str, View]] = {}
     for table in tables:
@@ -73,6 +73,23 @@ def describe(paths: Sequence[Path], *, key: str = "", use_ema: bool = False) -> 
         Weights(path, table, known[id(table.tensors)])
         for path, table in zip(paths, tables, strict=True)
     ]
+
+
+def take_emas(table: Table) -> Table:
+    """Return a checkpoint with the running means of its weights in their place.
+
+    An average that polyak made of running means has them there already, and may have no others.
+
+    Raises:
+        MismatchError: it holds none, or several.
+    """
+    try:
+        taken, _, _ = ema.take_parts([table], Tensors(use_ema=True))
+    except MismatchError:
+        if records.has_emas(table):
+            return table
+        raise
+    return taken[0]
 
 
 def list_views(table: Table) -> dict[str, View]:

@@ -31,6 +31,8 @@ class Forecaster:
         trust_code: run code that a model file contains.
         model: the architecture of checkpoints that hold weights only, as for `evaluate`.
         device: where PyTorch runs modules, as for `evaluate`.
+        key: of the part that is scored, as for `evaluate`.
+        use_ema: score the EMAs, as for `evaluate`.
     """
 
     def __init__(
@@ -40,8 +42,12 @@ class Forecaster:
         trust_code: bool = False,
         model: Maker | None = None,
         device: str | None = None,
+        key: str | None = None,
+        use_ema: bool = False,
     ) -> None:
-        self._evaluator = Evaluator([rows], trust_code=trust_code, model=model, device=device)
+        self._evaluator = Evaluator(
+            [rows], trust_code=trust_code, model=model, device=device, key=key, use_ema=use_ema
+        )
         self._scored: dict[tuple[File, ...], Mapping[str, RowScores]] = {}
 
     @property

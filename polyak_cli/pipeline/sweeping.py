@@ -259,11 +259,11 @@ def sweep(
         trust_code: run code that a model file contains.
         model: the architecture of checkpoints that hold weights only, as for `evaluator.evaluate`.
         device: where PyTorch runs modules, as for `evaluator.evaluate`.
-        metric: what chooses the winner, "accuracy", "loss" or one of the user's own, as for
-            `evaluator.evaluate`; by default accuracy where labels are classes, else loss.
+        metric: what chooses the winner, as for `evaluator.evaluate`; by default accuracy where
+            labels are classes, else loss.
         progress: called as rows are scored, with the number of models done and that of all; 2.25
             of 14 is a quarter of the third model.  A search adds models as it goes.
-        **options: options of `planning.plan`.
+        **options: options of `planning.plan`; ``key`` and ``use_ema`` choose what is scored too.
 
     Raises:
         UsageError: windows, schemes, searches or splits are not valid.
@@ -279,7 +279,8 @@ def sweep(
         plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
     )
     splits = _divide_rows(rows, select_on, seed)
-    evaluator = Evaluator([*splits.values()], **how, device=device, metric=metric)
+    part: Any = {one: options.get(one) for one in ("key", "use_ema")}
+    evaluator = Evaluator([*splits.values()], **how, **part, device=device, metric=metric)
     # What cannot be scored is refused before anything is written.
     evaluator.inspect_files([checkpoint.path for checkpoint in plan.checkpoints])
     # A hidden folder, which searches for checkpoints do not enter.
@@ -507,6 +508,7 @@ class CandidateScorer:
             trust_code=how.trust_code,
             architecture=how.architecture,
             device=how.device,
+            key=self.plan.settings.tensors.key,
             # Half of the work on the model, the other half being its score.
             progress=report and (lambda done, total: report(done / total / 2)),
         )

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
 from polyak_cli import average, plan, recalibrate, verify
-from polyak_cli.errors import PolyakError, UsageError
+from polyak_cli.errors import MismatchError, PolyakError, UsageError
 from polyak_cli.evaluation import data
 from tests.command import SAMPLES, polyak
 from tests.torch.test_evaluate import write_code
@@ -218,10 +218,42 @@ def test_a_part_is_recalibrated_by_its_key(tmp_path: Path) -> None:
     average(tmp_path / "a_1.pt", output, recalibrate=rows, model=source, verify=True, **taken)
     assert find_changed(output, tmp_path / "b.pt") == {"state_dict": set(), "state_dict_ema": set()}
     assert verify(output, sources=[tmp_path]).problems == ()
-    with pytest.raises(
-        UsageError, match=r"--key: .*model_499\.h5 is Keras HDF5, which has no parts"
-    ):
-        recalibrate(SAMPLES / "model_499.h5", tmp_path / "d.h5", rows, key="state_dict_ema")
+    for part in ({"key": "state_dict_ema"}, {"use_ema": True}):
+        with pytest.raises(
+            UsageError, match=r"model_499\.h5 is Keras HDF5, which Keras opens as a"
+        ):
+            recalibrate(SAMPLES / "model_499.h5", tmp_path / "d.h5", rows, **part)
+
+
+def test_use_ema_recalibrates_the_ema_at_its_own_place(tmp_path: Path) -> None:
+    """As the key of the EMA does; weights without their own statistics beside them are refused."""
+    code = CODE.format(kind="BatchNorm1d(6)")
+    rows, source = make_rows((24, 6)), f"{write_code(tmp_path, code)}:make"
+    np.savez(tmp_path / "rows.npz", x=np.asarray(rows.features), y=np.asarray(rows.labels))
+    write_parts(tmp_path / "a.pt", code)
+    how = ("--data", "rows.npz", "--model", "net.py:make", "--batch-size", 8)
+    done = polyak("recalibrate", "a.pt", *how, "--use-ema", "-o", "b.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    by_key = recalibrate(
+        *(tmp_path / "a.pt", tmp_path / "c.pt", rows),
+        batch_size=8,
+        key="state_dict_ema",
+        architecture=source,
+    )
+    assert by_key.layers == 2
+    changed = find_changed(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert changed == {"state_dict": set(), "state_dict_ema": STATISTICS}
+    assert find_changed(tmp_path / "b.pt", tmp_path / "c.pt") == {
+        "state_dict": set(),
+        "state_dict_ema": set(),
+    }
+    held = torch.load(tmp_path / "a.pt")
+    bare = {k: v for k, v in held["state_dict_ema"].items() if k not in STATISTICS}
+    torch.save({**held, "state_dict_ema": bare}, tmp_path / "bare.pt")
+    with pytest.raises(MismatchError, match=r"have no BatchNorm statistics of their own; write"):
+        recalibrate(
+            tmp_path / "bare.pt", tmp_path / "d.pt", rows, architecture=source, use_ema=True
+        )
 
 
 @pytest.mark.parametrize("use_ema", [False, True])

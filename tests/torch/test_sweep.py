@@ -131,6 +131,72 @@ def test_checkpoints_without_a_model_are_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize(
+    "part",
+    [("--use-ema",), pytest.param(("--key", "state_dict_ema"), marks=pytest.mark.slow)],
+)
+def test_the_ema_is_averaged_and_scored_where_it_is_asked_for(
+    tmp_path: Path, part: tuple[str, ...]
+) -> None:
+    """Every candidate is that of the EMAs, and the command of the winner makes it of them too."""
+    torch.manual_seed(5)
+    (tmp_path / "run").mkdir()
+    means = [make_net() for _ in range(2)]
+    for k, net in enumerate(means):
+        parts = {"state_dict": make_net().state_dict(), "state_dict_ema": net.state_dict()}
+        torch.save(parts, tmp_path / f"run/e_{k}.pt")
+    write_code(tmp_path)
+    np.savez(tmp_path / "rows.npz", x=X, y=CLASSES)
+    wanted = ("--model", "net.py:make", "--data", "rows.npz", "--schemes", "equal", *part)
+    done = polyak("sweep", "run", *wanted, "-o", "report", "--write-best", "b.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "report/sweep.json").read_text())
+    split = data.halves(ROWS.split())[1]
+    states = [net.state_dict() for net in means]
+    kinds = [row["kind"] for row in found["rows"] if row["rank"]]
+    assert sorted(kinds) == ["average", "single", "single"]
+    for row in found["rows"]:
+        if row["rank"]:
+            net = make_net()
+            net.load_state_dict(mix(states, row["coefficients"]))
+            expected = functional.cross_entropy(
+                run_plainly(net, split.features), torch.tensor(split.labels)
+            )
+            assert row["metrics"]["reporting"]["loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert " ".join(part) in found["winner_command"]
+    held = torch.load(tmp_path / "b.pt")["state_dict_ema"]
+    for name, tensor in mix(states, found["winner"]["coefficients"]).items():
+        assert torch.equal(held[name], tensor), name
+
+
+def test_emas_in_folders_of_their_own_are_swept(tmp_path: Path) -> None:
+    """As Diffusers saves them: an average of EMAs is the EMA, whatever its folder is called."""
+    torch.manual_seed(6)
+    nets = [make_net() for _ in range(2)]
+    for k, net in enumerate(nets):
+        for name, own in (("unet", make_net()), ("unet_ema", net)):
+            folder = tmp_path / f"run/checkpoint-{k}/{name}"
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+            save_file(own.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    found = sweeping.sweep(
+        *(tmp_path / "run", ROWS),
+        chosen="equal",
+        use_ema=True,
+        scratch=tmp_path,
+        model=f"{write_code(tmp_path)}:make",
+    )
+    split = data.halves(ROWS.split())[1]
+    states = [net.state_dict() for net in nets]
+    for row in found.rows[:3]:
+        net = make_net()
+        net.load_state_dict(mix(states, row.candidate.coefficients))
+        expected = functional.cross_entropy(
+            run_plainly(net, split.features), torch.tensor(split.labels)
+        )
+        assert row.scores["reporting"].loss == pytest.approx(float(expected), rel=1e-4)
+
+
 @pytest.mark.parametrize("save", [save_files, save_shards])
 def test_averages_of_a_sweep_have_the_statistics_of_update_bn(tmp_path: Path, save: Saver) -> None:
     """With --recalibrate every average is scored with them, and single checkpoints keep theirs."""

@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from polyak_cli import pipeline
+from polyak_cli.evaluation import data
 from polyak_cli.evaluation.forecast import Forecast, forecast
+from polyak_cli.pipeline.annealing import Forecaster
 from tests.command import one_line, polyak
 from tests.test_watch import PATIENCE, watcher
 from tests.torch.test_evaluate import CLASSES, X, make_net, run_plainly, write_code
@@ -106,6 +109,22 @@ def test_watch_foretells_beside_a_training(tmp_path: Path, save: Saver, output: 
         code, _, err = watched.end()
     assert found["forecast"] == pytest.approx(foretell(states).data(), rel=1e-4)
     assert code == 143, err
+
+
+def test_the_forecast_of_emas_is_by_their_losses(tmp_path: Path) -> None:
+    """Single checkpoints are scored by what is averaged, and not by the weights beside it."""
+    options = prepare(tmp_path)
+    states = []
+    for epoch, state in enumerate(train(tmp_path / "ckpts", lambda *_: None), 1):
+        states.append(state)
+        parts = {"state_dict": make_net().state_dict(), "state_dict_ema": state}
+        torch.save(parts, tmp_path / f"ckpts/epoch_{epoch}.pt")
+    plan = pipeline.plan(tmp_path / "ckpts", use_ema=True)
+    rows = data.load(str(tmp_path / options[1])).split()
+    forecaster = Forecaster(rows, model=tmp_path / "net.py:make", use_ema=True)
+    found = forecaster.forecast(plan)
+    assert found is not None
+    assert found.data() == pytest.approx(foretell(states).data(), rel=1e-4)
 
 
 @pytest.mark.parametrize("is_late", [False, True])
