@@ -42,16 +42,17 @@ quick: .venv/.ready
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras
 
 # Without any extra, where pip picks the newest h5py, and with the numpy kernel: what depends on
-# h5py, on an extra or on the arithmetic.  `core-all` runs the rest so.
-# Formats that are read without h5py have run their contract in `make test` already.
-CORE_FILES := $(patsubst %,tests/test_%.py,api architecture cli determinism ema formats generations hdf5 \
-	inspection kernel kernel_choice kernels keras_zip packaging plots guide statistics weights)
+# h5py, on an extra or on the arithmetic.  `core-all` runs so what depends on them less directly; the
+# rest has nothing to do with them.
 core: .venv-core/.ready
-	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" $(CORE_FILES)
+	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" \
+		$(patsubst %,tests/test_%.py,cli determinism ema formats generations hdf5 \
+		inspection kernel kernel_choice kernels keras_zip plots statistics weights)
 
 core-all: .venv-core/.ready
-	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" --ignore=tests/keras \
-		--ignore=tests/torch --ignore=tests/hf --ignore=tests/orbax $(addprefix --ignore=,$(CORE_FILES))
+	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" tests/hostile \
+		$(patsubst %,tests/test_%.py,averaging constants conversion engine exact_mean factors geometry \
+		gram health in_memory layers outsiders posthoc products reductions running several signed sums verify)
 
 # The oldest versions that pyproject allows: the same bytes, what numpy and h5py do, a few commands.
 oldest: .venv-oldest/.ready
@@ -78,7 +79,7 @@ remote: .venv-remote/.ready system
 	$(REMOTE)/python -m pytest $(SPREAD) -m "not soak" tests/remote
 
 remote-all: .venv-remote/.ready system
-	$(REMOTE)/python -m pytest -m "soak" tests/remote
+	$(REMOTE)/python -m pytest $(SPREAD) -m "soak" tests/remote
 
 # What tests need of the system: Chromium, in which a report is opened; btrfs, which has quotas; Open
 # MPI, under which several ranks run.
@@ -151,7 +152,7 @@ sanitize: .venv/.ready
 	grep -q __asan_ .sanitize/polyak_cli/engine/_kernel.abi3.so
 	cd .sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONMALLOC=malloc POLYAK_KERNEL=compiled \
-		$(abspath $(BIN))/python -m pytest --capture=sys -m "not soak" \
+		$(abspath $(BIN))/python -m pytest $(SPREAD) --capture=sys -m "not soak" \
 		$(patsubst %,tests/test_%.py,kernel kernels several engine products)
 
 # Other C compilers than this machine's, if they are not here; then what all of them make of the

@@ -10,7 +10,7 @@ import io
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import polyak_cli
@@ -37,10 +37,15 @@ class Source:
         """The parsed file."""
         return ast.parse(self.text)
 
+    @cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        """All nodes of the parsed file."""
+        return tuple(ast.walk(self.tree))
+
     def imports(self) -> set[str]:
         """Return the full names of everything that the file imports, inside functions too."""
         found = set()
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -49,14 +54,14 @@ class Source:
 
     def functions(self) -> Iterator[Function]:
         """Yield every function and method, nested ones too."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield node
 
     def lines_of_code(self) -> int:
         """Count the lines that are neither blank, comment nor docstring."""
         documented = set()
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 documented |= _lines_of_docstring(node)
         return sum(
@@ -84,12 +89,13 @@ def length(function: Function, *, docstring: bool = True) -> int:
     return lines if docstring else lines - len(_lines_of_docstring(function))
 
 
-def sources() -> list[Source]:
+@cache  # parsing them takes as long as all that is asked about them
+def sources() -> tuple[Source, ...]:
     """Return all source files of the package, in the order of their names."""
-    return [
+    return tuple(
         Source(
             ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"),
             path.read_text(),
         )
         for path in sorted(PACKAGE.rglob("*.py"))
-    ]
+    )

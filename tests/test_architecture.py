@@ -193,7 +193,7 @@ EXCEPTIONS = {
 
 def openings(file: Source) -> Iterator[str]:
     """Yield each call in a file that opens another by its path."""
-    for node in ast.walk(file.tree):
+    for node in file.nodes:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)

@@ -51,6 +51,9 @@ from polyak_cli.storage.local import LocalOutput, page_aligned
 from polyak_cli.tensors import Extent, Files, Grid, GridPart, Inline, Placement
 from tests.oracle import nearest_bfloat16
 
+#: For what no executor has a part in.
+once = pytest.mark.parametrize("where", ["in process"], indirect=True)
+
 
 def tensor(size: int, offset: int = 0, count: int = 1) -> FoldTensor:
     """Return a float32 tensor that lies at the same offset in all checkpoints."""
@@ -65,6 +68,7 @@ class Banded(Extent):
     block_nbytes = 28
 
 
+@once
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.integers(1, 1000), max_size=20), st.integers(1, 300))
 def test_slabs_cover_each_tensor_exactly_once(sizes: list[int], piece: int) -> None:
@@ -78,6 +82,7 @@ def test_slabs_cover_each_tensor_exactly_once(sizes: list[int], piece: int) -> N
     assert all(s.stop - s.start <= piece for s in cut)
 
 
+@once
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.integers(1, 9000), max_size=50), st.integers(1, 20_000))
 def test_bundles_and_batches_lose_no_slab(sizes: list[int], elements: int) -> None:
@@ -129,7 +134,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def where(
     request: pytest.FixtureRequest, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> str:
-    """Run every test with each executor."""
+    """Run every test with each executor, but for those that are marked `once`."""
     monkeypatch.setattr(shares, "EDGE", 1)  # the tensors of these tests are smaller than that
     executor: Executor | None = None
     if request.param == "spawned":
@@ -351,6 +356,7 @@ def test_wider_values_that_the_newest_type_cannot_hold_are_refused(tmp_path: Pat
         run(tmp_path, arrays, [[0.5, 0.5]], Memory(1, 30, 30))
 
 
+@once
 def test_neighbouring_small_tensors_are_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,6 +469,7 @@ def test_an_overflow_of_float64_blames_no_checkpoint(tmp_path: Path) -> None:
     assert out.tolist() == [1.5, math.inf]
 
 
+@once
 def test_great_float64_values_are_no_false_alarm() -> None:
     """Finite values are recognised as finite even if their sum overflows."""
     assert is_finite(np.full(10, 1e308))
@@ -492,6 +499,7 @@ def test_a_replaced_input_is_refused(tmp_path: Path) -> None:
         check_unchanged(inputs)
 
 
+@once
 def test_an_input_that_became_a_pipe_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,6 +544,7 @@ def test_more_inputs_than_may_be_open(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@once
 @settings(derandomize=True, deadline=None)
 @given(st.integers(1 << 20, 1 << 34), st.integers(1, 256))
 def test_the_bound_on_memory_is_kept(nbytes: int, jobs: int) -> None:
@@ -669,6 +678,7 @@ def test_the_next_batch_is_prefetched(
     assert len(set(events)) == len(events)
 
 
+@once
 def test_slabs_hold_whole_bands_where_they_fit() -> None:
     """Tensors in bands are cut between bands: as many bands as a piece or the bound holds."""
     banded = TensorSource(Banded(0, 400), "float32", "<", 0)
@@ -678,6 +688,7 @@ def test_slabs_hold_whole_bands_where_they_fit() -> None:
         assert spans == [(k, min(k + length, 100)) for k in range(0, 100, length)]
 
 
+@once
 def test_only_neighbouring_small_tensors_are_bundled() -> None:
     """Two tensors are bundled if gap, span and sizes are small and their types are the same."""
     small = TUNING.small_nbytes // 4
@@ -714,6 +725,7 @@ def test_only_neighbouring_small_tensors_are_bundled() -> None:
     assert not bundled(at(0), at(16 * 100 - 39), elements=100)
 
 
+@once
 def test_batches_are_closed_by_bytes_or_by_number() -> None:
     """A batch has at most so many bytes of a checkpoint, or so many small tensors."""
     ones: list[Bundle] = [[Slab(tensor(1), 0, 1)] for _ in range(600)]
@@ -723,6 +735,7 @@ def test_batches_are_closed_by_bytes_or_by_number() -> None:
     assert [len(batch) for batch in gather_batches(pairs, 4000)] == [128, 22]
 
 
+@once
 @pytest.mark.parametrize(
     ("bound", "memory"),
     [
@@ -739,6 +752,7 @@ def test_memory_is_shared_out_to_the_byte(bound: tuple[int, ...], memory: Memory
     assert Memory.within(*bound) == memory
 
 
+@once
 def test_a_worker_has_the_buffers_that_the_bound_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one average and for several, an element needs the bytes that `Memory` counts."""
     for averages in (1, 2, 3):
@@ -756,6 +770,7 @@ def test_a_worker_has_the_buffers_that_the_bound_counts(monkeypatch: pytest.Monk
         assert sum(buffers) == 1000 * element + 2048  # room to move the stored values
 
 
+@once
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_a_worker_allocates_nothing_for_a_slab(tmp_path: Path, dtype: str) -> None:
     """It reads, folds, rounds and writes each slab in the buffers of the first."""
@@ -809,6 +824,7 @@ def test_bytes_and_seconds_are_counted(tmp_path: Path, monkeypatch: pytest.Monke
     assert total == Totals(111, 57, 12.0, 22.0, 41.0)
 
 
+@once
 def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
     """A differing byte at either end, in any checkpoint, or another length is found."""
     content = np.random.default_rng(0).integers(0, 256, 360, np.uint8)
@@ -837,6 +853,7 @@ def test_tensors_whose_bytes_differ_are_named(tmp_path: Path) -> None:
             reading.find_differing([("cut", ending)], inputs, memory)
 
 
+@once
 def test_pieces_are_the_stored_bytes_of_each_checkpoint(tmp_path: Path) -> None:
     """Pieces come slab by slab and checkpoint by checkpoint, as large as the bound allows."""
     arrays = [np.arange(100, dtype="<f4"), np.arange(100, dtype=">f8") / 3]
@@ -874,6 +891,7 @@ def test_pieces_are_the_stored_bytes_of_each_checkpoint(tmp_path: Path) -> None:
         assert [b"".join(parts) for parts in got] == [array.tobytes() for array in arrays]
 
 
+@once
 def test_a_piece_that_cannot_be_read_is_an_error_in_its_place(tmp_path: Path) -> None:
     """`read_pieces` yields the other pieces all the same; `read_values` raises the error."""
     inputs = write_inputs(tmp_path, [np.zeros(n, np.float32) for n in (10, 5, 10)])
@@ -890,6 +908,7 @@ def test_a_piece_that_cannot_be_read_is_an_error_in_its_place(tmp_path: Path) ->
         list(reading.read_values([tensor], inputs, memory))
 
 
+@once
 def test_values_are_float64_whatever_is_stored(tmp_path: Path) -> None:
     """Each tensor may have other types, byte orders, lengths and numbers of checkpoints."""
     types = {"float32": "<f4", "int16": ">i2", "uint8": "<u1"}
@@ -916,6 +935,7 @@ def test_values_are_float64_whatever_is_stored(tmp_path: Path) -> None:
     }
 
 
+@once
 def test_a_block_that_is_decoded_whole_must_fit_the_bound(tmp_path: Path) -> None:
     """The error names file, tensor, needed and available bytes; an exact fit is accepted."""
 
@@ -1078,6 +1098,7 @@ def test_an_input_that_changes_before_it_is_fetched_ahead_is_named(
     check_unchanged([inputs[0], inputs[2]])
 
 
+@once
 def test_as_many_inputs_stay_open_as_the_process_may_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1092,6 +1113,7 @@ def test_as_many_inputs_stay_open_as_the_process_may_have(
             assert len(files.kept) == room
 
 
+@once
 @pytest.mark.parametrize("call", ["fdatasync", "fsync"])
 def test_outputs_are_flushed_during_the_fold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
@@ -1131,6 +1153,7 @@ def test_outputs_are_flushed_during_the_fold(
         output.close()
 
 
+@once
 def test_an_error_of_the_disk_while_flushing_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1244,6 +1267,7 @@ def test_a_tensor_in_blocks_of_several_files_is_averaged(tmp_path: Path) -> None
         fold([sharded], job, Memory(2, 5, 5))
 
 
+@once
 def test_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says what to do, and the threads that could be started have ended."""
     inputs = write_inputs(tmp_path, [np.zeros(1000, np.float32)])
@@ -1264,6 +1288,7 @@ def test_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not begun[0].is_alive()
 
 
+@once
 def test_threads_share_the_limit_of_open_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1291,6 +1316,7 @@ class Slow(Extent):
         super().read_into(files, start, buffer)
 
 
+@once
 def test_threads_that_are_stopped_read_no_further_checkpoint(tmp_path: Path) -> None:
     """After an interrupt a slab of many checkpoints is given up, and no thread is left."""
     many = 2000
@@ -1339,6 +1365,7 @@ def test_a_tensor_is_written_into_blocks_of_several_files(tmp_path: Path) -> Non
         assert [Path(path).read_bytes() for path in outputs] == expected
 
 
+@once
 def test_threads_fold_with_the_compiled_kernel_unless_they_would_share_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1359,6 +1386,7 @@ def test_threads_fold_with_the_compiled_kernel_unless_they_would_share_a_limit(
     assert isinstance(executors.choose_executor(job, several), Forked)
 
 
+@once
 def test_without_a_thread_the_flush_is_left_to_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1377,6 +1405,7 @@ def test_without_a_thread_the_flush_is_left_to_the_end(
         assert flusher.flushing is None
 
 
+@once
 @pytest.mark.parametrize("checkpoints", [1, 2, 60, 1000])
 @pytest.mark.parametrize("jobs", [1, 2, 8])
 def test_what_is_fetched_ahead_is_bounded_for_any_number_of_checkpoints(

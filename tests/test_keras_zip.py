@@ -23,7 +23,7 @@ from polyak_cli.errors import FormatError, MismatchError
 from polyak_cli.formats import zips
 from polyak_cli.formats.hdf5.windows import Window
 from tests.command import scripted
-from tests.contract import Contract, Tensors, assert_same, naive
+from tests.contract import Contract, Tensors, another_layout, assert_same, naive
 
 VOCABULARY = "assets/layers/lookup/vocabulary.txt"
 
@@ -83,6 +83,7 @@ class TestStored(Contract):
             return {name: layer["vars/0"][()] for name, layer in file["layers"].items()}
 
 
+@another_layout
 class TestDeflated(TestStored):
     """As somebody has packed them again."""
 

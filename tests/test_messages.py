@@ -34,10 +34,10 @@ def strings(file: Source) -> Iterator[tuple[int, str]]:
     """Yield line and text of every string that is no docstring; an f-string shows its code."""
     documentation = {
         id(node.value)
-        for node in ast.walk(file.tree)
+        for node in file.nodes
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
-    for node in ast.walk(file.tree):
+    for node in file.nodes:
         if isinstance(node, ast.JoinedStr):
             yield node.lineno, ast.unparse(node)
         elif (

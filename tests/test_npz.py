@@ -15,7 +15,7 @@ from polyak_cli import average, formats
 from polyak_cli.errors import FormatError, MismatchError
 from polyak_cli.formats import zips
 from polyak_cli.storage import open_input
-from tests.contract import Contract, Tensors, assert_same, naive
+from tests.contract import Contract, Tensors, another_layout, assert_same, naive
 
 
 class TestStored(Contract):
@@ -33,6 +33,7 @@ class TestStored(Contract):
             return dict(archive)
 
 
+@another_layout
 class TestDeflated(TestStored):
     """Written by np.savez_compressed."""
 

@@ -295,7 +295,12 @@ def test_arithmetic_of_other_bits_is_not_compiled(
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "flags", ["-ffast-math -ffp-contract=fast", "-Ofast -flto", "-funsafe-math-optimizations"]
+    "flags",
+    [
+        "-ffast-math -ffp-contract=fast",
+        pytest.param("-Ofast -flto", marks=pytest.mark.soak),
+        pytest.param("-funsafe-math-optimizations", marks=pytest.mark.soak),
+    ],
 )
 def test_flags_of_the_caller_do_not_change_the_arithmetic(
     flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -46,10 +46,10 @@ def test_no_test_is_in_neither_tier() -> None:
     for tier, marked in (("test", "not soak"), ("soak", "soak")):
         run = f'$(BIN)/python -m pytest $(SPREAD) -m "{marked}"'
         assert recipe(tier) == [f"{run} --ignore=tests/keras", f"{run} tests/keras"]
-    for name in ("torch", "remote"):
+    for name, spread in (("torch", ""), ("remote", " $(SPREAD)")):
         start = f"$({name.upper()})/python -m pytest"
         assert recipe(name) == [f'{start} $(SPREAD) -m "not soak" tests/{name}']
-        assert recipe(f"{name}-all") == [f'{start} -m "soak" tests/{name}']
+        assert recipe(f"{name}-all") == [f'{start}{spread} -m "soak" tests/{name}']
         for tier, target in (("test", name), ("soak", f"{name}-all")):
             assert re.search(rf"^{tier}:.* {target}(?![\w-])", MAKEFILE, re.MULTILINE)
 
@@ -78,6 +78,6 @@ def test_what_soak_runs_is_recognised() -> None:
 def test_the_files_that_an_environment_runs_exist() -> None:
     """A test file that is renamed does not drop out of `make core` and `make oldest`."""
     lists = re.findall(r"patsubst %,tests/test_%.py,([\w\s]+)\)", MAKEFILE)
-    assert len(lists) == 3
+    assert len(lists) == 4
     for name in " ".join(lists).split():
         assert (ROOT / f"tests/test_{name}.py").is_file(), name

@@ -15,7 +15,7 @@ import pytest
 from polyak_cli import average, plan
 from polyak_cli.errors import FormatError, MismatchError, OutputError
 from polyak_cli.formats.keras import names as keras_names
-from tests.contract import Contract, Tensors, assert_same, naive
+from tests.contract import Contract, Tensors, another_layout, assert_same, naive
 from tests.oracle import Array, nearest_bfloat16, read_model, write_model
 
 ONES = np.ones((3, 4), np.float32)
@@ -65,6 +65,7 @@ class TestWeights(Contract):
         return {name.partition("/")[0]: np.asarray(v) for name, v in read_model(path).items()}
 
 
+@another_layout
 class TestShards(TestWeights):
     """Written in two shards, between which one layer is cut."""
 

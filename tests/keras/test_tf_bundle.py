@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from polyak_cli import average, plan
 from polyak_cli.errors import UsageError
-from tests.contract import Contract, Tensors, assert_same, naive
+from tests.contract import Contract, Tensors, another_layout, assert_same, naive
 
 V1 = tf.compat.v1
 ROWS = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
@@ -56,6 +56,7 @@ class TestPlain(Contract):
         return load(path)
 
 
+@another_layout
 @pytest.mark.slow
 class TestSharded(TestPlain):
     """The same in three shards."""

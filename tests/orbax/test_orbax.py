@@ -31,7 +31,7 @@ from polyak_cli.formats.orbax.checkpoint import OrbaxCheckpoint
 from polyak_cli.formats.tensorflow.sstables import encode_varint
 from polyak_cli.processes.sandbox import Heartbeat
 from tests.command import ROOT
-from tests.contract import Contract, Tensors, assert_same, naive
+from tests.contract import Contract, Tensors, another_layout, assert_same, naive
 from tests.oracle import Array
 from tests.test_guide import GUIDE
 
@@ -105,18 +105,21 @@ class TestDefault(Contract):
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@another_layout
 class TestPlain(TestDefault):
     """A folder for each array, in plain bytes."""
 
     options: ClassVar[dict[str, bool]] = {"use_ocdbt": False, "use_compression": False}
 
 
+@another_layout
 class TestShards(TestDefault):
     """A database, Zarr's version 3 with its shards, zstd, as Keras writes them."""
 
     options: ClassVar[dict[str, bool]] = {"use_zarr3": True}
 
 
+@another_layout
 class TestPlainShards(TestDefault):
     """A folder for each array, Zarr's version 3, in plain bytes."""
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from polyak_cli import average, check, diff, inspect, plan, verify
 from polyak_cli.errors import FormatError, MismatchError, OutputError, PolyakError, UsageError
 from tests import dcp as dcp_by_hand
-from tests.contract import Contract, Tensors
+from tests.contract import Contract, Tensors, another_layout
 from tests.source import PACKAGE
 
 State = dict[str, Any]
@@ -110,6 +110,7 @@ class TestWhole(Contract):
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@another_layout
 class TestInParts(TestWhole):
     """Checkpoints whose tensors lie in several parts, in blocks of rows and of columns."""
 

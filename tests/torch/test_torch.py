@@ -19,7 +19,7 @@ from torch import nn
 
 from polyak_cli import average, inspect, plan
 from polyak_cli.errors import FormatError, MismatchError, OutputError
-from tests.contract import Contract, Tensors
+from tests.contract import Contract, Tensors, another_layout
 
 State = dict[str, Any]
 
@@ -43,6 +43,7 @@ class TestFlat(Contract):
         return {name: tensor.numpy() for name, tensor in load(path).items()}
 
 
+@another_layout
 class TestNested(TestFlat):
     """A state dict beside what a training script keeps."""
 
