@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 from hypothesis import Phase, settings
+
+# Before PyTorch is imported.  Tests run in as many processes as there are cores, and its threads
+# wait for each other in a loop: on a busy machine a small training took 27 times the CPU so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # For `make mutants`: it needs to know only that some example fails, not the simplest one.
 settings.register_profile("mutants", max_examples=20, phases=[Phase.explicit, Phase.generate])

@@ -54,8 +54,7 @@ def compiled(form: str, **options: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("suffix", [".keras", ".h5"])
-@pytest.mark.parametrize("form", ["list", "dict"])
+@pytest.mark.parametrize(("form", "suffix"), [("list", ".keras"), ("dict", ".h5")])
 def test_total_and_outputs_are_those_of_keras(tmp_path: Path, form: str, suffix: str) -> None:
     """The weighted total, and each output's loss and metrics, equal those of model.evaluate.
 
