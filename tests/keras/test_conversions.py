@@ -207,7 +207,10 @@ def read_weights(path: Path) -> dict[str, tuple[str, bytes]]:
     [
         functional,
         pytest.param(attentive, marks=pytest.mark.slow),
-        *(pytest.param(one, marks=pytest.mark.soak) for one in (embedding, recurrent, convolutional)),
+        *(
+            pytest.param(one, marks=pytest.mark.soak)
+            for one in (embedding, recurrent, convolutional)
+        ),
     ],
 )
 def test_a_whole_model_becomes_the_archive_that_keras_saves(
