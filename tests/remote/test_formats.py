@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import POLYAK, environment, one_line, script, tree
+from tests.command import environment, one_line, polyak, script, tree
 from tests.remote.kinds import KINDS, Kind, named, write_run
 from tests.remote.proxy import Proxy
 from tests.remote.servers import S3Bucket
@@ -56,13 +56,18 @@ def test_a_format_is_averaged_to_the_same_bytes(
     write_run(kind, tmp_path / "run", 3, ROWS)
     bucket.put_tree(tmp_path / "run", "some/run/")
     outputs = []
-    for place, source, command in (
-        ("here", "run", POLYAK),
-        ("there", f"{bucket.url}/some/run/", POLYAK),
-        ("blocks", f"{bucket.url}/some/run/", script(BY_BLOCKS)),
+    for place, source, code in (
+        ("here", "run", None),
+        ("there", f"{bucket.url}/some/run/", None),
+        ("blocks", f"{bucket.url}/some/run/", BY_BLOCKS),
     ):
         (tmp_path / place).mkdir()
-        done = average(command, source, f"{place}/{kind.output}", tmp_path, bucket.environ)
+        output = f"{place}/{kind.output}"
+        if code is None:
+            words = ("average", source, "-o", output, "--no-hash", "-q")
+            done = polyak(*words, cwd=tmp_path, environ=bucket.environ)
+        else:
+            done = average(script(code), source, output, tmp_path, bucket.environ)
         assert (done.returncode, done.stderr) == (0, "")
         paths = sorted(path for path in (tmp_path / place).rglob("*") if path.is_file())
         outputs.append({path.relative_to(tmp_path / place): path.read_bytes() for path in paths})
