@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # the names below once more, in the only form that type check
         recalibrate as recalibrate,
     )
     from polyak_cli.evaluation.sample_run import TrainReport as TrainReport, train as train
+    from polyak_cli.evaluation.scoring import ScoringOptions as ScoringOptions
     from polyak_cli.evaluation.significance import (
         Paired as Paired,
         mcnemar as mcnemar,
@@ -142,6 +143,7 @@ _NAMES = {
         "TrainReport",
         "train",
     ),
+    "evaluation.scoring": ("ScoringOptions",),
     "evaluation.significance": (
         "Paired",
         "mcnemar",

@@ -292,6 +292,14 @@ model_499.h5 806 of 1000
 >>> plan("sample_checkpoints", **options).coefficients
 (0.3333333333333333, 0.6666666666666666)
 """,
+    "ScoringOptions": """
+>>> from polyak_cli import Evaluator, ScoringOptions
+>>> from polyak_cli.evaluation import data
+>>> options: ScoringOptions = {"batch_size": 100, "metric": "accuracy"}
+>>> evaluator = Evaluator([data.load("blobs").split("test")], **options)
+>>> evaluator.metric.name
+'accuracy'
+""",
     "Paired": """
 >>> from polyak_cli import Paired
 >>> paired = Paired(difference=0.1, low=0.02, high=0.18, rows=100)

@@ -15,6 +15,7 @@ from polyak_cli.averaging import records
 from polyak_cli.averaging.options import PARTS, Tensors
 from polyak_cli.cli import cli
 from polyak_cli.errors import UsageError
+from polyak_cli.evaluation import scoring
 from polyak_cli.tensors import FLOATS
 from tests.command import polyak
 
@@ -27,6 +28,15 @@ def test_every_option_is_a_field_of_exactly_one_part() -> None:
     names = [one.name for part in (*PARTS.values(), pipeline.Stages) for one in fields(part)]
     assert len(names) == len(set(names))
     assert set(names) == set(pipeline.Options.__annotations__)
+
+
+def test_the_options_of_scoring_are_the_fields_that_they_are_parsed_into() -> None:
+    """And `evaluate` and `sweep` of the command line have each of them."""
+    names = {one.name for one in fields(scoring.Scoring)}
+    assert names == {*scoring.ScoringOptions.__annotations__}
+    for name in ("evaluate", "sweep"):
+        offered = {param.name for param in cli.commands[name].params}
+        assert names - {"model"} | {"architecture"} <= offered
 
 
 def test_the_command_line_has_the_same_options_and_defaults() -> None:

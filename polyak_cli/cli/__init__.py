@@ -23,8 +23,9 @@ from polyak_cli.cli.averaging import average, verify, watch
 from polyak_cli.cli.geometry import geometry
 from polyak_cli.cli.guide import completion, guide, show_help
 from polyak_cli.cli.looking import check, diff, inspect, uploads
-from polyak_cli.cli.models import evaluate, recalibrate, sweep, train
+from polyak_cli.cli.models import evaluate, recalibrate, train
 from polyak_cli.cli.options import DONE, EXAMPLE
+from polyak_cli.cli.sweeps import sweep
 from polyak_cli.cli.tables import lay_out
 from polyak_cli.errors import PolyakError, UsageError, word_size
 

@@ -1,4 +1,4 @@
-"""The commands that need a model or data: evaluate, sweep, recalibrate, train.
+"""The commands that need a model or data: evaluate, recalibrate, train; sweep is in `sweeps`.
 
 Each command calls one tool and prints its result; it does not know how the tool works.  Heavy
 packages are imported inside the commands, so that ``--help`` is quick.
@@ -18,18 +18,15 @@ from polyak_cli.cli.lists import expand_lists
 from polyak_cli.cli.options import (
     ANSWER_IS_NO,
     ARCHITECTURE,
-    CHOOSING,
     DATA,
     DEVICE,
     DONE,
     FOLDER,
     JSON,
-    MACHINE,
     METRIC,
     PART,
     QUIET,
     ROWS_AT_A_TIME,
-    SOURCES,
     TRUST_CODE,
     Command,
     Gate,
@@ -293,149 +290,6 @@ def recalibrate(
     rendering.print_notes([*dataset.notes, *report.notes], quiet)
     rendering.print_result(
         report.data(), as_json, quiet, lambda: rendering.recalibration_lines(report)
-    )
-
-
-@click.command(
-    cls=Command,
-    short_help="Find the best average on data.",
-    example="polyak sweep ckpts/ --data blobs -o report --write-best final.h5",
-    guide="worth",
-    serves=serving.RUN,
-)
-@SOURCES
-@CHOOSING
-@under(
-    "Candidates",
-    option(
-        "--windows",
-        metavar="LIST",
-        help="How many of the newest count, like 1-10,20.  [default: all there are]",
-    ),
-    option(
-        "--schemes",
-        metavar="LIST",
-        default="equal,linear,exp:1,exp:2,exp:5,ema:0.9,power:0.1",
-        help="Schemes, each with its parameter.",
-    ),
-    option(
-        "--search",
-        type=click.Choice(["greedy", "coefficients", "extrapolate"]),
-        multiple=True,
-        help="Look for a soup too: add checkpoints while the score improves, or fit coefficients; "
-        "or score what lies beyond the averages, with negative coefficients.  May be repeated.",
-    ),
-    option(
-        "--batch",
-        type=int,
-        default=8,
-        metavar="N",
-        help="How many averages to keep on disk at once; each batch reads the checkpoints once.",
-    ),
-)
-@under(
-    "Data",
-    DATA,
-    option(
-        "--select-on",
-        default="0.5",
-        metavar="SHARE|SPLIT",
-        help="The share of the test rows to choose on; the rest is reported on. Or a split.",
-    ),
-    option("--seed", type=int, default=0, metavar="S", help="Seed that divides the rows."),
-    option(
-        "--recalibrate",
-        metavar="DATA",
-        help="Recompute BatchNorm's statistics of every average; DATA as in polyak recalibrate.",
-    ),
-    ROWS_AT_A_TIME,
-    ARCHITECTURE,
-    *PART,
-    DEVICE,
-    METRIC,
-    TRUST_CODE,
-)
-@under(
-    "Output",
-    FOLDER,
-    option(
-        "--write-best", type=click.Path(), metavar="FILE", help="Write the winner as a model file."
-    ),
-    option("--force", is_flag=True, help="Replace an older report and model file."),
-    option("--all", "show_all", is_flag=True, help="Show all models, not only the ten best."),
-    option(
-        "--date",
-        metavar="DATE",
-        help="A date for the report, like 2026-11-29.  [default: none: equal runs, equal files]",
-    ),
-    JSON,
-    QUIET,
-)
-@MACHINE
-def sweep(
-    sources: tuple[str, ...],
-    output: str,
-    data: str,
-    schemes: str,
-    architecture: str | None,
-    write_best: str | None,
-    force: bool,
-    show_all: bool,
-    date: str | None,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
-    """Score every single checkpoint, and the average of every window by every scheme.
-
-    The winner is chosen on one part of the test rows, and its gain is measured on the other.  DIR
-    gets report.html, sweep.csv, sweep.json and the figure. For - the names of files are read from
-    standard input.
-    """
-    from pathlib import Path
-
-    from polyak_cli.cli import sweeps
-    from polyak_cli.evaluation import data as datasets
-    from polyak_cli.evaluation import reports
-    from polyak_cli.evaluation.quiet import redirect_prints
-    from polyak_cli.pipeline import sweeping
-
-    folder = Path(output)
-    reports.check_date(date)
-    reports.check_installed(sources, architecture)
-    reports.check_folder(folder, force=force)
-    recalibrated_on = options["recalibrate"]
-    options["split"] = None
-    notes = load_rows(options)
-    with (
-        redirect_prints(),
-        show_count("scoring", "model", quiet or as_json) as progress,
-    ):
-        rows = datasets.load(data)
-        best = Path(write_best) if write_best else None
-        found = sweeping.sweep(
-            sources,
-            rows,
-            chosen=schemes,
-            model=architecture,
-            scratch=folder.resolve().parent,
-            write_best=best,
-            force=force,
-            progress=progress,
-            **options,
-        )
-    data_found = found.data(
-        command=click.get_current_context().meta[Command.LINE],
-        winner_command=sweeps.write_winner(found, recalibrated_on, best),
-        date=date,
-    )
-    reports.write_files(data_found, folder)
-    rendering.print_notes([*notes, *found.notes], quiet)
-    rendering.print_result(
-        data_found,
-        as_json,
-        quiet,
-        lambda: sweeps.sweep_lines(data_found, folder, best, show_all=show_all),
     )
 
 

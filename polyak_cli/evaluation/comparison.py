@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from polyak_cli.averaging.notebook import write_html
 from polyak_cli.errors import PolyakError, shown
 from polyak_cli.evaluation import data, significance
 from polyak_cli.evaluation.evaluator import Evaluator, RowScores, Score
 from polyak_cli.evaluation.own_metrics import Measured
-from polyak_cli.evaluation.row_counts import follow
-from polyak_cli.evaluation.user_code import Maker
+from polyak_cli.evaluation.row_counts import Progress, follow
+from polyak_cli.evaluation.scoring import ScoringOptions
 from polyak_cli.storage import mirrors
 
 _StrPath = str | os.PathLike[str]
@@ -110,14 +110,8 @@ def compare(
     baseline: _StrPath,
     rows: data.Split,
     *,
-    batch_size: int = 256,
-    trust_code: bool = False,
-    model: Maker | None = None,
-    device: str | None = None,
-    metric: str | None = None,
-    key: str | None = None,
-    use_ema: bool = False,
-    progress: Callable[[float, int], None] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[ScoringOptions],
 ) -> Comparison:
     """Score model files and a baseline on the same rows, and compare them row by row.
 
@@ -125,15 +119,9 @@ def compare(
         paths: model files, or one of them, as for `evaluate`.
         baseline: the model file to compare with.
         rows: features and labels, as for `evaluate`; two rows or more.
-        batch_size: rows at a time.
-        trust_code: run the code that a file carries in a Lambda layer.
-        model: the architecture of files that hold weights only, as for `evaluate`.
-        device: where PyTorch runs modules, as for `evaluate`.
-        metric: of the user's own, as for `evaluate`; compared row by row where it has a number for
-            each, else over parts of the rows, see `own_metrics.divide_whole`.
-        key: of the part of each file that is scored, as for `evaluate`.
-        use_ema: score the EMAs, as for `evaluate`.
         progress: as for `evaluate`; the baseline is the first model.
+        **options: see `ScoringOptions`.  A metric of the user's own is compared row by row where it
+            has a number for each, else over parts of the rows, see `own_metrics.divide_whole`.
 
     Raises:
         UsageError: the batch size is out of range, or there is only one row.
@@ -142,16 +130,7 @@ def compare(
         MismatchError: the rows do not fit a model.
         PolyakError: Keras is too old, or cannot load a model, or a model carries code.
     """
-    evaluator = Evaluator(
-        [rows],
-        batch_size=batch_size,
-        trust_code=trust_code,
-        model=model,
-        device=device,
-        metric=metric,
-        key=key,
-        use_ema=use_ema,
-    )
+    evaluator = Evaluator([rows], **options)
     # A single string is a sequence of strings, too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(mirrors.enter(os.fspath(path))) for path in several]

@@ -10,18 +10,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Unpack
 
-from polyak_cli.checkpoints import find_file
-from polyak_cli.errors import FormatError, MismatchError, UsageError, shown
-from polyak_cli.evaluation import data, user_code
+from polyak_cli.errors import MismatchError, UsageError
+from polyak_cli.evaluation import data, frameworks, scoring
 from polyak_cli.evaluation.own_metrics import Measured, OwnMetric
-from polyak_cli.evaluation.row_counts import OnShare, follow
-from polyak_cli.evaluation.user_code import Maker
-from polyak_cli.formats.catalogue import detect, find_format
+from polyak_cli.evaluation.row_counts import OnShare, Progress, follow
+from polyak_cli.evaluation.scoring import ScoringOptions
+from polyak_cli.formats.format import Format
 from polyak_cli.storage import mirrors
 
 _StrPath = str | os.PathLike[str]
@@ -92,14 +91,8 @@ def evaluate(
     paths: _StrPath | Sequence[_StrPath],
     rows: data.Split,
     *,
-    batch_size: int = 256,
-    trust_code: bool = False,
-    model: Maker | None = None,
-    device: str | None = None,
-    metric: str | None = None,
-    key: str | None = None,
-    use_ema: bool = False,
-    progress: Callable[[float, int], None] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[ScoringOptions],
 ) -> Iterator[Score]:
     """Score model files on the same rows, one after the other.
 
@@ -118,24 +111,9 @@ def evaluate(
             output: classes (rows,) from 0, one-hot (rows, classes), or numbers to predict
             (rows, ...).  ``polyak_cli.evaluation.data.load("blobs").split()`` gives those
             of ``--data blobs``.
-        batch_size: rows at a time; changes the speed, and the results only by rounding.
-        trust_code: run the code that a file carries in a Lambda layer.
-        model: the architecture of files that hold weights only: of Keras's a whole model
-            (``.keras`` or ``.h5``), ``FILE.json`` of ``model.to_json()``, or
-            ``MODULE.py:FUNCTION``, whose function is run and returns the model.  Of others such a
-            function, which returns a ``torch.nn.Module``, alone or with its loss as ``(module,
-            loss)``, of several outputs a dict of losses; or one of a single argument, which gets
-            the tensors as a dict of arrays and returns ``predict(rows) -> outputs``, alone or with
-            a loss.  It may be the function itself, of a module or a notebook.
-        device: where PyTorch runs modules, such as ``cpu``; by default a GPU where there is one.
-        metric: "accuracy", "loss", or ``MODULE.py:FUNCTION``, whose function gets labels and
-            predictions, numpy arrays, and returns a number for each row, or one for all; more is
-            better.  Predictions are the outputs, and probabilities where a module of PyTorch gives
-            logits.
-        key: of the part of PyTorch or Orbax checkpoints that is scored, as for `average`.
-        use_ema: score the EMAs that a trainer keeps beside the weights, as for `average`.
         progress: called as rows are scored, with the number of models done and that of all; 2.25
             of 14 is a quarter of the third model.
+        **options: see `ScoringOptions`.
 
     Returns:
         An iterator with a score for each file, in the order given.
@@ -148,16 +126,7 @@ def evaluate(
         PolyakError: Keras is too old, or cannot load a model, or the model carries code; the last
             two are raised when the iterator comes to it.
     """
-    evaluator = Evaluator(
-        [rows],
-        batch_size=batch_size,
-        trust_code=trust_code,
-        model=model,
-        device=device,
-        metric=metric,
-        key=key,
-        use_ema=use_ema,
-    )
+    evaluator = Evaluator([rows], **options)
     # A single string is a sequence of strings too: of its letters.
     several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(mirrors.enter(os.fspath(path))) for path in several]
@@ -182,10 +151,10 @@ class BackEnd(Protocol):
         """
 
     def inspect_files(self, paths: Sequence[Path]) -> None:
-        """See `Evaluator.inspect_files`."""
+        """See `Evaluator.inspect_files`; the files are of one format."""
 
     def score(self, path: Path, report: OnShare | None) -> list[Score]:
-        """See `Evaluator.score`; the share is reported after each batch."""
+        """See `Evaluator.score`; the file was inspected, the share is reported after each batch."""
 
     def score_rows(self, path: Path, report: OnShare | None) -> list[RowScores]:
         """See `Evaluator.score_rows`; the share is reported after each batch."""
@@ -204,97 +173,55 @@ class Evaluator:
         metric: of the user's own; None if there is none.
     """
 
-    def __init__(
-        self,
-        splits: Sequence[data.Split],
-        *,
-        batch_size: int = 256,
-        trust_code: bool = False,
-        model: Maker | None = None,
-        device: str | None = None,
-        metric: str | None = None,
-        key: str | None = None,
-        use_ema: bool = False,
-    ) -> None:
+    def __init__(self, splits: Sequence[data.Split], **options: Unpack[ScoringOptions]) -> None:
         """Keep the rows; no file is opened yet.
 
         Args:
             splits: features and labels, as for `evaluate`.
-            batch_size: rows at a time.
-            trust_code: run the code that a file carries in a Lambda layer.
-            model: the architecture of weights files, as for `evaluate`.
-            device: where PyTorch runs modules, as for `evaluate`.
-            metric: of the user's own, as for `evaluate`.
-            key: of the part that is scored, as for `evaluate`.
-            use_ema: score the EMAs, as for `evaluate`.
+            **options: see `ScoringOptions`.
 
         Raises:
             UsageError: the batch size is out of range, or there is no such metric.
         """
-        if batch_size < 1:
-            raise UsageError(f"--batch-size {batch_size} is out of range; expected 1 or more")
-        self._splits, self._batch_size = tuple(splits), batch_size
-        self._trust_code, self._device = trust_code, device
-        self._key, self._use_ema = key or "", use_ema
-        self._model = None if model is None else user_code.name_source(model)
+        self._splits, self._how = tuple(splits), scoring.parse(options)
+        self._source = self._how.source
         self._back_ends: dict[str, BackEnd] = {}
+        self._inspected: dict[Path, BackEnd] = {}
         self._last: BackEnd | None = None
-        self.metric = None if metric is None else OwnMetric(metric)
+        self.metric = None if self._how.metric is None else OwnMetric(self._how.metric)
 
     @property
     def notes(self) -> list[str]:
         """Messages for the user about the files scored so far, each only once."""
         return [note for one in self._back_ends.values() for note in one.notes]
 
-    def _choose(self, path: Path) -> BackEnd:
+    def _choose(self, path: Path, form: Format) -> BackEnd:
         """Return the back end that can run the model of a file, made when it is first needed.
 
         Raises:
-            FormatError: the file is foreign, or no function makes its model.
+            FormatError: no function makes its model.
         """
         # Imported here: the back ends make the results that are defined above.
-        form = find_format("keras_zip" if path.suffix == ".keras" else detect(find_file(path)))
-        is_keras = bool(form.keras_layout) or form.key == "weights_json"
-        if is_keras and not self._takes_tensors:
+        if frameworks.is_of_keras(form) and not self._takes_tensors:
             from polyak_cli.evaluation.keras_files import refuse_parts
             from polyak_cli.evaluation.keras_models import KerasModels
 
-            if self._key or self._use_ema:
+            if self._how.key or self._how.use_ema:
                 refuse_parts(path, form)
             if "keras" not in self._back_ends:
-                self._back_ends["keras"] = KerasModels(
-                    self._splits, self._batch_size, self._trust_code, self._model
-                )
+                self._back_ends["keras"] = KerasModels(self._splits, self._how)
             return self._back_ends["keras"]
-        if self._model is None:
-            raise FormatError(
-                f"{shown(path)}: is {form.name}, which holds tensors without a model; name a "
-                "function that returns it, such as a torch.nn.Module: --model MODULE.py:FUNCTION"
-            )
+        if self._source is None:
+            frameworks.refuse_missing_model(path, form)
         from polyak_cli.evaluation.named_models import NamedModels
 
         if "named" not in self._back_ends:
-            self._back_ends["named"] = NamedModels(
-                self._splits,
-                self._batch_size,
-                self._model,
-                self._device,
-                key=self._key,
-                use_ema=self._use_ema,
-            )
+            self._back_ends["named"] = NamedModels(self._splits, self._how, self._source)
         return self._back_ends["named"]
 
     @functools.cached_property
     def _takes_tensors(self) -> bool:
-        """Whether the model is a function of the tensors, which serves files of every format."""
-        if self._model is None or not user_code.is_function(self._model):
-            return False
-        # Imported here, as `_choose` imports the back ends.
-        from polyak_cli.evaluation.architectures import EXPECTED
-        from polyak_cli.evaluation.keras_files import choose_back_end
-
-        choose_back_end()  # the file of the function may import Keras
-        return user_code.find_function(self._model, EXPECTED).count_arguments() == 1
+        return frameworks.takes_tensors(self._source)
 
     def inspect_files(self, paths: Sequence[Path]) -> None:
         """Inspect files in separate processes, several at a time, before the first is loaded.
@@ -305,12 +232,19 @@ class Evaluator:
         Raises:
             FormatError: a file is damaged or foreign, or holds weights without an architecture.
         """
-        groups: dict[int, tuple[BackEnd, list[Path]]] = {}
+        groups: dict[tuple[int, str], list[Path]] = {}
         for path in paths:
-            back_end = self._choose(path)
-            groups.setdefault(id(back_end), (back_end, []))[1].append(path)
-        for back_end, own in groups.values():
-            back_end.inspect_files(own)
+            form = frameworks.recognise(path)
+            self._inspected[path] = self._choose(path, form)
+            groups.setdefault((id(self._inspected[path]), form.key), []).append(path)
+        for own in groups.values():
+            self._inspected[own[0]].inspect_files(own)
+
+    def _take(self, path: Path) -> BackEnd:
+        """Return the back end that has inspected a file."""
+        if path not in self._inspected:
+            self.inspect_files([path])
+        return self._inspected.pop(path)
 
     def score(self, path: Path, report: OnShare | None = None) -> list[Score]:
         """Return the score of a file on each split; arguments and errors as of `score_rows`."""
@@ -318,7 +252,7 @@ class Evaluator:
         if self.metric is not None:
             return summarise(path, self._splits, self.score_rows(path, report))
         with _reporting_ends(report):
-            return self._choose(path).score(path, report)
+            return self._take(path).score(path, report)
 
     def score_rows(self, path: Path, report: OnShare | None = None) -> list[RowScores]:
         """Return the result of a file on each split, in total and row by row.
@@ -334,7 +268,7 @@ class Evaluator:
         """
         path = Path(mirrors.enter(os.fspath(path)))
         self._last = None  # an error leaves no model behind to score predictions of
-        back_end = self._choose(path)
+        back_end = self._take(path)
         with _reporting_ends(report):
             found = back_end.score_rows(path, report)
         self._last = back_end

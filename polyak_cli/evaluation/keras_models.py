@@ -7,7 +7,6 @@ averaging, and leaves the question of what a file may contain to `formats`.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,10 +45,10 @@ from polyak_cli.evaluation.losses import (
 )
 from polyak_cli.evaluation.quiet import silence_frameworks
 from polyak_cli.evaluation.row_counts import OnShare, RowCounter
+from polyak_cli.evaluation.scoring import Scoring
 from polyak_cli.storage import mirrors
 
 _Result = TypeVar("_Result")
-_StrPath = str | os.PathLike[str]
 
 
 class KerasModels:
@@ -59,20 +58,13 @@ class KerasModels:
         notes: messages for the user about the files scored so far, each only once.
     """
 
-    def __init__(
-        self,
-        splits: Sequence[data.Split],
-        batch_size: int,
-        trust_code: bool,
-        model: _StrPath | None,
-    ) -> None:
-        """Keep the rows; the arguments and errors are those of `evaluator.Evaluator`."""
+    def __init__(self, splits: Sequence[data.Split], how: Scoring) -> None:
+        """Keep the rows; the errors are those of `evaluator.Evaluator`."""
         require_keras("polyak evaluate")
         self.notes: list[str] = []
         self._splits = tuple(splits)
-        self._batch_size = batch_size
-        self._trust_code = trust_code
-        self._weights_of = Architecture(os.fspath(model), trust_code=trust_code) if model else None
+        self._how, source = how, how.source
+        self._weights_of = Architecture(source, trust_code=how.trust_code) if source else None
         self._described: dict[Path, Description] = {}
         self._compiled: _CompiledModel | None = None
         self._reportable: list[_Reportable] = []
@@ -123,7 +115,7 @@ class KerasModels:
         compiled = self._compiled
         assert compiled is not None  # noqa: S101 - `shapes` says so
         return [
-            compiled.score_predictions(part, array, one, self._batch_size)
+            compiled.score_predictions(part, array, one, self._how.batch_size)
             for part, array, one in zip(compiled.parts, predictions, self._reportable, strict=True)
         ]
 
@@ -134,9 +126,6 @@ class KerasModels:
         counter: RowCounter,
     ) -> tuple[list[_Result], tuple[str, ...]]:
         """Load a file and measure its model on each split; return the results and notes."""
-        path = Path(mirrors.enter(os.fspath(path)))
-        if path not in self._described:
-            self.inspect_files([path])
         description = self._described.pop(path)
         with silence_frameworks():
             keras = import_keras("polyak evaluate")
@@ -148,7 +137,7 @@ class KerasModels:
             results = []
             for part in compiled.parts:
                 with reword_keras_errors(path, f"cannot score it on {part.source}", held_back):
-                    results.append(measure(compiled, part, self._batch_size, counter))
+                    results.append(measure(compiled, part, self._how.batch_size, counter))
         self._compiled = compiled
         notes = (*compiled.notes, *warned, *mirrors.describe_fetched(str(path)))
         self.notes += [note for note in notes if note not in self.notes]
@@ -176,7 +165,7 @@ class KerasModels:
         else:
             with mirrors.fetched([str(path)]) as local:
                 model = keras.saving.load_model(
-                    local, compile=False, safe_mode=not self._trust_code
+                    local, compile=False, safe_mode=not self._how.trust_code
                 )
         compiled = _CompiledModel.compile(keras, path, model, said, self._splits)
         return replace(compiled, description=description)

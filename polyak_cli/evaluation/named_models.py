@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak_cli.checkpoints import find_file
 from polyak_cli.errors import MissingExtraError, UsageError, shown
 from polyak_cli.evaluation import data, user_code, weights
 from polyak_cli.evaluation.batchnorm import Moments
@@ -24,7 +23,7 @@ from polyak_cli.evaluation.outputs import Outputs, OwnLosses, read_losses
 from polyak_cli.evaluation.passes import Function, Predictor
 from polyak_cli.evaluation.quiet import silence_frameworks
 from polyak_cli.evaluation.row_counts import OnShare, RowCounter
-from polyak_cli.formats.catalogue import detect
+from polyak_cli.evaluation.scoring import Scoring
 from polyak_cli.storage import mirrors
 from polyak_cli.tensors import Table
 
@@ -41,16 +40,7 @@ class NamedModels:
         notes: messages for the user about the files scored so far, each only once.
     """
 
-    def __init__(
-        self,
-        splits: Sequence[data.Split],
-        batch_size: int,
-        source: str,
-        device: str | None,
-        *,
-        key: str = "",
-        use_ema: bool = False,
-    ) -> None:
+    def __init__(self, splits: Sequence[data.Split], how: Scoring, source: str) -> None:
         """Find the function; it is called when the first checkpoint is scored.
 
         Raises:
@@ -59,10 +49,7 @@ class NamedModels:
         """
         self.notes: list[str] = []
         self._splits = tuple(splits)
-        self._batch_size = batch_size
-        self._device = device
-        self._key, self._use_ema = key, use_ema
-        self._source = source
+        self._how, self._source = how, source
         if not user_code.is_function(source):
             raise UsageError(f"--model {shown(source)}: {EXPECTED}")
         self._maker = user_code.find_function(source, EXPECTED)
@@ -78,12 +65,8 @@ class NamedModels:
 
     def inspect_files(self, paths: Sequence[Path]) -> None:
         """See `evaluator.Evaluator.inspect_files`."""
-        by_format: dict[str, list[Path]] = {}
-        for path in paths:
-            by_format.setdefault(detect(find_file(path)), []).append(path)
-        for group in by_format.values():
-            found = weights.describe(group, key=self._key, use_ema=self._use_ema)
-            self._described.update(zip(group, found, strict=True))
+        found = weights.describe(paths, key=self._how.key, use_ema=self._how.use_ema)
+        self._described.update(zip(paths, found, strict=True))
 
     def score(self, path: Path, report: OnShare | None) -> list[Score]:
         """See `evaluator.Evaluator.score`."""
@@ -91,9 +74,6 @@ class NamedModels:
 
     def score_rows(self, path: Path, report: OnShare | None) -> list[RowScores]:
         """See `evaluator.Evaluator.score_rows`."""
-        path = Path(mirrors.enter(str(path)))
-        if path not in self._described:
-            self.inspect_files([path])
         held = self._described.pop(path)
         self._passes = []
         counter = RowCounter(report, sum(split.rows for split in self._splits))
@@ -105,7 +85,7 @@ class NamedModels:
                 what = f"the model with the weights of {shown(path)} failed on {split.source}"
                 with self._maker.running(what):
                     made = Outputs(predictor, own, split, str(path))
-                    made.run(self._batch_size, counter)
+                    made.run(self._how.batch_size, counter)
                 self._passes.append(made)
         said = (*notes, *warned, *mirrors.describe_fetched(str(path)))
         self.notes += [note for note in said if note not in self.notes]
@@ -115,7 +95,7 @@ class NamedModels:
     def score_predictions(self, predictions: Sequence[data.Array]) -> list[RowScores]:
         """See `evaluator.Evaluator.score_predictions`."""
         pairs = zip(predictions, self._passes, strict=True)
-        return [made.run_given(array, self._batch_size) for array, made in pairs]
+        return [made.run_given(array, self._how.batch_size) for array, made in pairs]
 
     def _load(self, held: weights.Weights) -> tuple[Predictor, OwnLosses, Sequence[str]]:
         """Return what predicts with the tensors of a checkpoint, its loss if it has one, and notes.
@@ -126,11 +106,11 @@ class NamedModels:
         """
         if self._takes_weights:
             returned = self._maker.call(weights.read_arrays(held))
-            predictor, own = recognise(self._source, returned, held.path, self._device)
+            predictor, own = recognise(self._source, returned, held.path, self._how.device)
             return predictor, own, ()
         if self._made is None:
             require_torch(self._maker.path)
-            self._made = recognise(self._source, self._maker.call(), held.path, self._device)
+            self._made = recognise(self._source, self._maker.call(), held.path, self._how.device)
         predictor, own = self._made
         if isinstance(predictor, Function):
             raise UsageError(

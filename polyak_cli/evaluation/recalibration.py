@@ -35,11 +35,11 @@ from polyak_cli.errors import FormatError, MismatchError, OutputError, shown
 from polyak_cli.evaluation import data, named_models, user_code, weights
 from polyak_cli.evaluation.architectures import Architecture
 from polyak_cli.evaluation.batchnorm import Moments, check_rows, gather_moments
+from polyak_cli.evaluation.frameworks import is_of_keras
 from polyak_cli.evaluation.keras_files import check_model, refuse_parts
 from polyak_cli.evaluation.user_code import Maker
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
-from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.model_folders import FolderFiles
 from polyak_cli.storage import Bytes, mirrors, publishing
 from polyak_cli.storage.local import LocalOutput
@@ -200,7 +200,7 @@ def check_recalibration(table: Table, output: Path | None, how: Gathering) -> No
         PolyakError: Keras is missing or too old, or PyTorch is missing.
     """
     check_rows(how.rows, how.batch_size)
-    if not _is_of_keras(table):
+    if not is_of_keras(find_format(table.format)):
         _check_named(table, how.architecture)
         named_models.check_device(how.device)
     elif how.key or how.use_ema:
@@ -214,11 +214,6 @@ def check_recalibration(table: Table, output: Path | None, how: Gathering) -> No
             f"{shown(output)}: would not be a {find_format(table.format).name} file; give the "
             f"output the same suffix as {shown(table.path)}"
         )
-
-
-def _is_of_keras(table: Table) -> bool:
-    """Return whether Keras opens a file: a whole model, or weights."""
-    return bool(find_format(table.format).keras_layout) or WEIGHTS_SUFFIX in table.rules.suffixes
 
 
 def _check_named(table: Table, architecture: str | None) -> None:
@@ -296,7 +291,7 @@ def _gather(table: Table, name: Path, how: Gathering) -> Moments:
         name: of the model in messages.
         how: the statistics are gathered.
     """
-    if how.architecture is None or _is_of_keras(table):
+    if how.architecture is None or is_of_keras(find_format(table.format)):
         return gather_moments(
             replace(table, path=name),
             how.rows,

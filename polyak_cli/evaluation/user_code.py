@@ -16,10 +16,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TypeAlias
 
 from polyak_cli.errors import PolyakError, UsageError, shown
 from polyak_cli.evaluation.quiet import silence_frameworks
+from polyak_cli.storage.local import open_local
 
 #: What makes a model: a file, MODULE.py:FUNCTION, or in Python the function itself.
 Maker: TypeAlias = str | os.PathLike[str] | Callable[..., object]
@@ -144,8 +146,23 @@ def _import_module(source: str, module: str, expected: str) -> object:
     ) from failed
 
 
+#: Files of the user that were imported: path -> their text, and the module.
+_modules: dict[Path, tuple[bytes, ModuleType]] = {}
+
+
 def _import_file(path: Path) -> object:
-    """Import a file of the user."""
+    """Import a file of the user, unless it was imported before and has the same text still."""
+    with open_local(path) as file, file.stream() as stream:
+        place, text = path.resolve(), stream.read()
+    known, module = _modules.get(place, (b"", None))
+    if module is None or known != text:
+        module = _execute_file(path)
+        _modules[place] = text, module
+    sys.modules[module.__name__] = module  # another file may have had its name since
+    return module
+
+
+def _execute_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(_name_module(path), path)
     if spec is None or spec.loader is None:
         raise ImportError("it is not a Python file")

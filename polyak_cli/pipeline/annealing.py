@@ -10,13 +10,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.evaluation import data
 from polyak_cli.evaluation.candidates import Candidate, ScoredCandidate, list_candidates
 from polyak_cli.evaluation.evaluator import Evaluator, RowScores
 from polyak_cli.evaluation.forecast import WINDOW, Forecast, forecast_sweep
-from polyak_cli.evaluation.user_code import Maker
+from polyak_cli.evaluation.scoring import ScoringOptions
 from polyak_cli.pipeline.sweeping import CandidateScorer
 from polyak_cli.storage import File
 
@@ -28,26 +29,11 @@ class Forecaster:
 
     Args:
         rows: what they are scored on.
-        trust_code: run code that a model file contains.
-        model: the architecture of checkpoints that hold weights only, as for `evaluate`.
-        device: where PyTorch runs modules, as for `evaluate`.
-        key: of the part that is scored, as for `evaluate`.
-        use_ema: score the EMAs, as for `evaluate`.
+        **options: see `ScoringOptions`.
     """
 
-    def __init__(
-        self,
-        rows: data.Split,
-        *,
-        trust_code: bool = False,
-        model: Maker | None = None,
-        device: str | None = None,
-        key: str | None = None,
-        use_ema: bool = False,
-    ) -> None:
-        self._evaluator = Evaluator(
-            [rows], trust_code=trust_code, model=model, device=device, key=key, use_ema=use_ema
-        )
+    def __init__(self, rows: data.Split, **options: Unpack[ScoringOptions]) -> None:
+        self._evaluator = Evaluator([rows], **options)
         self._scored: dict[tuple[File, ...], Mapping[str, RowScores]] = {}
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from polyak_cli.averaging.notebook import write_html
 from polyak_cli.averaging.schemes import Mean, is_signed, make_mean
 from polyak_cli.checkpoints import WEIGHTS_SUFFIXES
 from polyak_cli.errors import MismatchError, UsageError, name_path, shown, word_count
-from polyak_cli.evaluation import data, recalibration
+from polyak_cli.evaluation import data, recalibration, scoring
 from polyak_cli.evaluation.candidates import (
     Candidate,
     ScoredCandidate,
@@ -42,7 +42,6 @@ from polyak_cli.evaluation.evaluator import Evaluator, RowScores
 from polyak_cli.evaluation.forecast import Forecast, forecast_sweep
 from polyak_cli.evaluation.row_counts import OnShare, Progress, follow
 from polyak_cli.evaluation.soups import SEARCHES
-from polyak_cli.evaluation.user_code import Maker
 
 #: Schemes of the tutorial and their relatives, as `--schemes` takes them.
 SCHEMES = "equal,linear,exp:1,exp:2,exp:5,ema:0.9,power:0.1"
@@ -229,12 +228,7 @@ def sweep(
     force: bool = False,
     recalibrate: data.Split | None = None,
     scratch: Path | None = None,
-    batch_size: int = 256,
-    trust_code: bool = False,
-    model: Maker | None = None,
-    device: str | None = None,
-    metric: str | None = None,
-    progress: Callable[[float, int], None] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Sweep:
     """Score every single checkpoint, window and scheme of a run.
@@ -255,32 +249,26 @@ def sweep(
         recalibrate: rows on which the statistics of BatchNorm are gathered again for every
             average.  Single checkpoints keep theirs.
         scratch: the folder for temporary averages.
-        batch_size: rows that are scored at a time.
-        trust_code: run code that a model file contains.
-        model: the architecture of checkpoints that hold weights only, as for `evaluator.evaluate`.
-        device: where PyTorch runs modules, as for `evaluator.evaluate`.
-        metric: what chooses the winner, as for `evaluator.evaluate`; by default accuracy where
-            labels are classes, else loss.
         progress: called as rows are scored, with the number of models done and that of all; 2.25
             of 14 is a quarter of the third model.  A search adds models as it goes.
-        **options: options of `planning.plan`; ``key`` and ``use_ema`` choose what is scored too.
+        **options: those of `planning.plan`, and of `ScoringOptions`: ``key`` and ``use_ema`` choose
+            what is averaged and scored; ``metric`` also chooses the winner, by default accuracy
+            where labels are classes, else loss.
 
     Raises:
         UsageError: windows, schemes, searches or splits are not valid.
         PolyakError: as for `planning.plan` and `evaluator.Evaluator`.
     """
     _check_arguments(batch, search, options.get("engine", "here"))
-    how: Any = {"batch_size": batch_size, "trust_code": trust_code, "model": model}
-    if recalibrate is not None:
-        options |= {"recalibrate": recalibrate, "device": device, **how}
+    how: Any = {key: value for key, value in options.items() if key in scoring.KEYS}
+    options = _choose_averaging(options, recalibrate)
     whole: Any = {**options, "force": force}
     plan = pipeline.make_plan(sources, write_best, whole, has_skip="on_unhealthy" in options)
     wanted = list_candidates(
         plan.positions, parse_windows(windows, len(plan.checkpoints)), parse_schemes(chosen)
     )
     splits = _divide_rows(rows, select_on, seed)
-    part: Any = {one: options.get(one) for one in ("key", "use_ema")}
-    evaluator = Evaluator([*splits.values()], **how, **part, device=device, metric=metric)
+    evaluator = Evaluator([*splits.values()], **how)
     # What cannot be scored is refused before anything is written.
     evaluator.inspect_files([checkpoint.path for checkpoint in plan.checkpoints])
     # A hidden folder, which searches for checkpoints do not enter.
@@ -308,6 +296,17 @@ def sweep(
         digests=tuple(records.hash_files(table.files) for table in plan.tables),
         notes=(*plan.notes, *rows.notes, *scorer.collect_notes()),
     )
+
+
+#: Options of scoring that an average takes where it is recalibrated, as its model is run then.
+_RUNNING = frozenset(("batch_size", "trust_code", "model", "device"))
+
+
+def _choose_averaging(options: Mapping[str, Any], rows: data.Split | None) -> dict[str, Any]:
+    """Return the options of a sweep that are those of its averages, recalibrated on rows or not."""
+    left_out = {"metric"} if rows is not None else {"metric", *_RUNNING}
+    chosen = {key: value for key, value in options.items() if key not in left_out}
+    return chosen if rows is None else {**chosen, "recalibrate": rows}
 
 
 def choose_suffix(plan: planning.Plan) -> str:
@@ -352,8 +351,7 @@ def find_recipe(
     ]
     own = {key: value for key, value in options.items() if key not in _CHOOSING}
     if len(members) == 1:  # a single checkpoint was scored with its own statistics
-        for key in ("recalibrate", "batch_size", "trust_code", "model", "device"):
-            own.pop(key, None)
+        own = {key: value for key, value in own.items() if key not in {"recalibrate", *_RUNNING}}
     else:
         own["coefficients"] = [multiplier for _, multiplier in members]
     return Recipe([path for path, _ in members], own)

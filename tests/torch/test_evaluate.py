@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from polyak_cli import average, compare, evaluate, recalibrate, sweep
 from polyak_cli.errors import MismatchError, PolyakError, UsageError
-from polyak_cli.evaluation import data
+from polyak_cli.evaluation import data, frameworks
 from polyak_cli.evaluation.evaluator import Evaluator
 from tests.command import polyak
 from tests.test_guide import GUIDE, find_blocks, run
@@ -90,6 +90,52 @@ def test_the_ema_is_scored_where_it_is_asked_for(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "b.pt")
     with pytest.raises(PolyakError, match="has no running mean of its weights"):
         evaluate(tmp_path / "b.pt", ROWS, model=source, use_ema=True)
+
+
+def test_a_file_of_the_user_is_imported_once_until_it_changes(tmp_path: Path) -> None:
+    """For its rows, its model and its metric; with another text it is imported again."""
+    torch.save(make_net().state_dict(), tmp_path / "a.pt")
+    code = f"""{NET}
+from pathlib import Path
+with open({str(tmp_path / "seen")!r}, "a") as file:
+    file.write("1")
+
+def rows():
+    return [[0.5] * 4] * 3, [0, 1, 2]
+
+def sure(labels, predictions):
+    return predictions.max(1)
+"""
+    source = write_code(tmp_path, code)
+    rows = data.load(f"{source}:rows").split()
+    list(evaluate(tmp_path / "a.pt", rows, model=f"{source}:make", metric=f"{source}:sure"))
+    assert (tmp_path / "seen").read_text() == "1"
+    write_code(tmp_path, f"{code}\nCHANGED = True\n")
+    list(evaluate(tmp_path / "a.pt", rows, model=f"{source}:make"))
+    assert (tmp_path / "seen").read_text() == "11"
+
+
+def test_the_format_of_a_checkpoint_is_detected_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is scored; a file that was scored may be another one the next time."""
+    torch.save(make_net().state_dict(), tmp_path / "a.pt")
+    seen: list[Path] = []
+    recognise = frameworks.recognise
+
+    def look(path: Path) -> Any:
+        seen.append(path)
+        return recognise(path)
+
+    monkeypatch.setattr(frameworks, "recognise", look)
+    evaluator = Evaluator([ROWS], model=f"{write_code(tmp_path)}:make")
+    evaluator.inspect_files([tmp_path / "a.pt"])
+    evaluator.score(tmp_path / "a.pt")
+    assert len(seen) == 1
+    evaluator.score_rows(tmp_path / "a.pt")
+    assert len(seen) == 2
+    with pytest.raises(TypeError, match="unknown option modle"):
+        Evaluator([ROWS], modle="net.py:make")  # type: ignore[call-arg]
 
 
 def save_with_ema(state: Mapping[str, Any], path: Path) -> None:
