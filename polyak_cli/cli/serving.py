@@ -28,8 +28,6 @@ FRAMEWORKS: Mapping[str, Mapping[str, str]] = {
     "TensorFlow": {"tf_bundle": ".index"},
     "numpy": {"npz": ".npz"},
 }
-#: Those that `recalibrate` runs as a module of PyTorch, and writes with its statistics.
-RECALIBRATED = ("torch_zip", "torch_shards", "torch_dcp", "safetensors")
 
 
 def _list_frameworks(left_out: str = "") -> str:

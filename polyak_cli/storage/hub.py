@@ -61,11 +61,6 @@ def split_revision(bucket: str) -> tuple[str, str]:
     return name, revision or "main"
 
 
-def is_pinned(url: Url) -> bool:
-    """Return whether a URL names a commit."""
-    return bool(_COMMIT.fullmatch(split_revision(url.bucket)[1]))
-
-
 def pin(url: Url) -> tuple[Url, int]:
     """Return a URL with the commit in place of its revision, and the commit's time in ns.
 

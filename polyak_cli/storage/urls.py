@@ -97,9 +97,3 @@ def parse(text: str) -> Url | None:
     if not bucket or set(bucket) & set("*?[\\\0"):
         raise UsageError(f"{shown(text)}: expected the name of a bucket after {scheme}://")
     return Url(scheme, bucket, key, user, query)
-
-
-def is_url(text: str) -> bool:
-    """Return whether a text is a URL, of whatever scheme, rather than the name of a file."""
-    found = _URL.match(text)
-    return found is not None and len(found[2]) == 2

@@ -7,7 +7,6 @@ believed: types, shapes, blocks and names of files are checked here.  Opens no p
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Never
@@ -327,11 +326,3 @@ def _find_overlap(blocks: Sequence[Block]) -> tuple[int, ...] | None:
         if len(common):
             return tuple(int(n) for n in starts[k + 1 + common[0]])
     return None
-
-
-def is_metadata(head: bytes, name: str) -> bool:
-    """Tell whether a file is a checkpoint's metadata, by its first 512 bytes and its name."""
-    known = (_MODULE.encode(), _MEGATRON.encode())
-    return head.startswith(b"\x80") and (
-        os.path.basename(name) == ".metadata" or any(one in head for one in known)  # noqa: PTH119
-    )
