@@ -1,7 +1,7 @@
 """What every store must do, whatever it keeps its bytes in.
 
-A store's tests inherit `StoreContract`, or `ReadContract` if nothing is written through it, and say
-how to put bytes under a name and how to look at what is there, both without the code under test.
+A store's tests inherit `StoreContract`, and say how to put bytes under a name, without the code
+under test.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polyak_cli.errors import FormatError, OutputError
+from polyak_cli.errors import FormatError
 from polyak_cli.storage import Bytes, Store
 
 CONTENT = bytes(range(256)) * 40
 
 
-class ReadContract(ABC):
+class StoreContract(ABC):
     """What must hold of inputs; see the module."""
 
     @pytest.fixture
@@ -98,49 +98,3 @@ class ReadContract(ABC):
             store.open(f"{root}/a", seen) as file,
         ):
             file.read(0, 3)
-
-    def test_names_are_listed_in_order(self, store: Store, root: str) -> None:
-        """What lies directly under a prefix is listed, sorted by name."""
-        for name in ("b", "a", "c"):
-            self.put(f"{root}/{name}", b"")
-        assert [*store.list(root)] == [f"{root}/a", f"{root}/b", f"{root}/c"]
-
-
-class StoreContract(ReadContract):
-    """What must hold of inputs and outputs; see the module."""
-
-    @abstractmethod
-    def contents(self, root: str) -> dict[str, bytes]:
-        """Return every name under a prefix, hidden ones too, with its bytes."""
-
-    def test_an_output_appears_whole(self, store: Store, root: str) -> None:
-        """Until the block ends nothing has the name; then all of it is there, and nothing else."""
-        with store.create(f"{root}/out", force=False) as hidden:
-            hidden.write_bytes(CONTENT[:100])
-            assert f"{root}/out" not in self.contents(root)
-            hidden.write_bytes(CONTENT)
-        assert self.contents(root) == {f"{root}/out": CONTENT}
-
-    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-    def test_a_failed_output_leaves_nothing(
-        self, store: Store, root: str, error: type[BaseException]
-    ) -> None:
-        """After any exception, an interrupt too, the old content is untouched."""
-        self.put(f"{root}/out", b"old")
-        with pytest.raises(error), store.create(f"{root}/out", force=True) as hidden:
-            hidden.write_bytes(b"half")
-            raise error
-        assert self.contents(root) == {f"{root}/out": b"old"}
-
-    def test_an_existing_name_is_kept_without_force(self, store: Store, root: str) -> None:
-        """A name that was taken meanwhile is an error; with ``force`` it is replaced."""
-        with (
-            pytest.raises(OutputError, match="/out: already exists; use --force"),
-            store.create(f"{root}/out", force=False) as hidden,
-        ):
-            hidden.write_bytes(b"new")
-            self.put(f"{root}/out", b"somebody else's")
-        assert self.contents(root) == {f"{root}/out": b"somebody else's"}
-        with store.create(f"{root}/out", force=True) as hidden:
-            hidden.write_bytes(b"new")
-        assert self.contents(root) == {f"{root}/out": b"new"}

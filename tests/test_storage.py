@@ -37,10 +37,6 @@ class TestLocalStore(StoreContract):
         beside.write_bytes(content)
         beside.rename(key)
 
-    def contents(self, root: str) -> dict[str, bytes]:
-        """Return all files of a folder."""
-        return {str(path): path.read_bytes() for path in Path(root).iterdir()}
-
     @pytest.mark.parametrize("kind", ["folder", "fifo", "device"])
     def test_only_regular_files_are_opened(self, store: Store, root: str, kind: str) -> None:
         """A folder, a FIFO without a writer and a device are refused at once."""

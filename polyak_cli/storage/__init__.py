@@ -8,8 +8,7 @@ Objects become paths at the door (see `mirrors`), so that only this package know
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, Self
 
@@ -136,7 +135,7 @@ class OutputFile(Protocol):
 
 
 class Store(Protocol):
-    """A place of named bytes.  Names are texts, as a URL is no path."""
+    """A place from which inputs are read.  Names are texts, as a URL is no path."""
 
     def open(self, key: str, version: Version | None = None) -> InputFile:
         """Open an input.
@@ -148,24 +147,6 @@ class Store(Protocol):
         Raises:
             FormatError: it is missing, no regular file, unreadable, or another version; the
                 message names it.
-        """
-
-    def list(self, prefix: str) -> Iterator[str]:
-        """Yield the names of what lies directly under a prefix, sorted."""
-
-    def create(
-        self, key: str, *, force: bool, folder: Callable[[Path], Collection[str]] | None = None
-    ) -> AbstractContextManager[Path]:
-        """Yield a hidden place that takes the name when the block ends well; see `publishing`.
-
-        Args:
-            key: the name.
-            force: replace what has the name already.
-            folder: make a folder of files instead of a file; it returns which files of an older
-                folder may be replaced.
-
-        Raises:
-            OutputError: it cannot be written, or the name was taken and ``force`` is not given.
         """
 
 

@@ -11,9 +11,7 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -223,19 +221,6 @@ class LocalStore:
             os.close(descriptor)
             raise
         return LocalInput(key, descriptor, found)
-
-    def list(self, prefix: str) -> Iterator[str]:
-        """See `storage.Store.list`."""
-        with os.scandir(prefix) as entries:
-            yield from sorted(entry.path for entry in entries)
-
-    def create(
-        self, key: str, *, force: bool, folder: Callable[[Path], Collection[str]] | None = None
-    ) -> AbstractContextManager[Path]:
-        """See `storage.Store.create`."""
-        from polyak_cli.storage.publishing import publish
-
-        return publish(Path(key), force=force, folder=folder)
 
 
 def open_local(path: str | os.PathLike[str], version: Version | None = None) -> LocalInput:

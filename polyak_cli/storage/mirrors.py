@@ -14,8 +14,7 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -463,13 +462,3 @@ class MirrorStore:
 
         local = LocalStore().open(key)
         return MirroredInput(key, _mirror.client, found, local, lambda: _heads_only)
-
-    def list(self, prefix: str) -> Iterator[str]:
-        """See `storage.Store.list`."""
-        return LocalStore().list(prefix)
-
-    def create(
-        self, key: str, *, force: bool, folder: Callable[[Path], Collection[str]] | None = None
-    ) -> AbstractContextManager[Path]:
-        """See `storage.Store.create`."""
-        return LocalStore().create(key, force=force, folder=folder)

@@ -18,9 +18,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Self, TypeVar
@@ -32,7 +31,6 @@ from polyak_cli.errors import (
     ChangedError,
     FormatError,
     MissingExtraError,
-    OutputError,
     PolyakError,
     StoreError,
     redact,
@@ -745,7 +743,9 @@ class ObjectStore:
 
     def open(self, key: str, version: Version | None = None) -> ObjectInput:
         """See `storage.Store.open`; a version that is given is not looked for, but demanded."""
-        url = _require_url(key)
+        url = urls.parse(key)
+        if url is None:
+            raise FormatError(f"{shown(key)}: is not a URL")
         try:
             if version is None:
                 found = find(url)
@@ -755,27 +755,3 @@ class ObjectStore:
             return ObjectInput(url, version)
         except FormatError as error:
             raise type(error)(f"{url}: {error}") from None
-
-    def list(self, prefix: str) -> Iterator[str]:
-        """See `storage.Store.list`."""
-        url = _require_url(prefix)
-        objects, folders = list_beside(url)
-        names = sorted([one.key for one in objects] + folders)
-        yield from (str(url._replace(key=name)) for name in names)
-
-    def create(
-        self,
-        key: str,
-        *,
-        force: bool,  # noqa: ARG002 (the protocol's)
-        folder: Callable[[Path], Collection[str]] | None = None,  # noqa: ARG002 (the protocol's)
-    ) -> AbstractContextManager[Path]:
-        """Refuse: outputs are written under the name of a stand-in, and uploaded from there."""
-        raise OutputError(f"{shown(key)}: cannot be written from here")
-
-
-def _require_url(text: str) -> Url:
-    url = urls.parse(text)
-    if url is None:
-        raise FormatError(f"{shown(text)}: is not a URL")
-    return url

@@ -6,6 +6,7 @@ This process uses obstore, so that nothing here may fork; see `test_reading`.
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from polyak_cli.errors import StoreError
 from polyak_cli.storage import Store, mirrors, objects, urls
 from tests.command import environment
 from tests.remote.servers import S3Bucket
-from tests.storage_contract import ReadContract
+from tests.storage_contract import StoreContract
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def _environ(bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     objects._connect.cache_clear()
 
 
-class TestObjects(ReadContract):
+class TestObjects(StoreContract):
     """Objects, as a worker reads them that does not fork."""
 
     @pytest.fixture
@@ -49,7 +50,7 @@ class TestObjects(ReadContract):
         self.bucket.put(key.removeprefix(f"{self.bucket.url}/"), content)
 
 
-class TestStandIns(ReadContract):
+class TestStandIns(StoreContract):
     """Objects, as processes read them that fork: through the gateway."""
 
     @pytest.fixture
@@ -164,7 +165,7 @@ def test_an_object_that_is_gone_from_the_listing_is_not_found(bucket: S3Bucket) 
     bucket.put("run/a", b"a")
     bucket.put("run/b", b"b")
     folder = mirrors.enter(f"{bucket.url}/run/")
-    assert [*mirrors.MirrorStore().list(folder)] == [f"{folder}/a", f"{folder}/b"]
+    assert sorted(os.listdir(folder)) == ["a", "b"]
     bucket.delete("run/a")
     mirrors.enter(f"{bucket.url}/run/")
-    assert [*mirrors.MirrorStore().list(folder)] == [f"{folder}/b"]
+    assert os.listdir(folder) == ["b"]
