@@ -87,9 +87,9 @@ def test_the_help_texts_have_the_defaults_that_are_used() -> None:
 
 def test_the_record_has_the_options_that_decide_values() -> None:
     """An average can be computed again from its record alone."""
-    recorded = {*records._OPTIONS, *records._YOUNGER_OPTIONS}
+    recorded = {*records._OPTIONS, *records.YOUNGER_OPTIONS}
     assert {one.name for one in fields(Tensors)} == recorded
-    for key, (_, default) in records._YOUNGER_OPTIONS.items():
+    for key, (_, default) in records.YOUNGER_OPTIONS.items():
         kept = getattr(Tensors(), key)
         assert (list(kept) if isinstance(kept, tuple) else kept) == default, key
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from polyak_cli import average, plan, verify
-from polyak_cli.averaging import records
+from polyak_cli.averaging import provenance
 from polyak_cli.averaging.schemes import coefficients, gamma
 from polyak_cli.averaging.schemes.posthoc import combine
 from polyak_cli.errors import CheckpointError, PolyakError, UsageError
@@ -169,7 +169,7 @@ def test_snapshots_are_combined_by_their_names(folder: Path) -> None:
     assert found["parameters"] == {"sigma": 0.15}
     assert found["sum_of_absolutes"] > 1
     assert any("are off those of an EMA of sigma 0.15 at step 80 by" in n for n in report.notes)
-    inputs = records.make_record(report.plan)["inputs"]
+    inputs = provenance.make_record(report.plan)["inputs"]
     assert [(one["step"], one["sigma"]) for one in inputs[:3]] == [
         (20, 0.05),
         (20, 0.1),

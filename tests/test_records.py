@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from polyak_cli import average, inspect
-from polyak_cli.averaging import records
+from polyak_cli.averaging import hashing
 from polyak_cli.checkpoints import folders
 from polyak_cli.errors import FormatError
 from polyak_cli.storage import File, Version
@@ -62,7 +62,7 @@ def test_a_sampled_digest_is_what_the_readme_defines(tmp_path: Path, sizes: list
         path = tmp_path / f"part_{k}"
         path.write_bytes(content)
         files.append(scanned(path))
-    assert records.compute_sampled_digest(files) == expected_digest(contents)
+    assert hashing.compute_sampled_digest(files) == expected_digest(contents)
 
 
 def test_at_most_4_mb_of_a_checkpoint_are_read(
@@ -85,7 +85,7 @@ def test_at_most_4_mb_of_a_checkpoint_are_read(
             with open(path, "wb") as file:
                 file.truncate(size)
         read = 0
-        records.compute_sampled_digest([scanned(path) for path in paths])
+        hashing.compute_sampled_digest([scanned(path) for path in paths])
         assert 3_900_000 < read <= 4_000_000
 
 
@@ -94,7 +94,7 @@ def test_digests_of_several_checkpoints_are_those_of_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
 ) -> None:
     """Several at a time or one after the other, in their order; the first error is raised."""
-    monkeypatch.setattr(records, "HASHED", 1 << 20)  # as if they were large
+    monkeypatch.setattr(hashing, "HASHED", 1 << 20)  # as if they were large
     rng = np.random.default_rng(0)
     contents = [rng.bytes(4_000_000 + 1000 * k) for k in range(5)]
     checkpoints = []
@@ -103,16 +103,16 @@ def test_digests_of_several_checkpoints_are_those_of_each(
         path.write_bytes(content)
         checkpoints.append([scanned(path)])
     expected = [expected_digest([content]) for content in contents]
-    assert records.compute_sampled_digests(checkpoints, jobs) == expected
+    assert hashing.compute_sampled_digests(checkpoints, jobs) == expected
     for k in (3, 1):
         (tmp_path / f"{k}.h5").unlink()
         with pytest.raises(FormatError, match=rf"{k}.h5: cannot be read: No such file"):
-            records.compute_sampled_digests(checkpoints, jobs)
+            hashing.compute_sampled_digests(checkpoints, jobs)
 
 
 def test_digests_need_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a limit allows no more threads, digests are computed one after the other."""
-    monkeypatch.setattr(records, "HASHED", 0)
+    monkeypatch.setattr(hashing, "HASHED", 0)
     path = tmp_path / "m.h5"
     path.write_bytes(b"abc")
     started = []
@@ -122,7 +122,7 @@ def test_digests_need_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert records.compute_sampled_digests([[scanned(path)]], 2) == [expected_digest([b"abc"])]
+    assert hashing.compute_sampled_digests([[scanned(path)]], 2) == [expected_digest([b"abc"])]
     assert len(started) == 1
 
 
@@ -133,10 +133,10 @@ def test_a_file_that_changed_is_an_error(tmp_path: Path) -> None:
     file = scanned(path)
     path.write_bytes(bytes(50))
     with pytest.raises(FormatError, match=r"m.h5: changed while it was read"):
-        records.compute_sampled_digest([file])
+        hashing.compute_sampled_digest([file])
     path.unlink()
     with pytest.raises(FormatError, match=r"m.h5: cannot be read: No such file"):
-        records.compute_sampled_digest([file])
+        hashing.compute_sampled_digest([file])
 
 
 def inputs_of(output: Path) -> list[dict[str, Any]]:

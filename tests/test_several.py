@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from polyak_cli import pipeline
-from polyak_cli.averaging import records, writing
+from polyak_cli.averaging import hashing, writing
 from polyak_cli.averaging.schemes import make_mean
 from polyak_cli.engine import slabs
 from polyak_cli.errors import MismatchError
@@ -60,7 +60,7 @@ def test_several_averages_read_each_byte_once(
         return count
 
     # The sampled digests of the inputs read them too, before the outputs are laid out.
-    monkeypatch.setattr(records, "compute_sampled_digest", lambda _: "0" * 64)
+    monkeypatch.setattr(hashing, "compute_sampled_digest", lambda _: "0" * 64)
     monkeypatch.setattr(os, "preadv", counted)
     rows = [[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.0, 0.5, 0.5]]
     writing.write_several(

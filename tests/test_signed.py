@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from polyak_cli import average, pipeline, plan, verify
-from polyak_cli.averaging import records, writing
+from polyak_cli.averaging import provenance, records, writing
 from polyak_cli.averaging.schemes import coefficients, make_mean, sum_absolutes
 from polyak_cli.engine import numpy_kernel
 from polyak_cli.errors import FormatError, MismatchError, UsageError
@@ -172,7 +172,7 @@ def test_an_average_of_both_signs_is_the_naive_one_and_verifies(tmp_path: Path) 
     assert found["model_weights/d/n"].tolist() == [3, 0]
     assert verify(tmp_path / "o.h5").verified
     # The same numbers with one sign turned are another average, which the record does not allow.
-    record = records.make_record(report.plan)
+    record = provenance.make_record(report.plan)
     record["inputs"][0]["coefficient"] = 0.5
     with pytest.raises(FormatError, match="whose sum is not 1"):
         records.read(records.encode(records.seal(record)))

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from polyak_cli import Discrepancy, PolyakError, Split, Verification, average, inspect, verify
-from polyak_cli.averaging import records, schemes
+from polyak_cli.averaging import hashing, schemes
 from polyak_cli.engine import kernel, numpy_kernel
 from polyak_cli.engine.kernel import name_other
 from polyak_cli.errors import CheckpointError, FormatError, OutputError, UsageError
@@ -434,7 +434,7 @@ def test_digests_are_recorded_unasked_of_few_bytes(
         (size - 1, True, True),
         (size, False, False),
     ):
-        monkeypatch.setattr(records, "HASHED", bound)
+        monkeypatch.setattr(hashing, "HASHED", bound)
         average(run / "ckpts", run / "o.h5", hash=wanted, force=True)
         (found,) = inspect([run / "o.h5"])
         assert ["sha256" in one for one in found.provenance["inputs"]] == [expected] * 3
@@ -497,7 +497,7 @@ def flip_unsampled(path: Path) -> None:
     """Flip a bit of an element that the sampled digest does not cover."""
     with h5py.File(path) as file:
         start = file["model_weights/dense/kernel"].id.get_offset()
-    ranges = records.list_sampled_ranges(path.stat().st_size)
+    ranges = hashing.list_sampled_ranges(path.stat().st_size)
     end = next(end for _, end in ranges if end > start)
     place = end + (start - end) % 4 + 2  # an upper bit of the fraction
     assert all(not begin <= place < stop for begin, stop in ranges)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from polyak_cli.averaging import records
+from polyak_cli.averaging import hashing
 from polyak_cli.errors import FormatError, list_some, shown
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
@@ -113,7 +113,7 @@ def find_changed(folder: Path, digests: Mapping[str, str]) -> list[str]:
         try:
             with open_input(path) as opened:
                 file = File(str(path), opened.version)
-            text = "" if records.hash_files([file]) == (digest,) else "was changed"
+            text = "" if hashing.hash_file(file) == digest else "was changed"
         except FormatError as error:
             text = f"cannot be read: {str(error).rpartition(': ')[2]}"
         if text:

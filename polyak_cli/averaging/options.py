@@ -233,7 +233,7 @@ class Output:
     """How the output is published."""
 
     force: bool = False
-    hash: bool | None = None  # None: if all inputs have `records.HASHED` bytes at most
+    hash: bool | None = None  # None: if all inputs have `hashing.HASHED` bytes at most
     only_weights: bool = False  # of a folder's files
     verify: bool = False
 

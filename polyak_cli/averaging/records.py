@@ -1,7 +1,7 @@
-"""The record of provenance that an output carries: encode, seal, parse, and digest the inputs.
+"""The record of provenance that an output carries: encode, seal and parse it.
 
 A record that is read is a stranger's text: every field is checked before it is used.  Does not know
-how formats store the record, nor what is averaged.
+how formats store the record, nor what is averaged (`provenance`).
 """
 
 from __future__ import annotations
@@ -11,23 +11,16 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
-from polyak_cli import __version__, checkpoints, formats
+from polyak_cli.averaging.hashing import SAMPLE_BYTES, SAMPLES
 from polyak_cli.averaging.schemes import Mean, make_mean, sum_absolutes
-from polyak_cli.checkpoints.folders import list_relative_paths
 from polyak_cli.errors import CheckpointError, FormatError, PolyakError, UsageError, shown
 from polyak_cli.formats.folder_records import read_record
-from polyak_cli.formats.model_folders import RECORD_NAME, FolderFiles
-from polyak_cli.storage import File, open_input
-from polyak_cli.storage.local import name_errors
-
-if TYPE_CHECKING:  # a plan asks which files an older output may replace, which its record says
-    from polyak_cli.averaging.planning import Plan
-    from polyak_cli.tensors import Table
+from polyak_cli.formats.model_folders import RECORD_NAME
+from polyak_cli.tensors import Table
 
 #: The key of the record's own digest, over all other keys.
 SEAL = "sha256"
@@ -45,7 +38,7 @@ _OPTIONS: Mapping[str, tuple[type, ...]] = {
 }
 #: Options that are younger than the first records, their types and their defaults.  A record has
 #: them only where they are not the default, so that the bytes of all other averages stay.
-_YOUNGER_OPTIONS: Mapping[str, tuple[tuple[type, ...], Any]] = {
+YOUNGER_OPTIONS: Mapping[str, tuple[tuple[type, ...], Any]] = {
     "allow": ((list,), []),
     "lora": ((str,), "factors"),
     "strip_prefix": ((list,), []),
@@ -55,12 +48,6 @@ _YOUNGER_OPTIONS: Mapping[str, tuple[tuple[type, ...], Any]] = {
 _LISTS = ("include_tensors", "exclude_tensors", "allow", "strip_prefix")
 #: The longest file name that Linux and macOS allow, in bytes.
 _LONGEST = 255
-#: Inputs of at most this many bytes in all are hashed whole unasked: it takes no time then.
-HASHED = 64 << 20
-#: A sampled digest reads at most this many pieces of this many bytes: 3.93 MB.
-SAMPLES, SAMPLE_BYTES = 64, 60 << 10
-#: Checkpoints on a network that are sampled at a time: their pieces are waited for, not hashed.
-_REMOTE = 8
 #: How far the sum of the coefficients may be from 1, as a part of the sum of their absolute values:
 #: each was rounded once.
 _SUM = 1e-9
@@ -94,7 +81,7 @@ class Input:
         size: bytes of all its files.
         coefficient: its share of the average.
         multiplier: what it was multiplied by; see `Record.mean`.
-        sampled: from `compute_sampled_digest`; "" in a record of polyak 0.1.0.
+        sampled: from `hashing.compute_sampled_digest`; "" in a record of polyak 0.1.0.
         sha256: of each of its files; empty if none was recorded (see ``--hash``).
     """
 
@@ -294,8 +281,8 @@ def _is_name(name: str) -> bool:
 def _parse_options(found: Any) -> dict[str, Any]:
     """Check the types of the options; `averaging` checks their values."""
     given = found if isinstance(found, dict) else {}
-    younger = {key: types for key, (types, _) in _YOUNGER_OPTIONS.items()}
-    defaults = {key: default for key, (_, default) in _YOUNGER_OPTIONS.items()}
+    younger = {key: types for key, (types, _) in YOUNGER_OPTIONS.items()}
+    defaults = {key: default for key, (_, default) in YOUNGER_OPTIONS.items()}
     options = defaults | given
     for key, types in (*_OPTIONS.items(), *younger.items()):
         if type(options.get(key)) not in types:
@@ -343,209 +330,6 @@ def _parse_files(found: Any) -> dict[str, Any]:
     }
 
 
-# --- digests --------------------------------------------------------------------------------------
-
-
-def compute_sampled_digest(files: Sequence[File]) -> str:
-    """Return the SHA-256 over the sizes of a checkpoint's files and evenly spaced pieces of them.
-
-    The files count as one run of N bytes: one after the other, in the order of the table.  The
-    digest covers, in this order:
-
-    1. the size of each file in decimal digits, joined by newlines, and two newlines at the end;
-    2. all N bytes if N is at most ``SAMPLES * SAMPLE_BYTES`` (3,932,160); otherwise `SAMPLES`
-       pieces of `SAMPLE_BYTES` bytes: piece k = 0 ... 63 begins at byte
-       ``k * (N - SAMPLE_BYTES) // (SAMPLES - 1)``.
-
-    Only the sizes decide which bytes are read, and at most 4 MB of a checkpoint are.
-
-    Raises:
-        FormatError: a file cannot be read, or changed since it was scanned.
-    """
-    sizes = [file.version.size for file in files]
-    found = hashlib.sha256(("\n".join(map(str, sizes)) + "\n\n").encode())
-    ranges = list_sampled_ranges(sum(sizes))
-    end = 0
-    for file, size in zip(files, sizes, strict=True):
-        start, end = end, end + size
-        pieces = [(max(a, start) - start, min(b, end) - start) for a, b in ranges]
-        wanted = [(a, b) for a, b in pieces if a < b]
-        if wanted:  # many shards have none
-            _hash_ranges(found, file, wanted)
-    return found.hexdigest()
-
-
-def compute_sampled_digests(checkpoints: Sequence[Sequence[File]], jobs: int) -> list[str]:
-    """Return `compute_sampled_digest` of each checkpoint, several of them at a time.
-
-    Args:
-        checkpoints: the files of each.
-        jobs: threads, at most.
-
-    Raises:
-        FormatError: as `compute_sampled_digest`, of the first checkpoint that has an error.
-    """
-    nbytes = sum(file.version.size for files in checkpoints for file in files)
-    if any(file.version.is_object for files in checkpoints for file in files):
-        jobs = max(jobs, _REMOTE)
-    if jobs > 1 and nbytes > HASHED:  # of fewer bytes, starting threads would take longer
-        # Neither reading nor hashing holds the interpreter's lock.  Where a limit allows no more
-        # threads, this one does the work.
-        with contextlib.suppress(RuntimeError), ThreadPoolExecutor(jobs) as pool:
-            return list(pool.map(compute_sampled_digest, checkpoints))
-    return [compute_sampled_digest(files) for files in checkpoints]
-
-
-def list_sampled_ranges(nbytes: int) -> list[tuple[int, int]]:
-    """Return the ranges of bytes, start and end, that the digest of a checkpoint covers."""
-    if nbytes <= SAMPLES * SAMPLE_BYTES:
-        return [(0, nbytes)]
-    starts = (k * (nbytes - SAMPLE_BYTES) // (SAMPLES - 1) for k in range(SAMPLES))
-    return [(start, start + SAMPLE_BYTES) for start in starts]
-
-
-def _hash_ranges(found: hashlib._Hash, file: File, ranges: Sequence[tuple[int, int]]) -> None:
-    """Add ranges of a file to a hash, in pieces of bounded size."""
-    with open_input(file.path, file.version) as opened, name_errors(file.path):
-        # A disk fetches scattered pieces faster when it knows of all of them.
-        opened.prefetch((start, end - start) for start, end in ranges)
-        for start, end in ranges:
-            for offset in range(start, end, SAMPLE_BYTES):
-                wanted = min(SAMPLE_BYTES, end - offset)
-                piece = opened.read(offset, wanted)
-                if len(piece) < wanted:
-                    raise FormatError(f"the file ends {wanted - len(piece)} bytes too early")
-                found.update(piece)
-
-
-def hash_files(files: Sequence[File]) -> tuple[str, ...]:
-    """Return the SHA-256 of each file of a checkpoint, in hexadecimal.
-
-    Raises:
-        FormatError: a file cannot be read, or changed since it was scanned.
-    """
-    return tuple(_hash_file(file) for file in files)
-
-
-def _hash_file(file: File) -> str:
-    found = hashlib.sha256()
-    _hash_ranges(found, file, [(0, file.version.size)])
-    return found.hexdigest()
-
-
-# --- of a plan, and of an output ------------------------------------------------------------------
-
-
-def make_record(plan: Plan, sampled: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the record that the output of a plan carries, without the seal.
-
-    It holds no clock and no absolute path, so that the same inputs give the same bytes.
-
-    Args:
-        plan: what is averaged.
-        sampled: `compute_sampled_digest` of each checkpoint, if they are known already.
-
-    Raises:
-        FormatError: a checkpoint cannot be read.
-    """
-    jobs = plan.settings.machine.share().jobs
-    sampled = sampled or compute_sampled_digests([table.files for table in plan.tables], jobs)
-    inputs = _describe_inputs(plan, sampled)
-    wanted = plan.settings.output.hash
-    if wanted or (wanted is None and sum(table.size for table in plan.tables) <= HASHED):
-        for record, table in zip(inputs, plan.tables, strict=True):
-            found = hash_files(table.files)
-            record["sha256"] = found[0] if len(found) == 1 else list(found)
-    skipped = [
-        {"name": one.path.name, "reasons": [problem.kind for problem in one.problems]}
-        for one in plan.skipped
-    ]
-    suspected = [problem.kind for problem in plan.suspicions]
-    whole = plan.output_form.architecture
-    return {
-        "polyak": __version__,
-        "scheme": plan.scheme,
-        "parameters": dict(plan.parameters),
-        "options": _list_options(plan),
-        "divisor": plan.mean.divisor,
-        "inputs": inputs,
-        **({"files": describe_files(plan.files)} if plan.files else {}),
-        **({"model": {"name": whole.path.name, "config": whole.config}} if whole else {}),
-        **({"skipped": skipped} if skipped else {}),
-        **({"suspicions": suspected} if suspected else {}),
-    }
-
-
-def _describe_inputs(plan: Plan, sampled: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what a record says of the checkpoints, without the digests of all bytes."""
-    names = [checkpoint.path.name for checkpoint in plan.checkpoints]
-    paths = list_relative_paths([checkpoint.path for checkpoint in plan.checkpoints])
-    return [
-        {
-            "name": name,
-            **({"path": path} if paths != names else {}),
-            "epoch": checkpoint.epoch,
-            "size": table.size,
-            "sampled_sha256": digest,
-            "coefficient": coefficient,
-            "multiplier": multiplier,
-        }
-        | about
-        for name, path, checkpoint, table, coefficient, multiplier, digest, about in zip(
-            names,
-            paths,
-            plan.checkpoints,
-            plan.tables,
-            plan.coefficients,
-            plan.mean.multipliers,
-            sampled,
-            _describe_running_means(plan),
-            strict=True,
-        )
-    ]
-
-
-def _describe_running_means(plan: Plan) -> list[dict[str, float]]:
-    """Return what the coefficients of running means come from, which no name need say."""
-    if not plan.averages_running_means:
-        return [{} for _ in plan.checkpoints]
-    if not plan.sigmas:
-        return [{"step": step} for step in plan.positions]
-    pairs = zip(plan.positions, plan.sigmas, strict=True)
-    return [{"step": step, "sigma": sigma} for step, sigma in pairs]
-
-
-def describe_files(files: FolderFiles, older: object = None) -> dict[str, Any]:
-    """Return what a record says of the files in an output folder.
-
-    Args:
-        files: of the output.
-        older: what the record of the checkpoint says that the folder is copied from; it stays, with
-            what was left out of that one, if the same files are in both.
-    """
-    made: dict[str, Any] = {
-        "weights": list(files.weights),
-        "carried": [{"name": one.name, "sha256": _hash_file(one.file)} for one in files.carried],
-        "left_out": [one.name for one in files.left_out],
-    }
-    same = ("weights", "carried")
-    if isinstance(older, dict) and all(older.get(key) == made[key] for key in same):
-        return older
-    return made
-
-
-def _list_options(plan: Plan) -> dict[str, Any]:
-    """Return the options that decide which values an average has."""
-    wanted = plan.settings.tensors
-    named = {one.name: getattr(wanted, one.name) for one in fields(wanted)}
-    listed = {key: list(one) if isinstance(one, tuple) else one for key, one in named.items()}
-    for key, (_, default) in _YOUNGER_OPTIONS.items():
-        if listed[key] == default:
-            del listed[key]
-    # What was done, and not what was asked for: some files keep the state whatever is asked.
-    return listed | {"optimizer": "drop" if plan.drop_optimizer else "newest"}
-
-
 def list_owned(folder: Path) -> frozenset[str]:
     """Return the names of the files that this tool wrote into an output folder, if it did.
 
@@ -565,12 +349,3 @@ def has_emas(table: Table) -> bool:
     with contextlib.suppress(PolyakError):
         return bool(read(table.about.get("provenance", "")).options["use_ema"])
     return False
-
-
-def read_output_record(output: Path) -> Any:
-    """Return what `make_record` made for an existing output, None if it has no such record."""
-    with contextlib.suppress(PolyakError, ValueError, RecursionError):
-        (table,) = formats.scan([checkpoints.find_file(output)])
-        record = json.loads(table.about.get("provenance", "null"))
-        return remove_seal(record) if isinstance(record, dict) else None
-    return None

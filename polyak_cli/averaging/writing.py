@@ -14,7 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from polyak_cli import formats
-from polyak_cli.averaging import carried_files, products, records, schemes
+from polyak_cli.averaging import (
+    carried_files,
+    hashing,
+    products,
+    provenance,
+    records,
+    schemes,
+)
 from polyak_cli.averaging.belonging import blame, constants, quantised, runs
 from polyak_cli.averaging.fates import describe_difference, is_compared, is_wanted
 from polyak_cli.averaging.matching import Row, list_files, list_sources, list_variances
@@ -167,13 +174,13 @@ def write_several(
     # Hashing all inputs would cost a second reading, for files that are deleted soon.
     unhashed = replace(plan.settings, output=replace(plan.settings.output, hash=False))
     jobs = plan.settings.machine.share().jobs
-    sampled = records.compute_sampled_digests([table.files for table in plan.tables], jobs)
+    sampled = hashing.compute_sampled_digests([table.files for table in plan.tables], jobs)
     custom = replace(plan, scheme="custom", parameters={}, settings=unhashed)
     for output in outputs:
         output.touch()  # a skeleton is written into a file that exists, as `publish` makes it
     skeletons = [
         _write_skeleton(
-            each, output, records.encode(records.seal(records.make_record(each, sampled)))
+            each, output, records.encode(records.seal(provenance.make_record(each, sampled)))
         )
         for each, output in zip(
             (replace(custom, mean=mean) for mean in means), outputs, strict=True

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from polyak_cli import __version__, formats
-from polyak_cli.averaging import carried_files, records
+from polyak_cli.averaging import carried_files, provenance, records
 from polyak_cli.averaging.belonging.averages import list_averages
 from polyak_cli.averaging.matching import is_statistic
 from polyak_cli.checkpoints import find_file
@@ -379,7 +379,7 @@ def _make_record(
         made["model"] = Path(how.architecture).name
     listed = own.pop("files", None)
     if files:
-        own["files"] = records.describe_files(files, listed)
+        own["files"] = provenance.describe_files(files, listed)
     return {"polyak": __version__} | own | {"recalibrated": made}
 
 

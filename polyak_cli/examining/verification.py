@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from polyak_cli import __version__, formats
-from polyak_cli.averaging import carried_files, planning, records
+from polyak_cli.averaging import carried_files, hashing, planning, records
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging.fates import map_stored_dtypes
 from polyak_cli.averaging.planning import Plan
@@ -324,9 +324,9 @@ class _Search:
 
     def _take_renamed(self, wanted: Sequence[_Input], path: Path, files: tuple[File, ...]) -> None:
         """Take a checkpoint of another name for the input whose digest it has, if there is one."""
-        sampled = records.compute_sampled_digest(files)
+        sampled = hashing.compute_sampled_digest(files)
         # Records of polyak 0.1.0 have no other digest than that of all bytes.
-        digests = () if all(one.recorded.sampled for one in wanted) else records.hash_files(files)
+        digests = () if all(one.recorded.sampled for one in wanted) else hashing.hash_files(files)
         for one in wanted:
             recorded = one.recorded
             same = recorded.sampled == sampled if recorded.sampled else recorded.sha256 == digests
@@ -415,8 +415,8 @@ def _is_recorded(files: Sequence[File], recorded: records.Input) -> bool:
     if sum(file.version.size for file in files) != recorded.size:
         return False
     if recorded.sampled:
-        return records.compute_sampled_digest(files) == recorded.sampled
-    return not recorded.sha256 or records.hash_files(files) == recorded.sha256
+        return hashing.compute_sampled_digest(files) == recorded.sampled
+    return not recorded.sha256 or hashing.hash_files(files) == recorded.sha256
 
 
 def _find_folders_beside(record: Record, own: Table) -> tuple[list[Path], list[str]]:
@@ -602,11 +602,11 @@ class _Verifier:
             text = f"has {one.size} bytes, but had {recorded.size} when it was averaged"
             self.problems.append(one.make_problem(text))
             return
-        digests = records.hash_files(one.files) if recorded.sha256 else ()
+        digests = hashing.hash_files(one.files) if recorded.sha256 else ()
         # The sampled digest may miss a change that the digest of all bytes shows.
         if one.is_recorded and digests == recorded.sha256:
             return
-        sampled = records.compute_sampled_digest(one.files)
+        sampled = hashing.compute_sampled_digest(one.files)
         for other in self.record.inputs:
             if (other.sampled, other.sha256) == (other.sampled and sampled, digests):
                 text = f"holds what '{shown(other.path, 80)}' held: the files were exchanged"

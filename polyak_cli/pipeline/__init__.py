@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from polyak_cli import checkpoints, formats
-from polyak_cli.averaging import carried_files, products, records, schemes
+from polyak_cli.averaging import carried_files, products, provenance, records, schemes
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging.belonging import blame, factors
 from polyak_cli.averaging.belonging.runs import Verdict
@@ -388,7 +388,7 @@ def run(plan: Plan, *, progress: Progress | None = None) -> Report:
     force, verify = plan.settings.output.force, plan.settings.output.verify
     folder = records.list_owned if plan.files else None
     with _advising(plan), blame.naming_inputs(plan.tables):
-        record = records.encode(records.seal(records.make_record(plan)))
+        record = records.encode(records.seal(provenance.make_record(plan)))
     opener = plan.files.weights[-1] if plan.files else ""
     with publishing.publish(
         output, force=force, folder=folder, opener=opener, verify=verify

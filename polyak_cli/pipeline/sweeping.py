@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyak_cli import __version__, pipeline
+from polyak_cli.averaging import hashing, planning, writing
 from polyak_cli.averaging import options as averaging_options
-from polyak_cli.averaging import planning, records, writing
 from polyak_cli.averaging.notebook import write_html
 from polyak_cli.averaging.schemes import Mean, is_signed, make_mean
 from polyak_cli.checkpoints import WEIGHTS_SUFFIXES
@@ -293,7 +293,7 @@ def sweep(
         winner=winner,
         recipe=recipe,
         gains=_compute_gains(winner, scored, by, scorer.notes),
-        digests=tuple(records.hash_files(table.files) for table in plan.tables),
+        digests=tuple(hashing.hash_files(table.files) for table in plan.tables),
         notes=(*plan.notes, *rows.notes, *scorer.collect_notes()),
     )
 

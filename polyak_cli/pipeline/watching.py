@@ -22,7 +22,7 @@ from typing import NamedTuple, Unpack
 
 from polyak_cli import checkpoints, formats, pipeline
 from polyak_cli.averaging import options as averaging_options
-from polyak_cli.averaging import records, schemes
+from polyak_cli.averaging import provenance, schemes
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.checkpoints import Selection
 from polyak_cli.errors import (
@@ -311,13 +311,13 @@ class _Watched:
 
         Checkpoints that were deleted since do not count here either.
         """
-        record = records.read_output_record(self.output) if self.output.exists() else None
+        record = provenance.read_output_record(self.output) if self.output.exists() else None
         if not isinstance(record, dict) or not isinstance(record.get("inputs"), list):
             return False
         written = checkpoints.find_file(self.output).stat().st_mtime_ns
         if any(file.version.mtime_ns > written for table in plan.tables for file in table.files):
             return False
-        new = records.make_record(plan)
+        new = provenance.make_record(plan)
         if record == new:
             return True
         ours, theirs = (
