@@ -31,9 +31,9 @@ from polyak_cli import average, errors, pipeline, verify
 from polyak_cli.averaging import options, records
 from polyak_cli.cli import rendering
 from polyak_cli.engine import clusters, executors, kernel, shares, slabs
-from polyak_cli.engine.clusters import Futures
 from polyak_cli.engine.executors import Executor
 from polyak_cli.engine.folding import FoldJob
+from polyak_cli.engine.pools import Futures
 from polyak_cli.engine.sinks import Parcel
 from polyak_cli.engine.slabs import (
     Batch,
@@ -634,7 +634,7 @@ def test_who_does_not_ask_for_an_engine_loads_none(tmp_path: Path) -> None:
         "import sys, polyak_cli\n"
         f"polyak_cli.average({str(SAMPLES)!r}, 'o.h5')\n"
         "print([n for n in sys.modules if n.split('.')[0] in ('dask', 'distributed', 'mpi4py')\n"
-        "       or n in ('polyak_cli.engine.clusters', 'polyak_cli.engine.shares')])"
+        "       or n.removeprefix('polyak_cli.engine.') in ('clusters', 'pools', 'shares')])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -25,11 +25,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyak_cli.engine import executors, folding, reading, shares
-from polyak_cli.engine.clusters import Futures
 from polyak_cli.engine.executors import Executor, Forked, InProcess, Threads
 from polyak_cli.engine.folding import Done, FoldJob, Team, Worker
 from polyak_cli.engine.inputs import OpenInputs, check_unchanged
 from polyak_cli.engine.kernel import is_finite
+from polyak_cli.engine.pools import Futures
 from polyak_cli.engine.reading import ReadTensor
 from polyak_cli.engine.slabs import (
     TUNING,

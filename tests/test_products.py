@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyak_cli.engine import executors
-from polyak_cli.engine.clusters import Futures
 from polyak_cli.engine.executors import Executor, Forked, InProcess, Threads
 from polyak_cli.engine.folding import FoldJob
+from polyak_cli.engine.pools import Futures
 from polyak_cli.engine.products import REACH, Products, Sampling
 from polyak_cli.engine.slabs import FoldTensor, Memory, TensorSource
 from polyak_cli.storage import File, Version

@@ -1,7 +1,7 @@
 """Run the batches of a fold: in this process, on its threads, or in forked ones.
 
 An executor decides where a batch is folded, and when.  It cannot change a byte, because batches do
-not overlap.  `clusters` has another one.  Knows nothing of what is done with a batch.
+not overlap.  `spawned` and `clusters` have others.  Knows nothing of what is done with a batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from polyak_cli.engine.slabs import (
 from polyak_cli.engine.sums import Ledger, Run
 from polyak_cli.engine.timing import Crew, Progress, Totals
 from polyak_cli.errors import PolyakError
-from polyak_cli.processes.children import Child, Writer, rebuild_error
+from polyak_cli.processes.children import Child, Writer, make_ended, rebuild_error
 from polyak_cli.storage import OutputFile, can_locate
 from polyak_cli.storage.local import LocalOutput
 
@@ -323,14 +323,6 @@ def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Done]:
         how = child.reap()
         if how:
             raise make_ended(how)
-
-
-def make_ended(how: str) -> PolyakError:
-    """Return the error of a worker that did not end by itself."""
-    return PolyakError(
-        f"a worker process was killed ({how}), perhaps because memory ran out; use fewer --jobs "
-        "or less --max-memory"
-    )
 
 
 class _Flusher:

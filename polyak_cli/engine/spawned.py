@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from polyak_cli.engine import shares
-from polyak_cli.engine.clusters import Futures
-from polyak_cli.engine.executors import make_ended
 from polyak_cli.engine.folding import Done, FoldJob
+from polyak_cli.engine.pools import Futures
 from polyak_cli.engine.shares import Reply
 from polyak_cli.engine.slabs import Batch
 from polyak_cli.errors import PolyakError
+from polyak_cli.processes.children import make_ended
 
 _LENGTH = struct.Struct("<Q")
 

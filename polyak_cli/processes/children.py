@@ -120,6 +120,14 @@ def _explain_no_child(error: OSError) -> PolyakError:
     )
 
 
+def make_ended(how: str) -> PolyakError:
+    """Return the error of a worker that did not end by itself."""
+    return PolyakError(
+        f"a worker process was killed ({how}), perhaps because memory ran out; use fewer --jobs "
+        "or less --max-memory"
+    )
+
+
 @contextlib.contextmanager
 def _holding_signals() -> Iterator[list[int]]:
     """Yield a list of the signals that come while the block runs; its end hands them on.

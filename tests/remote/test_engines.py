@@ -33,10 +33,10 @@ SOAK = pytest.mark.soak
 #: answer something happens.
 SABOTAGE = """
 import glob, os, signal, time
-from polyak_cli.engine import clusters, shares, slabs
+from polyak_cli.engine import pools, shares, slabs
 slabs.TUNING = slabs.Tuning(piece=1 << 12, pieces_per_batch=4)
 shares.EDGE = 1 << 12
-clusters.Futures._choose_nbytes = lambda *_: 1
+pools.Futures._choose_nbytes = lambda *_: 1
 answers = []
 read_done = shares.read_done
 def at_answer(reply, **more):
@@ -579,8 +579,8 @@ def test_mpi_without_workers_is_refused(tmp_path: Path) -> None:
 
 #: Makes processes of this machine read objects by themselves, however small these are.
 SPAWN = """
-from polyak_cli.engine import clusters, shares, slabs
-clusters._LEAST, shares.EDGE = 1, 1 << 12
+from polyak_cli.engine import pools, shares, slabs
+pools._LEAST, shares.EDGE = 1, 1 << 12
 slabs.TUNING = slabs.Tuning(piece=1 << 12, pieces_per_batch=4, fork_nbytes=0,
                             ahead_nbytes=3 << 20)
 """
@@ -716,7 +716,7 @@ def test_the_memory_of_a_worker_does_not_grow_with_the_checkpoints(
             bucket.put(f"run{count}/model_{k}.h5", (tmp_path / "one.h5").read_bytes())
         done = average_bucket(
             tmp_path, bucket, engine, "--jobs", "1", "--json", "--no-hash", "--force",
-            code="slabs.TUNING = slabs.Tuning(fork_nbytes=0); clusters._LEAST = 1 << 30",
+            code="slabs.TUNING = slabs.Tuning(fork_nbytes=0); pools._LEAST = 1 << 30",
             run=f"run{count}",
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
