@@ -41,6 +41,10 @@ class FormatError(PolyakError):
     """A file cannot be read: it is foreign, damaged, hostile, or still being written."""
 
 
+#: What the message of a `ChangedError` says behind the file's name.
+CHANGED = "changed while it was read; is training still running?"
+
+
 class ChangedError(FormatError):
     """A file was changed or replaced while it was read; try again when it is complete."""
 
@@ -68,6 +72,15 @@ class MissingExtraError(PolyakError):
             f"{what} needs packages that are missing: pip install 'polyak[{extra}]', or in a clone "
             f"pip install '.[{extra}]'"
         )
+
+
+def rebuild(kind: str, text: str) -> PolyakError:
+    """Return the error of another process, of which the class's name and the message were sent."""
+    leaf = globals().get(kind)
+    if not (isinstance(leaf, type) and issubclass(leaf, PolyakError)):
+        return PolyakError(text)
+    # Not by a constructor: that of `MissingExtraError` words the message itself.
+    return leaf.__new__(leaf, text)
 
 
 # ---- wording -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from polyak_cli.errors import FormatError, OutputError, shown
+from polyak_cli.errors import CHANGED, ChangedError, FormatError, OutputError, shown
 from polyak_cli.formats.format import SkeletonRequest
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import Bytes, InputFile, Version, open_input
@@ -53,7 +53,7 @@ def refuse_losses(request: SkeletonRequest) -> None:
 def require_same(path: str, found: Version, scanned: Version) -> None:
     """Refuse a file that is no more the one that was scanned."""
     if found != scanned:
-        raise FormatError(f"{shown(path)}: changed while it was read; is training still running?")
+        raise ChangedError(f"{shown(path)}: {CHANGED}")
 
 
 class Sink(Protocol):

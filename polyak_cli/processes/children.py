@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import importlib
 import json
 import os
 import signal
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from polyak_cli.errors import PolyakError
+from polyak_cli.errors import PolyakError, rebuild
 
 Work = Callable[["Writer"], None]
 
@@ -193,11 +192,7 @@ def describe_error(error: Exception) -> dict[str, Any]:
 def rebuild_error(message: dict[str, Any]) -> Exception | None:
     """Return the error that a message reports, as it was in the child, or None."""
     if "error" in message:
-        kind, text = message["error"]
-        leaf = getattr(importlib.import_module("polyak_cli.errors"), kind, None)
-        known = isinstance(leaf, type) and issubclass(leaf, PolyakError)
-        # Its text is known already, from which a constructor of its own need not make it.
-        return leaf.__new__(leaf, text) if known and leaf else PolyakError(text)
+        return rebuild(*message["error"])
     if "system" in message:
         return OSError(*message["system"])
     if "memory" in message:

@@ -26,10 +26,18 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyak_cli.errors import FormatError, OutputError, PolyakError, shown
+from polyak_cli.errors import (
+    CHANGED,
+    ChangedError,
+    FormatError,
+    OutputError,
+    PolyakError,
+    rebuild,
+    shown,
+)
 from polyak_cli.storage import Bytes, Version, urls
 from polyak_cli.storage.listings import list_named
-from polyak_cli.storage.messages import ask, describe_error, fill, rebuild_error, receive, send
+from polyak_cli.storage.messages import ask, describe_error, fill, receive, send
 from polyak_cli.storage.private import make_folders
 from polyak_cli.storage.sending import Sender
 
@@ -171,7 +179,7 @@ class Stream:
             # Each piece comes behind its length, or an error in place of one.
             piece = receive(connection)
             if piece is not None and "error" in piece:
-                raise rebuild_error(*piece["error"])
+                raise rebuild(*piece["error"])
             if piece is None or not fill(connection, view[: piece["nbytes"]]):
                 raise FormatError("cannot be read: the process that reads from the network ended")
             view = view[piece["nbytes"] :]
@@ -372,9 +380,7 @@ class _Server:
         if found is None:
             raise FormatError("cannot be read: it is none of the objects that were listed")
         if version is not None and found.version != Version(*version):
-            from polyak_cli.errors import ChangedError
-
-            raise ChangedError("changed while it was read; is training still running?")
+            raise ChangedError(CHANGED)
         return found
 
 

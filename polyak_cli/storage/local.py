@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from polyak_cli.errors import ChangedError, FormatError, shown
+from polyak_cli.errors import CHANGED, ChangedError, FormatError, shown
 from polyak_cli.storage import Bytes, InputFile, OutputFile, Version
 
 #: Bytes of a page of memory.
@@ -214,9 +214,7 @@ class LocalStore:
                 raise FormatError(f"{shown(key)}: is not a regular file")
             found = Version.of(status)
             if version is not None and not version.matches(found):
-                raise ChangedError(
-                    f"{shown(key)}: changed while it was read; is training still running?"
-                )
+                raise ChangedError(f"{shown(key)}: {CHANGED}")
         except BaseException:
             os.close(descriptor)
             raise

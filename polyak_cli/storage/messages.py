@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from polyak_cli.errors import FormatError, OutputError, PolyakError, shown
+from polyak_cli.errors import FormatError, OutputError, PolyakError, rebuild, shown
 
 #: Seconds that a stopped upload has to delete what it sent.
 _FAREWELL = 60.0
@@ -63,7 +63,7 @@ def ask(connection: socket.socket, op: str, **arguments: Any) -> Any:
     if answer is None:
         raise FormatError("cannot be read: the process that reads from the network has ended")
     if "error" in answer:
-        raise rebuild_error(*answer["error"])
+        raise rebuild(*answer["error"])
     return answer["value"]
 
 
@@ -89,23 +89,13 @@ def watch(
                 pass
         raise
     if "error" in answer:
-        raise rebuild_error(*answer["error"])
+        raise rebuild(*answer["error"])
     if "value" not in answer:
         raise OutputError("the process that writes to the network has ended; try again")
 
 
-def rebuild_error(kind: str, text: str) -> PolyakError:
-    """Return the error that `describe_error` described."""
-    from polyak_cli import errors
-
-    leaf = getattr(errors, kind, PolyakError)
-    made: PolyakError = PolyakError.__new__(leaf)  # MissingExtraError words its text itself
-    made.args = (text,)
-    return made
-
-
 def describe_error(error: Exception) -> list[str]:
-    """Return an error as it is sent; a bug's text is for whoever repairs it."""
+    """Return what `errors.rebuild` is given; a bug's text is for whoever repairs it."""
     if isinstance(error, PolyakError):
         return [type(error).__name__, str(error)]
     import traceback

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak_cli.errors import (
+    CHANGED,
     ChangedError,
     FormatError,
     MissingExtraError,
@@ -455,9 +456,7 @@ class MirrorStore:
         if found is None or _mirror is None:
             return LocalStore().open(key, version)
         if version not in (None, found):
-            raise ChangedError(
-                f"{shown(key)}: changed while it was read; is training still running?"
-            )
+            raise ChangedError(f"{shown(key)}: {CHANGED}")
         from polyak_cli.storage.mirrored import MirroredInput
 
         local = LocalStore().open(key)

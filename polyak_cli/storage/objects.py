@@ -28,6 +28,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from polyak_cli.errors import (
+    CHANGED,
     ChangedError,
     FormatError,
     MissingExtraError,
@@ -56,7 +57,6 @@ _TRIES, _LONGEST_PAUSE = 7, 8.0
 _TIMEOUT = "120s"
 #: What `mallopt` calls the number of heaps.
 _ARENA_MAX = -8
-_CHANGED = "changed while it was read; is training still running?"
 #: Statuses, as obstore words them, that another try does not change.
 _FINAL = re.compile(r"status code: (?:30\d|400|401|403|404|405|410|411|412|416|501)\b")
 
@@ -334,7 +334,7 @@ def _explain(error: Exception, url: Url) -> NoReturn:
     if kind in ("FileNotFoundError", "NotFoundError"):
         raise FormatError("cannot be read: there is no such object (404)") from None
     if kind == "PreconditionError":
-        raise ChangedError(_CHANGED) from None
+        raise ChangedError(CHANGED) from None
     status = re.search(r"status code: (\d+)([A-Za-z ]*)", text)
     code = re.search(r"<Code>(\w+)</Code>", text)
     what = f"{status[1]}{f', {code[1]}' if code else status[2]}" if status else kind
@@ -732,10 +732,10 @@ class ObjectInput:
         if self.url.scheme == "hf":
             found = found._replace(mark=version.mark)
         if found.mark != version.mark or found.size != version.size:
-            raise ChangedError(_CHANGED)
+            raise ChangedError(CHANGED)
         # A listing knows fractions of a second, and the header of an answer does not.
         if not version.mark and abs(found.mtime_ns - version.mtime_ns) >= 10**9:
-            raise ChangedError(_CHANGED)
+            raise ChangedError(CHANGED)
 
 
 class ObjectStore:
