@@ -193,7 +193,7 @@ class Weighting:
     ramp: str | None = None
     coefficients: tuple[float, ...] | None = None
 
-    def resolve(self) -> schemes.Choice:
+    def resolve(self) -> schemes.UsedScheme:
         """Return the scheme and its parameters.
 
         Raises:

@@ -438,26 +438,26 @@ def _find_factors(
 
 def _weigh(
     chosen: checkpoints.Selection, settings: Settings
-) -> tuple[schemes.Choice, schemes.Mean, list[str]]:
+) -> tuple[schemes.UsedScheme, schemes.Mean, list[str]]:
     """Return the scheme, its mean, and what a user should know of the choice and of both."""
-    choice = settings.weighting.resolve()
-    if "ema_half_life" in choice.parameters:  # without epochs, its unit would be checkpoints
+    used = settings.weighting.resolve()
+    if "ema_half_life" in used.parameters:  # without epochs, its unit would be checkpoints
         require_rising_epochs(chosen.checkpoints, "--ema-half-life")
     mean = settings.weighting.compute(chosen.positions, chosen.sigmas)
-    return choice, mean, [*chosen.notes, *note_coefficients(choice, mean, chosen.positions[-1])]
+    return used, mean, [*chosen.notes, *note_coefficients(used, mean, chosen.positions[-1])]
 
 
-def note_coefficients(choice: schemes.Choice, mean: schemes.Mean, end: float) -> Iterator[str]:
+def note_coefficients(used: schemes.UsedScheme, mean: schemes.Mean, end: float) -> Iterator[str]:
     """Yield what negative coefficients do, and a half-life that a short run cannot have.
 
     Args:
-        choice: the scheme.
+        used: the scheme.
         mean: what it leads to.
         end: the position of the newest checkpoint.
     """
-    half_life, longest = choice.parameters.get("ema_half_life"), schemes.find_longest_half_life(end)
+    half_life, longest = used.parameters.get("ema_half_life"), schemes.find_longest_half_life(end)
     is_long = isinstance(half_life, float) and half_life > longest
-    if choice.name == "power" and is_long and len(mean.multipliers) > 1:
+    if used.name == "power" and is_long and len(mean.multipliers) > 1:
         yield (
             f"warning: --ema-half-life {half_life:g} is longer than {longest:.4g}, ln(2) of the "
             f"newest checkpoint's position, {end:g}: until the run is long enough for it, every "
@@ -467,7 +467,7 @@ def note_coefficients(choice: schemes.Choice, mean: schemes.Mean, end: float) ->
         return
     total = schemes.sum_absolutes(mean.coefficients)
     text = f"warning: some coefficients are negative; the absolute values sum to {total:.4g}, so "
-    if schemes.takes_running_means(choice.name):
+    if schemes.takes_running_means(used.name):
         yield (
             f"{text}that rounding errors of the running means may grow by that factor; if the "
             "files hold plain weights and no running means, choose another scheme"

@@ -32,11 +32,11 @@ from polyak_cli.averaging.schemes.means import (
 )
 from polyak_cli.averaging.schemes.moving import RAMPS, ema
 from polyak_cli.averaging.schemes.parameters import (
-    Choice,
     Flag,
     Number,
     Parameter,
     Scheme,
+    UsedScheme,
     Value,
     Word,
     spell,
@@ -48,12 +48,12 @@ from polyak_cli.errors import UsageError, shown, word_count
 __all__ = [
     "PARAMETERS",
     "SCHEMES",
-    "Choice",
     "Flag",
     "Mean",
     "Number",
     "Parameter",
     "Scheme",
+    "UsedScheme",
     "Value",
     "Word",
     "coefficients",
@@ -97,12 +97,12 @@ def coefficients(
         UsageError: the scheme is unknown, a parameter is out of range or not the scheme's, or the
             numbers given do not fit the checkpoints.
     """
-    choice = resolve(scheme, parameters, custom=custom)
-    return compute_mean(choice, positions, custom, sigmas).coefficients
+    used = resolve(scheme, parameters, custom=custom)
+    return compute_mean(used, positions, custom, sigmas).coefficients
 
 
 def compute_mean(
-    choice: Choice,
+    used: UsedScheme,
     positions: Sequence[float],
     custom: Sequence[float] | None = None,
     sigmas: Sequence[float] = (),
@@ -110,7 +110,7 @@ def compute_mean(
     """Return the mean of a scheme.
 
     Args:
-        choice: from `resolve`.
+        used: from `resolve`.
         positions: as for `coefficients`.
         custom: the multipliers themselves, oldest first, if the scheme is ``custom``.
         sigmas: as for `coefficients`.
@@ -122,9 +122,9 @@ def compute_mean(
         raise UsageError("there are no checkpoints; expected at least one")
     if custom is not None:
         return make_mean(_checked_custom(custom, len(positions)))
-    scheme = SCHEMES[choice.name]
+    scheme = SCHEMES[used.name]
     widths = {"sigmas": sigmas} if scheme.takes == "snapshots" else {}
-    return make_mean(scheme.function(positions, **choice.parameters, **widths))
+    return make_mean(scheme.function(positions, **used.parameters, **widths))
 
 
 def resolve(
@@ -132,7 +132,7 @@ def resolve(
     parameters: Mapping[str, Value | None] | None = None,
     *,
     custom: Sequence[float] | None = None,
-) -> Choice:
+) -> UsedScheme:
     """Return the scheme and its parameters, with defaults filled in.
 
     Args:
@@ -168,7 +168,9 @@ def resolve(
     }
     _require_needed(own, values)
     # What is not given and has no default is left out, in the plan and in the record too.
-    return Choice(name, {key: v for key, v in values.items() if v is not None and v is not False})
+    return UsedScheme(
+        name, {key: v for key, v in values.items() if v is not None and v is not False}
+    )
 
 
 def _find_replaced(own: Sequence[Parameter], given: Mapping[str, Value]) -> set[str]:

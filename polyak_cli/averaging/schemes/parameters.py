@@ -119,7 +119,7 @@ class Scheme:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class UsedScheme:
     """The scheme that is used: its name, which may be ``custom``, and its parameters."""
 
     name: str
