@@ -52,7 +52,7 @@ core: .venv-core/.ready
 core-all: .venv-core/.ready
 	POLYAK_KERNEL=numpy $(CORE)/python -m pytest $(SPREAD) -m "not slow and not soak" tests/hostile \
 		$(patsubst %,tests/test_%.py,averaging constants conversion engine exact_mean factors geometry \
-		gram health in_memory layers outsiders posthoc products reductions running several signed sums verify)
+		gram health in_memory layers outsiders posthoc samples reductions running several signed sums verify)
 
 # The oldest versions that pyproject allows: the same bytes, what numpy and h5py do, a few commands.
 oldest: .venv-oldest/.ready
@@ -153,7 +153,7 @@ sanitize: .venv/.ready
 	cd .sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONMALLOC=malloc POLYAK_KERNEL=compiled \
 		$(abspath $(BIN))/python -m pytest $(SPREAD) --capture=sys -m "not soak" \
-		$(patsubst %,tests/test_%.py,kernel kernels several engine products)
+		$(patsubst %,tests/test_%.py,kernel kernels several engine samples)
 
 # Other C compilers than this machine's, if they are not here; then what all of them make of the
 # kernel.

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from polyak_cli import Geometry, geometry
 from polyak_cli.engine import grams
 from polyak_cli.engine.executors import InProcess, Threads
-from polyak_cli.engine.pairs import InOrder, PairSums, Products
+from polyak_cli.engine.pairs import GroupProducts, InOrder, Products
 from polyak_cli.engine.slabs import TUNING, Memory
 from polyak_cli.errors import MismatchError, UsageError
 from polyak_cli.evaluation import reports
@@ -240,7 +240,7 @@ def test_batches_are_added_in_their_order() -> None:
     rng = np.random.default_rng(0)
     batches = []
     for number in range(6):
-        sums = PairSums(number)
+        sums = GroupProducts(number)
         sums.add(0, Products(rng.normal(size=(3, 3)) * 10.0**number, 5, 0))
         batches.append(sums)
 

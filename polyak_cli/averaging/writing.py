@@ -259,7 +259,7 @@ def _fold(
     # Checksums in an archive cover the folded bytes, so they are written last.
     for skeleton in skeletons:
         skeleton.finalize()
-    found = done.products
+    found = done.samples
     verdict = runs.judge(found, work.list_counted()) if found else runs.Verdict()
     return done, kept, verdict
 

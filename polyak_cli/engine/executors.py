@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.folding import Done, FoldJob, Team
 from polyak_cli.engine.kernel import find_kernel
-from polyak_cli.engine.products import Products
+from polyak_cli.engine.samples import SampleSums
 from polyak_cli.engine.slabs import (
     TUNING,
     Batch,
@@ -96,7 +96,7 @@ def fold(
     batches = _cut_batches(tensors, job, memory)
     executor = executor or choose_executor(job, memory)
     total, crew = Totals(), Crew()
-    products = Products(len(job.list_counted()))
+    samples = SampleSums(len(job.list_counted()))
     constants: list[Constant] = []
     with (
         contextlib.ExitStack() as stack,
@@ -108,13 +108,13 @@ def fold(
     ):
         for done in steps:
             total, crew = total.plus(done.totals), crew.plus(done.crew)
-            products.add(done.products)
+            samples.add(done.samples)
             constants += done.constants
             if ledger:
                 ledger.add(done.sums)
             flusher.count(done.totals.bytes_written)
             progress(done.totals.bytes_read)
-    return Done(total, products if job.sampling else None, constants, crew)
+    return Done(total, samples if job.sampling else None, constants, crew)
 
 
 def _cut_batches(tensors: Iterable[FoldTensor], job: FoldJob, memory: Memory) -> Iterator[Any]:
@@ -290,15 +290,15 @@ class Forked:
 
         def fold_share(writer: Writer) -> None:
             share: Any = itertools.islice(batches, k, None, self.jobs)
-            # A batch has few samples, and all of them together hardly more products: one message
-            # for all is less than one for each.
-            products = Products(len(job.list_counted()))
+            # The sums over all batches are no larger than those over one: one message for all is
+            # less than one for each.
+            samples = SampleSums(len(job.list_counted()))
             for done in InProcess(self.tuning).run(job, share):
-                products.add(done.products)
+                samples.add(done.samples)
                 said = {"done": done.totals, "constants": done.constants, "sums": done.sums}
                 writer.send(said)
-            if products.sums:
-                writer.send({"products": products.pack()})
+            if samples.sums:
+                writer.send({"samples": samples.pack()})
 
         return fold_share
 
@@ -311,8 +311,8 @@ def _receive(child: Child, selector: selectors.BaseSelector) -> Iterator[Done]:
         error = rebuild_error(message)
         if error:
             raise error
-        if "products" in message:
-            yield Done(products=Products.unpack(message["products"]))
+        if "samples" in message:
+            yield Done(samples=SampleSums.unpack(message["samples"]))
         else:
             constants = [Constant(*one) for one in message["constants"]]
             crew = Crew(frozenset([str(child.pid)]))

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from polyak_cli.engine.constants import FINITE, NAN, Agreement, Constant, find_codes
 from polyak_cli.engine.inputs import OpenInputs
 from polyak_cli.engine.kernel import find_kernel, is_finite
-from polyak_cli.engine.pairs import PairSums
-from polyak_cli.engine.products import Products, Sampler, Sampling
+from polyak_cli.engine.pairs import GroupProducts
+from polyak_cli.engine.samples import Sampler, SampleSums, Sampling
 from polyak_cli.engine.slabs import (
     TUNING,
     Batch,
@@ -98,10 +98,10 @@ class Done(NamedTuple):
     """What folding a batch, or all of them, took and found."""
 
     totals: Totals = Totals()
-    products: Products | None = None  # of the checkpoints that count
+    samples: SampleSums | None = None  # of the checkpoints that count
     constants: Sequence[Constant] = ()  # of slabs, in any order
     crew: Crew = Crew()
-    pairs: PairSums | None = None  # of a `GramJob`
+    pairs: GroupProducts | None = None  # of a `GramJob`
     sums: Sequence[Run] = ()  # of what was read of the regions
 
 
@@ -204,7 +204,7 @@ class Worker:
             for bundle in batch:
                 for piece in refine(bundle, self.job.piece):
                     self._fold_bundle(piece)
-        found = self.sampler.take_products() if self.sampler else None
+        found = self.sampler.take_sums() if self.sampler else None
         checked = self.checked.take() if self.checked else []
         return Done(self.clock.totals(), found, self.constants, sums=checked)
 

@@ -20,14 +20,13 @@ from polyak_cli.engine.folding import Done, FoldJob, Team, Worker
 from polyak_cli.engine.pairs import (
     BLOCK,
     SCALED,
+    GroupProducts,
     InOrder,
-    PairSums,
     Products,
     multiply,
     subtract_newest,
 )
-from polyak_cli.engine.products import Products as Samples
-from polyak_cli.engine.products import Sampling
+from polyak_cli.engine.samples import SampleSums, Sampling
 from polyak_cli.engine.slabs import (
     FOLD_BYTES,
     TUNING,
@@ -85,7 +84,7 @@ def make_job(
     Args:
         inputs: the files of all checkpoints.
         count: how many checkpoints there are.
-        sampling: of what else neighbours are compared by; see `products`.
+        sampling: of what else neighbours are compared by; see `samples`.
         groups: as of `GramJob`.
     """
     return GramJob(inputs, (), np.ones((1, count)), [float(count)], False, sampling, groups=groups)
@@ -103,7 +102,7 @@ class Taken(NamedTuple):
     """What taking the products took and found."""
 
     groups: Mapping[int, Products]
-    samples: Samples  # of neighbours; see `products`
+    samples: SampleSums  # of neighbours; see `samples`
     constants: Sequence[Constant]
     totals: Totals
 
@@ -133,13 +132,13 @@ def take(
         # As for the most workers: where batches end decides how their sums are rounded.
         remote = memory._replace(jobs=max(memory.jobs, _WORKERS)).for_objects(count)
         memory = remote._replace(jobs=memory.jobs)
-    samples, constants, total, order = Samples(count), list[Constant](), Totals(), InOrder()
+    samples, constants, total, order = SampleSums(count), list[Constant](), Totals(), InOrder()
     batches = _number(tensors, memory)
     executor = _choose_executor(job, memory)
     with contextlib.closing(executor.run(job, batches)) as steps:
         for done in steps:
             total = total.plus(done.totals)
-            samples.add(done.products)
+            samples.add(done.samples)
             constants += done.constants
             if done.pairs:
                 order.add(done.pairs)
@@ -175,12 +174,12 @@ class GramWorker(Worker):
         self.groups = job.groups or {}
         self.count = len(job.list_counted())
         self.rows: Float64 = np.empty((self.count, 0))
-        self.pairs = PairSums()
+        self.pairs = GroupProducts()
 
     def fold(self, batch: Batch) -> Done:
         """Take the products of a numbered batch; return them, and what that took and found."""
         assert isinstance(batch, NumberedBatch)  # noqa: S101 - `take` numbers them
-        self.pairs = PairSums(batch.number)
+        self.pairs = GroupProducts(batch.number)
         return super().fold(batch)._replace(pairs=self.pairs)
 
     def _fold_bundle(self, bundle: Bundle) -> None:

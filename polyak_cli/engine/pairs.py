@@ -40,7 +40,7 @@ class Products(NamedTuple):
         return Products(a + b, self.size + other.size, exponent)
 
 
-class PairSums:
+class GroupProducts:
     """The products of each group of tensors in one batch, or in all of them so far.
 
     Attributes:
@@ -57,7 +57,7 @@ class PairSums:
         before = self.groups.get(group)
         self.groups[group] = before.plus(products) if before else products
 
-    def add_all(self, other: PairSums) -> None:
+    def add_all(self, other: GroupProducts) -> None:
         """Add the products of another batch."""
         for group, products in other.groups.items():
             self.add(group, products)
@@ -67,17 +67,17 @@ class InOrder:
     """Adds batches in their order, however they come: the order of a sum decides its last bit."""
 
     def __init__(self) -> None:
-        self.total = PairSums()
+        self.total = GroupProducts()
         self.next = 0
-        self.waiting: dict[int, PairSums] = {}
+        self.waiting: dict[int, GroupProducts] = {}
 
-    def add(self, sums: PairSums) -> None:
+    def add(self, sums: GroupProducts) -> None:
         """Take the sums of a batch, and add all whose turn it is."""
         self.waiting[sums.number] = sums
         for one in self._take_turns():
             self.total.add_all(one)
 
-    def _take_turns(self) -> Iterator[PairSums]:
+    def _take_turns(self) -> Iterator[GroupProducts]:
         while self.next in self.waiting:
             yield self.waiting.pop(self.next)
             self.next += 1

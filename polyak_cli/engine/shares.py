@@ -23,7 +23,7 @@ from polyak_cli.engine import sinks
 from polyak_cli.engine.constants import Constant
 from polyak_cli.engine.folding import Done, FoldJob, Worker
 from polyak_cli.engine.kernel import find_kernel
-from polyak_cli.engine.products import Products
+from polyak_cli.engine.samples import SampleSums
 from polyak_cli.engine.sinks import Parcel
 from polyak_cli.engine.slabs import TUNING, Batch, Share, Slab, count_elements
 from polyak_cli.engine.sums import Run
@@ -221,7 +221,7 @@ _turn = threading.Lock()
 
 def _fold(job: FoldJob, parcel: Parcel, on_last: Callable[[], None] = lambda: None) -> Reply:
     """Fold a share; nothing of it stays open."""
-    totals, products = Totals(), Products(len(job.list_counted()))
+    totals, samples = Totals(), SampleSums(len(job.list_counted()))
     constants: list[Constant] = []
     sums: list[Run] = []
     is_remote = any(file.version.is_object for file in job.inputs)
@@ -236,7 +236,7 @@ def _fold(job: FoldJob, parcel: Parcel, on_last: Callable[[], None] = lambda: No
                 on_last()
             done = worker.fold(batch)
             totals = totals.plus(done.totals)
-            products.add(done.products)
+            samples.add(done.samples)
             constants += done.constants
             sums += done.sums
         # Only then is the share done: the coordinator may read it on another machine, and this one
@@ -249,7 +249,7 @@ def _fold(job: FoldJob, parcel: Parcel, on_last: Callable[[], None] = lambda: No
     requests, retries = _requests.take()
     return {
         "totals": list(totals.plus(Totals(requests=requests, retries=retries))),
-        "products": products.pack() if products.sums else None,
+        "samples": samples.pack() if samples.sums else None,
         "constants": [list(one) for one in constants],
         "sums": [list(one) for one in sums],
         "kernel": find_kernel(job.kernel).NAME,
@@ -290,10 +290,10 @@ def _find_unseen(job: FoldJob) -> list[str] | None:
 def read_done(reply: Reply, retries: int = 0) -> Done:
     """Return what a worker's "done" says of a share that was sent again so often."""
     found = reply["done"]
-    products = found["products"]
+    samples = found["samples"]
     return Done(
         Totals(*found["totals"]).plus(Totals(retries=retries)),
-        Products.unpack(products) if products else None,
+        SampleSums.unpack(samples) if samples else None,
         [Constant(*one) for one in found["constants"]],
         Crew(frozenset([reply["worker"]]), frozenset([found["kernel"]]), found["peak"]),
         sums=[Run(*one) for one in found["sums"]],

@@ -75,7 +75,7 @@ class FoldTensor(NamedTuple):
     size: int
     sources: Sequence[TensorSource]
     targets: Sequence[Placement]
-    group: int | None = None  # whose inner products its samples add to; see `products`
+    group: int | None = None  # whose inner products its samples add to; see `samples`
 
 
 class Slab(NamedTuple):

@@ -19,7 +19,7 @@ from polyak_cli.averaging.belonging import assets, runs
 from polyak_cli.averaging.matching import Row, match
 from polyak_cli.averaging.notebook import write_html
 from polyak_cli.checkpoints import Selection, enter, find_file
-from polyak_cli.engine.products import Products
+from polyak_cli.engine.samples import SampleSums
 from polyak_cli.errors import MismatchError, UsageError, name_path, shown, word_count
 from polyak_cli.examining.reductions import (
     PairSums,
@@ -116,12 +116,12 @@ def diff(one: Path, other: Path, *, rtol: float = 0.0, atol: float = 0.0) -> Dif
 
 def _judge(rows: Sequence[Row], sums: Mapping[str, PairSums]) -> runs.Verdict:
     """Return whether two checkpoints are of one run, from the matrices that `average` compares."""
-    products = Products(2)
+    samples = SampleSums(2)
     for row, group in zip(rows, runs.choose_compared(rows).groups, strict=True):
         if group is not None and row[0].name in sums:
             # Checkpoint 1, and the one right before it.
-            products.of(group)[1, 0] += sums[row[0].name].apart
-    return runs.judge(products, range(2))
+            samples.of(group)[1, 0] += sums[row[0].name].apart
+    return runs.judge(samples, range(2))
 
 
 def _pair(tables: Sequence[Table]) -> tuple[list[Row], list[str]]:

@@ -362,7 +362,7 @@ def _measure_all(
     notes = [note for sums in measured for note in describe_constants(sums.constants)]
     verdict = runs.Verdict()
     if run:
-        verdict = runs.judge(measured[0].products, [examined.index(one) for one in run])
+        verdict = runs.judge(measured[0].samples, [examined.index(one) for one in run])
     tables = [one.table for one in run if one.table and one.nonfinite is not None]
     if not tables:
         return [], verdict, notes

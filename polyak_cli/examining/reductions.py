@@ -20,8 +20,8 @@ from polyak_cli.engine import reading
 from polyak_cli.engine.constants import Agreement, Constant, find_codes
 from polyak_cli.engine.inputs import check_unchanged
 from polyak_cli.engine.kernel import is_finite, widen_any
-from polyak_cli.engine.products import Products, Sampler
 from polyak_cli.engine.reading import Piece
+from polyak_cli.engine.samples import Sampler, SampleSums
 from polyak_cli.engine.slabs import FoldTensor, Memory, Slab
 from polyak_cli.errors import FormatError
 from polyak_cli.storage import Bytes
@@ -136,7 +136,7 @@ class PairSums:
 
     ``aa``, ``bb`` and ``ab`` are inner products over the elements that are finite in both; ``dd``
     is the squared distance, which is infinite where a value that is not finite has no equal.
-    ``apart`` is <b, a>, <b, b>, <a, a> and the number of elements, as in `Products`: over those
+    ``apart`` is <b, a>, <b, b>, <a, a> and the number of elements, as in `SampleSums`: over those
     that differ, because a part that was never trained would hide the others.
     """
 
@@ -245,7 +245,7 @@ class NeighbourSums:
         distances: ``[k, j]`` is the squared distance from checkpoint ``k - j`` to ``k``.
         same: every bit is that of the checkpoint before.
         damaged: checkpoint -> why its values cannot be read.
-        products: of samples of neighbouring checkpoints, once all was read.
+        samples: sums over those of neighbouring checkpoints, once all was read.
     """
 
     def __init__(self, count: int) -> None:
@@ -259,7 +259,7 @@ class NeighbourSums:
         self.distances = np.zeros((count, REACH + 1))
         self.same = np.arange(count) > 0
         self.damaged: dict[int, FormatError] = {}
-        self.products = Products(count)
+        self.samples = SampleSums(count)
 
     def read(self, tables: Sequence[Table], rows: Sequence[Row], memory: Memory) -> None:
         """Read every value of the float tensors, once.
@@ -310,7 +310,7 @@ class NeighbourSums:
                 before = stored
             if piece.is_last:
                 self._end_slab(tensor.name)
-        self.products.add(samples.sampler.take_products())
+        self.samples.add(samples.sampler.take_sums())
 
     def _add(self, k: int, recent: Sequence[Float64]) -> None:
         """Add a slab of checkpoint ``k``, which lies in the ring among those before it."""

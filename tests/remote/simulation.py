@@ -48,7 +48,7 @@ PART = 128 << 20
 #: What a share that is simulated has done.
 DONE = {
     "totals": list(Totals()),
-    "products": None,
+    "samples": None,
     "constants": [],
     "kernel": "compiled",
     "receipts": {0: {1: "0" * 34}},

@@ -18,7 +18,7 @@ import numpy as np
 from polyak_cli.averaging.matching import Row
 from polyak_cli.averaging.options import Choice
 from polyak_cli.checkpoints import Checkpoint
-from polyak_cli.engine.products import REACH, Products, Sampling
+from polyak_cli.engine.samples import REACH, SampleSums, Sampling
 from polyak_cli.errors import list_some, name_path, quote_glob, shown
 from polyak_cli.tensors import FLOATS
 
@@ -135,15 +135,15 @@ class _Pair(NamedTuple):
     is_alike: bool | None
 
 
-def judge(products: Products, counted: Sequence[int]) -> Verdict:
+def judge(samples: SampleSums, counted: Sequence[int]) -> Verdict:
     """Return whether checkpoints are of one run.
 
     Args:
-        products: of their samples.
-        counted: the number of each; products know only their order.
+        samples: sums over those of the checkpoints.
+        counted: the number of each; the sums know only their order.
     """
     pairs = {
-        (k - reach, k): _compare(products, k, reach)
+        (k - reach, k): _compare(samples, k, reach)
         for k in range(len(counted))
         for reach in range(1, min(k, REACH) + 1)
     }
@@ -158,7 +158,7 @@ def judge(products: Products, counted: Sequence[int]) -> Verdict:
             old, new = home[b], home[a]
             home = [new if place == old else place for place in home]
     judged = {k for (a, b), found in pairs.items() if found.is_alike is not None for k in (a, b)}
-    judged -= _find_empty(products)
+    judged -= _find_empty(samples)
     groups = [tuple(k for k in sorted(judged) if home[k] == place) for place in sorted({*home})]
     between = min(neighbours, key=lambda pair: neighbours[pair], default=None)
     return Verdict(
@@ -168,28 +168,28 @@ def judge(products: Products, counted: Sequence[int]) -> Verdict:
     )
 
 
-def _find_empty(products: Products) -> set[int]:
+def _find_empty(samples: SampleSums) -> set[int]:
     """Return the checkpoints without a number but 0 where others have some.
 
     They are of no run: networks before their first step, and those that diverged to NaN, which
     counts as 0.
     """
-    total = sum(products.sums.values(), np.zeros((products.count, REACH, 4)))
+    total = sum(samples.sums.values(), np.zeros((samples.count, REACH, 4)))
     xx, yy, differing = (total[:, 0, part] for part in (1, 2, 3))
-    empty = {k for k in range(1, products.count) if differing[k] and not xx[k]}
-    empty |= {k - 1 for k in range(1, products.count) if differing[k] and not yy[k]}
+    empty = {k for k in range(1, samples.count) if differing[k] and not xx[k]}
+    empty |= {k - 1 for k in range(1, samples.count) if differing[k] and not yy[k]}
     # Products are over what differs, so that two of them side by side have none.
-    for k in [*range(1, products.count), *range(products.count - 1, 0, -1)]:
+    for k in [*range(1, samples.count), *range(samples.count - 1, 0, -1)]:
         if not differing[k] and not empty.isdisjoint((k - 1, k)):
             empty |= {k - 1, k}
     return empty
 
 
-def _compare(products: Products, k: int, reach: int) -> _Pair:
+def _compare(samples: SampleSums, k: int, reach: int) -> _Pair:
     """Return how alike a checkpoint is to the one so many places before it."""
     weights = cosine = kept = differing = 0.0
     is_zero = False
-    for sums in products.sums.values():
+    for sums in samples.sums.values():
         xy, xx, yy, count = sums[k, reach - 1].tolist()
         differing += count
         lengths = math.sqrt(xx) * math.sqrt(yy)
@@ -205,7 +205,7 @@ def _compare(products: Products, k: int, reach: int) -> _Pair:
         cosine, kept = cosine / weights, kept / weights
         return _Pair(cosine, cosine >= _ALIKE or (kept >= _KEPT and cosine >= _NOISE))
     # What differs in too few elements is nearly the same; beside zeros nothing can be said.
-    return _Pair(None, None if is_zero or not products.sums else True)
+    return _Pair(None, None if is_zero or not samples.sums else True)
 
 
 # --- what a user reads ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from polyak_cli.engine import executors
 from polyak_cli.engine.executors import Executor, Forked, InProcess, Threads
 from polyak_cli.engine.folding import FoldJob
 from polyak_cli.engine.pools import Futures
-from polyak_cli.engine.products import REACH, Products, Sampling
+from polyak_cli.engine.samples import REACH, SampleSums, Sampling
 from polyak_cli.engine.slabs import FoldTensor, Memory, TensorSource
 from polyak_cli.storage import File, Version
 from polyak_cli.tensors import Extent, Placement
@@ -52,7 +52,7 @@ def fold(
     coefficients: Array,
     executor: Executor,
     piece: int = 1 << 16,
-) -> Products | None:
+) -> SampleSums | None:
     """Fold a run and return its products."""
     files = write(folder, run)
     tensors = []
@@ -65,7 +65,7 @@ def fold(
         tensors.append(FoldTensor(f"t{t}", array.size, sources, targets, groups[t]))
         offset += array.nbytes
     job = FoldJob(files, [str(folder / "out")], coefficients, [1.0], True, sampling)
-    return executors.fold(tensors, job, Memory(2, piece, piece), executor=executor).products
+    return executors.fold(tensors, job, Memory(2, piece, piece), executor=executor).samples
 
 
 def expect(
@@ -161,8 +161,8 @@ def test_products_are_of_the_stored_values_and_change_no_byte(tmp_path: Path, dt
 
 def test_products_survive_a_message() -> None:
     """What a forked process sends is, to the last bit, what it found."""
-    products = Products(3)
-    products.of(4)[...] = np.random.default_rng(0).normal(size=(3, REACH, 4))
-    again = Products.unpack(products.pack())
+    sums = SampleSums(3)
+    sums.of(4)[...] = np.random.default_rng(0).normal(size=(3, REACH, 4))
+    again = SampleSums.unpack(sums.pack())
     assert again.sums.keys() == {4}
-    assert np.array_equal(again.of(4), products.of(4))
+    assert np.array_equal(again.of(4), sums.of(4))

@@ -42,7 +42,7 @@ class Sampling(NamedTuple):
                 yield low, high
 
 
-class Products:
+class SampleSums:
     """Sums over the samples of each group of tensors.
 
     Attributes:
@@ -61,7 +61,7 @@ class Products:
             self.sums[group] = np.zeros((self.count, REACH, 4))
         return self.sums[group]
 
-    def add(self, other: Products | None) -> None:
+    def add(self, other: SampleSums | None) -> None:
         """Add the products of other samples."""
         for group, sums in (other.sums if other else {}).items():
             self.of(group)[...] += sums
@@ -71,7 +71,7 @@ class Products:
         return [self.count, [[group, sums.tolist()] for group, sums in self.sums.items()]]
 
     @classmethod
-    def unpack(cls, packed: Sequence[Any]) -> Products:
+    def unpack(cls, packed: Sequence[Any]) -> SampleSums:
         """Return what was packed."""
         count, sums = packed
         return cls(count, {group: np.array(rows) for group, rows in sums})
@@ -83,7 +83,7 @@ class Sampler:
     def __init__(self, count: int, sampling: Sampling) -> None:
         self.count = count
         self.sampling = sampling
-        self.products = Products(count)
+        self.total = SampleSums(count)
         self.places: list[tuple[int, int, int]] = []  # group and columns
         self.picked: slice | npt.NDArray[np.int64] = slice(0)
         self.rows = np.empty((0, 0))  # of the buffer, a checkpoint each
@@ -151,10 +151,10 @@ class Sampler:
         """End the bundle."""
         self._multiply()
 
-    def take_products(self) -> Products | None:
+    def take_sums(self) -> SampleSums | None:
         """Return the products of all bundles since the last call, if there are any."""
-        products, self.products = self.products, Products(self.count)
-        return products if products.sums else None
+        total, self.total = self.total, SampleSums(self.count)
+        return total if total.sums else None
 
     def _multiply(self) -> None:
         """Add the products of the rows that are new in the buffer."""
@@ -166,7 +166,7 @@ class Sampler:
             fresh[~np.isfinite(fresh)] = 0.0
         first = self.taken - self.filled  # the checkpoint in the buffer's first row
         for group, low, high in self.places:
-            sums = self.products.of(group)
+            sums = self.total.of(group)
             for reach in range(1, REACH + 1):
                 begin = max(old, reach)
                 if begin < self.filled:
