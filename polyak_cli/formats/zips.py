@@ -113,8 +113,8 @@ def _check_member(file: InputFile, info: zipfile.ZipInfo) -> Member:
         raise FormatError(
             f"{name} claims {info.file_size} bytes in {info.compress_size}: a decompression bomb"
         )
-    read_head = _read_part(file, info.header_offset, _LOCAL.size, name)
-    signature, _, flags, method, _, _, *sizes, name_length, extra_length = _LOCAL.unpack(read_head)
+    header = _read_part(file, info.header_offset, _LOCAL.size, name)
+    signature, _, flags, method, _, _, *sizes, name_length, extra_length = _LOCAL.unpack(header)
     written = _read_part(file, info.header_offset + _LOCAL.size, name_length, name)
     encoding = "utf-8" if info.flag_bits & _UTF8 else "cp437"
     if signature != b"PK\x03\x04" or written != info.orig_filename.encode(encoding, "replace"):
@@ -413,9 +413,9 @@ class Archive:
     ) -> int:
         """Write a local header, and return the offset behind it."""
         row = (name, self.end, stored, nbytes, method, crc)
-        read_head = _describe_member(*row, padding=padding).FileHeader()
-        self.file.write(self.end, read_head)
-        offset = self.end + len(read_head)
+        header = _describe_member(*row, padding=padding).FileHeader()
+        self.file.write(self.end, header)
+        offset = self.end + len(header)
         self.listed.append([*row, offset])
         self.end = offset + stored
         return offset

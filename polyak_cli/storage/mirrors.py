@@ -40,8 +40,6 @@ if TYPE_CHECKING:  # imported where a URL is named: who averages local files pay
     from polyak_cli.storage.mirrored import MirroredInput
     from polyak_cli.storage.parts import PartOutput
 
-#: Schemes of stores that outputs can be written to.
-WRITABLE = ("s3", "gs", "az")
 #: Bytes up to which an object is fetched whole where its header is scattered over it.
 WHOLE = 256 << 20
 
@@ -158,8 +156,8 @@ def _parse_output(text: str) -> urls.Url:
         MissingExtraError: a package is missing.
     """
     url = urls.parse(text)
-    if url is None or url.scheme not in WRITABLE:
-        known = ", ".join(f"{one}://" for one in WRITABLE)
+    if url is None or url.scheme not in urls.BUCKETS:
+        known = ", ".join(f"{one}://" for one in urls.BUCKETS)
         raise UsageError(f"{shown(text)}: cannot be written to; expected one of {known}")
     if url.scheme == "s3" and not find_spec("boto3"):
         raise MissingExtraError("writing to s3://", "s3")

@@ -24,7 +24,7 @@ from polyak_cli.errors import FormatError, OutputError, PolyakError, StoreError,
 from polyak_cli.storage import blobs, s3
 from polyak_cli.storage.local import LocalStore
 from polyak_cli.storage.parts import Outbox
-from polyak_cli.storage.urls import Url, parse
+from polyak_cli.storage.urls import BUCKETS, Url, parse
 
 #: Bytes of a part, where the object is not so large that its parts have to be larger.
 PART = 8 << 20
@@ -67,7 +67,7 @@ class Orphan(NamedTuple):
 def _parse(url: str) -> Url:
     """Return the parts of a URL that can be written to."""
     parsed = parse(url)
-    if parsed is None or parsed.scheme not in ("s3", "gs", "az"):
+    if parsed is None or parsed.scheme not in BUCKETS:
         raise OutputError(f"{shown(url)}: cannot be written to")
     return parsed
 

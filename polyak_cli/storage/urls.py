@@ -20,6 +20,8 @@ SCHEMES = {
     "http": "a web server",
     "hf": "the Hugging Face Hub",
 }
+#: Those whose objects can be written, under conditions.
+BUCKETS = ("s3", "gs", "az")
 #: How a URL begins.  A pathlib.Path has lost a slash already.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
 
@@ -53,7 +55,7 @@ class Url(NamedTuple):
     @property
     def has_conditions(self) -> bool:
         """Whether its server can be relied on to honour ranges and conditions."""
-        return self.scheme in ("s3", "gs", "az")
+        return self.scheme in BUCKETS
 
     @property
     def has_listing(self) -> bool:
