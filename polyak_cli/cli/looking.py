@@ -75,8 +75,6 @@ def inspect(files: tuple[str, ...], stats: bool, as_json: bool, verbose: bool) -
 
     For - the names of files are read from standard input.
     """
-    from pathlib import Path
-
     from polyak_cli.examining import inspection
 
     found = list(inspection.inspect([Path(file) for file in files], statistics=stats))
@@ -151,8 +149,6 @@ def diff(
     next, and of each to the average of all, which shows the outlier. For - the names of files are
     read from standard input.
     """
-    from pathlib import Path
-
     given = [f"--{name}" for name, value in of_a_run.items() if value]
     from polyak_cli.checkpoints import find_file
 
@@ -168,8 +164,6 @@ def diff(
 def _diff_files(
     sources: Sequence[str], rtol: float, atol: float, as_json: bool, quiet: bool, verbose: bool
 ) -> int:
-    from pathlib import Path
-
     from polyak_cli.examining import differences
 
     one, other = map(Path, sources)
@@ -183,8 +177,6 @@ def _diff_files(
 def _diff_run(
     sources: Sequence[str], options: Mapping[str, Any], as_json: bool, quiet: bool
 ) -> int:
-    from pathlib import Path
-
     from polyak_cli import checkpoints, formats
     from polyak_cli.examining import differences
 

@@ -356,8 +356,8 @@ def measure(plan: Plan, progress: Progress | None = None) -> Geometry:
         whole = whole.plus(one)
     moved = _list_moved(groups, whole)
     about = [problem.text for problem in plan.suspicions]
-    choice = plan.settings.weighting.resolve()
-    about += note_coefficients(choice, plan.mean, plan.positions[-1])
+    used = plan.settings.weighting.resolve()
+    about += note_coefficients(used, plan.mean, plan.positions[-1])
     notes = [*about, *notes, *_note_ignored(plan), *_note_statistics(plan, moved)]
     return Geometry(
         checkpoints=plan.checkpoints,

@@ -1,7 +1,7 @@
 """The tool of `polyak uploads`: what runs of polyak left unfinished in a store of objects.
 
-Finds nothing of other programs.  How it is recognised, and when a run counts as dead, the store's
-module knows.
+Finds nothing of other programs.  `storage.uploads` knows how it is recognised, and when a run
+counts as dead.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def verify(
         output: the average: a file, or a folder of shards.
         sources: folders to search for the checkpoints, before the folder that holds the average;
             without them, the folders beside the average are searched too.
-        max_memory: bytes for buffers; `averaging.MAX_MEMORY` if None.
+        max_memory: bytes for buffers; 32 MiB if None.
         jobs: threads or processes; as many as there are processors, at most 8, if None.
         engine: who averages again; see `polyak_cli.Options`.
         scheduler: the address of Dask's; see `polyak_cli.Options`.
