@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from polyak_cli.errors import FormatError, OutputError, shown, word_size
 from polyak_cli.formats import conversion, foreign, vocabularies
 from polyak_cli.formats.format import RUN_MODULE, Draft, Format, ScanRequest, SkeletonRequest
-from polyak_cli.formats.sharding import Index, read_index
+from polyak_cli.formats.sharding import Index, check_shard, read_index
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import File, Version, open_input
 from polyak_cli.storage.local import LocalOutput, name_errors
@@ -241,22 +241,9 @@ def _read_index(path: str, heartbeat: Heartbeat) -> Index:
 def _read_shards(path: str, index: Index, heartbeat: Heartbeat) -> list[_Header]:
     """Read the shards, which must hold the very tensors that the index says."""
     headers = []
-    for name, listed in sorted(index.shards.items()):
-        wanted = set(listed)
+    for name in sorted(index.shards):
         header = _read_header(str(Path(path).with_name(name)), heartbeat)
-        held = {entry.name for entry in header.entries}
-        for tensor in sorted(wanted - held)[:1]:
-            raise FormatError(
-                f"{shown(header.path)}: has no tensor '{shown(tensor)}', which {shown(path)} says "
-                "is in it; the files come from different saves"
-            )
-        for tensor in sorted(held - wanted)[:1]:
-            others = [other for other in index.shards if tensor in index.shards[other]]
-            says = f"is in {shown(others[0])}" if others else "is nowhere"
-            raise FormatError(
-                f"{shown(header.path)}: has a tensor '{shown(tensor)}', which {shown(path)} says "
-                f"{says}; the files come from different saves"
-            )
+        check_shard(path, index, name, {entry.name for entry in header.entries})
         headers.append(header)
     return headers
 

@@ -1,11 +1,12 @@
 """Read the index of a sharded checkpoint: JSON whose ``weight_map`` says what lies in which shard.
 
-Knows neither what the map's keys mean nor how a shard stores tensors.
+Does not know how a shard stores tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyak_cli.errors import FormatError, shown, word_size
@@ -51,6 +52,33 @@ def read_index(path: str, suffix: str, parse: Callable[[bytes], Any]) -> Index:
             _check_bare(key, name, suffix)
             shards.setdefault(name, []).append(key)
         return Index(file.version, content, shards)
+
+
+def check_shard(path: str, index: Index, name: str, held: Collection[str]) -> None:
+    """Refuse a shard that holds other tensors than the index says.
+
+    Args:
+        path: of the index.
+        index: its content; the keys of its map are names of tensors.
+        name: of the shard.
+        held: the names of its tensors.
+
+    Raises:
+        FormatError: names the shard and a tensor.
+    """
+    shard, wanted = Path(path).with_name(name), index.shards[name]
+    for tensor in sorted({*wanted} - {*held})[:1]:
+        raise FormatError(
+            f"{shown(shard)}: has no tensor '{shown(tensor)}', which {shown(path)} says is in it; "
+            "the files come from different saves"
+        )
+    for tensor in sorted({*held} - {*wanted})[:1]:
+        others = [other for other in index.shards if tensor in index.shards[other]]
+        says = f"is in {shown(others[0])}" if others else "is nowhere"
+        raise FormatError(
+            f"{shown(shard)}: has a tensor '{shown(tensor)}', which {shown(path)} says {says}; "
+            "the files come from different saves"
+        )
 
 
 def _list_pairs(weight_map: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

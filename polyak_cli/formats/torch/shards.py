@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from polyak_cli.errors import FormatError, shown
+from polyak_cli.errors import FormatError
 from polyak_cli.formats.catalogue import find_format
 from polyak_cli.formats.format import RUN_MODULE, ScanRequest, SkeletonRequest
 from polyak_cli.formats.parts import FormatOfParts, Part, request_scan, scan_part
-from polyak_cli.formats.sharding import Index, read_index
+from polyak_cli.formats.sharding import check_shard, read_index
 from polyak_cli.formats.torch.archive import read_names
 from polyak_cli.formats.torch.pickles import SIZES
 from polyak_cli.processes.sandbox import Heartbeat
@@ -24,22 +24,6 @@ from polyak_cli.tensors import Table
 _SUFFIX = ".bin"
 #: What the index says of the bytes of all tensors.
 _SIZE = "total_size"
-
-
-def _check_names(path: Path, name: str, index: Index, heartbeat: Heartbeat) -> None:
-    """Refuse a shard of another save; tied tensors are compared by all of their names."""
-    shard = path.with_name(name)
-    held, wanted = read_names(str(shard), heartbeat), set(index.shards[name])
-    for tensor in sorted(wanted - held)[:1]:
-        raise FormatError(
-            f"{shown(shard)}: has no tensor '{shown(tensor)}', which {shown(path)} says is in it; "
-            "the files come from different saves"
-        )
-    for tensor in sorted(held - wanted)[:1]:
-        raise FormatError(
-            f"{shown(shard)}: has a tensor '{shown(tensor)}', which {shown(path)} does not say is "
-            "in it; the files come from different saves"
-        )
 
 
 class TorchShards(FormatOfParts):
@@ -59,9 +43,10 @@ class TorchShards(FormatOfParts):
         index = read_index(request.path, _SUFFIX, json.loads)
         found = []
         for name in sorted(index.shards):
-            part = scan_part(path.parent, name, "", request, heartbeat)
-            _check_names(path, name, index, heartbeat)
-            found.append(part)
+            found.append(scan_part(path.parent, name, "", request, heartbeat))
+            # Tied tensors are compared by all of their names, of which the table has one.
+            held = read_names(str(path.with_name(name)), heartbeat)
+            check_shard(request.path, index, name, held)
         return found
 
     def write_index(self, request: SkeletonRequest, heartbeat: Heartbeat) -> str:
