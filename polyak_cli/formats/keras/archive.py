@@ -28,7 +28,7 @@ from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.formats.keras.outline import label_groups
 from polyak_cli.processes.sandbox import Heartbeat
 from polyak_cli.storage import InputFile
-from polyak_cli.tensors import Asset, Checksum, Extent, Table, TensorSpec
+from polyak_cli.tensors import Asset, Checksum, Extent, Placement, Table, TensorSpec
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.weights.h5", "model.weights.npz"
 #: Where layers keep what is no tensor, such as a vocabulary that was adapted to data.
@@ -228,6 +228,18 @@ def _place_in_member(request: SkeletonRequest) -> SkeletonRequest:
     return request._replace(template=table)
 
 
+def _list_weights(
+    archive: zips.Archive, offset: int, written: Window, placements: Mapping[str, Placement]
+) -> Draft:
+    """List the weights file that was written at an offset of an archive; return the draft."""
+    archive.list_written(WEIGHTS, offset, written.size)
+    # libhdf5 counted offsets from the beginning of its window.
+    moved = {
+        where: place._replace(offset=offset + place.offset) for where, place in placements.items()
+    }
+    return Draft(moved, notes={"archive": archive.describe()})
+
+
 class KerasArchive(Format):
     """The `.keras` archives of Keras 3."""
 
@@ -307,13 +319,7 @@ class KerasArchive(Format):
                 if not parts:
                     sources += [stack.enter_context(_open_weights(file, weights, heartbeat))]
                 draft = skeleton.merge(request, sources, heartbeat, target)
-            archive.list_written(WEIGHTS, offset, target.size)
-            # libhdf5 counted offsets from the beginning of its window.
-            placements = {
-                where: place._replace(offset=offset + place.offset)
-                for where, place in draft.placements.items()
-            }
-            return Draft(placements, notes={"archive": archive.describe()})
+            return _list_weights(archive, offset, target, draft.placements)
 
     def extract(self, request: SkeletonRequest, heartbeat: Heartbeat) -> Draft:
         """See `Format.extract`: the weights file has the layout of a ``.weights.h5``."""
@@ -369,12 +375,7 @@ class KerasArchive(Format):
             made = weights_files.build(request, model.places, target, heartbeat)
             for name, start in made.carried.items():
                 carrier.carry(request.template.tensors[name], archive.file, offset + start)
-            archive.list_written(WEIGHTS, offset, target.size)
-            placements = {
-                where: place._replace(offset=offset + place.offset)
-                for where, place in made.placements.items()
-            }
-            return Draft(placements, notes={"archive": archive.describe()})
+            return _list_weights(archive, offset, target, made.placements)
 
     def finalize(self, output: str, draft: Draft) -> None:
         """See `Format.finalize`."""
