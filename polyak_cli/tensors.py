@@ -442,7 +442,7 @@ class Placement(NamedTuple):
 
 
 def is_carried(dtype: str) -> bool:
-    """Tell whether a tensor carries over from the newest checkpoint: an average means nothing."""
+    """Return whether a tensor carries over from the newest checkpoint: an average means nothing."""
     return dtype in (*WHOLE_NUMBERS, "enum", "string", "bitfield", "opaque")
 
 

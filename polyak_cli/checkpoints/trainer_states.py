@@ -55,7 +55,7 @@ class _State:
 
 
 def has_state(path: Path) -> bool:
-    """Tell whether a checkpoint is a folder with the state of a Trainer."""
+    """Return whether a checkpoint is a folder with the state of a Trainer."""
     return (path / NAME).is_file()
 
 
@@ -90,7 +90,7 @@ def read_metrics(paths: Sequence[Path], monitor: str | None, mode: str | None) -
 
 
 def _is_number(value: Any) -> bool:
-    """Tell whether a value is a number that a float can hold."""
+    """Return whether a value is a number that a float can hold."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
 
 

@@ -357,7 +357,7 @@ def _list_callbacks(keras: Any, batch_size: int, counter: RowCounter) -> list[An
 
 
 def _is_close(mean: float, keras: float | None, tolerance: float) -> bool:
-    """Tell whether a mean is what Keras, which adds up in float32, says; NaN agrees with NaN."""
+    """Return whether a mean is what Keras, which adds up in float32, says; NaN agrees with NaN."""
     if keras is None or mean != mean or keras != keras:
         return keras is not None and mean != mean and keras != keras
     return math.isclose(mean, keras, rel_tol=tolerance, abs_tol=tolerance)

@@ -78,12 +78,12 @@ class Opening:
 
 
 def is_hdf5(opening: Opening) -> bool:
-    """Tell whether a file begins with HDF5's signature."""
+    """Return whether a file begins with HDF5's signature."""
     return opening.head.startswith(_HDF5)
 
 
 def has_user_block(opening: Opening) -> bool:
-    """Tell whether HDF5's signature stands behind a block of the user's own: at 512, 1024, ..."""
+    """Return whether HDF5's signature stands behind a block of the user's own: at 512, 1024, ..."""
     offset = 512
     while offset < opening.file.size:
         if opening.file.read(offset, len(_HDF5)) == _HDF5:
@@ -93,22 +93,22 @@ def has_user_block(opening: Opening) -> bool:
 
 
 def is_keras_archive(opening: Opening) -> bool:
-    """Tell whether an archive has the members of a Keras model."""
+    """Return whether an archive has the members of a Keras model."""
     return bool(opening.members & _KERAS_WEIGHTS) or opening.members >= _KERAS_TEXTS
 
 
 def is_npz(opening: Opening) -> bool:
-    """Tell whether an archive has an array of numpy's."""
+    """Return whether an archive has an array of numpy's."""
     return any(name.endswith(b".npy") for name in opening.members)
 
 
 def is_torch_zip(opening: Opening) -> bool:
-    """Tell whether `torch.save` wrote a file, in the form that it has had since PyTorch 1.6."""
+    """Return whether `torch.save` wrote a file, in the form that it has had since PyTorch 1.6."""
     return any(re.search(rb"/data(\.pkl|/\d+)$", name) for name in opening.members)
 
 
 def is_dcp_metadata(opening: Opening) -> bool:
-    """Tell whether a pickle is the `.metadata` of a distributed checkpoint, by the classes in it.
+    """Return whether a pickle is the `.metadata` of a distributed checkpoint, by the classes in it.
 
     One that is damaged has its name still; nothing else is called so.
     """
@@ -119,7 +119,7 @@ def is_dcp_metadata(opening: Opening) -> bool:
 
 
 def is_orbax_metadata(opening: Opening) -> bool:
-    """Tell whether a JSON file lists the arrays or the items of an Orbax checkpoint.
+    """Return whether a JSON file lists the arrays or the items of an Orbax checkpoint.
 
     One that is damaged has its name still; nothing else is called so.
     """
@@ -131,7 +131,7 @@ def is_orbax_metadata(opening: Opening) -> bool:
 
 
 def is_keras_index(opening: Opening) -> bool:
-    """Tell whether a JSON file maps Keras's weights to shards.
+    """Return whether a JSON file maps Keras's weights to shards.
 
     A map may name anything at all; the file's own name then says what it was meant to be.
     """
@@ -140,24 +140,24 @@ def is_keras_index(opening: Opening) -> bool:
 
 
 def is_safetensors(opening: Opening) -> bool:
-    """Tell whether a file is an index of safetensors shards, or begins with a header's length."""
+    """Return whether a file is an index of safetensors shards, or begins with a header's length."""
     if b'.safetensors"' in opening.weight_map or _is_called(opening, ".safetensors.index.json"):
         return True
     return _LENGTH.match(opening.head) is not None
 
 
 def is_torch_index(opening: Opening) -> bool:
-    """Tell whether a JSON file maps tensors to shards of `torch.save`."""
+    """Return whether a JSON file maps tensors to shards of `torch.save`."""
     return b'.bin"' in opening.weight_map or _is_called(opening, ".bin.index.json")
 
 
 def _is_called(opening: Opening, ending: str) -> bool:
-    """Tell whether a file of JSON is named as an index: one cut off has its name still."""
+    """Return whether a file of JSON is named as an index: one cut off has its name still."""
     return opening.head.lstrip().startswith((b"{", b"[")) and opening.file.name.endswith(ending)
 
 
 def is_list_of_modules(opening: Opening) -> bool:
-    """Tell whether a JSON file lists the modules of a model of sentence-transformers."""
+    """Return whether a JSON file lists the modules of a model of sentence-transformers."""
     if not opening.head.lstrip().startswith(b"["):
         return False
     begin = opening.file.read(0, _ENDS)
@@ -165,7 +165,7 @@ def is_list_of_modules(opening: Opening) -> bool:
 
 
 def is_tensorflow_index(opening: Opening) -> bool:
-    """Tell whether a file is the index of a TensorFlow checkpoint, whole or cut off."""
+    """Return whether a file is the index of a TensorFlow checkpoint, whole or cut off."""
     if _BUNDLE.match(opening.head):
         return True
     return opening.file.read(max(0, opening.file.size - 8), 8) == _TABLE

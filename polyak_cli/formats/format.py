@@ -151,7 +151,7 @@ class Format(ABC):
         return {}
 
     def is_storage(self, name: str) -> bool:
-        """Tell whether a file in a checkpoint's folder stores tensors, though none was found in it.
+        """Return whether a file beside a checkpoint stores tensors, though none was found in it.
 
         An output stores its own tensors in its own way, so such a file is not copied.
         """
@@ -165,7 +165,7 @@ class Format(ABC):
 
     @abstractmethod
     def is_polyak_output(self, path: str, heartbeat: Heartbeat) -> bool:
-        """Tell whether this tool wrote a file; a file that cannot be read it did not."""
+        """Return whether this tool wrote a file; a file that cannot be read it did not."""
 
     def read_metric(self, path: str, heartbeat: Heartbeat) -> tuple[str, float] | None:
         """Return name and value of the metric that a checkpoint keeps of itself.

@@ -95,12 +95,12 @@ class FolderFiles:
 
 
 def is_training_state(name: str) -> bool:
-    """Tell whether a file of this name continues a training and holds no model."""
+    """Return whether a file of this name continues a training and holds no model."""
     return _STATE.fullmatch(name) is not None
 
 
 def is_state_folder(name: str) -> bool:
-    """Tell whether a folder of this name in a checkpoint's folder continues a training."""
+    """Return whether a folder of this name in a checkpoint's folder continues a training."""
     return _STATE_FOLDERS.fullmatch(name) is not None
 
 

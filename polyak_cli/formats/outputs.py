@@ -63,7 +63,7 @@ def find_form(output: Table, template: Table, *, completed: bool) -> OutputForm:
 
 
 def is_folder(output: Path, template: Table) -> bool:
-    """Tell whether an output is to be a folder: the checkpoints are, and it has no suffix.
+    """Return whether an output is to be a folder: the checkpoints are, and it has no suffix.
 
     What begins with a digit is no suffix but a number, as in ``llama-3.1``.
     """
@@ -72,7 +72,7 @@ def is_folder(output: Path, template: Table) -> bool:
 
 
 def takes_weights(output: Path | None, template: Table) -> bool:
-    """Tell by its suffix whether an output is to have a whole model's weights alone."""
+    """Return by its suffix whether an output is to have a whole model's weights alone."""
     suffix = _find_inner_suffix(template)
     # An older whole model may itself be called so.
     is_named_so = bool(output and suffix and output.name.endswith(suffix))
@@ -86,7 +86,7 @@ def _find_inner_suffix(template: Table) -> str:
 
 
 def _is_sharded(template: Table) -> bool:
-    """Tell whether a checkpoint consists of files that a folder can hold under their names."""
+    """Return whether a checkpoint consists of files that a folder can hold under their names."""
     return find_format(template.format).can_be_folder and len(template.files) > 1
 
 
@@ -180,7 +180,7 @@ def _describe_shape(shape: Sequence[int] | None) -> str:
 
 
 def _is_merged(output: Path, template: Table) -> bool:
-    """Tell whether the shards of a folder, each with texts of its own, become one file."""
+    """Return whether the shards of a folder, each with texts of its own, become one file."""
     return _is_sharded(template) and not is_folder(output, template)
 
 

@@ -103,7 +103,10 @@ def _build_specs(header: _Header, number: int) -> Iterator[TensorSpec]:
 
 
 def _is_index(path: str) -> bool:
-    """Tell an index from a file of tensors, which begins with a length that may look like a "{"."""
+    """Return whether a file is an index.
+
+    A file of tensors begins with a length, which may look like a "{".
+    """
     head = _read_content(path, 9, 0)[1]
     return head.startswith(b"{") and not head.endswith(b"\0\0\0{")
 
@@ -205,7 +208,7 @@ def _parse_entry(name: str, said: Any) -> _Entry:
 
 
 def _is_list_of_counts(numbers: Any) -> bool:
-    """Tell whether something is a list of what can be counted or addressed."""
+    """Return whether something is a list of what can be counted or addressed."""
     return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
 
 

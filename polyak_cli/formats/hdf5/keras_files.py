@@ -75,7 +75,7 @@ _UNFINISHED = "the file was not saved completely; save it again or leave it out"
 
 
 def is_polyak_output(path: Place, heartbeat: Heartbeat) -> bool:
-    """Tell whether this tool wrote the file; False if it cannot be read."""
+    """Return whether this tool wrote the file; False if it cannot be read."""
     heartbeat()
     try:
         with open_file(path) as (root, _):

@@ -248,7 +248,7 @@ def _read_byteorder(datatype: Any) -> int:
 
 
 def is_pointing(datatype: Any) -> bool:
-    """Tell whether values of a type refer to data that lies outside them."""
+    """Return whether values of a type refer to data that lies outside them."""
     if isinstance(datatype, h5t.TypeArrayID):
         return is_pointing(datatype.get_super())
     if isinstance(datatype, h5t.TypeCompoundID):
@@ -341,7 +341,7 @@ def open_path(group: Any, path: bytes, where: str) -> Any:
 
 
 def is_never_written(dataset: Any) -> bool:
-    """Tell whether a dataset has room for values in its header only."""
+    """Return whether a dataset has room for values in its header only."""
     return (
         isinstance(dataset, h5d.DatasetID)
         and dataset.get_space().get_simple_extent_npoints() > 0

@@ -278,7 +278,7 @@ def _note_dtype(dataset: Any, dtype: str) -> None:
 
 
 def _is_large(item: Any, path: str) -> bool:
-    """Tell whether a carried object is one long run of bytes; refuse values in other files."""
+    """Return whether a carried object is one long run of bytes; refuse values in other files."""
     if not isinstance(item, h5d.DatasetID):
         return False
     read_properties(item, path)

@@ -189,5 +189,5 @@ def _read_part(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _is_kerases(said: Mapping[str, Any]) -> bool:
-    """Tell whether a layer, model or optimizer is one that Keras brings."""
+    """Return whether a layer, model or optimizer is one that Keras brings."""
     return str(said.get("module")).partition(".")[0] == "keras"

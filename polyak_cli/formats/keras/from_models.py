@@ -156,7 +156,7 @@ def name_class(layer: Mapping[str, Any]) -> str:
 
 
 def is_plain(layer: Mapping[str, Any]) -> bool:
-    """Tell whether a layer has no more variables than its class says."""
+    """Return whether a layer has no more variables than its class says."""
     config = read_part(layer, "config")
     policy = str(read_part(config, "dtype").get("class_name"))
     # Both add variables, which are saved in an order of their own.

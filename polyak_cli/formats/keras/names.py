@@ -38,12 +38,12 @@ def sort_key(path: str) -> list[tuple[int, str]]:
 
 
 def is_aside(path: str) -> bool:
-    """Tell whether a path lies in a group that holds no tensors of the model."""
+    """Return whether a path lies in a group that holds no tensors of the model."""
     return path.startswith(tuple(f"{group}/" for group in ASIDE))
 
 
 def is_variable(path: str) -> bool:
-    """Tell by its path whether a dataset is one of the model's tensors."""
+    """Return by its path whether a dataset is one of the model's tensors."""
     return "vars" in path.split("/")[1:-1] and not is_aside(path)
 
 

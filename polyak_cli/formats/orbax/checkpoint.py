@@ -117,7 +117,7 @@ def _open(listed: _Listed, heartbeat: Heartbeat) -> Values:
 
 
 def _is_state(leaf: Leaf, part: Sequence[str]) -> bool:
-    """Tell whether an array continues a training, and is none of the part that was asked for."""
+    """Return whether an array continues a training, and is none of the part that was asked for."""
     if part and leaf.path[: len(part)] == tuple(part):
         return False
     return any(map(items.is_state, leaf.path[:2]))

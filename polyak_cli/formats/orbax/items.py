@@ -36,7 +36,7 @@ class Tree(NamedTuple):
 
 
 def is_state(name: str) -> bool:
-    """Tell whether an item, or what is under a key of a tree, continues a training."""
+    """Return whether an item, or what is under a key of a tree, continues a training."""
     return _STATE.fullmatch(name) is not None
 
 

@@ -75,7 +75,7 @@ class Array(NamedTuple):
                 yield start, f"{self.prefix}{self.separator}{numbers}" if numbers else self.prefix
 
     def has(self, start: Sequence[int]) -> bool:
-        """Tell whether a chunk begins inside of the array."""
+        """Return whether a chunk begins inside of the array."""
         return all(k < n for k, n in zip(start, self.shape, strict=True))
 
     def encode_fill(self) -> bytes:

@@ -328,7 +328,7 @@ def _find_homes(names: Collection[str]) -> set[str]:
 
 
 def _is_tracked_state(name: str, names: Collection[str], homes: Collection[str]) -> bool:
-    """Tell whether a tensor is optimizer state, in a checkpoint of objects."""
+    """Return whether a tensor is optimizer state, in a checkpoint of objects."""
     del names
     steps = name.split("/")
     # TensorFlow names a variable by the shortest way to it.  Keras 3's optimizers lead to the
@@ -343,7 +343,7 @@ def _is_tracked_state(name: str, names: Collection[str], homes: Collection[str])
 
 
 def _is_saved_state(name: str, names: Collection[str], homes: Collection[str]) -> bool:
-    """Tell whether a tensor is optimizer state, in a checkpoint of names (TensorFlow 1's Saver)."""
+    """Return whether a tensor is optimizer state, where names are all there is (TF 1's Saver)."""
     whole, bracket, part = name.partition("[")
     variable, _, leaf = whole.rpartition("/")
     slot = _SLOTS.fullmatch(leaf) and f"{variable}{bracket}{part}" in names

@@ -365,7 +365,7 @@ def _check_inside(name: str, view: Tensor, size: int) -> None:
 
 
 def _is_plain(view: Tensor) -> bool:
-    """Tell whether a view of a whole storage is in C order; without elements, any order is."""
+    """Return whether a view of a whole storage is in C order; without elements, any order is."""
     if 0 in view.shape:
         return True
     expected = 1
@@ -377,7 +377,7 @@ def _is_plain(view: Tensor) -> bool:
 
 
 def _describe_arrangement(named: Sequence[Named], views: Sequence[Tensor], size: int) -> str:
-    """Tell how tensors lie in a storage, so that it differs where they do."""
+    """Return how tensors lie in a storage, so that it differs where they do."""
     parts = [
         f"{name} {view.shape} from {view.offset} by {view.stride}"
         for (name, _), view in zip(named, views, strict=True)

@@ -68,7 +68,7 @@ def _read_attributes(value: Instance) -> dict[str, Any]:
 
 
 def _is_of(pair: tuple[Any, Any], names: Collection[str]) -> bool:
-    """Tell whether a place is that of one of the items, or of one of their blocks."""
+    """Return whether a place is that of one of the items, or of one of their blocks."""
     return _read_attributes(pair[0])["fqn"] in names
 
 

@@ -300,7 +300,7 @@ def _find_order(item: TensorItem, pieces: Sequence[Piece]) -> tuple[int, ...] | 
 
 
 def _is_in_order(shape: Sequence[int], stride: Sequence[int], order: Sequence[int]) -> bool:
-    """Tell whether elements follow one another if dimensions are taken in an order."""
+    """Return whether elements follow one another if dimensions are taken in an order."""
     expected = 1
     for k in reversed(order):
         if shape[k] > 1 and stride[k] != expected:
