@@ -64,8 +64,8 @@ ALLOWED = {
     "formats": {"errors", "processes", "storage", "tensors"},
     "tensors": {"errors", "storage"},
     "checkpoints": {"errors", "formats", "storage"},
+    "storage": {"errors", "processes"},
     "processes": {"errors"},
-    "storage": {"errors"},
     "errors": set[str](),
 }
 #: The public names come from everywhere, each loaded when it is first used.

@@ -13,14 +13,12 @@ import pickle
 import queue
 import signal
 import struct
-import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from polyak_cli.engine import shares
@@ -30,6 +28,7 @@ from polyak_cli.engine.shares import Reply
 from polyak_cli.engine.slabs import Batch
 from polyak_cli.errors import PolyakError
 from polyak_cli.processes.children import make_ended
+from polyak_cli.processes.modules import start_module
 
 _LENGTH = struct.Struct("<Q")
 
@@ -121,15 +120,7 @@ class _Process:
         self.lock = threading.Lock()
         self.ended = ""  # how, when it has
         self.is_free = threading.Semaphore(1)
-        package = str(Path(__file__).parents[2])
-        known = os.environ.get("PYTHONPATH")
-        self.popen = subprocess.Popen(  # noqa: S603 (this very package)
-            # -P: no module of the current folder is imported.
-            [sys.executable, "-P", "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": f"{package}:{known}" if known else package},
-        )
+        self.popen = start_module(__name__)
         self.threads = [
             threading.Thread(target=work, daemon=True) for work in (self._feed, self._listen)
         ]

@@ -1,4 +1,5 @@
-"""Run work in forked children: with limits, and with JSON as the only thing they send back.
+"""Run work in other processes: forked children with limits, which send back nothing but JSON.
 
-Knows no checkpoint and no tensor.
+Modules of the package can be started in processes of their own too (`modules`).  Knows no
+checkpoint and no tensor.
 """

@@ -35,6 +35,7 @@ from polyak_cli.errors import (
     rebuild,
     shown,
 )
+from polyak_cli.processes.modules import start_module
 from polyak_cli.storage import Bytes, Version, urls
 from polyak_cli.storage.listings import list_named
 from polyak_cli.storage.messages import ask, describe_error, fill, receive, send
@@ -62,18 +63,9 @@ class Client:
         """Start the process, with a private folder for stand-ins and its socket."""
         self.owner = self.forked = os.getpid()
         self.root, self.place, self.locks = make_folders(_SOCKET)
-        package = str(Path(__file__).parents[2])
-        known = os.environ.get("PYTHONPATH")
-        environment = os.environ | {"PYTHONPATH": f"{package}:{known}" if known else package}
         try:
-            # -P: no module of the current folder is imported.
-            self.process = subprocess.Popen(  # noqa: S603 (this very package)
-                [sys.executable, "-P", "-m", __name__, self.root, self.place],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                start_new_session=True,
-                pass_fds=self.locks,
+            self.process = start_module(
+                __name__, self.root, self.place, start_new_session=True, pass_fds=self.locks
             )
             if not self.process.stdout or self.process.stdout.readline() != b"ready\n":
                 raise PolyakError("the process that reads from the network could not be started")
