@@ -273,7 +273,7 @@ class Contract(abc.ABC):
         (note,) = (note for note in report.notes if "different types" in note)
         assert " and ".join(types) in note
         assert f"stored as {types[-1]}" in note
-        assert "suspicions" not in report.data() or not report.data()["suspicions"]
+        assert report.data()["suspicions"] == []
         assert verify(output, sources=[tmp_path / "run"]).problems == ()
 
     def test_an_infinity_that_all_have_is_kept(self, tmp_path: Path) -> None:

@@ -180,10 +180,9 @@ def test_an_extrapolation_that_no_file_can_hold_is_left_out(tmp_path: Path) -> N
     scorer = sweeping.CandidateScorer(plan, read, ("selection",), tmp_path, 8)
     wanted = candidates.list_candidates(plan.positions, [2, 4], [("equal", None)])[4:]
     wanted += candidates.list_extrapolations(4, [2, 4])
-    variances = [
-        float(row.scores["selection"]["model_weights/bn/bn/moving_variance"][0])  # type: ignore
-        for row in scorer.score(wanted)
-    ]
+    scored: Any = scorer.score(wanted)  # what `read` returns, in place of scores
+    name = "model_weights/bn/bn/moving_variance"
+    variances = [float(row.scores["selection"][name][0]) for row in scored]
     # 1 - x (3 - 1) is 0.5, 0 and -1; 2 - x (6.5 - 2) is 0.875, -0.25 and -2.5.
     assert variances == [2.0, 4.25, 0.5, 0.875, 0.0]
     *_, scores, note = scorer.collect_notes()

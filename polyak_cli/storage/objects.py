@@ -293,7 +293,8 @@ def _try(ask: Callable[[], Result], url: Url) -> Result:
         except Exception as error:  # obstore's, which must not leave this module
             if number + 1 == _TRIES or _is_final(error):
                 _explain(error, url)
-        time.sleep(min(_LONGEST_PAUSE, 0.1 * 2**number) * random.uniform(0.5, 1.5))  # noqa: S311
+        pause = min(_LONGEST_PAUSE, 0.1 * 2**number)
+        time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 (nothing is secret)
     raise AssertionError  # the last try returns or raises
 
 
