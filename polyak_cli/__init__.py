@@ -81,13 +81,9 @@ if TYPE_CHECKING:  # the names below once more, in the only form that type check
         Verification as Verification,
         verify as verify,
     )
-    from polyak_cli.pipeline import (
-        Options as Options,
-        Report as Report,
-        average as average,
-        plan as plan,
-        run as run,
-    )
+    from polyak_cli.pipeline import average as average, plan as plan, run as run
+    from polyak_cli.pipeline.report import Report as Report
+    from polyak_cli.pipeline.stages import Options as Options
     from polyak_cli.pipeline.sweeping import Sweep as Sweep, sweep as sweep
     from polyak_cli.pipeline.watching import watch as watch
 
@@ -176,12 +172,12 @@ _NAMES = {
         "verify",
     ),
     "pipeline": (
-        "Options",
-        "Report",
         "average",
         "plan",
         "run",
     ),
+    "pipeline.report": ("Report",),
+    "pipeline.stages": ("Options",),
     "pipeline.sweeping": (
         "Sweep",
         "sweep",

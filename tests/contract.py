@@ -21,7 +21,7 @@ from polyak_cli import average, check, inspect, plan, verify
 from polyak_cli.averaging.planning import Plan
 from polyak_cli.engine import slabs
 from polyak_cli.errors import FormatError, MismatchError, PolyakError
-from polyak_cli.pipeline import Options
+from polyak_cli.pipeline.stages import Options
 from polyak_cli.tensors import Extent
 from tests.counting import count_reads
 from tests.kernels import needs_compiled, use_kernel

@@ -30,7 +30,7 @@ from polyak_cli.errors import (
     PolyakError,
     UsageError,
 )
-from polyak_cli.pipeline import Options
+from polyak_cli.pipeline.stages import Options
 from tests.oracle import Array, naive_average, nearest_bfloat16, read_model, same_bits, write_model
 
 SCHEMES: list[Options] = [

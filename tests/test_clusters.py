@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polyak_cli
-from polyak_cli import average, errors, pipeline, verify
+from polyak_cli import average, errors, verify
 from polyak_cli.averaging import options, records
 from polyak_cli.cli import rendering
 from polyak_cli.engine import clusters, executors, kernel, shares, slabs
@@ -46,6 +46,7 @@ from polyak_cli.engine.slabs import (
     gather_batches,
 )
 from polyak_cli.errors import FormatError, MismatchError, MissingExtraError, PolyakError, UsageError
+from polyak_cli.pipeline.stages import Options
 from polyak_cli.storage import mirrors, uploads
 from polyak_cli.tensors import FLOATS, Extent, Placement, itemsize
 from tests.command import ROOT, SAMPLES, environment, one_line, polyak
@@ -307,7 +308,7 @@ def test_any_order_and_every_share_twice_gives_the_golden_digests(
     monkeypatch.setattr(records, "seal", lambda _: {"always": "the same"})
     sent = use_pool(monkeypatch, Pool(order=random.Random(scheme)), workers=5)
     output = tmp_path / f"o{suffix}"
-    chosen: pipeline.Options = {**SCHEMES[scheme], "engine": "dask"}
+    chosen: Options = {**SCHEMES[scheme], "engine": "dask"}
     average(SAMPLES, output, **chosen)
     assert digest(output) == FILES[suffix][scheme]
     assert sent

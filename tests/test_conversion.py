@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from polyak_cli import average, plan, run
 from polyak_cli.errors import FormatError, OutputError
-from polyak_cli.pipeline import Options
+from polyak_cli.pipeline.stages import Options
 from tests.contract import Tensors, assert_same, naive
 from tests.oracle import Array, write_model
 from tests.test_keras_zip import VOCABULARY, members, write_archive

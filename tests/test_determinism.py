@@ -18,7 +18,7 @@ from safetensors import safe_open
 from polyak_cli import average
 from polyak_cli.averaging import records
 from polyak_cli.engine import slabs
-from polyak_cli.pipeline import Options
+from polyak_cli.pipeline.stages import Options
 from tests.command import SAMPLES
 from tests.kernels import KERNELS, use_kernel
 from tests.oracle import naive_average, read_model, write_model

@@ -9,13 +9,13 @@ from typing import Any, get_args, get_type_hints
 import click
 import pytest
 
-from polyak_cli import pipeline
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import records
 from polyak_cli.averaging.options import PARTS, Tensors
 from polyak_cli.cli import cli
 from polyak_cli.errors import UsageError
 from polyak_cli.evaluation import scoring
+from polyak_cli.pipeline.stages import Options, Stages, parse_options
 from polyak_cli.tensors import FLOATS
 from tests.command import polyak
 
@@ -25,9 +25,9 @@ COMMAND = {"sources", "output", "dry_run", "as_json", "quiet", "verbose", "split
 
 def test_every_option_is_a_field_of_exactly_one_part() -> None:
     """The keywords that users may give are the fields, no more and no less."""
-    names = [one.name for part in (*PARTS.values(), pipeline.Stages) for one in fields(part)]
+    names = [one.name for part in (*PARTS.values(), Stages) for one in fields(part)]
     assert len(names) == len(set(names))
-    assert set(names) == set(pipeline.Options.__annotations__)
+    assert set(names) == set(Options.__annotations__)
 
 
 def test_the_options_of_scoring_are_the_fields_that_they_are_parsed_into() -> None:
@@ -43,7 +43,7 @@ def test_the_command_line_has_the_same_options_and_defaults() -> None:
     """What `polyak average` does without an option is what `average()` does without it."""
     command = cli.commands["average"]
     assert isinstance(command, click.Command)
-    settings, stages = pipeline.parse_options({})
+    settings, stages = parse_options({})
     parsed: dict[str, Any] = {}
     for part in (*(getattr(settings, name) for name in PARTS), stages):
         parsed |= {one.name: getattr(part, one.name) for one in fields(part)}
@@ -56,7 +56,7 @@ def test_the_command_line_has_the_same_options_and_defaults() -> None:
     plain: Any = {
         k: v for k, v in given.items() if v is not None and isinstance(v, int | str | tuple)
     }
-    again, around = pipeline.parse_options(plain | {"batch_size": None})
+    again, around = parse_options(plain | {"batch_size": None})
     assert (again, around) == (settings, stages)
 
 
@@ -80,7 +80,7 @@ def test_the_help_texts_have_the_defaults_that_are_used() -> None:
     """Where click has no default of its own, the help text has it in words."""
     options = [one for one in cli.commands["average"].params if isinstance(one, click.Option)]
     helps = {one.name: one.help or "" for one in options}
-    settings, stages = pipeline.parse_options({})
+    settings, stages = parse_options({})
     assert f"[default: {stages.batch_size}]" in helps["batch_size"]
     assert f"[default: {settings.machine.max_memory >> 20}MiB]" in helps["max_memory"]
 
@@ -114,7 +114,7 @@ def test_the_record_has_the_options_that_decide_values() -> None:
 def test_options_are_refused_by_name(options: Any, expected: str) -> None:
     """Each is refused before any checkpoint is looked for."""
     with pytest.raises(UsageError) as caught:
-        pipeline.parse_options(options)
+        parse_options(options)
     assert expected in str(caught.value)
 
 
@@ -122,7 +122,7 @@ def test_an_unknown_option_is_a_mistake_of_the_caller() -> None:
     """A misspelt keyword is a TypeError, as for any function."""
     wrong: Any = {"shceme": "exp"}
     with pytest.raises(TypeError, match="unknown option shceme"):
-        pipeline.parse_options(wrong)
+        parse_options(wrong)
 
 
 def test_none_stands_for_the_default() -> None:

@@ -42,7 +42,7 @@ ENGINES: Mapping[str, str] = {"here": "", "dask": "distributed", "mpi": "mpi4py"
 class Options(TypedDict, total=False):
     """The options of an average by itself; every key may be left out.
 
-    `pipeline.Options` adds those of the stages around it.
+    `pipeline.stages.Options` adds those of the stages around it.
 
     Attributes:
         last: how many of the newest to use; fewer are an error.

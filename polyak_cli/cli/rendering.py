@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from polyak_cli.examining.inspection import Inspected, Inspection
     from polyak_cli.examining.unfinished import Unfinished
     from polyak_cli.examining.verification import Verification
-    from polyak_cli.pipeline import Report
+    from polyak_cli.pipeline.report import Report
 
 #: Problems that are shown of an average which does not verify, and tensors of a comparison.
 _MOST = 20

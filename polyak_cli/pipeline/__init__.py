@@ -9,17 +9,14 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from polyak_cli import checkpoints, formats
-from polyak_cli.averaging import carried_files, products, provenance, records, schemes
-from polyak_cli.averaging import options as averaging_options
+from polyak_cli.averaging import carried_files, products, provenance, records
 from polyak_cli.averaging.belonging import blame, factors
-from polyak_cli.averaging.belonging.runs import Verdict
-from polyak_cli.averaging.notebook import write_html, write_text
 from polyak_cli.averaging.options import Progress, Settings, Source, select
 from polyak_cli.averaging.planning import Around, Plan, plan_average
 from polyak_cli.averaging.writing import write_average
@@ -31,219 +28,19 @@ from polyak_cli.errors import (
     PolyakError,
     UsageError,
     choose_verb,
-    name_path,
     shown,
     word_count,
-    word_size,
 )
 from polyak_cli.formats.keras.names import WEIGHTS_SUFFIX
 from polyak_cli.pipeline.advice import add_advice
+from polyak_cli.pipeline.report import Report
+from polyak_cli.pipeline.stages import Options, Planned, Stages, parse_options, stages_of
 from polyak_cli.storage import mirrors, publishing
 
 if TYPE_CHECKING:  # what knows of Keras is imported where it is asked for
-    from polyak_cli.evaluation.data import Split
-    from polyak_cli.evaluation.recalibration import Gathering, Recalibration
-    from polyak_cli.evaluation.user_code import Maker
+    from polyak_cli.evaluation.recalibration import Recalibration
     from polyak_cli.examining.health import Checked
     from polyak_cli.tensors import Table
-
-
-class Options(averaging_options.Options, total=False):
-    """The options of `plan`, `average` and `watch`; every one may be left out.
-
-    Attributes:
-        on_unhealthy: "fail" or "skip": `check` the chosen checkpoints first, and refuse them if
-            anything is wrong, or average only those that are healthy; None (the default): do not.
-        recalibrate: rows on which the average's BatchNorm statistics are computed again; see the
-            function `recalibrate`.
-        batch_size: the largest number of these rows in a batch; 256.
-        trust_code: to recalibrate, run the code that the model carries in a Lambda layer.
-        model: the architecture of checkpoints that hold weights only, to recalibrate their average;
-            as for `evaluate`.  Without ``recalibrate``, a ``.keras`` of the same model, which an
-            output in ``.keras`` is like.
-        device: to recalibrate, where PyTorch runs a module; by default a GPU where there is one.
-    """
-
-    on_unhealthy: Literal["fail", "skip"] | None
-    recalibrate: Split | None
-    batch_size: int | None
-    trust_code: bool
-    model: Maker | None
-    device: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Stages:
-    """What happens around an average; its fields hold the only defaults."""
-
-    on_unhealthy: Literal["fail", "skip"] | None = None
-    recalibrate: Split | None = None
-    batch_size: int = 256  # rows that a model is run on at a time
-    trust_code: bool = False
-    model: Maker | None = None  # whose layers run the average of weights
-    device: str | None = None
-
-    @property
-    def architecture(self) -> str | None:
-        """Return the model as a text, which may name a file or a function."""
-        if self.model is None:
-            return None
-        from polyak_cli.evaluation import user_code
-
-        return user_code.name_source(self.model)
-
-    @property
-    def gathering(self) -> Gathering | None:
-        """Return how BatchNorm's statistics are gathered; None if they are not."""
-        if self.recalibrate is None:
-            return None
-        from polyak_cli.evaluation.recalibration import Gathering
-
-        return Gathering(
-            self.recalibrate, self.batch_size, self.trust_code, self.architecture, self.device
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """What a plan keeps for its stages: their options, and what an error's advice comes from."""
-
-    stages: Stages
-    sources: Source | Sequence[Source] | checkpoints.Selection
-    chosen: checkpoints.Selection
-    can_skip: bool  # --on-unhealthy skip can be added to the options
-
-
-def parse_options(options: Options) -> tuple[Settings, Stages]:
-    """Check options by themselves, before there is a checkpoint, and return them in parts.
-
-    Raises:
-        TypeError: there is no such option.
-        UsageError: names the option and what it takes.
-    """
-    own = {one.name for one in fields(Stages)}
-    core: Any = {key: value for key, value in options.items() if key not in own}
-    settings = averaging_options.parse(core)
-    averaging_options.check_whole_numbers(options, ["batch_size"])
-    averaging_options.check_choice(options, "on_unhealthy", ("fail", "skip"))
-    stages = averaging_options.fill(Stages, options)
-    if stages.on_unhealthy and settings.tensors.use_ema:
-        raise UsageError(
-            "--on-unhealthy checks the model's own tensors, not the EMAs of --use-ema; leave out "
-            "one of the two"
-        )
-    if stages.on_unhealthy and schemes.takes_running_means(settings.weighting.scheme):
-        raise UsageError(
-            f"--on-unhealthy examines the weights of a run, and --scheme {options['scheme']} takes "
-            "running means of them; leave out one of the two"
-        )
-    for key in ("batch_size", "trust_code", "device"):
-        if options.get(key) and stages.recalibrate is None:
-            raise UsageError(
-                f"--{key.replace('_', '-')} belongs to --recalibrate, which is missing"
-            )
-    return settings, stages
-
-
-def stages_of(plan: Plan) -> Stages:
-    """Return the options of the stages; a plan that was made without any has the defaults."""
-    return plan.stages.stages if isinstance(plan.stages, _Planned) else Stages()
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a run did.
-
-    Attributes:
-        output: the file that was written.
-        plan: the plan that was run.
-        bytes_read: bytes of tensors that were read.
-        bytes_written: the size of the output.
-        seconds: wall-clock time from the first byte read to the finished output, without the
-            recalibration, which has a time of its own.
-        peak_memory: bytes of memory that the largest process had, those of a cluster included.
-        kernel: what did the arithmetic: "compiled" or "numpy"; both give the same bytes.  A cluster
-            can have both: "compiled, numpy".
-        shares: what share of the time went into "reading", "folding" and "writing"; the sum is 1.
-        notes: the plan's, and those found while reading values.
-        runs: whether the checkpoints are of one run, as far as their values tell.
-        recalibrated: the result of recalibrating BatchNorm's statistics, if that was asked for.
-        verified: True if the output was read back and equals, bit for bit, the average computed
-            again; None if that was not asked for.  A difference is an `OutputError`.
-        verified_by: the kernel that computed it again: the other one where there are two; None if
-            that was not asked for.
-        engine: who folded: "here", the workers of "dask", or the ranks of "mpi".
-        workers: how many threads or processes folded.
-        requests: how many were sent to servers of objects since the plan was made.
-        retries: how many requests, and shares of the work, were tried again.
-    """
-
-    output: Path
-    plan: Plan
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_memory: int
-    kernel: str
-    shares: Mapping[str, float]
-    notes: tuple[str, ...]
-    runs: Verdict
-    recalibrated: Recalibration | None = None
-    verified: Literal[True] | None = None
-    verified_by: str | None = None
-    engine: str = "here"
-    workers: int = 1
-    requests: int = 0
-    retries: int = 0
-
-    @property
-    def speed(self) -> float:
-        """Bytes read in a second."""
-        return self.bytes_read / self.seconds if self.seconds else 0.0
-
-    def _describe(self) -> str:
-        return f"Averaged {word_count(len(self.plan.checkpoints), 'checkpoint')} into {self.output}"
-
-    def __repr__(self) -> str:
-        """Return three lines for a prompt; the fields have the rest."""
-        cost = (
-            f"scheme {self.plan.scheme}, read {word_size(self.bytes_read)} in {self.seconds:.2f} s"
-            f", wrote {word_size(self.bytes_written)}{', verified' if self.verified else ''}"
-        )
-        return write_text(self._describe(), cost, self.notes)
-
-    def _repr_html_(self) -> str:
-        """Return the report for a notebook."""
-        rows = [
-            ("scheme", self.plan.scheme),
-            ("read", word_size(self.bytes_read)),
-            ("wrote", word_size(self.bytes_written)),
-            ("seconds", self.seconds),
-            ("verified", "yes" if self.verified else "not asked for"),
-        ]
-        return write_html(self._describe(), ("what", "value"), rows, self.notes)
-
-    def data(self) -> dict[str, Any]:
-        """Return the report, with its plan, as what JSON can hold."""
-        return self.plan.data() | {
-            "output": name_path(self.output),
-            "bytes_read": self.bytes_read,
-            "bytes_written": self.bytes_written,
-            "seconds": self.seconds,
-            "speed": self.speed,
-            "peak_memory": self.peak_memory,
-            "kernel": self.kernel,
-            "shares": dict(self.shares),
-            "notes": list(self.notes),
-            "runs": self.runs.data([one.path for one in self.plan.checkpoints]),
-            "recalibrated": self.recalibrated.data() if self.recalibrated else None,
-            "verified": self.verified,
-            "verified_by": self.verified_by,
-            "engine": self.engine,
-            "workers": self.workers,
-            "requests": self.requests,
-            "retries": self.retries,
-        }
 
 
 def average(
@@ -332,7 +129,7 @@ def make_plan(
         settings = replace(settings, weighting=replace(settings.weighting, coefficients=left))
     # `watch` chooses by itself, and waits for what cannot be read.
     has_skip = has_skip and not isinstance(sources, checkpoints.Selection)
-    planned = _Planned(
+    planned = Planned(
         stages,
         sources,
         healthy,
@@ -364,7 +161,7 @@ def _advise(error: PolyakError, planned: object, settings: Settings) -> PolyakEr
 
     A plan that was made without stages gives no advice.
     """
-    if not isinstance(planned, _Planned):
+    if not isinstance(planned, Planned):
         return error
     return add_advice(error, planned.sources, planned.chosen, settings, can_skip=planned.can_skip)
 

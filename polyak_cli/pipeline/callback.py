@@ -18,6 +18,8 @@ from polyak_cli import pipeline
 from polyak_cli.averaging import options as averaging_options
 from polyak_cli.averaging import schemes
 from polyak_cli.errors import CheckpointError, MissingExtraError, UsageError, shown
+from polyak_cli.pipeline.report import Report
+from polyak_cli.pipeline.stages import Options, parse_options
 from polyak_cli.pipeline.steps import Steps, check_counts
 
 try:
@@ -121,14 +123,14 @@ class PolyakCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]  # keras
         names = _parse_name(os.fspath(checkpoints), self.output, self.counted)
         self.folder, self.pattern, self.suffix = names
         self.last, self.keep, self.force = last, keep, force
-        self.options = cast(pipeline.Options, {"scheme": scheme, **settings})
-        self.report: pipeline.Report | None = None
+        self.options = cast(Options, {"scheme": scheme, **settings})
+        self.report: Report | None = None
         self._run: list[Path] | None = None  # its checkpoints, oldest first; None before it begins
         self._steps = Steps()
         if keep is not None and keep < last:
             raise UsageError(f"keep is {keep}, but last is {last}: what is averaged must be kept")
         _check_settings(settings)
-        pipeline.parse_options(self.options)
+        parse_options(self.options)
         schemes.refuse_running_means(scheme, "PolyakCheckpoint")
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:

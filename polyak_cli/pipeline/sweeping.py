@@ -42,6 +42,7 @@ from polyak_cli.evaluation.evaluator import Evaluator, RowScores
 from polyak_cli.evaluation.forecast import Forecast, forecast_sweep
 from polyak_cli.evaluation.row_counts import OnShare, Progress, follow
 from polyak_cli.evaluation.soups import SEARCHES
+from polyak_cli.pipeline.stages import stages_of
 
 #: Schemes of the tutorial and their relatives, as `--schemes` takes them.
 SCHEMES = "equal,linear,exp:1,exp:2,exp:5,ema:0.9,power:0.1"
@@ -494,7 +495,7 @@ class CandidateScorer:
     def _score_average(self, path: Path) -> dict[str, RowScores]:
         """Score an average, with BatchNorm statistics of its own if the options say so."""
         report = self._follow()
-        how = pipeline.stages_of(self.plan).gathering
+        how = stages_of(self.plan).gathering
         if how is None:
             return self._score_file(path, report)
         made = path.with_name(f"recalibrated{self._suffix}")

@@ -33,7 +33,8 @@ from polyak_cli.errors import (
     shown,
     word_count,
 )
-from polyak_cli.pipeline import Options, Report
+from polyak_cli.pipeline.report import Report
+from polyak_cli.pipeline.stages import Options, parse_options
 from polyak_cli.storage import File, locate, mirrors, read_version
 
 INTERVAL = 2.0  # seconds
@@ -83,7 +84,7 @@ def watch(
     if not (interval > 0 and math.isfinite(interval)):
         raise UsageError(f"--interval is {interval:g}; expected seconds above 0")
     checkpoints.refuse_url(os.fspath(output))
-    pipeline.parse_options(options)
+    parse_options(options)
     schemes.refuse_running_means(options.get("scheme"), "watch")
     if options.get("on_unhealthy"):
         raise UsageError(
@@ -200,7 +201,7 @@ class _Watched:
             )
             return passed
 
-        settings, own = pipeline.parse_options(self.options)[0], self._exclude_output()
+        settings, own = parse_options(self.options)[0], self._exclude_output()
         choice = settings.choice
         selection = averaging_options.select(
             self.directory,
