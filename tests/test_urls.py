@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from polyak_cli.errors import UsageError, redact
 from polyak_cli.storage import Version, urls
 
-NAMES = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="/"), min_size=1)
+NAMES = st.text(
+    st.characters(blacklist_categories=["Cs", "Cc"], blacklist_characters="/"), min_size=1
+).filter(lambda name: name not in (".", ".."))
 
 
 @given(st.sampled_from(["s3", "gs", "az"]), st.from_regex(r"[a-z][a-z0-9-]{2,9}", fullmatch=True),
@@ -39,3 +41,13 @@ def test_secrets_are_cut_out_of_urls() -> None:
         assert "secret" not in str(caught.value)
     assert urls.parse("a/b") is urls.parse("s3:/b") is urls.parse("") is None
     assert Version(0, 0, 1, 1, "x").is_object
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az", "https", "hf"])
+@pytest.mark.parametrize("key", ["/a.h5", "a//b.h5", "a/../b.h5", "./b.h5", "..", "a\nb.h5", "a//"])
+def test_keys_that_no_client_sends_as_they_are_are_refused(scheme: str, key: str) -> None:
+    """Stores take them for other names than a path does; the message says which part is wrong."""
+    with pytest.raises(UsageError, match="expected a key without") as caught:
+        urls.parse(f"{scheme}://owner/name/{key}")
+    assert "\n" not in str(caught.value)
+    assert urls.parse(f"{scheme}://owner/name/a/") is not None

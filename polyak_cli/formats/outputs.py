@@ -339,7 +339,8 @@ def _check_existing(output: Path, tables: Sequence[Table]) -> None:
     """Refuse to replace an input or what is no file, --force or not."""
     status = output.stat()
     for path, identity in (file for table in tables for file in table.files):
-        if (status.st_dev, status.st_ino) == (identity.device, identity.inode):
+        same = (status.st_dev, status.st_ino) == (identity.device, identity.inode)
+        if same or Path(path) == output:  # the version of an object has no inode
             raise OutputError(
                 f"{shown(output)}: is the checkpoint {shown(path)} itself; name another output"
             )

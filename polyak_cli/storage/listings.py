@@ -73,6 +73,8 @@ def _list_around(url: urls.Url, folder: str) -> tuple[list[Any], list[str]]:
 
 def _refuse_unusual(found: Sequence[Any]) -> list[Any]:
     """Refuse keys that no path can have; leave out the empty objects by which folders are kept."""
+    from polyak_cli.storage.objects import ODD_NAME
+
     unique = {one.key: one for one in found}
     folders = {key[:k] for key in unique for k, c in enumerate(key) if c == "/"}
     kept = []
@@ -86,9 +88,6 @@ def _refuse_unusual(found: Sequence[Any]) -> list[Any]:
                 )
             continue
         if {"", ".", ".."} & {*parts} or max(len(os.fsencode(part)) for part in parts) > 255:
-            raise FormatError(
-                f"holds the object '{shown(key)}', a name that no file can have; copy the "
-                "checkpoints to another prefix"
-            )
+            raise FormatError(f"holds the object '{shown(key)}', {ODD_NAME}")
         kept.append(one)
     return kept

@@ -57,6 +57,8 @@ _TRIES, _LONGEST_PAUSE = 7, 8.0
 _TIMEOUT = "120s"
 #: What `mallopt` calls the number of heaps.
 _ARENA_MAX = -8
+#: What is wrong with the key of an object, and what to do.
+ODD_NAME = "a name that no file can have; copy the checkpoints to another prefix"
 #: Statuses, as obstore words them, that another try does not change.
 _FINAL = re.compile(r"status code: (?:30\d|400|401|403|404|405|410|411|412|416|501)\b")
 
@@ -336,6 +338,9 @@ def _explain(error: Exception, url: Url) -> NoReturn:
         raise FormatError("cannot be read: there is no such object (404)") from None
     if kind == "PreconditionError":
         raise ChangedError(CHANGED) from None
+    odd = re.search(r'object with invalid path: .*?Path "(.*?)"(?: contained|: )', text, re.DOTALL)
+    if odd:
+        raise FormatError(f"holds the object '{shown(odd[1])}', {ODD_NAME}") from None
     status = re.search(r"status code: (\d+)([A-Za-z ]*)", text)
     code = re.search(r"<Code>(\w+)</Code>", text)
     what = f"{status[1]}{f', {code[1]}' if code else status[2]}" if status else kind

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from polyak_cli.errors import UsageError, redact, shown
 
@@ -24,6 +25,7 @@ SCHEMES = {
 BUCKETS = ("s3", "gs", "az")
 #: How a URL begins.  A pathlib.Path has lost a slash already.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Url(NamedTuple):
@@ -98,4 +100,17 @@ def parse(text: str) -> Url | None:
         )
     if not bucket or set(bucket) & set("*?[\\\0"):
         raise UsageError(f"{shown(text)}: expected the name of a bucket after {scheme}://")
+    _check_key(unquote(key) if scheme.startswith("http") else key, text)
+    if scheme.startswith("http") and "%2f" in key.lower():
+        raise UsageError(f"{shown(text)}: expected a path without %2F, which is sent as a slash")
     return Url(scheme, bucket, key, user, query)
+
+
+def _check_key(key: str, text: str) -> None:
+    """Refuse keys that the network client, or a path, would make other names of."""
+    parts = key.removesuffix("/").split("/")
+    if {".", ".."} & {*parts} or ("" in parts and parts != [""]) or _CONTROL.search(key):
+        raise UsageError(
+            f"{shown(text)}: expected a key without empty parts ('//'), '.', '..' and control "
+            "characters; copy the object to another name"
+        )

@@ -404,6 +404,24 @@ def test_an_output_that_cannot_be(bucket: S3Bucket, tmp_path: Path, url: str, sa
     assert said in one_line(done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("last", "said"), [(2, "is the checkpoint"), (1, "is a checkpoint of this run, though not")]
+)
+def test_no_checkpoint_is_replaced(place: Bucket, tmp_path: Path, last: int, said: str) -> None:
+    """As with files, --force replaces an older output and never a checkpoint of the run."""
+    write_run(tmp_path / "run")
+    place.put_tree(tmp_path)
+    before = place.tree()
+    for name in ("model_0", "model_1")[:last]:
+        done = average(
+            place, f"{place.url}/run/", "--last", str(last),
+            "-o", f"{place.url}/run/{name}.safetensors", "--force", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 3
+        assert said in one_line(done.stderr)
+    assert place.tree() == before
+
+
 def test_wrong_credentials_are_not_shown(bucket: S3Bucket, tmp_path: Path) -> None:
     """A store that refuses is found before any work, and no secret is in the message."""
     write_run(tmp_path / "run")

@@ -160,6 +160,9 @@ def test_names_that_no_file_can_have_are_refused(bucket: S3Bucket, run: Path) ->
     bucket.put("run/epoch_01.safetensors/x", b"x")
     line = refuse(bucket, run, "average", f"{bucket.url}/run/", "-n")
     assert "holds the object 'run/epoch_01.safetensors' and others below" in line
+    bucket.put("odd/ta\tb.safetensors", b"x")
+    line = refuse(bucket, run, "average", f"{bucket.url}/odd/", "-n")
+    assert "odd/: holds the object 'odd/ta\\tb.safetensors', a name that no file can have" in line
 
 
 def test_a_changed_object_is_refused_and_nothing_is_written(
