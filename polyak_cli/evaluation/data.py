@@ -151,10 +151,15 @@ def halves(split: Split, *, seed: int = 0, share: float = 0.5) -> tuple[Split, S
 
 
 def take_rows(arrays: Arrays, chosen: Array | slice) -> Arrays:
-    """Return some rows of one array or of each of several."""
+    """Return copies of some rows of one array or of each of several.
+
+    A model may write into what it gets, as one does that scales pictures in place.
+    """
     if isinstance(arrays, Mapping):
-        return {name: array[chosen] for name, array in arrays.items()}
-    return tuple(a[chosen] for a in arrays) if isinstance(arrays, tuple) else arrays[chosen]
+        return {name: np.array(array[chosen]) for name, array in arrays.items()}
+    if isinstance(arrays, tuple):
+        return tuple(np.array(array[chosen]) for array in arrays)
+    return np.array(arrays[chosen])
 
 
 def _find_classes(labels: Arrays) -> Array | None:

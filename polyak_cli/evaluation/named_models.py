@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak_cli.errors import MissingExtraError, UsageError, shown
+from polyak_cli.errors import MissingExtraError, UsageError, list_some, shown, word_count
 from polyak_cli.evaluation import data, user_code, weights
 from polyak_cli.evaluation.batchnorm import Moments
 from polyak_cli.evaluation.evaluator import RowScores, Score, summarise
@@ -107,7 +107,7 @@ class NamedModels:
         if self._takes_weights:
             returned = self._maker.call(weights.read_arrays(held))
             predictor, own = recognise(self._source, returned, held.path, self._how.device)
-            return predictor, own, ()
+            return predictor, own, self._compare(predictor, held)
         if self._made is None:
             require_torch(self._maker.path)
             self._made = recognise(self._source, self._maker.call(), held.path, self._how.device)
@@ -119,6 +119,27 @@ class NamedModels:
                 "it takes them as its one argument, a dict of arrays by name"
             )
         return predictor, own, predictor.load(held, f"the module of {shown(self._source)}")
+
+    def _compare(self, predictor: Module | Function, held: weights.Weights) -> Sequence[str]:
+        """Return a note where a function of the tensors has changed some of them in its module.
+
+        Raises:
+            UsageError: it has put none of them into its module.
+        """
+        if isinstance(predictor, Function):
+            return ()
+        changed, same = predictor.find_changed(held, f"the module of {shown(self._source)}")
+        if changed and not same:
+            raise UsageError(
+                f"--model {shown(self._source)}: takes one argument, which is a dict of the "
+                "tensors, but the module that it returned has other values than "
+                f"{shown(held.path)}; return a module with these tensors, or name a function "
+                "without arguments, whose module polyak gives them"
+            )
+        if not changed:
+            return ()
+        count = word_count(len(changed), "parameter")
+        return (f"the function changed {count} of the module ({list_some(changed)})",)
 
 
 def recognise(

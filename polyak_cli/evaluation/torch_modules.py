@@ -99,6 +99,30 @@ class Module:
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         return weights.pair(held, shapes, _list_tied(own), what)
 
+    def find_changed(self, held: weights.Weights, what: str) -> tuple[list[str], int]:
+        """Return the parameters whose values are not those of a checkpoint, and how many are.
+
+        A module with other names has been changed on purpose, and is not compared; neither are
+        parameters of equal constants, such as ones, which any new module has.
+
+        Raises:
+            FormatError: the file is damaged, or changed since it was scanned.
+        """
+        try:
+            views = self.pair(held, what)
+        except MismatchError:
+            return [], 0
+        changed, same = [], 0
+        own = dict(self.module.named_parameters())
+        mine = {name: view for name, view in views.items() if name in own}
+        for name, raw, view in weights.read(held, mine):
+            given = _make_tensor(raw, view).to(own[name])  # a module may be of a narrower type
+            if not torch.equal(own[name], given):
+                changed.append(name)
+            elif given.numel() and (given != given.flatten()[0]).any():
+                same += 1
+        return changed, same
+
     def _list_own(self) -> dict[str, Any]:
         """Return the tensors of the module by name; tied ones are one object."""
         held = self.module.state_dict(keep_vars=True)

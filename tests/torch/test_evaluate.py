@@ -569,3 +569,71 @@ def test_python_takes_the_function_itself(tmp_path: Path) -> None:
         recalibrate(tmp_path / "e_1.pt", tmp_path / "o.pt", ROWS, architecture=make_three)
     with pytest.raises(UsageError, match="define it at the top of a module or notebook"):
         evaluate(tmp_path / "e_1.pt", ROWS, model=lambda: nn.Linear(4, 3))
+
+
+def test_a_model_that_writes_into_its_rows_scores_the_next_one_on_the_same(tmp_path: Path) -> None:
+    """As one does that scales pictures in place; a module, and a function of the tensors."""
+    code = """
+    from torch import nn
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.sub_(1).div_(2))
+
+    def make():
+        return Net(4, 3)
+
+    def load(tensors):
+        def predict(x):
+            x -= 1
+            x /= 2
+            return x @ tensors["weight"].T + tensors["bias"]
+        return predict
+    """
+    source, x = write_code(tmp_path, code), X.astype(np.float32)
+    expected = []
+    for name in "ab":
+        layer = nn.Linear(4, 3)
+        torch.save(layer.state_dict(), tmp_path / f"{name}.pt")
+        outputs = run_plainly(layer, (x - 1) / 2)
+        expected.append(float(functional.cross_entropy(outputs, torch.tensor(CLASSES))))
+    for function in ("make", "load"):
+        rows = data.Split("rows", x.copy(), CLASSES)
+        scores = evaluate(
+            [tmp_path / "a.pt", tmp_path / "b.pt"], rows, model=f"{source}:{function}"
+        )
+        assert [score.loss for score in scores] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_function_that_takes_its_argument_for_something_else_is_refused(tmp_path: Path) -> None:
+    """As a Lightning module of a rate: random tensors are not scored; what was changed is named."""
+    code = """
+    import torch
+    from torch import nn
+
+    class Net(nn.Sequential):
+        def __init__(self, rate):
+            super().__init__(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+            self.rate = rate
+
+    def load(tensors, dtype=torch.bfloat16):
+        net = Net(0.1)
+        net.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()})
+        return net.to(dtype)
+
+    def prune(tensors):
+        net = load(tensors, torch.float32)
+        net[2].weight.data[0] = 0
+        return net
+    """
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    source = write_code(tmp_path, code)
+    with pytest.raises(UsageError, match="but the module that it returned has other values than"):
+        list(evaluate(tmp_path / "a.pt", ROWS, model=f"{source}:Net"))
+    (score,) = evaluate(tmp_path / "a.pt", ROWS, model=f"{source}:load")
+    expected = functional.cross_entropy(run_plainly(net), torch.tensor(CLASSES))
+    assert score.loss == pytest.approx(float(expected), abs=0.02)
+    assert score.notes == ()
+    (score,) = evaluate(tmp_path / "a.pt", ROWS, model=f"{source}:prune")
+    assert "2.weight" in score.notes[0]
