@@ -81,6 +81,8 @@ class OwnLoss:
     Attributes:
         words: its name and settings, and whose it is.
         name: of the kind of loss; only losses of the same name are compared.
+        is_free: whether it takes labels of any shape and value, as code of the user may.
+        ignored: the class that it passes over.
     """
 
     def __init__(self, function: Any) -> None:
@@ -97,7 +99,9 @@ class OwnLoss:
         self._function = function
         self._kind = str(getattr(function, "__name__", "") or type(function).__name__)
         home = str(getattr(function, "__module__", ""))
-        whose = "PyTorch's" if home.startswith("torch.") else "your own"
+        self.is_free = not home.startswith("torch.")
+        whose = "your own" if self.is_free else "PyTorch's"
+        self.ignored = int(getattr(function, "ignore_index", row_losses.IGNORED))
         settings = function.extra_repr() if hasattr(function, "extra_repr") else ""
         named = f"{self._kind}({settings})" if settings else self._kind
         self.words, self.name = f"{shown(named, 80)} ({whose})", f"{shown(named, 80)} * 1"
@@ -115,12 +119,13 @@ class OwnLoss:
 
     def choose_labels(self, target: row_losses.Target, block: slice) -> data.Array:
         """Return labels in the form that the loss takes."""
-        if target.axis is not None and self._kind.lower() in _WHOLE:
-            return target.values[block]
+        labels, classes = target.given[block], target.values[block]
+        is_plain = target.axis is not None and labels.ndim == classes.ndim
+        if is_plain or (target.axis is not None and self._kind.lower() in _WHOLE):
+            return np.where(classes == row_losses.IGNORED, self.ignored, classes)
         # What predicts numbers, or a yes and no, computes in floats.
-        labels = target.given[block]
-        is_plain = target.axis is not None and labels.ndim == target.values.ndim
-        return labels.astype(np.int64 if is_plain else np.float32)
+        is_whole = not target.fits and labels.dtype.kind in "iu"
+        return labels.astype(np.int64 if is_whole else np.float32)
 
     def measure(
         self, outputs: Any, labels: Any, predictor: Predictor
@@ -162,6 +167,8 @@ class OwnLoss:
 
 def _find_each(function: Any) -> Any:
     """Return a loss without its reduction to one number; None where it has no such setting."""
+    if getattr(function, "reduction", None) == "batchmean":
+        return None  # KLDivLoss: a row has the sum of its numbers, and not their mean
     if isinstance(getattr(function, "reduction", None), str):
         each = copy.copy(function)
         each.reduction = "none"
@@ -294,7 +301,7 @@ class Pass:
         axis = len(shape) - 1 if are_inputs else None
         if self._own and self._own.is_of_classes:
             axis = 1  # as PyTorch's losses take them
-        found = row_losses.fit_target(self._labels, shape, self._where, self._split.source, axis)
+        found = self._fit_labels(shape, axis)
         if self._own is None:
             if found.is_of_sequences and are_inputs:
                 found = row_losses.shift_labels(found)
@@ -307,6 +314,23 @@ class Pass:
         self._row = outputs.shape[1:]
         self._target = found
         return found
+
+    def _fit_labels(self, shape: tuple[int, ...], axis: int | None) -> row_losses.Target:
+        """Return labels as classes or numbers, or as they are where the user's code takes them.
+
+        Raises:
+            MismatchError: they do not fit outputs of the shape, and no code of the user takes them.
+        """
+        labels = self._labels
+        if self._own and self._own.ignored != row_losses.IGNORED and labels.ndim > 1:
+            wide = labels.astype(np.int64) if labels.dtype.kind in "iu" else labels
+            labels = np.where(wide == self._own.ignored, row_losses.IGNORED, wide)
+        try:
+            return row_losses.fit_target(labels, shape, self._where, self._split.source, axis)
+        except MismatchError:
+            if self._own is None or not self._own.is_free:
+                raise
+            return row_losses.Target(self._labels, None, self._labels, fits=False)
 
     def _refuse_yes_and_no(self, target: row_losses.Target) -> None:
         """Refuse labels 0 and 1 of outputs whose loss the labels do not tell.
@@ -365,7 +389,7 @@ class Pass:
         threshold = self._own.threshold if self._own else None
         if part.axis is not None or threshold is None:
             return row_losses.find_right(outputs, part)
-        if not np.isin(part.values, (0, 1)).all():
+        if part.values.shape != outputs.shape or not np.isin(part.values, (0, 1)).all():
             return None
         right = (outputs > threshold) == (part.values == 1)
         return np.asarray(right.reshape(len(right)) if right.size == len(right) else right)

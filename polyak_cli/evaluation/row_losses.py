@@ -19,6 +19,8 @@ IGNORED = -100
 _CLOSE = 2e-3
 #: Of a probability whose logarithm is taken: the smallest normal float32.
 _LEAST = float(np.finfo(np.float32).tiny)
+#: A loss that is not finite is shown; numpy's warning of it would name no model.
+_on_any_numbers = np.errstate(invalid="ignore", over="ignore")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,12 +33,14 @@ class Target:
         axis: the axis of the outputs that has one element a class; None where labels are numbers.
         given: the labels as they came; those of a user's own loss.
         are_next: whether each label was moved to the position before; see `shift_labels`.
+        fits: whether they have one of these forms; if not, only a loss of the user's takes them.
     """
 
     values: data.Array
     axis: int | None
     given: data.Array
     are_next: bool = False
+    fits: bool = True
 
     @property
     def is_of_sequences(self) -> bool:
@@ -88,7 +92,7 @@ def fit_target(
         return Target(labels.reshape(shape), None, labels.reshape(shape))
     raise MismatchError(
         f"{where}: gives rows of shape {shape[1:]}, but the labels of {source} have rows of shape "
-        f"{labels.shape[1:]}; return (model, loss) from the function if its loss takes both"
+        f"{labels.shape[1:]}; return (model, loss) with a loss function of your own that takes both"
     )
 
 
@@ -142,12 +146,14 @@ def compute_perplexity(losses: data.Array, target: Target) -> float:
         return float(np.exp(np.average(losses, weights=counts)))
 
 
+@_on_any_numbers
 def are_probabilities(outputs: data.Array, axis: int) -> bool:
     """Return whether outputs are probabilities of classes, as after a softmax."""
     low, high = outputs.min(initial=0.0), outputs.max(initial=1.0)
     return bool(low >= 0 and high <= 1 and (abs(outputs.sum(axis) - 1) < _CLOSE).all())
 
 
+@_on_any_numbers
 def find_probabilities(outputs: data.Array, axis: int) -> data.Array:
     """Return the probabilities of classes: of logits their softmax, in float64."""
     wide = outputs.astype(np.float64)
@@ -157,6 +163,7 @@ def find_probabilities(outputs: data.Array, axis: int) -> data.Array:
     return np.asarray(raised / raised.sum(axis, keepdims=True))
 
 
+@_on_any_numbers
 def compute_losses(outputs: data.Array, target: Target, *, are_logits: bool) -> data.Array:
     """Return the loss of each row, (rows,) float64, means over all positions of a row.
 

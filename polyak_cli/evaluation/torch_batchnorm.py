@@ -95,8 +95,11 @@ def gather_moments(
     sharing = Counter(view.spec.location for view in held.views.values())
     for (one, which), found in places.items():
         values = getattr(one.layer, which).detach().clone()
+        # The names of one layer have one storage, or copies where the state was copied.
+        own = Counter(view.spec.location for view in found)
         for view in found:
-            _check_place(held, view, one, sharing[view.spec.location] == len(found))
+            place = view.spec.location
+            _check_place(held, view, one, sharing[place] == own[place])
             # A module of a narrower type has other values than the file.
             if values.element_size() >= 4 or str(values.dtype) == f"torch.{view.spec.dtype}":
                 before[view.spec.location] = values.float().cpu().numpy()

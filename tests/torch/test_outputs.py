@@ -210,6 +210,75 @@ def test_the_loss_of_a_picture_is_the_mean_over_its_pixels(tmp_path: Path, loss:
     assert found.correct is None
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int64"])
+def test_pixels_of_the_class_that_the_loss_ignores_do_not_count(tmp_path: Path, dtype: str) -> None:
+    """As 255 of Cityscapes and VOC, also in bytes, which have no room for -100."""
+    random = np.random.default_rng(5)
+    pictures = random.normal(size=(20, 2, 5, 6)).astype(np.float32)
+    labels = random.integers(0, 3, (20, 5, 6)).astype(dtype)
+    labels[:, 0] = 255
+    layer = nn.Conv2d(2, 3, 1)
+    code = (
+        "from torch import nn\n\ndef make():\n"
+        "    return nn.Conv2d(2, 3, 1), nn.CrossEntropyLoss(ignore_index=255)\n"
+    )
+    found = score(tmp_path, code, layer.state_dict(), data.Split("pictures", pictures, labels))
+    outputs, wanted = run_plainly(layer, pictures), torch.tensor(labels).long()
+    loss = functional.cross_entropy(outputs, wanted, ignore_index=255)
+    assert found.loss == pytest.approx(float(loss), rel=1e-5)
+    right = (outputs.argmax(1) == wanted)[wanted != 255].double().mean()
+    assert found.metrics == {"accuracy": pytest.approx(float(right))}
+
+
+def test_a_loss_of_your_own_takes_labels_that_are_not_like_the_outputs(tmp_path: Path) -> None:
+    """As CTC's are shorter than the outputs; whole numbers stay whole.  PyTorch's are refused."""
+    layer = nn.Linear(4, 6)
+    labels = np.random.default_rng(6).integers(1, 3, (len(X), 1, 1))
+    code = """
+    import torch
+    from torch import nn
+
+    def spell(outputs, labels):
+        frames = outputs.reshape(-1, 2, 3).log_softmax(2).transpose(0, 1)
+        lengths = [torch.full((len(labels),), size) for size in (2, 1)]
+        return nn.functional.ctc_loss(frames, labels.flatten(1), *lengths)
+
+    def make():
+        return nn.Linear(4, 6), LOSS
+    """
+    rows = data.Split("rows", X, labels)
+    found = score(tmp_path, code.replace("LOSS", "spell"), layer.state_dict(), rows)
+    frames = run_plainly(layer).reshape(-1, 2, 3).log_softmax(2)
+    # By hand: a word of one letter in two frames is (letter, blank), (blank, letter) or both.
+    letter = frames[torch.arange(len(X)), :, torch.tensor(labels[:, 0, 0])]
+    ways = torch.stack([letter[:, 0] + frames[:, 1, 0], frames[:, 0, 0] + letter[:, 1]])
+    ways = torch.cat([ways, letter.sum(1)[None]])
+    assert found.losses == pytest.approx(-ways.logsumexp(0).numpy(), rel=1e-4)
+    assert found.metrics == {}
+    said = refuse(tmp_path, code.replace("LOSS", "nn.MSELoss()"), layer.state_dict(), rows)
+    assert said.endswith("return (model, loss) with a loss function of your own that takes both")
+
+
+def test_divergences_are_compared_by_row_and_what_is_not_finite_is_no_warning(
+    tmp_path: Path,
+) -> None:
+    """KLDivLoss as PyTorch advises to set it: a row has the sum over its classes."""
+    layer, soft = nn.Linear(4, 3), np.random.default_rng(7).dirichlet(np.ones(3), len(X))
+    code = (
+        "from torch import nn\n\ndef make():\n    net = nn.Sequential(nn.Linear(4, 3))\n"
+        "    net.append(nn.LogSoftmax(1))\n    return net, nn.KLDivLoss(reduction='batchmean')\n"
+    )
+    state = {f"0.{name}": tensor for name, tensor in layer.state_dict().items()}
+    found = score(tmp_path, code, state, data.Split("rows", X, soft))
+    outputs = run_plainly(layer).log_softmax(1).numpy()
+    each = (soft * (np.log(soft) - outputs)).sum(1)
+    assert found.losses == pytest.approx(each, rel=1e-3, abs=1e-5)
+    layer.bias.data[:] = float("inf")
+    bare = "from torch import nn\n\ndef make():\n    return nn.Linear(4, 3)\n"
+    found = score(tmp_path, bare, layer.state_dict(), data.Split("rows", X, CLASSES))
+    assert (str(found.loss), found.notes) == ("nan", ())
+
+
 def test_outputs_of_another_length_each_time_are_refused(tmp_path: Path) -> None:
     """As of detectors: lists of dicts, rows of another number, and rows of another shape."""
     forms = {

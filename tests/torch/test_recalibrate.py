@@ -362,6 +362,12 @@ def test_a_layer_of_two_names_that_runs_twice_is_gathered_once(tmp_path: Path) -
             assert held == pytest.approx(expected.numpy(), rel=1e-5, abs=1e-6)
     assert torch.equal(after["a.running_var"], after["b.running_var"])
     assert torch.equal(after["fixed.running_mean"], torch.full((6,), 0.5))
+    # As of a state that was copied tensor by tensor, from a GPU or for an EMA.
+    copied = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    torch.save(copied, tmp_path / "c.pt")
+    recalibrate(tmp_path / "c.pt", tmp_path / "d.pt", rows, batch_size=8, architecture=source)
+    again = torch.load(tmp_path / "d.pt")
+    assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
 
 
 def refuse(tmp_path: Path, code: str, **options: Any) -> str:
