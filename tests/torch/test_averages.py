@@ -267,6 +267,22 @@ def test_one_of_both_is_averaged_and_written_in_both_places(
     assert verify(output, sources=[tmp_path / "run"]).problems == ()
 
 
+def test_a_callback_called_as_its_mean_is_paired_with_the_weights(tmp_path: Path) -> None:
+    """Lightning names a callback's state by its class: EMA, and in it is an ema_state_dict."""
+    states = []
+    (tmp_path / "run").mkdir()
+    for seed in (1, 2):
+        state = callback(seed)
+        (kept, _) = state["callbacks"].values()
+        torch.save(state | {"callbacks": {"EMA": kept}}, tmp_path / "run" / f"m_{seed}.pt")
+        states.append(flatten(state["state_dict"]))
+    average(tmp_path / "run", tmp_path / "o.pt")
+    found = torch.load(tmp_path / "o.pt", weights_only=True)
+    for place in (found["state_dict"], found["callbacks"]["EMA"]["ema_state_dict"]):
+        weight = place["0.weight"]
+        assert torch.equal(weight, middle([s["0.weight"] for s in states], weight.dtype))
+
+
 def test_names_without_points_are_found_again(tmp_path: Path) -> None:
     """LitEma's means have no buffers; what has no running mean is averaged by itself, and said."""
     states = write_run(tmp_path / "run", latent_diffusion)

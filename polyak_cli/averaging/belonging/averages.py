@@ -476,5 +476,9 @@ class _Finder:
 
     @staticmethod
     def _find_end(name: str, prefix: str) -> str:
-        """Return a name after its prefix, and after what wraps a model (AveragedModel, DDP)."""
-        return re.sub(r"^((module|shadow|state_dict)[./])+", "", name[len(prefix) :])
+        """Return a name after its prefix, and after what wraps a model (AveragedModel, DDP).
+
+        Lightning keeps a callback's state under the name of its class, such as EMA, and the
+        callback has the weights under a key of its own there.
+        """
+        return re.sub(r"^((module|shadow|(ema_)?state_dict)[./])+", "", name[len(prefix) :])
