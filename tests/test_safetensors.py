@@ -453,6 +453,7 @@ HOSTILE: dict[str, tuple[object, str]] = {
     "a negative offset": ({"x": X | {"data_offsets": [-8, 0]}}, "'x' has the data_offsets"),
     "a shape bomb": ({"x": X | {"shape": [1 << 40, 1 << 40]}}, "'x' has 8 bytes; expected 4.8"),
     "an overflowing shape": ({"x": X | {"shape": [1 << 62, 4, 2]}}, "'x' has 8 bytes"),
+    "a shape beyond all floats": ({"x": X | {"shape": [1 << 62] * 64}}, "'x' has 8 bytes"),
     "a negative shape": ({"x": X | {"shape": [-2, -1]}}, "'x' has the shape"),
     "a shape of floats": ({"x": X | {"shape": [2.0]}}, "'x' has the shape"),
     "a shape of truths": ({"x": X | {"shape": [True, 2]}}, "'x' has the shape"),

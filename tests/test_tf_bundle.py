@@ -154,6 +154,10 @@ BROKEN = {
         Bundle(tensors(0), entry={2: fields((2, fields((1, 1 << 62))))}),
         "has 24 bytes",
     ),
+    "shape of thousands of digits": (
+        Bundle(tensors(0), entry={2: fields((2, fields((1, 1 << 62)))) * 254}),
+        "expected fewer than 2.63 elements",
+    ),
     "rank bomb": (Bundle(tensors(0), entry={2: fields((2, b"")) * 255}), "has 255 dimensions"),
     "negative size": (Bundle(tensors(0), entry={5: (1 << 64) - 1}), "tensor 'a': .*of 0 or more"),
     "shard number": (Bundle(tensors(0), entry={3: 5}), "tensor 'a' lies in shard 5 of 1"),

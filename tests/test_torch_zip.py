@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pytest
 
 from polyak_cli import average
-from polyak_cli.errors import FormatError, MismatchError, PolyakError
+from polyak_cli.checkpoints import select
+from polyak_cli.errors import CheckpointError, FormatError, MismatchError, PolyakError
 from polyak_cli.formats.format import ScanRequest
 from polyak_cli.formats.torch import archive as torch_zip
 from polyak_cli.formats.torch import pickles
@@ -386,6 +387,22 @@ def test_keys_of_any_kind_are_passed_by(tmp_path: Path) -> None:
     odd = number(1) + b"\x85" * 100_000 + b"N" + b"]N" + b"}N" + tensor("0", 6) + b"N"
     path = archive(tmp_path / "m.pt", b"}(" + odd + text("x") + tensor("0", 6) + b"u", _0=ONE)
     assert average([path], tmp_path / "o.pt").plan.averaged == ("x",)
+
+
+def test_numbers_of_any_length_are_passed_by(tmp_path: Path) -> None:
+    """Python refuses to write out numbers of thousands of digits, and floats end at 1e308."""
+    long = b"\x8b" + struct.pack("<l", 4000) + b"\x7f" * 4000
+    beyond = b"\x8a\xff" + b"\x7f" * 255
+    items = (
+        long + number(1) + text("x") + tensor("0", 6) + text("n") + long + text("metric") + beyond
+    )
+    timm = b"".join(
+        text(key) + b"N" for key in ("arch", "epoch", "optimizer", "state_dict", "version")
+    )
+    path = archive(tmp_path / "m.pt", b"}(" + items + timm + b"u", _0=ONE)
+    assert average([path], tmp_path / "o.pt").plan.averaged == ("x",)
+    with pytest.raises(CheckpointError, match="found no such number"):
+        select([path], best=1)
 
 
 def test_a_pickle_has_a_bounded_number_of_opcodes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,12 @@ def test_a_best_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
     assert "checkpoint-400, the best checkpoint by the Trainer, is not among these" in notes
 
 
+def test_a_best_checkpoint_that_no_step_has_is_passed_by(tmp_path: Path) -> None:
+    """Python refuses to read numbers of thousands of digits."""
+    of_trainer: Any = {"best_metric": 0.3, "best_model_checkpoint": f"checkpoint-{'9' * 5000}"}
+    assert chosen(write_run(tmp_path / "run", **of_trainer), best=1) == [(400, 0.3)]
+
+
 def test_names_come_first(tmp_path: Path) -> None:
     """A metric in the folder's name is what the user sees."""
     logs = [{"step": k, "eval_loss": 9.0 - k} for k in (1, 2)]

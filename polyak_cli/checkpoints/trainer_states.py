@@ -8,6 +8,7 @@ is a stranger's text: every field is checked before it is used.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -136,7 +137,7 @@ def _choose_metric(newest: _State, monitor: str | None) -> str:
 def _is_metric_of_best(state: _State, metric: str) -> bool:
     """Return whether the best checkpoint's value of a metric is what the Trainer calls the best."""
     step = state.best.rpartition("-")[2]
-    if state.best_metric is None or not step.isdecimal():
+    if state.best_metric is None or not re.fullmatch(r"\d{1,18}", step):
         return False
     return state.find_values(metric).get(int(step)) == state.best_metric
 

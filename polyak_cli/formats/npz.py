@@ -116,7 +116,7 @@ def _parse_header(head: bytes) -> tuple[np.dtype[Any], list[int], bool, int]:
             shape, fortran, dtype = readers[version](stream)
     except Exception as error:  # numpy's reader lets through what Python's parsers raise
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    if any(type(n) is not int or n < 0 for n in shape):
+    if any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape):
         raise ValueError(f"shape {shape}")
     # One dimension has one order, and none has none.
     return dtype, list(shape), fortran and len(shape) > 1, stream.tell()

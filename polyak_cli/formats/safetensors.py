@@ -200,8 +200,9 @@ def _parse_entry(name: str, said: Any) -> _Entry:
         bits *= dimension
     start, stop = offsets
     if bits != 8 * (stop - start):
+        expected = f"{bits / 8:.16g}" if bits < 1 << 1000 else "more than any file has"
         raise FormatError(
-            f"tensor '{shown(name)}' has {stop - start} bytes; expected {bits / 8:.16g} for {code} "
+            f"tensor '{shown(name)}' has {stop - start} bytes; expected {expected} for {code} "
             f"of shape {shown(shape, 100)}"
         )
     return _Entry(name, code, shape, start, stop)

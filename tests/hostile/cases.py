@@ -530,6 +530,9 @@ ARCHIVES = {
     "a shape that is not there": Case(
         archived(("x.npy", npy(header(shape="(4611686018427387904, 4)")))), "'x' has 24 bytes"
     ),
+    "a shape of thousands of digits": Case(
+        archived(("x.npy", npy(header(shape=f"({'9' * 4000}, {'9' * 4000})")))), "no .npy header"
+    ),
     "a negative shape": Case(archived(("x.npy", npy(header(shape="(-6,)")))), "no .npy header"),
     "a shape of truths": Case(archived(("x.npy", npy(header(shape="(True, 6)")))), "no .npy head"),
     "elements of 2 GB": Case(

@@ -208,7 +208,7 @@ def _parse_entry(key: bytes, value: bytes) -> _Entry:
         expected = math.prod(shape) * width
         if width and not parts and nbytes != expected:
             raise FormatError(
-                f"has {nbytes} bytes; expected {expected} for {dtype} of shape {shape}"
+                f"has {nbytes} bytes; expected {expected} for {dtype} of shape {shown(shape)}"
             )
     except FormatError as error:
         raise FormatError(f"tensor '{shown(name)}': {error}") from None
@@ -224,6 +224,8 @@ def _parse_shape(message: bytes) -> tuple[int, ...]:
             shape.append(require_number(size))
     if len(shape) > _MAXIMUM_RANK:
         raise FormatError(f"has {len(shape)} dimensions; expected at most {_MAXIMUM_RANK}")
+    if math.prod(shape) >= 1 << 63:
+        raise FormatError(f"has the shape {shown(shape)}; expected fewer than 2^63 elements")
     return tuple(shape)
 
 

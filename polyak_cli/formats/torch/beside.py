@@ -6,8 +6,8 @@ its structure, which is that of ``torch.optim``.  Does not know how tensors lie 
 
 from __future__ import annotations
 
+import math
 import re
-import sys
 from typing import Any, Literal
 
 from polyak_cli.formats.running_means import names_running_mean
@@ -115,24 +115,29 @@ def find_metric(root: Any) -> tuple[str, float] | None:
     The name is among the arguments that its training script was started with.
     """
     values = _list_texts(root)
-    value = values.get("metric")
-    if find_trainer(root) != "timm" or isinstance(value, bool):
-        return None
-    if not isinstance(value, (int, float)):
+    value = _as_float(values.get("metric"))
+    if find_trainer(root) != "timm" or value is None:
         return None
     arguments = values.get("args")
     said = _list_texts(arguments.state) if isinstance(arguments, Instance) else {}
     name = said.get("eval_metric")
-    return (name if isinstance(name, str) else ""), float(value)
+    return (name if isinstance(name, str) else ""), value
 
 
 def find_number(root: Any, key: str) -> float | None:
     """Return a finite number at the top of a checkpoint's dictionary; see `Format.read_number`."""
-    value = _list_texts(root).get(key)
+    value = _as_float(_list_texts(root).get(key))
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _as_float(value: Any) -> float | None:
+    """Return a number of a pickle; None for anything else, and for an int beyond all floats."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    # An int of a pickle may be longer than any float.
-    return float(value) if abs(value) <= sys.float_info.max else None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def find_raw_part(root: Any, part: str) -> str:

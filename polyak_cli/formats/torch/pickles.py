@@ -514,7 +514,9 @@ _ACTIONS: Mapping[str, _Action] = {
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
     "NEWFALSE": lambda machine, _: machine.push(False),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "LONG4"), _Machine.push),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), _Machine.push),
+    # Picklers write only numbers of more than 255 bytes so, which are neither sizes nor keys.
+    "LONG4": lambda machine, _: machine.push(Instance("builtins.int", ())),
     **dict.fromkeys(("BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push),
     **dict.fromkeys(("SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES"), _Machine.push),
     **dict.fromkeys(("BINBYTES8", "BYTEARRAY8"), _Machine.push),
