@@ -60,10 +60,13 @@ def test_a_run_that_improves_or_scatters_is_less_certain() -> None:
         ([1.0] * 10, math.nan),
         ([1.0] * 9 + [math.inf], 1.0),
         ([1.0] * 9 + [-0.5], 1.0),
+        ([1e-300] * 5 + [1e300] * 5, 1.0),  # no float64 holds such an interval
+        ([1e300] * 5 + [1e-310] * 5, 1.0),
+        ([1.7e308] * 10, 1.7e308),
     ],
 )
 def test_nothing_is_said_without_ten_losses_above_0(singles: list[float], average: float) -> None:
-    """Too few checkpoints, and losses that have no logarithm, give no forecast."""
+    """Too few checkpoints, losses without a logarithm, and wild ones give no forecast."""
     assert forecast(singles, average) is None
 
 

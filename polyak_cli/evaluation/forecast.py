@@ -65,13 +65,18 @@ def forecast(singles: Sequence[float], average: float) -> Forecast | None:
         average: loss of the equal average of the last five.
 
     Returns:
-        None for fewer than ten checkpoints, and where a loss is not finite or not above 0.
+        None for fewer than ten checkpoints, where a loss is not finite or not above 0, and where
+        losses are so far apart that no float64 holds the interval.
     """
     last = singles[-2 * WINDOW :]
     if len(last) < 2 * WINDOW or not all(0 < loss < math.inf for loss in (*last, average)):
         return None
-    half = WIDTH * find_movement(last, average)
-    return Forecast(average, average * math.exp(-half), average * math.exp(half))
+    try:
+        half = WIDTH * find_movement(last, average)
+        found = Forecast(average, average * math.exp(-half), average * math.exp(half))
+    except (OverflowError, ValueError):  # a sum is too large, a quotient is 0
+        return None
+    return found if math.isfinite(found.high) else None
 
 
 def forecast_sweep(
