@@ -170,6 +170,13 @@ def choose_verb(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
+def word_share(share: float) -> str:
+    """Return a share in percent, with two significant digits."""
+    if 0 < share < 5e-5:
+        return "less than 0.01 %"
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
+
+
 def word_size(nbytes: float) -> str:
     """Return a number of bytes in three digits and a decimal unit."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -114,6 +114,14 @@ def test_a_random_walk_is_reconstructed(sigma: float, errors: Sequence[float]) -
     assert min(found) < 0
 
 
+def test_a_profile_that_is_wholly_missed_is_said_in_plain_digits(tmp_path: Path) -> None:
+    """One narrow EMA at two steps cannot be widened fourfold: off by more than the EMA itself."""
+    for step in (5, 9):
+        np.savez(tmp_path / f"ema-{step}-0.050.npz", w=np.ones(3))
+    (note,) = plan(tmp_path, scheme="posthoc", sigma=0.2).notes
+    assert "at step 9 by 154 % (norm of the difference): more snapshots" in note
+
+
 def test_the_error_of_the_profile_is_that_of_its_values() -> None:
     """Integrated step by step, the combined profile is off by what is reported."""
     steps, sigmas, sigma = [512.0, 1024.0] * 2, [0.05, 0.05, 0.1, 0.1], 0.2

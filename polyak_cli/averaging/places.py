@@ -11,7 +11,7 @@ from polyak_cli import formats
 from polyak_cli.averaging.schemes.posthoc import combine
 from polyak_cli.checkpoints import Selection, find_file
 from polyak_cli.checkpoints.snapshots import Snapshots
-from polyak_cli.errors import UsageError, shown
+from polyak_cli.errors import UsageError, shown, word_share
 
 #: Where icefall keeps how many batches it has trained, and every how many of them its ``model_avg``
 #: is updated: that is the mean of the batches up to the last update.
@@ -63,7 +63,7 @@ def place_snapshots(found: Snapshots, sigma: float) -> Selection:
         f"the EMA of sigma {sigma:g} at step {max(found.steps):g} is a snapshot itself"
         if error == 0.0
         else f"the weights of the steps that the snapshots give are off those of an EMA of sigma "
-        f"{sigma:g} at step {max(found.steps):g} by {100 * error:.2g} % (norm of the difference)"
+        f"{sigma:g} at step {max(found.steps):g} by {word_share(error)} (norm of the difference)"
     )
     if error > _FAR:
         note = f"warning: {note}: more snapshots, or of other sigmas, come nearer"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from polyak_cli.averaging.matching import Row
 from polyak_cli.checkpoints import Problem
-from polyak_cli.errors import choose_verb, list_some, shown, word_count
+from polyak_cli.errors import choose_verb, list_some, shown, word_count, word_share
 
 #: The relative distance above which the mean of factors is a warning.
 TOLERATED = 0.05
@@ -245,7 +245,7 @@ def describe_measured(
             texts.append(
                 f"{word_count(one.products, 'weight norm')}: the mean of the products is written, "
                 f"which loses nothing (the mean of the factors would be "
-                f"{_word_share(one.cross_term)} off)"
+                f"{word_share(one.cross_term)} off)"
             )
         elif one.cross_term:  # 0 where a factor never changes, and of one checkpoint
             text = _describe_cross_term(factors, one)
@@ -279,9 +279,9 @@ def describe_measured(
 def _describe_cross_term(factors: Factors, one: Measured) -> str:
     kind = ("DoRA" if factors.magnitudes else "LoRA") if one.kind == "lora" else "weight norm"
     what = word_count(one.products, f"{kind} pair" if one.kind == "lora" else kind)
-    where = f"; most in '{shown(one.worst, 80)}', {_word_share(one.worst_term)}"
+    where = f"; most in '{shown(one.worst, 80)}', {word_share(one.worst_term)}"
     return (
-        f"{what}: the product of the averaged factors is {_word_share(one.cross_term)} off the "
+        f"{what}: the product of the averaged factors is {word_share(one.cross_term)} off the "
         f"mean of the products, relative to its norm{where if one.products > 1 else ''}"
     )
 
@@ -290,21 +290,14 @@ def _advise(one: Measured) -> str:
     """Return what to do about the mean of factors."""
     if one.kind != "lora":
         return "--lora exact writes the mean product, which loses nothing"
-    lost = "" if one.lost is None else f", which loses {_word_share(one.lost)}"
+    lost = "" if one.lost is None else f", which loses {word_share(one.lost)}"
     return f"--lora exact writes the mean product, truncated to the rank{lost}"
 
 
 def _describe_exact(one: Measured) -> str:
-    lost = _word_share(one.lost or 0.0)
+    lost = word_share(one.lost or 0.0)
     return (
         f"{word_count(one.products, 'LoRA pair')}: the mean of the products is written, truncated "
         f"to the rank, which loses {lost} of its norm (the mean of the factors would be "
-        f"{_word_share(one.cross_term)} off)"
+        f"{word_share(one.cross_term)} off)"
     )
-
-
-def _word_share(share: float) -> str:
-    """Return a share in percent, with two significant digits."""
-    if 0 < share < 5e-5:
-        return "less than 0.01 %"
-    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
