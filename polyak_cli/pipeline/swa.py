@@ -146,7 +146,10 @@ class StochasticWeightAveraging(keras.callbacks.Callback):  # type: ignore[misc]
             return
         ends = [("epoch", epochs, -(-self.start_epoch // self.every) * self.every)]
         if self.every_steps is not None and batches:
-            ends.append(("step", epochs * batches, max(self.start_step, self.every_steps)))
+            first = max(self.start_step, self.every_steps)
+            if self.model.steps_per_execution == 1:  # else a multiple is reported at a later step
+                first = -(-first // self.every_steps) * self.every_steps
+            ends.append(("step", epochs * batches, first))
         for unit, end, first in ends:
             if end < first:
                 raise UsageError(

@@ -136,8 +136,12 @@ def test_nothing_is_averaged_silently() -> None:
         ({"start_epoch": 3}, "from epoch 3 on, but fit ends after epoch 2"),
         ({"every": 5}, "from epoch 5 on, but fit ends after epoch 2"),
         ({"start_epoch": 3, "every_steps": 1}, "from epoch 3 on, but fit ends after epoch 2"),
-        ({"every_steps": 99}, r"from step 99 on, but fit ends after step \d+: nothing"),
-        ({"every_steps": 2, "start_step": 99}, "from step 99 on, but fit ends after step"),
+        (
+            {"every_steps": 99, "start_epoch": 2},
+            r"from step 99 on, but fit ends after step \d+: nothing",
+        ),
+        ({"every_steps": 2, "start_step": 99}, "from step 100 on, but fit ends after step"),
+        ({"every_steps": 4, "start_step": 5}, "from step 8 on, but fit ends after step 6"),
     ],
     ids=str,
 )
