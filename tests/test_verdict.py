@@ -43,6 +43,13 @@ def test_a_run_that_does_not_move_has_settled() -> None:
     """Equal checkpoints have neither a cosine nor a last step."""
     still = verdict.judge(grams.make_gram(np.tile(CENTRE, (10, 1))))
     assert still == verdict.Movement("settled", None, None)
+    assert (still.measured, still.data()["paid"], still.data()["lost"]) == (None, None, None)
+    assert verdict.word_movement(still) == (
+        "settled: the newest ten checkpoints are the same, so an average of them is too"
+    )
+    few = verdict.judge(grams.make_gram(np.tile(CENTRE, (4, 1))))
+    assert few is not None
+    assert "the 4 checkpoints are the same" in verdict.word_movement(few)
 
 
 @pytest.mark.parametrize("word", RUNS)

@@ -62,8 +62,12 @@ class Movement(NamedTuple):
 
     @property
     def measured(self) -> Shares | None:
-        """How often averaging paid and lost in windows that moved so; None for fewer than ten."""
-        return MEASURED[self.word] if self.checkpoints == WINDOW else None
+        """How often averaging paid and lost in windows that moved so.
+
+        None for fewer than ten, and where nothing moves: neither was measured.
+        """
+        was_measured = self.checkpoints == WINDOW and self.last_step is not None
+        return MEASURED[self.word] if was_measured else None
 
     def data(self) -> dict[str, Any]:
         """Return it as JSON types."""
@@ -134,6 +138,11 @@ def rank_windows(groups: Mapping[str, Gram], length: int = WINDOW) -> list[Windo
 
 def word_movement(movement: Movement) -> str:
     """Return one line for the user."""
+    if movement.last_step is None:
+        newest = "newest ten" if movement.checkpoints == WINDOW else str(movement.checkpoints)
+        return (
+            f"{movement.word}: the {newest} checkpoints are the same, so an average of them is too"
+        )
     if movement.measured is None:
         return (
             f"{movement.word}, by {movement.checkpoints} checkpoints: how often averaging paid was "
