@@ -17,6 +17,7 @@ from typing import Protocol, Unpack
 
 from polyak_cli.errors import MismatchError, UsageError
 from polyak_cli.evaluation import data, frameworks, scoring
+from polyak_cli.evaluation.keras_files import is_of_keras, refuse_parts
 from polyak_cli.evaluation.own_metrics import Measured, OwnMetric
 from polyak_cli.evaluation.row_counts import OnShare, Progress, follow
 from polyak_cli.evaluation.scoring import ScoringOptions
@@ -202,8 +203,7 @@ class Evaluator:
             FormatError: no function makes its model.
         """
         # Imported here: the back ends make the results that are defined above.
-        if frameworks.is_of_keras(form) and not self._takes_tensors:
-            from polyak_cli.evaluation.keras_files import refuse_parts
+        if is_of_keras(form) and not self._takes_tensors:
             from polyak_cli.evaluation.keras_models import KerasModels
 
             if self._how.key or self._how.use_ema:

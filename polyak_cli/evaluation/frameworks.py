@@ -28,11 +28,6 @@ def recognise(path: Path) -> Format:
     return find_format(detect(find_file(path)))
 
 
-def is_of_keras(form: Format) -> bool:
-    """Return whether Keras opens files of a format: whole models, or weights."""
-    return bool(form.keras_layout) or form.key == "weights_json"
-
-
 def takes_tensors(model: str | None) -> bool:
     """Return whether a model is a function of the tensors, which serves files of every format.
 

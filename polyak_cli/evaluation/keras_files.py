@@ -143,10 +143,15 @@ def describe_hdf5_files(
         yield Description(architecture, _drop_optimizer(path, training), keras)
 
 
+def is_of_keras(form: Format) -> bool:
+    """Return whether Keras opens files of a format: whole models, or weights."""
+    return bool(form.keras_layout) or form.key == "weights_json"
+
+
 def check_architecture(table: Table, *, bare: bool = False) -> None:
     """Refuse a file from which Keras cannot build a model, except ``bare`` weights."""
     form = find_format(table.format)
-    if not form.keras_layout and form.key != "weights_json":
+    if not is_of_keras(form):
         raise FormatError(
             f"{shown(table.path)}: is {form.name}, which holds tensors without a model that Keras "
             "can run; evaluate it in the program that trained it"

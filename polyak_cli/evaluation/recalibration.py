@@ -35,8 +35,7 @@ from polyak_cli.errors import FormatError, MismatchError, OutputError, shown
 from polyak_cli.evaluation import data, named_models, user_code, weights
 from polyak_cli.evaluation.architectures import Architecture
 from polyak_cli.evaluation.batchnorm import Moments, check_rows, gather_moments
-from polyak_cli.evaluation.frameworks import is_of_keras
-from polyak_cli.evaluation.keras_files import check_model, refuse_parts
+from polyak_cli.evaluation.keras_files import check_model, is_of_keras, refuse_parts
 from polyak_cli.evaluation.user_code import Maker
 from polyak_cli.formats import outputs
 from polyak_cli.formats.catalogue import find_format
