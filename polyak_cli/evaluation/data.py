@@ -156,10 +156,15 @@ def take_rows(arrays: Arrays, chosen: Array | slice) -> Arrays:
     A model may write into what it gets, as one does that scales pictures in place.
     """
     if isinstance(arrays, Mapping):
-        return {name: np.array(array[chosen]) for name, array in arrays.items()}
+        return {name: _copy_rows(array, chosen) for name, array in arrays.items()}
     if isinstance(arrays, tuple):
-        return tuple(np.array(array[chosen]) for array in arrays)
-    return np.array(arrays[chosen])
+        return tuple(_copy_rows(array, chosen) for array in arrays)
+    return _copy_rows(arrays, chosen)
+
+
+def _copy_rows(array: Array, chosen: Array | slice) -> Array:
+    rows = array[chosen]
+    return np.array(rows) if isinstance(chosen, slice) else rows  # numbers of rows copy already
 
 
 def _find_classes(labels: Arrays) -> Array | None:
