@@ -213,6 +213,18 @@ def test_leftovers_among_the_checkpoints_are_passed_over(run_folder: Path) -> No
     assert "3 checkpoints" in done.stdout
 
 
+def check_sigterm(code: str, folder: Path) -> None:
+    """Average after some code by which SIGTERM comes; check that it is answered in one line.
+
+    Nothing may be left, nor come after half a second: an orphan would have written by then.
+    """
+    done = scripted(code, "average", "ckpts", "-o", "o.h5", cwd=folder)
+    assert done.returncode == 143
+    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
+    time.sleep(0.5)
+    assert os.listdir(folder) == ["ckpts"]
+
+
 @pytest.mark.parametrize("number", ENDING)
 def test_each_signal_has_its_exit_code(run_folder: Path, number: signal.Signals) -> None:
     """What a shell expects: 128 and the signal's number."""
@@ -299,11 +311,7 @@ def test_a_signal_while_the_output_is_laid_out_leaves_nothing(
         "    return pid\n"
         "os.fork = forked\n"
     )
-    done = scripted(SLOWLY + code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
-    assert done.returncode == 143
-    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
-    time.sleep(0.5)  # an orphan would write by now
-    assert os.listdir(run_folder) == ["ckpts"]
+    check_sigterm(SLOWLY + code, run_folder)
 
 
 def test_a_child_that_its_caller_could_not_name_is_ended(run_folder: Path) -> None:
@@ -317,11 +325,7 @@ def test_a_child_that_its_caller_could_not_name_is_ended(run_folder: Path) -> No
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "module.Child.__init__ = made\n"
     )
-    done = scripted(SLOWLY + code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
-    assert done.returncode == 143
-    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
-    time.sleep(0.5)  # an orphan would write by now
-    assert os.listdir(run_folder) == ["ckpts"]
+    check_sigterm(SLOWLY + code, run_folder)
 
 
 def test_a_signal_that_python_answers_with_its_own_error_is_answered(run_folder: Path) -> None:
@@ -336,10 +340,7 @@ def test_a_signal_that_python_answers_with_its_own_error_is_answered(run_folder:
         "    return real(*arguments, **options)\n"
         "module.write_skeleton = write_skeleton\n"
     )
-    done = scripted(code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
-    assert done.returncode == 143
-    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
-    assert os.listdir(run_folder) == ["ckpts"]
+    check_sigterm(code, run_folder)
 
 
 def test_a_signal_before_python_has_bound_a_block_leaves_nothing(run_folder: Path) -> None:
@@ -358,10 +359,7 @@ def test_a_signal_before_python_has_bound_a_block_leaves_nothing(run_folder: Pat
         "    return found\n"
         "manager.__enter__ = enter\n"
     )
-    done = scripted(code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
-    assert done.returncode == 143
-    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
-    assert os.listdir(run_folder) == ["ckpts"]
+    check_sigterm(code, run_folder)
 
 
 def test_a_signal_that_python_drops_is_answered_all_the_same(run_folder: Path) -> None:
@@ -378,10 +376,7 @@ def test_a_signal_that_python_drops_is_answered_all_the_same(run_folder: Path) -
         "    return real(*arguments, **options)\n"
         "module.write_skeleton = write_skeleton\n"
     )
-    done = scripted(code, "average", "ckpts", "-o", "o.h5", cwd=run_folder)
-    assert done.returncode == 143
-    assert one_line(done.stderr) == "ended by SIGTERM; no unfinished file is left"
-    assert os.listdir(run_folder) == ["ckpts"]
+    check_sigterm(code, run_folder)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
